@@ -1,7 +1,8 @@
-//! How long a large file takes to an OpenSSH server over lines of several lengths: this program, `sftp put` and `scp`.
+//! How long a large file takes to an OpenSSH server over lines of several lengths: this program,
+//! `sftp put` and `scp`.
 //!
-//! Every figure is the whole of it, from no connection to the last byte acknowledged. The line is a relay in this process
-//! without losses, the same for all.
+//! Every figure is the whole of it, from no connection to the last byte acknowledged. The line is
+//! a relay in this process without losses, the same for all.
 
 use std::path::Path;
 use std::process::{Command, Stdio};

@@ -1,7 +1,8 @@
 //! Moments as clouds write them (RFC 3339), as Unix seconds.
 
 const DAY: u64 = 86_400;
-/// Days from the first of March of the year 0, where the arithmetic begins, to the first of January 1970.
+/// Days from the first of March of the year 0, where the arithmetic begins, to the first of
+/// January 1970.
 const EPOCH: u64 = 719_468;
 /// Days in 400 years, after which the calendar repeats.
 const ERA: u64 = 146_097;
@@ -21,7 +22,8 @@ pub fn rfc3339(unix: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
 }
 
-/// Unix seconds of such a moment, fractions cut off; one that names no time zone is UTC. `None` before 1970.
+/// Unix seconds of such a moment, fractions cut off; one that names no time zone is UTC. `None`
+/// before 1970.
 pub fn from_rfc3339(text: &str) -> Option<u64> {
     let (date, time) = text.trim().split_once(['T', 't', ' '])?;
     let (time, offset) = match time.find(['Z', 'z', '+', '-']) {

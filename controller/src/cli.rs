@@ -162,7 +162,8 @@ pub enum Command {
         #[arg(long)]
         force: bool,
     },
-    /// Make a small model with planted outlier features, deploy it on this machine, and compare what is found.
+    /// Make a small model with planted outlier features, deploy it on this machine, and compare
+    /// what is found.
     ///
     /// Example: outliers demo
     Demo(DemoArgs),
@@ -214,7 +215,8 @@ pub enum Command {
     ///
     /// Example: outliers reap --owner k3tpf36v --dry-run
     ///
-    /// Runs of this machine's ledger end as runs do, results first. An owner is the second part of an instance's name.
+    /// Runs of this machine's ledger end as runs do, results first. An owner is the second part of
+    /// an instance's name.
     Reap(ReapArgs),
     /// Build the worker that instances get.
     ///
@@ -259,8 +261,8 @@ pub enum WorkerCommand {
     ///
     /// Example: outliers worker build --cuda
     ///
-    /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is installed. The first build
-    /// compiles everything anew.
+    /// Needs Rust and Python 3 with pip, which brings the linker and the CUDA compiler; nothing is
+    /// installed. The first build compiles everything anew.
     Build {
         /// Support NVIDIA GPUs.
         #[arg(long)]
@@ -285,7 +287,8 @@ pub struct ModelArgs {
 /// The instance.
 #[derive(Args, Clone, Debug, Default)]
 pub struct WantArgs {
-    /// Where to rent, separated by commas [default: every cloud whose key is set; this machine (`local`) if none is].
+    /// Where to rent, separated by commas [default: every cloud whose key is set; this machine
+    /// (`local`) if none is].
     #[arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = RENT)]
     pub broker: Vec<String>,
     /// Filters for offers.
@@ -305,10 +308,12 @@ pub struct DeployArgs {
     /// The instance.
     #[command(flatten)]
     pub want: WantArgs,
-    /// Upload the model's folder. Without it, a folder is expected to be on the instance; on the local broker it is, at the same path.
+    /// Upload the model's folder. Without it, a folder is expected to be on the instance; on the
+    /// local broker it is, at the same path.
     #[arg(long, help_heading = MODEL)]
     pub push_model: bool,
-    /// Keep the instance when the worker has ended. It bills on until `outliers instances terminate`, at most for --max-duration.
+    /// Keep the instance when the worker has ended. It bills on until `outliers instances
+    /// terminate`, at most for --max-duration.
     #[arg(long, help_heading = MONEY)]
     pub keep_running: bool,
     /// Return as soon as the worker runs. Its instance bills on, until `outliers attach` has
@@ -352,7 +357,8 @@ pub struct SurveyArgs {
     /// Options of all instances; they override the file's.
     #[command(flatten)]
     pub want: WantArgs,
-    /// Upload models that are folders. Without it, they are expected to be on the instance; on the local broker they are.
+    /// Upload models that are folders. Without it, they are expected to be on the instance; on the
+    /// local broker they are.
     #[arg(long, help_heading = MODEL)]
     pub push_model: bool,
     /// Time limit of each instance: 90s, 45m, 6h [default: the file's, else settings].
@@ -463,7 +469,8 @@ pub enum ResultsCommand {
 /// Where to look.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Only {
-    /// Only these brokers, separated by commas [default: this machine, and every cloud whose key is set].
+    /// Only these brokers, separated by commas [default: this machine, and every cloud whose key
+    /// is set].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub broker: Vec<String>,
 }
@@ -502,7 +509,8 @@ pub enum InstancesCommand {
         #[command(flatten)]
         only: Only,
     },
-    /// End instances, held ones and strays included. Instances of others are not touched unless it is said so.
+    /// End instances, held ones and strays included. Instances of others are not touched unless it
+    /// is said so.
     ///
     /// Example: outliers instances terminate --all
     ///
@@ -510,7 +518,8 @@ pub enum InstancesCommand {
     /// terminal, it is refused without --yes. On the local broker, which costs nothing, it does
     /// not ask.
     ///
-    /// Needs no ledger, and no list where one broker is named. What another ledger rented, or one that is lost, wants --owner.
+    /// Needs no ledger, and no list where one broker is named. What another ledger rented, or one
+    /// that is lost, wants --owner.
     Terminate(TerminateArgs),
 }
 
@@ -526,7 +535,8 @@ pub struct TerminateArgs {
     /// Where to look.
     #[command(flatten)]
     pub only: Only,
-    /// Whose instances are meant: the second part of their names [default: those of this machine's ledger].
+    /// Whose instances are meant: the second part of their names [default: those of this machine's
+    /// ledger].
     #[arg(long, value_name = "OWNER")]
     pub owner: Option<String>,
     /// Instances of any owner.
@@ -540,7 +550,8 @@ pub struct TerminateArgs {
 /// `doctor`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DoctorArgs {
-    /// First make a damaged ledger anew, of what is left of it, the results and the clouds' lists. The damaged file is kept.
+    /// First make a damaged ledger anew, of what is left of it, the results and the clouds' lists.
+    /// The damaged file is kept.
     #[arg(long)]
     pub repair: bool,
 }
@@ -633,7 +644,8 @@ pub enum CompareFormat {
 /// `import`.
 #[derive(Args, Clone, Debug)]
 pub struct ImportArgs {
-    /// The predecessor's final_analysis_results.json, perplexity_results.json, or folders that hold them; of one model.
+    /// The predecessor's final_analysis_results.json, perplexity_results.json, or folders that
+    /// hold them; of one model.
     #[arg(value_name = "PATH", required = true)]
     pub paths: Vec<PathBuf>,
     /// Folder for the result [default: below the results' folder].
@@ -647,7 +659,8 @@ pub struct OffersArgs {
     /// The instance.
     #[command(flatten)]
     pub want: WantArgs,
-    /// Order by what a run of this checkpoint costs: hub id or folder [default: by price, for a run of 100 GiB].
+    /// Order by what a run of this checkpoint costs: hub id or folder [default: by price, for a
+    /// run of 100 GiB].
     #[arg(long, value_name = "ID|FOLDER", help_heading = MODEL)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub model.
@@ -687,7 +700,8 @@ pub struct PlanArgs {
     /// Rate at which the instance reads weights, in GiB/s [default: settings].
     #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MONEY)]
     pub bandwidth: Option<Positive>,
-    /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the reading is timed.
+    /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the
+    /// reading is timed.
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = MONEY)]
     pub tflops: Option<Positive>,
 }

@@ -168,7 +168,8 @@ impl Context {
         Ok(Ledger::open(&self.settings.state)?)
     }
 
-    /// The ledger where it can be read; else that is said, and tags and the clouds' lists have to do.
+    /// The ledger where it can be read; else that is said, and tags and the clouds' lists have to
+    /// do.
     pub fn home(&self) -> Home {
         let read = Ledger::open(&self.settings.state).and_then(|ledger| Ok((ledger.records()?, ledger)));
         match read {

@@ -1,4 +1,5 @@
-//! Files that somebody may read, or wrote: hashed, and written so that a reader sees all or nothing.
+//! Files that somebody may read, or wrote: hashed, and written so that a reader sees all or
+//! nothing.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
@@ -106,7 +107,8 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether a name is a plain, visible file name that means the same on every system, and so stays in the folder it is joined to.
+/// Whether a name is a plain, visible file name that means the same on every system, and so stays
+/// in the folder it is joined to.
 pub fn is_plain_name(name: &str) -> bool {
     let odd =
         |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');

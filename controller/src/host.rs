@@ -5,8 +5,9 @@
 //! be run there, see `push/place.rs`), `outliers/<run>/` with the job, the output files of
 //! [`outliers_protocol::files`], the pid file and the exit-code file.
 //!
-//! Every script goes to `sh` on its standard input, so that neither the login shell nor the length of a command line matters,
-//! and nothing of it is seen in the host's process table. What comes back is hostile until checked.
+//! Every script goes to `sh` on its standard input, so that neither the login shell nor the length
+//! of a command line matters, and nothing of it is seen in the host's process table. What comes
+//! back is hostile until checked.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -168,7 +169,8 @@ impl RemoteHost {
         }
     }
 
-    /// Runs a POSIX shell script whose status the caller judges. Its commands find an empty standard input.
+    /// Runs a POSIX shell script whose status the caller judges. Its commands find an empty
+    /// standard input.
     async fn try_sh(&self, script: &str, limit: Duration) -> Result<ScriptOutput, HostError> {
         // In braces, so that it is read to its end before any of it runs.
         let mark = "printf '\\n@outliers@\\n'";

@@ -41,7 +41,8 @@ const PRICE_SLACK: f64 = 1.1;
 /// the estimated time.
 const ROOM: f64 = 2.0;
 
-/// What a run is to do. Fixed when the run is planned; everything a later process needs to carry on.
+/// What a run is to do. Fixed when the run is planned; everything a later process needs to carry
+/// on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
     /// The model as typed: hub id or folder.
@@ -51,7 +52,8 @@ pub struct RunSpec {
     pub brokers: String,
     /// The job, with paths as they are on this machine.
     pub job: JobSpec,
-    /// SHA-256 over job, corpus files and brokers: two runs with the same key would do the same work.
+    /// SHA-256 over job, corpus files and brokers: two runs with the same key would do the same
+    /// work.
     pub job_key: String,
     /// What to rent.
     #[serde(deserialize_with = "recorded")]
@@ -74,7 +76,8 @@ pub struct RunSpec {
     /// What the guard on the instance waits for before that.
     #[serde(default)]
     pub watch: GuardTimeouts,
-    /// No instance is rented that could cost more than what is left of this until its time is up. All runs of a survey share it.
+    /// No instance is rented that could cost more than what is left of this until its time is up.
+    /// All runs of a survey share it.
     #[serde(default)]
     pub budget: Option<Usd>,
     /// No instance is rented whose GPUs could take more than what is left of this until its time is
@@ -131,8 +134,8 @@ impl RunSpec {
         if self.quote.ceiling.is_some() { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
     }
 
-    /// How long an instance of this offer may exist: until the time limit, or for as long as what was agreed lasts of which `spent`
-    /// is gone.
+    /// How long an instance of this offer may exist: until the time limit, or for as long as what
+    /// was agreed lasts of which `spent` is gone.
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
         let lasts = self.quote.ceiling.and_then(|agreed| offer.price.time(agreed - spent));
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
@@ -825,7 +828,8 @@ mod tests {
         let time = |spec: &RunSpec, spent: f64| spec.time_on(&offer(), Usd::from_dollars(spent)).as_secs();
         assert_eq!([0.0, 0.5, 1.0, 2.0].map(|spent| time(&agreed, spent)), [3600, 1800, 0, 0]);
         assert_eq!([0.0, 2.0].map(|spent| time(&hour, spent)), [3600, 3600], "nobody was asked");
-        // The work is estimated to take five minutes and some seconds, of which twice as much has to be there.
+        // The work is estimated to take five minutes and some seconds, of which twice as much has
+        // to be there.
         let pays = |spent: f64| agreed.pays_for(&offer(), Usd::from_dollars(spent));
         assert_eq!([0.0, 0.8, 0.9].map(pays), [true, true, false]);
         assert_eq!(agreed.highest_price(&offer()), offer().price);
@@ -897,8 +901,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Over any sequence of events, illegal ones refused: what may bill is never forgotten, the end is the end, and
-        /// state and events survive their journey through JSON.
+        /// Over any sequence of events, illegal ones refused: what may bill is never forgotten,
+        /// the end is the end, and state and events survive their journey through JSON.
         #[test]
         fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..18, 0..60)) {
             let all = events();

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 
-/// At most `limit` characters of `bytes`, with terminal escapes, control and text-direction characters taken out.
+/// At most `limit` characters of `bytes`, with terminal escapes, control and text-direction
+/// characters taken out.
 ///
 /// Tabs and line ends become spaces; what is not UTF-8 becomes U+FFFD.
 pub fn clean(bytes: &[u8], limit: usize) -> String {
@@ -157,7 +158,8 @@ fn is_unsafe(c: char) -> bool {
     direction || (c.is_control() && !matches!(c, '\t' | '\n' | '\r'))
 }
 
-/// Skips what follows an ESC: a control sequence to its final byte, an operating-system command to its terminator, else one character.
+/// Skips what follows an ESC: a control sequence to its final byte, an operating-system command to
+/// its terminator, else one character.
 fn skip_escape(chars: &mut std::str::Chars<'_>) {
     match chars.next() {
         Some('[') => {

@@ -65,7 +65,8 @@ impl std::iter::Sum for Usd {
 
 impl fmt::Display for Usd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Small bills are the common case on the local broker: two digits would print them all as nothing.
+        // Small bills are the common case on the local broker: two digits would print them all as
+        // nothing.
         let digits = if self.0 != 0 && self.0.abs() < 10_000 { 6 } else { 2 };
         write!(f, "${:.digits$}", self.dollars())
     }

@@ -30,7 +30,8 @@ struct Cloud {
 
 impl Drop for Cloud {
     fn drop(&mut self) {
-        // Tests run within a runtime, which cannot be entered again: another thread, another runtime.
+        // Tests run within a runtime, which cannot be entered again: another thread, another
+        // runtime.
         let broker = self.broker.clone();
         let ended = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -228,7 +229,8 @@ async fn terminate_ends_processes_of_other_sessions_and_stopped_ones() {
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
     let mut pids = shed_marks(&there).await;
-    // In a session of its own: a group that loses its parent while a member is stopped gets a SIGHUP.
+    // In a session of its own: a group that loses its parent while a member is stopped gets a
+    // SIGHUP.
     let script = "
         setsid sleep 305 </dev/null >/dev/null 2>&1 & P=$!
         until [ \"$(cut -d' ' -f6 /proc/$P/stat)\" = $P ]; do :; done
@@ -369,7 +371,8 @@ async fn instance_survives_its_creator() {
         let output = Command::new("ps").args(["-o", &format!("{name}="), "-p", &pid.to_string()]).output().unwrap();
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     };
-    // A session of its own, without a terminal: neither a hang-up nor a Ctrl-C of its creator's reaches it.
+    // A session of its own, without a terminal: neither a hang-up nor a Ctrl-C of its creator's
+    // reaches it.
     assert_eq!((field("sess"), field("pgid")), (pid.to_string(), pid.to_string()));
     assert_eq!(field("tty"), "?");
     // Another controller finds and ends it.
@@ -418,7 +421,8 @@ async fn interrupted_create_is_listed_and_can_be_terminated() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let folder = cloud.folder(&instance);
-    // As a controller leaves it that is killed between the intent and the process: no process, nothing it would write.
+    // As a controller leaves it that is killed between the intent and the process: no process,
+    // nothing it would write.
     kill(instance_pid(&cloud, &instance), "-KILL");
     for name in ["ready.json", "log"] {
         fs::remove_file(folder.join(name)).unwrap();

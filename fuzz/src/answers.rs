@@ -12,8 +12,8 @@ use outliers::cloud::http::{Answer, Call, HttpTransport, NoAnswer};
 pub struct Answers(Arc<Mutex<VecDeque<Vec<u8>>>>);
 
 impl Answers {
-    /// Says `script` from now on, whatever was left: answers that each begin with a line `=== <status> <Retry-After>`, of which
-    /// the last part may be missing, and hold a body.
+    /// Says `script` from now on, whatever was left: answers that each begin with a line `===
+    /// <status> <Retry-After>`, of which the last part may be missing, and hold a body.
     pub fn say(&self, script: &[u8]) {
         let mut answers: VecDeque<Vec<u8>> = VecDeque::new();
         for line in script.split_inclusive(|b| *b == b'\n') {

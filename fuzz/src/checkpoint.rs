@@ -15,7 +15,8 @@ use crate::assert_harmless;
 /// Tensors of which a list is made here; the largest published checkpoints have a hundred thousand.
 const MOST_TENSORS: usize = 1 << 17;
 
-/// A safetensors file: if its header is taken, the tensors tile the file, and nothing after the header was needed to know it.
+/// A safetensors file: if its header is taken, the tensors tile the file, and nothing after the
+/// header was needed to know it.
 pub fn header(file: &[u8]) {
     let len = file.len() as u64;
     let Some(header) = good(Header::parse(file, len)) else { return };

@@ -46,7 +46,8 @@ impl Cloud {
         Self { runtime, broker, answers, offer }
     }
 
-    /// Asks everything that can be asked, each question answered by `script` (see [`Answers::say`]) from its beginning.
+    /// Asks everything that can be asked, each question answered by `script` (see
+    /// [`Answers::say`]) from its beginning.
     pub fn hear(&self, script: &[u8]) {
         let id = InstanceId("17".to_owned());
         self.runtime.block_on(async {

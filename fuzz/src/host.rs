@@ -20,8 +20,9 @@ const NEXT: &[u8] = b"===\n";
 /// The only run on it.
 const RUN: &str = "r1";
 
-/// Asks a host everything that can be asked, each question answered by `script` from its beginning: what a command prints or a
-/// file holds, with lines `===` between. An answer with `!` before it failed; to one with `-` there is no file.
+/// Asks a host everything that can be asked, each question answered by `script` from its
+/// beginning: what a command prints or a file holds, with lines `===` between. An answer with `!`
+/// before it failed; to one with `-` there is no file.
 pub fn hear(script: &[u8]) {
     let answered = || RemoteHost::new(Arc::new(Scripted::new(script)), "host");
     crate::run(async {
@@ -49,7 +50,8 @@ pub fn hear(script: &[u8]) {
     });
 }
 
-/// Follows a run whose progress file and log are `text`, in one piece and in several: what is told is the same.
+/// Follows a run whose progress file and log are `text`, in one piece and in several: what is told
+/// is the same.
 pub fn follow(text: &[u8]) {
     let whole = crate::run(followed(text, text.len()));
     let pieces = crate::run(followed(text, text.len() / 8 + 1));

@@ -15,8 +15,9 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 const INIT: u8 = 1;
 const VERSION: u8 = 2;
 
-/// Reads a file from the server: `script` is where to begin (8 bytes), how much to take (2 bytes), and answers, each with its
-/// length (2 bytes) before it: the packet's type and what follows the request's number. All little-endian.
+/// Reads a file from the server: `script` is where to begin (8 bytes), how much to take (2 bytes),
+/// and answers, each with its length (2 bytes) before it: the packet's type and what follows the
+/// request's number. All little-endian.
 pub fn read(script: &[u8]) {
     let Some((offset, rest)) = script.split_first_chunk::<8>() else { return };
     let Some((limit, answers)) = rest.split_first_chunk::<2>() else { return };

@@ -1,4 +1,5 @@
-//! The worker without some features, beside Hugging Face transformers without them (`tests/ablation.py` made the numbers).
+//! The worker without some features, beside Hugging Face transformers without them
+//! (`tests/ablation.py` made the numbers).
 
 use std::path::Path;
 

@@ -1,5 +1,5 @@
-//! The same model described in other words, as other programs save it: what transformers takes for the same is computed the same, to the
-//! activations recorded from it.
+//! The same model described in other words, as other programs save it: what transformers takes for
+//! the same is computed the same, to the activations recorded from it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,8 @@ use serde_json::{Value, json};
 
 use crate::worker::{copy, edit_config, failure, read, run_like};
 
-/// Runs an altered fixture, compares with what was recorded of the original, and tells what is noted of the checkpoint.
+/// Runs an altered fixture, compares with what was recorded of the original, and tells what is
+/// noted of the checkpoint.
 fn assert_same(name: &str, alter: impl Fn(&Path)) -> Metadata {
     let model = copy(name);
     alter(model.path());
@@ -49,7 +50,8 @@ fn edit_tensors(model: &Path, edit: impl Fn(Tensors) -> Tensors) {
 
 #[test]
 fn absent_config_keys_get_the_defaults_of_their_class() {
-    // The last number: how many of them have a default of their own, and are not derived from others.
+    // The last number: how many of them have a default of their own, and are not derived from
+    // others.
     for (fixture, keys, defaults) in [
         ("mixtral", &["rope_theta"][..], 1),
         ("gpt-oss-mxfp4", &["rope_theta", "attention_bias", "swiglu_limit", "layer_types"], 3),

@@ -109,7 +109,8 @@ impl Place {
         usual.into_iter().chain(rest).map(str::to_owned).collect()
     }
 
-    /// Two A100s of which the first cannot be had, then the same results as anywhere, and nothing left.
+    /// Two A100s of which the first cannot be had, then the same results as anywhere, and nothing
+    /// left.
     fn full_run(&self, cloud: &FakeCloud) {
         {
             let mut world = cloud.world();
@@ -206,7 +207,8 @@ fn deploy_to_prime_completes() {
     deploys_to(Prime);
 }
 
-/// Lambda gives an address and nothing else: user and port are what its images have, unless the settings say otherwise.
+/// Lambda gives an address and nothing else: user and port are what its images have, unless the
+/// settings say otherwise.
 #[test]
 fn deploy_to_lambda_completes() {
     let Some(server) = Sshd::start().unwrap() else { return };
@@ -220,7 +222,8 @@ fn deploy_to_lambda_completes() {
     place.full_run(&cloud);
 }
 
-/// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that allows one session.
+/// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that allows one
+/// session.
 #[test]
 fn deploy_works_with_an_ssh_banner_and_one_session() {
     let cloud = FakeCloud::start(RunPod::default());
@@ -265,7 +268,8 @@ fn unsupported_gpus_are_not_rented() {
     assert_eq!(cloud.world().count(Op::Create), 0);
 }
 
-/// Of an offer that is dearer than the one that was shown, as much time is rented as what was agreed pays for.
+/// Of an offer that is dearer than the one that was shown, as much time is rented as what was
+/// agreed pays for.
 #[test]
 fn amount_paid_is_at_most_the_amount_shown() {
     let cloud = FakeCloud::start(Vast);
@@ -444,7 +448,8 @@ fn doctor_reports_each_problem() {
     assert!(said.code == Some(1) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
 }
 
-/// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and the program stays small.
+/// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and
+/// the program stays small.
 #[test]
 fn large_account_is_listed_whole_and_only_our_stray_is_ours() {
     let cloud = FakeCloud::start(RunPod::default());

@@ -1,4 +1,5 @@
-//! Text from a dataset on the hub: the same windows as from files, by a few ranges, whatever happens to them.
+//! Text from a dataset on the hub: the same windows as from files, by a few ranges, whatever
+//! happens to them.
 
 use std::fs;
 use std::io::Write;

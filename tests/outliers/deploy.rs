@@ -202,7 +202,8 @@ fn attach_resumes_a_killed_controllers_run_and_its_log() {
     assert!(nothing.code == Some(2) && nothing.stderr.contains("no run was left behind"), "{nothing:?}");
 }
 
-/// Ends processes of the only instance with no time to say anything; all of them, or those of the worker.
+/// Ends processes of the only instance with no time to say anything; all of them, or those of the
+/// worker.
 fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
     let id = context.bill().running[0].id.0.clone();
     let marked = format!("OUTLIERS_LOCAL_INSTANCE={id}");

@@ -1,4 +1,5 @@
-//! Endings depend on nothing but the id and a key: whatever else is damaged, gone or odd, no instance is left because of it.
+//! Endings depend on nothing but the id and a key: whatever else is damaged, gone or odd, no
+//! instance is left because of it.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -95,7 +96,8 @@ fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
     Said::from(command.output().unwrap())
 }
 
-/// A cloud with one instance of `owner`'s whose time is up, one that has time left, and one of somebody else's.
+/// A cloud with one instance of `owner`'s whose time is up, one that has time left, and one of
+/// somebody else's.
 fn planted(owner: &str) -> (FakeCloud, [String; 3]) {
     let cloud = FakeCloud::start(Lambda);
     let now = cloud.world().now;
@@ -301,7 +303,8 @@ fn unresponsive_hub_is_named_while_waiting() {
 #[test]
 fn reap_dry_run_shows_exactly_what_reap_ends() {
     let context = TestContext::new();
-    // A tag of this ledger's with a run that is over, and one with a run that it does not know, overdue both.
+    // A tag of this ledger's with a run that is over, and one with a run that it does not know,
+    // overdue both.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (cloud, _) = planted("nobody");
     let over = run(&context, &["deploy", "-y", "--json"], job("qwen3")).ok();
@@ -340,7 +343,8 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     context.assert_nothing_left();
 }
 
-/// Where no run is open a bad key and a cloud that is not there are what they are, and no instance that may be left.
+/// Where no run is open a bad key and a cloud that is not there are what they are, and no instance
+/// that may be left.
 #[test]
 fn unreachable_cloud_exits_5_when_no_run_is_open() {
     let (cloud, _) = planted("nobody");

@@ -148,7 +148,8 @@ fn metadata_is_fetched_without_weights() {
     }
 }
 
-/// A repository as OPT's larger ones: pickled shards, an older tokenizer, copies for other programs.
+/// A repository as OPT's larger ones: pickled shards, an older tokenizer, copies for other
+/// programs.
 fn pickled() -> Setup {
     let setup = Setup::new();
     let repo = setup.repo();
@@ -173,7 +174,8 @@ fn pickled() -> Setup {
     setup
 }
 
-/// The same archive with 3 MiB between its last record and its directory, as if it held that much more.
+/// The same archive with 3 MiB between its last record and its directory, as if it held that much
+/// more.
 fn stretched(mut archive: Vec<u8>) -> Vec<u8> {
     const GAP: usize = 3 << 20;
     let len = archive.len();

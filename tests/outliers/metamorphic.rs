@@ -95,7 +95,8 @@ const FFN_INPUTS: &[Role] = &[
     Role::ExpertGateUp,
 ];
 
-/// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the feature's values grow.
+/// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the
+/// feature's values grow.
 fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool, ffn_inputs: &[Role]) {
     match need.role {
         Role::MixerNorm | Role::FfnNorm if zero_centred => values[dim] = (values[dim] + 1.0) * FACTOR - 1.0,
@@ -112,7 +113,8 @@ fn planted_feature_changes_only_its_own_statistics() {
     for name in goldens() {
         let model = golden(&name).join("model");
         let spec = spec_of(&model);
-        // After a post-norm the residual stream itself carries the feature: there the function would change.
+        // After a post-norm the residual stream itself carries the feature: there the function
+        // would change.
         if spec.layers[0].order == NormOrder::After {
             continue;
         }

@@ -1,5 +1,5 @@
-//! Every published checkpoint of the surveys, planned from its configuration and the names, shapes and dtypes of its tensors
-//! (`tests/published`), over a source that has no bytes to give.
+//! Every published checkpoint of the surveys, planned from its configuration and the names, shapes
+//! and dtypes of its tensors (`tests/published`), over a source that has no bytes to give.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -195,7 +195,8 @@ impl Listed {
         layers.iter().map(named).flat_map(with_experts).map(|name| (name, self.clone())).collect()
     }
 
-    /// Why it is left unread. A head that is stored although it is tied is read all the same: nobody knows before that it is a copy.
+    /// Why it is left unread. A head that is stored although it is tied is read all the same:
+    /// nobody knows before that it is a copy.
     fn is_unread(&self) -> Option<&str> {
         self.ignore.as_deref().filter(|why| *why != "tied-duplicate")
     }
@@ -212,8 +213,8 @@ fn numbers(range: &str) -> std::ops::RangeInclusive<usize> {
     first.parse().unwrap()..=last.parse().unwrap()
 }
 
-/// Made-up weights have the names and shapes of the published ones, and as many bytes but for what is stored in another dtype here
-/// and there.
+/// Made-up weights have the names and shapes of the published ones, and as many bytes but for what
+/// is stored in another dtype here and there.
 #[test]
 fn synthetic_weights_have_the_shapes_of_the_published_checkpoint() {
     for model in Published::all() {
@@ -251,7 +252,8 @@ fn published_checkpoints_match_in_tensors_bytes_and_parameters() {
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
-/// Opens the checkpoint after `damage`, which must be refused in words that hold all of `named`; no weight byte is read for that.
+/// Opens the checkpoint after `damage`, which must be refused in words that hold all of `named`;
+/// no weight byte is read for that.
 #[track_caller]
 fn assert_refused(name: &str, damage: impl FnOnce(&mut Published), kind: FailureKind, named: &[&str]) {
     let mut model = Published::read(name);

@@ -1,4 +1,5 @@
-//! The same model in other files: every weight decoded, perhaps changed, and written as a plain number under its published name.
+//! The same model in other files: every weight decoded, perhaps changed, and written as a plain
+//! number under its published name.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -19,8 +20,8 @@ pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
 
 /// Writes the checkpoint `from` to the folder `to`: unquantised, each tensor `[out, in]` first
 /// shown to `edit` with its layer. Matrices that a pass may
-/// [keep](outliers_worker::checkpoint::StoredTensor::kept_as) in bf16 stay exact in it, so that they
-/// are multiplied in the same way; all else is f32.
+/// [keep](outliers_worker::checkpoint::StoredTensor::kept_as) in bf16 stay exact in it, so that
+/// they are multiplied in the same way; all else is f32.
 pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need, &mut [f32])) {
     let checkpoint = Checkpoint::open_folder(from).unwrap();
     let model = Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap();

@@ -274,8 +274,8 @@ async fn next_call_reconnects_after_a_lost_connection() {
     assert_eq!(lost.unwrap_err().kind, Kind::Reset);
     assert_eq!(ssh.exec("echo back", b"", LIMIT).await.unwrap().stdout, b"back\n");
     assert_eq!(ssh.read_from(file, 0, 100).await.unwrap().unwrap(), b"content");
-    // And while nothing was under way. On a busy machine the news of the end may come after the next call has begun: that one
-    // call then is the one that finds out.
+    // And while nothing was under way. On a busy machine the news of the end may come after the
+    // next call has begun: that one call then is the one that finds out.
     server.kill_sessions().unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     let read = match ssh.read_from(file, 0, 100).await {

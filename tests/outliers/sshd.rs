@@ -1,4 +1,5 @@
-//! The same deploy against a real OpenSSH server, as an instance of a small cloud of this test's own.
+//! The same deploy against a real OpenSSH server, as an instance of a small cloud of this test's
+//! own.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};

@@ -1,4 +1,5 @@
-//! Weights straight from the hub: the same bytes, each fetched once, none on disk, and every fault of the way survived or named.
+//! Weights straight from the hub: the same bytes, each fetched once, none on disk, and every fault
+//! of the way survived or named.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,4 +1,5 @@
-//! `outliers survey` on the embedded broker: one tiny checkpoint per family of the nine-model survey, real processes, real deaths.
+//! `outliers survey` on the embedded broker: one tiny checkpoint per family of the nine-model
+//! survey, real processes, real deaths.
 
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -94,8 +95,9 @@ fn read_page(context: &TestContext) {
     }
 }
 
-/// Kills the controller at a moment when instances are running: it is halted first, so that the moment stays. All of them are up: one that
-/// was not even started would be billed, and then another.
+/// Kills the controller at a moment when instances are running: it is halted first, so that the
+/// moment stays. All of them are up: one that was not even started would be billed, and then
+/// another.
 fn kill_in_the_midst(context: &TestContext, controller: &mut Child) {
     context.wait_for("the survey to be in its midst", || {
         signal(controller, "STOP");
@@ -189,7 +191,8 @@ fn survey_with_a_broken_model_survives_controller_death() {
     assert!(status.contains("nothing is under way") && status.contains("nine"), "{status}");
 }
 
-/// As a controller leaves it that dies between noting an instance and starting it. There is only this machine to rent.
+/// As a controller leaves it that dies between noting an instance and starting it. There is only
+/// this machine to rent.
 #[test]
 fn instance_that_never_starts_is_replaced() {
     let context = context(&NINE[..1]);

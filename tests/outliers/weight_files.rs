@@ -1,5 +1,5 @@
-//! Folders as people have them: several sets of weights, views in pickles, files that are not what they are called. What runs, runs as in
-//! transformers; the fixtures say what that is.
+//! Folders as people have them: several sets of weights, views in pickles, files that are not what
+//! they are called. What runs, runs as in transformers; the fixtures say what that is.
 
 use std::fs;
 use std::path::Path;
@@ -89,7 +89,8 @@ fn ordinary_checkpoint_has_no_notes() {
     assert_eq!(inspect(&golden(FIXTURE).join("model")).checkpoint_notes, Vec::<String>::new());
 }
 
-/// The same weights as pickled views: matrices by column, vectors as every other value, and a buffer of complex numbers.
+/// The same weights as pickled views: matrices by column, vectors as every other value, and a
+/// buffer of complex numbers.
 fn as_views(model: &Path) {
     let file = fs::read(model.join(SINGLE)).unwrap();
     let view = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {

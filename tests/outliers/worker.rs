@@ -1,4 +1,5 @@
-//! The worker alone: exact against the reference, however the work is cut, and plain about bad input.
+//! The worker alone: exact against the reference, however the work is cut, and plain about bad
+//! input.
 
 use std::path::Path;
 
@@ -35,7 +36,8 @@ pub(crate) fn run_like(name: &str, model: &Path, more: &[&str]) -> tempfile::Tem
 fn fixtures_equal_the_reference() {
     let names = goldens();
     assert!(names.len() >= 47, "{names:?}");
-    // With our own loops, and with the tensor library's operations where GPUs have no kernel of ours.
+    // With our own loops, and with the tensor library's operations where GPUs have no kernel of
+    // ours.
     for (name, how) in names.iter().flat_map(|name| [(name, None), (name, Some("--composed"))]) {
         let options = ["--save-activations", "activations.safetensors"].into_iter().chain(how);
         let output = run_fixture(name, &options.collect::<Vec<_>>());
@@ -44,7 +46,8 @@ fn fixtures_equal_the_reference() {
             &fixture.join("golden.safetensors"),
             &output.path().join("activations.safetensors"),
         );
-        // Every studied site, token ids, logits and likelihoods; router choices and the last norm where there are any.
+        // Every studied site, token ids, logits and likelihoods; router choices and the last norm
+        // where there are any.
         let least = spec_of(&fixture.join("model")).sites().len() + 3;
         assert!(compared >= least, "{name}: only {compared} of {least} tensors compared");
         assert_statistics_equal(&fixture.join("outliers.json"), &read(output.path(), files::RESULTS));
@@ -54,7 +57,8 @@ fn fixtures_equal_the_reference() {
 #[test]
 fn micro_batch_size_changes_no_count() {
     for name in goldens() {
-        // A matrix product of other dimensions is summed in another order: counts are exact, values to rounding.
+        // A matrix product of other dimensions is summed in another order: counts are exact,
+        // values to rounding.
         let one_by_one = run_fixture(&name, &["--micro-batch-tokens", "1", "--save-activations", "a.safetensors"]);
         let fixture = golden(&name);
         assert_activations_equal(&fixture.join("golden.safetensors"), &one_by_one.path().join("a.safetensors"));
@@ -149,7 +153,8 @@ pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     folder
 }
 
-/// Runs a job that must fail: the manifest, the exit code and the words on standard error say the same.
+/// Runs a job that must fail: the manifest, the exit code and the words on standard error say the
+/// same.
 pub(crate) fn failure(model: &Path, more: &[&str]) -> (FailureKind, String) {
     let output = tempfile::tempdir().unwrap();
     let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--output", output.path().to_str().unwrap()];

@@ -170,7 +170,8 @@ impl Cluster {
         Ok(fs::write(self.folder.path().join("known_hosts"), "")?)
     }
 
-    /// From now on the stand-in's nodes reach nothing outside, but for those of the partition `net`.
+    /// From now on the stand-in's nodes reach nothing outside, but for those of the partition
+    /// `net`.
     ///
     /// # Errors
     /// A file cannot be written.

@@ -1,4 +1,5 @@
-//! A line between a client and a server on this machine: long, narrow or about to break, as asked for.
+//! A line between a client and a server on this machine: long, narrow or about to break, as asked
+//! for.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -17,7 +18,8 @@ const WIDE: usize = 4096;
 /// On a narrow one: the queue of a common router.
 const NARROW: usize = 32;
 
-/// A TCP relay on a loopback port. It has neither slow start nor losses. Ends, with its connections, when dropped.
+/// A TCP relay on a loopback port. It has neither slow start nor losses. Ends, with its
+/// connections, when dropped.
 pub struct FlakyLink {
     endpoint: SshEndpoint,
     shared: Arc<Shared>,

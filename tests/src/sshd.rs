@@ -1,4 +1,5 @@
-//! A real OpenSSH server on a loopback port, with a configuration, keys and a home folder of its own.
+//! A real OpenSSH server on a loopback port, with a configuration, keys and a home folder of its
+//! own.
 
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
@@ -30,12 +31,14 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Starts a server that lets [`Sshd::key`] in. `None`, after saying so, on a machine without OpenSSH's server.
+    /// Starts a server that lets [`Sshd::key`] in. `None`, after saying so, on a machine without
+    /// OpenSSH's server.
     pub fn start() -> Result<Option<Self>> {
         Self::start_with("")
     }
 
-    /// The same with more lines of `sshd_config`, which win over ours. `{folder}` in them is the server's own folder.
+    /// The same with more lines of `sshd_config`, which win over ours. `{folder}` in them is the
+    /// server's own folder.
     pub fn start_with(config: &str) -> Result<Option<Self>> {
         let Some(program) = find("sshd", &["/usr/sbin", "/usr/local/sbin", "/usr/bin", "/sbin"]) else {
             crate::not_checked("no sshd is installed");
@@ -112,8 +115,8 @@ impl Sshd {
         self.folder.path().join("home")
     }
 
-    /// Gives the home folder a disk of its own of so many MiB; false, after saying so, where nothing can be mounted. It goes with
-    /// the server.
+    /// Gives the home folder a disk of its own of so many MiB; false, after saying so, where
+    /// nothing can be mounted. It goes with the server.
     pub fn shrink_home(&mut self, mib: u32) -> bool {
         self.mount_home(&format!("size={mib}m"))
     }
@@ -162,7 +165,8 @@ impl Sshd {
         }
     }
 
-    /// Kills the processes that serve connections, as a broken line would; the server itself goes on. Returns how many.
+    /// Kills the processes that serve connections, as a broken line would; the server itself goes
+    /// on. Returns how many.
     pub fn kill_sessions(&self) -> Result<usize> {
         self.signal_sessions("-KILL")
     }

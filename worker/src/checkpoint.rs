@@ -1,4 +1,5 @@
-//! A checkpoint that has been compared, tensor by tensor, with what its architecture expects. No weight byte is read for that.
+//! A checkpoint that has been compared, tensor by tensor, with what its architecture expects. No
+//! weight byte is read for that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -101,8 +102,9 @@ pub enum Format {
 }
 
 impl<'a> StoredTensor<'a> {
-    /// The dtype in which a pass in `compute` has a matrix of these values: of [bf16](crate::kernels::product::takes_bf16) where products take that and
-    /// nothing is lost by it.
+    /// The dtype in which a pass in `compute` has a matrix of these values: of
+    /// [bf16](crate::kernels::product::takes_bf16) where products take that and nothing is lost by
+    /// it.
     pub fn kept_as(&self, compute: DType, takes_bf16: bool) -> DType {
         let is_bf16 = self.format == Format::Mxfp4 || self.values.entry.dtype == StoredDtype::BF16;
         if takes_bf16 && is_bf16 { DType::BF16 } else { compute }
@@ -249,7 +251,8 @@ impl<'a> Model<'a> {
         self.names.of(self.base, layer, role, None)
     }
 
-    /// The published name of a needed tensor, without what quantisation appends. Stacked experts share one.
+    /// The published name of a needed tensor, without what quantisation appends. Stacked experts
+    /// share one.
     pub fn name_of(&self, layer: usize, need: &Need) -> String {
         self.names.of(self.base, layer, need.role, need.expert)
     }
@@ -388,7 +391,8 @@ impl<'a> Model<'a> {
         if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(TensorProblem::dtype(piece.entry)) }
     }
 
-    /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that shape.
+    /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that
+    /// shape.
     fn piece(
         &self,
         name: &str,
@@ -406,7 +410,8 @@ impl<'a> Model<'a> {
         Ok(TensorRange { entry, range: index * part..(index + 1) * part })
     }
 
-    /// Bytes of some tensors of a layer as a pass in `compute` has them, where products take bf16 or not.
+    /// Bytes of some tensors of a layer as a pass in `compute` has them, where products take bf16
+    /// or not.
     pub fn kept_bytes(&self, layer: usize, needs: &[Need], compute: DType, takes_bf16: bool) -> u64 {
         let bytes = |need: &Need| {
             let dtype = self.stored(layer, need).kept_as(compute, takes_bf16 && need.is_matrix());

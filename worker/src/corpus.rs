@@ -1,8 +1,9 @@
 //! Text to token ids: what the model is fed, exactly, and where it came from.
 //!
-//! A text is tokenised once, as a whole, and cut into windows; nothing is decoded and encoded again,
-//! so the ids that are hashed are the ids that are run. Cutting a text before tokenising it would be faster for huge
-//! files, but no cut is safe for every tokenizer (some merge across spaces), so there is a limit on size instead.
+//! A text is tokenised once, as a whole, and cut into windows; nothing is decoded and encoded
+//! again, so the ids that are hashed are the ids that are run. Cutting a text before tokenising it
+//! would be faster for huge files, but no cut is safe for every tokenizer (some merge across
+//! spaces), so there is a limit on size instead.
 
 mod array;
 mod cutter;
@@ -130,7 +131,8 @@ fn hub_text(spec: &CorpusSpec, dataset: &Dataset, hub: &Hub) -> Result<Text> {
         let message = format!("dataset {dataset} has no .parquet, .jsonl, .ndjson, .json, .csv or .tsv files there");
         return Err(WorkerError::corpus(message).hint("name a folder of it, as in owner/name@main:folder"));
     }
-    // Beside files that are read by ranges, others are the same packed, or say something about them.
+    // Beside files that are read by ranges, others are the same packed, or say something about
+    // them.
     if found.files.iter().any(|file| by_ranges(file.name())) {
         found.files.retain(|file| by_ranges(file.name()));
     }

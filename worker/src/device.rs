@@ -11,16 +11,19 @@ use crate::error::{Result, WorkerError};
 
 pub mod gpu;
 
-/// One device that layers are dealt to. Two placements on the CPU are two logical devices over the same memory.
+/// One device that layers are dealt to. Two placements on the CPU are two logical devices over the
+/// same memory.
 #[derive(Clone, Debug)]
 pub struct Placement {
     /// As in `--devices`.
     pub name: String,
-    /// Candle's handle; made once, cloned everywhere (two handles of one GPU count as different devices).
+    /// Candle's handle; made once, cloned everywhere (two handles of one GPU count as different
+    /// devices).
     pub device: Device,
 }
 
-/// Opens the devices typed: `cpu`, `cpu:N` (N logical devices), `cuda:I`. None typed: all GPUs, or the CPU.
+/// Opens the devices typed: `cpu`, `cpu:N` (N logical devices), `cuda:I`. None typed: all GPUs, or
+/// the CPU.
 ///
 /// # Errors
 /// Job: not a device's name. Device: a GPU that is not there or cannot be used; none typed: that GPUs are there, and none can be used.
@@ -62,7 +65,8 @@ fn cuda(index: usize, device: Device) -> Placement {
     Placement { name: format!("cuda:{index}"), device }
 }
 
-/// How many devices hold their weights and work in the same memory: all on the CPU do, every GPU has its own.
+/// How many devices hold their weights and work in the same memory: all on the CPU do, every GPU
+/// has its own.
 pub fn sharing_memory(devices: &[Placement]) -> usize {
     devices.iter().filter(|placement| placement.device.is_cpu()).count().max(1)
 }

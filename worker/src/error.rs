@@ -98,8 +98,9 @@ impl WorkerError {
     }
 }
 
-/// What a stranger wrote (a server, a configuration), fit for a sentence: at most `limit` characters, none that steers a terminal or
-/// turns the direction of the text; white space is a space.
+/// What a stranger wrote (a server, a configuration), fit for a sentence: at most `limit`
+/// characters, none that steers a terminal or turns the direction of the text; white space is a
+/// space.
 pub fn printable(text: &str, limit: usize) -> String {
     let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let plain = text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|&c| !c.is_control() && !turns(c));
@@ -129,14 +130,16 @@ impl From<WorkerError> for Failure {
     }
 }
 
-/// For input and output without a path of its own (pipes, standard output); else [`WorkerError::io`] names the file.
+/// For input and output without a path of its own (pipes, standard output); else
+/// [`WorkerError::io`] names the file.
 impl From<io::Error> for WorkerError {
     fn from(error: io::Error) -> Self {
         Self::storage(error.to_string())
     }
 }
 
-/// Candle fails where an allocation, a kernel or a shape fails: the first two are the device's, the last is ours.
+/// Candle fails where an allocation, a kernel or a shape fails: the first two are the device's,
+/// the last is ours.
 impl From<candle_core::Error> for WorkerError {
     fn from(error: candle_core::Error) -> Self {
         use candle_core::Error as E;

@@ -39,10 +39,12 @@ pub mod inspect;
 pub mod output;
 pub mod watch;
 
-/// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so, unless the disk refuses it.
+/// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so,
+/// unless the disk refuses it.
 ///
-/// Every `save_every`, at the end of a layer, the pass is saved in the folder; the same job into the same folder goes on from there
-/// if an earlier one did not end. With `save_activations` nothing is saved: that file could not be completed.
+/// Every `save_every`, at the end of a layer, the pass is saved in the folder; the same job into
+/// the same folder goes on from there if an earlier one did not end. With `save_activations`
+/// nothing is saved: that file could not be completed.
 ///
 /// # Errors
 /// Anything in [`outliers_protocol::FailureKind`]; the same error is in the manifest.
@@ -89,7 +91,8 @@ pub fn checkpoint(job: &JobSpec, budget: StreamBudget, hub: &Hub, progress: &Pro
     }
 }
 
-/// Bytes of weights that a run of this job writes to the disk of its machine, or finds there where the model is a folder.
+/// Bytes of weights that a run of this job writes to the disk of its machine, or finds there where
+/// the model is a folder.
 pub fn disk_bytes(job: &JobSpec, files: &[FileBytes]) -> u64 {
     let streams = |file: &FileBytes| Container::of(&file.name) == Some(Container::Safetensors);
     match (&job.model, &job.weights) {
@@ -283,7 +286,8 @@ impl Run<'_> {
 
 /// A name for everything that a pass's numbers depend on.
 fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DType) -> String {
-    // Where it runs does not matter, nor what reports call the model, nor by which way weights come, unless they are made up.
+    // Where it runs does not matter, nor what reports call the model, nor by which way weights
+    // come, unless they are made up.
     let weights = job.weights.clone().filter(|weights| matches!(weights, Weights::Synthetic { .. }));
     let unnamed = JobSpec { devices: Vec::new(), label: None, trace: None, ..job.clone() };
     let job = JobSpec { weights, stream_budget_bytes: None, ..unnamed };
@@ -333,7 +337,8 @@ fn check(job: &JobSpec) -> Result<()> {
     Ok(())
 }
 
-/// Files of the output folder that are there only if a job names them: by which option, and how they are called.
+/// Files of the output folder that are there only if a job names them: by which option, and how
+/// they are called.
 fn asked_for(job: &JobSpec) -> impl Iterator<Item = (&'static str, &str)> {
     let named = [("save_activations", &job.save_activations), ("trace", &job.trace)];
     named.into_iter().filter_map(|(option, name)| Some((option, name.as_deref()?)))

@@ -1,7 +1,8 @@
 //! Counting outlier features while activations pass by, and judging them afterwards.
 //!
-//! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as [`outliers_protocol::Results`] says. Counting needs
-//! only the magnitude threshold; the shares of layers and positions are applied last, to the stored counts.
+//! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as
+//! [`outliers_protocol::Results`] says. Counting needs only the magnitude threshold; the shares of
+//! layers and positions are applied last, to the stored counts.
 //!
 //! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the
 //! largest values ([`top`]), massive activations ([`massive`]), routers and experts ([`mixture`]);
@@ -45,12 +46,14 @@ pub use study::{Report, Scope, Study};
 pub use summary::Summary;
 pub use values::Values;
 
-/// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a device for nobody.
+/// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a
+/// device for nobody.
 pub trait LayerObserver: Send {
     /// Whether this site is of interest.
     fn wants(&self, site: Site) -> bool;
 
-    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r` (sequence-major); whole sequences, in their order.
+    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r`
+    /// (sequence-major); whole sequences, in their order.
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()>;
 
     /// The gain of the norm whose output is `site`, `[hidden]`.
@@ -65,7 +68,8 @@ pub trait LayerObserver: Send {
         Ok(())
     }
 
-    /// How sharp a layer's softmax is in each arm of an ablation, over some of the tokens; only with one.
+    /// How sharp a layer's softmax is in each arm of an ablation, over some of the tokens; only
+    /// with one.
     fn attention(&mut self, _layer: usize, _arms: &[TopShares]) -> Result<()> {
         Ok(())
     }
@@ -98,8 +102,9 @@ pub trait LayerObserver: Send {
     }
 }
 
-/// Something that wants to see a pass. Several layers are computed at the same time, each seen by an observer of its own; what they saw
-/// is joined in the order of the layers, so that no number depends on which thread was first.
+/// Something that wants to see a pass. Several layers are computed at the same time, each seen by
+/// an observer of its own; what they saw is joined in the order of the layers, so that no number
+/// depends on which thread was first.
 pub trait Observer: Send {
     /// What sees a single layer.
     type Layer: LayerObserver;
@@ -110,7 +115,8 @@ pub trait Observer: Send {
     /// Takes what was seen of a layer, once all tokens have passed it. Layers come in their order.
     fn join(&mut self, seen: Self::Layer);
 
-    /// What has been joined so far, for [`Self::restore`]. Nothing, for an observer that keeps nothing.
+    /// What has been joined so far, for [`Self::restore`]. Nothing, for an observer that keeps
+    /// nothing.
     fn state(&self) -> Result<Vec<u8>> {
         Ok(Vec::new())
     }
@@ -125,7 +131,8 @@ pub trait Observer: Send {
         Ok(())
     }
 
-    /// Logits of a block of the vocabulary, `[rows, block]`, the first of which is token id `first_id`.
+    /// Logits of a block of the vocabulary, `[rows, block]`, the first of which is token id
+    /// `first_id`.
     fn logits(&mut self, _first_token: usize, _first_id: usize, _x: &Tensor) -> Result<()> {
         Ok(())
     }
@@ -163,7 +170,8 @@ mod array {
     }
 }
 
-/// Positions of sixty-four features, all sites together: per feature one bit per (sequence, position), allocated at the first occurrence.
+/// Positions of sixty-four features, all sites together: per feature one bit per (sequence,
+/// position), allocated at the first occurrence.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Positions {
     bits: Vec<Option<Box<[u64]>>>,
@@ -171,7 +179,8 @@ struct Positions {
 
 /// Counts of a run over a fixed set of sites and sequences.
 ///
-/// Size: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus tokens bits per feature that ever exceeds.
+/// Size: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus tokens bits per
+/// feature that ever exceeds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OutlierStats {
     threshold: f32,
@@ -291,8 +300,8 @@ impl OutlierStats {
         }
     }
 
-    /// Adds another run over the same sequences and the same sites or some of them: counts of disjoint parts of the corpus, in any order
-    /// and grouping.
+    /// Adds another run over the same sequences and the same sites or some of them: counts of
+    /// disjoint parts of the corpus, in any order and grouping.
     pub fn merge(&mut self, other: &Self) {
         debug_assert_eq!((self.hidden, self.sequences, self.tokens), (other.hidden, other.sequences, other.tokens));
         for (site, theirs) in other.sites.iter().zip(&other.stripes) {

@@ -1,4 +1,5 @@
-//! Layers dealt to several devices: no bit depends on how many there are, which thread is slow, or what is loaded ahead.
+//! Layers dealt to several devices: no bit depends on how many there are, which thread is slow, or
+//! what is loaded ahead.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::collections::BTreeMap;
@@ -49,7 +50,8 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
 }
 
-/// A checkpoint, and its reference's token ids five times over in other orders, so that there are more micro-batches than devices.
+/// A checkpoint, and its reference's token ids five times over in other orders, so that there are
+/// more micro-batches than devices.
 struct Fixture {
     job: JobSpec,
     checkpoint: Checkpoint,
@@ -158,7 +160,8 @@ impl How {
     }
 }
 
-/// A checkpoint's source that dawdles, each reading for another time, and fails on tensors of one name.
+/// A checkpoint's source that dawdles, each reading for another time, and fails on tensors of one
+/// name.
 struct Faulty<'a> {
     of: &'a dyn WeightSource,
     /// 0: none.
@@ -402,7 +405,8 @@ fn next_layer_starts_before_the_previous_one_finishes() {
         let last_token = last * fixture.tokens.tokens;
         let meter = Meter::with_spans();
         let next_began = Moment::default();
-        // The end of layer 0 on the last micro-batch waits for the beginning of layer 1 on the first: without a wavefront, for ever.
+        // The end of layer 0 on the last micro-batch waits for the beginning of layer 1 on the
+        // first: without a wavefront, for ever.
         fixture
             .meddled(How { group_elements: u64::MAX, ..How::on(2) }, &meter, |site, first_token| {
                 if site.layer == 1 && first_token == 0 {

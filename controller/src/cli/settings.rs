@@ -383,7 +383,8 @@ impl TryFrom<ByteSize> for SomeBytes {
 }
 
 impl Settings {
-    /// Resolves the settings. `config` is the file named on the command line, `here` the current folder.
+    /// Resolves the settings. `config` is the file named on the command line, `here` the current
+    /// folder.
     ///
     /// # Errors
     /// [`SettingsError`] when a file cannot be read or does not make sense, or there is no place for the state.
@@ -391,7 +392,8 @@ impl Settings {
         Self::of(user_file(config, environment)?, environment, here)
     }
 
-    /// The same of a file that makes no sense, of which nothing is taken but its clouds, where these do.
+    /// The same of a file that makes no sense, of which nothing is taken but its clouds, where
+    /// these do.
     ///
     /// # Errors
     /// [`SettingsError`] when there is no place for the state.
@@ -861,7 +863,8 @@ mod catalogue {
             assert_eq!(claims, model.source.is_some(), "{id}");
             let told = [&model.norms, &model.stored].map(Option::is_some);
             assert!(told[0] == told[1] && model.router.is_some() == (told[0] && moe), "{id}");
-            // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model itself.
+            // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model
+            // itself.
             let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
             assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
         }

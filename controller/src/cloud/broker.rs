@@ -1,7 +1,8 @@
-//! A broker is one cloud: it knows offers and instances, and nothing of runs, ledgers, hosts or other brokers.
+//! A broker is one cloud: it knows offers and instances, and nothing of runs, ledgers, hosts or
+//! other brokers.
 //!
-//! Implementations return values, not live objects. An error is never an empty list, and an outcome that is not known is
-//! [`BrokerErrorKind::Maybe`], never a guess.
+//! Implementations return values, not live objects. An error is never an empty list, and an
+//! outcome that is not known is [`BrokerErrorKind::Maybe`], never a guess.
 
 use std::fmt;
 use std::str::FromStr;
@@ -63,18 +64,18 @@ pub trait Broker: Send + Sync {
     /// One instance; `None` when the cloud says that there is none, which may be too early to know.
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError>;
 
-    /// Ends an instance and its billing, and takes back what its creation left in the account. One that is gone already is a
-    /// success.
+    /// Ends an instance and its billing, and takes back what its creation left in the account. One
+    /// that is gone already is a success.
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
 
-    /// Seconds by which the cloud's clock is ahead of this machine's, by its latest answer; `None`: it is the same clock, or no
-    /// answer told.
+    /// Seconds by which the cloud's clock is ahead of this machine's, by its latest answer;
+    /// `None`: it is the same clock, or no answer told.
     fn clock_skew(&self) -> Option<i64> {
         None
     }
 
-    /// The price that an instance's host wants from some time on, in words, where a cloud lets hosts ask and nobody has answered.
-    /// Nothing here ever says yes.
+    /// The price that an instance's host wants from some time on, in words, where a cloud lets
+    /// hosts ask and nobody has answered. Nothing here ever says yes.
     async fn price_rise(&self, _id: &InstanceId) -> Result<Option<String>, BrokerError> {
         Ok(None)
     }
@@ -100,8 +101,8 @@ pub trait Broker: Send + Sync {
         None
     }
 
-    /// A POSIX shell script with which an instance ends itself, billing included, by a credential that can do nothing else;
-    /// `None` where the cloud gives none.
+    /// A POSIX shell script with which an instance ends itself, billing included, by a credential
+    /// that can do nothing else; `None` where the cloud gives none.
     fn self_destruct(&self) -> Option<&'static str> {
         None
     }
@@ -247,9 +248,11 @@ impl Stage {
     }
 }
 
-/// The mark on every instance of ours: owner, run, nonce and deadline. A reaper can judge an instance by it alone.
+/// The mark on every instance of ours: owner, run, nonce and deadline. A reaper can judge an
+/// instance by it alone.
 ///
-/// Written `outliers-<owner>-<run>-<nonce>-<deadline as Unix seconds>`; the parts are lower-case letters and digits.
+/// Written `outliers-<owner>-<run>-<nonce>-<deadline as Unix seconds>`; the parts are lower-case
+/// letters and digits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseTag {
     /// Whose ledger rented it.
@@ -348,7 +351,7 @@ pub enum InstanceState {
     Terminating,
     /// A word of the cloud that we do not know.
     Unknown(String),
-    /// What the cloud shows of it cannot be read, for this reason. Its name is empty where that is why, and so is
-    /// its id: then it may be any instance.
+    /// What the cloud shows of it cannot be read, for this reason. Its name is empty where that is
+    /// why, and so is its id: then it may be any instance.
     Unreadable(String),
 }

@@ -12,7 +12,8 @@ use crate::units::Span;
 
 /// What stands between the names of several brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
-/// Seconds by which this machine's clock may differ from that of a cloud on which something is rented: instances end at times of day.
+/// Seconds by which this machine's clock may differ from that of a cloud on which something is
+/// rented: instances end at times of day.
 const MOST_SKEW: i64 = 5 * 60;
 
 /// A cloud and how it is dealt with.
@@ -56,8 +57,8 @@ impl Cloud {
 }
 
 impl Cloud {
-    /// The list, in which these instances surely are if they are there: an entry without a readable id may be any of
-    /// them, so that the cloud's word on each decides.
+    /// The list, in which these instances surely are if they are there: an entry without a
+    /// readable id may be any of them, so that the cloud's word on each decides.
     ///
     /// # Errors
     /// The list's, and that of a word that is missing: a list that cannot tell is none.
@@ -90,8 +91,8 @@ impl Cloud {
         }
     }
 
-    /// Those of these instances that are there: by the list, or, where there is none, by the cloud's word on
-    /// each.
+    /// Those of these instances that are there: by the list, or, where there is none, by the
+    /// cloud's word on each.
     ///
     /// # Errors
     /// The list's, where that word is missing too.
@@ -137,7 +138,8 @@ pub struct Timeouts {
 }
 
 impl Timeouts {
-    /// For clouds. An image of 10 GB takes its time to arrive; a new instance may show in the third listing only.
+    /// For clouds. An image of 10 GB takes its time to arrive; a new instance may show in the
+    /// third listing only.
     pub const CLOUD: Self = Self {
         call: Duration::from_secs(120),
         boot: Duration::from_secs(20 * 60),
@@ -245,7 +247,8 @@ impl Clouds {
     }
 }
 
-/// Machines that did not serve, by broker and the broker's name for the machine. Shared by all runs of a batch.
+/// Machines that did not serve, by broker and the broker's name for the machine. Shared by all
+/// runs of a batch.
 #[derive(Clone, Debug, Default)]
 pub struct BadHosts(Arc<Mutex<BTreeSet<(String, String)>>>);
 

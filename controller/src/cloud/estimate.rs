@@ -16,10 +16,11 @@ const START: Duration = Duration::from_secs(5 * 60);
 /// products alone, times the share of them that a run reaches). Lower here, since others have
 /// narrower vectors.
 const CORE: f64 = 60e9;
-/// Bytes per second between a host and a GPU, either way. Measured on an H200 with PCIe 5.0 x16 from
-/// pinned memory; a GPU with PCIe 4.0 reaches half of it.
+/// Bytes per second between a host and a GPU, either way. Measured on an H200 with PCIe 5.0 x16
+/// from pinned memory; a GPU with PCIe 4.0 reaches half of it.
 pub const CROSSING: f64 = 55.4e9;
-/// Bytes per second that a GPU reads of its own memory. Measured on an H200; smaller GPUs have less.
+/// Bytes per second that a GPU reads of its own memory. Measured on an H200; smaller GPUs have
+/// less.
 const OWN_MEMORY: f64 = 4.3e12;
 /// Seconds of a kernel's launch. Assumed: torch takes 12 x 10^-6 with its own work around it.
 const LAUNCH: f64 = 6e-6;
@@ -55,7 +56,8 @@ pub struct Estimate {
     pub read_seconds: f64,
     /// Seconds to compute.
     pub compute_seconds: Option<f64>,
-    /// Seconds in which bytes cross between the host and its GPUs, and between GPUs; `None`: no GPU.
+    /// Seconds in which bytes cross between the host and its GPUs, and between GPUs; `None`: no
+    /// GPU.
     pub crossing_seconds: Option<f64>,
     /// Seconds of statistics on GPUs.
     pub statistics_seconds: Option<f64>,

@@ -15,8 +15,8 @@ pub struct GpuModel {
     pub vram: Bytes,
 }
 
-/// Canonical name, memory in GiB, and the words that must all be in the raw name. The first that fits counts, so a longer
-/// description stands before a shorter one.
+/// Canonical name, memory in GiB, and the words that must all be in the raw name. The first that
+/// fits counts, so a longer description stands before a shorter one.
 const MODELS: &[(&str, u64, &[&str])] = &[
     ("GB300", 288, &["gb300"]),
     ("B300", 288, &["b300"]),
@@ -64,8 +64,9 @@ const MODELS: &[(&str, u64, &[&str])] = &[
     ("MI300X", 192, &["mi300x"]),
 ];
 
-/// Compute capability times ten, and the models that have it, each by the words that must all be in its name. The first that fits
-/// counts, so newer lines stand before older ones that share a number with them. From NVIDIA's table "CUDA GPUs".
+/// Compute capability times ten, and the models that have it, each by the words that must all be
+/// in its name. The first that fits counts, so newer lines stand before older ones that share a
+/// number with them. From NVIDIA's table "CUDA GPUs".
 const CAPABILITIES: &[(u32, &[&str])] = &[
     (121, &["gb10"]),
     (120, &["rtx pro", "5090", "5080", "5070", "5060", "5050"]),
@@ -96,8 +97,8 @@ pub const OLDEST_CUDA: CudaVersion = CudaVersion { major: 11, minor: 8 };
 /// Names of modules whose host has an ARM processor, or which have one themselves.
 const WITH_ARM: &[&str] = &["gh200", "gb200", "gb300", "gb10", "orin", "t4g"];
 
-/// Dense bf16 operations per second, in 10^12, by canonical name, from the makers' data sheets (fp16 where a GPU has no bf16). Where
-/// one name is sold in several forms, the slower.
+/// Dense bf16 operations per second, in 10^12, by canonical name, from the makers' data sheets
+/// (fp16 where a GPU has no bf16). Where one name is sold in several forms, the slower.
 const PEAKS: &[(&str, f64)] = &[
     ("GB300", 2500.0),
     ("B300", 2250.0),
@@ -152,13 +153,15 @@ pub fn slowest_peak() -> f64 {
     PEAKS.iter().map(|(_, tera)| tera * 1e12).fold(f64::INFINITY, f64::min)
 }
 
-/// Words that make a name another product: a laptop's chip has other memory than the card it is named after.
+/// Words that make a name another product: a laptop's chip has other memory than the card it is
+/// named after.
 const OTHERS: &[&str] = &["laptop", "mobile", "mig", "max"];
 
 /// NVIDIA's product lines, for models that are not in the table.
 const LINES: &[&str] = &["nvidia", "geforce", "rtx", "gtx", "tesla", "quadro", "titan", "a100", "v100", "p100", "k80"];
 
-/// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40 and of 80 GB).
+/// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40
+/// and of 80 GB).
 pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     let words = model_words(raw);
     let has = |word: &str| words.iter().any(|w| w == word);
@@ -213,8 +216,8 @@ pub fn form(raw: &str) -> Option<Form> {
     }
 }
 
-/// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A cloud's own word for the maker does not
-/// count.
+/// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A
+/// cloud's own word for the maker does not count.
 pub fn is_nvidia(raw: &str) -> bool {
     let is_other = identify(raw, None).is_some_and(|model| model.name.starts_with("MI"));
     !is_other && (capability(raw).is_some() || LINES.iter().any(|line| words(raw).iter().any(|word| word == line)))
@@ -247,8 +250,8 @@ pub fn canonical_name(raw: &str, vram: Option<Bytes>) -> String {
     raw.strip_prefix("NVIDIA ").or_else(|| raw.strip_prefix("AMD ")).unwrap_or(raw).to_owned()
 }
 
-/// Memory to compare with `--min-vram`: what the model is sold with if the driver's figure is that less the driver's share,
-/// else the driver's figure.
+/// Memory to compare with `--min-vram`: what the model is sold with if the driver's figure is that
+/// less the driver's share, else the driver's figure.
 pub fn nominal_vram(raw: &str, reported: Option<Bytes>) -> Option<Bytes> {
     let sold = identify(raw, reported).map(|model| model.vram);
     match (sold, reported) {
@@ -257,8 +260,8 @@ pub fn nominal_vram(raw: &str, reported: Option<Bytes>) -> Option<Bytes> {
     }
 }
 
-/// Whether `filter` is a part of a GPU's canonical or raw name. Case and separators do not matter, and a number is matched
-/// whole: `L4` is no part of `L40S`, nor `A10` of `A100`.
+/// Whether `filter` is a part of a GPU's canonical or raw name. Case and separators do not matter,
+/// and a number is matched whole: `L4` is no part of `L40S`, nor `A10` of `A100`.
 pub fn matches(filter: &str, name: &str) -> bool {
     let (filter, name) = (words(filter), words(name));
     filter.is_empty() || contains(&name.join(" "), &filter.join(" ")) || contains(&name.concat(), &filter.concat())

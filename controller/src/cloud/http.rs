@@ -1,8 +1,9 @@
 //! One HTTP client for all clouds.
 //!
-//! What may be sent again depends on what may have happened: a call that was certainly not taken is repeated, one that can be
-//! made twice without harm is repeated after any failure, and one that creates is never repeated unless the cloud said no.
-//! Keys are in no error, log or explanation.
+//! What may be sent again depends on what may have happened: a call that was certainly not taken
+//! is repeated, one that can be made twice without harm is repeated after any failure, and one
+//! that creates is never repeated unless the cloud said no. Keys are in no error, log or
+//! explanation.
 
 use std::fmt;
 use std::sync::Arc;
@@ -36,7 +37,8 @@ pub(crate) use redact::address;
 const LARGEST_REPLY: usize = 32 << 20;
 /// Longest sentence of a cloud that is repeated to people.
 const LONGEST_WORDS: usize = 400;
-/// How many times longer than after a failure one waits after "too often" without a time: such clouds mean some seconds.
+/// How many times longer than after a failure one waits after "too often" without a time: such
+/// clouds mean some seconds.
 const TOO_OFTEN: u32 = 8;
 
 /// No clock is so far away.
@@ -102,14 +104,15 @@ pub struct Limits {
     pub connect: Duration,
     /// Between two bytes of a reply.
     pub read: Duration,
-    /// For all attempts of one call together, from the first on, waits between them included. An attempt that has begun is
-    /// given [`Limits::read`] all the same.
+    /// For all attempts of one call together, from the first on, waits between them included. An
+    /// attempt that has begun is given [`Limits::read`] all the same.
     pub total: Duration,
     /// Attempts, the first included.
     pub attempts: u32,
     /// First wait after a failure; doubles.
     pub backoff: Duration,
-    /// Paces and backoff are this many times shorter: 1 outside of tests. What a cloud asks for is not shortened.
+    /// Paces and backoff are this many times shorter: 1 outside of tests. What a cloud asks for is
+    /// not shortened.
     pub hurry: u32,
 }
 
@@ -212,7 +215,8 @@ pub struct Http {
     key: Option<Hidden>,
     limits: Limits,
     paces: Arc<RateLimits>,
-    /// Seconds by which the cloud's clock is ahead of ours, by its latest answer; the least number: no answer yet.
+    /// Seconds by which the cloud's clock is ahead of ours, by its latest answer; the least
+    /// number: no answer yet.
     skew: Arc<AtomicI64>,
     /// Words in an answer "too often" that say that no wait will help.
     final_words: &'static [&'static str],
@@ -316,13 +320,15 @@ impl Http {
         self.broker
     }
 
-    /// Seconds by which the cloud's clock is ahead of this machine's, by the date of its latest answer.
+    /// Seconds by which the cloud's clock is ahead of this machine's, by the date of its latest
+    /// answer.
     pub fn clock_skew(&self) -> Option<i64> {
         Some(self.skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW)
     }
 
-    /// Makes the call, again where that is safe. Any answer that is neither "too often" nor the server's failure is returned,
-    /// refusals included. Until the time is over that the cloud has asked to wait, no call of this pace is made at all.
+    /// Makes the call, again where that is safe. Any answer that is neither "too often" nor the
+    /// server's failure is returned, refusals included. Until the time is over that the cloud has
+    /// asked to wait, no call of this pace is made at all.
     ///
     /// # Errors
     /// [`BrokerErrorKind::Maybe`] when a call with [`Effect::Once`] may have been carried out; [`BrokerErrorKind::RateLimited`] and
@@ -372,7 +378,8 @@ impl Http {
         match status {
             429 if self.final_words.iter().any(|word| reply.body.contains(word)) => Ok(reply),
             429 => Err(Failure::too_often(reply.in_words(), retry_after(&headers))),
-            // The server's failure, or its impatience with a slow request. What was done until then is not known.
+            // The server's failure, or its impatience with a slow request. What was done until
+            // then is not known.
             408 | 500.. => Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) }),
             _ => Ok(reply),
         }
@@ -505,7 +512,8 @@ impl Reply {
         BrokerError { broker: self.broker, kind, message: self.without_key(&message.into()) }
     }
 
-    /// Once more after every change of the text: an escape may have hidden the key, or a control character within it.
+    /// Once more after every change of the text: an escape may have hidden the key, or a control
+    /// character within it.
     fn without_key(&self, text: &str) -> String {
         self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.out_of(text))
     }
@@ -520,7 +528,8 @@ impl Reply {
         if self.effect == Effect::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
     }
 
-    /// The cloud's own words: what it calls title, detail, error or message, else the body; with the status.
+    /// The cloud's own words: what it calls title, detail, error or message, else the body; with
+    /// the status.
     pub fn in_words(&self) -> String {
         let words = self.value().map(|value| redact::sentences(&value)).filter(|words| !words.is_empty());
         let words = words.unwrap_or_else(|| self.body.clone());
@@ -530,7 +539,8 @@ impl Reply {
     }
 }
 
-/// `Retry-After` in seconds or as a date, else the first window of a `RateLimit` header (`"default";r=0;t=5`).
+/// `Retry-After` in seconds or as a date, else the first window of a `RateLimit` header
+/// (`"default";r=0;t=5`).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     if let Some(after) = text(RETRY_AFTER.as_str()) {
@@ -544,7 +554,8 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     window.parse().ok().map(Duration::from_secs)
 }
 
-/// How many seconds a server's clock is ahead of ours, by the date of any answer of `url`; `None` when it gives none.
+/// How many seconds a server's clock is ahead of ours, by the date of any answer of `url`; `None`
+/// when it gives none.
 ///
 /// # Errors
 /// In words, when it does not answer.
@@ -557,7 +568,8 @@ pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
     Ok(skew(response.headers(), begun))
 }
 
-/// How many seconds the date of an answer is ahead of our clock, to a request made at `begun`: any time since then is none.
+/// How many seconds the date of an answer is ahead of our clock, to a request made at `begun`: any
+/// time since then is none.
 fn skew(headers: &HeaderMap, begun: SystemTime) -> Option<i64> {
     let theirs = httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()?;
     let seconds =

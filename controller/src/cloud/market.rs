@@ -4,11 +4,13 @@
 //! What an offer must be is said here alone: one rule per filter, in `RULES`. A broker may leave
 //! out what [`may_match`] refuses, and no more.
 //!
-//! Every filter counts what it removed. When one removes the last offers, the error names it, says what the nearest of those
-//! offers had, and which single option would have let an offer through, since a query that finds nothing says nothing about why.
+//! Every filter counts what it removed. When one removes the last offers, the error names it, says
+//! what the nearest of those offers had, and which single option would have let an offer through,
+//! since a query that finds nothing says nothing about why.
 //!
-//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker: whatever is there, the CPU alone if need
-//! be, unless `--gpu-filter` or `--min-vram` asks for a GPU.
+//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker:
+//! whatever is there, the CPU alone if need be, unless `--gpu-filter` or `--min-vram` asks for a
+//! GPU.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -372,8 +374,8 @@ pub struct Filtered {
     pub reason: String,
     /// Of the offers it removed, the one nearest to passing.
     pub nearest: Offer,
-    /// The smallest change of a single option after which an offer passes all filters; `None`: more than one has to change, or none
-    /// can.
+    /// The smallest change of a single option after which an offer passes all filters; `None`:
+    /// more than one has to change, or none can.
     pub relaxation: Option<Relaxation>,
     /// Whether no offer has what the worker needs. No option changes that.
     pub is_fixed: bool,
@@ -462,8 +464,8 @@ pub fn for_the_worker(want: GpuRequest) -> GpuRequest {
     GpuRequest { worker_cuda: want.worker_cuda.or(cuda), ..want }
 }
 
-/// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it has, everything that is kept
-/// passes. For brokers that skip unfit offers before further queries.
+/// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it
+/// has, everything that is kept passes. For brokers that skip unfit offers before further queries.
 pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
     RULES.iter().all(|rule| !matches!((rule.fit)(offer, want), Fit::Fails(_)))
 }
@@ -478,7 +480,8 @@ fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     ranked.into_iter().map(|(_, offer)| offer).collect()
 }
 
-/// Two letters are the code of a country, a state or a continent (`EUR-IS-1`), and as such a word: `us` is no part of `Russia`.
+/// Two letters are the code of a country, a state or a continent (`EUR-IS-1`), and as such a word:
+/// `us` is no part of `Russia`.
 fn is_in(has: &str, region: &str) -> bool {
     let (has, wanted) = (has.to_lowercase(), region.to_lowercase());
     if wanted.chars().count() == 2 {
@@ -1049,7 +1052,8 @@ mod tests {
             prop_assert!(!kept || may_match(&before, &want));
         }
 
-        /// Of each filter by itself: a broker that leaves out what fails takes nothing from the market.
+        /// Of each filter by itself: a broker that leaves out what fails takes nothing from the
+        /// market.
         #[test]
         fn early_refusals_hold_with_full_information(
             offer in any_offer(), want in any_request(), known in any::<[bool; 7]>(),

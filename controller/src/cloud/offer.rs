@@ -52,7 +52,8 @@ pub struct Offer {
     pub vram: Option<Bytes>,
     /// Memory of each GPU, as the cloud reports it.
     pub vram_reported: Option<Bytes>,
-    /// Compute capability of the GPUs times ten (80 for 8.0): the cloud's figure where it has one, else the model's.
+    /// Compute capability of the GPUs times ten (80 for 8.0): the cloud's figure where it has one,
+    /// else the model's.
     pub capability: Option<u32>,
     /// The host's processor is ARM's, on which no program for x86-64 runs.
     #[serde(default)]

@@ -1,4 +1,5 @@
-//! `demo`: a model whose outlier features are known, deployed like any other, and what was found held against the truth.
+//! `demo`: a model whose outlier features are known, deployed like any other, and what was found
+//! held against the truth.
 
 use std::path::{Path, PathBuf};
 
@@ -102,7 +103,8 @@ fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, CliError> {
     Err(CliError::failed("what was found is not what was planted: this build counts wrongly"))
 }
 
-/// The checkpoint, made unless it is there. Always at the same place, so that a demo that was killed is picked up.
+/// The checkpoint, made unless it is there. Always at the same place, so that a demo that was
+/// killed is picked up.
 async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> {
     let usual = || context.settings.state.join("demo").join(concat!("olmoe-", env!("CARGO_PKG_VERSION")));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));

@@ -189,7 +189,8 @@ fn end_by_themselves(clouds: &Clouds) -> Result<(), CliError> {
     Err(CliError::refused(message, hint))
 }
 
-/// Names runs of the same job that are under way or complete, wherever they run: nobody should pay twice unawares.
+/// Names runs of the same job that are under way or complete, wherever they run: nobody should pay
+/// twice unawares.
 fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity) -> Result<(), CliError> {
     for run in ledger.runs()? {
         let id = &run.id;

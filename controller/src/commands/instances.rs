@@ -195,7 +195,8 @@ fn pin(record: &RunRecord) -> Option<&Pin> {
     })
 }
 
-/// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so it has to look like an address.
+/// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so
+/// it has to look like an address.
 fn address(endpoint: &SshEndpoint) -> Result<String, CliError> {
     let plain = |text: &str| {
         let fits = |c: char| c.is_ascii_alphanumeric() || ".-_:".contains(c);

@@ -12,7 +12,8 @@ use crate::ui::report::tables::{self, TOP};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
-/// A run for the order where no model is named: about a model of 50 billion parameters over 32,768 tokens.
+/// A run for the order where no model is named: about a model of 50 billion parameters over 32,768
+/// tokens.
 const USUAL: (Bytes, f64) = (Bytes::from_gib(100), 1e15);
 const USUAL_IN_WORDS: &str = "takes, costs: a run of 32,768 tokens through a model of 50 billion parameters; \
     --model ID estimates yours\n";

@@ -1,4 +1,5 @@
-//! `plan`: what a run would need, take and cost. Arithmetic over the headers, with every assumption said.
+//! `plan`: what a run would need, take and cost. Arithmetic over the headers, with every
+//! assumption said.
 
 use std::time::Duration;
 

@@ -1,4 +1,5 @@
-//! From what was asked for to a run that may begin: everything that `deploy` and `survey` do before anything is rented.
+//! From what was asked for to a run that may begin: everything that `deploy` and `survey` do
+//! before anything is rented.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
@@ -45,15 +46,16 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
-    /// What all of it costs at most, as it is shown: what is agreed to, within the run's own budget.
+    /// What all of it costs at most, as it is shown: what is agreed to, within the run's own
+    /// budget.
     pub(super) fn at_most(&self) -> Usd {
         let first = || self.quote.offers.first().map_or(Usd::ZERO, |offer| until_the_limit(&self.spec, offer));
         let agreed = self.quote.ceiling.unwrap_or_else(first);
         own_budget(&self.spec).map_or(agreed, |budget| agreed.min(budget))
     }
 
-    /// With the figure that whoever says yes is held to, and without the offers for which it does not pay. This machine costs
-    /// nothing that anybody has to agree to.
+    /// With the figure that whoever says yes is held to, and without the offers for which it does
+    /// not pay. This machine costs nothing that anybody has to agree to.
     fn with_ceiling(mut self, clouds: &Clouds) -> Self {
         if let (false, Some(first)) = (clouds.is_local(), self.quote.offers.first()) {
             let first = until_the_limit(&self.spec, first);

@@ -1,7 +1,8 @@
 //! `reap`: ends instances whose time is up, by the clouds' lists alone.
 //!
-//! It needs no ledger: an instance's tag says whose it is and when it had to end. That makes it the last of the dead men's
-//! switches, for a timer or for a machine that knows nothing of the runs.
+//! It needs no ledger: an instance's tag says whose it is and when it had to end. That makes it
+//! the last of the dead men's switches, for a timer or for a machine that knows nothing of the
+//! runs.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::time::Duration;
@@ -124,7 +125,8 @@ fn conclude(troubles: &[ReapFailure]) -> Result<ExitStatus, CliError> {
     Err(CliError { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
 }
 
-/// What a cloud that cannot be looked at means. Of other people's instances nobody knows that there are none.
+/// What a cloud that cannot be looked at means. Of other people's instances nobody knows that
+/// there are none.
 fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
     let others = args.all_owners || args.owner.is_some();
     let status = if others { ExitStatus::InstanceLeft } else { CliError::of_drive_error(stuck).status };
@@ -132,7 +134,8 @@ fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
 }
 
 impl<'a> CloudFindings<'a> {
-    /// What is to end; the only judge, whether it is then ended or only shown. With `None` of everybody's.
+    /// What is to end; the only judge, whether it is then ended or only shown. With `None` of
+    /// everybody's.
     fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
         let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&looked, cloud.name());
@@ -221,8 +224,8 @@ impl ReapFailure {
     }
 }
 
-/// On a terminal it is asked before anything ends. Other people's instances: twice, the second time for their number, and
-/// not without a terminal.
+/// On a terminal it is asked before anything ends. Other people's instances: twice, the second
+/// time for their number, and not without a terminal.
 fn consent(
     context: &Context,
     all: &[CloudFindings<'_>],

@@ -46,7 +46,8 @@ impl SequenceTotals {
         })
     }
 
-    /// Counts a feature if it is systematic: in `part` layers (or norm outputs), which is a share of them, and at a share of positions.
+    /// Counts a feature if it is systematic: in `part` layers (or norm outputs), which is a share
+    /// of them, and at a share of positions.
     pub fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
         if part > 0 && layer_share >= thresholds.layer_fraction && position_share >= thresholds.position_fraction {
             self.add(layer_share, position_share);
@@ -70,7 +71,8 @@ impl SequenceTotals {
     }
 }
 
-/// A figure, and the interval that holds 95 % of what other samples of as many sequences would give.
+/// A figure, and the interval that holds 95 % of what other samples of as many sequences would
+/// give.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The figure.
@@ -92,13 +94,14 @@ impl Estimate {
     }
 }
 
-/// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`. `None` if there are fewer than two, or if a
-/// sample has no such statistic.
+/// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`.
+/// `None` if there are fewer than two, or if a sample has no such statistic.
 pub fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
     middle(samples(items, statistic))
 }
 
-/// A statistic over samples of `items`, drawn with replacement, each of as many as there are. Empty if there are fewer than two.
+/// A statistic over samples of `items`, drawn with replacement, each of as many as there are.
+/// Empty if there are fewer than two.
 pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
     if items.len() < 2 {
         return Vec::new();

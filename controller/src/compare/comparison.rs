@@ -302,7 +302,8 @@ fn tell_apart(models: &mut [Compared]) {
 fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure>) {
     let results = &run.results;
     let mut model = Compared::new(number, folder, &results.model, ResultKind::Complete);
-    // Both from one place: a run may have used the first layers only, which would make a share of two models.
+    // Both from one place: a run may have used the first layers only, which would make a share of
+    // two models.
     if model.parameters.is_none() {
         let used = &run.metadata.model;
         (model.parameters, model.active_parameters) = (Some(used.parameters), used.active_parameters);
@@ -345,7 +346,8 @@ fn perplexity_interval(losses: &[f64]) -> Option<[f64; 2]> {
     interval(losses, |sample| mean(sample.iter().map(|loss| **loss)).map(f64::exp))
 }
 
-/// What samples of the sequences come to, by layers and by norm outputs; empty where there is nothing to draw from.
+/// What samples of the sequences come to, by layers and by norm outputs; empty where there is
+/// nothing to draw from.
 struct BootstrapSamples {
     /// All sequences of a sample judged together.
     unique: [Vec<SequenceTotals>; 2],

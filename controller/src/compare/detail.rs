@@ -1,4 +1,5 @@
-//! Tables of one model, for the page: its features, thresholds, massive activations, experts and routers.
+//! Tables of one model, for the page: its features, thresholds, massive activations, experts and
+//! routers.
 
 use outliers_protocol::{
     AblationArm, ExpertPeak, Feature, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts,

@@ -1,4 +1,5 @@
-//! What makes figures differ without any model differing: definitions, precision, text, windows, the kind of training.
+//! What makes figures differ without any model differing: definitions, precision, text, windows,
+//! the kind of training.
 
 use outliers_protocol::{CONFIG_RULES, Metadata, ModelSource, Packing, Weights};
 use serde::Serialize;

@@ -1,7 +1,9 @@
-//! Folders of results, read so that their figures can be trusted: whole, unchanged, of a known version, and agreeing with themselves.
+//! Folders of results, read so that their figures can be trusted: whole, unchanged, of a known
+//! version, and agreeing with themselves.
 //!
-//! A folder that is not is never left out in silence: [`read_all`] names every such folder and gives no figures at all, unless it is told
-//! to go on without them. Of a survey's folder its index decides what belongs to it: a model without results is named, too.
+//! A folder that is not is never left out in silence: [`read_all`] names every such folder and
+//! gives no figures at all, unless it is told to go on without them. Of a survey's folder its
+//! index decides what belongs to it: a model without results is named, too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -61,7 +63,8 @@ pub struct Run {
     pub metadata: Metadata,
     /// The counts behind them; `None` where the manifest names no such file.
     pub statistics: Option<Statistics>,
-    /// What is systematic within each sequence, by [`Axis::Layers`] and by [`Axis::Sites`]; `None` without statistics.
+    /// What is systematic within each sequence, by [`Axis::Layers`] and by [`Axis::Sites`]; `None`
+    /// without statistics.
     pub tallies: Option<[Vec<SequenceTotals>; 2]>,
 }
 

@@ -1,7 +1,8 @@
 //! A comparison as one page: no script, no font, no picture and no address of anywhere else in it.
 //!
-//! Whatever comes from results is escaped where it is put in ([`maud`] does so unless told otherwise, which only our own drawings and styles
-//! are), and the page's own policy forbids all else.
+//! Whatever comes from results is escaped where it is put in ([`maud`] does so unless told
+//! otherwise, which only our own drawings and styles are), and the page's own policy forbids all
+//! else.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -73,7 +74,8 @@ fn shown(text: &str) -> String {
     clean(text.as_bytes(), 2000)
 }
 
-/// The page's styles, each colour with its value on paper and on a dark screen, for text and drawings alike.
+/// The page's styles, each colour with its value on paper and on a dark screen, for text and
+/// drawings alike.
 fn style() -> String {
     let name = |colour: Colour| match colour {
         Colour::Heat(step) => format!("heat-{step}"),

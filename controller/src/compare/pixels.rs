@@ -1,6 +1,7 @@
 //! A drawing as pixels, for what shows no SVG.
 //!
-//! The font comes along: a picture is the same on every machine, and letters are there where no fonts are installed.
+//! The font comes along: a picture is the same on every machine, and letters are there where no
+//! fonts are installed.
 
 use std::sync::{Arc, LazyLock};
 

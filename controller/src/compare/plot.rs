@@ -1,5 +1,5 @@
-//! One plot as SVG: axes that fit their values, marks that do not need colour to be told apart, a title and a description for those who do
-//! not see it.
+//! One plot as SVG: axes that fit their values, marks that do not need colour to be told apart, a
+//! title and a description for those who do not see it.
 //!
 //! Every colour here has a meaning and a value of its own, so that a page can give it another one
 //! ([`Colour::ALL`]). Text in a drawing is ours alone: models have numbers in it, and their names
@@ -29,7 +29,8 @@ pub use bars::{Row, bars};
 pub use colour::{Colour, Rgb, Tint};
 pub use scale::AxisKind;
 
-/// A plot's width in its own units; twice what it is meant to be shown at, because marks stand on whole units.
+/// A plot's width in its own units; twice what it is meant to be shown at, because marks stand on
+/// whole units.
 const WIDTH: u32 = 840;
 /// Height of a plot of points or lines.
 const HEIGHT: u32 = 600;
@@ -194,7 +195,8 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
     Some(Plot::new(name, title, description, &drawing))
 }
 
-/// A table of steps as coloured cells: `rows` from top to bottom, each with its label and its cells. `None` if there is none.
+/// A table of steps as coloured cells: `rows` from top to bottom, each with its label and its
+/// cells. `None` if there is none.
 pub fn heat(
     name: &str,
     title: &str,

@@ -1,4 +1,5 @@
-//! Which plots a comparison has: across models, the paper's figures 3 and 4; of one model ([`of_model`]), its layers, features, experts.
+//! Which plots a comparison has: across models, the paper's figures 3 and 4; of one model
+//! ([`of_model`]), its layers, features, experts.
 
 use outliers_protocol::{Axis as Spread, Reading};
 
@@ -254,7 +255,8 @@ pub fn letter(row: usize) -> String {
     char::from_u32('a' as u32 + row as u32 % 26).map(String::from).unwrap_or_default()
 }
 
-/// The systematic feature with the most outlier values: the median, over the norm outputs where it has any, of its largest magnitude at each.
+/// The systematic feature with the most outlier values: the median, over the norm outputs where it
+/// has any, of its largest magnitude at each.
 fn typical_peak(run: &Run) -> Option<f64> {
     let systematic = run.results.features.iter().filter(|feature| feature.systematic_by_layers);
     let most_common = systematic.max_by_key(|feature| feature.occurrences)?;

@@ -1,7 +1,8 @@
 //! The predecessor's result files, made into a result that says what its figures count.
 //!
-//! Two of its documents are read: `final_analysis_results.json`, which lists every systematic feature of every batch, and
-//! `perplexity_results.json`. Files of both kinds were published cut off; what is not whole, or does not agree with itself, is refused.
+//! Two of its documents are read: `final_analysis_results.json`, which lists every systematic
+//! feature of every batch, and `perplexity_results.json`. Files of both kinds were published cut
+//! off; what is not whole, or does not agree with itself, is refused.
 
 use std::collections::BTreeSet;
 use std::io::{self, BufReader};
@@ -103,8 +104,8 @@ pub struct ImportError {
 }
 
 impl Outliers {
-    /// The counts that these files can give. Not one over the whole corpus: which layers and positions a feature has is only there batch by
-    /// batch.
+    /// The counts that these files can give. Not one over the whole corpus: which layers and
+    /// positions a feature has is only there batch by batch.
     pub fn verdicts(&self) -> Vec<Verdict> {
         let features: usize = self.batches.iter().map(|batch| batch.features).sum();
         let mean = |of: fn(&SequenceTotals) -> f64| {
@@ -157,7 +158,8 @@ impl Imported {
     }
 }
 
-/// Makes one result of the predecessor's files: `paths` are files, or folders that hold them, of one model.
+/// Makes one result of the predecessor's files: `paths` are files, or folders that hold them, of
+/// one model.
 ///
 /// # Errors
 /// The file that cannot be used, and why.

@@ -1,4 +1,5 @@
-//! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in another way.
+//! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in
+//! another way.
 
 use super::Comparison;
 use super::bootstrap::Estimate;
@@ -103,7 +104,8 @@ const CSV: [CsvColumn; 30] = [
     ("folder", |model, _| Some(model.folder.clone())),
 ];
 
-/// As CSV (RFC 4180): one line per figure, and one without figures for every result that is not to be used.
+/// As CSV (RFC 4180): one line per figure, and one without figures for every result that is not to
+/// be used.
 pub fn csv(comparison: &Comparison) -> String {
     let mut out = CSV.map(|(name, _)| name).join(",") + "\r\n";
     for model in &comparison.models {

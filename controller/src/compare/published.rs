@@ -1,4 +1,5 @@
-//! What is known of models without running them: the figures others published, and the catalogue's sizes.
+//! What is known of models without running them: the figures others published, and the catalogue's
+//! sizes.
 
 use std::sync::LazyLock;
 

@@ -1,4 +1,5 @@
-//! `statistics.safetensors`: what a run counted per norm output and feature, and per sequence and feature.
+//! `statistics.safetensors`: what a run counted per norm output and feature, and per sequence and
+//! feature.
 
 use std::collections::BTreeMap;
 
@@ -25,7 +26,8 @@ impl<T: Copy> Grid<T> {
     }
 }
 
-/// The tensors that a comparison needs. Shapes are those the results speak of; nothing else passes [`Statistics::read`].
+/// The tensors that a comparison needs. Shapes are those the results speak of; nothing else passes
+/// [`Statistics::read`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
     /// Occurrences, `[norm outputs, features]`.

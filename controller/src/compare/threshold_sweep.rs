@@ -1,13 +1,15 @@
 //! How counts fall as thresholds rise, from what one run stored.
 //!
-//! Values are stored as extremes per norm output and feature, so that any magnitude can be asked for in layers; positions are stored for the
-//! run's own magnitude alone, and there any pair of shares can be asked for.
+//! Values are stored as extremes per norm output and feature, so that any magnitude can be asked
+//! for in layers; positions are stored for the run's own magnitude alone, and there any pair of
+//! shares can be asked for.
 
 use outliers_protocol::Results;
 
 use super::folder::{Run, layers};
 
-/// Thresholds of magnitude: around the paper's 6, from what non-outlier features reach (3.5) to massive activations (100).
+/// Thresholds of magnitude: around the paper's 6, from what non-outlier features reach (3.5) to
+/// massive activations (100).
 pub const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
 
 /// Shares of layers, in percent; 0: in any.
@@ -25,7 +27,8 @@ pub struct SweepPoint {
     pub anywhere: usize,
     /// Features that reach it in at least the run's share of layers, at any positions.
     pub in_layers: usize,
-    /// Those of them that are systematic at the run's own magnitude. From there up, systematic ones are among these.
+    /// Those of them that are systematic at the run's own magnitude. From there up, systematic
+    /// ones are among these.
     pub systematic: usize,
 }
 
@@ -66,7 +69,8 @@ fn point(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Res
     }
 }
 
-/// Features in at least a share of layers and at at least a share of positions, both in percent, at the run's own magnitude.
+/// Features in at least a share of layers and at at least a share of positions, both in percent,
+/// at the run's own magnitude.
 pub fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> usize {
     let within = |f: &&outliers_protocol::Feature| {
         f.layer_fraction >= layer_percent / 100.0 && f.position_fraction >= position_percent / 100.0

@@ -29,7 +29,8 @@ pub(super) struct BundleFile<'a> {
 }
 
 impl RemoteHost {
-    /// Plain files of one folder, in one command, by the numbers they have in `wanted`; those that are not there are left out.
+    /// Plain files of one folder, in one command, by the numbers they have in `wanted`; those that
+    /// are not there are left out.
     pub(super) async fn bundle(
         &self,
         folder: &str,
@@ -50,7 +51,8 @@ impl RemoteHost {
     }
 }
 
-/// Reads what `piece` printed: each number once and in order, each length exact. `None` for anything else.
+/// Reads what `piece` printed: each number once and in order, each length exact. `None` for
+/// anything else.
 fn read(mut rest: &[u8]) -> Option<BTreeMap<usize, Vec<u8>>> {
     let mut files: BTreeMap<usize, Vec<u8>> = BTreeMap::new();
     while !rest.is_empty() {

@@ -31,7 +31,8 @@ pub enum HostErrorKind {
     WorkerUnfit,
     /// The worker there is of another version, or speaks another one.
     WorkerVersion,
-    /// What came from the host is not what its manifest says, or the manifest itself is not to be trusted.
+    /// What came from the host is not what its manifest says, or the manifest itself is not to be
+    /// trusted.
     Damaged,
     /// More bytes than we are willing to move.
     TooLarge,

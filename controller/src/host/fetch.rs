@@ -109,7 +109,8 @@ impl RemoteHost {
         Ok(Fetched { partial: manifest.is_none(), manifest, files })
     }
 
-    /// The manifest, the files worth having without one, and the log, of a huge one the last part: one command.
+    /// The manifest, the files worth having without one, and the log, of a huge one the last part:
+    /// one command.
     async fn look_for_files(&self, folder: &str) -> Result<HashMap<&'static str, Vec<u8>>, HostError> {
         let wanted = |name| match name {
             files::MANIFEST => BundleFile { name, limit: MAX_MANIFEST, from_end: false },

@@ -28,7 +28,8 @@ const MAX_LAG: u64 = 4 << 20;
 /// What is shown of a line.
 const SHOWN: usize = 2000;
 
-/// How far a run's files have been read: whole lines only. Kept by the caller, so that another process can go on from here.
+/// How far a run's files have been read: whole lines only. Kept by the caller, so that another
+/// process can go on from here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
     /// Bytes of `progress.jsonl` taken.
@@ -57,10 +58,11 @@ struct Look {
 }
 
 impl RemoteHost {
-    /// Reports progress and log until the worker has ended and all of it was read, or was never started.
+    /// Reports progress and log until the worker has ended and all of it was read, or was never
+    /// started.
     ///
-    /// A lost connection is made again for up to ten minutes; the worker does not notice. At `deadline` the worker is left
-    /// running and the error's kind is [`HostErrorKind::Deadline`].
+    /// A lost connection is made again for up to ten minutes; the worker does not notice. At
+    /// `deadline` the worker is left running and the error's kind is [`HostErrorKind::Deadline`].
     pub async fn follow(
         &self,
         run: &str,
@@ -115,7 +117,8 @@ impl RemoteHost {
         }
     }
 
-    /// One command: the worker's state first, then what its files hold beyond the cursor. After an end nothing is added.
+    /// One command: the worker's state first, then what its files hold beyond the cursor. After an
+    /// end nothing is added.
     async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(

@@ -1,9 +1,12 @@
-//! A guard on the host: it outlives the worker and us, and ends both worker and instance when nobody looks after them.
+//! A guard on the host: it outlives the worker and us, and ends both worker and instance when
+//! nobody looks after them.
 //!
-//! It is a shell script in a session of its own. We renew its lease as long as we are connected; without that, or when the
-//! run's time is up, or when the worker has ended and nobody comes for its files, it stops the worker and ends the instance by
-//! the means the cloud gives it ([`Broker::self_destruct`](crate::cloud::broker::Broker::self_destruct)). It never powers the machine
-//! off: the clouds that give no such means bill a machine that is off like one that runs, and its results would be out of reach.
+//! It is a shell script in a session of its own. We renew its lease as long as we are connected;
+//! without that, or when the run's time is up, or when the worker has ended and nobody comes for
+//! its files, it stops the worker and ends the instance by the means the cloud gives it
+//! ([`Broker::self_destruct`](crate::cloud::broker::Broker::self_destruct)). It never powers the
+//! machine off: the clouds that give no such means bill a machine that is off like one that runs,
+//! and its results would be out of reach.
 
 use std::time::Duration;
 
@@ -58,7 +61,8 @@ impl GuardConfig {
 }
 
 impl RemoteHost {
-    /// Puts a run's guard in place and starts it, unless one is on duty already; new terms replace the old.
+    /// Puts a run's guard in place and starts it, unless one is on duty already; new terms replace
+    /// the old.
     pub async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError> {
         let folder = self.run_folder(run).await?;
         let at = |name: &str| format!("{folder}/{name}");

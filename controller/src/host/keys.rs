@@ -19,7 +19,8 @@ pub struct RunKey {
 }
 
 impl RunKey {
-    /// Makes a key in `folder` (created with mode 0700 if missing) under the file name `name`, comment `comment`.
+    /// Makes a key in `folder` (created with mode 0700 if missing) under the file name `name`,
+    /// comment `comment`.
     ///
     /// An existing file is never overwritten: an instance may still know that key.
     pub fn create(folder: &Path, name: &str, comment: &str) -> Result<Self, KeyError> {

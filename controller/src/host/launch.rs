@@ -45,7 +45,8 @@ pub enum JobStatus {
     Running,
     /// The worker has ended.
     Ended {
-        /// Exit status, 128 + signal if a signal ended it; `None` if it was killed together with its wrapper.
+        /// Exit status, 128 + signal if a signal ended it; `None` if it was killed together with
+        /// its wrapper.
         exit: Option<i32>,
     },
 }
@@ -69,8 +70,9 @@ pub(super) fn read_state(host: &RemoteHost, answer: &ScriptOutput) -> Result<(Jo
 impl RemoteHost {
     /// Starts `worker` on `job` in the run's folder, in a session of its own.
     ///
-    /// Idempotent: a run that is at work or over is left alone and told so. `secrets` become environment variables of the
-    /// worker; on their way they lie in a file of mode 0600 that is gone before the worker starts, and in no command line.
+    /// Idempotent: a run that is at work or over is left alone and told so. `secrets` become
+    /// environment variables of the worker; on their way they lie in a file of mode 0600 that is
+    /// gone before the worker starts, and in no command line.
     pub async fn launch(
         &self,
         worker: &RemoteWorker,
@@ -121,7 +123,8 @@ impl RemoteHost {
 
     async fn restart_once(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
         let folder = self.run_folder(run).await?;
-        // What a process of its own may have left running goes first: two workers in one folder would spoil it.
+        // What a process of its own may have left running goes first: two workers in one folder
+        // would spoil it.
         let clear = format!(
             "{PROCESS}\ncd {} || exit 1\n[ -f {WRAPPER} ] && [ -f {job} ] || exit 1\n\
              if [ -f {manifest} ] || alive worker.pid; then echo '@left alone'; exit 0; fi\n\
@@ -144,7 +147,8 @@ impl RemoteHost {
 
     /// Starts the wrapper and waits until it has written its pid. Two at once: one of them runs.
     async fn start(&self, folder: &str) -> Result<Launched, HostError> {
-        // Everything it inherits is closed or a file: an open stream would keep the connection's channel open for hours.
+        // Everything it inherits is closed or a file: an open stream would keep the connection's
+        // channel open for hours.
         let script = format!(
             "{PROCESS}\ncd {} || exit 1\nstart_worker || exit 1\n\
              i=0; while ! in_job && [ ! -f worker.pid ] && [ $i -lt 100 ]; do\n\
@@ -173,7 +177,8 @@ impl RemoteHost {
         read_state(self, &self.sh(&script, SHORT).await?)
     }
 
-    /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not run is a success.
+    /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not
+    /// run is a success.
     pub async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
         let folder = again!(TIMEOUT, &|_| {}, self.run_folder(run));
         let script = format!("{PROCESS}\ncd {} 2>/dev/null || exit 0\nstop_worker", quote(&folder));

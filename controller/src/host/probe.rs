@@ -122,7 +122,8 @@ fn read(answer: &ScriptOutput, before: SystemTime, after: SystemTime) -> HostFac
     }
 }
 
-/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are counted from the percentage.
+/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are
+/// counted from the percentage.
 pub(super) fn free_kib(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let percent = words.iter().position(|word| word.ends_with('%'))?;

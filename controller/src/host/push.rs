@@ -44,7 +44,8 @@ pub struct PushedFolder {
 }
 
 impl RemoteHost {
-    /// Puts the worker program `local` at a path made of its content, unless it is there, and has it tell its version.
+    /// Puts the worker program `local` at a path made of its content, unless it is there, and has
+    /// it tell its version.
     ///
     /// It lies in `~/.cache/outliers`; where nothing can be written or run there, in a private
     /// folder of `/var/tmp`, `/tmp` or `/dev/shm`, whichever of these serves first.
@@ -59,7 +60,8 @@ impl RemoteHost {
         Ok(RemoteWorker { path, sha256, version })
     }
 
-    /// Puts one plain file of at most `limit` bytes at `remote_rel` below the home folder, unless the same is there. Gives its absolute path.
+    /// Puts one plain file of at most `limit` bytes at `remote_rel` below the home folder, unless
+    /// the same is there. Gives its absolute path.
     pub async fn push_file(
         &self,
         local: &Path,
@@ -76,8 +78,9 @@ impl RemoteHost {
         Ok(remote)
     }
 
-    /// Puts the plain files of the folder `local` (at most `limit` bytes together; no subfolders, no hidden files) into
-    /// `remote_rel` below the home folder. Files that are the same there are not sent; other files there stay.
+    /// Puts the plain files of the folder `local` (at most `limit` bytes together; no subfolders,
+    /// no hidden files) into `remote_rel` below the home folder. Files that are the same there are
+    /// not sent; other files there stay.
     pub async fn push_folder(
         &self,
         local: &Path,

@@ -13,9 +13,10 @@ use crate::host::transport::{SshEndpoint, TransportError, TransportErrorKind};
 
 /// Connects and logs in, trying again until `deadline` as long as trying can help.
 ///
-/// "Ready" in a cloud's list is a promise; this is the proof. Without a pin the host key is taken as it is and returned,
-/// to be kept with the instance. A refused key is tried for half a minute (clouds install keys late), a changed host key never.
-/// The final error carries the kind of failure that was met most often and counts all of them.
+/// "Ready" in a cloud's list is a promise; this is the proof. Without a pin the host key is taken
+/// as it is and returned, to be kept with the instance. A refused key is tried for half a minute
+/// (clouds install keys late), a changed host key never. The final error carries the kind of
+/// failure that was met most often and counts all of them.
 pub async fn reach(
     endpoint: &SshEndpoint,
     private_key: &Path,

@@ -60,9 +60,11 @@ impl Retry {
     }
 }
 
-/// Evaluates an idempotent attempt again for up to a time while only the connection fails; returns from the caller when it is over.
+/// Evaluates an idempotent attempt again for up to a time while only the connection fails; returns
+/// from the caller when it is over.
 ///
-/// A macro, since futures made by an async closure cannot be proved to be `Send`, and a deploy may be spawned.
+/// A macro, since futures made by an async closure cannot be proved to be `Send`, and a deploy may
+/// be spawned.
 macro_rules! again {
     ($budget:expr, $on:expr, $attempt:expr) => {{
         let mut retry = $crate::host::retry::Retry::new($budget, None);
@@ -93,7 +95,8 @@ pub(super) fn next_attempt(
     error.is_transient().then(|| backoff(attempt))
 }
 
-/// Half a second, growing by half to ten seconds, each time a little different: many controllers may wait for one cloud.
+/// Half a second, growing by half to ten seconds, each time a little different: many controllers
+/// may wait for one cloud.
 fn backoff(attempt: u32) -> Duration {
     let steps = attempt.saturating_sub(1).min(20);
     let seconds = (0.5 * 1.5_f64.powi(steps as i32)).min(10.0);

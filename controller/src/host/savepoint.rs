@@ -8,7 +8,8 @@ use super::{HostError, RemoteHost, SHORT, names};
 use crate::host::transport::quote::quote;
 use crate::units::Bytes;
 
-/// Which file a save point was: its size, its time and its number. A new one is renamed over the old.
+/// Which file a save point was: its size, its time and its number. A new one is renamed over the
+/// old.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stamp(String);
 
@@ -37,7 +38,8 @@ impl RemoteHost {
         Ok(true)
     }
 
-    /// Puts a save point where the run's worker, not started yet, looks for one. The worker checks it before it trusts it.
+    /// Puts a save point where the run's worker, not started yet, looks for one. The worker checks
+    /// it before it trusts it.
     pub async fn put_save_point(&self, run: &str, from: &Path) -> Result<(), HostError> {
         names::check_run(run)?;
         self.push_file(from, &format!("outliers/{run}/{}", files::SAVE_POINT), u64::MAX, &|_| {}).await?;

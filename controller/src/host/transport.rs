@@ -39,17 +39,20 @@ pub trait Transport: Send + Sync {
     /// Runs a shell command, feeding it `stdin`, and waits for it to end.
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError>;
 
-    /// Sends parts of a large file. What lies between them on the host stays, so that an upload that broke off can go on.
+    /// Sends parts of a large file. What lies between them on the host stays, so that an upload
+    /// that broke off can go on.
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError>;
 
-    /// Writes a small file: to a temporary name beside `remote`, synced, then renamed over it. The folder must exist.
-    /// Its content never appears in a command line.
+    /// Writes a small file: to a temporary name beside `remote`, synced, then renamed over it. The
+    /// folder must exist. Its content never appears in a command line.
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError>;
 
-    /// Downloads a file of at most `limit` bytes to a temporary name beside `local`, synced, then renamed over it.
+    /// Downloads a file of at most `limit` bytes to a temporary name beside `local`, synced, then
+    /// renamed over it.
     async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError>;
 
-    /// The bytes of a remote file from `offset`, at most `limit` of them; empty at or past its end; `None` if there is no such file.
+    /// The bytes of a remote file from `offset`, at most `limit` of them; empty at or past its
+    /// end; `None` if there is no such file.
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError>;
 }
 
@@ -57,7 +60,8 @@ pub trait Transport: Send + Sync {
 pub struct SendRequest<'a> {
     /// The file here.
     pub local: &'a Path,
-    /// The file there; made, private to its owner, if there is none. Neither synced nor compared: whoever uses it does.
+    /// The file there; made, private to its owner, if there is none. Neither synced nor compared:
+    /// whoever uses it does.
     pub remote: &'a str,
     /// Byte ranges, in order; each starts at a multiple of 64 KiB.
     pub parts: &'a [Range<u64>],

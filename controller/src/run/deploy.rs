@@ -1,7 +1,8 @@
 //! Drives one run, a step at a time, from wherever it stands to its end.
 //!
-//! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and one that was found after a
-//! crash take the same path; what only this process knows ([`ProcessState`]) merely saves work.
+//! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and
+//! one that was found after a crash take the same path; what only this process knows
+//! ([`ProcessState`]) merely saves work.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -361,8 +362,9 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// The ledger cannot be written. A run that has an instance and time left waits for that to pass, since the
-    /// worker needs no ledger; one that is to end, or cannot go on, ends its instance all the same.
+    /// The ledger cannot be written. A run that has an instance and time left waits for that to
+    /// pass, since the worker needs no ledger; one that is to end, or cannot go on, ends its
+    /// instance all the same.
     async fn unrecorded(&mut self, error: LedgerError) -> Result<(), DriveError> {
         let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
         if self.is_replaceable() {
@@ -441,7 +443,8 @@ impl<'a> Driver<'a> {
         cloud.map_or(&Timeouts::CLOUD, |cloud| &cloud.timeouts)
     }
 
-    /// Writes an event and tells about it. What is remembered of the old state's failures goes with it.
+    /// Writes an event and tells about it. What is remembered of the old state's failures goes
+    /// with it.
     fn append(&mut self, event: RunEvent) -> Result<(), LedgerError> {
         self.run.append(event)?;
         self.changed();
@@ -479,7 +482,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether another instance could do what this one cannot any more, and neither time nor anybody wants the run to end.
+    /// Whether another instance could do what this one cannot any more, and neither time nor
+    /// anybody wants the run to end.
     fn is_replaceable(&self) -> bool {
         let still_to_do = matches!(
             self.run.state(),
@@ -537,7 +541,8 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Resolves when the present state is to be left early; never for states that must run to their end.
+    /// Resolves when the present state is to be left early; never for states that must run to
+    /// their end.
     fn interrupt(&self) -> impl Future<Output = RunOutcome> + use<> {
         let threshold = match self.run.state() {
             RunState::Launched { .. } if self.can_be_left() => Some(Stop::Now),
@@ -616,7 +621,8 @@ impl<'a> Driver<'a> {
         self.time_is_up_at().is_some_and(|at| at > Instant::now())
     }
 
-    /// Leaves things in order: the record beside the results, no key. Nothing of it matters enough to fail a finished run.
+    /// Leaves things in order: the record beside the results, no key. Nothing of it matters enough
+    /// to fail a finished run.
     fn tidy(&self) {
         let record = self.run.record();
         if let Some(results) = record.state.results()
@@ -641,7 +647,8 @@ impl<'a> Driver<'a> {
     }
 }
 
-/// What makes two runs the same work, but for where they run: the job, and the content of its local files, which is read once.
+/// What makes two runs the same work, but for where they run: the job, and the content of its
+/// local files, which is read once.
 #[derive(Clone, Debug)]
 pub struct JobIdentity {
     /// The job.

@@ -1,7 +1,7 @@
 //! The durable record of runs: an intent log for recovery, not a debug log.
 //!
-//! One SQLite file, `ledger.db`: what each run is to do, and every event of its life, append-only. A run's state is the
-//! replay of its events through [`run::next`]. Nothing in it is secret.
+//! One SQLite file, `ledger.db`: what each run is to do, and every event of its life, append-only.
+//! A run's state is the replay of its events through [`run::next`]. Nothing in it is secret.
 //!
 //! Any number of processes may read. The process that drives a run holds the lock on
 //! `runs/<run>/lock`. The operating system releases the lock when the
@@ -167,8 +167,9 @@ impl RunRecord {
         Meter { gone, present, deadline: self.deadline() }
     }
 
-    /// What the run may have cost when the time of its instance, which exists or may exist, is up: so much of a budget is not to
-    /// be promised to anybody else. Never more than was agreed, to which the run is held, unless it has cost more.
+    /// What the run may have cost when the time of its instance, which exists or may exist, is up:
+    /// so much of a budget is not to be promised to anybody else. Never more than was agreed, to
+    /// which the run is held, unless it has cost more.
     pub fn at_most(&self, now_ms: u64) -> Usd {
         let most = self.at_most_by_prices(now_ms);
         self.spec.quote.ceiling.map_or(most, |agreed| most.min(agreed.max(self.cost(now_ms))))
@@ -219,7 +220,8 @@ impl RunRecord {
             let Ok(new) = run::next(&state, &entry.event) else { break };
             match (&entry.event, new.rental()) {
                 (RunEvent::Creating { .. }, _) => asked_at = entry.at_ms,
-                // It may have been there, and billed, from the first call on: a controller may have died in between.
+                // It may have been there, and billed, from the first call on: a controller may
+                // have died in between.
                 (RunEvent::Created { .. }, Some(rental)) => {
                     present = Some(OpenBill { since_ms: asked_at, price: rental.price });
                 }
@@ -241,9 +243,10 @@ impl RunRecord {
         (gone, present)
     }
 
-    /// What the run's instances have had of GPUs until `now_ms`. The time of an instance begins when
-    /// it was first spoken to, since one that waits in a queue has no GPUs; it begins with the create
-    /// call, and has no more than the time limit, where the instance was given up before that.
+    /// What the run's instances have had of GPUs until `now_ms`. The time of an instance begins
+    /// when it was first spoken to, since one that waits in a queue has no GPUs; it begins with
+    /// the create call, and has no more than the time limit, where the instance was given up
+    /// before that.
     pub fn gpu_time(&self, now_ms: u64) -> GpuTime {
         let (gone, present) = self.gpu_times();
         let now = present.and_then(|(offer, since_ms)| Some(gpus_since(offer, since_ms?, now_ms)));
@@ -260,8 +263,8 @@ impl RunRecord {
         GpuTime::from_seconds(gone.saturating_add(most))
     }
 
-    /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and when
-    /// it was first spoken to.
+    /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and
+    /// when it was first spoken to.
     fn gpu_times(&self) -> (i64, Option<(&Offer, Option<u64>)>) {
         let limit_ms = self.spec.max_duration_s.saturating_mul(1000);
         let (mut gone, mut asked_ms, mut since_ms) = (0_i64, self.created_at_ms, None);
@@ -374,7 +377,8 @@ impl Ledger {
     /// What the file system or SQLite says.
     pub fn plan(&self, spec: &RunSpec) -> Result<RunWriter, LedgerError> {
         let id = random_word(8);
-        // Locked before it is recorded: nobody ever sees the run unlocked and takes it for abandoned.
+        // Locked before it is recorded: nobody ever sees the run unlocked and takes it for
+        // abandoned.
         let lock = self.lock(&id)?.ok_or_else(|| LedgerError::Driven { run: id.clone() })?;
         let created_at_ms = self.now_ms();
         let written = self.connection().execute(
@@ -563,7 +567,8 @@ fn close_to_others(folder: &Path) {
     }
 }
 
-/// Opens the file, makes or checks its tables; returns the owner, who is called `named` if it has none yet.
+/// Opens the file, makes or checks its tables; returns the owner, who is called `named` if it has
+/// none yet.
 fn connect(path: &Path, named: Option<&str>) -> Result<(Connection, String), LedgerError> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(BUSY)?;
@@ -820,7 +825,8 @@ impl RunWriter {
     }
 }
 
-/// Whether an unreadable run may be part of the survey: unless what is left of its record says otherwise.
+/// Whether an unreadable run may be part of the survey: unless what is left of its record says
+/// otherwise.
 fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, LedgerError> {
     let spec: Result<String, _> = connection.query_row("SELECT spec FROM runs WHERE id = ?1", [run], |row| row.get(0));
     let spec = match spec {
@@ -1231,7 +1237,8 @@ pub(crate) mod tests {
         RunSpec { survey, budget: Some(Usd::from_dollars(budget)), ..spec() }
     }
 
-    /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute is $66.
+    /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute
+    /// is $66.
     fn intent_of(spec: &RunSpec) -> (Intent, Usd) {
         let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
         let worst = spec.highest_price(&offer).cost(Duration::from_secs(spec.max_duration_s));

@@ -167,7 +167,8 @@ impl LocalWorkerError {
 }
 
 impl LocalWorker {
-    /// The program the settings name, else the one beside `exe`; asked for its version, as is the one that is pushed.
+    /// The program the settings name, else the one beside `exe`; asked for its version, as is the
+    /// one that is pushed.
     ///
     /// # Errors
     /// It is missing, does not run, or is of another version.
@@ -190,13 +191,15 @@ impl LocalWorker {
         &self.path
     }
 
-    /// Whether what instances get is older than this one: of the same version, but not of the same source perhaps.
+    /// Whether what instances get is older than this one: of the same version, but not of the same
+    /// source perhaps.
     pub fn pushes_an_older_one(&self) -> bool {
         let made = |path: &Path| path.metadata().and_then(|meta| meta.modified());
         matches!((made(&self.pushed.path), made(&self.path)), (Ok(pushed), Ok(here)) if pushed < here)
     }
 
-    /// What instances get: the one beside it that was built for other machines, where there is one; else itself.
+    /// What instances get: the one beside it that was built for other machines, where there is
+    /// one; else itself.
     pub fn pushed(&self) -> &Pushed {
         &self.pushed
     }

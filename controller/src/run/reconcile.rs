@@ -1,6 +1,7 @@
 //! The ledger against a broker's list: what is ours, what is left over, what is gone.
 //!
-//! [`compare`] is pure and only ever sees complete listings: a failed or partial one never leads to an action.
+//! [`compare`] is pure and only ever sees complete listings: a failed or partial one never leads
+//! to an action.
 //!
 //! Of an instance whose run is not known here only its deadline is judged. Its heartbeat, the
 //! lease that a controller renews, cannot be read from here: the key that logs in lies in the
@@ -22,7 +23,8 @@ use crate::run::ledger::{Ledger, LedgerError, Records};
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
-    /// The instance of an abandoned run with time left: the same command picks the run up, or `runs cancel` ends it.
+    /// The instance of an abandoned run with time left: the same command picks the run up, or
+    /// `runs cancel` ends it.
     Adopt {
         /// The run.
         run: String,
@@ -75,7 +77,8 @@ pub enum Stray {
     UnknownRun,
     /// The run is over.
     RunClosed,
-    /// Its time is up, and the run has another instance, or none: this one came of an unanswered create call.
+    /// Its time is up, and the run has another instance, or none: this one came of an unanswered
+    /// create call.
     Superseded,
     /// Its time is up, and its run's record cannot be read.
     Expired,
@@ -95,8 +98,8 @@ pub enum Leave {
     Held,
     /// Its run's record cannot be read, and it has time left.
     RecordUnreadable,
-    /// Nothing is known here of the run in its tag, which has time left: a ledger that is a copy, or made anew, does not
-    /// know what another machine began.
+    /// Nothing is known here of the run in its tag, which has time left: a ledger that is a copy,
+    /// or made anew, does not know what another machine began.
     RunUnknown,
     /// Its run has another instance, or none, as far as is known here, and it has time left.
     Superseded,
@@ -147,8 +150,8 @@ pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
 
 /// Compares what the ledger knows with one complete listing of one broker.
 ///
-/// `missing` counts, for each run, the complete listings in a row that did not show its instance, this one included;
-/// `enough` of them make it gone. `now`: Unix seconds.
+/// `missing` counts, for each run, the complete listings in a row that did not show its instance,
+/// this one included; `enough` of them make it gone. `now`: Unix seconds.
 pub fn compare(
     owner: &str,
     broker: &str,
@@ -161,7 +164,8 @@ pub fn compare(
     // Looked up by name: there may be tens of thousands of both.
     let by_run: HashMap<&str, &RunLease> = leases.iter().map(|lease| (lease.run.as_str(), lease)).collect();
     let shown = ListedInstances::of(listed);
-    // A run is known everywhere; only its own cloud's list says whether its instance is still there.
+    // A run is known everywhere; only its own cloud's list says whether its instance is still
+    // there.
     let of_instances = listed.iter().map(|instance| judge(owner, now, &by_run, instance));
     let of_runs = leases
         .iter()
@@ -203,7 +207,8 @@ pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
     listed.iter().map(judge).collect()
 }
 
-/// The lease of an instance whose time is up, if it is `owner`'s, or with `None` anybody's of this program. `now`: Unix seconds.
+/// The lease of an instance whose time is up, if it is `owner`'s, or with `None` anybody's of this
+/// program. `now`: Unix seconds.
 pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
     let tag = instance.tag()?;
     let meant = owner.is_none_or(|owner| owner == tag.owner);
@@ -441,8 +446,8 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever is listed and whatever the ledger holds: a foreign, driven or held instance is never terminated, and
-        /// every listed instance gets at most one verdict.
+        /// Whatever is listed and whatever the ledger holds: a foreign, driven or held instance is
+        /// never terminated, and every listed instance gets at most one verdict.
         #[test]
         fn foreign_driven_and_held_instances_are_never_terminated(
             names in prop::collection::vec(("me|you", "a|b|c", "n|m", 900u64..1100), 0..8),

@@ -1,8 +1,8 @@
 //! A survey's file: which models, over which text, with which requests. Errors name the file, the
 //! line and the key.
 //!
-//! What it says is as if it had been typed: the same types, with the same meaning, as the options of `deploy`. Paths are seen from the
-//! file's own folder.
+//! What it says is as if it had been typed: the same types, with the same meaning, as the options
+//! of `deploy`. Paths are seen from the file's own folder.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -92,7 +92,8 @@ struct SurveyFile {
     model: Vec<ModelTable>,
 }
 
-/// What the file says of a model beside its instance ([`GpuRequest`]), whose keys stand among these.
+/// What the file says of a model beside its instance ([`GpuRequest`]), whose keys stand among
+/// these.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct ModelTable {

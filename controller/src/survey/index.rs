@@ -1,4 +1,5 @@
-//! What became of each model of a survey, as a document beside their folders: readers need not guess which of them may be trusted.
+//! What became of each model of a survey, as a document beside their folders: readers need not
+//! guess which of them may be trusted.
 
 use std::path::Path;
 

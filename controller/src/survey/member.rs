@@ -107,7 +107,8 @@ impl Member<'_> {
     }
 }
 
-/// Whether a run that ended so was only kept from doing its work: the survey does it without being asked.
+/// Whether a run that ended so was only kept from doing its work: the survey does it without being
+/// asked.
 fn is_to_go_on(ending: &RunOutcome) -> bool {
     match ending {
         RunOutcome::Interrupted | RunOutcome::Cancelled => true,

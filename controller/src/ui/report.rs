@@ -1,4 +1,5 @@
-//! All sentences: what happens, to people (standard error) and what comes out, to people or programs (standard output).
+//! All sentences: what happens, to people (standard error) and what comes out, to people or
+//! programs (standard output).
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
@@ -301,7 +302,8 @@ impl Reporter {
         }
     }
 
-    /// The same for one of several that go on at once: its sentences begin with its name, its bar stands beside the others'.
+    /// The same for one of several that go on at once: its sentences begin with its name, its bar
+    /// stands beside the others'.
     pub fn of_one(&self, label: &str) -> Self {
         Self {
             json: self.json,

@@ -210,7 +210,8 @@ impl Status {
     }
 }
 
-/// Every survey that has an index in a folder below `results`, by name. What cannot be read is for `compare` to say.
+/// Every survey that has an index in a folder below `results`, by name. What cannot be read is for
+/// `compare` to say.
 fn surveys(results: &Path) -> Vec<(PathBuf, Index)> {
     let entries = std::fs::read_dir(results).into_iter().flatten().filter_map(Result::ok);
     let mut found: Vec<(PathBuf, Index)> =
@@ -367,7 +368,8 @@ pub(crate) mod tests {
         rented(id).into_iter().chain(end).collect()
     }
 
-    /// One of each: complete (with real results at `home`), failed, under way, abandoned, and refused for want of an offer.
+    /// One of each: complete (with real results at `home`), failed, under way, abandoned, and
+    /// refused for want of an offer.
     pub(crate) fn status(home: &Path) -> Status {
         let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
         let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };

@@ -221,7 +221,8 @@ pub(crate) async fn lying_files() {
     assert_eq!(cut.len(), 5, "no sum of ours runs over");
 }
 
-/// Fetches from a host that has a home folder, gives this answer when asked for its manifest and loose files, and then none.
+/// Fetches from a host that has a home folder, gives this answer when asked for its manifest and
+/// loose files, and then none.
 async fn fetch(files: Vec<u8>, into: &Path) -> HostErrorKind {
     let answer = move |script: &str| match (script.contains("manifest.json"), script.contains("piece")) {
         (true, _) => files.clone(),

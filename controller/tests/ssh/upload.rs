@@ -21,7 +21,8 @@ async fn push(host: &RemoteHost, file: &Path, on: impl Fn(HostEvent) + Send + Sy
     host.push_file(file, PLACE, 1 << 40, &on).await.unwrap().into()
 }
 
-/// Pushes a file until more than `bytes` of it are acknowledged, and then forgets about it, as a killed controller does.
+/// Pushes a file until more than `bytes` of it are acknowledged, and then forgets about it, as a
+/// killed controller does.
 async fn push_some(host: RemoteHost, file: &Path, bytes: u64) {
     let enough = tokio::sync::Notify::new();
     let on = |event| {
@@ -133,7 +134,8 @@ async fn foreign_partial_file_is_replaced_and_its_link_target_kept() {
     }
 }
 
-/// The kernel refuses to start a program that somebody may still write to, and a server notices late that its client is gone.
+/// The kernel refuses to start a program that somebody may still write to, and a server notices
+/// late that its client is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn program_starts_while_a_dead_connection_holds_it_open() {
     let Some(scene) = Scene::near("") else { return };
@@ -163,7 +165,8 @@ async fn silent_connection_is_abandoned_and_a_slow_one_is_not() {
     let link = |server: &_| FlakyLink::narrow(server, 2 * MB as u64).unwrap();
     let Some(scene) = Scene::new("", link) else { return };
     let file = scene.file("big", &noise(8 * MB));
-    // Every request of the file is under way at once, and the last waits four times longer than the patience.
+    // Every request of the file is under way at once, and the last waits four times longer than
+    // the patience.
     let placed = push(&scene.host(HASTY).await, &file, |_| {}).await;
     assert_arrived(&file, &placed);
     let ssh = scene.ssh(HASTY).await;

@@ -1,7 +1,7 @@
 //! What every broker does, whatever its cloud: one plain function per property.
 //!
-//! [`life`] needs nothing but a broker, so the local one is held to it too; everything else needs a cloud that goes wrong on
-//! request. A function panics with what is wrong.
+//! [`life`] needs nothing but a broker, so the local one is held to it too; everything else needs
+//! a cloud that goes wrong on request. A function panics with what is wrong.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 

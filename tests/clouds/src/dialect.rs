@@ -28,8 +28,9 @@ pub struct Document {
 
 /// One cloud's API over a [`World`]: state in, reply out.
 ///
-/// Strict: what the real cloud would refuse (an unknown field, a wrong type, a missing key, a wrong path) is refused here too. The
-/// core has checked the key and the account's funds, and injects faults, before a dialect sees a request.
+/// Strict: what the real cloud would refuse (an unknown field, a wrong type, a missing key, a
+/// wrong path) is refused here too. The core has checked the key and the account's funds, and
+/// injects faults, before a dialect sees a request.
 pub trait Dialect: Send + Sync + 'static {
     /// The cloud that speaks it.
     fn cloud(&self) -> &'static CloudKind;
@@ -51,8 +52,8 @@ pub trait Dialect: Send + Sync + 'static {
     /// A refusal in the cloud's own words.
     fn refuse(&self, refusal: &Refusal, on: Op) -> Answer;
 
-    /// The stock as far as this cloud tells of it (what it does not tell is `None`, or rounded as it rounds); `None`: it cannot
-    /// offer such a thing at all.
+    /// The stock as far as this cloud tells of it (what it does not tell is `None`, or rounded as
+    /// it rounds); `None`: it cannot offer such a thing at all.
     fn shows(&self, stock: &Stock) -> Option<Stock> {
         Some(stock.clone())
     }
@@ -63,7 +64,8 @@ pub trait Dialect: Send + Sync + 'static {
         stock.price
     }
 
-    /// Whether its listings say how much there is in all, so that one that ends too early can be told ([`World::truncates`]).
+    /// Whether its listings say how much there is in all, so that one that ends too early can be
+    /// told ([`World::truncates`]).
     fn tells_totals(&self) -> bool {
         false
     }

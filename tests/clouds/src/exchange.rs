@@ -24,7 +24,8 @@ pub struct Request {
 }
 
 impl Request {
-    /// Method and path segments, to match on: `("GET", ["instances", id])`. A trailing slash is an empty last segment.
+    /// Method and path segments, to match on: `("GET", ["instances", id])`. A trailing slash is an
+    /// empty last segment.
     pub fn route(&self) -> (&str, Vec<&str>) {
         (self.method.as_str(), self.path.trim_start_matches('/').split('/').collect())
     }

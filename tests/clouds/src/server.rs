@@ -74,7 +74,8 @@ impl FakeCloud {
         self.shared.lock()
     }
 
-    /// The real broker, speaking to this cloud with the right key and little patience between attempts.
+    /// The real broker, speaking to this cloud with the right key and little patience between
+    /// attempts.
     pub fn broker(&self) -> Box<dyn Broker> {
         self.connect(KEY, limits(), None)
     }

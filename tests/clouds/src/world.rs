@@ -230,7 +230,8 @@ pub struct FakeInstance {
     pub price: UsdPerHour,
     /// Where it is in its life.
     pub life: Life,
-    /// A word to show as its status instead of the cloud's own, as if the cloud had invented a new one.
+    /// A word to show as its status instead of the cloud's own, as if the cloud had invented a new
+    /// one.
     pub odd_status: Option<String>,
     /// Where its SSH server listens once it runs.
     pub ssh: SshEndpoint,
@@ -314,7 +315,8 @@ pub struct World {
     pub requests: Vec<Request>,
     /// Most instances in one page of a listing, where a cloud has pages.
     pub page_size: usize,
-    /// Listings end before the last page although more are announced, where a cloud announces ([`crate::Dialect::tells_totals`]).
+    /// Listings end before the last page although more are announced, where a cloud announces
+    /// ([`crate::Dialect::tells_totals`]).
     pub truncates: bool,
     /// Listings in which a new instance is not shown yet.
     pub shown_after: u32,

@@ -148,7 +148,8 @@ async fn out_of_stock_is_reported() {
     assert_eq!(offers.dropped[0].reason, "its price makes no sense");
 }
 
-/// Runs the script with which a pod ends itself, with `programs` in place of all others but the shell's; what they were called with.
+/// Runs the script with which a pod ends itself, with `programs` in place of all others but the
+/// shell's; what they were called with.
 fn end_itself(programs: &[(&str, &str)]) -> (bool, String, String) {
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("log");

@@ -145,7 +145,8 @@ mod tests {
     #[test]
     fn product_equals_the_reference_in_every_layout() {
         let memory = Memory::new();
-        // a [2, 3] = 1 2 3 / 4 5 6, b [3, 2] = 1 2 / 3 4 / 5 6; by columns, and by rows as transposed.
+        // a [2, 3] = 1 2 3 / 4 5 6, b [3, 2] = 1 2 / 3 4 / 5 6; by columns, and by rows as
+        // transposed.
         let a = [[1f32, 4.0, 2.0, 5.0, 3.0, 6.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]];
         let b = [[1f32, 3.0, 5.0, 2.0, 4.0, 6.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]];
         let place = |values: &[f32]| {

@@ -393,7 +393,8 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(to: u64, from: u64, bytes: usize, 
             return Ok(());
         }
         stream.ask(move || {
-            // SAFETY: room for so many bytes is there until this function returns, which it does when they are.
+            // SAFETY: room for so many bytes is there until this function returns, which it does
+            // when they are.
             let into = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes) };
             MEMORY.reader().read(from, into)
         });
@@ -474,7 +475,8 @@ pub unsafe extern "C" fn cuLaunchKernel(
         let mut all = Vec::new();
         for (i, (bytes, at)) in kernel.parameters.iter().enumerate() {
             all.resize(*at, 0);
-            // SAFETY: there is an address for each parameter of the kernel, of as many bytes as it has.
+            // SAFETY: there is an address for each parameter of the kernel, of as many bytes as it
+            // has.
             all.extend_from_slice(unsafe { std::slice::from_raw_parts(*parameters.add(i), *bytes) });
         }
         stream(on)?.ask(move || ptx::run(&kernel, grid, &all, &MEMORY));

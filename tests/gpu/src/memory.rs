@@ -1,5 +1,6 @@
-//! What was allocated, on GPUs and as host memory that they read by themselves. Addresses are real ones of this process; all else is
-//! refused instead of touched. Memory that nobody wrote to, or that was given back, holds no numbers.
+//! What was allocated, on GPUs and as host memory that they read by themselves. Addresses are real
+//! ones of this process; all else is refused instead of touched. Memory that nobody wrote to, or
+//! that was given back, holds no numbers.
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
@@ -65,7 +66,8 @@ impl Memory {
         let Allocation { len, .. } =
             live.remove(&address).ok_or_else(|| format!("{address:#x} was never allocated"))?;
         let layout = layout(len);
-        // SAFETY: it was allocated with this layout, and nobody else knows it any more: readers hold the lock.
+        // SAFETY: it was allocated with this layout, and nobody else knows it any more: readers
+        // hold the lock.
         unsafe {
             (address as *mut u8).write_bytes(NOTHING, layout.size());
             std::alloc::dealloc(address as *mut u8, layout);
@@ -127,8 +129,8 @@ impl Reader<'_> {
     /// The bytes are not allocated.
     pub(crate) fn read(&mut self, address: u64, into: &mut [u8]) -> Result<(), String> {
         self.check(address, into.len())?;
-        // SAFETY: so many bytes are allocated, and stay so while the lock is held. Whoever writes to them meanwhile does so on the GPU
-        // too, where that would be as undefined.
+        // SAFETY: so many bytes are allocated, and stay so while the lock is held. Whoever writes
+        // to them meanwhile does so on the GPU too, where that would be as undefined.
         unsafe { std::ptr::copy(address as *const u8, into.as_mut_ptr(), into.len()) };
         Ok(())
     }

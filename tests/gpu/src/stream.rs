@@ -1,4 +1,5 @@
-//! Streams: what is asked of one is done in order, by a thread of its own and at its own time; between two there is no order but by events.
+//! Streams: what is asked of one is done in order, by a thread of its own and at its own time;
+//! between two there is no order but by events.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
@@ -69,7 +70,8 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// One whose tasks now and then take up to `delay` longer, each time others, as a real one's may.
+    /// One whose tasks now and then take up to `delay` longer, each time others, as a real one's
+    /// may.
     pub(crate) fn new(delay: Duration) -> Self {
         let (tasks, receiver) = channel::<(u64, Task)>();
         let (done, failed) = (Arc::new(Counter::default()), Arc::new(Mutex::new(None)));

@@ -1,4 +1,5 @@
-//! kill -9 of the real controller, at every request to a cloud and at moments between them; then the same command once more.
+//! kill -9 of the real controller, at every request to a cloud and at moments between them; then
+//! the same command once more.
 //!
 //! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the
 //! ledger and the results real files. Its list shows an entry that cannot be read as it should,
@@ -29,7 +30,8 @@ enum Point {
     Time(f64),
 }
 
-/// Moments of requests, then times between them: half of each, or every moment of every request and the rest times.
+/// Moments of requests, then times between them: half of each, or every moment of every request
+/// and the rest times.
 fn points(count: usize, requests: usize) -> Vec<Point> {
     let all: Vec<Point> =
         (1..=requests).flat_map(|number| MOMENTS.map(|moment| Point::Request(number, moment))).collect();

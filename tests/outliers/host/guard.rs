@@ -1,4 +1,5 @@
-//! The guard on a host, against a real OpenSSH server: nobody looks after the run any more, in every way in which that happens.
+//! The guard on a host, against a real OpenSSH server: nobody looks after the run any more, in
+//! every way in which that happens.
 
 use outliers::host::GuardConfig;
 use outliers::run::GuardTimeouts;
@@ -49,7 +50,8 @@ async fn guard_ends_worker_and_instance_without_heartbeat() {
 #[tokio::test]
 async fn heartbeat_keeps_the_instance_and_a_killed_guard_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
-    // On a busy machine a word of ours takes seconds: the lease is many times as long as the pause, and we speak for longer than the lease.
+    // On a busy machine a word of ours takes seconds: the lease is many times as long as the
+    // pause, and we speak for longer than the lease.
     scene.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
     let first = scene.guard_pid("r");
     kill(&first.to_string());

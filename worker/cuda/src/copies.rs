@@ -38,9 +38,8 @@ unsafe extern "C" {
     fn cuStreamQuery(stream: *mut c_void) -> c_int;
 }
 
-/// Whether a stream has done all that it was asked for; `None` where the driver does not tell. Waits
-/// for nothing.
-/// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__STREAM.html>
+/// Whether a stream has done all that it was asked for; `None` where the driver does not tell.
+/// Waits for nothing. <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__STREAM.html>
 pub fn is_idle(stream: &CudaStream) -> Option<bool> {
     stream.context().bind_to_thread().ok()?;
     // SAFETY: a stream that is there as long as this borrows it.

@@ -1,8 +1,8 @@
-//! NVIDIA's driver and libraries, found when the program runs instead of when it is built: one program that starts on machines with
-//! and without them, and says what it lacks.
+//! NVIDIA's driver and libraries, found when the program runs instead of when it is built: one
+//! program that starts on machines with and without them, and says what it lacks.
 //!
-//! Linking this crate is what satisfies the tensor library's `-lcuda -lcublas ..` (see `table.rs`); its kernels are built through
-//! `nvcc.sh`. Our own lie in `kernels/`, compiled.
+//! Linking this crate is what satisfies the tensor library's `-lcuda -lcublas ..` (see
+//! `table.rs`); its kernels are built through `nvcc.sh`. Our own lie in `kernels/`, compiled.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod assembled;
@@ -55,7 +55,8 @@ impl fmt::Display for CudaVersion {
     }
 }
 
-/// What a driver must serve for the kernels to be read: drivers from R520 on. `nvcc.sh` writes the PTX version that this stands for.
+/// What a driver must serve for the kernels to be read: drivers from R520 on. `nvcc.sh` writes the
+/// PTX version that this stands for.
 pub const OLDEST: CudaVersion = CudaVersion(11, 8);
 
 /// What the kernels are compiled for, and all that is newer: the first with bf16.
@@ -129,7 +130,8 @@ impl Unavailable {
     }
 }
 
-/// Looks for driver, GPUs and libraries, once. What calls them must come after this: until then every call fails.
+/// Looks for driver, GPUs and libraries, once. What calls them must come after this: until then
+/// every call fails.
 ///
 /// # Errors
 /// Why no GPU serves.
@@ -159,8 +161,8 @@ fn look() -> Result<DriverInfo, Unavailable> {
     Ok(found)
 }
 
-/// Has the driver keep what is given back on a GPU: by default it returns all of that to the system whenever anybody waits for the GPU, and
-/// gets it from there again.
+/// Has the driver keep what is given back on a GPU: by default it returns all of that to the
+/// system whenever anybody waits for the GPU, and gets it from there again.
 ///
 /// # Errors
 /// The driver's number for why not.
@@ -171,7 +173,8 @@ pub fn keep_memory(gpu: u32) -> Result<(), i32> {
     const NOT_SUPPORTED: c_int = 801;
     let done = |code| if code == 0 { Ok(()) } else { Err(code) };
     let (mut device, mut pool, all) = (0, std::ptr::null_mut(), u64::MAX);
-    // SAFETY: each writes what it was asked for where it is told to; the last one reads a number of 64 bits, as this attribute is.
+    // SAFETY: each writes what it was asked for where it is told to; the last one reads a number
+    // of 64 bits, as this attribute is.
     unsafe {
         done(cuDeviceGet(&raw mut device, gpu as c_int))?;
         match cuDeviceGetDefaultMemPool(&raw mut pool, device) {

@@ -32,9 +32,9 @@ impl Passing {
     /// The driver's.
     pub fn start(x: &Stored<'_>, from: &Arc<CudaStream>, to: &Arc<CudaStream>) -> Result<Self, DriverError> {
         let mail = mail(to.context())?;
-        // By this stream, which gives it out at once: the other one would when all that it was asked
-        // to compute is done.
-        // SAFETY: nobody sees it before all of it is asked to be written.
+        // By this stream, which gives it out at once: the other one would when all that it was
+        // asked to compute is done. SAFETY: nobody sees it before all of it is asked to be
+        // written.
         let mut bytes = unsafe { mail.alloc::<u8>(x.bytes()) }?;
         let at = bytes.device_ptr_mut(&mail).0;
         let through = if reaches(to.context(), from.context()) {
@@ -42,7 +42,8 @@ impl Passing {
             mail.wait(&from.record_event(None)?)?;
             mail.context().bind_to_thread()?;
             let (here, there) = (from.context().cu_ctx(), to.context().cu_ctx());
-            // SAFETY: as many bytes are at both addresses; the first are kept until this has arrived.
+            // SAFETY: as many bytes are at both addresses; the first are kept until this has
+            // arrived.
             unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
             None
         } else {

@@ -1,6 +1,6 @@
 //! Routers on a GPU: which experts each token goes to, the pairs of token and expert in the order
-//! of experts, what experts are sent, and the sums of what they make, in the bits of the CPU's forms
-//! (`ffn` in the worker).
+//! of experts, what experts are sent, and the sums of what they make, in the bits of the CPU's
+//! forms (`ffn` in the worker).
 //!
 //! Values are row-major and contiguous, and belong to the stream that is given.
 
@@ -273,10 +273,10 @@ impl Real for f16 {
     const DTYPE: &'static str = "f16";
 }
 
-/// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `out`, each expert's to
-/// the rows from its one of `places` on. `firsts` says where each one's pairs begin among `tokens`,
-/// and after the last one where they end. Rows are multiplied by `weights`, if there are any, which
-/// are of all pairs, as `tokens` are.
+/// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `out`, each expert's
+/// to the rows from its one of `places` on. `firsts` says where each one's pairs begin among
+/// `tokens`, and after the last one where they end. Rows are multiplied by `weights`, if there are
+/// any, which are of all pairs, as `tokens` are.
 ///
 /// # Errors
 /// The driver's.

@@ -15,7 +15,8 @@ use crate::decode::{Places, StoredTensor, Value};
 
 /// Bytes of a buffer, where a piece that cannot be divided does not take more.
 const BUFFER: usize = 16 << 20;
-/// How many there are: one that is filled, one that is copied, and as many again, since small tensors come between large ones.
+/// How many there are: one that is filled, one that is copied, and as many again, since small
+/// tensors come between large ones.
 const BUFFERS: usize = 4;
 /// Notes that are allocated together.
 const NOTES: usize = 512;
@@ -85,7 +86,7 @@ impl Staging {
 
     /// Brings a stored tensor of `count` values and decodes it on the GPU, piece by piece. The
     /// values are on their way when this returns, and must neither be used nor dropped before an
-    /// [`upload_fence`](Self::upload_fence) that comes later, which tells of values that do not
+    /// [`upload_fence`](Self::upload_fence) that follows it. The fence reports values that do not
     /// fit `T`. `tensor` is its name.
     ///
     /// # Errors
@@ -96,8 +97,9 @@ impl Staging {
         count: usize,
         tensor: &str,
     ) -> Result<CudaSlice<T>, DriverError> {
-        // On this stream, which gives it out when it comes to it: on the other one that would be after all that is computed until then.
-        // SAFETY: nobody sees it before all of it is asked to be written.
+        // On this stream, which gives it out when it comes to it: on the other one that would be
+        // after all that is computed until then. SAFETY: nobody sees it before all of it is asked
+        // to be written.
         let mut bytes = unsafe { self.stream.alloc::<u8>(count * size_of::<T>()) }?;
         // Values of the same size take the place of what they were stored as.
         let in_place = stored.is_stored_as::<T>();
@@ -202,7 +204,8 @@ impl UploadFence {
 }
 
 impl Drop for UploadFence {
-    /// Nobody uses what arrives. But it is given back on the computing stream, which must not be before its copies are done.
+    /// Nobody uses what arrives. But it is given back on the computing stream, which must not be
+    /// before its copies are done.
     fn drop(&mut self) {
         if let Some(decoded) = self.decoded.take() {
             // After an error of the GPU nothing is copied any more.
@@ -266,8 +269,8 @@ impl Buffer {
         self.wait()?;
         if self.memory.as_ref().is_none_or(|memory| memory.len() < len) {
             self.memory = None;
-            // Not write-combined, as is the library's default: what is written in no order would be slow.
-            // SAFETY: bytes may be anything.
+            // Not write-combined, as is the library's default: what is written in no order would
+            // be slow. SAFETY: bytes may be anything.
             self.memory = Some(unsafe { context.alloc_pinned_with_flags(len.max(BUFFER), 0) }?);
         }
         let memory = self.memory.as_mut().expect("it was just put there");
@@ -303,7 +306,8 @@ mod tests {
         let context = CudaContext::new(0).unwrap();
         let compute = context.new_stream().unwrap();
         let mut staging = Staging::new(Arc::clone(&compute)).unwrap();
-        // Of many sizes, a few larger than a buffer; of what was brought, some is given back while the rest is on its way.
+        // Of many sizes, a few larger than a buffer; of what was brought, some is given back while
+        // the rest is on its way.
         let sizes = (0..115).map(|i| if i % 40 == 0 { BUFFER / 4 + 1000 * i + i } else { 1 + 97 * i * (i % 5) });
         let (mut kept, mut brought, mut taken) = (Vec::new(), 0, 0);
         for (tensor, count) in sizes.enumerate() {

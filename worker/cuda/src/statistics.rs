@@ -1,6 +1,6 @@
 //! What one pass over activations finds, on the GPU where they lie and in their own dtype: the
-//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU, and are read when they
-//! have come.
+//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU, and are read when
+//! they have come.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -98,9 +98,9 @@ impl<'a> Activation<'a> {
         Self { stream, x, rows, width, tokens }
     }
 
-    /// Asks for rows and magnitudes; for columns, where a value exceeds whose |x| >= `threshold` > 0;
-    /// and for medians of sequences. Nothing is waited for: the summaries are on their way to the
-    /// host when this returns.
+    /// Asks for rows and magnitudes; for columns, where a value exceeds whose |x| >= `threshold` >
+    /// 0; and for medians of sequences. Nothing is waited for: the summaries are on their way to
+    /// the host when this returns.
     ///
     /// # Errors
     /// The driver's.

@@ -1,15 +1,18 @@
-//! The functions of NVIDIA's libraries that the tensor library calls, as jumps through a table that is filled when the program runs.
+//! The functions of NVIDIA's libraries that the tensor library calls, as jumps through a table
+//! that is filled when the program runs.
 //!
-//! The tensor library links against `libcuda`, `libcublas` and others, so a program built with it does not even start where one of them is
-//! missing, and needs them all where it is built. Here each function is one jump to an address in [`SLOTS`]; until [`fill`] has found the
-//! real one, that is a function which answers [`MISSING`].
+//! The tensor library links against `libcuda`, `libcublas` and others, so a program built with it
+//! does not even start where one of them is missing, and needs them all where it is built. Here
+//! each function is one jump to an address in [`SLOTS`]; until [`fill`] has found the real one,
+//! that is a function which answers [`MISSING`].
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libloading::Library;
 
-/// `CUDA_ERROR_NO_DEVICE`; the other libraries' numbers from 100 on mean nothing, so they read as unknown errors.
+/// `CUDA_ERROR_NO_DEVICE`; the other libraries' numbers from 100 on mean nothing, so they read as
+/// unknown errors.
 pub(crate) const MISSING: i32 = 100;
 
 /// Answers every call that has nowhere to go. The ABI lets it ignore arguments.
@@ -57,7 +60,8 @@ static SLOTS: [AtomicPtr<c_void>; NAMES.len()] =
 pub(crate) fn fill(of: Of, library: &'static Library) -> Result<(), &'static str> {
     let functions = || NAMES.iter().zip(&SLOTS).filter(|((whose, _), _)| *whose == of);
     for ((_, name), slot) in functions() {
-        // SAFETY: only the address is taken; whoever calls it does so under the name it was found by.
+        // SAFETY: only the address is taken; whoever calls it does so under the name it was found
+        // by.
         let found = unsafe { library.get::<*mut c_void>(*name) }.map_err(|_| *name)?;
         // SAFETY: an address of a function of a library that is never unloaded.
         slot.store(unsafe { found.try_as_raw_ptr() }.ok_or(*name)?, Ordering::Release);
@@ -75,7 +79,8 @@ pub(crate) fn replace(slot: Slot, function: *mut c_void) {
     SLOTS[slot as usize].store(function, Ordering::Release);
 }
 
-/// Points the table at functions that do nothing. Those that would give something go on to fail: what they leave out would be taken for it.
+/// Points the table at functions that do nothing. Those that would give something go on to fail:
+/// what they leave out would be taken for it.
 pub(crate) fn do_without(of: Of) {
     let gives_nothing = |name: &str| !name.starts_with("curandGenerate");
     for (_, slot) in NAMES.iter().zip(&SLOTS).filter(|((whose, name), _)| *whose == of && gives_nothing(name)) {
@@ -83,7 +88,8 @@ pub(crate) fn do_without(of: Of) {
     }
 }
 
-// All that the tensor library calls for what is done here, and `find`. What else it may call one day the linker names.
+// All that the tensor library calls for what is done here, and `find`. What else it may call one
+// day the linker names.
 table! {
     Driver {
         cuInit

@@ -1,4 +1,5 @@
-//! Made-up drivers and libraries, each looked for by a process of its own: what is found is found once.
+//! Made-up drivers and libraries, each looked for by a process of its own: what is found is found
+//! once.
 
 use std::io::Write;
 use std::path::Path;

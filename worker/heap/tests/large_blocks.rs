@@ -18,7 +18,8 @@ fn resident() -> usize {
     line.trim_end_matches("kB").trim().parse::<usize>().expect("a number of kB") << 10
 }
 
-/// Vectors are made, grown, cut and dropped, each filled with its own number; none ever finds another's.
+/// Vectors are made, grown, cut and dropped, each filled with its own number; none ever finds
+/// another's.
 fn live(steps: &[(u8, usize, usize)]) {
     let mut vectors: Vec<(usize, Vec<usize>)> = Vec::new();
     for (number, &(kind, which, length)) in steps.iter().enumerate() {

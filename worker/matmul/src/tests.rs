@@ -1,4 +1,5 @@
-//! Against sums in f64, by all that this processor has. If that is nothing there is nothing to test, and the test says so.
+//! Against sums in f64, by all that this processor has. If that is nothing there is nothing to
+//! test, and the test says so.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -92,7 +93,8 @@ pub(crate) fn check_by<A: Number>(
     let mut got = vec![A::of(7.0)];
     append(&mut got, &a, &b);
     assert_eq!((got.len(), got.remove(0).wide()), (m * n + 1, 7.0), "what there was stays");
-    // Against the sum of the magnitudes of the terms. Each of three products per value is rounded once to f32, to either side.
+    // Against the sum of the magnitudes of the terms. Each of three products per value is rounded
+    // once to f32, to either side.
     let tolerance = A::ROUNDING + f32::ROUNDING * (3.0 * k as f64).sqrt();
     for (i, got) in got.iter().enumerate() {
         let terms = || (0..k).map(|at| a[i / n * k + at].wide() * of_b(i % n, at));

@@ -1,8 +1,9 @@
-//! What is measured in the same pass beside the outlier features. Bounded by layers, sites, experts and fixed list lengths; never by
-//! occurrences.
+//! What is measured in the same pass beside the outlier features. Bounded by layers, sites,
+//! experts and fixed list lengths; never by occurrences.
 //!
-//! A *row* is the vector of one token at one site: `hidden` values `x_1 .. x_d`. At [`crate::Point::ExpertOut`] a row is one token at one
-//! of its experts, so that a token has several.
+//! A *row* is the vector of one token at one site: `hidden` values `x_1 .. x_d`. At
+//! [`crate::Point::ExpertOut`] a row is one token at one of its experts, so that a token has
+//! several.
 
 use serde::{Deserialize, Serialize};
 
@@ -22,14 +23,17 @@ pub struct RowStatistics {
     pub rows: u64,
     /// Quantiles of |x| over all values of all rows.
     pub magnitude: MagnitudeQuantiles,
-    /// Kurtosis over the coordinates of each row: `mean((x - m)^4) / mean((x - m)^2)^2` with `m = mean(x)`; 3 for any rotation of a Gaussian
-    /// (Elhage et al. 2023, "Privileged bases in the transformer residual stream"). `None` if in every row all coordinates are equal.
+    /// Kurtosis over the coordinates of each row: `mean((x - m)^4) / mean((x - m)^2)^2` with `m =
+    /// mean(x)`; 3 for any rotation of a Gaussian (Elhage et al. 2023, "Privileged bases in the
+    /// transformer residual stream"). `None` if in every row all coordinates are equal.
     pub kurtosis: Option<RowSpread>,
-    /// Largest |x| of each row over the median |x| of the same row. `None` if every row's median is 0.
+    /// Largest |x| of each row over the median |x| of the same row. `None` if every row's median
+    /// is 0.
     pub max_over_median: Option<RowSpread>,
 }
 
-/// Quantiles of |x|, each within 1.6 % (bins of a 32nd of an octave between 2^-32 and 2^32; less counts as 0).
+/// Quantiles of |x|, each within 1.6 % (bins of a 32nd of an octave between 2^-32 and 2^32; less
+/// counts as 0).
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MagnitudeQuantiles {
     /// Median.
@@ -57,9 +61,11 @@ pub struct RowSpread {
     pub max: f64,
 }
 
-/// The gain vector of one studied norm: what multiplies the normalised values (1 + the stored weight where that is centred at zero).
+/// The gain vector of one studied norm: what multiplies the normalised values (1 + the stored
+/// weight where that is centred at zero).
 ///
-/// An RMSNorm's output is bounded by `|y_i| <= sqrt(hidden) * |gain_i|`, so that a threshold at norm outputs is partly one on gains.
+/// An RMSNorm's output is bounded by `|y_i| <= sqrt(hidden) * |gain_i|`, so that a threshold at
+/// norm outputs is partly one on gains.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GainSummary {
     /// Largest |gain|.
@@ -70,7 +76,8 @@ pub struct GainSummary {
     pub rms: f64,
 }
 
-/// The value of largest magnitude a feature has at any studied norm output (the first such site), and how much of it is the norm's gain.
+/// The value of largest magnitude a feature has at any studied norm output (the first such site),
+/// and how much of it is the norm's gain.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FeaturePeak {
     /// Layer of the site.
@@ -81,7 +88,8 @@ pub struct FeaturePeak {
     pub value: f32,
     /// The norm's gain at this feature.
     pub gain: Option<f32>,
-    /// `value / gain`: the normalised value before the gain (plus bias / gain where the norm has a bias). `None` if the gain is 0.
+    /// `value / gain`: the normalised value before the gain (plus bias / gain where the norm has a
+    /// bias). `None` if the gain is 0.
     pub value_over_gain: Option<f32>,
 }
 
@@ -105,7 +113,8 @@ pub struct OtherSite {
 pub struct TopRecords {
     /// Which kind.
     pub point: Point,
-    /// At most [`TOP_RECORDS`], largest first; equal magnitudes by layer, sequence, position, expert, dimension.
+    /// At most [`TOP_RECORDS`], largest first; equal magnitudes by layer, sequence, position,
+    /// expert, dimension.
     pub records: Vec<Record>,
 }
 
@@ -131,12 +140,14 @@ pub struct Record {
 
 // -------------------------------------------------------------------------------------------------- massive activations
 
-/// Massive activations of the residual stream after each layer, by the rule of Sun et al. 2024 (arXiv 2402.17762, section 2): |x| > 100, and |x|
-/// at least 1,000 times the median magnitude of its hidden state.
+/// Massive activations of the residual stream after each layer, by the rule of Sun et al. 2024
+/// (arXiv 2402.17762, section 2): |x| > 100, and |x| at least 1,000 times the median magnitude of
+/// its hidden state.
 ///
-/// The paper's hidden state is the layer's output for one sequence, `[tokens, hidden]`, and so is its code's median: all of the
-/// sequence's values at that layer together. Others take the median over the `hidden` values of the same token; both are counted here, each
-/// under its name. Medians are those of |x|, the lower of the two middle values where the number of values is even.
+/// The paper's hidden state is the layer's output for one sequence, `[tokens, hidden]`, and so is
+/// its code's median: all of the sequence's values at that layer together. Others take the median
+/// over the `hidden` values of the same token; both are counted here, each under its name. Medians
+/// are those of |x|, the lower of the two middle values where the number of values is even.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MassiveActivations {
     /// The rule in words.
@@ -197,7 +208,8 @@ pub struct MassiveLayer {
     pub values_by_token_median: u64,
     /// `tokens` with the median of the token's own values in the rule.
     pub tokens_by_token_median: u64,
-    /// The largest, second and third largest |x| of a sequence, mean over sequences; fewer where a sequence has fewer values.
+    /// The largest, second and third largest |x| of a sequence, mean over sequences; fewer where a
+    /// sequence has fewer values.
     pub mean_top_magnitudes: Vec<f64>,
     /// The median |x| of a sequence, mean over sequences.
     pub mean_median: f64,
@@ -234,13 +246,16 @@ pub struct RouterSummary {
     pub max_over_mean: f64,
     /// The busiest expert; the first of several.
     pub busiest: usize,
-    /// Entropy of the experts' shares of all (token, expert) pairs, over the logarithm of their number; 1 is even, 0 all to one.
+    /// Entropy of the experts' shares of all (token, expert) pairs, over the logarithm of their
+    /// number; 1 is even, 0 all to one.
     pub normalised_entropy: f64,
-    /// Sum of a token's gate weights, mean over tokens. Gate weights are those multiplied into the experts' outputs (inputs, in Llama 4).
+    /// Sum of a token's gate weights, mean over tokens. Gate weights are those multiplied into the
+    /// experts' outputs (inputs, in Llama 4).
     pub gate_mass_per_token: f64,
     /// The same for tokens at position 0 alone.
     pub gate_mass_per_token_at_position_0: f64,
-    /// The expert with the largest share of the gate mass of tokens at position 0; the first of several.
+    /// The expert with the largest share of the gate mass of tokens at position 0; the first of
+    /// several.
     pub favourite_at_position_0: usize,
     /// That share.
     pub favourite_share_at_position_0: f64,
@@ -248,11 +263,14 @@ pub struct RouterSummary {
     pub favourite_share_elsewhere: f64,
 }
 
-/// Super-expert candidates, by the rule of Su et al. 2025 (arXiv 2507.23279) as their code has it. `a` of an expert is the largest |x| at the
-/// output of its down projection, bias included, before the gate weight (where the router scales the expert's input, after that); A are the `a`
-/// of all routed experts with a token in the first `layers_considered` layers. A candidate is over `percentile_99_5` and over 0.1 x `max`.
+/// Super-expert candidates, by the rule of Su et al. 2025 (arXiv 2507.23279) as their code has it.
+/// `a` of an expert is the largest |x| at the output of its down projection, bias included, before
+/// the gate weight (where the router scales the expert's input, after that); A are the `a` of all
+/// routed experts with a token in the first `layers_considered` layers. A candidate is over
+/// `percentile_99_5` and over 0.1 x `max`.
 ///
-/// The largest of A always is one, unless it has an equal: only its distance to `runner_up` says whether it is out of the ordinary.
+/// The largest of A always is one, unless it has an equal: only its distance to `runner_up` says
+/// whether it is out of the ordinary.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperExperts {
     /// The rule in words.

@@ -7,7 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A set of indices, written as ascending ranges: `0-3, 7`. However large its indices are, it holds the ranges alone.
+/// A set of indices, written as ascending ranges: `0-3, 7`. However large its indices are, it
+/// holds the ranges alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct IndexSet(Vec<RangeInclusive<usize>>);

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ConfigReading, Point};
 
-/// Output of `outliers-worker inspect --json`: architecture, sites and exact bytes from the safetensors headers.
+/// Output of `outliers-worker inspect --json`: architecture, sites and exact bytes from the
+/// safetensors headers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Inspection {
     /// Document version.
@@ -29,7 +30,8 @@ pub struct Inspection {
     pub tied_head: bool,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Those of them that are there for one token, as in [`crate::ModelProvenance::active_parameters`].
+    /// Those of them that are there for one token, as in
+    /// [`crate::ModelProvenance::active_parameters`].
     pub active_parameters: u64,
     /// Bytes of the tensors used, as stored.
     pub stored_bytes: u64,
@@ -127,7 +129,8 @@ pub struct PlanFigures {
     pub tokens_per_sequence: usize,
     /// Bytes per value of the forward pass (4 for f32, 2 for bf16).
     pub compute_bytes_per_value: u64,
-    /// Floating-point operations of the whole run: 2 x parameters a token is multiplied with x tokens, plus causal attention.
+    /// Floating-point operations of the whole run: 2 x parameters a token is multiplied with x
+    /// tokens, plus causal attention.
     pub flops: f64,
     /// Tokens computed together: as asked for, or what the devices of this machine have memory
     /// for. `None`: as many as fit on the GPU that is rented.
@@ -156,15 +159,17 @@ pub struct PlanFigures {
     pub exports: Vec<FileBytes>,
 }
 
-/// What a run on GPUs moves and launches: counted, but for the launches of a layer, which are assumed.
+/// What a run on GPUs moves and launches: counted, but for the launches of a layer, which are
+/// assumed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuWork {
     /// Bytes from the host to GPUs: weights as they are stored, and the embedded tokens.
     pub host_to_device_bytes: u64,
-    /// Bytes from GPUs to the host: summaries of statistics, values that are measured on the host as
-    /// f32, and three numbers per token and block of logits.
+    /// Bytes from GPUs to the host: summaries of statistics, values that are measured on the host
+    /// as f32, and three numbers per token and block of logits.
     pub device_to_host_bytes: u64,
-    /// Bytes of hidden states that go from GPU to GPU where there are several: all, after each layer.
+    /// Bytes of hidden states that go from GPU to GPU where there are several: all, after each
+    /// layer.
     pub passed_on_bytes: u64,
     /// Bytes that statistics read from the GPUs' own memory.
     pub statistics_bytes: u64,

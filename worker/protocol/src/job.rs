@@ -14,8 +14,8 @@ pub const BUILTIN_CORPUS: &str = "shakespeare";
 /// Tokens computed together where a job does not say, on CPUs; what is planned for GPUs at least.
 pub const MICRO_BATCH_TOKENS: usize = 4096;
 
-/// One run of the worker. Everything that can change a number in the report is in here; where the output goes is not.
-/// Names are also read as options are spelt, as in files that people write.
+/// One run of the worker. Everything that can change a number in the report is in here; where the
+/// output goes is not. Names are also read as options are spelt, as in files that people write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
@@ -36,7 +36,8 @@ pub struct JobSpec {
     /// Arithmetic of the forward pass.
     #[serde(default)]
     pub precision: Precision,
-    /// Devices as typed: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: the GPUs if there are any, else `cpu`.
+    /// Devices as typed: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: the GPUs if there
+    /// are any, else `cpu`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
     /// Only the first N layers: a quick look, without perplexity. `None`: all.
@@ -45,7 +46,8 @@ pub struct JobSpec {
     /// When a feature counts.
     #[serde(default)]
     pub thresholds: Thresholds,
-    /// What is studied. Norm outputs always are, whether named or not; every other kind costs a pass over its values.
+    /// What is studied. Norm outputs always are, whether named or not; every other kind costs a
+    /// pass over its values.
     #[serde(default = "norms_alone", skip_serializing_if = "is_norms_alone")]
     pub sites: BTreeSet<SiteKind>,
     /// What is measured beside, from the same values.
@@ -54,22 +56,25 @@ pub struct JobSpec {
     /// What is written for other programs, from the same pass.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub export: BTreeSet<Export>,
-    /// File name inside the output folder for every studied activation, as safetensors. Large: tokens x hidden x sites x 4 bytes.
-    /// Outputs of single experts are never saved.
+    /// File name inside the output folder for every studied activation, as safetensors. Large:
+    /// tokens x hidden x sites x 4 bytes. Outputs of single experts are never saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "save-activations")]
     pub save_activations: Option<String>,
-    /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace event format.
+    /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace
+    /// event format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
     /// Features to take away in copies of the tokens that pass beside them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Ablation>,
-    /// Tokens computed together; whole sequences, at least one. `None`: on GPUs as many as fit, else 4,096.
+    /// Tokens computed together; whole sequences, at least one. `None`: on GPUs as many as fit,
+    /// else 4,096.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "micro-batch-tokens")]
     pub micro_batch_tokens: Option<usize>,
-    /// Bytes of weights that may be in memory at a time, decoded and on their way together. `None`: by what is free.
+    /// Bytes of weights that may be in memory at a time, decoded and on their way together.
+    /// `None`: by what is free.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "stream-budget-bytes")]
     pub stream_budget_bytes: Option<u64>,
@@ -220,7 +225,8 @@ impl ModelSource {
 }
 
 impl JobSpec {
-    /// Whether the worker asks the hub for something: it needs the token, and the address where that is another one.
+    /// Whether the worker asks the hub for something: it needs the token, and the address where
+    /// that is another one.
     pub fn asks_the_hub(&self) -> bool {
         matches!(self.model, ModelSource::Hub { .. }) || matches!(self.corpus.source, CorpusSource::Dataset(_))
     }
@@ -239,7 +245,8 @@ pub enum Weights {
         /// Absolute, or relative to the worker's current folder.
         path: String,
     },
-    /// Made-up numbers of the shapes and dtypes that the configuration asks for: for measurements, and for trying a model without having it.
+    /// Made-up numbers of the shapes and dtypes that the configuration asks for: for measurements,
+    /// and for trying a model without having it.
     Synthetic {
         /// Equal seeds make equal weights.
         seed: u64,
@@ -286,7 +293,8 @@ pub struct CorpusSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "num-sequences")]
     pub num_sequences: Option<usize>,
-    /// Tokens per sequence, BOS included. With token ids: must equal the row length when given (text: 2048, or the model's limit if lower).
+    /// Tokens per sequence, BOS included. With token ids: must equal the row length when given
+    /// (text: 2048, or the model's limit if lower).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "sequence-length")]
     pub sequence_length: Option<usize>,
@@ -301,8 +309,9 @@ pub struct CorpusSpec {
     #[serde(skip_serializing_if = "is_zero")]
     #[serde(alias = "skip-documents")]
     pub skip_documents: usize,
-    /// Documents come in an order made from this seed, not as they are stored: files, the blocks of each file and the documents of each
-    /// block are shuffled, so that only the blocks in use are read.
+    /// Documents come in an order made from this seed, not as they are stored: files, the blocks
+    /// of each file and the documents of each block are shuffled, so that only the blocks in use
+    /// are read.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "shuffle-seed")]
     pub shuffle_seed: Option<u64>,
@@ -339,8 +348,8 @@ pub enum CorpusSource {
     Files(Vec<String>),
     /// A dataset on the hub, read in ranges: no more of it than is needed.
     Dataset(Dataset),
-    /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64 `[sequences, tokens]`,
-    /// or a JSON list of lists. Never decoded nor encoded again.
+    /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64
+    /// `[sequences, tokens]`, or a JSON list of lists. Never decoded nor encoded again.
     #[serde(alias = "token-ids")]
     TokenIds(String),
 }
@@ -353,7 +362,8 @@ pub struct Dataset {
     pub id: String,
     /// Branch, tag or commit.
     pub revision: String,
-    /// Folder in the repository whose files are read, in the order of their names, or one file. Empty: all.
+    /// Folder in the repository whose files are read, in the order of their names, or one file.
+    /// Empty: all.
     #[serde(default)]
     pub path: String,
 }
@@ -390,7 +400,8 @@ impl fmt::Display for Dataset {
     }
 }
 
-/// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it, so it is never left to chance.
+/// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it,
+/// so it is never left to chance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "snake_case")]
@@ -413,12 +424,15 @@ pub enum Packing {
     Packed,
     /// Each document cut by itself; the rest that does not fill a window is dropped.
     Separate,
-    /// The predecessor's way, to compare with its figures: all documents joined by spaces, and each window begins in the middle of the one
-    /// before it, so that nearly every token is counted twice. (The predecessor also decoded and encoded every window again; here its ids stay.)
+    /// The predecessor's way, to compare with its figures: all documents joined by spaces, and
+    /// each window begins in the middle of the one before it, so that nearly every token is
+    /// counted twice. (The predecessor also decoded and encoded every window again; here its ids
+    /// stay.)
     Overlapping,
 }
 
-/// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened to f32.
+/// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened
+/// to f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]

@@ -1,7 +1,7 @@
 //! What the controller and the worker say to each other, and nothing else.
 //!
-//! Every document carries a `schema` number; a reader refuses a number it does not know instead of guessing.
-//! Field names are the report's labels, so each says what it counts and in which unit.
+//! Every document carries a `schema` number; a reader refuses a number it does not know instead of
+//! guessing. Field names are the report's labels, so each says what it counts and in which unit.
 //!
 //! | document | file | written by |
 //! |---|---|---|
@@ -64,10 +64,12 @@ pub use results::{
 };
 pub use size::ByteSize;
 
-/// Version of all documents in this crate. Raised when a reader of the old one would misread the new one.
+/// Version of all documents in this crate. Raised when a reader of the old one would misread the
+/// new one.
 pub const SCHEMA: u32 = 1;
 
-/// Environment variable of a worker: most requests to the hub in five minutes, its share of what all runs together may ask.
+/// Environment variable of a worker: most requests to the hub in five minutes, its share of what
+/// all runs together may ask.
 pub const HUB_REQUESTS: &str = "OUTLIERS_HUB_REQUESTS";
 
 /// Names of the files in a run's output folder, the same on the instance and on the user's

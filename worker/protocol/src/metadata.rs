@@ -32,7 +32,8 @@ pub struct Metadata {
     pub weight_bytes_read: u64,
     /// Weight bytes of the tensors used.
     pub weight_bytes_expected: u64,
-    /// The layer at which this process took up an earlier one's pass; what it read, and its seconds, are of the rest alone.
+    /// The layer at which this process took up an earlier one's pass; what it read, and its
+    /// seconds, are of the rest alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_at_layer: Option<usize>,
     /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
@@ -67,8 +68,9 @@ pub struct ModelProvenance {
     pub config_sha256: String,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Those of them that are there for one token, as models are commonly described: all, but of routed experts the top-k of each layer. The
-    /// embedding counts whole, once where it is the head as well: of a dense model all parameters are active. `None` in older runs.
+    /// Those of them that are there for one token, as models are commonly described: all, but of
+    /// routed experts the top-k of each layer. The embedding counts whole, once where it is the
+    /// head as well: of a dense model all parameters are active. `None` in older runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_parameters: Option<u64>,
     /// Bytes per stored dtype of the tensors used.
@@ -77,7 +79,8 @@ pub struct ModelProvenance {
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
-    /// How config.json was read. `None` in older runs, which gave absent keys one default for all families.
+    /// How config.json was read. `None` in older runs, which gave absent keys one default for all
+    /// families.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ConfigReading>,
     /// What is not as config.json and the index of the weights say.
@@ -127,7 +130,8 @@ impl WeightVerification {
     }
 }
 
-/// Version of the rules by which config.json is read: it counts up whenever a checkpoint may come to mean something else.
+/// Version of the rules by which config.json is read: it counts up whenever a checkpoint may come
+/// to mean something else.
 pub const CONFIG_RULES: u32 = 2;
 
 /// How config.json was read.
@@ -173,7 +177,8 @@ pub struct TokenizerProvenance {
 /// Which text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CorpusProvenance {
-    /// Built-in name, file names, token-id file, or a dataset with its commit; of documents, which were read.
+    /// Built-in name, file names, token-id file, or a dataset with its commit; of documents, which
+    /// were read.
     pub source: String,
     /// SHA-256 of the text that was read, or of the token-id bytes, in order.
     pub sha256: String,

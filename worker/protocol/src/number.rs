@@ -15,8 +15,8 @@ pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
     })
 }
 
-/// Declares a number that people give, with its bounds: everything out of them is refused where it is
-/// read, on the command line and in files alike.
+/// Declares a number that people give, with its bounds: everything out of them is refused where it
+/// is read, on the command line and in files alike.
 macro_rules! bounded {
     ($(#[$doc:meta])* $name:ident, $most:literal, $rule:literal) => {
         $(#[$doc])*

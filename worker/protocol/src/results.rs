@@ -62,7 +62,8 @@ pub struct Results {
     /// One entry per mixture-of-experts layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub routers: Vec<RouterSummary>,
-    /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are experts.
+    /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are
+    /// experts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<SuperExperts>,
     /// What outliers cost in few bits; this and the next three: `None` unless asked for.
@@ -105,10 +106,11 @@ pub struct Verdict {
 pub enum Reading {
     /// Distinct features over the whole corpus.
     Unique,
-    /// Features judged within each sequence; the mean count per sequence. Percentages are means over (sequence, feature) records.
+    /// Features judged within each sequence; the mean count per sequence. Percentages are means
+    /// over (sequence, feature) records.
     MeanPerSequence,
-    /// Features judged within each sequence; counts added up, so that one feature counts once per sequence.
-    /// The predecessor's published figures are this, over sites.
+    /// Features judged within each sequence; counts added up, so that one feature counts once per
+    /// sequence. The predecessor's published figures are this, over sites.
     SumOverSequences,
 }
 
@@ -126,19 +128,23 @@ pub enum Axis {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Point {
-    /// Norm output, input of the attention projections (site 0). Where one norm feeds attention and MLP, of both.
+    /// Norm output, input of the attention projections (site 0). Where one norm feeds attention
+    /// and MLP, of both.
     BeforeAttention,
     /// Norm output, input of the MLP, or of router and experts (site 1).
     BeforeMlp,
-    /// Output of the norm after attention's residual addition, input of the MLP (site 0 of a post-norm layer).
+    /// Output of the norm after attention's residual addition, input of the MLP (site 0 of a
+    /// post-norm layer).
     AfterAttention,
-    /// Output of the norm after the MLP's residual addition, input of the next layer (site 1 of a post-norm layer).
+    /// Output of the norm after the MLP's residual addition, input of the next layer (site 1 of a
+    /// post-norm layer).
     AfterMlp,
     /// The residual stream after the layer.
     Residual,
     /// What the mixer (attention or its like) adds to the residual stream.
     AttentionOut,
-    /// What the feed-forward (MLP, or shared and routed experts together) adds to the residual stream.
+    /// What the feed-forward (MLP, or shared and routed experts together) adds to the residual
+    /// stream.
     MlpOut,
     /// Output of a routed expert's down projection, before its weight.
     ExpertOut,
@@ -207,12 +213,13 @@ pub struct Feature {
     pub layers_before_attention: Vec<usize>,
     /// Layers whose MLP input has an occurrence.
     pub layers_before_mlp: Vec<usize>,
-    /// Where it has occurrences, sequence by sequence; sequences without one are left out. Only of features that are systematic, by either
-    /// axis, in any sample of the sequences drawn with replacement; empty in older runs.
+    /// Where it has occurrences, sequence by sequence; sequences without one are left out. Only of
+    /// features that are systematic, by either axis, in any sample of the sequences drawn with
+    /// replacement; empty in older runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub within: Vec<WithinSequence>,
-    /// Its value of largest magnitude, signed, at each norm output with an occurrence, in the order of [`Results::sites`]: what quartiles are
-    /// taken of. Of the same features as `within`.
+    /// Its value of largest magnitude, signed, at each norm output with an occurrence, in the
+    /// order of [`Results::sites`]: what quartiles are taken of. Of the same features as `within`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peaks: Vec<f32>,
 }
@@ -240,7 +247,8 @@ pub struct SequenceSummary {
     pub systematic_by_layers: usize,
     /// Systematic features, share taken of sites.
     pub systematic_by_sites: usize,
-    /// Mean negative log-likelihood per predicted token, nats; `None` when only some layers were run.
+    /// Mean negative log-likelihood per predicted token, nats; `None` when only some layers were
+    /// run.
     pub mean_nll: Option<f64>,
 }
 
@@ -281,7 +289,8 @@ pub struct Perplexity {
     pub predicted_tokens: u64,
 }
 
-/// `manifest.json`, the last file a worker writes: every other file with its size and hash, and how the run ended.
+/// `manifest.json`, the last file a worker writes: every other file with its size and hash, and
+/// how the run ended.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Document version.

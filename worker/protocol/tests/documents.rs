@@ -1,4 +1,5 @@
-//! Documents as they lie on disk: what may be left out, what may not be misspelt, and names that readers rely on.
+//! Documents as they lie on disk: what may be left out, what may not be misspelt, and names that
+//! readers rely on.
 
 use std::collections::BTreeSet;
 

@@ -1,6 +1,6 @@
-//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows with
-//! the sequence, not with its square, and over the keys that a window shows, so that work grows with
-//! the window. On a GPU, blocks are of all sequences of a micro-batch.
+//! Softmax attention over whole sequences, blocked over queries and heads so that memory grows
+//! with the sequence, not with its square, and over the keys that a window shows, so that work
+//! grows with the window. On a GPU, blocks are of all sequences of a micro-batch.
 
 use std::cell::{Cell, RefCell};
 
@@ -36,7 +36,8 @@ pub struct AttentionWeights {
     pub gate: Option<Linear>,
 }
 
-/// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate), keys and values (`kv_heads * head_dim`).
+/// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate),
+/// keys and values (`kv_heads * head_dim`).
 pub enum Projections {
     /// One each.
     Separate {
@@ -215,8 +216,8 @@ struct Counted {
 /// Receives attention weights; `None` if no measurement needs them.
 pub type Watched<'a> = Option<&'a Watching>;
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
-/// `table` is there if the spec has a rotation.
+/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
+/// before the residual addition. `table` is there if the spec has a rotation.
 pub fn attention(
     spec: &AttentionSpec,
     weights: &AttentionWeights,
@@ -260,7 +261,8 @@ pub fn attention(
     weights.output.apply(&mixed)
 }
 
-/// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are [query | gate].
+/// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are
+/// [query | gate].
 fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Tensor>)> {
     if spec.output_gate != OutputGate::WithQuery {
         return Ok((query, None));
@@ -303,7 +305,8 @@ fn temper(temperature: &Temperature, query: Tensor, positions: usize) -> Result<
     wide.broadcast_mul(&factors)?.reshape((rows, width))?.to_dtype(query.dtype())
 }
 
-/// Queries, keys and values of whole sequences, `[sequences * positions, heads of the kind * head_dim]`, to `[.., heads * head_dim]`.
+/// Queries, keys and values of whole sequences, `[sequences * positions, heads of the kind *
+/// head_dim]`, to `[.., heads * head_dim]`.
 fn mix_sequences(
     spec: &AttentionSpec,
     weights: &AttentionWeights,
@@ -330,8 +333,8 @@ fn mix_sequences(
     Tensor::cat(&mixed, 0)
 }
 
-/// How many of so many sequences are attended to together: on a GPU all, so that it is asked for few
-/// and large products; on a CPU one, which takes less memory.
+/// How many of so many sequences are attended to together: on a GPU all, so that it is asked for
+/// few and large products; on a CPU one, which takes less memory.
 pub(crate) fn sequences_at_once(device: &Device, sequences: usize) -> usize {
     if device.is_cpu() { 1 } else { sequences.max(1) }
 }
@@ -367,8 +370,8 @@ impl<'a> Mixing<'a> {
     }
 
     /// `query` `[sequences, n, heads, d]`, `key` `[sequences * kv_heads, n, d]` and `value`
-    /// `[sequences * kv_heads, n, v]`, both contiguous, to `[sequences * n, heads * v]`. Key head j of
-    /// a sequence serves query heads `j * heads / kv_heads ..` of the same.
+    /// `[sequences * kv_heads, n, v]`, both contiguous, to `[sequences * n, heads * v]`. Key head
+    /// j of a sequence serves query heads `j * heads / kv_heads ..` of the same.
     pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (sequences, n, heads, _) = query.dims4()?;
         let (all_kv_heads, _, v) = value.dims3()?;
@@ -494,7 +497,8 @@ mod tests {
                 check(&AttentionSpec { rope: Some(rope(dims, pairing)), ..plain() }, 2, 13);
             }
         }
-        // Wide enough that the order of norm and rotation shows: a rotation changes no norm of a whole head, but of a part.
+        // Wide enough that the order of norm and rotation shows: a rotation changes no norm of a
+        // whole head, but of a part.
         let after = QkNorm::AfterRope { eps: 0.5 };
         check(&AttentionSpec { qk_norm: after, rope: Some(rope(6, Pairing::Interleaved)), ..plain() }, 2, 13);
         for window in [1, 2, 5, 12, 13, 40].into_iter().flat_map(|n| [Window::Sliding(n), Window::Chunked(n)]) {

@@ -163,8 +163,9 @@ fn of_groups(projected: &Tensor, groups: usize, first: usize, width: usize) -> R
     grouped.narrow(2, first, width)?.contiguous()?.reshape((rows, groups * width))
 }
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
-/// Between the projections everything but the gated norm is f32, whatever the dtype of `x`.
+/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
+/// before the residual addition. Between the projections everything but the gated norm is f32,
+/// whatever the dtype of `x`.
 pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
     let (rows, values) = (x.dim(0)?, spec.value_heads * spec.value_dim);
     let projected = weights.projections.apply(x)?;
@@ -177,8 +178,8 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
     weights.output.apply(&fused::gated(gates, &normed, gate)?)
 }
 
-/// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU; queries and keys then become unit
-/// vectors, queries divided by the root of their width.
+/// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU;
+/// queries and keys then become unit vectors, queries divided by the root of their width.
 fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, positions: usize) -> Result<Heads> {
     let taps = weights.convolution.to_dtype(DType::F32)?.squeeze(1)?.contiguous()?;
     let part = |kind, convolution: Convolution<'_>| convolution.apply(&projected.columns(spec, kind)?, &taps);

@@ -97,7 +97,8 @@ pub struct Router {
     pub logits: Linear,
     /// Normalises and scales its input, in f32.
     pub input: Option<Norm>,
-    /// `[experts]` in f32: added to the scores for the choice alone, or what multiplies the weights.
+    /// `[experts]` in f32: added to the scores for the choice alone, or what multiplies the
+    /// weights.
     pub per_expert: Option<Tensor>,
 }
 
@@ -335,7 +336,7 @@ fn exp(x: f32) -> f32 {
     ((high * (r * r) + low) * scale) as f32
 }
 
-/// Orders scores; what is no number comes after all numbers, whatever its sign.
+/// The key that orders scores. NaN of either sign is larger than all numbers.
 fn key(score: f32) -> u32 {
     let bits = score.to_bits();
     match score.is_nan() {
@@ -354,8 +355,8 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
     shares
 }
 
-/// The experts of the best scores, ascending; ties go to the lower number. What is no number is
-/// taken first: it shows in what comes out.
+/// The experts of the best scores, ascending; ties go to the lower number. NaN is
+/// chosen first, so that it shows in the output.
 fn top_k(scores: &[f32], experts: &mut [u32]) {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     let best_first = |a: &u32, b: &u32| key(scores[*b as usize]).cmp(&key(scores[*a as usize])).then(a.cmp(b));

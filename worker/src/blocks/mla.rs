@@ -1,5 +1,5 @@
-//! Multi-head latent attention: per head, queries and keys are [without position | rotated], the rotated key is one for all
-//! heads, and keys and values come out of one narrow vector per token.
+//! Multi-head latent attention: per head, queries and keys are [without position | rotated], the
+//! rotated key is one for all heads, and keys and values come out of one narrow vector per token.
 
 use std::ops::Range;
 
@@ -17,7 +17,8 @@ use crate::model::rope::RopeTable;
 pub struct LatentWeights {
     /// To the queries.
     pub query: LatentQuery,
-    /// `[kv_rank + rope_dim, hidden]`: the bottleneck of keys and values, then the rotated key part.
+    /// `[kv_rank + rope_dim, hidden]`: the bottleneck of keys and values, then the rotated key
+    /// part.
     pub kv_down: Linear,
     /// Inside the bottleneck.
     pub kv_norm: Norm,
@@ -44,7 +45,8 @@ pub enum LatentQuery {
     },
 }
 
-/// Values of keys and values expanded at a time, at most: heads are taken in turns where there are many.
+/// Values of keys and values expanded at a time, at most: heads are taken in turns where there are
+/// many.
 const EXPANDED_VALUES: usize = 64 << 20;
 
 impl LatentQuery {
@@ -57,7 +59,8 @@ impl LatentQuery {
     }
 }
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape, before the residual addition.
+/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
+/// before the residual addition.
 pub fn latent_attention(
     spec: &LatentSpec,
     weights: &LatentWeights,
@@ -102,8 +105,9 @@ struct Narrow {
 }
 
 impl Narrow {
-    /// `query` `[sequences, n, heads, nope_dim + rope_dim]` to `[sequences * n, heads * value_dim]`, as
-    /// many heads together as have `values_at_once` values in their keys and values, one at least.
+    /// `query` `[sequences, n, heads, nope_dim + rope_dim]` to `[sequences * n, heads *
+    /// value_dim]`, as many heads together as have `values_at_once` values in their keys and
+    /// values, one at least.
     fn mix(
         &self,
         spec: &LatentSpec,

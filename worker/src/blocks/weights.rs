@@ -30,8 +30,9 @@ pub enum MixerWeights {
     Mamba(MambaWeights),
 }
 
-/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that is missing means that a spec's
-/// needs and the block that uses them disagree, which is an error and not a panic, since a run costs money.
+/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that
+/// is missing means that a spec's needs and the block that uses them disagree, which is an error
+/// and not a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
     taps: Option<Taps>,
@@ -291,9 +292,9 @@ pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
     Tensor::zeros(x.shape(), x.dtype(), x.device())
 }
 
-/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it goes to
-/// host memory. Between two GPUs [`Passing`](crate::device::gpu::Passing) does it without a wait: the library's
-/// copy fails where they do not reach each other (huggingface/candle#3524).
+/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it
+/// goes to host memory. Between two GPUs [`Passing`](crate::device::gpu::Passing) does it without
+/// a wait: the library's copy fails where they do not reach each other (huggingface/candle#3524).
 pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
 }

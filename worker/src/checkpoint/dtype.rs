@@ -1,4 +1,5 @@
-//! Stored bytes to tensors: every format a checkpoint may use, straight to the dtype of the forward pass.
+//! Stored bytes to tensors: every format a checkpoint may use, straight to the dtype of the
+//! forward pass.
 //!
 //! A format says what its values are (`plain`, `fp8`, `int4`, `mxfp4`, `nvfp4`); `convert` knows
 //! the dtypes they become; this file checks sizes, shares the work between threads, and turns a
@@ -6,8 +7,9 @@
 //! its format defines it and rounded once to the dtype asked for, so results are the same bits on
 //! every machine.
 //!
-//! Formats of few bits are decoded by table: the whole product of code and scale, rounding included, is looked up, and nothing
-//! has to be checked per value but what the table cannot rule out.
+//! Formats of few bits are decoded by table: the whole product of code and scale, rounding
+//! included, is looked up, and nothing has to be checked per value but what the table cannot rule
+//! out.
 
 mod convert;
 mod fp8;
@@ -26,11 +28,12 @@ use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::{Result, WorkerError};
 pub use convert::Compute;
 
-/// Values per task of the thread pool, where the format does not say otherwise. A multiple of every block length.
+/// Values per task of the thread pool, where the format does not say otherwise. A multiple of
+/// every block length.
 const TASK: usize = 1 << 16;
 
-/// A matrix, or some leading part of a tensor (one expert of a stack, some rows of a table), as a checkpoint stores it.
-/// Numbers are little-endian, rows contiguous.
+/// A matrix, or some leading part of a tensor (one expert of a stack, some rows of a table), as a
+/// checkpoint stores it. Numbers are little-endian, rows contiguous.
 #[derive(Clone, Copy, Debug)]
 pub enum Encoded<'a> {
     /// One number after the other.
@@ -40,8 +43,9 @@ pub enum Encoded<'a> {
         /// The numbers.
         bytes: &'a [u8],
     },
-    /// FP8 (e4m3fn) under a grid of scales: a value is its code times the scale of its tile (DeepSeek's `weight_scale_inv`, which
-    /// despite its name multiplies). Tiles start at the origin; the last of each direction may be short.
+    /// FP8 (e4m3fn) under a grid of scales: a value is its code times the scale of its tile
+    /// (DeepSeek's `weight_scale_inv`, which despite its name multiplies). Tiles start at the
+    /// origin; the last of each direction may be short.
     Fp8Blocks {
         /// `rows * columns` codes.
         bytes: &'a [u8],
@@ -54,7 +58,8 @@ pub enum Encoded<'a> {
         /// Rows and columns of a tile.
         block: [usize; 2],
     },
-    /// MXFP4: blocks of 32 values of 4 bits (e2m1, the low half of a byte first) under one power of two each.
+    /// MXFP4: blocks of 32 values of 4 bits (e2m1, the low half of a byte first) under one power
+    /// of two each.
     Mxfp4 {
         /// 16 bytes per block.
         blocks: &'a [u8],
@@ -96,7 +101,8 @@ pub fn can_decode(stored: &StoredDtype) -> bool {
     matches!(stored, StoredDtype::F32 | StoredDtype::F16 | StoredDtype::BF16)
 }
 
-/// Decodes to a tensor of `shape` and dtype `compute` (f32, bf16 or f16) on `device`, with all threads. `tensor` is its name.
+/// Decodes to a tensor of `shape` and dtype `compute` (f32, bf16 or f16) on `device`, with all
+/// threads. `tensor` is its name.
 ///
 /// # Errors
 /// Checkpoint: lengths that do not fit `shape`; a scale that is not finite; a value that is NaN, infinite, or too large for
@@ -113,9 +119,10 @@ pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &De
     tensor_of(stored, shape, device, tensor)
 }
 
-/// Decodes into the memory of `into`, a contiguous tensor on the CPU, with all threads. Saves what a new tensor costs: the system
-/// clears and maps its pages, which takes longer than decoding. Clones of `into` share its memory and change too, so none
-/// may still be in use. After an error the content of `into` is unspecified.
+/// Decodes into the memory of `into`, a contiguous tensor on the CPU, with all threads. Saves what
+/// a new tensor costs: the system clears and maps its pages, which takes longer than decoding.
+/// Clones of `into` share its memory and change too, so none may still be in use. After an error
+/// the content of `into` is unspecified.
 ///
 /// # Errors
 /// As [`decode`]. Internal: `into` is on another device, not contiguous, or of a dtype without a forward pass.
@@ -159,7 +166,8 @@ pub fn misfit(tensor: &str, at: usize, value: f32, dtype: &str) -> WorkerError {
         .hint("the checkpoint is damaged: fetch it again, or report it to its authors")
 }
 
-/// The operation behind [`decode_into`]. Its outcome travels beside candle's own, which would flatten it to text.
+/// The operation behind [`decode_into`]. Its outcome travels beside candle's own, which would
+/// flatten it to text.
 struct DecodeInto<'a> {
     stored: &'a Encoded<'a>,
     tensor: &'a str,
@@ -308,14 +316,16 @@ trait Format<T: Compute>: Sync {
         TASK
     }
 
-    /// Decodes the values from `start`, a multiple of [`Self::task`], on. Whether all of them are finite in `T`.
+    /// Decodes the values from `start`, a multiple of [`Self::task`], on. Whether all of them are
+    /// finite in `T`.
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool;
 
     /// One value before it is rounded to `T`.
     fn value(&self, index: usize) -> f32;
 }
 
-/// Fills `out` in tasks; on a value that does not fit finds the first, wherever the threads met one.
+/// Fills `out` in tasks; on a value that does not fit finds the first, wherever the threads met
+/// one.
 fn all<T: Compute>(format: &impl Format<T>, out: &mut [T::Bits], tensor: &str) -> Result<()> {
     let task = format.task().max(1);
     let failed = out.par_chunks_mut(task).enumerate().filter_map(|(i, out)| {

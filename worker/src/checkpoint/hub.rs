@@ -1,9 +1,10 @@
 //! The Hugging Face hub: what a repository holds, and its files, checked.
 //!
-//! Files go into the cache that the other tools of the hub use (`models--owner--name/{blobs,refs,snapshots}`, laid out by
-//! hf-hub), but not by hf-hub's client: that one was seen to store error pages as files, ignores `Retry-After`, compares
-//! no hash and waits for ever on a silent connection. Here every file is compared with the size and hash that the
-//! repository lists before it gets its name.
+//! Files go into the cache that the other tools of the hub use
+//! (`models--owner--name/{blobs,refs,snapshots}`, laid out by hf-hub), but not by hf-hub's client:
+//! that one was seen to store error pages as files, ignores `Retry-After`, compares no hash and
+//! waits for ever on a silent connection. Here every file is compared with the size and hash that
+//! the repository lists before it gets its name.
 
 mod answer;
 mod cache;
@@ -46,15 +47,16 @@ pub(crate) use streamed::held_for_hashes;
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// What the hub lets a free account ask of its API in five minutes; addresses of files it gives five times as often.
+/// What the hub lets a free account ask of its API in five minutes; addresses of files it gives
+/// five times as often.
 pub const DEFAULT_REQUESTS: usize = 1000;
 
 /// Files fetched into the cache at the same time.
 const PARALLEL_FILES: usize = 4;
 /// Headers read at the same time: each is one short answer, and models have up to 163.
 const PARALLEL_HEADERS: usize = 16;
-/// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true of every surveyed model
-/// but the one-file-per-model ones.
+/// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true
+/// of every surveyed model but the one-file-per-model ones.
 const LIKELY_HEADER: u64 = 1 << 20;
 
 /// Where the hub is and what to bring along. Nothing in here is read from the environment.
@@ -68,7 +70,8 @@ pub struct HubOptions {
     pub cache: PathBuf,
     /// How long to try.
     pub timeouts: Timeouts,
-    /// Most requests in five minutes, those for ranges of files whose address is known not among them.
+    /// Most requests in five minutes, those for ranges of files whose address is known not among
+    /// them.
     pub requests: usize,
 }
 
@@ -120,7 +123,8 @@ impl Hub {
         Ok(listing)
     }
 
-    /// Configuration, tokenizer, index and the headers of the weight files: all that is needed to plan, no weights.
+    /// Configuration, tokenizer, index and the headers of the weight files: all that is needed to
+    /// plan, no weights.
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`].
@@ -131,8 +135,9 @@ impl Hub {
         Ok(self.described(&listing)?.with(HeadersOnly { index }))
     }
 
-    /// A checkpoint whose weights come over the network as they are read, at most `read_ahead` bytes before that: none of them is written
-    /// to disk. Pickled ones are, since their records can only be found by reading all of them: `progress` is for those.
+    /// A checkpoint whose weights come over the network as they are read, at most `read_ahead`
+    /// bytes before that: none of them is written to disk. Pickled ones are, since their records
+    /// can only be found by reading all of them: `progress` is for those.
     ///
     /// # Errors
     /// As [`fetch_metadata`](Hub::fetch_metadata) and [`fetch_all`](Hub::fetch_all).
@@ -178,8 +183,8 @@ impl Hub {
         Described::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
     }
 
-    /// Everything a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the weight files into the cache.
-    /// `progress` is called from several threads, at most once per MiB.
+    /// Everything a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the weight files
+    /// into the cache. `progress` is called from several threads, at most once per MiB.
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`]; `Storage` when the disk is full. What is whole stays
@@ -254,7 +259,8 @@ impl Hub {
         self.cache.fetch(&self.client, listing, &file, &|_| ()).map(drop)
     }
 
-    /// Some mirrors list names only: size and hash are then in the answer to a request for the file.
+    /// Some mirrors list names only: size and hash are then in the answer to a request for the
+    /// file.
     fn sized(&self, listing: &RepoListing, file: &RepoFile) -> Result<RepoFile> {
         if file.size.is_some() && file.digest.is_some() {
             return Ok(file.clone());

@@ -1,8 +1,9 @@
 //! The safetensors format, read as hostile input and written in place.
 //!
-//! A file is 8 bytes (little-endian length of the header), a JSON object, and the tensors' bytes one after another.
-//! Stricter than the format's text and as strict as its reference library: the tensors must tile the rest of the file
-//! without a gap or an overlap, since a file that does not is damaged or made to deceive.
+//! A file is 8 bytes (little-endian length of the header), a JSON object, and the tensors' bytes
+//! one after another. Stricter than the format's text and as strict as its reference library: the
+//! tensors must tile the rest of the file without a gap or an overlap, since a file that does not
+//! is damaged or made to deceive.
 
 mod header;
 mod writer;
@@ -10,7 +11,8 @@ mod writer;
 pub use header::{Header, HeaderTensor, MAX_HEADER_BYTES, read_header};
 pub use writer::{TensorSpec, Writer};
 
-/// How values are stored. Types that this program computes with or meets on disk have a variant, all others keep their name.
+/// How values are stored. Types that this program computes with or meets on disk have a variant,
+/// all others keep their name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StoredDtype {
     /// 64-bit floats.
@@ -45,8 +47,9 @@ pub enum StoredDtype {
     U8,
     /// One byte per truth value.
     Bool,
-    /// A type this program does not know, under the name the file gives it, or values that do not lie one after another.
-    /// Its size is unknown: such tensors are listed, and can be ignored by name, but not decoded.
+    /// A type this program does not know, under the name the file gives it, or values that do not
+    /// lie one after another. Its size is unknown: such tensors are listed, and can be ignored by
+    /// name, but not decoded.
     Other(String),
 }
 
@@ -77,8 +80,8 @@ impl StoredDtype {
         known.map_or_else(|| Self::Other(name.to_owned()), |(dtype, _, _)| dtype)
     }
 
-    /// Values of type `dtype` that are spread over memory, as views and broadcast buffers are: so many values from one
-    /// index to the next, per dimension.
+    /// Values of type `dtype` that are spread over memory, as views and broadcast buffers are: so
+    /// many values from one index to the next, per dimension.
     pub fn strided(dtype: &Self, strides: &[u64]) -> Self {
         Self::Other(format!("{dtype} with strides {strides:?}"))
     }
@@ -112,7 +115,8 @@ pub fn element_count(shape: &[u64]) -> Option<u64> {
     shape.iter().try_fold(1_u64, |product, dim| product.checked_mul(*dim))
 }
 
-/// A name from a file, made fit for a message: quoted, control characters escaped, cut to a readable length.
+/// A name from a file, made fit for a message: quoted, control characters escaped, cut to a
+/// readable length.
 pub fn shown(name: &str) -> String {
     const LONGEST: usize = 160;
     match name.char_indices().nth(LONGEST) {

@@ -1,7 +1,9 @@
-//! Where weights come from: a checkpoint's files, its tensors by name, and byte ranges of them on request.
+//! Where weights come from: a checkpoint's files, its tensors by name, and byte ranges of them on
+//! request.
 //!
-//! Everything downstream sees [`WeightSource`]: the unit of reading is a byte range of one tensor, so that one expert
-//! of a stacked tensor, or one block of rows, can be asked for without its neighbours.
+//! Everything downstream sees [`WeightSource`]: the unit of reading is a byte range of one tensor,
+//! so that one expert of a stacked tensor, or one block of rows, can be asked for without its
+//! neighbours.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -31,7 +33,8 @@ use crate::checkpoint::stand_in;
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::files::{self, open_regular};
 
-/// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has 10 MB.
+/// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has
+/// 10 MB.
 pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
 /// Characters of a note in the log.
 const LONGEST_NOTE: usize = 2000;
@@ -47,7 +50,8 @@ pub struct TensorEntry {
     pub shape: Vec<u64>,
     /// Index into [`WeightSource::files`].
     pub file: usize,
-    /// Values from one index to the next, per dimension, where they do not lie in row-major order without gaps.
+    /// Values from one index to the next, per dimension, where they do not lie in row-major order
+    /// without gaps.
     pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
@@ -78,8 +82,8 @@ struct Twice {
 }
 
 impl TensorIndex {
-    /// Puts the checked headers of all weight files together, and against the index where there is one. Of a tensor in
-    /// several files the last counts, as in transformers.
+    /// Puts the checked headers of all weight files together, and against the index where there is
+    /// one. Of a tensor in several files the last counts, as in transformers.
     ///
     /// # Errors
     /// Kind `Checkpoint`: a tensor that the index names and no file holds, or one in two files that no index names.
@@ -126,7 +130,8 @@ impl TensorIndex {
         Err(WorkerError::checkpoint(message).hint("remove the file that does not belong there"))
     }
 
-    /// Every tensor the index names must be somewhere. Tensors it does not name are no harm: they stay usable by name.
+    /// Every tensor the index names must be somewhere. Tensors it does not name are no harm: they
+    /// stay usable by name.
     fn check_against(&mut self, map: &WeightMap) -> Result<()> {
         let (index, mut missing, mut elsewhere) = (map.index_file(), Vec::new(), Vec::new());
         for (name, file) in map.tensors() {
@@ -161,16 +166,19 @@ pub struct Wanted {
     pub bytes: Range<u64>,
     /// Number of the layer: what is small may be fetched together with the rest of its layer.
     pub layer: usize,
-    /// Number of the streaming unit: what is large may be fetched together with the rest of its unit.
+    /// Number of the streaming unit: what is large may be fetched together with the rest of its
+    /// unit.
     pub unit: usize,
 }
 
-/// Gives out the bytes of tensors. Implementations count what they read: each weight byte is to be read once per run.
+/// Gives out the bytes of tensors. Implementations count what they read: each weight byte is to be
+/// read once per run.
 pub trait WeightSource: Send + Sync {
     /// All tensors and files.
     fn index(&self) -> &TensorIndex;
 
-    /// Fills `into` with the bytes `range` of the tensor, counted from its first byte; little-endian as stored.
+    /// Fills `into` with the bytes `range` of the tensor, counted from its first byte;
+    /// little-endian as stored.
     ///
     /// # Errors
     /// Kind `Internal` when the range is not inside the tensor, has another length than `into`, or cuts a value of a
@@ -243,8 +251,8 @@ pub struct LocalSource {
 }
 
 impl LocalSource {
-    /// Opens the weight files of `folder` and checks their headers and the index: one set of files is used, the one that
-    /// transformers reads; others that lie beside it are not looked at.
+    /// Opens the weight files of `folder` and checks their headers and the index: one set of files
+    /// is used, the one that transformers reads; others that lie beside it are not looked at.
     ///
     /// # Errors
     /// Kind `Checkpoint` or `Storage` for what is in it.
@@ -309,7 +317,8 @@ impl WeightSource for LocalSource {
     }
 }
 
-/// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`, nothing invisible.
+/// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`,
+/// nothing invisible.
 pub fn is_plain_name(name: &str) -> bool {
     let visible = !name.chars().any(|c| c.is_control() || matches!(c, '/' | '\\'));
     visible && !matches!(name, "" | "." | "..") && name.len() <= 255
@@ -433,7 +442,8 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
     WeightFiles::find(&Location { name: &folder.display(), has: &has, read: &read })
 }
 
-/// Where several processes wrote their slices of the tensors, transformers reads those before all other files.
+/// Where several processes wrote their slices of the tensors, transformers reads those before all
+/// other files.
 fn refuse_distributed(folder: &Path) -> Result<()> {
     let entries = std::fs::read_dir(folder).at("list", folder)?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());

@@ -1,4 +1,5 @@
-//! What lies under the name of a file without being it: a pointer that Git LFS left, a page of a website, nothing at all.
+//! What lies under the name of a file without being it: a pointer that Git LFS left, a page of a
+//! website, nothing at all.
 
 use crate::error::{Result, WorkerError};
 

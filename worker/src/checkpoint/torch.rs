@@ -1,10 +1,12 @@
-//! `pytorch_model.bin`, as OPT and GPT-J are published: a zip archive with a pickle of names, shapes and strides
-//! (`data.pkl`), and one uncompressed record of raw values per storage (`data/0`, `data/1`, ...).
+//! `pytorch_model.bin`, as OPT and GPT-J are published: a zip archive with a pickle of names,
+//! shapes and strides (`data.pkl`), and one uncompressed record of raw values per storage
+//! (`data/0`, `data/1`, ...).
 //!
-//! Such files are programs in general; here they are read as data. The pickle reader is ours because the file is hostile
-//! input: candle's panics on short argument lists and copies whatever is remembered, so that a few bytes make gigabytes.
-//! All it needs of a file are byte ranges, which a disk and a hub can give alike, and it asks for few: the end of the
-//! file, its directory, the pickle.
+//! Such files are programs in general; here they are read as data. The pickle reader is ours
+//! because the file is hostile input: candle's panics on short argument lists and copies whatever
+//! is remembered, so that a few bytes make gigabytes. All it needs of a file are byte ranges,
+//! which a disk and a hub can give alike, and it asks for few: the end of the file, its directory,
+//! the pickle.
 
 mod bytes;
 mod pickle;
@@ -25,7 +27,8 @@ use zip::{Archive, ArchiveEntry};
 /// Gives the bytes of a range of one file, the whole range or an error.
 pub type ReadRange<'a> = &'a dyn Fn(Range<u64>) -> Result<Vec<u8>>;
 
-/// Longest pickle accepted, bytes: dozens of times that of any published shard, and at most half a gigabyte unpickled.
+/// Longest pickle accepted, bytes: dozens of times that of any published shard, and at most half a
+/// gigabyte unpickled.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
 /// Largest tensor that repeats the values of a smaller record, bytes.
 const MAX_REPEATED_BYTES: u64 = 1 << 30;
@@ -64,7 +67,8 @@ impl Contents {
         Ok(Self { archive, tensors })
     }
 
-    /// The tensors with the offsets of their first bytes in the file. Tensors may share bytes, as tied weights do.
+    /// The tensors with the offsets of their first bytes in the file. Tensors may share bytes, as
+    /// tied weights do.
     ///
     /// # Errors
     /// Kind `Checkpoint` when a record is not where the directory says.
@@ -81,8 +85,9 @@ impl Contents {
         self.tensors.into_iter().map(locate).collect()
     }
 
-    /// The tensors without their places: `offset` counts from the beginning of the record's header, since asking a hub
-    /// for the length of each of hundreds of headers would take longer than everything else.
+    /// The tensors without their places: `offset` counts from the beginning of the record's
+    /// header, since asking a hub for the length of each of hundreds of headers would take longer
+    /// than everything else.
     pub fn outlined(self) -> Vec<HeaderTensor> {
         let outline = |Placed { mut tensor, record }| {
             tensor.offset += self.archive.records()[record].header;
@@ -100,7 +105,8 @@ pub fn read_tensors(path: &Path) -> Result<Vec<HeaderTensor>> {
     let file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let read = |range: Range<u64>| {
-        // Whoever asks has compared the range with the size of the file, and its length with a limit.
+        // Whoever asks has compared the range with the size of the file, and its length with a
+        // limit.
         let mut bytes = vec![0; (range.end - range.start) as usize];
         file.read_exact_at(&mut bytes, range.start).at("read", path)?;
         Ok(bytes)
@@ -113,7 +119,8 @@ fn damaged(message: impl Into<String>) -> WorkerError {
     WorkerError::checkpoint(message).hint("the file is damaged or incomplete: fetch it again")
 }
 
-/// The better explanation of a file that is no archive: something else under its name, or the format from before them.
+/// The better explanation of a file that is no archive: something else under its name, or the
+/// format from before them.
 fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
     let start = read(0..file_len.min(stand_in::ENOUGH as u64)).ok()?;
     if let Err(error) = stand_in::refuse(&start) {
@@ -171,7 +178,8 @@ fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
         return Err(wrong(what));
     };
     let spread = !view.is_contiguous();
-    // What overlaps itself may be larger than its record, but not by any factor that a file likes to state.
+    // What overlaps itself may be larger than its record, but not by any factor that a file likes
+    // to state.
     let most = values.max(MAX_REPEATED_BYTES / element.size);
     let dtype = match element.dtype() {
         dtype if view.altered => StoredDtype::Other(format!("{dtype}, negated or conjugated")),

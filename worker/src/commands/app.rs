@@ -48,7 +48,8 @@ pub fn main_impl() -> ExitCode {
     }
 }
 
-/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the machine sees those.
+/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the
+/// machine sees those.
 fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
     let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();

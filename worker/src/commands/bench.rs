@@ -1,6 +1,7 @@
 //! Measurements of the worker on this machine.
 //!
-//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] and [`run`] measure within this one.
+//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] and
+//! [`run`] measure within this one.
 
 pub mod decode;
 pub mod run;
@@ -88,7 +89,8 @@ impl fmt::Display for MemoryTable {
     }
 }
 
-/// Runs made-up Llama models of one width and several depths, then the shallowest with 16 times the tokens.
+/// Runs made-up Llama models of one width and several depths, then the shallowest with 16 times
+/// the tokens.
 ///
 /// # Errors
 /// Storage: no room for the checkpoints (they are removed again). Internal: a run failed, or this system does not tell peak memory.

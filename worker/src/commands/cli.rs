@@ -44,7 +44,8 @@ pub struct HubArgs {
     /// The Hugging Face cache itself.
     #[arg(long, global = true, env = "HF_HUB_CACHE", hide = true)]
     pub hf_hub_cache: Option<PathBuf>,
-    /// Most requests to the hub in five minutes: this program's share of what its limits leave to all runs together.
+    /// Most requests to the hub in five minutes: this program's share of what its limits leave to
+    /// all runs together.
     #[arg(long, global = true, env = outliers_protocol::HUB_REQUESTS, default_value_t = crate::checkpoint::hub::DEFAULT_REQUESTS, hide = true)]
     pub hub_requests: usize,
 }
@@ -81,7 +82,8 @@ pub enum Command {
         /// Folder for results, metadata, statistics and progress.
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
-        /// Save the pass at the end of a layer this often; the same job into the same folder goes on from there if it died.
+        /// Save the pass at the end of a layer this often; the same job into the same folder goes
+        /// on from there if it died.
         #[arg(
             long,
             value_name = "SECONDS",
@@ -96,7 +98,8 @@ pub enum Command {
         /// The job to plan for.
         #[command(flatten)]
         options: Box<JobArgs>,
-        /// Also cut the text into sequences, so that one that does not fit the model is refused now.
+        /// Also cut the text into sequences, so that one that does not fit the model is refused
+        /// now.
         #[arg(long)]
         check_text: bool,
         /// Memory limit; beyond it the process is ended.
@@ -127,7 +130,8 @@ pub enum Command {
 /// Measurements.
 #[derive(Subcommand, Debug)]
 pub enum Bench {
-    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x the tokens.
+    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x
+    /// the tokens.
     Memory {
         /// Width of the made-up models.
         #[arg(long, default_value_t = 1024, value_parser = whole::<usize>, allow_negative_numbers = true)]
@@ -136,18 +140,21 @@ pub enum Bench {
         #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
         layers: Vec<usize>,
     },
-    /// A whole run over made-up token ids and, unless --weights says otherwise, made-up weights, beside what this machine can do at
-    /// best in each kind of work. Needs nothing of the model but its config.json.
+    /// A whole run over made-up token ids and, unless --weights says otherwise, made-up weights,
+    /// beside what this machine can do at best in each kind of work. Needs nothing of the model
+    /// but its config.json.
     Run {
-        /// The job; of the text only --num-sequences [default: 4] and --sequence-length [default: 512].
+        /// The job; of the text only --num-sequences [default: 4] and --sequence-length [default:
+        /// 512].
         #[command(flatten)]
         options: Box<JobArgs>,
     },
     /// Decoding rate of each stored format, beside copying and reading the same memory.
     ///
-    /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than the memory it reads and
-    /// writes. A new tensor costs more than a reused one because the system has to clear and map its pages. Measures the
-    /// program as it was built: use a release build, and an idle machine.
+    /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than
+    /// the memory it reads and writes. A new tensor costs more than a reused one because the
+    /// system has to clear and map its pages. Measures the program as it was built: use a release
+    /// build, and an idle machine.
     Decode {
         /// Values of the made-up tensor, rounded up to rows of 4096.
         #[arg(

@@ -1,9 +1,12 @@
-//! A small OLMoE checkpoint with known outlier features: what the demo runs, and a truth to hold the results against.
+//! A small OLMoE checkpoint with known outlier features: what the demo runs, and a truth to hold
+//! the results against.
 //!
-//! The weights are noise, made by a counter so that every machine gets the same bytes: no state, no transcendental
-//! function, only integer arithmetic and correctly rounded float operations. Outlier features are then *planted* without
-//! changing what the model computes: the gain of feature d of a norm is multiplied by a power of two, and the columns d of
-//! every matrix that reads this norm are divided by it. Both are exact in bf16, so the logits stay the same bit by bit.
+//! The weights are noise, made by a counter so that every machine gets the same bytes: no state,
+//! no transcendental function, only integer arithmetic and correctly rounded float operations.
+//! Outlier features are then *planted* without changing what the model computes: the gain of
+//! feature d of a norm is multiplied by a power of two, and the columns d of every matrix that
+//! reads this norm are divided by it. Both are exact in bf16, so the logits stay the same bit by
+//! bit.
 
 mod plant;
 mod tokenizer;
@@ -33,7 +36,8 @@ const MAX_POSITIONS: usize = 4096;
 /// Rows of the embedding: a little more than the tokenizer knows, as in the published model.
 const VOCAB: usize = tokenizer::ENTRIES + 64;
 
-/// Writes the checkpoint with its planted features into `folder`: about 8 MB in two shards, with tokenizer.
+/// Writes the checkpoint with its planted features into `folder`: about 8 MB in two shards, with
+/// tokenizer.
 ///
 /// # Errors
 /// Kind `Job` when the folder holds something else; `Storage` when it cannot be written.

@@ -17,8 +17,8 @@ pub(super) struct Rows {
     pub(super) tokens: usize,
 }
 
-/// Tells the two formats apart: after 8 bytes of length, a safetensors file opens a brace, where JSON lists of numbers
-/// have none.
+/// Tells the two formats apart: after 8 bytes of length, a safetensors file opens a brace, where
+/// JSON lists of numbers have none.
 pub(super) fn parse(bytes: &[u8]) -> Result<Rows> {
     if bytes.get(8) == Some(&b'{') {
         return from_safetensors(bytes);

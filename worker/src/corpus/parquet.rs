@@ -1,5 +1,5 @@
-//! A column of text in a Parquet file (<https://parquet.apache.org/docs/file-format/>), read by ranges: the footer, then the chunks
-//! of that column alone.
+//! A column of text in a Parquet file (<https://parquet.apache.org/docs/file-format/>), read by
+//! ranges: the footer, then the chunks of that column alone.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -25,7 +25,8 @@ const LIKELY_FOOTER: u64 = 64 << 10;
 /// What the file ends with: the footer's length and the format's name.
 const TAIL: usize = 8;
 const MAGIC: &[u8] = b"PAR1";
-/// More than any footer or chunk of text has; a damaged or hostile file must not make us allocate by its word.
+/// More than any footer or chunk of text has; a damaged or hostile file must not make us allocate
+/// by its word.
 const MOST_FOOTER: u64 = 256 << 20;
 const MOST_CHUNK: i64 = 1 << 30;
 /// Rows decoded at a time.

@@ -23,7 +23,8 @@ fn nowhere() -> Hub {
     Hub::new(HubOptions::new("/nowhere")).unwrap()
 }
 
-/// A folder with a tokenizer of whole words `w0` to `w99` (ids 3 to 102), `<s>` 0, `</s>` 1, `<unk>` 2.
+/// A folder with a tokenizer of whole words `w0` to `w99` (ids 3 to 102), `<s>` 0, `</s>` 1,
+/// `<unk>` 2.
 struct Model(tempfile::TempDir);
 
 impl Model {
@@ -289,7 +290,8 @@ fn shipped_text_has_its_recorded_hash() {
     assert_eq!(hash, "178a4e9397563009e36554fe7b304afdcf8b93d5ef00a6284262db82c1a5d3c2");
 }
 
-/// Documents of four words each, from `w{from}` on; the last word of one is not the first of the next.
+/// Documents of four words each, from `w{from}` on; the last word of one is not the first of the
+/// next.
 fn documents(from: usize, to: usize) -> Vec<String> {
     (from..to).map(|i| (0..4).map(|j| format!("w{} ", (4 * i + j) % 100)).collect()).collect()
 }

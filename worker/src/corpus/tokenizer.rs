@@ -106,7 +106,8 @@ impl Encoder {
         }
     }
 
-    /// Special tokens that the tokenizer's own template puts before a text; only `tokenizer.json` has templates.
+    /// Special tokens that the tokenizer's own template puts before a text; only `tokenizer.json`
+    /// has templates.
     fn template_prefix(&self) -> Result<Vec<u32>> {
         match self {
             Self::Library(library) => library.template_prefix(),
@@ -115,8 +116,8 @@ impl Encoder {
     }
 }
 
-/// What the family's own tokenizer puts before plain text: the template of tokenizer.json, or what its Python class adds
-/// although the template does not (DeepSeek, OPT).
+/// What the family's own tokenizer puts before plain text: the template of tokenizer.json, or what
+/// its Python class adds although the template does not (DeepSeek, OPT).
 fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     let template = encoder.template_prefix()?;
     if template.is_empty() && python.add_bos_token {

@@ -88,7 +88,8 @@ pub fn oldest_driver() -> Option<String> {
 }
 
 impl Gpus {
-    /// Opens one, with a stream of its own: on the per-thread default stream, loader and compute thread would be unordered.
+    /// Opens one, with a stream of its own: on the per-thread default stream, loader and compute
+    /// thread would be unordered.
     ///
     /// # Errors
     /// Device: it is not there, or does not serve.
@@ -171,8 +172,8 @@ pub struct Load {
     pub mass_at_position_0: Vec<(u16, i128)>,
 }
 
-/// Whether a GPU has done all that it was asked to compute; `None` for the CPU, and where the driver
-/// does not tell.
+/// Whether a GPU has done all that it was asked to compute; `None` for the CPU, and where the
+/// driver does not tell.
 #[cfg(feature = "cuda")]
 pub fn is_idle(device: &Device) -> Option<bool> {
     outliers_cuda::is_idle(&device.as_cuda_device().ok()?.cuda_stream())

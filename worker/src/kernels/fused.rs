@@ -273,7 +273,8 @@ impl CustomOp2 for RmsNorm<'_> {
     }
 }
 
-/// `x / sqrt(mean(x^2) + eps) * gain` over the last dimension. `x` `[.., width]` contiguous, `gain` `[width]`.
+/// `x / sqrt(mean(x^2) + eps) * gain` over the last dimension. `x` `[.., width]` contiguous,
+/// `gain` `[width]`.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32, residual: None })
 }
@@ -352,7 +353,8 @@ impl CustomOp3 for LayerNorm {
     }
 }
 
-/// `(x - mean) / sqrt(variance + eps) * gain + bias` over the last dimension. `x` `[.., width]` contiguous, `gain` and `bias` `[width]`.
+/// `(x - mean) / sqrt(variance + eps) * gain + bias` over the last dimension. `x` `[.., width]`
+/// contiguous, `gain` and `bias` `[width]`.
 pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     x.apply_op3_no_bwd(gain, bias, &LayerNorm { eps: eps as f32 })
 }
@@ -449,8 +451,9 @@ impl InplaceOp2 for Rope<'_> {
     }
 }
 
-/// Rotates a part of every head by its position. `x` `[sequences * positions, heads * head_dim]`, freshly computed
-/// (its storage is overwritten); the table, on the same device, covers `positions`.
+/// Rotates a part of every head by its position. `x` `[sequences * positions, heads * head_dim]`,
+/// freshly computed (its storage is overwritten); the table, on the same device, covers
+/// `positions`.
 pub fn rope(x: Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -> Result<Tensor> {
     let x = x.contiguous()?;
     let width = x.dim(D::Minus1)?;
@@ -667,7 +670,8 @@ pub enum Gate {
     Sigmoid,
     /// `gelu(gate) * up`, GELU in its tanh form (Gemma).
     GeluTanh,
-    /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)` (gpt-oss).
+    /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`
+    /// (gpt-oss).
     Clamped {
         /// Largest magnitude.
         limit: f32,
@@ -710,7 +714,8 @@ impl Gate {
         kernels::Gate { kind, limit, alpha }
     }
 
-    /// Puts what comes through in the gate's place. (One loop for each kind: where a loop has to choose it does not vectorise.)
+    /// Puts what comes through in the gate's place. (One loop for each kind: where a loop has to
+    /// choose it does not vectorise.)
     #[inline(always)]
     fn open<T: Real>(self, gate: &mut [T], up: &[T]) {
         match self {
@@ -794,7 +799,8 @@ impl GatedJoined {
         out
     }
 
-    /// Of gates and what they open for beside each other. They are parted first: arithmetic on every other value does not vectorise.
+    /// Of gates and what they open for beside each other. They are parted first: arithmetic on
+    /// every other value does not vectorise.
     #[inline(always)]
     fn open_pairs<T: Real>(&self, out: &mut [T], pairs: &[T]) {
         const SOME: usize = 64;
@@ -830,7 +836,8 @@ impl CustomOp1 for GatedJoined {
     }
 }
 
-/// The same where gate and up came from one product: `joined` `[rows, 2 * inner]`, in halves or interleaved (even columns gate).
+/// The same where gate and up came from one product: `joined` `[rows, 2 * inner]`, in halves or
+/// interleaved (even columns gate).
 pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Tensor> {
     let inner = joined.dim(D::Minus1)? / 2;
     joined.apply_op1_no_bwd(&GatedJoined { how, interleaved, inner })
@@ -838,7 +845,7 @@ pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Ten
 
 // -------------------------------------------------------------------------------------------------------- activations
 
-/// What happens at the inner width of a feed-forward without a gate. What is no number stays so.
+/// What happens at the inner width of a feed-forward without a gate. NaN is preserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// `max(x, 0)`.
@@ -950,7 +957,8 @@ fn add<T: Real>(x: &mut [T], y: &[T]) {
     }
 }
 
-/// `x + y`: `x` `[.., width]`, freshly computed (its storage is overwritten), and `y` of the same shape or `[width]`.
+/// `x + y`: `x` `[.., width]`, freshly computed (its storage is overwritten), and `y` of the same
+/// shape or `[width]`.
 pub fn sum(x: Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() && x.dims().last() != Some(&y.elem_count()) {
         bail!("sum: {:?} and {:?} are neither alike nor rows and one of them", x.shape(), y.shape());

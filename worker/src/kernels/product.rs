@@ -8,7 +8,8 @@ use crate::device::Placement;
 use crate::kernels::fused;
 use crate::kernels::tap::Tap;
 
-/// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly, and faster than any others.
+/// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly,
+/// and faster than any others.
 pub fn takes_bf16(device: &Device) -> bool {
     unit(device).is_some()
 }
@@ -76,8 +77,8 @@ fn unit(device: &Device) -> Option<Unit> {
     fused::has_loops_on(device).then(Unit::find).flatten()
 }
 
-/// `x W^T`. `x` `[.., rows, in]`; `weight` `[.., out, in]`, of the same dtype or of bf16, each matrix perhaps a transposed view. There may
-/// be one matrix of each, or as many.
+/// `x W^T`. `x` `[.., rows, in]`; `weight` `[.., out, in]`, of the same dtype or of bf16, each
+/// matrix perhaps a transposed view. There may be one matrix of each, or as many.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if weight.dtype() == DType::BF16
         && matches!(x.dtype(), DType::F32 | DType::BF16)

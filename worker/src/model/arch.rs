@@ -1,6 +1,7 @@
 //! The registry of architectures: Hugging Face's name for each, and how to read its `config.json`.
 //!
-//! A family is one file of data below `arch/`: configuration keys to [`DecoderSpec`], and published tensor names. It computes nothing.
+//! A family is one file of data below `arch/`: configuration keys to [`DecoderSpec`], and
+//! published tensor names. It computes nothing.
 
 use outliers_protocol::{ConfigReading, FailureKind};
 use serde_json::{Map, Value};
@@ -83,8 +84,8 @@ families! {
 
 /// Published names of a family's tensors.
 ///
-/// Templates hold `{base}` (one of `bases`), `{layer}` and `{expert}`. A tensor that is needed per expert but whose name has no
-/// `{expert}` is stored stacked, experts first.
+/// Templates hold `{base}` (one of `bases`), `{layer}` and `{expert}`. A tensor that is needed per
+/// expert but whose name has no `{expert}` is stored stacked, experts first.
 pub struct Names {
     /// Template per role, in tables of which the first that knows a role counts.
     pub tensors: &'static [&'static [(Role, &'static str)]],
@@ -131,12 +132,14 @@ const INDEXER: Ignored = Ignored {
 /// How matrices are stored, where not as plain floats.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantisation {
-    /// FP8 e4m3 with a scale per tile in `*_scale_inv` (DeepSeek). What is stored as plain floats stays so.
+    /// FP8 e4m3 with a scale per tile in `*_scale_inv` (DeepSeek). What is stored as plain floats
+    /// stays so.
     Fp8Blocks {
         /// Rows and columns of a tile.
         block: [usize; 2],
     },
-    /// The experts' matrices as e2m1 in `*_blocks` with a shared exponent per 32 inputs in `*_scales` (gpt-oss), `[out, in]`.
+    /// The experts' matrices as e2m1 in `*_blocks` with a shared exponent per 32 inputs in
+    /// `*_scales` (gpt-oss), `[out, in]`.
     Mxfp4,
     /// Matrices as integers of 4 bits in `*_packed`, a scale per group of inputs in `*_scale`,
     /// their shape in `*_shape` (compressed-tensors). What is stored as plain floats stays so.
@@ -248,7 +251,8 @@ const SHARED_EXPERTS: &[(Role, &str)] = &[
     (Role::SharedDown, "{base}layers.{layer}.mlp.shared_experts.down_proj.weight"),
 ];
 
-/// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of queries and keys.
+/// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of
+/// queries and keys.
 fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
     let attention = attention_without_positions(config)?;
     Ok(AttentionSpec { rope: Some(config.rope(attention.head_dim)?), ..attention })
@@ -290,7 +294,8 @@ fn windows(kinds: Vec<&str>, windowed: &Windowed) -> Result<Vec<Window>> {
     kinds.into_iter().enumerate().map(of).collect()
 }
 
-/// The window of each layer of a dense Qwen: what `layer_types` says, else from layer `max_window_layers` on where switched on.
+/// The window of each layer of a dense Qwen: what `layer_types` says, else from layer
+/// `max_window_layers` on where switched on.
 fn qwen_windows(config: &Config<'_>) -> Result<Vec<Window>> {
     let (first, sliding) = (config.count("max_window_layers")?, qwen_window(config)?);
     match config.layer_types()? {
@@ -365,7 +370,8 @@ fn pre_norm(norm: NormSpec, mixer: MixerSpec, ffn: FfnSpec) -> LayerSpec {
     LayerSpec { norm, order: NormOrder::Before, mixer, ffn, scalar: false }
 }
 
-/// A decoder by the same keys: embedding and head as wide as the residual stream, a last norm like the layers'.
+/// A decoder by the same keys: embedding and head as wide as the residual stream, a last norm like
+/// the layers'.
 fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
     let hidden = config.count("hidden_size")?;
     Ok(DecoderSpec {

@@ -1,7 +1,8 @@
 //! What a decoder is, as data: shapes and switches of every block, and which tensors they need.
 //!
-//! Blocks read these records; they never see `config.json` nor a tensor's published name. An architecture that needs
-//! something these records cannot say gets a new field here, not an `if` in a block.
+//! Blocks read these records; they never see `config.json` nor a tensor's published name. An
+//! architecture that needs something these records cannot say gets a new field here, not an `if`
+//! in a block.
 
 use std::fmt;
 use std::ops::Range;
@@ -60,7 +61,8 @@ impl Longest {
 /// How token ids enter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingSpec {
-    /// Columns of the table. Where it is not the hidden size, a matrix without bias leads in, and one leads out before the head (OPT-350m).
+    /// Columns of the table. Where it is not the hidden size, a matrix without bias leads in, and
+    /// one leads out before the head (OPT-350m).
     pub width: usize,
     /// Learned vectors added by position, where rotations do not say it.
     pub positions: Option<LearnedPositions>,
@@ -103,7 +105,8 @@ pub struct LearnedPositions {
 pub struct HeadSpec {
     /// The head's matrix is the embedding.
     pub tied: bool,
-    /// The head is read from where it is stored, although the configuration ties it to the embedding: it counts as no parameters.
+    /// The head is read from where it is stored, although the configuration ties it to the
+    /// embedding: it counts as no parameters.
     pub stored: bool,
     /// One number per token id is added (GPT-J).
     pub bias: bool,
@@ -111,7 +114,8 @@ pub struct HeadSpec {
     pub softcap: Option<f64>,
 }
 
-/// One layer: a mixer over tokens and a feed-forward on each token, both added to the residual stream.
+/// One layer: a mixer over tokens and a feed-forward on each token, both added to the residual
+/// stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// Both norms of the layer.
@@ -129,9 +133,11 @@ pub struct LayerSpec {
 /// Where a layer's norms stand. Their outputs are the studied sites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormOrder {
-    /// `x += mixer(norm(x))`, then `x += ffn(norm(x))`: [`Point::BeforeAttention`] and [`Point::BeforeMlp`].
+    /// `x += mixer(norm(x))`, then `x += ffn(norm(x))`: [`Point::BeforeAttention`] and
+    /// [`Point::BeforeMlp`].
     Before,
-    /// `x = norm(x + mixer(x))`, then `x = norm(x + ffn(x))` (OPT-350m): [`Point::AfterAttention`] and [`Point::AfterMlp`].
+    /// `x = norm(x + mixer(x))`, then `x = norm(x + ffn(x))` (OPT-350m): [`Point::AfterAttention`]
+    /// and [`Point::AfterMlp`].
     After,
     /// `n = norm(x)`, then `x += mixer(n) + ffn(n)` (GPT-J): [`Point::BeforeAttention`] alone.
     Shared,
@@ -211,7 +217,8 @@ pub struct AttentionSpec {
     pub rope: Option<RopeSpec>,
     /// Which keys a query sees.
     pub window: Window,
-    /// One learned logit per head joins the softmax's denominator and contributes no value (gpt-oss).
+    /// One learned logit per head joins the softmax's denominator and contributes no value
+    /// (gpt-oss).
     pub sinks: bool,
     /// What opens the mixed values.
     pub output_gate: OutputGate,
@@ -265,7 +272,8 @@ pub enum Window {
 }
 
 impl Window {
-    /// The first key that the query at `position` sees. A width of 0 counts as 1: nothing is blind to itself.
+    /// The first key that the query at `position` sees. A width of 0 counts as 1: nothing is blind
+    /// to itself.
     pub fn first_key(self, position: usize) -> usize {
         match self {
             Self::Full => 0,
@@ -285,15 +293,17 @@ pub struct Temperature {
 }
 
 impl Temperature {
-    /// What multiplies the query at `position`; every step rounded to f32, as the reference rounds it.
+    /// What multiplies the query at `position`; every step rounded to f32, as the reference rounds
+    /// it.
     pub fn factor(self, position: usize) -> f32 {
         let steps = ((position as f32 + 1.0) / self.floor as f32).floor();
         steps.ln_1p() * self.scale as f32 + 1.0
     }
 }
 
-/// Multi-head latent attention (DeepSeek-V2, 2024): queries and keys/values through low-rank bottlenecks, positions in a part of
-/// each head of their own; one rotated key part serves all heads.
+/// Multi-head latent attention (DeepSeek-V2, 2024): queries and keys/values through low-rank
+/// bottlenecks, positions in a part of each head of their own; one rotated key part serves all
+/// heads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentSpec {
     /// Number of heads.
@@ -408,7 +418,8 @@ pub enum MlpKind {
     Swiglu(GateUp),
     /// `down(gelu(gate x) * up x)`, GELU in its tanh form (Gemma).
     Geglu(GateUp),
-    /// gpt-oss: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`, `down((up + 1) * gate * sigmoid(alpha * gate))`.
+    /// gpt-oss: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`, `down((up + 1) * gate
+    /// * sigmoid(alpha * gate))`.
     ClampedSwiglu {
         /// Where gate and up lie.
         stored: GateUp,
@@ -486,9 +497,11 @@ pub enum RouterSpec {
     },
     /// The top k logits, bias included, then softmax over those (gpt-oss).
     TopKSoftmax,
-    /// Sigmoid scores; experts are chosen by score + correction bias among the best groups, weighted by the score alone (DeepSeek-V3).
+    /// Sigmoid scores; experts are chosen by score + correction bias among the best groups,
+    /// weighted by the score alone (DeepSeek-V3).
     SigmoidGroups {
-        /// Equal groups of neighbouring experts, each judged by the sum of its two best biased scores.
+        /// Equal groups of neighbouring experts, each judged by the sum of its two best biased
+        /// scores.
         groups: usize,
         /// Groups an expert may be chosen from.
         top_groups: usize,
@@ -534,7 +547,8 @@ impl RouterSpec {
     }
 }
 
-/// Tensors that are fetched together, used by all tokens, and dropped together: the grain of streaming.
+/// Tensors that are fetched together, used by all tokens, and dropped together: the grain of
+/// streaming.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unit {
     /// Layer, from 0.
@@ -584,8 +598,9 @@ pub struct Site {
 }
 
 impl Site {
-    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or [`Point::BeforeMlp`]. In a post-norm layer the norm
-    /// after attention feeds the MLP, and the norm after the MLP the next layer's attention (or, after the last layer, the head).
+    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or
+    /// [`Point::BeforeMlp`]. In a post-norm layer the norm after attention feeds the MLP, and the
+    /// norm after the MLP the next layer's attention (or, after the last layer, the head).
     pub fn feeds(self) -> Option<(usize, Point)> {
         match self.point {
             Point::BeforeAttention | Point::BeforeMlp => Some((self.layer, self.point)),
@@ -665,7 +680,8 @@ impl LayerSpec {
 }
 
 impl AttentionSpec {
-    /// Every token sees all before it, with nothing around it: no positions, norms, biases or gates.
+    /// Every token sees all before it, with nothing around it: no positions, norms, biases or
+    /// gates.
     pub fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         Self {
             heads,
@@ -698,7 +714,8 @@ impl MixerSpec {
         }
     }
 
-    /// Multiply-adds per pair of a token and one it sees; a DeltaNet has none, its state does not grow.
+    /// Multiply-adds per pair of a token and one it sees; a DeltaNet has none, its state does not
+    /// grow.
     pub fn pair_values(&self) -> usize {
         match self {
             Self::Attention(a) => 2 * a.heads * a.head_dim,
@@ -716,7 +733,8 @@ impl MixerSpec {
         }
     }
 
-    /// Bytes per token that are alive between the projections in and out, in a pass whose values have `value` bytes.
+    /// Bytes per token that are alive between the projections in and out, in a pass whose values
+    /// have `value` bytes.
     pub fn projected_bytes(&self, value: usize) -> usize {
         match self {
             Self::Attention(a) => {
@@ -732,7 +750,8 @@ impl MixerSpec {
                     + (2 * m.channels() + repeated + 4 * m.inner()) * size_of::<f32>()
             }
             Self::DeltaNet(d) => {
-                // f32 inside: convolved channels, queries and keys repeated for each value head, what was read twice.
+                // f32 inside: convolved channels, queries and keys repeated for each value head,
+                // what was read twice.
                 let (values, repeated) = (d.value_heads * d.value_dim, 2 * d.value_heads * d.key_dim);
                 // Steps and decays.
                 let steps = if d.decays_channels() { 2 * d.value_heads * d.key_dim } else { 0 };

@@ -50,8 +50,8 @@ pub enum RopeScaling {
         /// Context of the pre-training.
         original_positions: f64,
     },
-    /// YaRN (Peng et al. 2023): pairs that turn often within the original context are kept, those that turn rarely divided, a
-    /// ramp over the pair's index between.
+    /// YaRN (Peng et al. 2023): pairs that turn often within the original context are kept, those
+    /// that turn rarely divided, a ramp over the pair's index between.
     Yarn {
         /// Divisor of the slow pairs.
         factor: f64,
@@ -80,7 +80,8 @@ pub struct RopeTable {
 }
 
 impl RopeSpec {
-    /// Rotation per position of each pair, radians; every step rounded to f32, as the reference rounds it.
+    /// Rotation per position of each pair, radians; every step rounded to f32, as the reference
+    /// rounds it.
     fn frequencies(&self) -> Vec<f32> {
         let period = |pair: usize| {
             let exponent = (2 * pair) as f32 / self.dims as f32;
@@ -122,7 +123,8 @@ impl RopeSpec {
 
     /// cos and sin of positions `0..positions`, each `[positions, dims / 2]`, row-major.
     fn turns(&self, positions: usize) -> (Vec<f32>, Vec<f32>) {
-        // The reference rounds frequency and angle to f32; at position 100,000 that is visible in the fourth digit.
+        // The reference rounds frequency and angle to f32; at position 100,000 that is visible in
+        // the fourth digit.
         let frequencies = self.frequencies();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
         let factor = match self.scaling {
@@ -138,7 +140,8 @@ impl RopeSpec {
 
 fn llama3(frequency: f32, factor: f32, low: f32, high: f32, original_positions: f32) -> f32 {
     let wavelength = frequency.recip() * std::f32::consts::TAU;
-    // Selected, not blended: some published configs have low == high, where the ramp divides by zero.
+    // Selected, not blended: some published configs have low == high, where the ramp divides by
+    // zero.
     if wavelength > original_positions / low {
         frequency / factor
     } else if wavelength < original_positions / high || low == high {
@@ -210,7 +213,8 @@ mod tests {
     fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f64, sin: f64) {
         let (of_cos, of_sin) = spec.turns(4096);
         let at = 4095 * spec.dims / 2 + pair;
-        // A frequency that is off by one unit in the last place turns this much more in 4095 positions.
+        // A frequency that is off by one unit in the last place turns this much more in 4095
+        // positions.
         let slack = f64::from(4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON) + 1e-6;
         assert!((f64::from(of_cos[at]) - cos).abs() < slack, "cos of pair {pair}: {}, expected {cos}", of_cos[at]);
         assert!((f64::from(of_sin[at]) - sin).abs() < slack, "sin of pair {pair}: {}, expected {sin}", of_sin[at]);

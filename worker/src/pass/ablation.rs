@@ -1,5 +1,5 @@
-//! The model without some of its features (LLM.int8(), section 4.2): copies of the tokens that pass beside the whole ones, in which
-//! every norm's output is 0 at those features.
+//! The model without some of its features (LLM.int8(), section 4.2): copies of the tokens that
+//! pass beside the whole ones, in which every norm's output is 0 at those features.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,8 @@ use crate::error::{Result, WorkerError};
 use crate::noise;
 use crate::pass::stream::Predicted;
 
-/// The copies of the tokens, by what is taken away from each. The first is whole, and the only one without an ablation.
+/// The copies of the tokens, by what is taken away from each. The first is whole, and the only one
+/// without an ablation.
 #[derive(Clone, Debug)]
 pub struct Arms {
     hidden: usize,

@@ -11,8 +11,9 @@ const MOST: u64 = 4 << 30;
 /// Where the system does not tell what is free.
 const USUAL: u64 = 1 << 30;
 
-/// Bytes for weights in one memory: a quarter for the groups of experts in use, a quarter for those being decoded, half for stored bytes
-/// on their way. Devices that share the memory share the quarters evenly.
+/// Bytes for weights in one memory: a quarter for the groups of experts in use, a quarter for
+/// those being decoded, half for stored bytes on their way. Devices that share the memory share
+/// the quarters evenly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamBudget {
     bytes: u64,
@@ -27,13 +28,14 @@ impl StreamBudget {
         Self { bytes: asked.unwrap_or_else(free), asked: asked.is_some() }
     }
 
-    /// As asked for; else what a machine with enough memory takes. For plans, which are not made for this machine.
+    /// As asked for; else what a machine with enough memory takes. For plans, which are not made
+    /// for this machine.
     pub fn planned(asked: Option<u64>) -> Self {
         Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
     }
 
-    /// Values of a group of experts in a pass of this dtype, on each of `devices` that share the memory. More than [`GROUP_ELEMENTS`] only if
-    /// asked for: larger ones save nothing.
+    /// Values of a group of experts in a pass of this dtype, on each of `devices` that share the
+    /// memory. More than [`GROUP_ELEMENTS`] only if asked for: larger ones save nothing.
     pub fn group_elements(self, compute: DType, devices: usize) -> u64 {
         let elements = self.bytes / 4 / (devices.max(1) * compute.size_in_bytes()) as u64;
         if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
@@ -52,7 +54,8 @@ impl StreamBudget {
     }
 }
 
-/// Bytes that this process may still take, by the machine and by its control group; `None` where the system does not tell.
+/// Bytes that this process may still take, by the machine and by its control group; `None` where
+/// the system does not tell.
 pub fn free_memory() -> Option<u64> {
     let system = System::new_all().ok()?;
     let group = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);

@@ -1,5 +1,6 @@
-//! From a source's bytes to tensors, in memory that is used again: a fresh buffer costs more than decoding into it, since the system clears and
-//! maps its pages, and what the allocator keeps of the old ones comes on top.
+//! From a source's bytes to tensors, in memory that is used again: a fresh buffer costs more than
+//! decoding into it, since the system clears and maps its pages, and what the allocator keeps of
+//! the old ones comes on top.
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -103,8 +104,8 @@ impl<'a> Loader<'a> {
         loaded.map(|()| unit)
     }
 
-    /// One tensor. One that is stored `[in, out]` comes as a transposed view, since products take either order: nothing
-    /// is moved.
+    /// One tensor. One that is stored `[in, out]` comes as a transposed view, since products take
+    /// either order: nothing is moved.
     ///
     /// # Errors
     /// The source's; a value that is not finite, by name.
@@ -264,7 +265,8 @@ fn check_shape(stored: &StoredTensor<'_>, bytes: &[u8], shape: &[usize]) -> Resu
 /// Memory of matrices on the CPU that no computation needs any more.
 #[derive(Default)]
 pub struct TensorPool {
-    /// Most bytes of matrices, in use and free together; when there are more, free ones are dropped.
+    /// Most bytes of matrices, in use and free together; when there are more, free ones are
+    /// dropped.
     limit: u64,
     matrices: Mutex<Matrices>,
 }
@@ -321,7 +323,8 @@ impl TensorPool {
         None
     }
 
-    /// Takes back what [`LoadedUnit::memory`] names. None of it may still be in use, nor any view of it: it will be overwritten.
+    /// Takes back what [`LoadedUnit::memory`] names. None of it may still be in use, nor any view
+    /// of it: it will be overwritten.
     pub fn give_back(&self, memory: impl IntoIterator<Item = Tensor>) {
         let mut matrices = self.lock();
         for tensor in memory.into_iter().filter(Self::takes) {

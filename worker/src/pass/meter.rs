@@ -111,7 +111,8 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// One that also keeps every span: about 100 bytes for each tensor that is loaded and for each step of a micro-batch.
+    /// One that also keeps every span: about 100 bytes for each tensor that is loaded and for each
+    /// step of a micro-batch.
     pub fn with_spans() -> Self {
         Self { spans: Some(Mutex::default()), ..Self::default() }
     }
@@ -151,7 +152,8 @@ fn bit(device: usize) -> u64 {
     1u64.checked_shl(device as u32).unwrap_or(0)
 }
 
-/// Measures what one thread does, one thing at a time: work within other work interrupts it, so that times add up and spans never overlap.
+/// Measures what one thread does, one thing at a time: work within other work interrupts it, so
+/// that times add up and spans never overlap.
 pub struct Clock<'m> {
     meter: &'m Meter,
     thread: Thread,

@@ -1,4 +1,5 @@
-//! What the worker says while it runs: `progress.jsonl` for programs, a bar or plain lines for people.
+//! What the worker says while it runs: `progress.jsonl` for programs, a bar or plain lines for
+//! people.
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -14,7 +15,8 @@ use crate::model::decoder::Unit;
 
 /// Longest silence in `progress.jsonl`: a follower takes a longer one for a hang.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Least time between two lines of the same phase, so that thousands of small units do not make thousands of lines.
+/// Least time between two lines of the same phase, so that thousands of small units do not make
+/// thousands of lines.
 const QUIET: Duration = Duration::from_millis(200);
 
 /// Milliseconds since the Unix epoch.
@@ -234,7 +236,8 @@ impl State {
         let Some(file) = &mut self.file else { return };
         let mut line = serde_json::to_vec(&self.last).expect("progress is plain data");
         line.push(b'\n');
-        // One write per line, so that a reader never sees half of one. A full disk must not end a run that only wants to say how far it is.
+        // One write per line, so that a reader never sees half of one. A full disk must not end a
+        // run that only wants to say how far it is.
         if let Err(error) = file.write_all(&line) {
             tracing::warn!("progress cannot be written: {error}");
             self.file = None;

@@ -1,7 +1,9 @@
-//! Where a pass can go on after its process died: hidden states and everything observed, after some layer, in one file.
+//! Where a pass can go on after its process died: hidden states and everything observed, after
+//! some layer, in one file.
 //!
-//! The file is a line of JSON (which run, which layer, lengths, SHA-256 of the rest) and then the bytes. It is written to a temporary
-//! name, synced and renamed, so that there is always a whole one; one that is damaged or of another run is not used.
+//! The file is a line of JSON (which run, which layer, lengths, SHA-256 of the rest) and then the
+//! bytes. It is written to a temporary name, synced and renamed, so that there is always a whole
+//! one; one that is damaged or of another run is not used.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -34,7 +36,8 @@ pub struct SavePoints {
 pub struct SavePoint {
     /// The first layer that is still to be computed.
     pub next_layer: usize,
-    /// Hidden states `[tokens, hidden]` of each micro-batch, little-endian in the dtype of the forward pass.
+    /// Hidden states `[tokens, hidden]` of each micro-batch, little-endian in the dtype of the
+    /// forward pass.
     pub hidden: Vec<Vec<u8>>,
     /// What the observer has seen.
     pub observed: Vec<u8>,
@@ -42,7 +45,8 @@ pub struct SavePoint {
     pub verified: Vec<String>,
 }
 
-/// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one part at a time is in memory.
+/// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one
+/// part at a time is in memory.
 pub type Give<'a> = Box<dyn Fn() -> Result<Vec<u8>> + 'a>;
 
 #[derive(Serialize, Deserialize)]
@@ -60,7 +64,8 @@ struct Header {
 }
 
 impl SavePoints {
-    /// In the file `path`. `run` names everything that the numbers depend on: a save point of another run is not used.
+    /// In the file `path`. `run` names everything that the numbers depend on: a save point of
+    /// another run is not used.
     pub fn new(path: PathBuf, run: String, every: Duration) -> Self {
         Self { path, run, every, last: Instant::now() }
     }
@@ -260,7 +265,8 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x20;
             fs::write(&path, &bytes).unwrap();
-            // A change in the header may be without consequence (white space); never may it give other numbers.
+            // A change in the header may be without consequence (white space); never may it give
+            // other numbers.
             if let Ok(loaded) = points(folder.path(), "a").load() {
                 assert_eq!(loaded, Some(point(7)), "byte {at}");
             }

@@ -1,8 +1,9 @@
-//! The forward pass, layer-major: all tokens pass a streaming unit while its weights are there, and each weight byte is read once,
-//! whatever the number of tokens.
+//! The forward pass, layer-major: all tokens pass a streaming unit while its weights are there,
+//! and each weight byte is read once, whatever the number of tokens.
 //!
-//! Layers are dealt to the devices in turn ([`wavefront`]). While a unit computes, the next are read and decoded by a second thread; no more
-//! are alive than the two largest take, so that peak memory does not grow with depth.
+//! Layers are dealt to the devices in turn ([`wavefront`]). While a unit computes, the next are
+//! read and decoded by a second thread; no more are alive than the two largest take, so that peak
+//! memory does not grow with depth.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -41,7 +42,8 @@ pub struct Pass<'a> {
     pub model: &'a Model<'a>,
     /// Token ids.
     pub tokens: &'a Tokens,
-    /// Copies of the tokens, by what is taken away from them. The observer sees the whole ones alone.
+    /// Copies of the tokens, by what is taken away from them. The observer sees the whole ones
+    /// alone.
     pub arms: &'a Arms,
     /// Dtype of the forward pass.
     pub compute: DType,
@@ -55,7 +57,8 @@ pub struct Pass<'a> {
     pub group_elements: u64,
     /// Bytes of weights that may be held until the hash of their file reaches them.
     pub hash_memory: u64,
-    /// Whether units are loaded while others compute. Without, a device holds one at a time; no number changes.
+    /// Whether units are loaded while others compute. Without, a device holds one at a time; no
+    /// number changes.
     pub read_ahead: bool,
     /// Told of every step.
     pub progress: &'a ProgressSink,
@@ -153,9 +156,9 @@ pub(crate) fn batches_per_wave(batches: usize) -> usize {
     batches.div_ceil(WAVES).max(1)
 }
 
-/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and which
-/// rows a product is over decides how it is rounded: the cut is the job's, or by default what GPUs have
-/// memory for.
+/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and
+/// which rows a product is over decides how it is rounded: the cut is the job's, or by default
+/// what GPUs have memory for.
 struct Wave {
     /// From 0, in the order of the sequences.
     number: usize,
@@ -163,12 +166,14 @@ struct Wave {
     batches: Vec<MicroBatch>,
 }
 
-/// As many waves of an arm as it has micro-batches, up to this: so many devices have something to do at the same time, and as few of a micro-batch's
-/// rows as go to one expert come together from others.
+/// As many waves of an arm as it has micro-batches, up to this: so many devices have something to
+/// do at the same time, and as few of a micro-batch's rows as go to one expert come together from
+/// others.
 pub(crate) const WAVES: usize = 4;
 
 impl Wave {
-    /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes alone.
+    /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes
+    /// alone.
     fn all(batches: Vec<MicroBatch>) -> Vec<Self> {
         let mut waves: Vec<Self> = Vec::new();
         let of_arm = batches.iter().filter(|batch| batch.arm == 0).count();
@@ -205,8 +210,8 @@ type KeptBlocks = Option<Vec<(Range<usize>, Vec<u8>)>>;
 impl Pass<'_> {
     /// Runs it; `observer` sees every site that it wants to see.
     ///
-    /// With `save`, what has been computed is saved now and then, and a pass that finds its save point goes on from there, on
-    /// whatever devices it has now.
+    /// With `save`, what has been computed is saved now and then, and a pass that finds its save
+    /// point goes on from there, on whatever devices it has now.
     ///
     /// # Errors
     /// Reading or decoding weights, the device, the observer.
@@ -375,7 +380,8 @@ impl<'a> ReadingOrder<'a> {
         Self { model, wanted: Vec::new(), units: 0 }
     }
 
-    /// Tensors that are loaded together. `beside` is the layer whose small tensors they may be fetched with.
+    /// Tensors that are loaded together. `beside` is the layer whose small tensors they may be
+    /// fetched with.
     fn unit(&mut self, layer: usize, beside: usize, needs: &[Need]) {
         for need in needs {
             self.model.stored(layer, need).pieces().for_each(|piece| self.piece(piece, beside));
@@ -403,7 +409,8 @@ fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {
     (0..vocab).step_by(size).map(|first| first..(first + size).min(vocab)).collect()
 }
 
-/// Loads items in order on a second thread while earlier ones are consumed here. At most one is waiting and one in use.
+/// Loads items in order on a second thread while earlier ones are consumed here. At most one is
+/// waiting and one in use.
 fn pipeline<I: Send, T: Send>(
     clock: &Clock<'_>,
     work: Work,

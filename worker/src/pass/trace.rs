@@ -1,5 +1,6 @@
-//! A pass's time line in the Trace Event Format of Chrome, which `chrome://tracing` and <https://ui.perfetto.dev> show: a row per device and
-//! one per loader, complete events (`ph: X`) with layer and micro-batches among their arguments, microseconds since the pass began.
+//! A pass's time line in the Trace Event Format of Chrome, which `chrome://tracing` and
+//! <https://ui.perfetto.dev> show: a row per device and one per loader, complete events (`ph: X`)
+//! with layer and micro-batches among their arguments, microseconds since the pass began.
 
 use std::path::Path;
 

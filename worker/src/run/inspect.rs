@@ -51,7 +51,8 @@ pub struct PlannedRun {
     pub devices: usize,
 }
 
-/// Tokens of the largest that is chosen. An assumption: beyond it products and launches gain little.
+/// Tokens of the largest that is chosen. An assumption: beyond it products and launches gain
+/// little.
 const LARGEST_MICRO_BATCH: usize = 16 * MICRO_BATCH_TOKENS;
 /// Bytes of a GPU that no micro-batch is to take: libraries have workspaces, and there are gaps
 /// between allocations. An assumption.
@@ -141,8 +142,9 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
     SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
 }
 
-/// Parameters that are there for one token, as models are commonly described: all that are used, of routed experts the top-k of each layer.
-/// The embedding counts whole, once where it is the head as well: of a dense model all parameters are active.
+/// Parameters that are there for one token, as models are commonly described: all that are used,
+/// of routed experts the top-k of each layer. The embedding counts whole, once where it is the
+/// head as well: of a dense model all parameters are active.
 pub fn active_parameters(spec: &DecoderSpec) -> u64 {
     let head = spec.head_needs().into_iter().filter(|need| need.role != Role::Head || !spec.head.stored);
     let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(head);
@@ -150,8 +152,8 @@ pub fn active_parameters(spec: &DecoderSpec) -> u64 {
     outside.map(|need| need.elements()).sum::<u64>() + inside
 }
 
-/// Parameters outside the layers that a token is multiplied with: not the tables of which it reads one row (learned positions, and the
-/// embedding, unless that is the head as well).
+/// Parameters outside the layers that a token is multiplied with: not the tables of which it reads
+/// one row (learned positions, and the embedding, unless that is the head as well).
 fn multiplied_outside(spec: &DecoderSpec) -> u64 {
     let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
     let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
@@ -171,7 +173,8 @@ fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     }
 }
 
-/// Floating-point operations: two per token and parameter it is multiplied with, and four per head value and visible key.
+/// Floating-point operations: two per token and parameter it is multiplied with, and four per head
+/// value and visible key.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flops {
     /// Projections and attention.
@@ -192,7 +195,8 @@ impl Flops {
     pub(crate) fn of(spec: &DecoderSpec, run: PlannedRun) -> Self {
         let tokens = (run.sequences * run.tokens) as f64;
         let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
-        // Per visible pair of tokens and head: the product of query and key, and the weighted value.
+        // Per visible pair of tokens and head: the product of query and key, and the weighted
+        // value.
         let attention: f64 = spec.layers.iter().map(|l| 2.0 * l.mixer.pair_values() as f64 * pairs).sum();
         let mut flops =
             Self { mixer: attention, feed_forward: 0.0, head: 2.0 * multiplied_outside(spec) as f64 * tokens };
@@ -237,8 +241,8 @@ fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) 
     }
 }
 
-/// Kernels of a norm output's statistics, each of which reads all of its values; other sites have one
-/// fewer.
+/// Kernels of a norm output's statistics, each of which reads all of its values; other sites have
+/// one fewer.
 const NORM_KERNELS: u64 = 4;
 /// Kernels of a layer's mixer or dense feed-forward over a micro-batch, and of an expert over those
 /// of a wave. Assumed.
@@ -302,8 +306,9 @@ fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.arms * run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
 }
 
-/// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a mixer leaves for the feed-forward; of a
-/// mixture the norm's output, the sum of its experts, and the output of an MLP beside them.
+/// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a
+/// mixer leaves for the feed-forward; of a mixture the norm's output, the sum of its experts, and
+/// the output of an MLP beside them.
 fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     let layer = &spec.layers[unit.layer];
     let shared = u64::from(layer.order == NormOrder::Shared);
@@ -315,7 +320,8 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         }
 }
 
-/// Memory that is taken beside weights while the unit that takes most is computed, bytes. Several devices may be at different ones.
+/// Memory that is taken beside weights while the unit that takes most is computed, bytes. Several
+/// devices may be at different ones.
 fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
     let states = |unit: &Unit| states(spec, unit, run);
     let work = |unit: &Unit| workspace(spec, unit, run) + widened(spec, unit, run);
@@ -403,7 +409,8 @@ fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.sequences * run.tokens * (spec.embedding.width * size_of::<f32>() + size_of::<usize>())) as u64
 }
 
-/// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores, or a feed-forward.
+/// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores,
+/// or a feed-forward.
 fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
     let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
@@ -423,7 +430,8 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
                 false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
             };
             let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
-            // Input and output; both are kept while attention is looked at without what an arm lacks.
+            // Input and output; both are kept while attention is looked at without what an arm
+            // lacks.
             let states = if run.arms > 1 { 4 } else { 2 };
             rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores
         }
@@ -444,8 +452,8 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
 }
 
 /// What experts take beside their products on a GPU, bytes: the inputs of a group in a wave, those
-/// of an expert before they are weighted, and of all tokens the choices, with their weights, in both
-/// orders.
+/// of an expert before they are weighted, and of all tokens the choices, with their weights, in
+/// both orders.
 fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
     if run.arithmetic.in_place {
         return 0;
@@ -465,7 +473,8 @@ fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
     }
 }
 
-/// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32 in three parts at most.
+/// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32
+/// in three parts at most.
 fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     if !run.arithmetic.takes_bf16 {
         return 0;
@@ -476,8 +485,8 @@ fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     bytes.min(outliers_matmul::MEMORY) as u64
 }
 
-/// Memory of a unit's largest product in f32, where the pass is in another dtype and products are not: a matrix, what it multiplies and
-/// what comes out.
+/// Memory of a unit's largest product in f32, where the pass is in another dtype and products are
+/// not: a matrix, what it multiplies and what comes out.
 fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     if !run.arithmetic.widens {
         return 0;
@@ -605,7 +614,8 @@ mod tests {
     fn active_parameters_of_a_mixture_exclude_unselected_experts() {
         let text = include_str!("../../../tests/golden/glm4-moe/model/config.json");
         let mixture = |top_k: u64| spec(text, |config| config["num_experts_per_tok"] = top_k.into());
-        // By hand. Embedding, head, last norm; both norms, queries, keys, values with their biases, output; router with its correction.
+        // By hand. Embedding, head, last norm; both norms, queries, keys, values with their
+        // biases, output; router with its correction.
         let outside = 2 * 332 * 64 + 64;
         let mixer = 2 * 64 + (96 + 2 * 32) * (64 + 1) + 64 * 96;
         let (dense, expert, router) = (3 * 96 * 64, 3 * 32 * 64, 4 * 64 + 4);
@@ -642,7 +652,8 @@ mod tests {
     #[test]
     fn dense_model_is_fully_active_and_counts_a_tied_head_once() {
         let dense = spec(include_str!("../../../tests/golden/gpt2/model/config.json"), |_| ());
-        // By hand. Tokens, positions, last norm; two norms, queries, keys and values, output, up, down, each with its bias.
+        // By hand. Tokens, positions, last norm; two norms, queries, keys and values, output, up,
+        // down, each with its bias.
         let layer = 2 * 128 + (64 + 1) * 192 + (64 + 1) * 64 + (64 + 1) * 256 + (256 + 1) * 64;
         assert_eq!(active_parameters(&dense), (300 + 96 + 2) * 64 + 2 * layer);
     }

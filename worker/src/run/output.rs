@@ -27,7 +27,8 @@ pub struct OutputFolder {
 }
 
 impl OutputFolder {
-    /// Makes the folder, and takes an earlier run's manifest away first: while there is none, nothing in it is whole.
+    /// Makes the folder, and takes an earlier run's manifest away first: while there is none,
+    /// nothing in it is whole.
     ///
     /// # Errors
     /// Storage: it cannot be made or written.
@@ -92,8 +93,9 @@ fn hash(path: &Path) -> std::io::Result<(String, u64)> {
 
 // ------------------------------------------------------------------------------------------------ statistics.safetensors
 
-/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed without a new run, and what is too long for
-/// `results.json`. P = tokens at position 0 of their sequence.
+/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed
+/// without a new run, and what is too long for `results.json`. P = tokens at position 0 of their
+/// sequence.
 ///
 /// | tensor | shape | |
 /// |---|---|---|
@@ -204,10 +206,12 @@ fn site_index(point: Point) -> usize {
 
 // ------------------------------------------------------------------------------------------------------ activations
 
-/// Every studied activation, router choice, final norm and logit of a run, under the names of the reference's golden files:
-/// `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1 before the MLP), if studied `debug.{i}.attn_out`, `.mlp_out` and
-/// `.block_out` f32 `[S, N, H]` (what attention and MLP add to the residual stream, and that stream after the layer), `router.{i}.indices` i64 and `.weights` f32
-/// `[S * N, k]`, `final_norm` `[S, N, H]`, `logits` `[S, N, V]`, `nll` `[S, N - 1]`, `input_ids` i64 `[S, N]`.
+/// Every studied activation, router choice, final norm and logit of a run, under the names of the
+/// reference's golden files: `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1
+/// before the MLP), if studied `debug.{i}.attn_out`, `.mlp_out` and `.block_out` f32 `[S, N, H]`
+/// (what attention and MLP add to the residual stream, and that stream after the layer),
+/// `router.{i}.indices` i64 and `.weights` f32 `[S * N, k]`, `final_norm` `[S, N, H]`, `logits`
+/// `[S, N, V]`, `nll` `[S, N - 1]`, `input_ids` i64 `[S, N]`.
 #[derive(Clone)]
 pub struct ActivationDump {
     writer: Arc<Writer>,
@@ -217,7 +221,8 @@ pub struct ActivationDump {
 }
 
 impl ActivationDump {
-    /// Starts the file, for all sites in scope but single experts' outputs. `with_head`: final norm, logits and nll too.
+    /// Starts the file, for all sites in scope but single experts' outputs. `with_head`: final
+    /// norm, logits and nll too.
     ///
     /// # Errors
     /// Storage: no room, or the file cannot be made.

@@ -18,7 +18,8 @@ use crate::stats::{LayerObserver, Observer, Site, Study};
 pub struct Watch {
     /// The statistics.
     pub study: Study,
-    /// The file of activations, if there is to be one. It keeps no state: a pass that writes it cannot be taken up again.
+    /// The file of activations, if there is to be one. It keeps no state: a pass that writes it
+    /// cannot be taken up again.
     pub dump: Option<ActivationDump>,
     /// How sharp attention is in each arm of an ablation.
     pub sharpness: Sharpness,

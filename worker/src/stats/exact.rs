@@ -2,10 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-/// An exact sum of finite f64 values: however the terms are ordered or grouped, the result is the same bit by bit, so that neither threads
-/// nor the cutting of the corpus show in a report.
+/// An exact sum of finite f64 values: however the terms are ordered or grouped, the result is the
+/// same bit by bit, so that neither threads nor the cutting of the corpus show in a report.
 ///
-/// A term is an integer times a power of two. Windows of 32 exponents have a 128-bit integer each, which takes 2^42 terms.
+/// A term is an integer times a power of two. Windows of 32 exponents have a 128-bit integer each,
+/// which takes 2^42 terms.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExactSum {
     /// `(window, integer)`, ascending; most sums touch two or three windows.
@@ -50,7 +51,8 @@ impl ExactSum {
     /// The sum, rounded once per window.
     pub fn value(&self) -> f64 {
         let part = |(window, integer): &(u16, i128)| {
-            // The unit of window 0 is 2^-1075; in two steps, because that alone is below the range of f64.
+            // The unit of window 0 is 2^-1075; in two steps, because that alone is below the range
+            // of f64.
             *integer as f64 * 2f64.powi(-75) * 2f64.powi(i32::from(*window) * WINDOW as i32 - 1000)
         };
         self.windows.iter().map(part).sum()

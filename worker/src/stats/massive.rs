@@ -1,4 +1,5 @@
-//! Massive activations of the residual stream (Sun et al. 2024); the definitions are [`MassiveActivations`]'.
+//! Massive activations of the residual stream (Sun et al. 2024); the definitions are
+//! [`MassiveActivations`]'.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
@@ -93,7 +94,8 @@ struct Dim {
     max: f32,
 }
 
-/// Counts massive activations. Memory: one bit per token, [`MASSIVE_RECORDS`] records per layer, one entry per dimension that ever has one.
+/// Counts massive activations. Memory: one bit per token, [`MASSIVE_RECORDS`] records per layer,
+/// one entry per dimension that ever has one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Massive {
     tokens: usize,
@@ -393,7 +395,8 @@ mod tests {
 
     #[test]
     fn first_token_spike_layers_are_found() {
-        // Two sequences of three tokens; from layer 2 on, dimension 4 of each first token is massive.
+        // Two sequences of three tokens; from layer 2 on, dimension 4 of each first token is
+        // massive.
         let sequence = |value: f32| {
             let mut x = vec![0.1f32; 3 * HIDDEN];
             x[4] = value;

@@ -1,4 +1,5 @@
-//! Routers and experts: load, gate mass, the largest outputs of down projections; super-expert candidates.
+//! Routers and experts: load, gate mass, the largest outputs of down projections; super-expert
+//! candidates.
 
 use std::collections::BTreeMap;
 
@@ -206,7 +207,8 @@ const PART_OF_MAX: f64 = 0.1;
 const RULE: &str = "max |down_proj output| over the 99.5th percentile and over 0.1 x the maximum of all routed experts with a token in the first 75 % of \
                     the layers (Su et al. 2025, as their code has it; shared experts are left out)";
 
-/// Judges the experts' peaks of a model of `layers` layers. `None` if none of the layers considered has seen an expert.
+/// Judges the experts' peaks of a model of `layers` layers. `None` if none of the layers
+/// considered has seen an expert.
 pub fn super_experts(
     layers: usize,
     peaks: &BTreeMap<usize, ExpertPeaks>,
@@ -339,7 +341,8 @@ mod tests {
 
     #[test]
     fn at_most_half_a_percent_are_candidates() {
-        // A handful of experts: the largest alone is over the percentile, and only if it stands alone.
+        // A handful of experts: the largest alone is over the percentile, and only if it stands
+        // alone.
         let few = judged(1, &[&[Some(3.0), Some(-8.0), Some(2.0)]]).unwrap();
         assert_eq!(few.candidates.iter().map(|c| c.at.value).collect::<Vec<_>>(), [-8.0]);
         assert!((few.percentile_99_5 - 7.95).abs() < 1e-9, "numpy.percentile([3, 8, 2], 99.5) = 7.95");

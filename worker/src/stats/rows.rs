@@ -43,7 +43,8 @@ impl RowDistribution {
     }
 }
 
-/// Statistics over the rows of one site: about 10 KiB, whatever the number of rows. Merging is exact, associative and commutative.
+/// Statistics over the rows of one site: about 10 KiB, whatever the number of rows. Merging is
+/// exact, associative and commutative.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RowStats {
     rows: u64,

@@ -102,8 +102,8 @@ impl Scope {
 
 /// All statistics of a run.
 ///
-/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100 bytes per expert, one gain vector per norm
-/// (as [`bytes`] adds up).
+/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100
+/// bytes per expert, one gain vector per norm (as [`bytes`] adds up).
 #[derive(Serialize, Deserialize)]
 pub struct Study {
     scope: Scope,
@@ -118,7 +118,8 @@ pub struct Study {
     residual_sinks: Option<Sinks>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
-    /// What GPUs were asked for and is not added yet, oldest first. None of a layer that has settled.
+    /// What GPUs were asked for and is not added yet, oldest first. None of a layer that has
+    /// settled.
     #[serde(skip)]
     coming: VecDeque<(Shown, Look)>,
 }
@@ -274,8 +275,8 @@ impl Study {
         }
         let point = shown.site.point;
         let threshold = point.is_norm_output().then(|| self.outliers.threshold());
-        // The sum overwrites what is added to the residual stream. What an expert made is only read,
-        // and is often a part of a tensor: a copy would be of the whole.
+        // The sum overwrites what is added to the residual stream. What an expert made is only
+        // read, and is often a part of a tensor: a copy would be of the whole.
         let is_added = matches!(point, Point::AttentionOut | Point::MlpOut);
         let copied;
         let x = if is_added {
@@ -370,7 +371,8 @@ impl Study {
         top.offer_values(x, scans, |row, dim, value| shown.found(row, dim, value))
     }
 
-    /// Adds a study of the same scope, or of single layers of it, over other sequences: in any order and grouping.
+    /// Adds a study of the same scope, or of single layers of it, over other sequences: in any
+    /// order and grouping.
     pub fn merge(&mut self, other: &Self) {
         debug_assert!(other.coming.is_empty(), "a layer that has not settled");
         self.outliers.merge(&other.outliers);
@@ -573,7 +575,8 @@ mod tests {
         }
     }
 
-    /// What a model would show of each sequence: values per site, and one expert per token with its output.
+    /// What a model would show of each sequence: values per site, and one expert per token with
+    /// its output.
     #[derive(Clone, Debug)]
     struct Shown {
         values: Vec<Vec<f32>>,
@@ -644,7 +647,8 @@ mod tests {
         study
     }
 
-    /// Pooled moments are plain sums of f64: equal up to rounding only, where sequences come in another order.
+    /// Pooled moments are plain sums of f64: equal up to rounding only, where sequences come in
+    /// another order.
     fn without_pooled(mut report: Report) -> Report {
         for site in &mut report.judged.sites {
             (site.rms, site.kurtosis) = (0.0, 0.0);

@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::values::Values;
 use crate::error::Result;
 
-/// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the greater, so that of any set of values the
-/// greatest few are the same few, whatever the order they came in.
+/// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the
+/// greater, so that of any set of values the greatest few are the same few, whatever the order
+/// they came in.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TopValue {
     /// Layer.

@@ -1,8 +1,8 @@
 //! Lambda: virtual machines with Ubuntu, fixed disks and public addresses.
 //!
-//! Source: docs.lambda.ai, Cloud API 1.10.0 (list instance types, launch instances, list running instances, terminate instances,
-//! add, list and delete SSH keys). The cloud keeps no deadline and gives instances no credential; an instance that powers itself
-//! off goes on billing.
+//! Source: docs.lambda.ai, Cloud API 1.10.0 (list instance types, launch instances, list running
+//! instances, terminate instances, add, list and delete SSH keys). The cloud keeps no deadline and
+//! gives instances no credential; an instance that powers itself off goes on billing.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -192,8 +192,9 @@ impl Lambda {
         }
     }
 
-    /// Whether an instance whose termination was refused is on its way out all the same: an earlier try may have ended it, for
-    /// which the cloud has no clear words. Gives its name, if it still has one.
+    /// Whether an instance whose termination was refused is on its way out all the same: an
+    /// earlier try may have ended it, for which the cloud has no clear words. Gives its name, if
+    /// it still has one.
     async fn ended_nevertheless(&self, id: &InstanceId, refused: BrokerError) -> Result<Option<String>, BrokerError> {
         if refused.kind == BrokerErrorKind::NotFound {
             return Ok(None);
@@ -215,14 +216,16 @@ impl Lambda {
         }
     }
 
-    /// Puts the lease's key into the account under the tag's name: a launch can only name keys. Gives it as the account has it.
+    /// Puts the lease's key into the account under the tag's name: a launch can only name keys.
+    /// Gives it as the account has it.
     async fn register(&self, lease: &Lease) -> Result<Key, BrokerError> {
         let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
         let body = json!({"name": tag, "public_key": public_key});
         let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Effect::Idempotent).body(body)).await?;
         match granted(reply) {
             Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
-            // The first try arrived and its answer did not, or an earlier lease of the run has put the same key there.
+            // The first try arrived and its answer did not, or an earlier lease of the run has put
+            // the same key there.
             Err(refused) if refused.kind == BrokerErrorKind::Rejected => {
                 let known = self.keys().await?.into_iter();
                 known.filter(|key| key.is(public_key)).max_by_key(|key| key.name == tag).ok_or(refused)
@@ -235,7 +238,8 @@ impl Lambda {
         self.ask(Call::get("/ssh-keys"), "a list of SSH keys").await
     }
 
-    /// Removes the key named `ended`, and keys of ours whose time is over. What cannot be removed now is next time.
+    /// Removes the key named `ended`, and keys of ours whose time is over. What cannot be removed
+    /// now is next time.
     async fn sweep_keys(&self, ended: Option<&str>) {
         let keys = match self.keys().await {
             Ok(keys) => keys,

@@ -6,8 +6,9 @@
 //! Prices are made up, bills are kept as if they were not: a rental that is forgotten here would
 //! have been forgotten on a cloud.
 //!
-//! An instance shares the machine: any number can be rented, but a GPU only once at a time. The one thing it does not share is
-//! what it sees of GPUs (`CUDA_VISIBLE_DEVICES`); `nvidia-smi` still lists them all.
+//! An instance shares the machine: any number can be rented, but a GPU only once at a time. The
+//! one thing it does not share is what it sees of GPUs (`CUDA_VISIBLE_DEVICES`); `nvidia-smi`
+//! still lists them all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -43,12 +44,15 @@ use record::{Folder, Record, absent, is_id, make_private_dir, new_id, now};
 
 /// The broker's name.
 pub const NAME: &str = "local";
-/// The hidden subcommand of the program given to [`LocalBroker::new`] that must call [`serve`] with its one argument, a folder.
+/// The hidden subcommand of the program given to [`LocalBroker::new`] that must call [`serve`]
+/// with its one argument, a folder.
 pub const SERVE_COMMAND: &str = "instance-serve";
 
-/// How long an instance may take to be up. It takes a tenth of a second; a machine under load takes longer.
+/// How long an instance may take to be up. It takes a tenth of a second; a machine under load
+/// takes longer.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
-/// How long an instance may take to end what runs there before the ending is taken out of its hands.
+/// How long an instance may take to end what runs there before the ending is taken out of its
+/// hands.
 const ENDING_GRACE: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(10);
 
@@ -61,7 +65,8 @@ pub struct LocalBroker {
 }
 
 impl LocalBroker {
-    /// A cloud whose state lies in `root` (made when first needed). An instance is `exe instance-serve FOLDER`.
+    /// A cloud whose state lies in `root` (made when first needed). An instance is `exe
+    /// instance-serve FOLDER`.
     pub fn new(root: PathBuf, exe: PathBuf) -> Self {
         // An instance's working folder is not ours.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
@@ -172,7 +177,8 @@ impl LocalBroker {
         let log = || OpenOptions::new().create(true).append(true).mode(0o600).open(folder.log());
         let mut command = tokio::process::Command::new(&self.exe);
         command.arg(SERVE_COMMAND).arg(folder.path()).current_dir("/");
-        // It leaves our session by itself, as its first act; neither our terminal nor our environment is its own.
+        // It leaves our session by itself, as its first act; neither our terminal nor our
+        // environment is its own.
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env(MARKER, &record.id);
         command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
         command.spawn()
@@ -369,8 +375,9 @@ fn stop_process(folder: &Folder, id: &str) {
     }
 }
 
-/// After everything ended: deletes what was stored, writes the bill, removes the folder, in this order. A full disk has room
-/// for the bill after the first, and a crash before the last leaves an instance that can be terminated again.
+/// After everything ended: deletes what was stored, writes the bill, removes the folder, in this
+/// order. A full disk has room for the bill after the first, and a crash before the last leaves an
+/// instance that can be terminated again.
 fn conclude(folder: &Folder, record: &Record, billed: bool) -> io::Result<()> {
     folder.empty_home()?;
     let root = folder.path().parent().and_then(Path::parent);

@@ -1,7 +1,8 @@
 //! Prime Intellect: one market over some two dozen clouds.
 //!
-//! Source: docs.primeintellect.ai, API reference (availability/gpus, pods, ssh_keys). Collections end in a slash, members do not:
-//! the server redirects what is written otherwise, and a redirected creation is none.
+//! Source: docs.primeintellect.ai, API reference (availability/gpus, pods, ssh_keys). Collections
+//! end in a slash, members do not: the server redirects what is written otherwise, and a
+//! redirected creation is none.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -64,8 +65,8 @@ impl Prime {
         Err(self.error(BrokerErrorKind::Unavailable, format!("{path} changes faster than it can be read")))
     }
 
-    /// All items, `None` if the collection changed meanwhile: pages are counted from its beginning, so what goes away before the
-    /// next page makes that page begin one too late.
+    /// All items, `None` if the collection changed meanwhile: pages are counted from its
+    /// beginning, so what goes away before the next page makes that page begin one too late.
     async fn read_once<T: DeserializeOwned>(&self, path: &str) -> Result<Option<Vec<T>>, BrokerError> {
         let mut items: Vec<T> = Vec::new();
         let mut announced = None;
@@ -93,7 +94,8 @@ impl Prime {
     async fn register(&self, lease: &Lease) -> Result<String, BrokerError> {
         let name = lease.tag.to_string();
         let body = json!({"name": name, "publicKey": lease.ssh_public_key.trim()});
-        // Twice the same key under a name that is used once does no harm: both go with the instance.
+        // Twice the same key under a name that is used once does no harm: both go with the
+        // instance.
         let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Effect::Idempotent).body(body)).await?;
         if reply.is_success() {
             return Ok(reply.json::<SshKey>("an SSH key")?.id);
@@ -106,8 +108,8 @@ impl Prime {
         }
     }
 
-    /// Takes keys out of the account: that of `tag`, and ours whose lease is over. What cannot be taken out now is at the next
-    /// occasion, so a failure is only noted.
+    /// Takes keys out of the account: that of `tag`, and ours whose lease is over. What cannot be
+    /// taken out now is at the next occasion, so a failure is only noted.
     async fn sweep_keys(&self, tag: Option<&LeaseTag>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let is_over =
@@ -267,7 +269,8 @@ struct Item {
     prepaid_time: Option<f64>,
 }
 
-/// What names an offer among all others. The id of a machine type alone is that of many: it has to be ordered with the rest.
+/// What names an offer among all others. The id of a machine type alone is that of many: it has to
+/// be ordered with the rest.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct OfferKey {
@@ -564,7 +567,8 @@ fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
-/// Whether the API itself says that there is no such thing. A page of some server in between says nothing.
+/// Whether the API itself says that there is no such thing. A page of some server in between says
+/// nothing.
 fn is_gone(reply: &Reply) -> bool {
     reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
 }

@@ -1,9 +1,12 @@
-//! RunPod: containers ("pods") on its own data centres' hosts and on other people's, rented by the second.
+//! RunPod: containers ("pods") on its own data centres' hosts and on other people's, rented by the
+//! second.
 //!
-//! REST v2 lists, shows and ends pods and says what is in stock. GraphQL does what v2 cannot: it gives a pod a deadline that
-//! RunPod itself keeps (`terminateAfter`), names the memory of the hosts, and rents what may be taken back. So pods are created
-//! through GraphQL and everything else is REST, one account and one address for both. Where GraphQL says that it is there no more, pods
-//! are created by REST too: then the guard on the host alone keeps the deadline, memory of hosts is unknown and nothing is bid for.
+//! REST v2 lists, shows and ends pods and says what is in stock. GraphQL does what v2 cannot: it
+//! gives a pod a deadline that RunPod itself keeps (`terminateAfter`), names the memory of the
+//! hosts, and rents what may be taken back. So pods are created through GraphQL and everything
+//! else is REST, one account and one address for both. Where GraphQL says that it is there no
+//! more, pods are created by REST too: then the guard on the host alone keeps the deadline, memory
+//! of hosts is unknown and nothing is bid for.
 
 use async_trait::async_trait;
 use serde::Deserialize;
@@ -142,7 +145,8 @@ impl RunPod {
         order
     }
 
-    /// One page of `GET /v2/pods`. The documents know of no pages; the server has been seen to make some.
+    /// One page of `GET /v2/pods`. The documents know of no pages; the server has been seen to
+    /// make some.
     async fn page(&self, cursor: Option<&str>) -> Result<pod::Page, BrokerError> {
         let call = Call::get("/v2/pods");
         let call = match cursor {
@@ -156,7 +160,8 @@ impl RunPod {
         BrokerError { broker: self.http.broker(), kind, message: message.into() }
     }
 
-    /// The path of a pod. Ids are letters and digits; nothing else gets into a URL, where it could name something else.
+    /// The path of a pod. Ids are letters and digits; nothing else gets into a URL, where it could
+    /// name something else.
     fn path(&self, id: &InstanceId) -> Result<String, BrokerError> {
         let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if id.0.is_empty() || !id.0.bytes().all(known) {

@@ -1,7 +1,8 @@
 //! Vast.ai: a market of other people's machines, which rents slices of them as Docker containers.
 //!
-//! Source: docs.vast.ai, API reference (search offers, create instance, show instances v1, show instance, destroy instance,
-//! show user). Every path ends in a slash: that is what the cloud's own clients send.
+//! Source: docs.vast.ai, API reference (search offers, create instance, show instances v1, show
+//! instance, destroy instance, show user). Every path ends in a slash: that is what the cloud's
+//! own clients send.
 
 use std::time::Duration;
 
@@ -31,8 +32,8 @@ pub const CLOUD: CloudKind = CloudKind {
 
 const NAME: &str = "vast";
 
-/// Calls of one kind, and how far apart they have to be. Its refusals name intervals of 1 to 4.5 s, and since late 2026 a time to
-/// wait (`Retry-After`).
+/// Calls of one kind, and how far apart they have to be. Its refusals name intervals of 1 to 4.5
+/// s, and since late 2026 a time to wait (`Retry-After`).
 const PACES: &[(&str, Duration)] = &[
     (SEARCH, Duration::from_secs(5)),
     (CREATE, Duration::from_secs(5)),
@@ -46,7 +47,8 @@ const LIST: &str = "show instances";
 const GET: &str = "show instance";
 const DESTROY: &str = "destroy instance";
 
-/// Of a refusal "too often" that no wait of seconds ends: the account's searches are used up for now.
+/// Of a refusal "too often" that no wait of seconds ends: the account's searches are used up for
+/// now.
 const QUOTA_IS_USED_UP: &str = "search_quota_exceeded";
 
 /// Most offers in one reply, which has no second page; an unrestricted search finds fewer.
@@ -57,7 +59,8 @@ const PAGE: usize = 25;
 const MOST_PAGES: usize = 1000;
 /// A host whose contract ends sooner is not worth a start. Seconds.
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
-/// Drivers report less than the nominal memory of a GPU, at most this much less ([`crate::cloud::gpu::nominal_vram`]).
+/// Drivers report less than the nominal memory of a GPU, at most this much less
+/// ([`crate::cloud::gpu::nominal_vram`]).
 const REPORTED_OF_NOMINAL: f64 = 0.9;
 /// How far a figure of the cloud may lie below its rounded value here: CUDA versions and dollars.
 const ROUNDING: (f64, f64) = (0.06, 1e-6);
@@ -108,7 +111,8 @@ impl Vast {
         id.0.parse().map_err(not_ours)
     }
 
-    /// An instance that came of a creation the cloud calls failed bills its disk: it is ended, and the caller looks whether it is.
+    /// An instance that came of a creation the cloud calls failed bills its disk: it is ended, and
+    /// the caller looks whether it is.
     async fn abandon(&self, reply: &Reply, contract: u64) -> BrokerError {
         let became = match self.terminate(&InstanceId(contract.to_string())).await {
             Ok(()) => "was terminated".to_owned(),
@@ -246,9 +250,10 @@ impl Broker for Vast {
     }
 }
 
-/// Ends the instance it runs in with the key that the cloud gives every container, which can start, stop and destroy this one
-/// and nothing else. A session that did not inherit the container's environment reads it from the first process. The key is
-/// given to programs on their standard input or in their environment: everybody can see a command line.
+/// Ends the instance it runs in with the key that the cloud gives every container, which can
+/// start, stop and destroy this one and nothing else. A session that did not inherit the
+/// container's environment reads it from the first process. The key is given to programs on their
+/// standard input or in their environment: everybody can see a command line.
 const SELF_DESTRUCT: &str = r#"
 of_container() { { tr '\0' '\n' </proc/1/environ | sed -n "s/^$1=//p" | head -n 1; } 2>/dev/null; }
 id=${CONTAINER_ID:-$(of_container CONTAINER_ID)}
@@ -274,8 +279,9 @@ enum RentalKind {
     Bid,
 }
 
-/// The search for `want`: never less than the market would keep. Names, places and whatever else the cloud cannot compare as the
-/// market does are left to the market, which also counts what it leaves out.
+/// The search for `want`: never less than the market would keep. Names, places and whatever else
+/// the cloud cannot compare as the market does are left to the market, which also counts what it
+/// leaves out.
 fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     let mut query = json!({
         "type": rental,
@@ -477,8 +483,8 @@ fn order(key: &OfferKey, lease: &Lease, image: &str) -> Result<Value, String> {
     Ok(order)
 }
 
-/// Runs in the container at every start: lets the lease's key in, beside the account's, and gives SSH sessions the container's
-/// environment, without which they could not end it.
+/// Runs in the container at every start: lets the lease's key in, beside the account's, and gives
+/// SSH sessions the container's environment, without which they could not end it.
 fn on_start(authorized: &str) -> String {
     let key = quote(authorized);
     format!(
@@ -527,7 +533,8 @@ struct PendingRises {
     pending_price_increases: Vec<PriceRise>,
 }
 
-/// What a host wants for a contract that is extended. Until somebody accepts, the old price holds, and the contract is not extended.
+/// What a host wants for a contract that is extended. Until somebody accepts, the old price holds,
+/// and the contract is not extended.
 #[derive(Deserialize)]
 struct PriceRise {
     #[serde(default, deserialize_with = "lenient")]
@@ -631,7 +638,8 @@ impl Contract {
         }
     }
 
-    /// The host's own port if it has one, else the cloud's relay, through which some hosts can be reached alone.
+    /// The host's own port if it has one, else the cloud's relay, through which some hosts can be
+    /// reached alone.
     fn endpoint(&self) -> Option<SshEndpoint> {
         self.direct().or_else(|| wire::endpoint("root", self.ssh_host.as_deref()?.trim(), self.ssh_port?))
     }
@@ -657,14 +665,15 @@ fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     Err(reply.refusal(kind_of(&reply)))
 }
 
-/// Whether the API itself says that there is no such instance. A page of some server in between says nothing.
+/// Whether the API itself says that there is no such instance. A page of some server in between
+/// says nothing.
 fn is_gone(reply: &Reply) -> bool {
     let code = reply.value().and_then(|value| Some(value.get("error")?.as_str()?.to_owned()));
     matches!(code.as_deref(), Some("not_found" | "no_such_instance")) && kind_of(reply) != BrokerErrorKind::Auth
 }
 
-/// What a refusal means. The words count before the status: a bad key is answered with 404 where offers are searched, and an
-/// offer that is gone with 404, 410 or 200.
+/// What a refusal means. The words count before the status: a bad key is answered with 404 where
+/// offers are searched, and an offer that is gone with 404, 410 or 200.
 fn kind_of(reply: &Reply) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));

@@ -1,4 +1,5 @@
-//! What clouds' replies are made of, checked: nothing in them is trusted to be a price, a size or a host because it looks like one.
+//! What clouds' replies are made of, checked: nothing in them is trusted to be a price, a size or
+//! a host because it looks like one.
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
@@ -23,14 +24,14 @@ const HIGHEST_PRICE: f64 = 10_000.0;
 /// More than any machine has of anything, in bytes.
 const LARGEST_SIZE: f64 = 1e18;
 
-/// What is read where it is there and makes sense: an instance with one strange field is still an instance that
-/// bills.
+/// What is read where it is there and makes sense: an instance with one strange field is still an
+/// instance that bills.
 pub(super) fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
     Ok(serde_json::from_value(Value::deserialize(from)?).ok())
 }
 
-/// A word that decides something, whatever its type: one that is none is unknown, which is not the same as
-/// missing.
+/// A word that decides something, whatever its type: one that is none is unknown, which is not the
+/// same as missing.
 pub(super) fn word<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
     Ok(match Value::deserialize(from)? {
         Value::Null => None,
@@ -58,8 +59,8 @@ fn text_of_id(id: &Value) -> Option<String> {
     }
 }
 
-/// Instances out of a cloud's list, each entry read by itself: one that cannot be is shown as such, is nobody
-/// else's fault, and is never left out. `read` gives `None` for what is over.
+/// Instances out of a cloud's list, each entry read by itself: one that cannot be is shown as
+/// such, is nobody else's fault, and is never left out. `read` gives `None` for what is over.
 pub(super) fn entries<T: DeserializeOwned>(
     broker: &str,
     list: &[Value],
@@ -68,7 +69,8 @@ pub(super) fn entries<T: DeserializeOwned>(
     list.iter().filter_map(|entry| entry_of(broker, entry, &read)).collect()
 }
 
-/// The same of a reply that is about one instance; one that tells nothing of this instance is an error.
+/// The same of a reply that is about one instance; one that tells nothing of this instance is an
+/// error.
 pub(super) fn alone<T: DeserializeOwned>(
     reply: &Reply,
     broker: &str,
@@ -123,7 +125,8 @@ pub(super) fn hardware(count: u32, raw: &str, vram: Option<Bytes>) -> String {
     format!("{count} x {}", gpu::canonical_name(raw, vram))
 }
 
-/// Where SSH listens, `None` if that can be no user, no host or no port: an address is put into command lines by people.
+/// Where SSH listens, `None` if that can be no user, no host or no port: an address is put into
+/// command lines by people.
 pub(super) fn endpoint(user: &str, host: &str, port: u16) -> Option<SshEndpoint> {
     let is_user = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     let good_user = user.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && user.chars().all(is_user);

@@ -47,7 +47,8 @@ impl RateLimits {
 
     /// Waits until a call of this name may be made. Who comes first goes first.
     pub(super) async fn turn(&self, name: Option<&'static str>) {
-        // One after the other: a turn among all, taken for later, would hold up everybody else until then.
+        // One after the other: a turn among all, taken for later, would hold up everybody else
+        // until then.
         if name.is_some() {
             self.turn_of(name).await;
         }
@@ -60,7 +61,8 @@ impl RateLimits {
         }
     }
 
-    /// When the next call of those of this name may be made, which is then taken; `None`: whenever it likes.
+    /// When the next call of those of this name may be made, which is then taken; `None`: whenever
+    /// it likes.
     fn take(&self, name: Option<&'static str>, now: Instant) -> Option<Instant> {
         let mut paces = self.lock();
         let pace = paces.get_mut(&name)?;

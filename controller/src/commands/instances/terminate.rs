@@ -1,4 +1,5 @@
-//! `instances terminate`: ends what is named. It needs the id and the key; ledger and lists only help.
+//! `instances terminate`: ends what is named. It needs the id and the key; ledger and lists only
+//! help.
 
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -208,8 +209,8 @@ fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
     table.to_string()
 }
 
-/// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot be written, at
-/// the cloud.
+/// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot
+/// be written, at the cloud.
 async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<(), CliError> {
     match through_run(context, home, clouds, chosen).await {
         Ok(true) => return Ok(()),

@@ -39,7 +39,8 @@ enum Begin {
 }
 
 impl Session<'_> {
-    /// Drives everything that is to be done; gives what could not be driven to its end, with its model's name.
+    /// Drives everything that is to be done; gives what could not be driven to its end, with its
+    /// model's name.
     pub(super) async fn drive(
         &self,
         ledger: &Ledger,

@@ -16,7 +16,8 @@ pub enum AxisKind {
     Linear,
     /// Powers of ten are equally far apart; values must be positive.
     Log,
-    /// From 0, and as far as it takes: powers of ten are almost equally far apart. For counts, which may be 0.
+    /// From 0, and as far as it takes: powers of ten are almost equally far apart. For counts,
+    /// which may be 0.
     Count,
     /// 0 to 100.
     Percent,

@@ -3,7 +3,8 @@
 use crate::compare::plot::Colour;
 use crate::compare::table::short;
 
-/// Steps from the threshold to the largest magnitude, each the same factor; below the threshold: step 0.
+/// Steps from the threshold to the largest magnitude, each the same factor; below the threshold:
+/// step 0.
 pub(super) struct Heat {
     pub(super) threshold: f64,
     pub(super) largest: f64,

@@ -187,7 +187,8 @@ fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
     points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: AxisKind::Linear }], &groups)
 }
 
-/// Quartiles, over the norm outputs where a feature has outliers, of its value of largest magnitude at each; signed. `None` if it has none.
+/// Quartiles, over the norm outputs where a feature has outliers, of its value of largest
+/// magnitude at each; signed. `None` if it has none.
 pub fn peak_quartiles(statistics: &Statistics, feature: usize) -> Option<[f64; 3]> {
     quartiles(peaks(statistics, feature))
 }

@@ -1,8 +1,8 @@
 //! Files to their places on a host: looked for, sent where they lack, compared there, renamed.
 //!
-//! A file on its way lies in a part file beside its place, named after its content. When an attempt broke off, the next one, of
-//! this process or another, asks for the hashes of the part's blocks and sends the others: nothing there is trusted for its
-//! length or its name.
+//! A file on its way lies in a part file beside its place, named after its content. When an
+//! attempt broke off, the next one, of this process or another, asks for the hashes of the part's
+//! blocks and sends the others: nothing there is trusted for its length or its name.
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -35,11 +35,13 @@ const MAX_BLOCKS: u64 = 256;
 const SMALL: u64 = 1 << 20;
 const AT_ONCE: usize = 6;
 
-/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing; reading from standard input keeps the name out of the answer.
+/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing; reading from standard
+/// input keeps the name out of the answer.
 ///
-/// `look` tells the hash of a file and, if it is not the one wanted, the hashes of what an earlier attempt left beside it.
-/// `seal` renames a part that is whole. Another process may do so at the same time, where hosts share a folder. A program is
-/// copied: its part may still be open for writing, by that process or a dead connection, and could not be started then.
+/// `look` tells the hash of a file and, if it is not the one wanted, the hashes of what an earlier
+/// attempt left beside it. `seal` renames a part that is whole. Another process may do so at the
+/// same time, where hosts share a folder. A program is copied: its part may still be open for
+/// writing, by that process or a dead connection, and could not be started then.
 const FUNCTIONS: &str = r#"
 sum() {
   if command -v sha256sum >/dev/null 2>&1; then sha256sum
@@ -147,8 +149,8 @@ impl UploadCounter<'_> {
 }
 
 impl RemoteHost {
-    /// Sends what is not there yet, into one folder; gives the bytes that were missing. `name` stands
-    /// for all of it in events.
+    /// Sends what is not there yet, into one folder; gives the bytes that were missing. `name`
+    /// stands for all of it in events.
     pub(super) async fn deliver(
         &self,
         name: &str,
@@ -166,7 +168,8 @@ impl RemoteHost {
                     return Ok(missing.first.unwrap_or(0));
                 }
                 Err(error) if error.is_transient() => {
-                    // The last attempt had left something there: the patience starts anew. Files end, and so does this.
+                    // The last attempt had left something there: the patience starts anew. Files
+                    // end, and so does this.
                     if before.is_some() && missing.least < before {
                         retry.recovered(on);
                     }
@@ -273,7 +276,8 @@ impl RemoteHost {
             .hint("the local file changed meanwhile, or the host is faulty"))
     }
 
-    /// Removes what will not be gone on with; a failure here is not worth hearing of beside the one that led here.
+    /// Removes what will not be gone on with; a failure here is not worth hearing of beside the
+    /// one that led here.
     async fn remove_parts(&self, items: &[Item]) {
         let names: Vec<String> = items.iter().map(|item| quote(&item.part())).collect();
         let _ = self.sh(&format!("rm -f {}", names.join(" ")), SHORT).await;

@@ -1,7 +1,8 @@
 //! [`Transport`] over SSH: one connection per host, channels inside it.
 //!
-//! A connection that broke is given up and the next call makes a new one, against the same pinned host key. How often and
-//! how long to try is the caller's business: every method here is one attempt.
+//! A connection that broke is given up and the next call makes a new one, against the same pinned
+//! host key. How often and how long to try is the caller's business: every method here is one
+//! attempt.
 //!
 //! Calls work beside each other, each on channels of its own. A server that opens no further one
 //! (`MaxSessions`) is given one call at a time from then on, each through commands alone: a
@@ -186,7 +187,8 @@ impl SshTransport {
         self.turns.acquire_many(turns).await.expect("nobody closes it")
     }
 
-    /// Passes a result on; after a failure of the connection the next call must not meet the same connection.
+    /// Passes a result on; after a failure of the connection the next call must not meet the same
+    /// connection.
     async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
         // A connection that was ended because of what the host did is not merely broken.
         let result = result.map_err(|error| self.opened.misconduct(&self.endpoint).unwrap_or(error));

@@ -54,7 +54,8 @@ pub fn slug(model: &str) -> String {
     if name.starts_with('.') { name.replacen('.', "_", 1) } else { name }
 }
 
-/// Compares what arrived with the manifest, moves it to its place, and says how the run ended by it.
+/// Compares what arrived with the manifest, moves it to its place, and says how the run ended by
+/// it.
 pub(super) fn settle(
     folders: &Folders,
     manifest: Option<&Manifest>,

@@ -135,7 +135,8 @@ thread_local! {
     static WOUND: Cell<Option<(Instant, u64)>> = const { Cell::new(None) };
 }
 
-/// From here on this thread's wall clock shows `at_ms` and goes with its runtime's clock, which tests stop and wind.
+/// From here on this thread's wall clock shows `at_ms` and goes with its runtime's clock, which
+/// tests stop and wind.
 pub(crate) fn wind(at_ms: u64) {
     WOUND.set(Some((Instant::now(), at_ms)));
 }
@@ -192,9 +193,11 @@ pub(crate) struct World {
     pub(crate) struck: Vec<(Fault, &'static str)>,
     /// Names that instances have had.
     names: BTreeSet<String>,
-    /// What instances that are gone have cost; without the time after a deadline that nobody on the instance could keep.
+    /// What instances that are gone have cost; without the time after a deadline that nobody on
+    /// the instance could keep.
     pub(crate) billed: Usd,
-    /// The same without what one billed above its offer on which nothing was ever run: that is given back as soon as it is seen.
+    /// The same without what one billed above its offer on which nothing was ever run: that is
+    /// given back as soon as it is seen.
     pub(crate) kept: Usd,
     /// Instances can end themselves: their guards do.
     pub(crate) self_destruct: bool,
@@ -323,7 +326,8 @@ impl World {
         }
     }
 
-    /// What goes on without us: guards end instances whose time is up, and those nobody has looked after for `alone`.
+    /// What goes on without us: guards end instances whose time is up, and those nobody has looked
+    /// after for `alone`.
     pub(crate) fn pass(&mut self, alone: Duration) {
         let now = self.now_ms();
         let watched = |machine: &Machine| machine.guarded && self.self_destruct && !machine.foreign;

@@ -84,8 +84,8 @@ pub struct Looked {
     pub actions: Vec<Action>,
 }
 
-/// Lists once, or as often as it takes to call a missing instance gone, and compares. Without a ledger the
-/// tags alone are judged, and nothing is to be done.
+/// Lists once, or as often as it takes to call a missing instance gone, and compares. Without a
+/// ledger the tags alone are judged, and nothing is to be done.
 ///
 /// # Errors
 /// [`DriveError`] when the cloud does not answer.
@@ -187,8 +187,8 @@ impl From<&Instance> for Target {
     }
 }
 
-/// Ends instances and waits until complete listings no longer show them. No list is needed to end them, nor,
-/// where the cloud gives none, to see them gone.
+/// Ends instances and waits until complete listings no longer show them. No list is needed to end
+/// them, nor, where the cloud gives none, to see them gone.
 ///
 /// # Errors
 /// [`DriveError`] when one does not go.

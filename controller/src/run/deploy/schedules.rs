@@ -1,5 +1,6 @@
-//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and come back hours later, until it
-//! is over. Time is the runtime's, stopped and wound: an hour takes no time, and the same seed gives the same trace.
+//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and
+//! come back hours later, until it is over. Time is the runtime's, stopped and wound: an hour
+//! takes no time, and the same seed gives the same trace.
 //!
 //! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of
 //! seed `S` is schedule 0 of seed `S + i`. `tests/faults.sh` builds known bugs into a copy of the
@@ -26,7 +27,8 @@ const SCHEDULES: u64 = 2000;
 const SEED: u64 = 1;
 /// How many of these are run twice.
 const TWICE: u64 = 200;
-/// Processes after which a run must have come to its end: each fault costs at most one, and one is the last.
+/// Processes after which a run must have come to its end: each fault costs at most one, and one is
+/// the last.
 const MOST_LIVES: usize = 12;
 /// Effects among which faults are spread: a path without faults has about as many.
 const EFFECTS: usize = 30;
@@ -128,7 +130,8 @@ fn is_hours_off(world: &World) -> bool {
     world.clock_ahead.abs() > 3600
 }
 
-/// Whether nothing of this world speaks against whole results: at most one fault, and none that ends the run.
+/// Whether nothing of this world speaks against whole results: at most one fault, and none that
+/// ends the run.
 fn must_complete(world: &World) -> bool {
     let harmless = |(_, fault): &(usize, Fault)| {
         use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses, Unreadable};
@@ -242,7 +245,8 @@ async fn schedule(seed: u64) -> Played {
     played(&fake, &record)
 }
 
-/// What the record says is so: the ending that was decided first, losses by name, no cost understated, no budget overdrawn.
+/// What the record says is so: the ending that was decided first, losses by name, no cost
+/// understated, no budget overdrawn.
 fn honest(fake: &Fake, record: &RunRecord) {
     let world = fake.world.lock().expect("nobody panicked");
     let mut state = RunState::initial();

@@ -1,4 +1,5 @@
-//! Who starts a worker next: a hub that many instances ask at the same moment for many gigabytes refuses some of them.
+//! Who starts a worker next: a hub that many instances ask at the same moment for many gigabytes
+//! refuses some of them.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};

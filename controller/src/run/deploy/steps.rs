@@ -46,7 +46,8 @@ enum Sought<'a> {
 const UNANSWERED: u32 = 3;
 /// Offers that are tried for one run, over all clouds.
 const MOST_TRIED: usize = 25;
-/// Instances of one run that may turn out not to serve, or go away: then the fault is hardly theirs.
+/// Instances of one run that may turn out not to serve, or go away: then the fault is hardly
+/// theirs.
 const MOST_RENTED: usize = 3;
 /// On one instance a worker that died is started again so often.
 const MOST_RESTARTS: u32 = 2;
@@ -180,7 +181,8 @@ impl Driver<'_> {
         Ok(Ok(selected))
     }
 
-    /// Until runs under the same limit have ended with less than they reserved, or will not leave enough any more.
+    /// Until runs under the same limit have ended with less than they reserved, or will not leave
+    /// enough any more.
     async fn wait_for_gpu_time(&self, least: GpuTime) -> Step {
         self.note(RunNote::GpuTimeReserved(least));
         let unchanged = |status: BudgetStatus<GpuTime>| status.left < least && least <= status.at_best;
@@ -190,7 +192,8 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Until runs under the same budget have ended for less than they reserved, or will not leave enough any more.
+    /// Until runs under the same budget have ended for less than they reserved, or will not leave
+    /// enough any more.
     async fn wait_for_budget(&self, least: Usd) -> Step {
         self.note(RunNote::BudgetReserved(least));
         let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
@@ -211,7 +214,8 @@ impl Driver<'_> {
         selected.iter().find(|offer| !tried(offer) && !self.ports.bad_hosts.has(offer)).cloned()
     }
 
-    /// Creating: makes the call that was announced, or finds out what became of one that an earlier process announced.
+    /// Creating: makes the call that was announced, or finds out what became of one that an
+    /// earlier process announced.
     pub(super) async fn create(&mut self, intent: &Intent) -> Step {
         if !std::mem::take(&mut self.memory.fresh_intent) {
             return self.settle(intent).await;
@@ -260,7 +264,8 @@ impl Driver<'_> {
         Ok(self.append(RunEvent::NotCreated { reason, refused: true, unseen: false })?)
     }
 
-    /// Whether an announced instance exists. A single listing without it proves nothing: it may not show yet.
+    /// Whether an announced instance exists. A single listing without it proves nothing: it may
+    /// not show yet.
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
@@ -292,7 +297,8 @@ impl Driver<'_> {
         if price <= spec.highest_price(offer) {
             return Ok(None);
         }
-        // More than the offer is no more than was agreed where a budget was, or the offers before were dearer.
+        // More than the offer is no more than was agreed where a budget was, or the offers before
+        // were dearer.
         let in_all = record.at_price(price);
         let extra = in_all - record.at_price(offer.price);
         let covered = spec.quote.ceiling.is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
@@ -434,7 +440,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Tells when the host wants more, to which nothing here agrees; resolves when the instance bills more than may be paid.
+    /// Tells when the host wants more, to which nothing here agrees; resolves when the instance
+    /// bills more than may be paid.
     async fn bills_more(&self, rental: &Rental) -> StepError {
         let cloud = match self.cloud() {
             Ok(cloud) => cloud,
@@ -460,8 +467,9 @@ impl Driver<'_> {
         }
     }
 
-    /// Resolves when the instance is no longer one that could answer. The broker is asked only while the connection is lost:
-    /// without it, a host that is gone would be waited for as long as one that is merely out of reach.
+    /// Resolves when the instance is no longer one that could answer. The broker is asked only
+    /// while the connection is lost: without it, a host that is gone would be waited for as long
+    /// as one that is merely out of reach.
     async fn instance_lost(&self, rental: &Rental, connection_lost: &AtomicBool) -> StepError {
         let cloud = match self.cloud() {
             Ok(cloud) => cloud,
@@ -702,8 +710,8 @@ impl Driver<'_> {
         self.memory.host.as_deref().expect("every step that speaks to the host connects first")
     }
 
-    /// Makes sure that there is a connection; returns the host's key. Each attempt has the patience for SSH; attempts are
-    /// repeated for `limit`.
+    /// Makes sure that there is a connection; returns the host's key. Each attempt has the
+    /// patience for SSH; attempts are repeated for `limit`.
     async fn connect(&mut self, rental: &Rental, pin: Option<&Pin>, limit: Duration) -> Result<Pin, StepError> {
         if let (Some(_), Some(pin)) = (&self.memory.host, pin) {
             return Ok(pin.clone());
@@ -731,7 +739,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Tells the guard of a worker that runs or has run that we are here. A host that is in use goes on being used without one.
+    /// Tells the guard of a worker that runs or has run that we are here. A host that is in use
+    /// goes on being used without one.
     async fn renew_guard(&self, rental: &Rental) {
         if self.is_unused() {
             return;
@@ -845,7 +854,8 @@ impl Driver<'_> {
         Err(StepError::End(broker_failed(&error)))
     }
 
-    /// After a failure on the host: the step is made again on a new connection, where that can help.
+    /// After a failure on the host: the step is made again on a new connection, where that can
+    /// help.
     async fn try_again_host(&mut self, error: HostError, limit: Duration) -> Step {
         self.memory.host = None;
         if error.is_transient() && self.pause(&error.message, limit).await {
@@ -854,7 +864,8 @@ impl Driver<'_> {
         Err(StepError::End(host_failed(error)))
     }
 
-    /// Waits a little longer after every failure; false when the present state has failed for longer than `limit`.
+    /// Waits a little longer after every failure; false when the present state has failed for
+    /// longer than `limit`.
     async fn pause(&mut self, reason: &str, limit: Duration) -> bool {
         let (since, times) = self.memory.failing.unwrap_or((Instant::now(), 0));
         if since.elapsed() >= limit {

@@ -122,7 +122,8 @@ async fn worker_ended_at_the_time_limit_is_not_restarted() {
     assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
 }
 
-/// Every fault of `first` at every effect; then, if `second` is given, that one at every effect after it.
+/// Every fault of `first` at every effect; then, if `second` is given, that one at every effect
+/// after it.
 async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
     sweep_with(first, second, |_| {}, check).await
 }
@@ -221,7 +222,8 @@ async fn single_failure_at_any_effect_is_survived() {
     }
 }
 
-/// A list in which nothing can be read of the instance says neither that it is there nor that it is gone.
+/// A list in which nothing can be read of the instance says neither that it is there nor that it
+/// is gone.
 #[tokio::test(start_paused = true)]
 async fn unreadable_list_entry_never_means_a_gone_instance() {
     for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
@@ -245,8 +247,8 @@ async fn lost_answer_followed_by_a_crash_is_survived() {
     .await;
 }
 
-/// When everything stops working, the program says that an instance may be left, never that all is well; and a later
-/// process, when things work again, ends it.
+/// When everything stops working, the program says that an instance may be left, never that all is
+/// well; and a later process, when things work again, ends it.
 #[tokio::test(start_paused = true)]
 async fn outage_is_reported_and_resolved_later() {
     for at in 1.. {
@@ -846,7 +848,8 @@ async fn resumed_gpu_run_never_starts_a_cpu_worker() {
     }
 }
 
-/// What another process finds: what has time left stays; then strays go, and an abandoned run is salvaged.
+/// What another process finds: what has time left stays; then strays go, and an abandoned run is
+/// salvaged.
 #[tokio::test]
 async fn recovery_ends_only_strays_and_expired_runs() {
     use crate::cloud::broker::{Broker, Lease, LeaseTag};
@@ -1064,8 +1067,8 @@ async fn worker_starts_are_spaced_and_report_the_wait() {
     assert!(waits.len() == 2 && (39..=40).contains(&waits[1]), "{waits:?}");
 }
 
-/// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how often that was
-/// said, and may free the disk.
+/// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how
+/// often that was said, and may free the disk.
 async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,

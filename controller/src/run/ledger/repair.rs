@@ -34,8 +34,9 @@ struct Salvage {
 }
 
 impl Ledger {
-    /// Keeps a damaged ledger aside and makes a new one of what can be read of it and of the results' own
-    /// records below `results`. `owner` is whose instances there are, if nothing on this machine tells.
+    /// Keeps a damaged ledger aside and makes a new one of what can be read of it and of the
+    /// results' own records below `results`. `owner` is whose instances there are, if nothing on
+    /// this machine tells.
     ///
     /// # Errors
     /// [`LedgerError::Newer`] and [`LedgerError::Driven`]; nothing was changed then. What the file system

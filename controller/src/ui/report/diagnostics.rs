@@ -1,4 +1,5 @@
-//! What a run measured beside the outlier features, in a few lines: only what is there, never a wall.
+//! What a run measured beside the outlier features, in a few lines: only what is there, never a
+//! wall.
 
 use outliers_protocol::{
     AblationArm, AttentionSinks, MassiveActivations, NumberFormat, OtherSite, Point, QuantizationErrors, ResidualSinks,
@@ -70,7 +71,8 @@ pub fn name(point: Point) -> &'static str {
     }
 }
 
-/// One line per kind of site: the largest value and where, and how far single dimensions stand out of a token's vector.
+/// One line per kind of site: the largest value and where, and how far single dimensions stand out
+/// of a token's vector.
 fn sites(results: &Results) -> String {
     let mut rows = table(&[
         "values at",

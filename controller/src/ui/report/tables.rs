@@ -118,8 +118,8 @@ fn features(results: &Results) -> String {
     format!("\n{table}\n{rest}")
 }
 
-/// What can be rented: what a run is estimated to take and cost, and what it costs at most until the time limit, or by what is
-/// agreed to if that is less.
+/// What can be rented: what a run is estimated to take and cost, and what it costs at most until
+/// the time limit, or by what is agreed to if that is less.
 pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
     let mut table = table(&["#", "broker", "what", "price", "takes", "costs", "at most"]);
     for (i, offer) in offers.iter().take(most).enumerate() {

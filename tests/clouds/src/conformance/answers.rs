@@ -1,4 +1,5 @@
-//! Answers that are none: a failed reading is an error, never "nothing"; what can be asked again is; keys are shown nowhere.
+//! Answers that are none: a failed reading is an error, never "nothing"; what can be asked again
+//! is; keys are shown nowhere.
 
 use std::sync::{Arc, Mutex};
 
@@ -97,7 +98,8 @@ pub async fn nonsense_is_not_gone(cloud: &FakeCloud) {
     }
 }
 
-/// The account's key is in no error, no debug output and no explanation, though the cloud repeats it.
+/// The account's key is in no error, no debug output and no explanation, though the cloud repeats
+/// it.
 pub async fn keys_are_shown_nowhere(cloud: &FakeCloud) {
     let heard = Arc::new(Mutex::new(String::new()));
     let listener = heard.clone();

@@ -117,7 +117,8 @@ pub async fn gives_up_when_always_too_early(cloud: &FakeCloud) {
     assert_eq!(live(cloud), []);
 }
 
-/// A server error before anything happened: it may have happened, and the list says that it did not.
+/// A server error before anything happened: it may have happened, and the list says that it did
+/// not.
 pub async fn failing_before_it_is_done(cloud: &FakeCloud) {
     for status in [500, 502, 503, 504] {
         lost(cloud, How::Refuse(Refusal::Broken(status)), false).await;
@@ -155,7 +156,8 @@ pub async fn answered_with_nonsense(cloud: &FakeCloud) {
     }
 }
 
-/// After a creation whose answer is lost there are exactly as many instances as the cloud made, and the list finds them.
+/// After a creation whose answer is lost there are exactly as many instances as the cloud made,
+/// and the list finds them.
 async fn lost(cloud: &FakeCloud, how: How, applied: bool) {
     let patient = cloud.broker();
     let (offer, lease) = (first_offer(&*patient).await, lease());

@@ -19,8 +19,8 @@ pub async fn a_good_key_is_good(broker: &dyn Broker) {
     broker.check().await.expect("the account is in order");
 }
 
-/// An instance carries its lease's tag in the reply, in every list and alone, until it is ended; and can be ended twice. `offer` is one with so
-/// much disk.
+/// An instance carries its lease's tag in the reply, in every list and alone, until it is ended;
+/// and can be ended twice. `offer` is one with so much disk.
 pub async fn a_life(broker: &dyn Broker, offer: &Offer, disk: Bytes) {
     let lease = Lease { disk, ..lease() };
     let made = broker.create(offer, &lease).await.expect("it can be rented");

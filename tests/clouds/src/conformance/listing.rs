@@ -51,7 +51,8 @@ pub async fn shows_what_is_not_ours(cloud: &FakeCloud) {
     assert!(listed.iter().all(|instance| instance.tag().is_none()), "{listed:?}");
 }
 
-/// What is ready says where: the address the cloud gave, and one that is ready alone is ready in the list.
+/// What is ready says where: the address the cloud gave, and one that is ready alone is ready in
+/// the list.
 pub async fn says_where_to_log_in(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -62,7 +63,8 @@ pub async fn says_where_to_log_in(cloud: &FakeCloud) {
     assert_eq!(listed[0].state, InstanceState::Ready(alone));
 }
 
-/// A status that nobody has heard of is handed on as a word; the instance is listed with its tag, and can be ended.
+/// A status that nobody has heard of is handed on as a word; the instance is listed with its tag,
+/// and can be ended.
 pub async fn survives_unknown_words(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -81,8 +83,8 @@ pub async fn survives_unknown_words(cloud: &FakeCloud) {
     assert_eq!(cloud.world().live().count(), 0);
 }
 
-/// Whatever field of an instance is missing, null or of another type: the others are listed as ever, and it is listed
-/// too, by its id or by its tag, and can be ended.
+/// Whatever field of an instance is missing, null or of another type: the others are listed as
+/// ever, and it is listed too, by its id or by its tag, and can be ended.
 pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
     let stranger = cloud.world().plant("somebody's box");
     let broker = cloud.broker();
@@ -139,7 +141,8 @@ pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
     }
 }
 
-/// A new instance that the list does not show yet is missing, not an error; one that has ended and is still shown is not ready.
+/// A new instance that the list does not show yet is missing, not an error; one that has ended and
+/// is still shown is not ready.
 pub async fn may_be_late(cloud: &FakeCloud) {
     {
         let mut world = cloud.world();

@@ -8,7 +8,8 @@ use outliers::units::{Bytes, Usd, UsdPerHour};
 use super::{DISK_GIB, find, kind, lease, want};
 use crate::{FakeCloud, Op, Stock};
 
-/// Gigabytes that one says and the other understands as gibibytes are 7 % apart; wrong units are further.
+/// Gigabytes that one says and the other understands as gibibytes are 7 % apart; wrong units are
+/// further.
 const ROUNDING: f64 = 0.08;
 
 /// Every offer says what it is in our units; what its cloud does not tell is unknown.
@@ -41,7 +42,8 @@ pub async fn are_priced_whole(cloud: &FakeCloud) {
     }
 }
 
-/// What is sold out, priced in other money or paid in advance is no offer; where it is shown, a reason is given.
+/// What is sold out, priced in other money or paid in advance is no offer; where it is shown, a
+/// reason is given.
 pub async fn are_what_can_be_had(cloud: &FakeCloud) {
     for stock in shown(cloud).iter().filter(|stock| !stock.is_plain() && !stock.spot) {
         let offers = offers(cloud, stock, true).await;

@@ -1,4 +1,5 @@
-//! Lambda, Cloud API 1.10.0. Errors have codes; the body of 429 is plain text, which is undocumented.
+//! Lambda, Cloud API 1.10.0. Errors have codes; the body of 429 is plain text, which is
+//! undocumented.
 
 use outliers::cloud::broker::{CloudKind, lambda};
 use outliers::units::UsdPerHour;

@@ -1,4 +1,5 @@
-//! Prime Intellect, API v1. Unknown fields of a pod are refused, its names are camelCase, those of pages snake_case.
+//! Prime Intellect, API v1. Unknown fields of a pod are refused, its names are camelCase, those of
+//! pages snake_case.
 
 use outliers::cloud::broker::{CloudKind, prime};
 use outliers::units::UsdPerHour;
@@ -269,7 +270,8 @@ struct NewPod {
 }
 
 impl NewPod {
-    /// Whether it names `stock`, with everything that tells it from others of the same machine type.
+    /// Whether it names `stock`, with everything that tells it from others of the same machine
+    /// type.
     fn names(&self, stock: &Stock) -> bool {
         self.cloud_id == cloud_id(stock)
             && self.gpu_type == gpu_type(stock.gpu)

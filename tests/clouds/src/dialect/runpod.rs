@@ -1,4 +1,5 @@
-//! RunPod: REST v2 and GraphQL over the same pods. Errors of the one are `application/problem+json`, of the other successes.
+//! RunPod: REST v2 and GraphQL over the same pods. Errors of the one are
+//! `application/problem+json`, of the other successes.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
@@ -75,7 +76,8 @@ impl Dialect for RunPod {
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
-        // By the second, in dollars. Of a host's memory it tells on demand, and a disk is made to measure.
+        // By the second, in dollars. Of a host's memory it tells on demand, and a disk is made to
+        // measure.
         let sold = stock.currency == "USD" && stock.prepaid_hours.is_none();
         sold.then(|| Stock { ram_gib: None, disk_gib: DISK_GIB, ..stock.clone() })
     }

@@ -23,7 +23,8 @@ impl Dialect for Vast {
     }
 
     fn document(&self) -> Option<Document> {
-        // It lists some operators of a filter and describes others in words; its own client sends who it is.
+        // It lists some operators of a filter and describes others in words; its own client sends
+        // who it is.
         Some(Document { file: "vast.json", elsewhere: &[], wrong: &["/num_gpus/eq", "/client_id"] })
     }
 
@@ -215,7 +216,8 @@ impl Filter {
     }
 }
 
-/// An offer, and beside it what is searched by but not shown under that name; real replies have more fields than anybody knows.
+/// An offer, and beside it what is searched by but not shown under that name; real replies have
+/// more fields than anybody knows.
 fn ask(stock: &Stock, storage: f64) -> Value {
     let id: u64 = stock.id.parse().unwrap_or_default();
     let base = stock.price.0.dollars();

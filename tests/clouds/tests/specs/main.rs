@@ -1,4 +1,5 @@
-//! What the brokers send is what the clouds' own descriptions of their APIs allow, as far as those are right.
+//! What the brokers send is what the clouds' own descriptions of their APIs allow, as far as those
+//! are right.
 //!
 //! `specs/README.md` says where they are from and what was left out of them.
 

@@ -1,7 +1,8 @@
-//! As much of OpenAPI as it takes to judge a request: paths, parameters of the query, and schemas of bodies.
+//! As much of OpenAPI as it takes to judge a request: paths, parameters of the query, and schemas
+//! of bodies.
 //!
-//! Stricter than the standard in one place: a field that a schema does not name is wrong unless it says that others may be there.
-//! Patterns and formats of strings are not looked at.
+//! Stricter than the standard in one place: a field that a schema does not name is wrong unless it
+//! says that others may be there. Patterns and formats of strings are not looked at.
 
 use std::collections::BTreeSet;
 
@@ -51,7 +52,8 @@ impl OpenApi {
         found
     }
 
-    /// The described path that fits best, and its operation. A slash at the end does not matter: descriptions leave it out.
+    /// The described path that fits best, and its operation. A slash at the end does not matter:
+    /// descriptions leave it out.
     fn operation(&self, path: &str, method: &str) -> Option<(&Value, &Value)> {
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         let fits = |template: &str| {

@@ -1,4 +1,5 @@
-//! Runs a kernel: block after block, the threads of each in turn until all of them wait for each other.
+//! Runs a kernel: block after block, the threads of each in turn until all of them wait for each
+//! other.
 
 use half::{bf16, f16};
 
@@ -8,7 +9,8 @@ use super::{
 };
 use crate::memory::Memory;
 
-/// Blocks, and threads of each, along x, y, z; bytes that the threads of a block share beside what the kernel declares.
+/// Blocks, and threads of each, along x, y, z; bytes that the threads of a block share beside what
+/// the kernel declares.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
@@ -287,7 +289,8 @@ impl Block<'_> {
                 let bytes = kind.bits() as usize / 8;
                 let at = self.address(number, thread, at);
                 let of: Vec<u64> = of.iter().map(|of| read(thread, of)).collect();
-                // Kernels of one stream run one after the other, blocks and threads too: nothing comes between.
+                // Kernels of one stream run one after the other, blocks and threads too: nothing
+                // comes between.
                 let old = self.load(thread, *space, at, bytes)?;
                 let new = match (what, of.as_slice()) {
                     (Atomic::Add, [value]) => two(Two::Add, *kind, Rounding::Nearest, old, *value)?,
@@ -376,8 +379,8 @@ fn float_bits(kind: Type, value: f64) -> u64 {
     }
 }
 
-/// An f32 that rounds to 16 bits as `value` does: truncated, with the lowest bit set if anything was
-/// lost. The library's conversions from f64 drop the lower 32 bits.
+/// An f32 that rounds to 16 bits as `value` does: truncated, with the lowest bit set if anything
+/// was lost. The library's conversions from f64 drop the lower 32 bits.
 fn to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     if f64::from(nearest) == value || !value.is_finite() {

@@ -47,7 +47,8 @@ fn threads_have_ids_and_branch() {
 
 #[test]
 fn warp_shuffles_and_block_barriers_work() {
-    // Each warp sums up by exchanges, and leaves its sum to the first thread, which adds those of both.
+    // Each warp sums up by exchanges, and leaves its sum to the first thread, which adds those of
+    // both.
     let body = format!(
         ".shared .align 4 .b8 sums[8];\n{PLACE}ld.global.u32 %r6, [%rd4];\nmov.u32 %r7, 16;\n$L__BB0_1:\n\
         shfl.sync.bfly.b32 %r8|%p1, %r6, %r7, 31, -1;\nadd.s32 %r6, %r6, %r8;\nshr.u32 %r7, %r7, 1;\nsetp.ne.s32 %p2, %r7, 0;\n@%p2 bra $L__BB0_1;\n\

@@ -62,7 +62,8 @@ impl Kept {
         oldest
     }
 
-    /// At most so many bytes of what was kept longest, which are kept no more. `None` if there are none.
+    /// At most so many bytes of what was kept longest, which are kept no more. `None` if there are
+    /// none.
     pub(crate) fn drop_some(&mut self, most: usize) -> Option<Span> {
         let oldest = self.spans[..self.count].first_mut()?;
         let bytes = most.min(oldest.bytes);

@@ -27,7 +27,8 @@ pub unsafe trait Real: Copy + Send + Sync {
     /// Of how many.
     const PARTS: usize;
 
-    /// The parts of `count` (at most 32) numbers, one after the other, zeros after them; and zeros for parts that there are not.
+    /// The parts of `count` (at most 32) numbers, one after the other, zeros after them; and zeros
+    /// for parts that there are not.
     ///
     /// # Safety
     /// AVX-512 (F, BW); `count` numbers at `from`.
@@ -123,7 +124,8 @@ unsafe impl Real for bf16 {
     }
 }
 
-/// The parts of sixteen numbers, each in the upper half of 32 bits: a number's first eight significant bits, the next eight, and the last.
+/// The parts of sixteen numbers, each in the upper half of 32 bits: a number's first eight
+/// significant bits, the next eight, and the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn split(x: __m512) -> [__m512i; MOST] {
@@ -177,8 +179,8 @@ fn store(block: [__m512i; SIDE], into: &mut [BlockRow]) {
     }
 }
 
-/// `count` values of each of the sixteen rows, as `load` makes them; zeros of rows that there are not. (Most have as many as they could,
-/// which needs no masks then.)
+/// `count` values of each of the sixteen rows, as `load` makes them; zeros of rows that there are
+/// not. (Most have as many as they could, which needs no masks then.)
 ///
 /// # Safety
 /// `load` reads no more than it is told.
@@ -198,7 +200,8 @@ unsafe fn rows<T, R>(
     })
 }
 
-/// At most sixteen rows of `a`, step by step and part by part: in each line two values of every row beside each other.
+/// At most sixteen rows of `a`, step by step and part by part: in each line two values of every
+/// row beside each other.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -255,7 +258,8 @@ pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut 
     }
 }
 
-/// At most sixteen rows of `b`, half a step by half a step: in each line the values of one row, as f32.
+/// At most sixteen rows of `b`, half a step by half a step: in each line the values of one row, as
+/// f32.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -299,7 +303,8 @@ impl<'a> Matrix<'a> {
         &self.values[first * self.k..(first + SIDE).min(self.rows) * self.k]
     }
 
-    /// Values of at most sixteen rows in a column, of a matrix in that order; none of columns that there are not.
+    /// Values of at most sixteen rows in a column, of a matrix in that order; none of columns that
+    /// there are not.
     fn column(&self, at: usize, first: usize) -> &[bf16] {
         if at < self.k { &self.values[at * self.rows..][first..(first + SIDE).min(self.rows)] } else { &[] }
     }

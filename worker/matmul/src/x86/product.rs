@@ -18,7 +18,8 @@ const LEFT: usize = 1 << 20;
 #[repr(C, align(64))]
 pub(crate) struct Sums(pub(crate) [[[f32; SIDE]; SIDE]; 2]);
 
-/// How [`SIDE`] rows of either matrix are laid out, [`DEPTH`] values of each in one step, and multiplied.
+/// How [`SIDE`] rows of either matrix are laid out, [`DEPTH`] values of each in one step, and
+/// multiplied.
 ///
 /// # Safety
 /// Implementations read and write as many lines as there are steps times [`Self::LEFT`] and [`Self::RIGHT`]. To call them, this processor
@@ -60,10 +61,12 @@ thread_local! {
 
 /// `lines` lines of memory that this thread keeps, with anything in them.
 fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [BlockRow]) -> R) -> R {
-    // Taken out while it is used: a thread that waits for others may be given other work of this kind.
+    // Taken out while it is used: a thread that waits for others may be given other work of this
+    // kind.
     let mut memory = LINES.with(|memory| memory[which].take());
     if memory.len() < lines {
-        // Another, not the same one grown: that would move what nobody needs, and perhaps take twice as much.
+        // Another, not the same one grown: that would move what nobody needs, and perhaps take
+        // twice as much.
         drop(memory);
         memory = vec![BlockRow([0; DEPTH]); lines];
     }
@@ -137,7 +140,8 @@ unsafe fn multiply_columns<A: Real, M: Method<A>>(
 ) {
     let steps = steps(b.k);
     let lines = steps * M::LEFT;
-    // Whole blocks: the second half of the last one may have no rows, and be multiplied all the same.
+    // Whole blocks: the second half of the last one may have no rows, and be multiplied all the
+    // same.
     with_memory(0, count.div_ceil(BLOCK) * 2 * lines, |left| {
         for (row, left) in (first..first + count).step_by(SIDE).zip(left.chunks_exact_mut(lines)) {
             // SAFETY: this processor has what the method uses.
@@ -149,7 +153,8 @@ unsafe fn multiply_columns<A: Real, M: Method<A>>(
         for (chunk, right) in right.chunks_exact(steps * M::RIGHT).enumerate() {
             for (block, left) in left.chunks_exact(2 * lines).enumerate() {
                 let left = [left.as_ptr(), left[lines..].as_ptr()];
-                // SAFETY: this thread is ready, and both sides have as many lines as their matrices take.
+                // SAFETY: this thread is ready, and both sides have as many lines as their
+                // matrices take.
                 unsafe {
                     M::multiply(left, right.as_ptr(), steps, &mut sums);
                     write(&sums, out, chunk * SIDE, first + block * BLOCK);
@@ -190,7 +195,8 @@ mod tests {
     use crate::Order;
     use crate::tests::{Number, check_by};
 
-    /// What the tile unit does, number by number (Intel's manual, TDPBF16PS): for processors that have none.
+    /// What the tile unit does, number by number (Intel's manual, TDPBF16PS): for processors that
+    /// have none.
     struct ByHand;
 
     // SAFETY: reads and writes what tiles would.

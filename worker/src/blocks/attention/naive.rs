@@ -1,4 +1,5 @@
-//! Attention as its definition reads, in f64, one number after another: what the fast forms are held against.
+//! Attention as its definition reads, in f64, one number after another: what the fast forms are
+//! held against.
 
 use candle_core::{DType, Device, Tensor};
 

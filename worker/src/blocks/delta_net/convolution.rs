@@ -28,8 +28,8 @@ pub struct Convolution<'a> {
 
 impl Convolution<'_> {
     /// Convolves, adds the bias and applies SiLU. `x` `[sequences * positions, heads * width]` and
-    /// `taps` `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions, width]`
-    /// in f32. The last tap is for the current token; before a sequence there are zeros.
+    /// `taps` `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions,
+    /// width]` in f32. The last tap is for the current token; before a sequence there are zeros.
     pub fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
         x.apply_op2_no_bwd(taps, self)
     }

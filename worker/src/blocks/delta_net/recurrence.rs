@@ -39,7 +39,8 @@ const LANES: usize = 16;
 /// What the recurrence runs over, all f32 and contiguous: the tokens of each head of each sequence.
 #[derive(Clone)]
 pub(super) struct Heads {
-    /// `[key heads, positions, key_dim]`; each key head serves equally many value heads, neighbours.
+    /// `[key heads, positions, key_dim]`; each key head serves equally many value heads,
+    /// neighbours.
     pub(super) query: Tensor,
     /// `[key heads, positions, key_dim]`.
     pub(super) key: Tensor,
@@ -62,7 +63,8 @@ impl Heads {
         if !has_loops(&self.value) {
             return self.delta_rule_composed();
         }
-        // The products of one head are too small to be shared among many cores, but heads are independent.
+        // The products of one head are too small to be shared among many cores, but heads are
+        // independent.
         let heads = (0..self.value.dim(0)?).into_par_iter().map(|head| self.of(head)?.scan(solve));
         Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 0)
     }
@@ -95,7 +97,8 @@ impl Heads {
         })
     }
 
-    /// Runs through heads of which each has its own queries and keys; `solve` does what no product of matrices can.
+    /// Runs through heads of which each has its own queries and keys; `solve` does what no product
+    /// of matrices can.
     fn scan(&self, solve: impl Fn(&Chunk) -> Result<Solved>) -> Result<Tensor> {
         let ((heads, positions, value_dim), key_dim) = (self.value.dims3()?, self.key.dim(2)?);
         let mut state = Tensor::zeros((heads, key_dim, value_dim), DType::F32, self.value.device())?;
@@ -158,8 +161,9 @@ fn left_of(state: &Tensor, left: &Tensor) -> Result<Tensor> {
     state.broadcast_mul(left)
 }
 
-/// A chunk of one head on a CPU: forward substitution, reads on the way. Decays between two tokens are exponentials of sums, never
-/// quotients: after a strong decay a difference of running sums would have lost the weak ones.
+/// A chunk of one head on a CPU: forward substitution, reads on the way. Decays between two tokens
+/// are exponentials of sums, never quotients: after a strong decay a difference of running sums
+/// would have lost the weak ones.
 fn solve(chunk: &Chunk) -> Result<Solved> {
     let (_, n, width) = chunk.value.dims3()?;
     let host = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
@@ -215,8 +219,8 @@ fn add_rows(rows: &[f32], factors: &[f32], sum: &mut [f32]) {
 struct Triangle {
     /// One on and below the diagonal `[CHUNK, CHUNK]`.
     lower: Tensor,
-    /// For blocks of 1, 2, 4 ... tokens, one where a row in the second block of a pair meets a column in the first. Together they
-    /// cover what is below the diagonal.
+    /// For blocks of 1, 2, 4 ... tokens, one where a row in the second block of a pair meets a
+    /// column in the first. Together they cover what is below the diagonal.
     levels: Vec<Tensor>,
 }
 
@@ -249,9 +253,10 @@ impl Triangle {
         Ok(Solved { out, writes: writes.broadcast_mul(&left)?, left: before.narrow(1, n - 1, 1)? })
     }
 
-    /// Inverse of the identity plus what of `system` `[heads, n, n]` is below the diagonal. Pairs of neighbouring blocks on the
-    /// diagonal, inverted already, become one block twice as large: the inverse of `[[A, 0], [C, B]]` is `[[A', 0], [-B' C A', B']]`.
-    /// As stable as forward substitution, unlike a product of powers.
+    /// Inverse of the identity plus what of `system` `[heads, n, n]` is below the diagonal. Pairs
+    /// of neighbouring blocks on the diagonal, inverted already, become one block twice as large:
+    /// the inverse of `[[A, 0], [C, B]]` is `[[A', 0], [-B' C A', B']]`. As stable as forward
+    /// substitution, unlike a product of powers.
     fn inverse(&self, system: &Tensor, n: usize) -> Result<Tensor> {
         let identity = Tensor::eye(n, DType::F32, system.device())?;
         let mut inverse = identity.broadcast_as(system.shape())?.contiguous()?;
@@ -325,7 +330,8 @@ mod tests {
         }
     }
 
-    /// One key over and over, written in full: powers of such a system grow like binomials, its inverse does not.
+    /// One key over and over, written in full: powers of such a system grow like binomials, its
+    /// inverse does not.
     #[test]
     fn both_forms_are_stable_on_a_repeated_token() {
         let varied = heads(150, 0.0);
@@ -337,7 +343,8 @@ mod tests {
         close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
     }
 
-    /// Differences of running sums in f32 would leave nothing of the weak decays after the strong one.
+    /// Differences of running sums in f32 would leave nothing of the weak decays after the strong
+    /// one.
     #[test]
     fn weak_decay_is_exact_after_a_strong_one() {
         let mut heads = heads(100, 0.0);

@@ -110,8 +110,9 @@ impl Block {
         delta_net(&self.spec, &self.weights, x, positions).unwrap()
     }
 
-    /// The definition, token by token in f64; and how much of a rounding each token's norms make, at most. Where a query meets almost
-    /// nothing of the state, what is read is the difference of much larger numbers, and the norm makes it as large as any other.
+    /// The definition, token by token in f64; and how much of a rounding each token's norms make,
+    /// at most. Where a query meets almost nothing of the state, what is read is the difference of
+    /// much larger numbers, and the norm makes it as large as any other.
     fn naive(&self, x: &Tensor, positions: usize) -> (Vec<f64>, Vec<f64>) {
         let width = self.hidden;
         let sequences = floats(x);
@@ -134,8 +135,8 @@ impl Block {
         (values, (0..rows).map(|t| magnified.iter().map(|head| head[t]).fold(1.0, f64::max)).collect())
     }
 
-    /// One value head of one sequence, `[rows, value_dim]`, ready for the output projection; and what its norm multiplies a usual value
-    /// by beyond its usual factor.
+    /// One value head of one sequence, `[rows, value_dim]`, ready for the output projection; and
+    /// what its norm multiplies a usual value by beyond its usual factor.
     fn naive_head(&self, head: usize, qkvz: &[f64], ba: &[f64], rows: usize) -> (Vec<f64>, Vec<f64>) {
         let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, .. } = self.spec;
         let served = value_heads / key_heads;
@@ -273,7 +274,8 @@ fn outputs_are_causal() {
     close(&block.run(&x, 100).narrow(0, 0, 67).unwrap(), &short, 1e-6);
 }
 
-/// Qwen3-Next's block against its own recurrence run token by token, in tensor operations over all heads.
+/// Qwen3-Next's block against its own recurrence run token by token, in tensor operations over all
+/// heads.
 #[test]
 #[ignore = "a measurement: run it optimised, alone and with --nocapture"]
 fn speed_at_the_published_shape() {

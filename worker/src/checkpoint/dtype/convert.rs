@@ -16,13 +16,15 @@ pub trait Compute: WithDType {
     /// Magnitude bits of the largest f32 that does not round to infinity.
     const LIMIT: u32;
 
-    /// Rounded to nearest, ties to even. Unspecified for what this type does not [hold](Self::holds).
+    /// Rounded to nearest, ties to even. Unspecified for what this type does not
+    /// [hold](Self::holds).
     fn narrow(value: f32) -> Self::Bits;
 
     /// Whether `value` is finite, and finite in this type too.
     #[inline(always)]
     fn holds(value: f32) -> bool {
-        // Without the sign, the order of floats is that of their bits, with infinities and NaN on top.
+        // Without the sign, the order of floats is that of their bits, with infinities and NaN on
+        // top.
         value.to_bits() & 0x7fff_ffff <= Self::LIMIT
     }
 
@@ -55,7 +57,8 @@ impl Compute for f32 {
 impl Compute for bf16 {
     type Bits = u16;
     const NAME: &str = "bf16";
-    /// Just below the middle between the largest bf16 and the power of two above it; the middle itself rounds up, to even.
+    /// Just below the middle between the largest bf16 and the power of two above it; the middle
+    /// itself rounds up, to even.
     const LIMIT: u32 = 0x7f7f_7fff;
 
     #[inline(always)]
@@ -104,7 +107,8 @@ impl Compute for f16 {
     }
 }
 
-/// An f16 as f32, exact. (`half` asks for the processor's instructions at every value, which keeps loops from vectorising.)
+/// An f16 as f32, exact. (`half` asks for the processor's instructions at every value, which keeps
+/// loops from vectorising.)
 #[inline(always)]
 pub(super) fn widen_f16(bits: u16) -> f32 {
     const INFINITE: u32 = 0x7c00 << 13;
@@ -114,7 +118,8 @@ pub(super) fn widen_f16(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let magnitude = (bits & 0x7fff) << 13;
     let normal = magnitude + REBIAS + if magnitude >= INFINITE { REBIAS } else { 0 };
-    // As the mantissa of the least normal number, less that number: no subnormal is ever computed with.
+    // As the mantissa of the least normal number, less that number: no subnormal is ever computed
+    // with.
     let subnormal = (f32::from_bits(magnitude + LEAST.to_bits()) - LEAST).to_bits();
     f32::from_bits(if magnitude < LEAST_NORMAL { subnormal } else { normal } | (bits & 0x8000) << 16)
 }

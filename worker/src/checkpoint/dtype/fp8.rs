@@ -8,7 +8,8 @@ use crate::error::{Result, WorkerError};
 /// Largest finite code.
 const MAX: f32 = 448.0;
 
-/// What each code is worth: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no infinities, all ones is NaN.
+/// What each code is worth: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no
+/// infinities, all ones is NaN.
 pub(super) static CODES: [f32; 256] = {
     let mut codes = [0.0; 256];
     let mut code = 0;
@@ -30,8 +31,9 @@ const fn value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// Tile columns decoded together, row by row. Many, since memory wants long runs more than tables want the nearest cache (twice
-/// as fast with 64 as with 8); not all, since a file decides how many there are.
+/// Tile columns decoded together, row by row. Many, since memory wants long runs more than tables
+/// want the nearest cache (twice as fast with 64 as with 8); not all, since a file decides how
+/// many there are.
 const TABLES: usize = 64;
 
 /// Values of a tile from which on a table of its 256 products pays.
@@ -47,7 +49,8 @@ pub(super) fn scale_size(dtype: &StoredDtype) -> Option<usize> {
     }
 }
 
-/// Scales stored as E8M0: `2^(byte - 127)`, of which 255 is NaN (OCP Microscaling Formats 1.0, section 5.4.1).
+/// Scales stored as E8M0: `2^(byte - 127)`, of which 255 is NaN (OCP Microscaling Formats 1.0,
+/// section 5.4.1).
 fn powers(bytes: &[u8], tensor: &str) -> Result<Vec<f32>> {
     if let Some(at) = bytes.iter().position(|byte| *byte == u8::MAX) {
         return Err(WorkerError::checkpoint(format!("tensor {tensor}: scale {at} is NaN")));
@@ -86,7 +89,8 @@ impl<'a> Fp8Tiles<'a> {
         if codes.is_empty() {
             return Ok(Self { codes, scales, columns: 1, block: [1, 1] });
         }
-        // A tile larger than the matrix is the matrix: from here on no product of sizes can overflow.
+        // A tile larger than the matrix is the matrix: from here on no product of sizes can
+        // overflow.
         let block = [block[0].min(shape[0]), block[1].min(shape[1])];
         Ok(Self { codes, scales, columns: shape[1], block })
     }

@@ -83,7 +83,8 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
 }
 
 /// Decodes to every dtype, fresh and in place, and compares bits with the reference; or, where the
-/// reference does not fit a dtype, demands an error that names the tensor and the first such element.
+/// reference does not fit a dtype, demands an error that names the tensor and the first such
+/// element.
 fn agrees(stored: &Encoded<'_>, shape: &[usize]) {
     let wide = reference(stored);
     for compute in [DType::F32, DType::BF16, DType::F16] {

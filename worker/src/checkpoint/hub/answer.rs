@@ -12,7 +12,8 @@ use crate::error::{Result, WorkerError};
 pub(super) enum RequestFailure {
     /// Another try may do.
     Retry { why: String, pause: Option<Duration> },
-    /// A signed address serves no longer, or serves something else: another try needs a fresh one from the hub.
+    /// A signed address serves no longer, or serves something else: another try needs a fresh one
+    /// from the hub.
     Expired(String),
     /// It will not.
     Final(WorkerError),
@@ -46,7 +47,8 @@ pub(super) fn same_origin(url: &str, endpoint: &str) -> bool {
     url.strip_prefix(endpoint).is_some_and(|rest| rest.starts_with('/'))
 }
 
-/// Where a redirect leads: absolute addresses as they are, paths on the same host. Never from https to http.
+/// Where a redirect leads: absolute addresses as they are, paths on the same host. Never from
+/// https to http.
 pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, RequestFailure> {
     let broken = || RequestFailure::Final(WorkerError::network("the hub redirects to nowhere"));
     let to = header(response, "location").ok_or_else(broken)?;
@@ -63,7 +65,8 @@ pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, 
     }
 }
 
-/// A failure below HTTP. The library's text may hold the address, and signed addresses are secrets: only its kind is kept.
+/// A failure below HTTP. The library's text may hold the address, and signed addresses are
+/// secrets: only its kind is kept.
 pub(super) fn unreachable(error: ureq::Error) -> RequestFailure {
     let why = match error {
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),

@@ -16,7 +16,8 @@ use hf_hub::CacheRepo;
 
 /// Bytes between two calls of the progress callback, and of memory per download.
 const CHUNK: usize = 1 << 20;
-/// Blobs up to this size are hashed again before they are believed: other tools were seen to store error pages here.
+/// Blobs up to this size are hashed again before they are believed: other tools were seen to store
+/// error pages here.
 const REHASH_BYTES: u64 = 64 << 20;
 
 /// Told how many bytes came (or, negative, were thrown away).
@@ -157,7 +158,8 @@ impl Download {
         Ok(())
     }
 
-    /// Fetches, compares, puts in place. A file that differs from its listing is fetched once more from the start.
+    /// Fetches, compares, puts in place. A file that differs from its listing is fetched once more
+    /// from the start.
     fn run(mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         on_bytes(signed(self.have));
         for last in [false, true] {
@@ -179,7 +181,8 @@ impl Download {
         Err(WorkerError::network(message).hint("something between here and the hub changes files: a proxy or a mirror"))
     }
 
-    /// Asks for what is missing until nothing is. A try that brought bytes does not count as failed.
+    /// Asks for what is missing until nothing is. A try that brought bytes does not count as
+    /// failed.
     fn fill(&mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         let mut failed = 0;
         while self.have < wanted.size {
@@ -206,7 +209,8 @@ impl Download {
         Ok(())
     }
 
-    /// Appends what the body brings, at most up to the listed size. Returns why it ended; only the disk is an error.
+    /// Appends what the body brings, at most up to the listed size. Returns why it ended; only the
+    /// disk is an error.
     fn append(&mut self, body: Box<dyn Read>, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<String> {
         let mut body = body.take(wanted.size - self.have);
         let mut chunk = vec![0; CHUNK];
@@ -241,7 +245,8 @@ fn fill_chunk(body: &mut impl Read, chunk: &mut [u8]) -> (usize, Option<io::Resu
     (filled, None)
 }
 
-/// `snapshots/<commit>/<name>` -> `../../blobs/<hash>`, replaced atomically when it points elsewhere.
+/// `snapshots/<commit>/<name>` -> `../../blobs/<hash>`, replaced atomically when it points
+/// elsewhere.
 fn link(name: &Path, blob: &Path) -> Result<()> {
     let target = Path::new("../../blobs").join(blob.file_name().unwrap_or_default());
     if fs::read_link(name).is_ok_and(|old| old == target) {

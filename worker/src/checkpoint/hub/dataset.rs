@@ -40,7 +40,8 @@ impl DatasetFile {
 }
 
 impl Hub {
-    /// The files of the dataset `id` at `revision` that `choose` says yes to, in the order of their names. None of their bytes is fetched.
+    /// The files of the dataset `id` at `revision` that `choose` says yes to, in the order of
+    /// their names. None of their bytes is fetched.
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve).

@@ -35,7 +35,8 @@ pub struct Timeouts {
     pub response: Duration,
     /// For the next bytes of a running answer.
     pub silence: Duration,
-    /// How much later than is usual a range of weights may be before it is asked for a second time, on another connection.
+    /// How much later than is usual a range of weights may be before it is asked for a second
+    /// time, on another connection.
     pub late: Duration,
     /// Tries in a row that brought nothing.
     pub tries: u32,
@@ -64,7 +65,8 @@ impl Default for Timeouts {
 pub struct Token(String);
 
 impl Token {
-    /// Surrounding white space, as files and shells add it, is dropped; `None` when nothing is left.
+    /// Surrounding white space, as files and shells add it, is dropped; `None` when nothing is
+    /// left.
     pub fn new(secret: &str) -> Option<Self> {
         let secret = secret.trim();
         (!secret.is_empty()).then(|| Self(secret.to_owned()))
@@ -112,7 +114,8 @@ pub(super) struct Client {
     endpoint: String,
     token: Option<Token>,
     pub(super) timeouts: Timeouts,
-    /// The hub asked to be left alone until then. It counts all requests of an address together, so all of them wait.
+    /// The hub asked to be left alone until then. It counts all requests of an address together,
+    /// so all of them wait.
     resting: Mutex<Option<Instant>>,
     rate_limiter: RateLimiter,
 }
@@ -129,7 +132,8 @@ impl Client {
             .timeout_connect(Some(timeouts.connect))
             .timeout_recv_response(Some(timeouts.response))
             .timeout_per_read(Some(timeouts.silence))
-            // Every connection is used again: a fresh one costs two round trips more, and begins slowly.
+            // Every connection is used again: a fresh one costs two round trips more, and begins
+            // slowly.
             .max_idle_connections(MAX_CONNECTIONS)
             .max_idle_connections_per_host(MAX_CONNECTIONS)
             // A compressed body would have neither the listed size nor meaningful ranges.
@@ -158,7 +162,8 @@ impl Client {
         })
     }
 
-    /// Opens `range` of a file once, without trying again. The body may begin before the range, never after it.
+    /// Opens `range` of a file once, without trying again. The body may begin before the range,
+    /// never after it.
     pub(super) fn open(
         &self,
         listing: &RepoListing,
@@ -213,7 +218,8 @@ impl Client {
         self.follow(url, range, asked, true, &mut |_| ())
     }
 
-    /// Bytes from where they are known to be. A hub that sends its files itself counts no requests for them.
+    /// Bytes from where they are known to be. A hub that sends its files itself counts no requests
+    /// for them.
     pub(super) fn get_at(
         &self,
         address: &str,
@@ -223,8 +229,8 @@ impl Client {
         self.follow(address, Some(range), asked, false, &mut |_| ())
     }
 
-    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own address only; what goes there
-    /// is `counted`, or not.
+    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own
+    /// address only; what goes there is `counted`, or not.
     fn follow(
         &self,
         url: &str,

@@ -160,7 +160,8 @@ pub(super) fn fetch(client: &Client, kind: RepoKind, id: &str, revision: &str) -
     Ok(RepoListing { kind, id: id.to_owned(), revision: revision.to_owned(), commit: wire.sha, files })
 }
 
-/// `owner/name`, or the bare name of a few old models; the hub's own rules, so that an id is safe in paths and addresses.
+/// `owner/name`, or the bare name of a few old models; the hub's own rules, so that an id is safe
+/// in paths and addresses.
 fn check_id(kind: RepoKind, id: &str) -> Result<()> {
     let fine = |part: &str| {
         let allowed = part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));

@@ -7,8 +7,8 @@ use super::LIKELY_HEADER;
 use super::remote::RemoteFile;
 use crate::error::Result;
 
-/// Reads ranges of one file. Every request asks for what follows too, and its answer is kept: what describes the tensors
-/// lies together.
+/// Reads ranges of one file. Every request asks for what follows too, and its answer is kept: what
+/// describes the tensors lies together.
 pub(super) struct Pieces<'a> {
     file: &'a RemoteFile,
     /// First byte and bytes of each answer.

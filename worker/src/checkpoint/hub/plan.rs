@@ -1,11 +1,13 @@
-//! From the bytes that a pass will read to the ranges that are asked for: by file and offset, with small gaps read along.
+//! From the bytes that a pass will read to the ranges that are asked for: by file and offset, with
+//! small gaps read along.
 
 use std::ops::Range;
 
 use crate::checkpoint::source::Wanted;
 
-/// Pieces up to this size are fetched together with others of their layer, whichever unit they belong to: the scales of all experts,
-/// norms. Larger ones would hold memory from the first unit that needs one of them to the last.
+/// Pieces up to this size are fetched together with others of their layer, whichever unit they
+/// belong to: the scales of all experts, norms. Larger ones would hold memory from the first unit
+/// that needs one of them to the last.
 const SMALL: u64 = 256 << 10;
 /// Gaps read along are at most one in this many of all bytes.
 const GAP_SHARE: u64 = 200;
@@ -36,7 +38,8 @@ struct OrderedRange {
     wanted: Wanted,
 }
 
-/// The parts, none larger than `largest`, in the order in which they are needed. Parts do not overlap.
+/// The parts, none larger than `largest`, in the order in which they are needed. Parts do not
+/// overlap.
 pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
     let pieces = by_place(wanted);
     let gap = bearable_gap(&pieces);
@@ -142,7 +145,8 @@ mod tests {
     fn large_ranges_of_other_units_are_not_buffered() {
         let parts = plan(&[wanted(0, 0, 0, 0..MIB), wanted(0, 0, 1, MIB..2 * MIB)], 8 * MIB);
         assert_eq!(parts.len(), 2);
-        // Small ones are, within their layer: FP8 scales of experts that lie together, far from what they scale.
+        // Small ones are, within their layer: FP8 scales of experts that lie together, far from
+        // what they scale.
         let scales: Vec<Wanted> = (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
         let parts = plan(&scales, 8 * MIB);
         assert_eq!(ranges(&parts), [(0, 0..256 * 10_752)]);

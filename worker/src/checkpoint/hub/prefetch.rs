@@ -1,9 +1,11 @@
 //! Fetches announced bytes before they are requested: many ranges at a time, in reading order, in
 //! bounded memory.
 //!
-//! Every part is fetched by a thread of its own into a buffer that is used again. What is on the wire or waits to be read stays within the
-//! limit, but for a part that the reader of the earliest layer is waiting for: readers of later layers, on other devices, wait for room. A part that is late is asked for a second time, and whichever answer is whole
-//! first counts: one slow connection does not hold up the others.
+//! Every part is fetched by a thread of its own into a buffer that is used again. What is on the
+//! wire or waits to be read stays within the limit, but for a part that the reader of the earliest
+//! layer is waiting for: readers of later layers, on other devices, wait for room. A part that is
+//! late is asked for a second time, and whichever answer is whole first counts: one slow
+//! connection does not hold up the others.
 //!
 //! Files that are verified ([`super::verify`]) are hashed by threads of their own as their parts
 //! arrive, and a part of them is kept until it has been read and hashed.
@@ -155,7 +157,8 @@ impl Prefetcher {
         let shared = Arc::new(Shared { files, parts, limits, timeouts, state, changed: Condvar::new() });
         for _ in 0..threads {
             let shared = Arc::clone(&shared);
-            // Not joined: one that is blocked on a silent connection must not hold up the end of a run.
+            // Not joined: one that is blocked on a silent connection must not hold up the end of a
+            // run.
             thread::spawn(move || shared.work());
         }
         for _ in 0..hashers {
@@ -165,7 +168,8 @@ impl Prefetcher {
         Self { shared, by_place }
     }
 
-    /// Copies bytes of a file that were announced, waiting for them if need be. `Ok(false)`: some were not, or have been read already.
+    /// Copies bytes of a file that were announced, waiting for them if need be. `Ok(false)`: some
+    /// were not, or have been read already.
     pub(super) fn read(&self, file: usize, bytes: &Range<u64>, into: &mut [u8]) -> Result<bool> {
         let Some(parts) = self.covering(file, bytes) else { return Ok(false) };
         for part in parts {
@@ -355,8 +359,9 @@ impl Shared {
         }
     }
 
-    /// The next part, if there is room for it or a reader of the earliest layer waits. One that is further on has to wait for room: what
-    /// takes it will be read by those behind, who never wait for a later layer.
+    /// The next part, if there is room for it or a reader of the earliest layer waits. One that is
+    /// further on has to wait for room: what takes it will be read by those behind, who never wait
+    /// for a later layer.
     fn may_begin(&self, state: &State) -> Option<usize> {
         let part = self.parts.get(state.next)?;
         let earliest = self.parts.get(state.unread).map_or(usize::MAX, |unread| unread.layer);
@@ -389,7 +394,8 @@ impl Shared {
         Task { part, buffer, settled, hopeless_after }
     }
 
-    /// Fills the task's buffer, trying again as long as it helps. `Ok(false)`: it is not needed any more.
+    /// Fills the task's buffer, trying again as long as it helps. `Ok(false)`: it is not needed
+    /// any more.
     fn fetch(&self, task: &mut Task) -> Result<bool> {
         let Part { file, range, .. } = &self.parts[task.part];
         let file = &self.files[*file];
@@ -460,7 +466,8 @@ impl Drop for Alarm<'_> {
 }
 
 impl State {
-    /// What a reader gets, as soon as it is known: the bytes of a part, `None` if all that was wanted of it has been read.
+    /// What a reader gets, as soon as it is known: the bytes of a part, `None` if all that was
+    /// wanted of it has been read.
     fn found(&self, part: usize) -> Option<Result<Option<Arc<Vec<u8>>>>> {
         match &self.status[part] {
             Status::Here { left: 0, .. } | Status::Gone => Some(Ok(None)),
@@ -486,7 +493,8 @@ impl State {
         self.checks.iter().any(|check| check.parts.get(check.hashed).is_some_and(here))
     }
 
-    /// The first part, in the order of reading, that should be here by now and is fetched only once.
+    /// The first part, in the order of reading, that should be here by now and is fetched only
+    /// once.
     fn late(&self, parts: &[Part], timeouts: Duration) -> Option<usize> {
         let late = |part: &&usize| match &self.status[**part] {
             Status::Coming { since, begun, .. } if *begun < ATTEMPTS => {
@@ -506,7 +514,8 @@ struct Pool {
 }
 
 impl Pool {
-    /// A buffer of at least `len` bytes, the best fit; what is free beyond `room` bytes is given back to the system.
+    /// A buffer of at least `len` bytes, the best fit; what is free beyond `room` bytes is given
+    /// back to the system.
     fn take(&mut self, len: usize, room: u64) -> Vec<u8> {
         let fits = |at: &usize| (len..=len.saturating_mul(2)).contains(&self.free[*at].capacity());
         let best = (0..self.free.len()).filter(fits).min_by_key(|at| self.free[*at].capacity());

@@ -5,7 +5,8 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The stretch of time for which the hub counts requests: <https://huggingface.co/docs/hub/rate-limits>.
+/// The stretch of time for which the hub counts requests:
+/// <https://huggingface.co/docs/hub/rate-limits>.
 pub(super) const WINDOW: Duration = Duration::from_secs(300);
 
 /// A limit on the requests in any window, wherever it begins.

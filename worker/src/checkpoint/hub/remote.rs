@@ -1,4 +1,5 @@
-//! One large file on the hub: its address is asked for once, then its bytes come in ranges from wherever the hub keeps them.
+//! One large file on the hub: its address is asked for once, then its bytes come in ranges from
+//! wherever the hub keeps them.
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -92,7 +93,8 @@ impl RemoteFile {
         self.client.pause(failed, refusal).map_err(|error| error.context(format!("cannot fetch {}", self.asked())))
     }
 
-    /// One request for what is missing of the bytes from `start` on; those that came count, however it ends. Stops when `go_on` says so.
+    /// One request for what is missing of the bytes from `start` on; those that came count,
+    /// however it ends. Stops when `go_on` says so.
     pub(super) fn read_on(
         &self,
         start: u64,
@@ -121,7 +123,8 @@ impl RemoteFile {
         Ok(())
     }
 
-    /// The body of an answer that begins with the range's first byte. It may end before the range does.
+    /// The body of an answer that begins with the range's first byte. It may end before the range
+    /// does.
     fn open(&self, range: Range<u64>) -> Result<Box<dyn Read>, RequestFailure> {
         let answer = self.ask(&range)?;
         let skip = self.check(&answer, &range).inspect_err(|_| self.forget(&answer.url))?;
@@ -131,7 +134,8 @@ impl RemoteFile {
         Ok(Box::new(body))
     }
 
-    /// Asks where the bytes were last; else the hub, which tells. One thread asks, the others wait for its answer.
+    /// Asks where the bytes were last; else the hub, which tells. One thread asks, the others wait
+    /// for its answer.
     fn ask(&self, range: &Range<u64>) -> Result<HubResponse, RequestFailure> {
         let asked = self.asked();
         // The lock must not be held while the answer is waited for.
@@ -188,7 +192,8 @@ impl RemoteFile {
         }
     }
 
-    /// A server that ignores ranges sends the file from its beginning. Error pages come that way too.
+    /// A server that ignores ranges sends the file from its beginning. Error pages come that way
+    /// too.
     fn check_whole(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, RequestFailure> {
         let length: Option<u64> = header(response, CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok());
         if length != Some(self.size) {

@@ -14,7 +14,8 @@ use super::verify::{Schedule, Unverifiable};
 use crate::checkpoint::source::{TensorEntry, TensorIndex, Wanted, WeightSource, check_range};
 use crate::error::Result;
 
-/// Largest range asked for in one request, bytes. Less costs round trips, more is lost when a connection breaks.
+/// Largest range asked for in one request, bytes. Less costs round trips, more is lost when a
+/// connection breaks.
 const LARGEST_PART: u64 = 16 << 20;
 /// Smallest bound on it, however little memory there is.
 const SMALLEST_PART: u64 = 1 << 20;
@@ -72,7 +73,8 @@ impl WeightSource for HubSource {
     }
 
     fn announce(&self, order: &[Wanted], hash_memory: u64) {
-        // At least one part on every second connection and as many waiting, on a machine with little memory too.
+        // At least one part on every second connection and as many waiting, on a machine with
+        // little memory too.
         let largest = (self.read_ahead / CONNECTIONS as u64).clamp(SMALLEST_PART, LARGEST_PART);
         let sizes: Vec<Option<u64>> = self.files.iter().map(|file| file.digest().map(|_| file.size())).collect();
         let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);

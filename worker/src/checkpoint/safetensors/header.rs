@@ -32,8 +32,8 @@ pub struct HeaderTensor {
     pub dtype: StoredDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: Vec<u64>,
-    /// Values from one index to the next, per dimension, where they do not lie in row-major order without gaps; never
-    /// so in safetensors.
+    /// Values from one index to the next, per dimension, where they do not lie in row-major order
+    /// without gaps; never so in safetensors.
     pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
@@ -51,7 +51,8 @@ pub struct Header {
 }
 
 impl Header {
-    /// Bytes that must be read from the start of a file to have its whole header: 8 plus the length they state.
+    /// Bytes that must be read from the start of a file to have its whole header: 8 plus the
+    /// length they state.
     ///
     /// # Errors
     /// Kind `Checkpoint`: what [`stand_in::refuse`] knows; fewer than 8 bytes, a length over [`MAX_HEADER_BYTES`], or
@@ -71,7 +72,8 @@ impl Header {
         Ok(PREFIX + len)
     }
 
-    /// Parses and checks the header at the `start` of a file of `file_len` bytes; bytes after the header are not looked at.
+    /// Parses and checks the header at the `start` of a file of `file_len` bytes; bytes after the
+    /// header are not looked at.
     ///
     /// # Errors
     /// Kind `Checkpoint`, saying which claim does not hold. The file's name is the caller's to add.

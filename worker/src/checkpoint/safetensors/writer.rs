@@ -41,8 +41,9 @@ struct TensorSlot {
     row_bytes: u64,
 }
 
-/// A safetensors file under construction. Values go to their place as they come, from any thread; memory use does not
-/// grow with the file. The file appears under its name only when [`finish`](Writer::finish) has seen every byte.
+/// A safetensors file under construction. Values go to their place as they come, from any thread;
+/// memory use does not grow with the file. The file appears under its name only when
+/// [`finish`](Writer::finish) has seen every byte.
 pub struct Writer {
     file: File,
     part: PathBuf,
@@ -52,7 +53,8 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts `target` with all of `tensors`, laid out by alignment and name as the reference library does.
+    /// Starts `target` with all of `tensors`, laid out by alignment and name as the reference
+    /// library does.
     ///
     /// # Errors
     /// Kind `Internal` for a duplicate name, a type of unknown size or an overflowing shape; `Storage` for the file.
@@ -68,7 +70,8 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Writes `bytes` (little-endian values) at `offset` bytes into the tensor. Every byte is to be written once.
+    /// Writes `bytes` (little-endian values) at `offset` bytes into the tensor. Every byte is to
+    /// be written once.
     ///
     /// # Errors
     /// Kind `Internal` for an unknown tensor or bytes beyond its end; `Storage` for the file.
@@ -118,7 +121,8 @@ impl Writer {
     }
 }
 
-/// An abandoned file leaves nothing behind; after the rename there is nothing of that name to remove.
+/// An abandoned file leaves nothing behind; after the rename there is nothing of that name to
+/// remove.
 impl Drop for Writer {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.part);

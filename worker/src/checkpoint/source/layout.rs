@@ -1,6 +1,7 @@
-//! Which files of a repository make the checkpoint. Repositories carry copies in other formats beside each other
-//! (`original/`, TensorFlow, Flax, pickles beside safetensors): exactly one set of weights and one tokenizer is used, and
-//! only they are fetched. The weights are those that transformers reads, since every result is compared with its own.
+//! Which files of a repository make the checkpoint. Repositories carry copies in other formats
+//! beside each other (`original/`, TensorFlow, Flax, pickles beside safetensors): exactly one set
+//! of weights and one tokenizer is used, and only they are fetched. The weights are those that
+//! transformers reads, since every result is compared with its own.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -102,7 +103,8 @@ struct Chosen {
 }
 
 impl Chosen {
-    /// What transformers would read: the file that the configuration names, else the first of its own that is there.
+    /// What transformers would read: the file that the configuration names, else the first of its
+    /// own that is there.
     fn find(place: &Location<'_>) -> Result<Self> {
         match Self::named(place)? {
             Some(named) => Ok(named),
@@ -183,7 +185,8 @@ fn is_index(name: &str) -> bool {
     name.ends_with(".index.json")
 }
 
-/// Whether transformers takes a file of this name for one process's part: `shard-00000-model-00001-of-00002.safetensors`.
+/// Whether transformers takes a file of this name for one process's part:
+/// `shard-00000-model-00001-of-00002.safetensors`.
 pub(super) fn is_distributed(name: &str) -> bool {
     let pattern = |byte: u8| if byte.is_ascii_digit() { b'0' } else { byte };
     name.bytes().map(pattern).eq(*b"shard-00000-model-00000-of-00000.safetensors")
@@ -253,8 +256,8 @@ struct Wire {
 }
 
 impl WeightMap {
-    /// Parses an index. Every file it names must be a plain name with the container's ending; nothing else is read from
-    /// the names, since publishers number their shards as they please.
+    /// Parses an index. Every file it names must be a plain name with the container's ending;
+    /// nothing else is read from the names, since publishers number their shards as they please.
     ///
     /// # Errors
     /// Kind `Checkpoint`: not JSON of that form, empty, or a name that is a path.

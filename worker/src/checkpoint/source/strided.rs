@@ -1,4 +1,5 @@
-//! Tensors whose values do not lie one after another: transposed matrices, every other column, one row for all.
+//! Tensors whose values do not lie one after another: transposed matrices, every other column, one
+//! row for all.
 
 use std::ops::Range;
 
@@ -64,7 +65,8 @@ pub(super) fn gather(
     Ok(())
 }
 
-/// The dimensions, the first of them cut to the rows that hold the wanted values, and where those rows begin.
+/// The dimensions, the first of them cut to the rows that hold the wanted values, and where those
+/// rows begin.
 fn dims(shape: &[u64], strides: &[u64], wanted: &Range<u64>) -> (Vec<Dim>, Dim) {
     let mut step = 1;
     let dim = |(&count, &stride): (&u64, &u64)| {

@@ -1,8 +1,9 @@
-//! Weights that nobody trained: the tensors that a configuration asks for, in their published names, shapes and dtypes, with numbers
-//! made when they are read. What a run costs depends on them in nothing but their size.
+//! Weights that nobody trained: the tensors that a configuration asks for, in their published
+//! names, shapes and dtypes, with numbers made when they are read. What a run costs depends on
+//! them in nothing but their size.
 //!
-//! A number's sign and mantissa are noise, its exponent is fixed, so that activations keep a sane scale through the layers, no format
-//! overflows, and making weights is as fast as writing them.
+//! A number's sign and mantissa are noise, its exponent is fixed, so that activations keep a sane
+//! scale through the layers, no format overflows, and making weights is as fast as writing them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;

@@ -252,7 +252,8 @@ fn config_can_name_the_weight_file() {
     }
 }
 
-/// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed, the names are not read.
+/// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed,
+/// the names are not read.
 #[test]
 fn trap_3_numbers_in_file_names_are_ignored() {
     for names in [
@@ -369,7 +370,8 @@ fn overlapping() -> tempfile::TempDir {
     dir
 }
 
-/// As transformers reads them: file after file in the order of their names, the index telling only which.
+/// As transformers reads them: file after file in the order of their names, the index telling only
+/// which.
 #[test]
 fn last_file_wins_for_a_tensor_in_two_files() {
     let dir = overlapping();

@@ -1,9 +1,10 @@
 //! A pickle machine that knows tensors and nothing else.
 //!
-//! Pickles are programs for a stack machine whose dangerous instructions name Python functions and call them. This one
-//! knows the few names that a dictionary of tensors needs and refuses every other by name; nothing is ever called. Values
-//! that hold others are kept in tables and referred to by number, so that remembering and nesting, which a hostile
-//! pickle can do a million times over, cost one number each.
+//! Pickles are programs for a stack machine whose dangerous instructions name Python functions and
+//! call them. This one knows the few names that a dictionary of tensors needs and refuses every
+//! other by name; nothing is ever called. Values that hold others are kept in tables and referred
+//! to by number, so that remembering and nesting, which a hostile pickle can do a million times
+//! over, cost one number each.
 
 use std::collections::HashMap;
 
@@ -35,7 +36,8 @@ impl Element {
     }
 }
 
-/// PyTorch's names for storages of one type and for the type. Newer types have no storages of their own.
+/// PyTorch's names for storages of one type and for the type. Newer types have no storages of
+/// their own.
 #[rustfmt::skip]
 static ELEMENTS: [(&str, &str, Element); 25] = [
     ("DoubleStorage", "float64", Element { name: "F64", size: 8 }),
@@ -65,7 +67,8 @@ static ELEMENTS: [(&str, &str, Element); 25] = [
     ("", "uint64", Element { name: "U64", size: 8 }),
 ];
 
-/// Names on PyTorch's own list of what pickles of tensors may use, whose results no readable tensor depends on.
+/// Names on PyTorch's own list of what pickles of tensors may use, whose results no readable
+/// tensor depends on.
 static HARMLESS: [(&str, &str); 20] = [
     ("_codecs", "encode"),
     ("builtins", "bytearray"),
@@ -286,7 +289,8 @@ impl<'p> StackMachine<'p> {
             b'j' => self.recall(program.u32())?,
             b'Q' => self.load_storage()?,
             b'R' => self.call()?,
-            // Attributes of the object below, which stays: nothing in them is a tensor of the dictionary.
+            // Attributes of the object below, which stays: nothing in them is a tensor of the
+            // dictionary.
             b'b' => self.pop().map(|_| ())?,
             other => self.push_literal(other, program)?,
         }
@@ -389,7 +393,8 @@ impl<'p> StackMachine<'p> {
         }
     }
 
-    /// `("storage", type, key, device, values)`: the only kind of object that lies outside the pickle.
+    /// `("storage", type, key, device, values)`: the only kind of object that lies outside the
+    /// pickle.
     fn load_storage(&mut self) -> Result<()> {
         let &[Value::Text("storage"), Value::Global(kind), Value::Text(key), _, Value::Int(values)] =
             self.pop_tuple()?
@@ -425,7 +430,8 @@ impl<'p> StackMachine<'p> {
         Ok(())
     }
 
-    /// The first of them: no known function has more that matter, and a hostile pickle may give a million, many times.
+    /// The first of them: no known function has more that matter, and a hostile pickle may give a
+    /// million, many times.
     fn arguments(&self, tuple: usize) -> Vec<Value<'p>> {
         self.tuples[tuple].iter().take(MAX_ARGUMENTS).copied().collect()
     }
@@ -454,7 +460,8 @@ impl<'p> StackMachine<'p> {
         }
     }
 
-    /// A tensor at `[offset, shape, strides, ..]`; `changes` has entries if its values are not the stored ones.
+    /// A tensor at `[offset, shape, strides, ..]`; `changes` has entries if its values are not the
+    /// stored ones.
     fn tensor(&mut self, storage: Storage<'p>, place: &[Value<'p>], changes: Option<&Value<'p>>) -> Result<Value<'p>> {
         let [Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..] = place else {
             return Err(malformed());
@@ -469,7 +476,8 @@ impl<'p> StackMachine<'p> {
         Ok(Value::Tensor(self.tensors.len() - 1))
     }
 
-    /// The entry that holds more tensors than the dictionary that it is in: a `state_dict` among other things.
+    /// The entry that holds more tensors than the dictionary that it is in: a `state_dict` among
+    /// other things.
     fn wrapped(&self, dict: usize) -> Option<&'p str> {
         let count = |entries: &Vec<_>| entries.iter().filter(|entry| self.named_tensor(entry).is_some()).count();
         // Each once: one dictionary may be a million entries.

@@ -126,7 +126,8 @@ fn pytorch_tensors_have_the_reference_offsets() {
     );
 }
 
-/// Complex and quantised buffers, types without storages, tensors with attributes or changed values, settings, an optimizer's state.
+/// Complex and quantised buffers, types without storages, tensors with attributes or changed
+/// values, settings, an optimizer's state.
 #[test]
 fn other_pickled_values_do_not_hide_the_tensors() {
     for protocol in 2..=5 {
@@ -311,7 +312,8 @@ fn pickles_without_a_state_dict_are_refused() {
     }
 }
 
-/// Doubling a remembered tuple 60 times, nesting a million deep, a million marks: cheap to write, and cheap to refuse.
+/// Doubling a remembered tuple 60 times, nesting a million deep, a million marks: cheap to write,
+/// and cheap to refuse.
 #[test]
 fn pickle_bombs_are_bounded_by_their_bytes() {
     let doubling = [b"N\x85q\x00".as_slice(), &b"h\x00h\x00\x86q\x00".repeat(60), b"."].concat();
@@ -378,7 +380,8 @@ fn invalid_or_contradictory_archives_are_refused() {
     }
 }
 
-/// GPT-J is one file of 24 GB: its numbers do not fit the 32 bits of the archive's first generation.
+/// GPT-J is one file of 24 GB: its numbers do not fit the 32 bits of the archive's first
+/// generation.
 #[test]
 fn zip64_archives_are_read() {
     let start: u64 = 5 << 30;

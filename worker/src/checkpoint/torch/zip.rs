@@ -1,7 +1,8 @@
-//! The directory of a zip archive, as far as uncompressed archives with one part go: names, sizes, places.
+//! The directory of a zip archive, as far as uncompressed archives with one part go: names, sizes,
+//! places.
 //!
-//! Layout (APPNOTE 6.3): records, each a header and its bytes; the directory; and at the very end where the directory is,
-//! twice for archives over 4 GiB.
+//! Layout (APPNOTE 6.3): records, each a header and its bytes; the directory; and at the very end
+//! where the directory is, twice for archives over 4 GiB.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -88,7 +89,8 @@ impl Archive {
         self.by_name.get(name).map(|number| (*number, &self.records[*number]))
     }
 
-    /// Where a record's content begins: its own header repeats the name and pads, so the directory does not know.
+    /// Where a record's content begins: its own header repeats the name and pads, so the directory
+    /// does not know.
     pub(super) fn data_start(&self, record: &ArchiveEntry, read: ReadRange<'_>) -> Result<u64> {
         let wrong = |what: &str| damaged(format!("record {} {what}", shown(&record.name)));
         // Checked with the directory: header and content end before it.

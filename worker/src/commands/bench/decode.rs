@@ -152,7 +152,8 @@ fn bring(way: &mut HostToDevice, encoded: &Encoded<'_>, shape: [usize; 2], compu
     Ok(())
 }
 
-/// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory that is there.
+/// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory
+/// that is there.
 fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
     let from = vec![1u8; bytes];
     let mut to = vec![2u8; bytes];

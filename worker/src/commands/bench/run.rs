@@ -1,4 +1,5 @@
-//! A whole run over made-up weights, beside what this machine can do at best: where it falls short, the table says in which kind of work.
+//! A whole run over made-up weights, beside what this machine can do at best: where it falls
+//! short, the table says in which kind of work.
 
 use std::fmt;
 use std::hint::black_box;
@@ -31,11 +32,13 @@ use crate::run;
 use crate::run::inspect::{self, Flops, PlannedRun};
 use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
 
-/// Rows and columns of the matrices that show what products can reach: larger ones where a product is over so soon that its start counts.
+/// Rows and columns of the matrices that show what products can reach: larger ones where a product
+/// is over so soon that its start counts.
 const SQUARES: [usize; 3] = [2048, 4096, 8192];
 /// Seconds of a product whose start does not count.
 const LONG: f64 = 2e-3;
-/// Seconds of products: threads take a while until each has a processor of its own, and a GPU until it has its speed.
+/// Seconds of products: threads take a while until each has a processor of its own, and a GPU
+/// until it has its speed.
 const PRODUCTS: f64 = 0.5;
 /// Values decoded to show what decoding can reach.
 const DECODED: usize = 1 << 24;
@@ -69,7 +72,8 @@ pub struct RunTable {
     pub flops: f64,
     /// Wall seconds.
     pub seconds: f64,
-    /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all of them together.
+    /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all
+    /// of them together.
     pub waiting_seconds: f64,
     /// When GPUs had nothing to do; `None` on CPUs.
     pub idle: Option<Idle>,
@@ -380,7 +384,8 @@ impl Observer for Watched {
     }
 }
 
-/// Numbers as they come. Made on the host: a GPU's machine need not have the library that draws them there.
+/// Numbers as they come. Made on the host: a GPU's machine need not have the library that draws
+/// them there.
 fn random(shape: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, 1f32, &shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
 }

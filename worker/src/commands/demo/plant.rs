@@ -9,7 +9,8 @@ use super::LAYERS;
 pub struct Planted {
     /// Document version.
     pub schema: u32,
-    /// Features that are systematic over layers: in at least a quarter of the layers, at far more than 6 % of positions.
+    /// Features that are systematic over layers: in at least a quarter of the layers, at far more
+    /// than 6 % of positions.
     pub systematic: Vec<PlantedFeature>,
     /// Features with outliers that are not systematic.
     pub decoys: Vec<Decoy>,
@@ -47,8 +48,9 @@ impl Default for Planted {
 pub(super) const RARE_DIM: usize = 120;
 
 impl Planted {
-    /// What the demo plants: one feature everywhere, one that only the attention reads, one that only the experts read, one
-    /// in exactly a quarter of the layers; one in too few layers, one at too few positions.
+    /// What the demo plants: one feature everywhere, one that only the attention reads, one that
+    /// only the experts read, one in exactly a quarter of the layers; one in too few layers, one
+    /// at too few positions.
     pub(super) fn plan() -> Self {
         let everywhere = (0..LAYERS).flat_map(|layer| [[layer, 0], [layer, 1]]).collect();
         let plant = |dim, factor, sites| PlantedFeature { dim, factor, sites };

@@ -9,7 +9,8 @@ use crate::checkpoint::source::Checkpoint;
 use crate::corpus;
 use crate::model::decoder::Longest;
 
-/// OLMoE written down once more, in plain loops over f32: slow, obvious, and independent of the worker's own layers.
+/// OLMoE written down once more, in plain loops over f32: slow, obvious, and independent of the
+/// worker's own layers.
 struct Reference {
     weights: BTreeMap<String, Vec<f32>>,
 }
@@ -77,7 +78,8 @@ impl Reference {
         out
     }
 
-    /// Logits `[token][vocab]`, and the norm outputs `[site][token][feature]` in order of computation.
+    /// Logits `[token][vocab]`, and the norm outputs `[site][token][feature]` in order of
+    /// computation.
     fn run(&self, ids: &[i64]) -> (Vec<Vec<f32>>, Vec<Vec<Vec<f32>>>) {
         let embedding = &self.weights["model.embed_tokens.weight"];
         let row = |id: &i64| embedding[*id as usize * HIDDEN..][..HIDDEN].to_vec();

@@ -1,5 +1,6 @@
-//! The demo's tokenizer: byte-level BPE of the published model's kind, trained on the shipped text when it is needed.
-//! Training breaks ties by token number, so it gives the same tokenizer on every machine.
+//! The demo's tokenizer: byte-level BPE of the published model's kind, trained on the shipped text
+//! when it is needed. Training breaks ties by token number, so it gives the same tokenizer on
+//! every machine.
 
 use serde_json::{Value, json};
 use tokenizers::models::TrainerWrapper;

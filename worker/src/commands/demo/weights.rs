@@ -12,8 +12,8 @@ use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::error::Result;
 use crate::noise::{mix, name_hash};
 
-/// Standard deviations. The embedding outweighs what the layers add to it, so that every hidden state keeps the
-/// embedding's short tails: no value comes near the threshold by itself.
+/// Standard deviations. The embedding outweighs what the layers add to it, so that every hidden
+/// state keeps the embedding's short tails: no value comes near the threshold by itself.
 const EMBEDDING_STD: f32 = 0.5;
 const MATRIX_STD: f32 = 0.05;
 const ROUTER_STD: f32 = 0.1;
@@ -70,7 +70,8 @@ impl Plan {
         values.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect()
     }
 
-    /// The value before planting. Rounded to bf16 here already, so that planting scales the very number that is stored.
+    /// The value before planting. Rounded to bf16 here already, so that planting scales the very
+    /// number that is stored.
     fn base(&self, key: u64, index: usize) -> f32 {
         let noise = gaussian(key, index as u64);
         let value = match self.role {
@@ -83,15 +84,16 @@ impl Plan {
     }
 }
 
-/// The feature at few positions: two standard deviations for some of the rarer tokens (later entries of a trained
-/// vocabulary are rarer), next to nothing for all others.
+/// The feature at few positions: two standard deviations for some of the rarer tokens (later
+/// entries of a trained vocabulary are rarer), next to nothing for all others.
 fn rare(token: usize, noise: f32) -> f32 {
     let is_rare = token >= VOCAB / 2 && token % 8 == 5;
     if is_rare { 2.0_f32.copysign(noise) } else { noise / 8.0 }
 }
 
-/// Nearly normal, variance 1, never beyond 3.47: the sum of four uniform 16-bit numbers. Logarithms and cosines would
-/// make a better bell, but differ between mathematics libraries in the last bit.
+/// Nearly normal, variance 1, never beyond 3.47: the sum of four uniform 16-bit numbers.
+/// Logarithms and cosines would make a better bell, but differ between mathematics libraries in
+/// the last bit.
 fn gaussian(key: u64, index: u64) -> f32 {
     const MEAN: i32 = 2 * 65_535;
     const STD: f32 = 37_837.2;

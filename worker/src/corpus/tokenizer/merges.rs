@@ -1,5 +1,5 @@
-//! `vocab.json` and `merges.txt`, as GPT-2 introduced them and OPT publishes nothing else: turned into the tokenizer.json
-//! that they stand for.
+//! `vocab.json` and `merges.txt`, as GPT-2 introduced them and OPT publishes nothing else: turned
+//! into the tokenizer.json that they stand for.
 
 use std::collections::BTreeMap;
 
@@ -10,11 +10,12 @@ use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::bad_json;
 use crate::error::{Result, WorkerError};
 
-/// Classes that read such files by GPT-2's rule. Others (Qwen2's) use the same two files but cut words elsewhere.
+/// Classes that read such files by GPT-2's rule. Others (Qwen2's) use the same two files but cut
+/// words elsewhere.
 const CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
-/// The tokenizer.json that GPT-2's Python class amounts to: byte-level BPE, special tokens recognised in the text, and no
-/// template (what stands before a text is told by the settings).
+/// The tokenizer.json that GPT-2's Python class amounts to: byte-level BPE, special tokens
+/// recognised in the text, and no template (what stands before a text is told by the settings).
 pub(super) fn convert(vocab: &[u8], merges: &[u8], python: &PythonConfig) -> Result<Vec<u8>> {
     if !python.is_any_of(&CLASSES) {
         let class = shown(python.class.as_deref().unwrap_or_default());

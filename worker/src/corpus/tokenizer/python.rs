@@ -15,7 +15,8 @@ use crate::error::{Result, WorkerError};
 /// Entries that name one special token each.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The settings that matter here. All are optional: what is missing has the Python classes' defaults.
+/// The settings that matter here. All are optional: what is missing has the Python classes'
+/// defaults.
 #[derive(Default)]
 pub(super) struct PythonConfig {
     /// Name of the class.

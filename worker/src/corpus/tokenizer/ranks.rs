@@ -1,11 +1,14 @@
-//! `tiktoken.model`, which Kimi publishes instead of a tokenizer.json: tokens as base64 with their ranks, no merges.
+//! `tiktoken.model`, which Kimi publishes instead of a tokenizer.json: tokens as base64 with their
+//! ranks, no merges.
 //!
-//! A rank is the token's id and also says how early it was merged: of all neighbours that are a token together, the pair
-//! of the lowest rank is joined first, the leftmost among equals. Merges in the sense of tokenizer.json would need one
-//! rank per way to cut a token in two, so ties could fall differently; hence a small encoder of our own.
+//! A rank is the token's id and also says how early it was merged: of all neighbours that are a
+//! token together, the pair of the lowest rank is joined first, the leftmost among equals. Merges
+//! in the sense of tokenizer.json would need one rank per way to cut a token in two, so ties could
+//! fall differently; hence a small encoder of our own.
 //!
-//! Kimi's Python code cuts a text every 400,000 characters and runs of 25,000 without a space, because its library fails
-//! on longer ones. Here a text stays whole; the two differ by at most a token or two at each such cut.
+//! Kimi's Python code cuts a text every 400,000 characters and runs of 25,000 without a space,
+//! because its library fails on longer ones. Here a text stays whole; the two differ by at most a
+//! token or two at each such cut.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -24,8 +27,9 @@ const CLASSES: [&str; 1] = ["TikTokenTokenizer"];
 /// Ids after the ranks that are special tokens, named or not.
 const RESERVED: u32 = 256;
 
-/// Where Kimi cuts text into words: runs of Han characters; words of other letters, with one character before and an
-/// English ending after; up to three digits; punctuation with line ends; line ends; white space but for the last; white space.
+/// Where Kimi cuts text into words: runs of Han characters; words of other letters, with one
+/// character before and an English ending after; up to three digits; punctuation with line ends;
+/// line ends; white space but for the last; white space.
 const WORDS: &str = concat!(
     r"[\p{Han}]+|",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+",
@@ -76,7 +80,8 @@ impl RankTokenizer {
         self.ranks.len() + self.specials.len()
     }
 
-    /// The ids of a text; special tokens in it are recognised, as the Python class does unless told otherwise.
+    /// The ids of a text; special tokens in it are recognised, as the Python class does unless
+    /// told otherwise.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, fancy_regex::Error> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut plain = 0;

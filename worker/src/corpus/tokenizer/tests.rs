@@ -68,7 +68,8 @@ fn ids(tokenizer: &TextTokenizer, text: &str) -> Vec<u32> {
     tokenizer.encode(&Document { name: "text".to_owned(), text: text.to_owned().into() }).unwrap()
 }
 
-/// What cuts tokenizers apart: spaces of all kinds, endings, digits, scripts side by side, marks, special tokens.
+/// What cuts tokenizers apart: spaces of all kinds, endings, digits, scripts side by side, marks,
+/// special tokens.
 const AWKWARD: [&str; 14] = [
     "",
     " ",

@@ -17,9 +17,10 @@ pub struct Look {
 }
 
 impl Look {
-    /// Asks for rows and magnitudes of a tensor `[rows, width]`, rows of whole sequences of `tokens`
-    /// each; for columns, where a value exceeds whose |x| >= `threshold`; and for medians. Nothing
-    /// is waited for. The tensor must not be overwritten before the look is dropped.
+    /// Asks for rows and magnitudes of a tensor `[rows, width]`, rows of whole sequences of
+    /// `tokens` each; for columns, where a value exceeds whose |x| >= `threshold`; and for
+    /// medians. Nothing is waited for. The tensor must not be overwritten before the look is
+    /// dropped.
     ///
     /// # Errors
     /// Device: the driver's.

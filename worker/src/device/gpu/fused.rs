@@ -1,4 +1,5 @@
-//! The kernels beside our own loops ([`crate::kernels::fused`]), over the tensor library's storages.
+//! The kernels beside our own loops ([`crate::kernels::fused`]), over the tensor library's
+//! storages.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaView, CudaViewMut};

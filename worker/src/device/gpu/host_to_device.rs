@@ -40,8 +40,8 @@ impl HostToDevice {
     }
 
     /// As [`dtype::decode`], on this GPU. The values are on their way when this returns: the tensor
-    /// must neither be used nor dropped before their [fence](Self::upload_fence), which tells of
-    /// those that do not fit.
+    /// must neither be used nor dropped before their [fence](Self::upload_fence). The fence reports
+    /// values that do not fit.
     ///
     /// # Errors
     /// As [`dtype::check`]. Device: the driver's.

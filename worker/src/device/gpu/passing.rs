@@ -8,8 +8,8 @@ use outliers_cuda::Stored;
 
 use crate::error::{Result, WorkerError};
 
-/// A tensor that is copied to another GPU. What it is copied from must be kept until this has arrived
-/// or was dropped.
+/// A tensor that is copied to another GPU. What it is copied from must be kept until this has
+/// arrived or was dropped.
 pub struct Passing {
     passing: outliers_cuda::Passing,
     shape: Vec<usize>,

@@ -1,5 +1,5 @@
-//! Routers on a GPU: the kernels beside the CPU's forms ([`crate::blocks::ffn`]), over the tensor library's
-//! tensors.
+//! Routers on a GPU: the kernels beside the CPU's forms ([`crate::blocks::ffn`]), over the tensor
+//! library's tensors.
 
 use std::ops::Range;
 use std::sync::OnceLock;

@@ -1,5 +1,6 @@
-//! `config.json`, read as transformers reads it: an absent key is the default of the family's configuration class, null is what the
-//! class takes it for, and a key that changes the computation is read or refused by name.
+//! `config.json`, read as transformers reads it: an absent key is the default of the family's
+//! configuration class, null is what the class takes it for, and a key that changes the
+//! computation is read or refused by name.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -16,7 +17,8 @@ use crate::error::{Result, WorkerError};
 use class::Class;
 use unused::Unused;
 
-/// More than any model has; a damaged or hostile configuration must not make us allocate by its word.
+/// More than any model has; a damaged or hostile configuration must not make us allocate by its
+/// word.
 const MOST_LAYERS: usize = 4096;
 const MOST: u64 = 1 << 31;
 /// Settings of single layers, which every class of transformers takes.
@@ -77,7 +79,8 @@ impl<'a> Config<'a> {
         self.assumed.borrow_mut().insert(self.name(key), default.clone());
     }
 
-    /// The value of a setting, under any of its names; `None` for null, and for an absent key without a default.
+    /// The value of a setting, under any of its names; `None` for null, and for an absent key
+    /// without a default.
     fn get(&self, key: &str) -> Result<Option<&'a Value>> {
         self.read.borrow_mut().insert(key.to_owned());
         let mut found = self.class.names(key).filter_map(|name| Some((name, self.values.get(name)?)));
@@ -175,7 +178,8 @@ impl<'a> Config<'a> {
         self.get(key)?.map(number).transpose()
     }
 
-    /// A switch. Whole numbers stand for one as in Python (`attn_temperature_tuning: 4`), and so does null where the class takes it.
+    /// A switch. Whole numbers stand for one as in Python (`attn_temperature_tuning: 4`), and so
+    /// does null where the class takes it.
     pub fn flag(&self, key: &str) -> Result<bool> {
         match self.get(key)? {
             None => Ok(false),
@@ -220,7 +224,8 @@ impl<'a> Config<'a> {
         Ok(self.words_opt("layer_types")?.map(|kinds| kinds.into_iter().map(renamed).collect()))
     }
 
-    /// Refuses a switch of another value than the one the family's blocks compute. Keys that the class does not know may be null.
+    /// Refuses a switch of another value than the one the family's blocks compute. Keys that the
+    /// class does not know may be null.
     pub fn expect_flag(&self, key: &str, wanted: bool) -> Result<()> {
         if !self.knows(key) && self.raw(key).is_none_or(Value::is_null) {
             return Ok(());
@@ -228,7 +233,8 @@ impl<'a> Config<'a> {
         if self.flag(key)? == wanted { Ok(()) } else { Err(unsupported(format!("{key} {}", !wanted))) }
     }
 
-    /// Refuses a value other than those the family's blocks compute. Keys that the class does not know may be absent or null.
+    /// Refuses a value other than those the family's blocks compute. Keys that the class does not
+    /// know may be absent or null.
     pub fn expect(&self, key: &str, wanted: &[Value]) -> Result<()> {
         if !self.knows(key) && self.raw(key).is_none_or(Value::is_null) {
             return Ok(());

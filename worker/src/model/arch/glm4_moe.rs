@@ -1,4 +1,5 @@
-//! GLM-4.5 (2025): DeepSeek's routing over grouped-query attention with partial rotation. Hugging Face `Glm4MoeForCausalLM`.
+//! GLM-4.5 (2025): DeepSeek's routing over grouped-query attention with partial rotation. Hugging
+//! Face `Glm4MoeForCausalLM`.
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, attention_like_llama,

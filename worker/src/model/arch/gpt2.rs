@@ -1,4 +1,5 @@
-//! GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused q/k/v, matrices stored `[in, out]`. Hugging Face `GPT2LMHeadModel`.
+//! GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused q/k/v, matrices stored `[in,
+//! out]`. Hugging Face `GPT2LMHeadModel`.
 
 use super::{Config, Family, Ignored, Names, Pattern, Unused};
 use crate::error::Result;

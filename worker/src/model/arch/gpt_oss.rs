@@ -1,5 +1,5 @@
-//! gpt-oss (OpenAI 2025): attention sinks, windows in every second layer, clamped SwiGLU experts with biases in MXFP4, YaRN without
-//! rounding. Hugging Face `GptOssForCausalLM`.
+//! gpt-oss (OpenAI 2025): attention sinks, windows in every second layer, clamped SwiGLU experts
+//! with biases in MXFP4, YaRN without rounding. Hugging Face `GptOssForCausalLM`.
 
 use super::{Config, Family, LIKE_LLAMA, Names, Windowed, attention_like_llama, decoder_like_llama, pre_norm, windows};
 use crate::error::Result;

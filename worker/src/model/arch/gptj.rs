@@ -1,5 +1,5 @@
-//! GPT-J (Wang and Komatsuzaki 2021): one norm feeds attention and MLP side by side, interleaved rotation of a part of each head, a
-//! head with a bias. Hugging Face `GPTJForCausalLM`.
+//! GPT-J (Wang and Komatsuzaki 2021): one norm feeds attention and MLP side by side, interleaved
+//! rotation of a part of each head, a head with a bias. Hugging Face `GPTJForCausalLM`.
 
 use super::{Config, Family, Ignored, Names, Pattern, Unused};
 use crate::error::Result;

@@ -1,4 +1,5 @@
-//! Mixtral (Jiang et al. 2024): softmax over the best two of eight experts. Hugging Face `MixtralForCausalLM`.
+//! Mixtral (Jiang et al. 2024): softmax over the best two of eight experts. Hugging Face
+//! `MixtralForCausalLM`.
 
 use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm};
 use crate::error::Result;

@@ -1,5 +1,5 @@
-//! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not renormalised.
-//! Hugging Face `OlmoeForCausalLM`.
+//! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not
+//! renormalised. Hugging Face `OlmoeForCausalLM`.
 
 use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm};
 use crate::error::Result;

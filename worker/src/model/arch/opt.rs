@@ -1,5 +1,5 @@
-//! OPT (Zhang et al. 2022): learned positions from row 2 on, ReLU; the 350M model has its norms after the residual additions and an
-//! embedding of half the width. Hugging Face `OPTForCausalLM`.
+//! OPT (Zhang et al. 2022): learned positions from row 2 on, ReLU; the 350M model has its norms
+//! after the residual additions and an embedding of half the width. Hugging Face `OPTForCausalLM`.
 
 use super::{Config, Family, Names, Unused};
 use crate::error::Result;

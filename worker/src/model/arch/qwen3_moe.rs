@@ -1,4 +1,5 @@
-//! Qwen3 mixtures (2025): q/k norm per head, softmax top-k routing, renormalised. Hugging Face `Qwen3MoeForCausalLM`.
+//! Qwen3 mixtures (2025): q/k norm per head, softmax top-k routing, renormalised. Hugging Face
+//! `Qwen3MoeForCausalLM`.
 
 use super::{
     Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm,

@@ -1,5 +1,5 @@
-//! Qwen3-Next (2025): three layers of gated DeltaNet to one of gated attention, zero-centred norms, a gated shared expert.
-//! Hugging Face `Qwen3NextForCausalLM`.
+//! Qwen3-Next (2025): three layers of gated DeltaNet to one of gated attention, zero-centred
+//! norms, a gated shared expert. Hugging Face `Qwen3NextForCausalLM`.
 
 use super::{
     Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama,

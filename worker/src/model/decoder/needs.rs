@@ -1,4 +1,5 @@
-//! Which tensors a decoder needs, with their shapes, grouped into the units in which they are streamed.
+//! Which tensors a decoder needs, with their shapes, grouped into the units in which they are
+//! streamed.
 
 use std::ops::Range;
 
@@ -76,7 +77,8 @@ pub enum Role {
     KvAProj,
     /// Gain of the norm in it.
     KvANorm,
-    /// Out of the bottleneck, per head [key without position | value] `[heads * (nope + value), kv_rank]`.
+    /// Out of the bottleneck, per head [key without position | value] `[heads * (nope + value),
+    /// kv_rank]`.
     KvBProj,
 
     /// DeltaNet's projection, per key head [q | k | values | gates].
@@ -334,7 +336,8 @@ impl DecoderSpec {
         outside.map(|need| (0, need)).chain(inside).collect()
     }
 
-    /// The units of all layers in order. Experts are grouped so that a group stays within `group_elements` values, one expert at least.
+    /// The units of all layers in order. Experts are grouped so that a group stays within
+    /// `group_elements` values, one expert at least.
     pub fn units(&self, group_elements: u64) -> Vec<Unit> {
         self.layers.iter().enumerate().flat_map(|(i, layer)| layer.units(i, self.hidden, group_elements)).collect()
     }

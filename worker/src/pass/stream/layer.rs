@@ -379,8 +379,9 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         clock.time(Work::Statistics, || self.seen.routing(layer, batch.first_token, choices))
     }
 
-    /// All experts of a group over the micro-batches of a wave; the last group closes the layer. An expert's rows are gathered across
-    /// micro-batches, those of a whole one or a little more at a time, so that its products are large however few of a micro-batch go to it.
+    /// All experts of a group over the micro-batches of a wave; the last group closes the layer.
+    /// An expert's rows are gathered across micro-batches, those of a whole one or a little more
+    /// at a time, so that its products are large however few of a micro-batch go to it.
     fn experts(
         &mut self,
         moe: &MoeSpec,
@@ -425,7 +426,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(())
     }
 
-    /// One expert over rows of several micro-batches, each given by its index and how many they are.
+    /// One expert over rows of several micro-batches, each given by its index and how many they
+    /// are.
     fn expert_on(
         &mut self,
         expert: usize,

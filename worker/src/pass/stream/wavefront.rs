@@ -1,10 +1,12 @@
-//! The layers of a pass, dealt to its devices: while one works on the last hidden states of a layer, the next is at the first ones of the
-//! layer after it.
+//! The layers of a pass, dealt to its devices: while one works on the last hidden states of a
+//! layer, the next is at the first ones of the layer after it.
 //!
-//! Every device has two threads: one loads the units of its own layers, in their order and as far ahead as its memory for weights goes; the
-//! other takes the waves through them as both come. It always works on the earliest unit that a wave waits for, so that weights are
-//! dropped soon, and waves pass each unit in their order, whatever thread is fast or slow: no number depends on the schedule.
-//! The earliest unfinished layer never waits for a later one, so nothing can wait in a circle.
+//! Every device has two threads: one loads the units of its own layers, in their order and as far
+//! ahead as its memory for weights goes; the other takes the waves through them as both come. It
+//! always works on the earliest unit that a wave waits for, so that weights are dropped soon, and
+//! waves pass each unit in their order, whatever thread is fast or slow: no number depends on the
+//! schedule. The earliest unfinished layer never waits for a later one, so nothing can wait in a
+//! circle.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -147,7 +149,8 @@ impl<O: Observer> Wavefront<'_, O> {
         self.units.iter().enumerate().filter(move |(_, unit)| self.device_of(unit.layer) == device)
     }
 
-    /// Bytes of decoded weights on a device: its two largest units, one in use and one on its way, or more smaller ones.
+    /// Bytes of decoded weights on a device: its two largest units, one in use and one on its way,
+    /// or more smaller ones.
     fn room(&self, device: usize) -> u64 {
         let mut sizes: Vec<u64> = self.units_of(device).map(|(_, unit)| self.bytes(unit)).collect();
         sizes.sort_unstable_by(|a, b| b.cmp(a));
@@ -314,7 +317,8 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         lock(&self.front.save).as_ref().is_some_and(|points| points.is_due())
     }
 
-    /// All waves stand before `layer`, so that all before it has been joined and nothing of it has begun.
+    /// All waves stand before `layer`, so that all before it has been joined and nothing of it has
+    /// begun.
     fn save(&self, layer: usize, waves: &[Wave]) {
         let (mut save, observer) = (lock(&self.front.save), lock(&self.front.observer));
         if let Some(points) = save.as_deref_mut() {

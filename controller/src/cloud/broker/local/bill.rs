@@ -72,7 +72,8 @@ pub(super) fn append(root: &Path, entry: &BillEntry) -> io::Result<()> {
     if parse(&text).flatten().any(|known| known.id == entry.id) {
         return Ok(());
     }
-    // A crash within an earlier append leaves half a line, of an instance that is still listed: it is written again.
+    // A crash within an earlier append leaves half a line, of an instance that is still listed: it
+    // is written again.
     let whole = text.rfind('\n').map_or(0, |end| end + 1);
     file.set_len(whole as u64)?;
     file.seek(SeekFrom::Start(whole as u64))?;

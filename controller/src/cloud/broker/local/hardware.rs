@@ -12,7 +12,8 @@ use crate::cloud::broker::Offer;
 use crate::files::free_disk;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
-/// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and enough for bills that differ.
+/// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and
+/// enough for bills that differ.
 const CORE_PRICE: i64 = 10_000;
 /// The price of one GPU on top of all cores.
 const GPU_PRICE: i64 = 100_000;

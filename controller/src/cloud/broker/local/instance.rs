@@ -33,8 +33,8 @@ enum End {
 pub async fn serve(dir: &Path) -> Result<()> {
     // Into the folder's log, unless the program has set up its own reporting.
     let _ = tracing_subscriber::fmt().with_ansi(false).with_writer(io::stderr).try_init();
-    // A leader of its own session, deaf to the terminal the controller was started from. Refused only if it leads a process
-    // group, and then the terminal is not its own either.
+    // A leader of its own session, deaf to the terminal the controller was started from. Refused
+    // only if it leads a process group, and then the terminal is not its own either.
     let _ = rustix::process::setsid();
     let folder = Folder::new(dir);
     let lock = hold(&folder)?;

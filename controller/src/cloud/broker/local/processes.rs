@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 use sysinfo::{Process, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System, UpdateKind};
 
-/// The environment variable that marks every process of an instance; its value is the instance's id.
+/// The environment variable that marks every process of an instance; its value is the instance's
+/// id.
 pub const MARKER: &str = "OUTLIERS_LOCAL_INSTANCE";
 
 /// How long a process may take to end itself before it is killed.

@@ -1,4 +1,5 @@
-//! The folder of one instance: what is written there, by whom, and what it says about the instance's life.
+//! The folder of one instance: what is written there, by whom, and what it says about the
+//! instance's life.
 //!
 //! | name | written by | says |
 //! |---|---|---|
@@ -10,7 +11,8 @@
 //! | `log` | the instance's process | why it failed |
 //! | `home/` | the user | what the rental is for |
 //!
-//! The folder appears whole, by a rename, so that a crash leaves either no instance or one that can be listed and ended.
+//! The folder appears whole, by a rename, so that a crash leaves either no instance or one that
+//! can be listed and ended.
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -164,7 +166,8 @@ impl Folder {
         self.take("gate")
     }
 
-    /// Takes the lock, held until the file is dropped. `None`: another holds it for longer than anyone should who only looks.
+    /// Takes the lock, held until the file is dropped. `None`: another holds it for longer than
+    /// anyone should who only looks.
     pub(super) fn lock(&self) -> io::Result<Option<File>> {
         self.take("lock")
     }
@@ -201,7 +204,8 @@ impl Folder {
         absent(remove_stubborn(&self.home())).map(drop)
     }
 
-    /// Moves the folder out of the list and deletes it. Leftovers that resist are reported, but the instance is gone.
+    /// Moves the folder out of the list and deletes it. Leftovers that resist are reported, but
+    /// the instance is gone.
     pub(super) fn remove(&self) -> io::Result<()> {
         let (Some(parent), Some(name)) = (self.0.parent(), self.0.file_name()) else { return Ok(()) };
         let gone = parent.join(format!(".gone-{}", name.to_string_lossy()));
@@ -247,7 +251,8 @@ pub(super) fn make_private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Temporary name, fsync, rename: a reader sees the old content or the new, after a crash too. Mode 0600.
+/// Temporary name, fsync, rename: a reader sees the old content or the new, after a crash too.
+/// Mode 0600.
 pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let draft = path.with_file_name(format!(".{name}.{}.part", std::process::id()));

@@ -23,7 +23,8 @@ const NO_ACCESS: &[&str] = &["unauthenticated", "unauthorized", "forbidden", "no
 /// Codes of GraphQL servers for what was refused before anything was done.
 const NOT_UNDERSTOOD: &[&str] = &["graphql_parse_failed", "graphql_validation_failed", "bad_user_input"];
 
-/// A query or mutation. Values travel as variables beside it, so that none is ever read as a part of it.
+/// A query or mutation. Values travel as variables beside it, so that none is ever read as a part
+/// of it.
 #[derive(Clone, Copy)]
 pub(super) struct Operation {
     /// The one field it asks for.
@@ -33,7 +34,8 @@ pub(super) struct Operation {
 }
 
 impl Operation {
-    /// The field's value; `None` when GraphQL, or this of it, is there no more: then nothing was done.
+    /// The field's value; `None` when GraphQL, or this of it, is there no more: then nothing was
+    /// done.
     pub(super) async fn ask<T: DeserializeOwned>(
         self,
         http: &Http,
@@ -54,7 +56,8 @@ impl Operation {
     }
 }
 
-/// Whether the whole address is gone, or the field is unknown to it. A page of some server in between is neither.
+/// Whether the whole address is gone, or the field is unknown to it. A page of some server in
+/// between is neither.
 fn is_retired(status: u16, document: Option<&Value>, field: &str) -> bool {
     let errors = document.and_then(|document| document.get("errors")).and_then(Value::as_array);
     let unknown = format!("cannot query field \"{}\"", field.to_lowercase());
@@ -65,7 +68,8 @@ fn is_retired(status: u16, document: Option<&Value>, field: &str) -> bool {
             && document.is_some_and(|document| document.pointer(&format!("/data/{field}")).is_none_or(Value::is_null))
 }
 
-/// The value of `field` in a reply, else the kind of refusal; `None` if it may have been carried out all the same.
+/// The value of `field` in a reply, else the kind of refusal; `None` if it may have been carried
+/// out all the same.
 fn read(status: u16, document: Option<Value>, field: &str) -> Result<Value, Option<BrokerErrorKind>> {
     let mut document = document.unwrap_or_default();
     let found = document.pointer_mut(&format!("/data/{field}")).map(Value::take).filter(|value| !value.is_null());

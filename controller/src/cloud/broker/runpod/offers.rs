@@ -254,7 +254,8 @@ impl Candidate {
         (self.in_stock || want.spot) && self.clone().offer(want).is_ok_and(may_match)
     }
 
-    /// With what is known of its hosts; and once more as what may be taken back, if that is wanted and there is a price.
+    /// With what is known of its hosts; and once more as what may be taken back, if that is wanted
+    /// and there is a price.
     fn with_hosts(mut self, hosts: &Hosts, want: &GpuRequest) -> Vec<Result<Self, String>> {
         let host = hosts.get(&(self.place(), self.sku.gpu.clone()));
         self.cpu_cores = host.and_then(|host| host.min_vcpu).filter(|cores| *cores > 0);

@@ -272,7 +272,8 @@ fn only_an_api_answer_proves_an_instance_gone() {
 #[test]
 fn only_null_means_no_instance() {
     assert!(serde_json::from_str::<Single>(r#"{"instances": null}"#).unwrap().instances.is_none());
-    // What is there and makes no sense is an instance that cannot be read, and no sign that it is gone.
+    // What is there and makes no sense is an instance that cannot be read, and no sign that it is
+    // gone.
     for odd in [r#"{"instances": []}"#, r#"{"instances": {}}"#] {
         assert!(serde_json::from_str::<Single>(odd).unwrap().instances.is_some(), "{odd}");
     }
@@ -281,7 +282,8 @@ fn only_null_means_no_instance() {
     }
 }
 
-/// Runs the script with a program in the place of curl, which notes its arguments and its standard input.
+/// Runs the script with a program in the place of curl, which notes its arguments and its standard
+/// input.
 fn self_destruct(variables: &[(&str, &str)]) -> (bool, String, String) {
     let tools = tempfile::tempdir().unwrap();
     let note = tools.path().join("note");

@@ -10,8 +10,9 @@ use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 
 /// One transfer's signs of life, from all its channels together.
 ///
-/// A clock per request would run out on a slow line, where requests wait for each other, and so would one per channel: the
-/// channels share the line. What cannot happen on a line that is only slow is that nothing at all is acknowledged.
+/// A clock per request would run out on a slow line, where requests wait for each other, and so
+/// would one per channel: the channels share the line. What cannot happen on a line that is only
+/// slow is that nothing at all is acknowledged.
 pub(super) struct Clock<'a> {
     patience: Duration,
     heard: Mutex<Instant>,

@@ -321,7 +321,8 @@ fn config(pin: Option<&HostKeyPin>, tuning: &Tuning) -> client::Config {
         // Ours bounds downloads: 16 MiB carry 100 MB/s over 150 ms.
         window_size: 16 << 20,
         channel_buffer_size: 4096,
-        // Anything that comes counts as an answer: a slow upload is kept alive by its acknowledgements.
+        // Anything that comes counts as an answer: a slow upload is kept alive by its
+        // acknowledgements.
         keepalive_interval: Some(tuning.keepalive),
         keepalive_max: 3,
         limits: Limits::new(tuning.rekey_after, tuning.rekey_after, REKEY_TIME),

@@ -38,7 +38,8 @@ pub(super) async fn exec(
     }
 }
 
-/// The same for a command that eats a part of a transfer: its limit is the transfer's clock, which hears of every byte eaten.
+/// The same for a command that eats a part of a transfer: its limit is the transfer's clock, which
+/// hears of every byte eaten.
 pub(super) async fn feed(
     handle: &Handle<Client>,
     command: &str,
@@ -112,7 +113,8 @@ struct Gathered {
 impl Gathered {
     /// Takes one message; `Some` when the command is over.
     ///
-    /// Status may come before or after the last data and the end of file, so that only the channel's close ends it.
+    /// Status may come before or after the last data and the end of file, so that only the
+    /// channel's close ends it.
     fn take(&mut self, message: Option<ChannelMsg>, name: &str) -> Option<Result<ExecOutput, TransportError>> {
         match message {
             Some(ChannelMsg::Data { data }) => return self.keep(&data, false, name),

@@ -54,7 +54,8 @@ impl HostKeyPin {
         }
     }
 
-    /// The algorithm to ask the server for first: it may hold several keys, and another one would look like a changed key.
+    /// The algorithm to ask the server for first: it may hold several keys, and another one would
+    /// look like a changed key.
     pub(super) fn algorithm(&self) -> Option<Algorithm> {
         self.key().map(|key| key.algorithm())
     }

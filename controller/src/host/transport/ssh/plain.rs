@@ -14,7 +14,8 @@ use crate::text::clean;
 
 /// What `dd` counts offsets in.
 pub(super) const UNIT: u64 = 64 << 10;
-/// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow line is not a dead one.
+/// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow
+/// line is not a dead one.
 const BLOCK: u64 = 4 << 20;
 /// For one block: 14 kB/s.
 const BLOCK_LIMIT: Duration = Duration::from_secs(300);
@@ -69,7 +70,8 @@ pub(super) async fn remove(handle: &Handle<Client>, path: &str) {
     let _ = exec(handle, &in_sh(&format!("rm -f {}", quote(path))), &[], SHORT).await;
 }
 
-/// The bytes from `offset`, at most `limit`; `None` if there is no such file. Links are not followed.
+/// The bytes from `offset`, at most `limit`; `None` if there is no such file. Links are not
+/// followed.
 pub(super) async fn read(
     handle: &Handle<Client>,
     path: &str,

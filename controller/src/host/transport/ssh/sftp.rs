@@ -106,7 +106,8 @@ impl Sftp {
         }
     }
 
-    /// Copies a plain file from `offset` into `out`; `None` if there is no such file. Links are not followed.
+    /// Copies a plain file from `offset` into `out`; `None` if there is no such file. Links are
+    /// not followed.
     pub(super) async fn download(
         &self,
         remote: &str,
@@ -143,7 +144,8 @@ impl Sftp {
             Err(_) => return Err(self.stalled(remote)),
         };
         let kind = attrs.permissions.unwrap_or(0) & TYPE_MASK;
-        // A server that tells no type at all is taken at its word; a named pipe would never end, a link may lead anywhere.
+        // A server that tells no type at all is taken at its word; a named pipe would never end, a
+        // link may lead anywhere.
         if kind != 0 && kind != PLAIN_FILE {
             return Err(TransportError::new(Kind::Remote, format!("{remote}: not a plain file")));
         }
@@ -180,7 +182,8 @@ impl Sftp {
         }
     }
 
-    /// The bytes `from..to`, asked for again where the server answers with fewer; `false` with those before its end.
+    /// The bytes `from..to`, asked for again where the server answers with fewer; `false` with
+    /// those before its end.
     async fn chunk(&self, handle: &str, from: u64, to: u64) -> Result<(Vec<u8>, bool), SftpError> {
         let mut bytes = Vec::new();
         while from + (bytes.len() as u64) < to {

@@ -1,8 +1,9 @@
-//! Large files to the host: several channels at once, each writing blocks of one file at their own offsets.
+//! Large files to the host: several channels at once, each writing blocks of one file at their own
+//! offsets.
 //!
-//! A server gives each channel a window of 2 MiB per round trip, so that one channel is slow on a long line however wide it
-//! is; channels of one connection add up. Blocks go through SFTP, or through `dd` where the server
-//! has none.
+//! A server gives each channel a window of 2 MiB per round trip, so that one channel is slow on a
+//! long line however wide it is; channels of one connection add up. Blocks go through SFTP, or
+//! through `dd` where the server has none.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +18,8 @@ use super::sftp::{Sftp, Writer};
 use super::source::UploadSource;
 use crate::host::transport::TransportError;
 
-/// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection; two are left for commands.
+/// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection;
+/// two are left for commands.
 pub(super) const LANES: usize = 8;
 /// What a lane takes at a time: as much as a channel's window holds.
 pub(super) const BLOCK: u64 = 31 * plain::UNIT;
@@ -40,7 +42,8 @@ impl Upload<'_> {
     pub(super) async fn run(&self, sftp: Option<Arc<Sftp>>) -> Result<(), TransportError> {
         let all = async {
             match sftp {
-                // Lanes beside the first need not come to be: servers limit the channels of a connection.
+                // Lanes beside the first need not come to be: servers limit the channels of a
+                // connection.
                 Some(first) => {
                     let more = (1..self.lanes()).map(|_| self.extra_sftp());
                     try_join(self.first_sftp(first), try_join_all(more)).await.map(drop)
@@ -64,7 +67,8 @@ impl Upload<'_> {
         self.fill(sftp.writer(self.remote, true, &self.clock).await?).await
     }
 
-    /// The first lane has made the file long before this one is open. Making it here, when all is over, would bring it back.
+    /// The first lane has made the file long before this one is open. Making it here, when all is
+    /// over, would bring it back.
     async fn extra_sftp(&self) -> Result<(), TransportError> {
         let Ok(Some(sftp)) = Sftp::open(self.handle, self.clock.patience()).await else { return Ok(()) };
         match Arc::new(sftp).writer(self.remote, false, &self.clock).await {
@@ -89,8 +93,8 @@ impl Upload<'_> {
         }
     }
 
-    /// Waits while more is under way than the line has shown to carry. A narrow line would be full for
-    /// minutes, and commands would wait behind it.
+    /// Waits while more is under way than the line has shown to carry. A narrow line would be full
+    /// for minutes, and commands would wait behind it.
     async fn keep_pace(&self, file: &mut Writer<'_>) -> Result<(), TransportError> {
         loop {
             let acknowledged = self.clock.acknowledged();
@@ -120,8 +124,9 @@ impl Upload<'_> {
         Ok(())
     }
 
-    /// A lane of commands, which the server may refuse: one channel is enough. Nor does a full disk end the others in the
-    /// middle of a command, which would go on there alone and make again what is removed here.
+    /// A lane of commands, which the server may refuse: one channel is enough. Nor does a full
+    /// disk end the others in the middle of a command, which would go on there alone and make
+    /// again what is removed here.
     async fn extra_commands(&self) -> Result<(), TransportError> {
         match self.through_commands().await {
             Err(e) if !e.kind.is_transient() => Ok(()),

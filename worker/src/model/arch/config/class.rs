@@ -1,4 +1,5 @@
-//! The configuration classes of transformers, as data: what an absent key means, which keys may be null, which names are one setting.
+//! The configuration classes of transformers, as data: what an absent key means, which keys may be
+//! null, which names are one setting.
 //!
 //! `tests/oracle.py classes` makes the data from transformers itself, and says when the two differ.
 

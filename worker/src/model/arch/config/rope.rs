@@ -31,7 +31,8 @@ const KNOWN: [&str; 16] = [
 /// Share of a head that rotates.
 const PARTIAL: &str = "partial_rotary_factor";
 
-/// The object that describes the rotation: `rope_scaling`, transformers 5's `rope_parameters`, or the class's own.
+/// The object that describes the rotation: `rope_scaling`, transformers 5's `rope_parameters`, or
+/// the class's own.
 pub(in crate::model::arch) struct RopeSettings<'a> {
     key: &'static str,
     values: Cow<'a, Map<String, Value>>,
@@ -129,7 +130,8 @@ impl<'a> Config<'a> {
         Ok(RopeSpec { theta, dims: head_dim, pairing: Pairing::Halves, scaling })
     }
 
-    /// The settings of the rotation. `rope_scaling` counts before `rope_parameters` unless it is empty.
+    /// The settings of the rotation. `rope_scaling` counts before `rope_parameters` unless it is
+    /// empty.
     pub(in crate::model::arch) fn rope_settings(&self) -> Result<RopeSettings<'a>> {
         let object = |key: &'static str| match self.raw(key) {
             None | Some(Value::Null) => Ok(None),
@@ -201,7 +203,8 @@ impl<'a> Config<'a> {
             Some(Value::Null) => self.count("max_position_embeddings")? as f64 / original_positions,
             _ => settings.number("factor")?,
         };
-        // Of the paper's section 3.4; DeepSeek's two keys divide it out again, for its softmax has it.
+        // Of the paper's section 3.4; DeepSeek's two keys divide it out again, for its softmax has
+        // it.
         let by_paper = match (settings.nonzero("mscale")?, settings.nonzero("mscale_all_dim")?) {
             (Some(own), Some(all)) => yarn_magnitude(factor, own) / yarn_magnitude(factor, all),
             _ => yarn_magnitude(factor, 1.0),
@@ -249,7 +252,8 @@ impl<'a> Config<'a> {
         Ok(part)
     }
 
-    /// Positions of the pre-training: of the configuration, of the rotation's settings, else all positions.
+    /// Positions of the pre-training: of the configuration, of the rotation's settings, else all
+    /// positions.
     fn original_positions(&self, settings: &RopeSettings<'_>) -> Result<f64> {
         const KEY: &str = "original_max_position_embeddings";
         match self.raw(KEY) {
