@@ -1,5 +1,6 @@
 //! One file per command: each takes what was decided and says how the program ends.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,16 +9,16 @@ use outliers_protocol::PlanFigures;
 
 use crate::cli::settings::{CloudSettings, DefaultBroker, Environment, Settings, known_brokers};
 use crate::cli::{AnalyzeArgs, Cli, Command};
-use crate::cloud::broker::Access;
 use crate::cloud::broker::local::{self, LocalBroker};
 use crate::cloud::broker::slurm::{self, Slurm};
+use crate::cloud::broker::{Access, Offer};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
 use crate::cloud::http::{Explain, Http, Limits};
 use crate::host;
 use crate::host::transport::program::OpenSsh;
 use crate::run::deploy::{Ports, SshHosts};
-use crate::run::ledger::Ledger;
+use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::local_worker::LocalWorker;
 use crate::secret::Secret;
 use crate::ui::report::{CliError, ExitStatus, Reporter};
@@ -219,15 +220,60 @@ impl Context {
         Ok(clouds?.into())
     }
 
-    /// Every cloud that can be asked: this machine, those whose key is set, and the cluster of the
-    /// settings.
+    /// Clouds by their names, else every one that can be asked, since a forgotten instance may be on
+    /// any of them: this machine, those whose key is set, and the clusters that the settings or the
+    /// ledger's open runs name.
     ///
     /// # Errors
-    /// A cloud's settings make no sense.
-    pub fn all_clouds(&self) -> Result<Clouds, CliError> {
-        let cluster = self.settings.slurm.as_ref().map(|_| slurm::NAME);
-        let names = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name)).chain(cluster);
-        let clouds: Result<Vec<Cloud>, CliError> = names.map(|name| self.cloud(name)).collect();
+    /// There is none of that name, its key is not set, or its settings make no sense.
+    pub fn clouds_to_list(&self, ledger: Option<&Ledger>, names: &[String]) -> Result<Clouds, CliError> {
+        let is_named = |name: &str| names.is_empty() || names.iter().any(|named| named == name);
+        let clusters = if is_named(slurm::NAME) { self.clusters(ledger)? } else { Vec::new() };
+        let all = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name));
+        let names: Vec<String> = if names.is_empty() { all.map(str::to_owned).collect() } else { names.to_vec() };
+        let others = names.iter().filter(|name| *name != slurm::NAME || clusters.is_empty());
+        let mut clouds = others.map(|name| self.cloud(name)).collect::<Result<Vec<Cloud>, CliError>>()?;
+        clouds.extend(clusters);
+        Ok(clouds.into())
+    }
+
+    /// The cluster of the settings, and those on which open runs of the ledger have jobs, by name.
+    ///
+    /// # Errors
+    /// One cannot be spoken to, or a run does not tell its own.
+    pub fn clusters(&self, ledger: Option<&Ledger>) -> Result<Vec<Cloud>, CliError> {
+        let mut hosts: BTreeSet<String> = self.settings.slurm.iter().map(|site| site.host.clone()).collect();
+        let runs = ledger.map_or_else(|| Ok(Vec::new()), Ledger::runs)?;
+        for run in &runs {
+            let Some(offer) = run.state.offer().filter(|offer| offer.broker == slurm::NAME) else { continue };
+            if let Some(host) = slurm::login_node(offer) {
+                hosts.insert(host);
+            } else if self.settings.slurm.is_none() {
+                let message = format!("run {} has a job on a cluster, and its login node is not recorded", run.id);
+                return Err(CliError::refused(message, "name it with --host"));
+            }
+        }
+        hosts.iter().map(|host| self.cluster(host)).collect()
+    }
+
+    /// The cloud of an offer: where its instance is, if it has one.
+    ///
+    /// # Errors
+    /// As [`Self::cloud`].
+    pub fn cloud_of(&self, offer: &Offer) -> Result<Cloud, CliError> {
+        slurm::login_node(offer).map_or_else(|| self.cloud(&offer.broker), |host| self.cluster(&host))
+    }
+
+    /// The clouds of a run: that of its instance, and those on which it may rent another.
+    ///
+    /// # Errors
+    /// As [`Self::cloud`].
+    pub fn clouds_of(&self, run: &RunRecord) -> Result<Clouds, CliError> {
+        let cloud = |name: &String| match run.state.offer().filter(|offer| offer.broker == *name) {
+            Some(offer) => self.cloud_of(offer),
+            None => self.cloud(name),
+        };
+        let clouds: Result<Vec<Cloud>, CliError> = run.spec.broker_names().iter().map(cloud).collect();
         Ok(clouds?.into())
     }
 
@@ -245,7 +291,11 @@ impl Context {
             return Ok(Cloud { broker: Arc::new(broker), timeouts: Timeouts::LOCAL, is_local: true });
         }
         if name == slurm::NAME {
-            return self.cluster();
+            let Some(site) = &self.settings.slurm else {
+                let hint = "say --host me@login.cluster.edu, or set `host` in [brokers.slurm] of the settings";
+                return Err(CliError::refused("slurm needs a login node", hint));
+            };
+            return self.cluster(&site.host);
         }
         let Some(cloud) = self.settings.clouds.iter().find(|cloud| cloud.kind.name == name) else {
             let hint = format!("built in: {}", known_brokers());
@@ -267,17 +317,16 @@ impl Context {
         Ok(Cloud { broker, timeouts: Timeouts { listing_interval, ..Timeouts::CLOUD }, is_local: false })
     }
 
-    fn cluster(&self) -> Result<Cloud, CliError> {
-        let Some(site) = &self.settings.slurm else {
-            let hint = "say --host me@login.cluster.edu, or set `host` in [brokers.slurm] of the settings";
-            return Err(CliError::refused("slurm needs a login node", hint));
-        };
-        let ssh = OpenSsh::new(&site.host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
+    /// The cluster behind this login node.
+    fn cluster(&self, host: &str) -> Result<Cloud, CliError> {
+        let site = &self.settings.any_cluster;
+        let ssh = OpenSsh::new(host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
         let ssh = ssh.map_err(|error| CliError::refused(error.message, "name a host, or another state folder"))?;
         // A job is listed from the moment it exists.
         let timeouts =
             Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
-        let site = slurm::Site { token: self.settings.hf_token.clone(), ..site.clone() };
+        let token = self.settings.hf_token.clone();
+        let site = slurm::Site { host: host.to_owned(), token, ..site.clone() };
         let broker = Arc::new(Slurm::new(site, ssh, host::PROBE, self.explain()));
         Ok(Cloud { broker, timeouts, is_local: false })
     }

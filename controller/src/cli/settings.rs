@@ -136,8 +136,10 @@ pub struct Settings {
     pub broker: DefaultBroker,
     /// Every cloud that is built in and not switched off, with its key where one is set.
     pub clouds: Vec<CloudSettings>,
-    /// The cluster behind a login node, where there is one.
+    /// The cluster behind a login node, where one is named.
     pub slurm: Option<slurm::Site>,
+    /// The same for any cluster: its host is empty where none is named.
+    pub any_cluster: slurm::Site,
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
     /// What the guard on an instance waits for before that.
@@ -408,7 +410,7 @@ impl Settings {
     fn of(user: SettingsFile, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let file = user.merge(parse(DEFAULTS, Path::new("config/outliers.toml"))?);
         let clouds = clouds(&file.brokers.clouds, environment)?;
-        let slurm = file.brokers.slurm.map(|section| section.site(here, environment.get(variables::HF_ENDPOINT)));
+        let slurm = file.brokers.slurm.unwrap_or_default();
         let broker = match file.broker.as_deref() {
             None | Some("auto") if clouds.iter().any(|cloud| cloud.key.is_some()) => DefaultBroker::Clouds,
             None | Some("auto") => DefaultBroker::Local,
@@ -429,7 +431,8 @@ impl Settings {
             },
             broker,
             clouds,
-            slurm,
+            slurm: None,
+            any_cluster: slurm.site(here, environment.get(variables::HF_ENDPOINT)),
             max_duration: run.max_duration.ok_or_else(|| built_in("run.max-duration"))?.0,
             watch: GuardTimeouts { lease_s: lease.0.as_secs(), unclaimed_s: unclaimed.0.as_secs() },
             spare_disk: size(run.spare_disk, "run.spare-disk")?,
@@ -449,9 +452,8 @@ impl Settings {
     /// With what was typed about the cluster; without one where no host is named.
     #[must_use]
     pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
-        let hub = self.hf_endpoint.as_deref();
-        let bare = || typed.host.as_ref().map(|_| SlurmSection::default().site(&self.state, hub));
-        let slurm = self.slurm.or_else(bare).map(|site| slurm::Site {
+        let site = self.any_cluster;
+        let any_cluster = slurm::Site {
             host: typed.host.clone().unwrap_or(site.host),
             partition: typed.partition.clone().or(site.partition),
             account: typed.account.clone().or(site.account),
@@ -459,9 +461,9 @@ impl Settings {
             constraint: typed.constraint.clone().or(site.constraint),
             stage_partition: typed.stage_partition.clone().or(site.stage_partition),
             ..site
-        });
-        let slurm = slurm.filter(|site| !site.host.is_empty());
-        Self { slurm, ..self }
+        };
+        let slurm = (!any_cluster.host.is_empty()).then(|| any_cluster.clone());
+        Self { slurm, any_cluster, ..self }
     }
 
     /// What each worker is given where `workers` of them fetch from the hub at the same time.

@@ -68,6 +68,11 @@ pub trait Broker: Send + Sync {
     /// that is gone already is a success.
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
 
+    /// Whether an offer is this cloud's: then only this cloud's list can show its instance.
+    fn made(&self, offer: &Offer) -> bool {
+        offer.broker == self.name()
+    }
+
     /// Seconds by which the cloud's clock is ahead of this machine's, by its latest answer;
     /// `None`: it is the same clock, or no answer told.
     fn clock_skew(&self) -> Option<i64> {

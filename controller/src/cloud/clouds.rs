@@ -202,6 +202,11 @@ impl Clouds {
         self.0.iter().find(|cloud| cloud.name() == name)
     }
 
+    /// The one whose offer this is.
+    pub fn of(&self, offer: &Offer) -> Option<&Cloud> {
+        self.0.iter().find(|cloud| cloud.broker.made(offer))
+    }
+
     /// Their names, as a run keeps them.
     pub fn names(&self) -> String {
         self.0.iter().map(Cloud::name).collect::<Vec<_>>().join(BETWEEN_BROKERS)

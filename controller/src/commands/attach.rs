@@ -40,7 +40,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
             format!("`outliers runs logs {0}` shows what its worker says, `outliers runs cancel {0}` ends it", run.id),
         ));
     };
-    let (clouds, worker) = (context.clouds(&run.spec.broker_names())?, context.worker().await?);
+    let (clouds, worker) = (context.clouds_of(run)?, context.worker().await?);
     let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
     // The others of its survey may run beside it.
     let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };

@@ -40,11 +40,12 @@ struct InstanceRow<'a> {
 
 /// Runs an `instances` subcommand.
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, CliError> {
+    let home = context.home();
     match command {
-        InstancesCommand::List { only } => list(context, &context.home(), &clouds(context, &only)?).await,
-        InstancesCommand::Show { id, only } => show(context, &context.home(), &clouds(context, &only)?, &id).await,
+        InstancesCommand::List { only } => list(context, &home, &clouds(context, &home, &only)?).await,
+        InstancesCommand::Show { id, only } => show(context, &home, &clouds(context, &home, &only)?, &id).await,
         InstancesCommand::Ssh { id, run, only } => {
-            let clouds = clouds(context, &only)?;
+            let clouds = clouds(context, &home, &only)?;
             let (cloud, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
             let words = match cloud.broker.way(&instance.id) {
                 Some(way) => way.shell,
@@ -52,13 +53,13 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
             };
             shell(context, &words, run)
         }
-        InstancesCommand::Terminate(args) => terminate::command(context, &args).await,
+        InstancesCommand::Terminate(args) => terminate::command(context, &home, &args).await,
     }
 }
 
-/// Those that were named, else all that can be asked: a forgotten instance may be on any of them.
-pub(super) fn clouds(context: &Context, only: &Only) -> Result<Clouds, CliError> {
-    if only.broker.is_empty() { context.all_clouds() } else { context.clouds(&only.broker) }
+/// Those that were named, else all that can be asked.
+pub(super) fn clouds(context: &Context, home: &Home, only: &Only) -> Result<Clouds, CliError> {
+    context.clouds_to_list(home.ledger.as_ref(), &only.broker)
 }
 
 async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, CliError> {

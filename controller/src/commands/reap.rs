@@ -84,7 +84,7 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
         return Err(CliError::refused("whose instances are meant is not known: there is no ledger here", hint));
     }
     let owner = owner.filter(|_| !args.all_owners);
-    let clouds = super::instances::clouds(context, &args.only)?;
+    let clouds = super::instances::clouds(context, &home, &args.only)?;
     let looks = clouds.iter().map(async |cloud| (cloud, look(home.ledger.as_ref(), cloud).await));
     let (mut all, mut troubles) = (Vec::new(), Vec::new());
     for (cloud, looked) in context.reporter.waiting(LISTS, join_all(looks)).await {

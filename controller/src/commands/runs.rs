@@ -103,9 +103,8 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
 
 /// The same with whatever its cloud needs.
 async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRecord, CliError> {
-    let broker = run.state().offer().map(|offer| offer.broker.clone());
-    let clouds: Clouds =
-        broker.map(|broker| context.cloud(&broker)).transpose()?.into_iter().collect::<Vec<_>>().into();
+    let cloud = run.state().offer().map(|offer| context.cloud_of(offer)).transpose()?;
+    let clouds: Clouds = cloud.into_iter().collect::<Vec<_>>().into();
     // A run that is told to stop from the start pushes nothing.
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
     Ok(end(context, ports(&clouds, &bad_hosts, &hosts, &[]), run, how).await?)

@@ -1,5 +1,6 @@
 //! `status`: what runs, what is finished, what it costs.
 
+use futures::future::join_all;
 use serde::Serialize;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -18,41 +19,67 @@ pub(super) struct StatusReport<'a> {
     pub(super) status: &'a Status,
 }
 
+/// The clusters that have jobs of the ledger's runs, or why they cannot be asked.
+type Clusters = Result<Vec<Cloud>, CliError>;
+
+/// What the ledger and the files say, and what could not be asked of clusters.
+struct Looked {
+    status: Status,
+    /// Of clusters that do not answer.
+    silent: Vec<CliError>,
+}
+
 /// Runs `status`.
 pub(super) async fn command(context: &Context, watch: bool) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
-    // One that cannot be spoken to is for `doctor` to tell.
-    let cluster = context.settings.slurm.as_ref().and_then(|_| context.cloud(slurm::NAME).ok());
-    let status = look(context, &ledger, cluster.as_ref()).await?;
+    let clusters = context.clusters(Some(&ledger));
+    let Looked { status, mut silent } = look(context, &ledger, &clusters).await?;
     context.reporter.unreadable(&status.unreadable);
     if watch {
-        return self::watch(context, &ledger, cluster.as_ref(), status).await;
+        warn(context, &silent);
+        return self::watch(context, &ledger, &clusters, status).await;
     }
     let document = StatusReport { schema: SCHEMA, status: &status };
     context.reporter.result(&document, || tables::status(&status));
-    Ok(ExitStatus::Done)
+    let Some(last) = silent.pop() else { return Ok(ExitStatus::Done) };
+    warn(context, &silent);
+    Err(last)
 }
 
-/// Why runs on the cluster wait is asked there, if there are any.
-async fn look(context: &Context, ledger: &Ledger, cluster: Option<&Cloud>) -> Result<Status, CliError> {
+fn warn(context: &Context, silent: &[CliError]) {
+    silent.iter().for_each(|cli_error| context.reporter.warn(&cli_error.message));
+}
+
+/// Why runs on clusters wait is asked there, if there are any.
+async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result<Looked, CliError> {
     let mut status = Status::look(ledger, &context.settings.results, now_ms())?;
-    if let Some(cluster) = cluster.filter(|cluster| status.uses(cluster.name())) {
-        let listed = cluster.call(cluster.broker.list());
-        match context.reporter.waiting("the cluster's queue", listed).await {
-            Ok(listed) => status.note_queue(&listed),
-            Err(error) => context.reporter.warn(&format!("whether runs wait in the queue is not known: {error}")),
+    let mut silent = Vec::new();
+    let asked: &[Cloud] = match clusters {
+        _ if !status.uses(slurm::NAME) => &[],
+        Ok(clusters) => clusters,
+        Err(CliError { status, message, hint }) => {
+            silent.push(CliError { status: *status, message: message.clone(), hint: hint.clone() });
+            &[]
+        }
+    };
+    let lists = join_all(asked.iter().map(|cluster| cluster.call(cluster.broker.list())));
+    let mut listed = Vec::new();
+    for answer in context.reporter.waiting("the clusters' queues", lists).await {
+        match answer {
+            Ok(found) => listed.extend(found),
+            Err(error) => silent.push(CliError {
+                status: ExitStatus::Cloud,
+                message: format!("whether runs wait in the queue is not known: {error}"),
+                hint: Some("outliers doctor".to_owned()),
+            }),
         }
     }
-    Ok(status)
+    status.note_queue(&listed);
+    Ok(Looked { status, silent })
 }
 
 /// One picture after the other until nothing runs any more, or Ctrl-C.
-async fn watch(
-    context: &Context,
-    ledger: &Ledger,
-    cluster: Option<&Cloud>,
-    first: Status,
-) -> Result<ExitStatus, CliError> {
+async fn watch(context: &Context, ledger: &Ledger, clusters: &Clusters, first: Status) -> Result<ExitStatus, CliError> {
     let deaf = |error: std::io::Error| CliError::failed(format!("signals cannot be heard: {error}"));
     let mut interrupted = signal(SignalKind::interrupt()).map_err(deaf)?;
     let (screen, mut status) = (context.reporter.screen(), first);
@@ -65,6 +92,8 @@ async fn watch(
             _ = interrupted.recv() => return Ok(ExitStatus::Done),
             () = tokio::time::sleep(screen.pause()) => {}
         }
-        status = look(context, ledger, cluster).await?;
+        let looked = look(context, ledger, clusters).await?;
+        warn(context, &looked.silent);
+        status = looked.status;
     }
 }

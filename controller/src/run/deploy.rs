@@ -430,8 +430,9 @@ impl<'a> Driver<'a> {
 
     /// The cloud on which this run's instance is, or may be.
     fn cloud(&self) -> Result<&'a Cloud, StepError> {
-        let broker = self.run.state().offer().map(|offer| offer.broker.as_str()).unwrap_or_default();
-        self.ports.clouds.get(broker).ok_or_else(|| {
+        let offer = self.run.state().offer();
+        offer.and_then(|offer| self.ports.clouds.of(offer)).ok_or_else(|| {
+            let broker = offer.map(|offer| offer.broker.as_str()).unwrap_or_default();
             let message = format!("its instance is on {broker}, which is not among the clouds that can be asked");
             StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message })
         })

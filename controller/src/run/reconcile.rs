@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::Serialize;
 
-use crate::cloud::broker::{Instance, InstanceId, InstanceState, LeaseTag};
+use crate::cloud::broker::{Instance, InstanceId, InstanceState, LeaseTag, Offer};
 use crate::run::RunState;
 use crate::run::ledger::{Ledger, LedgerError, Records};
 
@@ -107,6 +107,9 @@ pub enum Leave {
     Unreadable,
 }
 
+/// Whether an offer is of the cloud whose list is compared.
+pub type IsHere<'a> = dyn Fn(&Offer) -> bool + 'a;
+
 /// A run as far as this comparison goes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunLease {
@@ -120,15 +123,13 @@ pub struct RunLease {
 
 impl RunLease {
     /// Whether its instance is, or may be, on this cloud.
-    pub fn is_on(&self, broker: &str) -> bool {
-        self.state.as_ref().and_then(RunState::offer).is_some_and(|offer| offer.broker == broker)
+    pub fn is_on(&self, is_here: &IsHere<'_>) -> bool {
+        self.state.as_ref().and_then(RunState::offer).is_some_and(is_here)
     }
-}
 
-impl RunLease {
     /// The same as far as anybody knows: of an unreadable record nothing is known.
-    pub fn may_be_on(&self, broker: &str) -> bool {
-        self.state.is_none() || self.is_on(broker)
+    pub fn may_be_on(&self, is_here: &IsHere<'_>) -> bool {
+        self.state.is_none() || self.is_on(is_here)
     }
 }
 
@@ -148,13 +149,13 @@ pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
     all.map(of).collect()
 }
 
-/// Compares what the ledger knows with one complete listing of one broker.
+/// Compares what the ledger knows with one complete listing of one cloud.
 ///
 /// `missing` counts, for each run, the complete listings in a row that did not show its instance,
 /// this one included; `enough` of them make it gone. `now`: Unix seconds.
 pub fn compare(
     owner: &str,
-    broker: &str,
+    is_here: &IsHere<'_>,
     now: u64,
     leases: &[RunLease],
     listed: &[Instance],
@@ -169,7 +170,7 @@ pub fn compare(
     let of_instances = listed.iter().map(|instance| judge(owner, now, &by_run, instance));
     let of_runs = leases
         .iter()
-        .filter(|lease| lease.is_on(broker))
+        .filter(|lease| lease.is_on(is_here))
         .filter_map(|lease| judge_run(lease, now, &shown, missing, enough));
     let mut actions: Vec<Action> = of_instances.chain(of_runs).collect();
     // A run that is finished as a whole needs no word about its instance.
@@ -271,16 +272,28 @@ fn judge_run(
     (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
 }
 
+/// The names of instances that the ledger knows to be on other clouds. One cluster may be reached
+/// by several names: its list is read once for each, and shows each instance once.
+pub fn elsewhere(leases: &[RunLease], is_here: &IsHere<'_>) -> HashSet<String> {
+    let others = leases.iter().filter(|lease| !lease.is_on(is_here));
+    others.filter_map(|lease| Some(lease.state.as_ref()?.tag()?.to_string())).collect()
+}
+
 /// The instances of abandoned runs on this cloud.
-pub fn abandoned_on<'a>(leases: &'a [RunLease], broker: &'a str) -> impl Iterator<Item = &'a InstanceId> {
-    let abandoned = leases.iter().filter(move |lease| lease.is_on(broker) && !lease.driven);
+pub fn abandoned_on<'a>(leases: &'a [RunLease], is_here: &'a IsHere<'_>) -> impl Iterator<Item = &'a InstanceId> {
+    let abandoned = leases.iter().filter(move |lease| lease.is_on(is_here) && !lease.driven);
     abandoned.filter_map(|lease| Some(&lease.state.as_ref()?.rental()?.instance))
 }
 
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
-pub fn count_missing(leases: &[RunLease], broker: &str, listed: &[Instance], missing: &mut BTreeMap<String, u32>) {
+pub fn count_missing(
+    leases: &[RunLease],
+    is_here: &IsHere<'_>,
+    listed: &[Instance],
+    missing: &mut BTreeMap<String, u32>,
+) {
     let shown = ListedInstances::of(listed);
-    for lease in leases.iter().filter(|lease| lease.is_on(broker) && !lease.driven) {
+    for lease in leases.iter().filter(|lease| lease.is_on(is_here) && !lease.driven) {
         let Some(rental) = lease.state.as_ref().and_then(RunState::rental) else { continue };
         if shown.ids.contains(&rental.instance) {
             missing.remove(&lease.run);
@@ -330,8 +343,12 @@ pub(crate) mod tests {
         }
     }
 
+    fn is_fake(offer: &Offer) -> bool {
+        offer.broker == "fake"
+    }
+
     fn actions(leases: &[RunLease], listed: &[Instance]) -> Vec<Action> {
-        compare("me", "fake", NOW, leases, listed, &BTreeMap::new(), 3)
+        compare("me", &is_fake, NOW, leases, listed, &BTreeMap::new(), 3)
     }
 
     #[test]
@@ -402,7 +419,7 @@ pub(crate) mod tests {
         let adopt = Action::Adopt { run: "r".into(), instance: InstanceId("new".into()) };
         assert_eq!(actions(&leases, &[instance("new", tag("r", "n", NOW + 9))]), [adopt]);
         let missing = BTreeMap::from([("r".to_owned(), 99)]);
-        assert!(compare("me", "fake", NOW, &leases, &[], &missing, 3).is_empty(), "absence settles nothing here");
+        assert!(compare("me", &is_fake, NOW, &leases, &[], &missing, 3).is_empty(), "absence settles nothing here");
     }
 
     #[test]
@@ -410,12 +427,13 @@ pub(crate) mod tests {
         let leases = [lease("r", launched("r", NOW + 9))];
         let mut missing = BTreeMap::new();
         for expected in [0, 0, 1] {
-            count_missing(&leases, "fake", &[], &mut missing);
-            assert_eq!(compare("me", "fake", NOW, &leases, &[], &missing, 3).len(), expected);
+            count_missing(&leases, &is_fake, &[], &mut missing);
+            assert_eq!(compare("me", &is_fake, NOW, &leases, &[], &missing, 3).len(), expected);
         }
-        count_missing(&leases, "fake", &[instance("i-r", tag("r", "n", NOW + 9))], &mut missing);
+        count_missing(&leases, &is_fake, &[instance("i-r", tag("r", "n", NOW + 9))], &mut missing);
         assert!(missing.is_empty(), "one sight starts the count again");
-        assert!(compare("me", "other", NOW, &leases, &[], &BTreeMap::from([("r".into(), 9)]), 3).is_empty());
+        let is_other = |offer: &Offer| offer.broker == "other";
+        assert!(compare("me", &is_other, NOW, &leases, &[], &BTreeMap::from([("r".into(), 9)]), 3).is_empty());
     }
 
     #[test]

@@ -97,6 +97,9 @@ pub struct Slurm {
 /// What [`Broker::create`] has to say to get an offer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Sku {
+    /// The cluster's login node. Empty: the offer was recorded by an earlier version.
+    #[serde(default)]
+    host: String,
     partition: String,
     gpus: u32,
     /// As `--gres` names it.
@@ -204,6 +207,13 @@ impl Slurm {
              rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0"
         )
     }
+}
+
+/// The login node of the cluster that an offer is of, where its record tells.
+pub fn login_node(offer: &Offer) -> Option<String> {
+    let key = Some(&offer.key).filter(|_| offer.broker == NAME)?;
+    let sku: Sku = serde_json::from_str(key).ok()?;
+    Some(sku.host).filter(|host| !host.is_empty())
 }
 
 /// In words, the same for an offer and its instance.
@@ -325,6 +335,10 @@ impl Broker for Slurm {
         let ended = self.cluster.ask(&Self::removal(&root, &login.user, &tag), Kind::Unavailable).await;
         self.cluster.changed();
         ended.map(drop)
+    }
+
+    fn made(&self, offer: &Offer) -> bool {
+        offer.broker == NAME && login_node(offer).is_none_or(|host| host == self.site.host)
     }
 
     async fn has_checkpoint(&self, folder: &str) -> Result<Option<bool>, BrokerError> {

@@ -25,15 +25,15 @@ struct Chosen<'a> {
 }
 
 /// Ends the instances that are named, or all.
-pub(super) async fn command(context: &Context, args: &TerminateArgs) -> Result<ExitStatus, CliError> {
-    let (home, clouds) = (context.home(), clouds(context, &args.only)?);
-    let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, &home, &clouds, args)).await?;
+pub(super) async fn command(context: &Context, home: &Home, args: &TerminateArgs) -> Result<ExitStatus, CliError> {
+    let clouds = clouds(context, home, &args.only)?;
+    let (chosen, silent) = context.reporter.waiting(LISTS, choose(context, home, &clouds, args)).await?;
     let terminal = std::io::stdin().is_terminal();
-    consent(context, &home, &chosen, args, terminal, &mut std::io::stdin().lock())?;
+    consent(context, home, &chosen, args, terminal, &mut std::io::stdin().lock())?;
     let mut wrong = silent;
     let mut ended = Vec::new();
     for chosen in &chosen {
-        match end(context, &home, &clouds, chosen).await {
+        match end(context, home, chosen).await {
             Ok(()) => ended.push((chosen.cloud.name(), &chosen.id)),
             Err(cli_error) => wrong.push(cli_error),
         }
@@ -211,8 +211,8 @@ fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
 
 /// Through its run where it has one, so that the ledger knows; else, and where the ledger cannot
 /// be written, at the cloud.
-async fn end(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<(), CliError> {
-    match through_run(context, home, clouds, chosen).await {
+async fn end(context: &Context, home: &Home, chosen: &Chosen<'_>) -> Result<(), CliError> {
+    match through_run(context, home, chosen).await {
         Ok(true) => return Ok(()),
         Ok(false) => {}
         Err(Refused::Driven(cli_error)) => return Err(cli_error),
@@ -236,7 +236,7 @@ impl From<LedgerError> for Refused {
 }
 
 /// Whether it had an open run, which is over now.
-async fn through_run(context: &Context, home: &Home, clouds: &Clouds, chosen: &Chosen<'_>) -> Result<bool, Refused> {
+async fn through_run(context: &Context, home: &Home, chosen: &Chosen<'_>) -> Result<bool, Refused> {
     let Some((ledger, tag)) = home.ledger.as_ref().zip(chosen.shown.as_ref().and_then(Instance::tag)) else {
         return Ok(false);
     };
@@ -247,6 +247,7 @@ async fn through_run(context: &Context, home: &Home, clouds: &Clouds, chosen: &C
         return Err(Refused::Driven(CliError::refused(format!("a process drives run {} on it", run.id), hint)));
     };
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
-    let ended = runs::end(context, ports(clouds, &bad_hosts, &hosts, &[]), taken, Stop::SkipSync).await;
+    let clouds = Clouds::from(vec![chosen.cloud.clone()]);
+    let ended = runs::end(context, ports(&clouds, &bad_hosts, &hosts, &[]), taken, Stop::SkipSync).await;
     ended.map(|_| true).map_err(Refused::Stuck)
 }

@@ -138,7 +138,7 @@ async fn read_on(
     say: &Say<'_>,
 ) -> Result<(), CliError> {
     let rental = run.state.rental().ok_or_else(|| CliError::failed("the run has no instance"))?;
-    let cloud = context.cloud(&rental.offer.broker)?;
+    let cloud = context.cloud_of(&rental.offer)?;
     let found = cloud.call(cloud.broker.get(&rental.instance)).await?;
     let Some(InstanceState::Ready(endpoint)) = found.map(|instance| instance.state) else {
         return Err(CliError::failed(format!("instance {} cannot be spoken to", rental.instance)));

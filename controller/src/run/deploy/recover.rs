@@ -9,8 +9,8 @@ use tokio::time::Instant;
 
 use super::terminate::{Bill, Ender};
 use super::{DriveError, Driver, OnEvent, Ports, Stop};
-use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
-use crate::cloud::clouds::Cloud;
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, Offer};
+use crate::cloud::clouds::{Cloud, Clouds};
 use crate::run::ledger::{Ledger, RunWriter, now_ms};
 use crate::run::reconcile::{self, Action, Finish};
 use crate::run::{RunEvent, RunOutcome, RunState};
@@ -53,6 +53,9 @@ pub async fn carry_out(
     looked: &Looked,
     on: &OnEvent<'_>,
 ) -> Result<(), DriveError> {
+    // What is on this cloud is not looked for on another, and nothing is rented anew.
+    let alone = Clouds::from(vec![cloud.clone()]);
+    let ports = Ports { clouds: &alone, ..ports };
     let mut done = Ok(());
     for action in &looked.actions {
         let this = match action {
@@ -95,16 +98,18 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
         let actions = reconcile::by_tag(&listed);
         return Ok(Looked { listed, actions });
     };
-    let (broker, timeouts) = (cloud.name(), &cloud.timeouts);
+    let (is_here, timeouts) = (|offer: &Offer| cloud.broker.made(offer), &cloud.timeouts);
     let mut missing = BTreeMap::new();
     for again in (0..timeouts.absences).rev() {
         // In this order: a run's intent is in the ledger before its instance can be in a list.
         let before = reconcile::leases(ledger)?;
-        let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, broker).collect();
-        let open = before.iter().any(|lease| lease.may_be_on(broker));
-        let listed = cloud.list(&known).await.map_err(|error| unanswered(&error, open))?;
+        let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, &is_here).collect();
+        let open = before.iter().any(|lease| lease.may_be_on(&is_here));
+        let mut listed = cloud.list(&known).await.map_err(|error| unanswered(&error, open))?;
         let leases = reconcile::leases(ledger)?;
-        reconcile::count_missing(&leases, broker, &listed, &mut missing);
+        let elsewhere = reconcile::elsewhere(&leases, &is_here);
+        listed.retain(|instance| !elsewhere.contains(&instance.name));
+        reconcile::count_missing(&leases, &is_here, &listed, &mut missing);
         if again > 0 && !missing.is_empty() {
             tokio::time::sleep(timeouts.listing_interval).await;
             continue;
@@ -112,7 +117,7 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
         // Deadlines are by the cloud's clock, whatever ours says.
         let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
-        let actions = reconcile::compare(owner, broker, now, &leases, &listed, &missing, timeouts.absences);
+        let actions = reconcile::compare(owner, &is_here, now, &leases, &listed, &missing, timeouts.absences);
         return Ok(Looked { listed, actions });
     }
     Ok(Looked::default())
@@ -152,7 +157,7 @@ async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, 
 pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
     let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
     let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
-    if let Some(cloud) = ports.clouds.get(&rental.offer.broker) {
+    if let Some(cloud) = ports.clouds.of(&rental.offer) {
         end(cloud, on, &[Target { price: Some(rental.price), ..Target::of(&rental.instance) }]).await?;
     }
     Err(error.into())

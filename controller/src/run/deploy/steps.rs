@@ -119,7 +119,7 @@ impl Driver<'_> {
         let record = self.run.record();
         let time = record.spec.time_on(offer, record.spent_before()).as_secs();
         let from = self.run.now_ms() / 1000;
-        let cloud = self.ports.clouds.get(&offer.broker);
+        let cloud = self.ports.clouds.of(offer);
         // Its time begins when it has waited for its turn.
         let queue = cloud.map_or(0, |cloud| cloud.timeouts.queue.as_secs());
         cloud.map_or(from, |cloud| cloud.time(from)) + queue + time
@@ -758,12 +758,12 @@ impl Driver<'_> {
     /// Puts the guard in place, for which there must be time left.
     async fn guard(&self, rental: &Rental) -> Result<(), HostError> {
         let now = self.run.now_ms() / 1000;
-        let now = self.ports.clouds.get(&rental.offer.broker).map_or(now, |cloud| cloud.time(now));
+        let now = self.ports.clouds.of(&rental.offer).map_or(now, |cloud| cloud.time(now));
         let left = Duration::from_secs(rental.tag.deadline.saturating_sub(now));
         if left.is_zero() {
             return Ok(());
         }
-        let end_itself = self.ports.clouds.get(&rental.offer.broker).and_then(|cloud| cloud.broker.self_destruct());
+        let end_itself = self.ports.clouds.of(&rental.offer).and_then(|cloud| cloud.broker.self_destruct());
         let config = GuardConfig { watch: self.run.record().spec.watch, left, end_itself };
         self.host().guard(&self.run.record().id, &config).await
     }

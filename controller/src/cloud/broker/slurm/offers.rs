@@ -189,7 +189,8 @@ impl Found {
         disk: Option<Bytes>,
     ) {
         let partition = group.partition.clone();
-        let sku = Sku { partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
+        let host = site.host.clone();
+        let sku = Sku { host, partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
         let Ok(key) = serde_json::to_string(&sku) else { return };
         let offer = Offer::new(NAME, key, gpus, UsdPerHour::default());
         let offer = match &sku.gpu_type {

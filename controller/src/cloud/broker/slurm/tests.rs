@@ -276,7 +276,8 @@ fn lease(stage: Option<Stage>) -> Lease {
 }
 
 fn two_gpus() -> Sku {
-    Sku { partition: "gpu".into(), gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None }
+    let (host, partition) = ("c".into(), "gpu".into());
+    Sku { host, partition, gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None }
 }
 
 #[test]
