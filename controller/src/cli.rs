@@ -469,8 +469,8 @@ pub enum ResultsCommand {
 /// Where to look.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Only {
-    /// Only these brokers, separated by commas [default: this machine, and every cloud whose key
-    /// is set].
+    /// Only these brokers, separated by commas [default: this machine, every cloud whose key is
+    /// set, and the clusters that the settings or open runs name].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub broker: Vec<String>,
 }
@@ -550,6 +550,9 @@ pub struct TerminateArgs {
 /// `doctor`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DoctorArgs {
+    /// Where to look.
+    #[command(flatten)]
+    pub only: Only,
     /// First make a damaged ledger anew, of what is left of it, the results and the clouds' lists.
     /// The damaged file is kept.
     #[arg(long)]

@@ -445,7 +445,9 @@ fn doctor_reports_each_problem() {
     }
     clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(["doctor"]);
-    assert!(said.code == Some(1) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
+    assert!(said.code == Some(5) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
+    let said = place.context.run(["doctor", "--broker", "runpod"]).ok();
+    assert!(said.stdout.contains("runpod account") && !said.stdout.contains("lambda"), "{said:?}");
 }
 
 /// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and

@@ -64,9 +64,9 @@ impl Finding {
 
 /// Runs `doctor`.
 pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, CliError> {
-    let clouds = context.all_clouds()?;
     let mut checks = vec![keys(&context.settings.state), worker(context).await];
     if args.repair {
+        let clouds = context.clouds_to_list(None, &args.only.broker)?;
         checks.extend(repair(context, &clouds).await);
     }
     let ledger = context.ledger();
@@ -78,12 +78,22 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
         }
     });
     let ledger = ledger.as_ref().ok();
+    let clouds = context.clouds_to_list(ledger, &args.only.broker)?;
     let looks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
-    for found in context.reporter.waiting("the clouds' answers", join_all(looks)).await {
-        checks.extend(found);
-    }
-    checks.extend(join_all(context.settings.clouds.iter().map(reach)).await.into_iter().flatten());
-    let status = if checks.iter().any(|check| check.is == Health::Bad) { ExitStatus::Failed } else { ExitStatus::Done };
+    let looked = context.reporter.waiting("the clouds' answers", join_all(looks)).await;
+    let mut of_clouds: Vec<Finding> = looked.into_iter().flatten().collect();
+    let is_named = |cloud: &&CloudSettings| {
+        args.only.broker.is_empty() || args.only.broker.iter().any(|name| name == cloud.kind.name)
+    };
+    let reached = join_all(context.settings.clouds.iter().filter(is_named).map(reach)).await;
+    of_clouds.extend(reached.into_iter().flatten());
+    let is_bad = |found: &[Finding]| found.iter().any(|check| check.is == Health::Bad);
+    let status = match (is_bad(&of_clouds), is_bad(&checks)) {
+        (true, _) => ExitStatus::Cloud,
+        (false, true) => ExitStatus::Failed,
+        (false, false) => ExitStatus::Done,
+    };
+    checks.extend(of_clouds);
     let document = DoctorReport { schema: SCHEMA, checks };
     context.reporter.result(&document, || in_words(&document.checks));
     Ok(status)
