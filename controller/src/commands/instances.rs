@@ -47,9 +47,10 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
         InstancesCommand::Ssh { id, run, only } => {
             let clouds = clouds(context, &home, &only)?;
             let (cloud, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
+            let endpoint = endpoint(&instance)?;
             let words = match cloud.broker.way(&instance.id) {
                 Some(way) => way.shell,
-                None => ssh_words(&context.ledger()?, &instance)?,
+                None => ssh_words(&context.ledger()?, &instance, endpoint)?,
             };
             shell(context, &words, run)
         }
@@ -154,11 +155,20 @@ fn shell(context: &Context, words: &[String], run: bool) -> Result<ExitStatus, C
     Ok(ExitStatus::Done)
 }
 
+/// Where an instance answers; one that waits for its turn is nowhere yet.
+fn endpoint(instance: &Instance) -> Result<&SshEndpoint, CliError> {
+    let id = &instance.id;
+    Err(CliError::failed(match &instance.state {
+        InstanceState::Ready(endpoint) => return Ok(endpoint),
+        InstanceState::Queued(why) => format!("instance {id} has no node yet: {why}"),
+        InstanceState::Booting => format!("instance {id} has no address: it is still booting"),
+        InstanceState::Failed(why) => format!("instance {id} has no address: {why}"),
+        _ => format!("instance {id} has no address"),
+    }))
+}
+
 /// `ssh` with the run's key and the host key it showed first.
-fn ssh_words(ledger: &Ledger, instance: &Instance) -> Result<Vec<String>, CliError> {
-    let InstanceState::Ready(endpoint) = &instance.state else {
-        return Err(CliError::failed(format!("instance {} has no address", instance.id)));
-    };
+fn ssh_words(ledger: &Ledger, instance: &Instance, endpoint: &SshEndpoint) -> Result<Vec<String>, CliError> {
     let tag = instance.tag().filter(|tag| tag.owner == ledger.owner());
     let tag = tag.ok_or_else(|| CliError::failed(format!("instance {} is not of this ledger", instance.id)))?;
     let (record, folder) = (ledger.run(&tag.run)?, ledger.run_folder(&tag.run));
