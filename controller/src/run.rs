@@ -463,7 +463,7 @@ pub struct FailureDetail {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunFailureKind {
-    /// No offer passes the filters, or all were refused.
+    /// No offer passes the filters, all were refused, or no instance came up.
     NoOffer,
     /// The rest of the budget, or of the agreed amount, pays for no offer.
     Budget,
@@ -471,7 +471,7 @@ pub enum RunFailureKind {
     Broker,
     /// The instance is unreachable or misbehaved.
     Host,
-    /// Instances were rented and all were unfit.
+    /// Instances came up and none served.
     Unfit,
     /// Something on this machine.
     Local,

@@ -359,6 +359,23 @@ fn clock_hours_off_is_refused_and_seconds_off_is_corrected() {
     assert!((195.0..=205.0).contains(&after), "{after}");
 }
 
+#[test]
+fn deploy_on_a_sold_out_cloud_exits_as_without_an_offer() {
+    let clouds = [
+        FakeCloud::start(RunPod::default()),
+        FakeCloud::start(Vast),
+        FakeCloud::start(Lambda),
+        FakeCloud::start(Prime),
+    ];
+    for cloud in &clouds {
+        cloud.world().fail_always(Op::Create, How::Refuse(Refusal::NoCapacity));
+        let said = Place::new(&[cloud]).deploy();
+        assert_eq!(said.code, Some(3), "{said:?}");
+        assert!(said.stderr.contains("none could be had") && cloud.world().count(Op::Create) > 0, "{said:?}");
+        nothing_left(cloud);
+    }
+}
+
 /// Every cloud in one table; one that does not answer is left out, and said so.
 #[test]
 fn offers_queries_all_clouds_concurrently() {

@@ -127,6 +127,53 @@ fn sbatch_refusal_ends_the_run_with_its_message() {
     assert!(cluster.jobs() == 0 && !cluster.leases().exists(), "{said:?}");
 }
 
+/// Does something again and again until the program has ended; its exit code.
+fn until_it_ends(child: &mut std::process::Child, context: &TestContext, mut again: impl FnMut()) -> Option<i32> {
+    let begun = Instant::now();
+    loop {
+        again();
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
+        }
+        assert!(begun.elapsed() < TIMEOUT, "{}", context.stderr());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// No partition gave a job.
+fn none_was_had(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
+    assert_eq!(code, Some(3), "{}", context.stderr());
+    assert!(context.stderr().contains("2 of 2 offers were tried and none could be had"), "{}", context.stderr());
+    assert!(!cluster.leases().exists(), "{}", context.stderr());
+    context.assert_nothing_left();
+}
+
+#[test]
+fn partitions_that_all_refuse_exit_as_without_an_offer() {
+    let Some((cluster, context)) = office() else { return };
+    let mut child = context.start(deploy("llama-f32"));
+    let refuse = || cluster.goes_wrong("refuse", "Requested node configuration is not available").unwrap();
+    none_was_had(until_it_ends(&mut child, &context, refuse), &cluster, &context);
+    assert_eq!(cluster.jobs(), 0);
+}
+
+#[test]
+fn jobs_cancelled_while_they_wait_exit_as_without_an_offer() {
+    let Some((cluster, context)) = office() else { return };
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = context.start(deploy("llama-f32"));
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
+    let me = std::process::Command::new("id").arg("-un").output().unwrap().stdout;
+    let user = format!("--user={}", String::from_utf8(me).unwrap().trim());
+    let cancel = || {
+        for name in cluster.job_names().iter().filter(|name| !name.is_empty()) {
+            cluster.says("scancel", &[&user, &format!("--name={name}")]);
+        }
+    };
+    none_was_had(until_it_ends(&mut child, &context, cancel), &cluster, &context);
+    assert!(context.stderr().contains("CANCELLED"), "{}", context.stderr());
+}
+
 #[test]
 fn node_without_hub_access_is_reported_with_a_remedy() {
     let Some((cluster, context, _hub)) = office_cut_off() else { return };
@@ -177,7 +224,7 @@ fn staging_job_fetches_the_model_before_the_main_job() {
 fn failed_staging_ends_the_run_with_the_reason() {
     let Some((cluster, context, _hub)) = office_with_stage("cpu") else { return };
     let said = context.run(hub_deploy(&[]));
-    assert_eq!(said.code, Some(1), "{said:?}");
+    assert_eq!(said.code, Some(3), "{said:?}");
     let why = "the job that fetches the model failed: config.json could not be fetched";
     assert!(said.stderr.contains(why) && !cluster.leases().exists(), "{said:?}");
     context.assert_nothing_left();
@@ -344,6 +391,95 @@ fn attach_saves_results_after_a_killed_controller() {
     cluster.goes_well("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1);
+    context.assert_nothing_left();
+}
+
+/// Settings with all but the login node.
+fn leave_the_host_out(cluster: &Cluster, context: &TestContext) {
+    let settings = cluster.settings().replace("host = \"cluster\"\n", "");
+    assert_ne!(settings, cluster.settings());
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+}
+
+#[test]
+fn open_job_is_found_by_its_record_where_no_host_is_named() {
+    let Some((cluster, context)) = office() else { return };
+    let listed = killed_while_its_job_waits(&cluster, &context);
+    let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
+    leave_the_host_out(&cluster, &context);
+    for more in [&[][..], &["--broker", "slurm"]] {
+        let listed = context.json(&[&["instances", "list"][..], more].concat());
+        assert_eq!(listed["instances"][0]["id"], id.as_str(), "{listed}");
+        let doctor = context.run([&["doctor"][..], more].concat()).ok();
+        assert!(doctor.stdout.contains("slurm instances") && doctor.stdout.contains("1 left behind"), "{doctor:?}");
+    }
+    let standing = context.json(&["status"]);
+    assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
+    cluster.goes_well("hold");
+    is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn login_node_of_an_open_job_that_cannot_be_reached_is_told() {
+    let Some((cluster, context)) = office() else { return };
+    let _ = killed_while_its_job_waits(&cluster, &context);
+    leave_the_host_out(&cluster, &context);
+    let known_hosts = cluster.ssh_config().with_file_name("known_hosts");
+    let keys = std::fs::read(&known_hosts).unwrap();
+    cluster.forget_host_key().unwrap();
+    // Of a cloud with an open run `reap` says that an instance may still be running.
+    for (command, code) in
+        [(&["instances", "list"][..], 5), (&["status"], 5), (&["doctor"], 5), (&["reap", "--dry-run"], 6)]
+    {
+        let said = context.run(command);
+        assert_eq!(said.code, Some(code), "{command:?}: {said:?}");
+        let words = said.stdout.clone() + &said.stderr;
+        assert!(words.contains("slurm") && words.contains("cluster: "), "{command:?}: {said:?}");
+    }
+    std::fs::write(&known_hosts, keys).unwrap();
+    let _ = context.run(["runs", "cancel", "last"]).ok();
+    assert!(!cluster.leases().exists(), "it is ended by its record");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
+    let Some((cluster, context)) = office() else { return };
+    let Some(other) = Cluster::stand_in().unwrap() else { return };
+    let _ = killed_while_its_job_waits(&cluster, &context);
+    let config = |cluster: &Cluster| std::fs::read_to_string(cluster.ssh_config()).unwrap();
+    let both = config(&cluster) + &config(&other).replace("Host cluster", "Host other");
+    let path = context.work().join("ssh_config");
+    std::fs::write(&path, both).unwrap();
+    let settings = format!("[brokers.slurm]\nhost = \"other\"\nssh-config = {path:?}\nlisting-interval = \"1s\"\n");
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+    let _ = context.run(["reap"]).ok();
+    let runs = context.json(&["runs", "list"]);
+    assert_eq!(runs["runs"][0]["state"]["state"], "rented", "{runs}");
+    let listed = context.json(&["instances", "list"]);
+    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(1), "{listed}");
+    cluster.goes_well("hold");
+    is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
+    assert_eq!((cluster.jobs(), other.jobs()), (1, 0));
+    context.assert_nothing_left();
+}
+
+#[test]
+fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
+    let Some((cluster, context)) = office() else { return };
+    let listed = killed_while_its_job_waits(&cluster, &context);
+    let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
+    let said = context.run(["instances", "ssh", &id, "--broker", "slurm"]);
+    assert!(said.code == Some(1) && said.stdout.is_empty(), "{said:?}");
+    assert!(said.stderr.contains("has no node yet: job 1 in cpu: PENDING (Priority)"), "{said:?}");
+    cluster.goes_well("hold");
+    let state = || context.json(&["instances", "list", "--broker", "slurm"])["instances"][0]["state"].clone();
+    context.wait_for("the job to run", || state()["ready"].is_object());
+    let command = context.run(["instances", "ssh", &id, "--broker", "slurm"]).ok().stdout;
+    assert!(command.contains("srun '--jobid=1' --overlap --pty sh"), "{command}");
+    let _ = context.run(["instances", "terminate", &id, "--broker", "slurm", "-y"]).ok();
+    assert!(!cluster.leases().exists());
     context.assert_nothing_left();
 }
 

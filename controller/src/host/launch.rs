@@ -243,7 +243,44 @@ const fn same(a: &str, b: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+    use std::process::{Command, Output};
+
     use super::*;
+
+    /// A function of the scripts in a run's folder, of a job that is `open`, `ending` or `over`.
+    fn in_job(job: &str, folder: &Path, function: &str) -> Output {
+        let script = format!("{PROCESS}\n{function}");
+        Command::new("sh").args(["-c", &script]).env("outliers_job", job).current_dir(folder).output().unwrap()
+    }
+
+    #[test]
+    fn worker_that_slurm_ends_did_not_die() {
+        for (job, files, says) in [
+            ("open", &["go", "exit_code"][..], "@state ended 137\n"),
+            ("open", &["go", "exit_code", "ending"], "@state running\n"),
+            ("ending", &["go", "exit_code"], "@state running\n"),
+            ("over", &["go", "exit_code", "ending"], "@state ended 137\n"),
+            ("open", &["go", "exit_code", "ending", "manifest.json"], "@state ended 137\n"),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            files.iter().for_each(|name| std::fs::write(folder.path().join(name), "137\n").unwrap());
+            let out = in_job(job, folder.path(), "state");
+            assert_eq!(String::from_utf8_lossy(&out.stdout), says, "{job} {files:?}");
+        }
+    }
+
+    #[test]
+    fn no_worker_is_started_in_a_job_that_slurm_ends() {
+        for (job, files, starts) in
+            [("open", &["ending"][..], false), ("open", &[], true), ("ending", &[], false), ("over", &[], false)]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            files.iter().for_each(|name| std::fs::write(folder.path().join(name), "").unwrap());
+            let out = in_job(job, folder.path(), "start_worker");
+            assert_eq!((out.status.success(), folder.path().join("go").exists()), (starts, starts), "{job}: {out:?}");
+        }
+    }
 
     #[test]
     fn shell_round_trips_secrets_and_bad_names_are_refused() {

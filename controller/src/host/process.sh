@@ -8,13 +8,18 @@ started() {
 }
 
 # On a cluster the worker runs in a job, on another machine than most of these scripts. There
-# $outliers_job is `open` while the job waits or runs and `over` afterwards, $outliers_job_says is
-# Slurm's word on it, and $outliers_cancel ends it.
+# $outliers_job is `open` while the job waits or runs, `ending` while Slurm ends it and `over`
+# afterwards, $outliers_job_says is Slurm's word on it, and $outliers_cancel ends it.
 in_job() { [ -n "${outliers_job:-}" ]; }
+# The job's script hears of its end before the queue shows it.
+job_is_ending() { [ "$outliers_job" = ending ] || { [ "$outliers_job" = open ] && [ -f ending ]; }; }
+# What Slurm ends did not die, and nothing is started beside it: how the job ended, which decides
+# what comes next, is known when it is over.
+is_cut_off() { job_is_ending && [ ! -f manifest.json ]; }
 
 # alive FILE: the process whose number and start time stand in FILE runs; its number is in $p.
 alive() {
-    if in_job; then [ "$outliers_job" = open ] && [ -f go ] && [ ! -f exit_code ]; return; fi
+    if in_job; then [ "$outliers_job" != over ] && [ -f go ] && { [ ! -f exit_code ] || is_cut_off; }; return; fi
     p=$(sed -n 1p "$1" 2> /dev/null)
     case $p in '' | *[!0-9]*) return 1 ;; esac
     kill -0 "$p" 2> /dev/null || return 1
@@ -76,6 +81,7 @@ stop_job() {
 start_worker() {
     if in_job; then
         if [ "$outliers_job" = over ]; then echo "its job is over: $outliers_job_says" >&2; return 1; fi
+        if job_is_ending; then echo 'its job is being ended' >&2; return 1; fi
         : >> worker.log
         : > go
     elif command -v setsid > /dev/null 2>&1; then setsid sh ./launch.sh < /dev/null >> worker.log 2>&1 &

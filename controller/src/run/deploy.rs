@@ -45,6 +45,9 @@ pub use start_throttle::StartThrottle;
 
 use grace::Grace;
 
+/// With less time a worker is not started again, or a tenth of the run's time limit.
+const LEAST_WORK: Duration = Duration::from_secs(60);
+
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
 
@@ -349,7 +352,7 @@ impl<'a> Driver<'a> {
         match step {
             Ok(()) => {}
             // A job that was put back into its queue has got new time since.
-            Err(StepError::End(RunOutcome::Deadline)) if self.ends_at().is_some() && self.has_time() => {}
+            Err(StepError::End(RunOutcome::Deadline)) if self.ends_at().is_some() && self.has_time_for_work() => {}
             Err(StepError::End(ending)) => self.end(ending)?,
             Err(StepError::Vanished) if self.is_replaceable() => self.lost()?,
             Err(StepError::Vanished) => self.append(RunEvent::Vanished)?,
@@ -620,6 +623,13 @@ impl<'a> Driver<'a> {
 
     fn has_time(&self) -> bool {
         self.time_is_up_at().is_some_and(|at| at > Instant::now())
+    }
+
+    /// Whether a worker that starts now gets to work before its time is up: it reads weights first,
+    /// and a cluster asks it to stop a little before its job ends.
+    fn has_time_for_work(&self) -> bool {
+        let least = (self.run.record().spec.limit() / 10).min(LEAST_WORK);
+        self.time_is_up_at().is_some_and(|at| at > Instant::now() + least)
     }
 
     /// Leaves things in order: the record beside the results, no key. Nothing of it matters enough

@@ -305,6 +305,24 @@ impl RunRecord {
         self.events.last().map_or(self.created_at_ms, |entry| entry.at_ms)
     }
 
+    /// Whether an instance came up and turned out not to serve. One that never answered was not
+    /// had.
+    pub fn an_instance_did_not_serve(&self) -> bool {
+        let mut answered = false;
+        self.events.iter().any(|entry| match &entry.event {
+            RunEvent::Creating { .. } => {
+                answered = false;
+                false
+            }
+            RunEvent::Reached { .. } => {
+                answered = true;
+                false
+            }
+            RunEvent::Discarded { lost, .. } => answered && !lost,
+            _ => false,
+        })
+    }
+
     /// Whether its worker was left running, if no process drives the run.
     pub fn is_detached(&self) -> bool {
         self.spec.detach && matches!(self.state, RunState::Launched { .. })

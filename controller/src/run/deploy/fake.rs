@@ -242,6 +242,8 @@ pub(crate) struct World {
     pub(crate) budget: Option<Usd>,
     /// Listings in which instances wait for their turn.
     pub(crate) queued: u32,
+    /// No instance ever comes up.
+    pub(crate) never_up: bool,
     /// The cloud ends an instance by itself, and the worker with it.
     pub(crate) limited: bool,
     /// What the hosts of all instances ask for.
@@ -575,10 +577,12 @@ impl Broker for Fake {
                     machine.hidden -= 1;
                 }
             }
+            let up = shown.iter_mut().filter(|instance| matches!(instance.state, InstanceState::Ready(_)));
             if world.queued > 0 {
                 world.queued -= 1;
-                let up = shown.iter_mut().filter(|instance| matches!(instance.state, InstanceState::Ready(_)));
                 up.for_each(|instance| instance.state = InstanceState::Queued("Priority".into()));
+            } else if world.never_up {
+                up.for_each(|instance| instance.state = InstanceState::Booting);
             }
             shown
         });

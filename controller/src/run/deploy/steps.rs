@@ -92,7 +92,11 @@ impl Driver<'_> {
         let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
             let dearer = selected.len() - affordable.len();
-            let ending = if was_lost { RunOutcome::InstanceLost } else { none_left(refused, affordable.len(), dearer) };
+            let answered = self.run.record().an_instance_did_not_serve();
+            let ending = match was_lost {
+                true => RunOutcome::InstanceLost,
+                false => none_left(refused, affordable.len(), dearer, answered),
+            };
             return Err(StepError::End(ending));
         };
         let (tag, worst) = (self.tag(&offer), self.worst(&offer));
@@ -505,8 +509,8 @@ impl Driver<'_> {
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         // A worker that fails reports it in a manifest.
-        let may_restart = restarts < MOST_RESTARTS && self.has_time() && self.is_replaceable();
-        let cut_off = !self.has_time() && self.ends_at().is_some();
+        let may_restart = restarts < MOST_RESTARTS && self.has_time_for_work() && self.is_replaceable();
+        let cut_off = !self.has_time_for_work() && self.ends_at().is_some();
         match self.bring_home(exit, may_restart || cut_off).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
             Ok(None) if may_restart => self.restart(exit).await,
@@ -901,17 +905,20 @@ fn no_offer(why: &NothingLeft) -> StepError {
     StepError::End(failed(RunFailureKind::NoOffer, why.to_string(), why.hint().map(str::to_owned)))
 }
 
-/// `dearer` are those for which what was agreed does not pay.
-fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize) -> RunOutcome {
+/// `dearer` are those for which what was agreed does not pay. `answered`: of the instances that were
+/// rented, one came up and did not serve.
+fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize, answered: bool) -> RunOutcome {
     let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
-    let message =
-        format!("{} of {offered} offers were tried and none could be had ({})", refused.len(), words.join("; "));
+    let (kind, none) = match answered {
+        true => (RunFailureKind::Unfit, "none served"),
+        false => (RunFailureKind::NoOffer, "none could be had"),
+    };
+    let message = format!("{} of {offered} offers were tried and {none} ({})", refused.len(), words.join("; "));
     let hint = match dearer {
         0 => "relax the filters, or try again later".to_owned(),
         n => format!("{n} more would cost more than was agreed: --budget agrees to more; or try again later"),
     };
-    let did_not_serve = refused.iter().any(|refusal| refusal.rented && !refusal.lost);
-    failed(if did_not_serve { RunFailureKind::Unfit } else { RunFailureKind::NoOffer }, message, Some(hint))
+    failed(kind, message, Some(hint))
 }
 
 fn did_not_come_up(rental: &Rental, why: &str) -> StepError {

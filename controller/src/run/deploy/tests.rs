@@ -376,6 +376,26 @@ async fn dead_worker_is_restarted_a_bounded_number_of_times() {
     }
 }
 
+/// A worker that dies when little of the hour is left: five minutes of it are for the files.
+#[tokio::test(start_paused = true)]
+async fn dead_worker_without_time_for_work_is_not_restarted() {
+    for (after, restarted) in [(3200, true), (3270, false)] {
+        wind(now_ms());
+        let (fake, home) = (Fake::new(), home());
+        let (plain, ..) = happy().await;
+        let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+        fake.set(|world| (world.deaths, world.armed) = (1, vec![(follow, Fault::CrashBefore)]));
+        let Life::Killed = life(&fake, home.path()).await else { panic!("it dies before it looks") };
+        tokio::time::sleep(Duration::from_secs(after)).await;
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        closed_and_clean(&fake, &record, "late");
+        let again = record.events.iter().any(|entry| entry.event == RunEvent::Restarted);
+        let complete = record.state.results().map(|results| results.complete);
+        assert_eq!((again, complete), (restarted, Some(restarted)), "after {after} s: {:?}", record.events);
+        assert!(restarted || record.state.ending() == Some(&RunOutcome::WorkerVanished { exit: Some(137) }));
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn run_completes_after_a_kill_during_a_worker_restart() {
     let dies = |world: &mut super::fake::World| world.deaths = 1;
@@ -730,7 +750,21 @@ async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert_eq!(trouble.kind, RunFailureKind::Unfit, "instances were had");
     assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("nothing runs"), "{trouble:?}");
+    assert!(trouble.message.contains("none served"), "{trouble:?}");
     assert_eq!(crate::ui::report::ExitStatus::of_run(&record.state).number(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn instance_that_never_comes_up_was_not_had() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.never_up = true);
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "never up");
+    assert_eq!(fake.world.lock().unwrap().creates, 2);
+    let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
+    assert_eq!(trouble.kind, RunFailureKind::NoOffer);
+    assert!(trouble.message.contains("2 of 2 offers were tried and none could be had"), "{trouble:?}");
+    assert_eq!(crate::ui::report::ExitStatus::of_run(&record.state).number(), 3);
 }
 
 #[tokio::test(start_paused = true)]

@@ -35,11 +35,16 @@ impl JobTransport {
         // A queue that cannot be seen is no reason to take a job for over.
         let seen = timeout(TIMEOUT, self.cluster.snapshot()).await;
         let seen = seen.ok().and_then(Result::ok).or_else(|| self.cluster.latest());
+        let is_ending = seen.as_ref().is_some_and(|snapshot| snapshot.is_ending(&tag));
         let over = seen.and_then(|snapshot| snapshot.over(&tag));
         let cancel = format!("scancel --user={} --name={tag}", quote(user));
         Ok(format!(
             "HOME={lease}\nexport HOME\noutliers_job={} outliers_job_says={} outliers_cancel={}\n",
-            if over.is_some() { "over" } else { "open" },
+            match over {
+                Some(_) => "over",
+                None if is_ending => "ending",
+                None => "open",
+            },
             quote(&over.unwrap_or_default()),
             quote(&cancel),
         ))

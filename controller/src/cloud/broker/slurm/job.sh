@@ -4,6 +4,8 @@
 # where models come from.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
+# A job that was put back into the queue was asked to end before.
+rm -f "$RUN/ending"
 OUTLIERS_JOB=$SLURM_JOB_ID
 export OUTLIERS_JOB
 
@@ -39,10 +41,16 @@ worker='' told=''
 end_worker() {
     trap '' TERM
     kill -TERM 0
-    trap 'told=yes; end_worker' TERM
+    trap end_job TERM
+}
+# No worker is to be started any more.
+end_job() {
+    told=yes
+    echo told 2> /dev/null > "$RUN/ending"
+    end_worker
 }
 # Slurm asks before the time is up, and before it gives the node to another job.
-trap 'told=yes; end_worker' TERM
+trap end_job TERM
 
 # A listing brings what another machine has written: network file systems remember that a file was
 # not there.

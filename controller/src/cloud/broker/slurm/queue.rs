@@ -274,6 +274,11 @@ impl Snapshot {
         })
     }
 
+    /// Whether Slurm is ending a tag's job.
+    pub(super) fn is_ending(&self, tag: &str) -> bool {
+        self.job(tag).is_some_and(|job| job.life() == Life::Leaves)
+    }
+
     /// When the job's time is up, or was. A job that waits has all of its time, and one that was
     /// taken away lost it otherwise.
     pub(super) fn ends_at(&self, tag: &str) -> Option<u64> {
@@ -282,7 +287,9 @@ impl Snapshot {
         match (self.job(tag), self.last_state(tag)) {
             (_, Some(state)) if lost(state) => None,
             (None, _) | (_, Some(_)) => by_its_script(),
-            (Some(job), None) if matches!(job.life(), Life::Runs | Life::Leaves) => job.ends.or_else(by_its_script),
+            (Some(job), None) if job.life() == Life::Runs => job.ends.or_else(by_its_script),
+            // Its end by then is now, whatever ends it.
+            (Some(_), None) if self.is_ending(tag) => by_its_script(),
             (Some(_), None) => None,
         }
     }

@@ -1,12 +1,15 @@
 //! What the broker makes of recorded output, and of output that nobody has seen yet.
 
-use std::time::Duration;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use outliers_protocol::FileBytes;
 use proptest::prelude::*;
 
 use super::queue::{self, Snapshot};
-use super::{NAME, Site, Sku, Slurm, error, offers, refused};
+use super::{JOB, NAME, Site, Sku, Slurm, error, offers, refused};
 use crate::cloud::broker::{
     BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint, Stage,
 };
@@ -205,6 +208,46 @@ fn five_hundred_jobs_are_listed_by_one_query() {
         assert_eq!((all.len(), up), (500, 500), "{:?}", String::from_utf8_lossy(&out.stderr));
     }
     assert_eq!(std::fs::read_to_string(asked).unwrap(), "asked\n", "the second look shares the first one's answer");
+}
+
+#[test]
+fn job_that_slurm_is_ending_keeps_the_time_limit_of_its_script() {
+    let queue = format!("@job 7|COMPLETING|None|gpu|1|1700000000|n1|{}\n", tag("r1"));
+    let snapshot = seen(&folder("r1", "launched", "1800000000"), &queue);
+    assert!(snapshot.is_ending(&tag("r1")));
+    assert_eq!(snapshot.ends_at(&tag("r1")), Some(1_800_000_000), "not the moment at which it is ended");
+}
+
+/// The job's script in a lease's folder, in a process group of its own.
+fn job_in(folder: &Path) -> Child {
+    let script = format!("RUN=outliers/r1 LIMIT=3600 HUB=http://127.0.0.1:9\nprobe() {{ :; }}\n{JOB}");
+    let mut job = Command::new("sh");
+    job.args(["-c", &script]).current_dir(folder).env("SLURM_JOB_ID", "7").process_group(0);
+    job.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+#[test]
+fn job_that_is_asked_to_end_says_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("outliers/r1");
+    std::fs::create_dir_all(&run).unwrap();
+    std::fs::write(folder.path().join("lease"), "").unwrap();
+    std::fs::write(run.join("go"), "").unwrap();
+    let worker = "trap 'echo 143 > outliers/r1/exit_code; exit' TERM\n: > outliers/r1/up\n\
+                  while :; do sleep 0.1; done\n";
+    std::fs::write(run.join("launch.sh"), worker).unwrap();
+    let mut job = job_in(folder.path());
+    let begun = Instant::now();
+    while !run.join("up").exists() && begun.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(run.join("up").exists(), "the worker was started");
+    let asked = Command::new("sh").args(["-c", &format!("kill -TERM {}", job.id())]).status().unwrap();
+    assert!(asked.success() && job.wait().unwrap().code().is_some());
+    assert!(run.join("ending").exists() && !run.join("exit_code").exists(), "it did not die by itself");
+    // Put back into the queue, it has forgotten that.
+    std::fs::write(run.join("stop"), "").unwrap();
+    assert!(job_in(folder.path()).wait().unwrap().success() && !run.join("ending").exists());
 }
 
 #[test]
