@@ -385,7 +385,7 @@ async fn dead_worker_without_time_for_work_is_not_restarted() {
         let (plain, ..) = happy().await;
         let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
         fake.set(|world| (world.deaths, world.armed) = (1, vec![(follow, Fault::CrashBefore)]));
-        let Life::Killed = life(&fake, home.path()).await else { panic!("it dies before it looks") };
+        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "it dies before it looks");
         tokio::time::sleep(Duration::from_secs(after)).await;
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "late");
