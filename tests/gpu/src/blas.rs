@@ -137,6 +137,30 @@ impl Product {
     }
 }
 
+/// Products whose matrices are at the addresses that three arrays on the GPU hold, one for each.
+///
+/// # Errors
+/// Values outside of what is allocated; matrices that cuBLAS does not take.
+pub(crate) fn run_grouped(products: &[Product], arrays: [u64; 3], memory: &Memory) -> Result<(), String> {
+    for (number, product) in products.iter().enumerate() {
+        let address = |array: u64| {
+            let mut bytes = [0; size_of::<u64>()];
+            memory.reader().read(array + (number * bytes.len()) as u64, &mut bytes)?;
+            let address = u64::from_le_bytes(bytes);
+            // As cuBLAS asks where rows of 16 bits are multiples of it.
+            if product.depth * product.a.kind.bytes() % 16 == 0 && address % 16 != 0 {
+                return Err(format!("grouped product {number}: a matrix at {address:#x}, which is no multiple of 16"));
+            }
+            Ok(address)
+        };
+        let [a, b, c] = arrays.map(address);
+        let with = |matrix: Matrix, address: u64| Matrix { address, ..matrix };
+        let product = Product { a: with(product.a, a?), b: with(product.b, b?), c: with(product.c, c?), ..*product };
+        product.run(memory)?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -177,5 +201,37 @@ mod tests {
             assert_eq!(values, [22.0, 49.0, 28.0, 64.0]);
             assert!(Product { rows: 3, ..product }.run(&memory).is_err(), "beyond what is allocated");
         }
+    }
+
+    #[test]
+    fn grouped_products_are_read_and_written_where_arrays_say() {
+        let memory = Memory::new();
+        let place = |bytes: &[u8]| {
+            let address = memory.allocate(bytes.len(), Owner::Gpu(0));
+            memory.reader().write(address, bytes).unwrap();
+            address
+        };
+        let values = |values: &[f32]| place(&values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>());
+        let addresses = |of: &[u64]| place(&of.iter().flat_map(|address| address.to_le_bytes()).collect::<Vec<_>>());
+        let matrix = |leading| Matrix { address: 0, kind: Kind::F32, transposed: false, leading, stride: 0 };
+        let (alpha, beta) = (1.0, 0.0);
+        let product = |rows, columns, depth| {
+            let (a, b, c) = (matrix(rows), matrix(depth), matrix(rows));
+            Product { rows, columns, depth, batch: 1, alpha, beta, a, b, c }
+        };
+        // 1 2 times 3 / 4, and 2 / 3 times 5.
+        let products = [product(1, 1, 2), product(2, 1, 1)];
+        let a = addresses(&[values(&[1.0, 2.0]), values(&[2.0, 3.0])]);
+        let b = addresses(&[values(&[3.0, 4.0]), values(&[5.0])]);
+        let made = [values(&[0.0]), values(&[0.0, 0.0])];
+        let c = addresses(&made);
+        run_grouped(&products, [a, b, c], &memory).unwrap();
+        let read = |address: u64| {
+            let mut bytes = [0; 4];
+            memory.reader().read(address, &mut bytes).unwrap();
+            f32::from_le_bytes(bytes)
+        };
+        assert_eq!([read(made[0]), read(made[1]), read(made[1] + 4)], [11.0, 10.0, 15.0]);
+        assert!(run_grouped(&products, [a, b, addresses(&made[..1])], &memory).is_err(), "an array that is too short");
     }
 }

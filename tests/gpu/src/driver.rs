@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use crate::blas::{Kind, Matrix, Product};
+use crate::blas::{self, Kind, Matrix, Product};
 use crate::memory::{Memory, Owner};
 use crate::ptx::{self, Grid, Kernel, Module};
 use crate::stream::{Event, Stream};
@@ -551,9 +551,13 @@ pub unsafe extern "C" fn cuGetErrorString(_code: c_int, text: *mut *const c_char
     answer(unsafe { give(text, c"the emulated GPU said why on standard error".as_ptr()) })
 }
 
-/// `CUBLAS_STATUS_..`: not supported, and no such handle.
+/// `CUBLAS_STATUS_..`: not supported, an argument that means nothing, and no such handle.
 const UNSUPPORTED: c_int = 15;
+const INVALID: c_int = 7;
 const NO_HANDLE: c_int = 1;
+
+/// `CUBLAS_COMPUTE_32F`, and what is rounded more where a GPU likes it.
+const COMPUTE_F32: std::ops::RangeInclusive<c_int> = 68..=77;
 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cublasCreate_v2(handle: *mut u64) -> c_int {
@@ -651,8 +655,6 @@ pub unsafe extern "C" fn cublasGemmStridedBatchedEx(
     compute: c_int,
     _algorithm: c_int,
 ) -> c_int {
-    /// `CUBLAS_COMPUTE_32F`, and what is rounded more where a GPU likes it.
-    const COMPUTE_F32: std::ops::RangeInclusive<c_int> = 68..=77;
     if !COMPUTE_F32.contains(&compute) {
         return UNSUPPORTED;
     }
@@ -662,4 +664,83 @@ pub unsafe extern "C" fn cublasGemmStridedBatchedEx(
     // SAFETY: numbers of the type that this way to compute has.
     let factors = unsafe { [*alpha, *beta] }.map(f64::from);
     product(handle, [rows, columns, depth, batch], factors, [a, b, c])
+}
+
+/// Numbers of each product are on the host, and are copied before this returns. Addresses of
+/// matrices are on the GPU, and are read when the stream comes to it.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cublasGemmGroupedBatchedEx(
+    handle: u64,
+    transposed_a: *const c_int,
+    transposed_b: *const c_int,
+    rows: *const c_int,
+    columns: *const c_int,
+    depths: *const c_int,
+    alphas: *const f32,
+    a: u64,
+    kind_a: c_int,
+    leading_a: *const c_int,
+    b: u64,
+    kind_b: c_int,
+    leading_b: *const c_int,
+    betas: *const f32,
+    c: u64,
+    kind_c: c_int,
+    leading_c: *const c_int,
+    groups: c_int,
+    sizes: *const c_int,
+    compute: c_int,
+) -> c_int {
+    let kinds = [kind_a, kind_b, kind_c].map(Kind::new);
+    let (Some(kind), true) = (kinds[0], COMPUTE_F32.contains(&compute)) else { return UNSUPPORTED };
+    if kind == Kind::F64 || kinds.iter().any(|other| *other != Some(kind)) {
+        eprintln!("emulated GPU: grouped products of matrices {kinds:?}");
+        return UNSUPPORTED;
+    }
+    let Ok(groups) = usize::try_from(groups) else { return INVALID };
+    // SAFETY: each is an array of so many numbers.
+    let numbers = |at: *const c_int| unsafe { std::slice::from_raw_parts(at, groups) };
+    // SAFETY: as above.
+    let factors = |at: *const f32| unsafe { std::slice::from_raw_parts(at, groups) };
+    let (rows, columns, depths) = (numbers(rows), numbers(columns), numbers(depths));
+    let (transposed_a, transposed_b) = (numbers(transposed_a), numbers(transposed_b));
+    let leading = [leading_a, leading_b, leading_c].map(numbers);
+    let (alphas, betas) = (factors(alphas), factors(betas));
+    let mut products = Vec::new();
+    for (group, size) in numbers(sizes).iter().enumerate() {
+        let (m, n, k) = (rows[group], columns[group], depths[group]);
+        let least = |transposed: c_int, [not, yes]: [c_int; 2]| if transposed == 0 { not } else { yes }.max(1);
+        let least = [least(transposed_a[group], [m, k]), least(transposed_b[group], [k, n]), m.max(1)];
+        if [m, n, k, *size].iter().any(|n| *n < 0) || leading.iter().zip(least).any(|(of, least)| of[group] < least) {
+            eprintln!("emulated GPU: grouped products, number {group} of sizes {m}, {n}, {k}");
+            return INVALID;
+        }
+        let matrix = |transposed: c_int, leading: &[c_int]| Matrix {
+            address: 0,
+            kind,
+            transposed: transposed != 0,
+            leading: leading[group] as usize,
+            stride: 0,
+        };
+        let product = Product {
+            rows: m as usize,
+            columns: n as usize,
+            depth: k as usize,
+            batch: 1,
+            alpha: alphas[group].into(),
+            beta: betas[group].into(),
+            a: matrix(transposed_a[group], leading[0]),
+            b: matrix(transposed_b[group], leading[1]),
+            c: matrix(0, leading[2]),
+        };
+        products.extend(std::iter::repeat_n(product, *size as usize));
+    }
+    let Ok(on) = machine().blas.get(handle).and_then(|handle| stream(handle.load(Ordering::SeqCst))) else {
+        return NO_HANDLE;
+    };
+    if let Err(code) = machine().launches.as_ref().map_or(Ok(()), |launches| launches.count("grouped product")) {
+        return answer(Err(code));
+    }
+    on.ask(move || blas::run_grouped(&products, [a, b, c], &MEMORY));
+    answer(Ok(()))
 }

@@ -13,6 +13,8 @@ mod decode;
 #[cfg(feature = "staging")]
 pub mod fused;
 #[cfg(feature = "staging")]
+pub mod grouped;
+#[cfg(feature = "staging")]
 mod kernels;
 #[cfg(feature = "staging")]
 mod landing;
@@ -80,6 +82,8 @@ pub struct DriverInfo {
     pub driver: CudaVersion,
     /// By the driver's index.
     pub gpus: Vec<Gpu>,
+    /// cuBLAS multiplies several matrices of different sizes by one call: 12.5 and newer do.
+    pub grouped_products: bool,
 }
 
 /// Why no GPU serves.
@@ -146,13 +150,14 @@ fn look() -> Result<DriverInfo, Unavailable> {
         .map_err(|lacks| Unavailable::NoDriver { why: format!("libcuda.so.1 lacks {lacks}: it is too old") })?;
     traffic::count();
     assembled::serve();
-    let found = ask_driver()?;
+    let mut found = ask_driver()?;
     if found.driver < OLDEST {
         return Err(Unavailable::OldDriver { driver: found.driver });
     }
     let missing = |name| move |why| Unavailable::NoLibrary { name, why };
     let blas = libraries::blas(found.driver.0).map_err(missing("cuBLAS"))?;
     table::fill(Of::Blas, blas).map_err(|lacks| missing("cuBLAS")(format!("it lacks {lacks}")))?;
+    found.grouped_products = table::fill(Of::GroupedBlas, blas).is_ok();
     // Random numbers are not drawn, but the tensor library makes a generator with every device.
     match libraries::random() {
         Ok(random) => table::fill(Of::Random, random).unwrap_or_else(|_| table::do_without(Of::Random)),
@@ -232,7 +237,8 @@ fn ask_driver() -> Result<DriverInfo, Unavailable> {
         Ok(Gpu { name, memory_bytes: memory as u64, compute })
     };
     let gpus = (0..count).map(gpu).collect::<Result<_, _>>()?;
-    Ok(DriverInfo { driver: CudaVersion(version / 1000, version % 1000 / 10), gpus })
+    let driver = CudaVersion(version / 1000, version % 1000 / 10);
+    Ok(DriverInfo { driver, gpus, grouped_products: false })
 }
 
 #[cfg(test)]

@@ -146,6 +146,9 @@ table! {
         cublasDgemmStridedBatched
         cublasGemmStridedBatchedEx
     }
+    GroupedBlas {
+        cublasGemmGroupedBatchedEx
+    }
     Random {
         curandCreateGenerator
         curandDestroyGenerator

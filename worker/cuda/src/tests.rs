@@ -33,10 +33,12 @@ const GPU: [(&str, &str); 7] = [
     ),
 ];
 
-/// Compiles a library that has every function of `of` in `folder`; `special` ones do something.
+/// Compiles a library that has every function of `of` in `folder`; `special` ones do something. A
+/// cuBLAS with grouped products has all others too.
 fn library(folder: &Path, name: &str, of: Of, special: &[(&str, &str)]) {
     let mut source = String::new();
-    for (_, function) in NAMES.iter().filter(|(whose, _)| *whose == of) {
+    let has = |whose: Of| whose == of || (whose == Of::Blas && of == Of::GroupedBlas);
+    for (_, function) in NAMES.iter().filter(|(whose, _)| has(*whose)) {
         let body = special.iter().find(|(name, _)| name == function).map_or("(void) { return 0; }", |(_, body)| body);
         source.push_str(&format!("int {function}{body}\n"));
     }
@@ -96,7 +98,9 @@ fn look_and_tell() {
     let launch = || unsafe { cuLaunchKernel(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11) };
     let before = launch();
     let found = match find() {
-        Ok(DriverInfo { driver, gpus }) => format!("{driver} {gpus:?}"),
+        Ok(DriverInfo { driver, gpus, grouped_products }) => {
+            format!("{driver} {gpus:?}, grouped products: {grouped_products}")
+        }
         Err(why) => format!("{why} (wasted: {})", why.wastes_a_gpu()),
     };
     println!("said: {before} then {} {found}", launch());
@@ -115,12 +119,15 @@ fn without_a_driver_every_call_reports_no_device() {
 
 #[test]
 fn driver_and_libraries_get_all_arguments() {
-    let folder = folder();
-    library(folder.path(), "libcuda.so.1", Of::Driver, &GPU);
-    library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
-    let said = looked_for_in(folder.path());
-    let gpu = Gpu { name: "G7".to_owned(), memory_bytes: 40 << 30, compute: (9, 0) };
-    assert_eq!(said, format!("100 then {} 12.4 {:?}", (1..=11).map(|n| n * n).sum::<i32>(), [gpu]));
+    let gpus = [Gpu { name: "G7".to_owned(), memory_bytes: 40 << 30, compute: (9, 0) }];
+    let sum = (1..=11).map(|n| n * n).sum::<i32>();
+    for (of, grouped) in [(Of::Blas, false), (Of::GroupedBlas, true)] {
+        let folder = folder();
+        library(folder.path(), "libcuda.so.1", Of::Driver, &GPU);
+        library(folder.path(), "libcublas.so.12", of, &[]);
+        let said = looked_for_in(folder.path());
+        assert_eq!(said, format!("100 then {sum} 12.4 {gpus:?}, grouped products: {grouped}"));
+    }
 }
 
 #[test]
