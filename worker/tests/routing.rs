@@ -4,12 +4,14 @@
 #![cfg(feature = "cuda")]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::ffn::{self, Choices, Inputs, Routed};
+use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, Piece, Routed};
 use outliers_worker::device::gpu::{self, Positions};
-use outliers_worker::model::decoder::RouterSpec;
+use outliers_worker::kernels::product::Linear;
+use outliers_worker::model::decoder::{GateUp, MlpKind, RouterSpec};
 use outliers_worker::stats::mixture::RouterStats;
 use proptest::prelude::*;
 
@@ -161,9 +163,11 @@ proptest! {
         let group = dice.next() as usize % experts..experts;
         let inputs = [&here, &there].map(|routed| Inputs::new(&[routed, routed], &group).unwrap());
         for expert in group.filter(|expert| here.sent(*expert) > 0) {
+            let rows = here.sent(expert);
+            let piece = |sent: &[(usize, usize)]| [Piece { expert, sent: sent.into() }];
             let [one, other] = [(&inputs[0], &here), (&inputs[1], &there)].map(|(inputs, routed)| {
-                let alone = inputs.gather(expert, &[(1, routed)]).unwrap();
-                let both = inputs.gather(expert, &[(0, routed), (1, routed)]).unwrap();
+                let alone = inputs.gather(&[routed, routed], &piece(&[(1, rows)])).unwrap();
+                let both = inputs.gather(&[routed, routed], &piece(&[(0, rows), (1, rows)])).unwrap();
                 [values(&alone), values(&both)].map(|values| bits(&values))
             });
             prop_assert_eq!(one, other);
@@ -203,4 +207,147 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
         assert_eq!(gpu::traffic().since(before).from_gpus, 8 * numbers as u64, "{rows} rows, {positions:?}");
     }
+}
+
+/// A feed-forward that looks random, with biases: 0 without a gate, 1 and 2 with one beside, stored
+/// as `[out, in]` or the other way around, 3 with both in one.
+fn expert(dice: &mut Dice, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
+    let mut linear = |out: usize, input: usize| {
+        let mut values = |count: usize, shape: &[usize]| {
+            tensor((0..count).map(|_| dice.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
+        };
+        let bias = values(out, &[out]);
+        let stored = if form == 2 { [input, out] } else { [out, input] };
+        let weight = values(out * input, &stored);
+        Linear::new(if form == 2 { weight.t().unwrap() } else { weight }, Some(bias))
+    };
+    let (kind, gate_up) = match form {
+        0 => (MlpKind::ReluSquared, GateUpProj::Up(linear(inner, width))),
+        3 => (MlpKind::Swiglu(GateUp::Interleaved), GateUpProj::Joined(linear(2 * inner, width))),
+        _ => {
+            let (gate, up) = (linear(inner, width), linear(inner, width));
+            (MlpKind::Geglu(GateUp::Separate), GateUpProj::Separate { gate, up })
+        }
+    };
+    MlpWeights { kind, gate_up, down: linear(width, inner) }
+}
+
+/// How a wave of one micro-batch, in which each expert gets so many rows, is put together.
+fn rows_together(rows: &[usize], weights: &[MlpWeights], width: usize, dtype: DType) -> usize {
+    let experts: Vec<u32> = rows.iter().enumerate().flat_map(|(expert, rows)| vec![expert as u32; *rows]).collect();
+    let x = tensor(vec![0.0; experts.len() * width], &[experts.len(), width], dtype);
+    let routing = ffn::Routing { top_k: 1, weights: vec![1.0; experts.len()], experts, scales_input: false };
+    let routed = Routed::new(x.clone(), Choices::Host(routing), rows.len(), x, None).unwrap();
+    ffn::rows_together(&[&routed], [rows.len(), 1], weights, 1000).unwrap()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn experts_started_together_make_what_each_makes_alone(
+        form in 0usize..4,
+        rows in prop::collection::vec(prop_oneof![2 => 0usize..9, 1 => Just(0)], 2..8),
+        sizes in (1usize..6, 1usize..6),
+        dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
+        one_has_all in any::<bool>(),
+        seed in any::<u64>(),
+    ) {
+        let _alone = alone();
+        let mut dice = Dice(seed);
+        let rows: Vec<usize> = match one_has_all {
+            true => (0..rows.len()).map(|expert| if expert == 1 { 13 } else { 0 }).collect(),
+            false => rows,
+        };
+        let at_once = 16 / dtype.size_in_bytes();
+        let (width, inner) = (sizes.0 * at_once, sizes.1 * at_once);
+        let experts: Vec<MlpWeights> = rows.iter().map(|_| expert(&mut dice, form, [width, inner], dtype)).collect();
+        let all: usize = rows.iter().sum();
+        prop_assume!(all > 0);
+        let x = tensor((0..all * width).map(|_| dice.unit() - 0.5).collect(), &[all, width], dtype);
+        let x = x.to_device(gpu()).unwrap();
+        let together = ffn::apply_each(&experts.iter().collect::<Vec<_>>(), &x, &rows).unwrap();
+        prop_assert_eq!(together.dims(), &[all, width]);
+        let mut first = 0;
+        for (expert, rows) in experts.iter().zip(&rows).filter(|(_, rows)| **rows > 0) {
+            let one = values(&expert.apply(&x.narrow(0, first, *rows).unwrap()).unwrap());
+            let same = values(&together.narrow(0, first, *rows).unwrap());
+            first += rows;
+            // A GPU's library may add up in another order.
+            let largest = one.iter().fold(0f32, |most, value| most.max(value.abs()));
+            let off = if dtype == DType::F32 { 1e-5 } else { 0.02 };
+            prop_assert!(one.iter().zip(&same).all(|(a, b)| (a - b).abs() <= off * largest), "{one:?}, {same:?}");
+        }
+    }
+}
+
+#[test]
+fn experts_with_few_rows_are_started_together_where_the_library_takes_their_matrices() {
+    let _alone = alone();
+    let experts = |[width, inner]: [usize; 2], dtype| -> Vec<MlpWeights> {
+        (0..3).map(|seed| expert(&mut Dice(seed), 1, [width, inner], dtype)).collect()
+    };
+    let put = |rows: &[usize], [width, inner]: [usize; 2], dtype| {
+        rows_together(rows, &experts([width, inner], dtype), width, dtype)
+    };
+    // By the average, not by what one of them gets.
+    for (rows, expected) in [([255, 256, 256], 1000), ([256, 256, 256], 0), ([767, 0, 0], 1000), ([0, 0, 768], 0)] {
+        assert_eq!(put(&rows, [16, 8], DType::BF16), expected, "{rows:?}");
+    }
+    // Rows of 16 bytes, or several of them.
+    for (sizes, dtype, expected) in [
+        ([4, 12], DType::F32, 1000),
+        ([12, 8], DType::BF16, 0),
+        ([8, 9], DType::F16, 0),
+        ([8, 8], DType::F16, 1000),
+    ] {
+        assert_eq!(put(&[1, 2, 3], sizes, dtype), expected, "{sizes:?} {dtype:?}");
+    }
+}
+
+/// Where the emulated GPU writes what was launched.
+const LAUNCHES: &str = "OUTLIERS_GPU_LAUNCHES";
+
+#[test]
+#[ignore = "the process that the other starts"]
+fn multiply_five_experts() {
+    if std::env::var_os(LAUNCHES).is_none() {
+        return;
+    }
+    let mut dice = Dice(1);
+    let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut dice, 1, [16, 8], DType::BF16)).collect();
+    let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
+    let chosen = vec![0, 0, 2, 2, 2, 3, 4, 4, 4];
+    let routing = ffn::Routing { top_k: 1, experts: chosen, weights: vec![1.0; 9], scales_input: false };
+    let routed = Routed::new(x.clone(), Choices::Host(routing), 5, x.clone(), None).unwrap();
+    let pieces = ffn::pieces(&[&routed], &(0..5), 100);
+    let most = ffn::rows_together(&[&routed], [5, 1], &experts, 8).unwrap();
+    let mut first = 0;
+    for pieces in ffn::together(&pieces, most) {
+        let (rows, experts): (Vec<usize>, Vec<&MlpWeights>) =
+            pieces.iter().map(|piece| (piece.rows(), &experts[piece.expert])).unzip();
+        let all = rows.iter().sum();
+        ffn::apply_each(&experts, &x.narrow(0, first, all).unwrap(), &rows).unwrap();
+        first += all;
+    }
+    assert_eq!(first, 9);
+}
+
+#[test]
+fn one_call_multiplies_with_the_matrices_of_several_experts() {
+    let folder = tempfile::tempdir().unwrap();
+    let launches = folder.path().join("launches");
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    process.args(["--exact", "multiply_five_experts", "--ignored"]).env(LAUNCHES, &launches);
+    let output = process.output().unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&said));
+    let Ok(counts) = std::fs::read_to_string(&launches) else {
+        eprintln!("NOT checked: this GPU does not tell what was launched on it");
+        return;
+    };
+    let count = |name: &str| counts.lines().find_map(|line| line.strip_suffix(name)?.trim().parse::<u64>().ok());
+    // Three matrices each: of the experts with 2, 3 and 1 rows, and of the one with 3 that would be
+    // more than 8 with them. One by one they would be twelve products.
+    assert_eq!([count(" grouped product"), count(" product")], [Some(3), Some(3)], "{counts}");
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use crate::blocks::norm::Norm;
 use crate::device::gpu::{self, Load, Positions, SortedPairs};
 use crate::kernels::fused::{self, Activation, Gate};
-use crate::kernels::product::Linear;
+use crate::kernels::product::{self, Linear};
 use crate::model::decoder::{GateUp, MlpKind, RouterSpec};
 
 /// A feed-forward's tensors on one device.
@@ -37,22 +37,43 @@ pub enum GateUpProj {
     Joined(Linear),
 }
 
+impl GateUpProj {
+    /// The gate projection, the one without a gate or both in one; the up projection beside it.
+    fn matrices(&self) -> (&Linear, Option<&Linear>) {
+        match self {
+            Self::Up(one) | Self::Joined(one) => (one, None),
+            Self::Separate { gate, up } => (gate, Some(up)),
+        }
+    }
+}
+
 impl MlpWeights {
     /// `x` `[rows, hidden]` to the same shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = match &self.gate_up {
-            GateUpProj::Up(up) => {
+        apply_each(&[self], x, &[x.dim(0)?])
+    }
+
+    /// From what both projections made to the inner width; without one beside the first, `up` is
+    /// `None`.
+    fn inner(&self, first: Tensor, up: Option<Tensor>) -> Result<Tensor> {
+        match (&self.gate_up, up) {
+            (GateUpProj::Joined(_), _) => fused::gated_joined(&first, self.is_interleaved(), self.gate()),
+            (_, Some(up)) => fused::gated(first, &up, self.gate()),
+            (_, None) => {
                 let how = match self.kind {
                     MlpKind::Relu => Activation::Relu,
                     MlpKind::ReluSquared => Activation::ReluSquared,
                     _ => Activation::GeluTanh,
                 };
-                fused::activated(up.apply(x)?, how)?
+                fused::activated(first, how)
             }
-            GateUpProj::Separate { gate, up } => fused::gated(gate.apply(x)?, &up.apply(x)?, self.gate())?,
-            GateUpProj::Joined(both) => fused::gated_joined(&both.apply(x)?, self.is_interleaved(), self.gate())?,
-        };
-        self.down.apply(&inner)
+        }
+    }
+
+    /// All matrices.
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        let (first, up) = self.gate_up.matrices();
+        [first, &self.down].into_iter().chain(up)
     }
 
     fn gate(&self) -> Gate {
@@ -518,17 +539,21 @@ impl Inputs {
         Ok(Self { all, first: group.start, places })
     }
 
-    /// What goes to an expert of the group, `[rows, width]`, from neighbouring micro-batches, each
-    /// with its number in the wave, to each of which something goes.
-    pub fn gather(&self, expert: usize, from: &[(usize, &Routed)]) -> Result<Tensor> {
-        if let (Some(all), [(batch, _), ..]) = (&self.all, from) {
-            let rows: usize = from.iter().map(|(_, routed)| routed.sent(expert)).sum();
-            return all.narrow(0, self.places[expert - self.first][*batch], rows);
+    /// What goes to experts of the group, `[rows, width]`, in neighbouring pieces of a wave.
+    pub fn gather(&self, wave: &[&Routed], pieces: &[Piece]) -> Result<Tensor> {
+        if let (Some(all), [Piece { expert, sent }, ..]) = (&self.all, pieces)
+            && let [(batch, _), ..] = sent[..]
+        {
+            let rows = pieces.iter().map(Piece::rows).sum();
+            return all.narrow(0, self.places[expert - self.first][batch], rows);
         }
-        let mut parts = Vec::with_capacity(from.len());
-        for (_, routed) in from {
-            if let Pairs::Host(pairs) = &routed.pairs {
-                parts.push(gather(&routed.x, pairs, expert)?);
+        let mut parts = Vec::new();
+        for Piece { expert, sent } in pieces {
+            for (batch, _) in sent {
+                let Routed { x, pairs, .. } = wave[*batch];
+                if let Pairs::Host(pairs) = pairs {
+                    parts.push(gather(x, pairs, *expert)?);
+                }
             }
         }
         Tensor::cat(&parts, 0)
@@ -548,16 +573,97 @@ fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Tensor> {
     Ok(x)
 }
 
-/// One expert over rows gathered from several micro-batches, so many of each, in products over all
-/// of them: what it made of each micro-batch's.
-pub fn apply_expert(weights: &MlpWeights, x: &Tensor, rows: &[usize]) -> Result<Vec<Tensor>> {
-    let out = weights.apply(x)?;
-    let mut first = 0;
-    let part = |rows: &usize| {
-        first += rows;
-        out.narrow(0, first - rows, *rows)
-    };
-    rows.iter().map(part).collect()
+/// Feed-forwards of one kind and shape over rows of `x` `[rows, hidden]`: each takes so many, behind
+/// those of the one before. Several [go together](rows_together).
+pub fn apply_each(experts: &[&MlpWeights], x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    let Some(one) = experts.first() else { return Ok(x.clone()) };
+    let first: Vec<&Linear> = experts.iter().map(|mlp| mlp.gate_up.matrices().0).collect();
+    let ups: Vec<&Linear> = experts.iter().filter_map(|mlp| mlp.gate_up.matrices().1).collect();
+    let first = product::each(&first, x, rows)?;
+    let up = if ups.is_empty() { None } else { Some(product::each(&ups, x, rows)?) };
+    let inner = one.inner(first, up)?;
+    let down: Vec<&Linear> = experts.iter().map(|mlp| &mlp.down).collect();
+    product::each(&down, &inner, rows)
+}
+
+/// Rows of an average expert from which on each product is large enough to be started alone.
+const ENOUGH_ROWS: usize = 256;
+
+/// Whether a router that chooses `top_k` of `experts` sends so few of so many tokens to an average
+/// expert that products of several are better started together.
+pub fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
+    tokens * top_k < ENOUGH_ROWS * experts
+}
+
+/// How many rows experts may be given together, `most` or none, as a wave has tokens. What is sent
+/// to which expert does not matter, nor on which device that is, nor when: the library may round
+/// sums of products that are started together in another way.
+pub fn rows_together(
+    wave: &[&Routed],
+    experts_top_k: [usize; 2],
+    weights: &[MlpWeights],
+    most: usize,
+) -> Result<usize> {
+    let mut tokens = 0;
+    for routed in wave {
+        tokens += routed.x.dim(0)?;
+    }
+    let dtype = wave.first().map_or(DType::F32, |routed| routed.x.dtype());
+    let matrices = weights.iter().flat_map(MlpWeights::matrices);
+    let together = are_few(tokens, experts_top_k) && product::goes_together(matrices, dtype);
+    Ok(if together { most } else { 0 })
+}
+
+/// Rows that go to one expert from neighbouring micro-batches of a wave.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The expert.
+    pub expert: usize,
+    /// Numbers of micro-batches in the wave, and how many rows come from each, never none.
+    pub sent: Vec<(usize, usize)>,
+}
+
+impl Piece {
+    /// Rows from all micro-batches.
+    pub fn rows(&self) -> usize {
+        self.sent.iter().map(|(_, rows)| rows).sum()
+    }
+}
+
+/// What a group of experts is sent of a wave, expert by expert. Rows of an expert come together
+/// from neighbouring micro-batches, `enough` or a little more at a time, so that its products are
+/// large however few of a micro-batch go to it.
+pub fn pieces(wave: &[&Routed], group: &Range<usize>, enough: usize) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for expert in group.clone() {
+        let mut piece = Piece { expert, sent: Vec::new() };
+        for (batch, routed) in wave.iter().enumerate() {
+            let rows = routed.sent(expert);
+            if rows > 0 {
+                piece.sent.push((batch, rows));
+            }
+            if piece.rows() >= enough && !piece.sent.is_empty() {
+                pieces.push(std::mem::replace(&mut piece, Piece { expert, sent: Vec::new() }));
+            }
+        }
+        if !piece.sent.is_empty() {
+            pieces.push(piece);
+        }
+    }
+    pieces
+}
+
+/// Neighbouring pieces that have no more than `most` rows together, or one that has more alone.
+pub fn together(pieces: &[Piece], most: usize) -> impl Iterator<Item = &[Piece]> {
+    let mut rows = pieces.first().map_or(0, Piece::rows);
+    pieces.chunk_by(move |_, next| {
+        rows += next.rows();
+        let fits = rows <= most;
+        if !fits {
+            rows = next.rows();
+        }
+        fits
+    })
 }
 
 /// What an expert made of its rows of a micro-batch.
@@ -668,11 +774,9 @@ mod tests {
         Linear::new(Tensor::ones((out, input), DType::F32, &Device::Cpu).unwrap(), None)
     }
 
-    /// One expert over rows of one micro-batch.
+    /// One expert over its rows.
     fn made(weights: &MlpWeights, x: &Tensor) -> Tensor {
-        let mut parts = apply_expert(weights, x, &[x.dim(0).unwrap()]).unwrap();
-        assert_eq!(parts.len(), 1);
-        parts.remove(0)
+        weights.apply(x).unwrap()
     }
 
     #[test]
@@ -753,7 +857,8 @@ mod tests {
             for group in [0..3, 3..4, 4..7] {
                 let inputs = Inputs::new(&[&routed], &group).unwrap();
                 for expert in group.filter(|expert| routing.experts.contains(&(*expert as u32))) {
-                    let part = inputs.gather(expert, &[(0, &routed)]).unwrap();
+                    let piece = Piece { expert, sent: vec![(0, routed.sent(expert))] };
+                    let part = inputs.gather(&[&routed], &[piece]).unwrap();
                     let of = routed.rows(expert, &made(&mlp(expert), &part)).unwrap();
                     prop_assert_eq!(routed.sent(expert), of.rows.len());
                     for (i, (row, weight)) in of.rows.iter().zip(&of.weights).enumerate() {
@@ -796,14 +901,46 @@ mod tests {
         let wave = [routed(x(0.0), [1, 0, 1]), routed(x(100.0), [0, 1, 0])];
         let wave = [&wave[0], &wave[1]];
         let inputs = Inputs::new(&wave, &(0..2)).unwrap();
-        let together = inputs.gather(1, &[(0, wave[0]), (1, wave[1])]).unwrap();
-        let parts = apply_expert(&weights, &together, &[wave[0].sent(1), wave[1].sent(1)]).unwrap();
-        for (number, (part, routed)) in parts.iter().zip(wave).enumerate() {
-            let alone = made(&weights, &inputs.gather(1, &[(number, routed)]).unwrap());
+        let pieces = pieces(&wave, &(0..2), 100);
+        assert_eq!(pieces[1], Piece { expert: 1, sent: vec![(0, 2), (1, 1)] });
+        let both = made(&weights, &inputs.gather(&wave, &pieces[1..]).unwrap());
+        let parts = [both.narrow(0, 0, 2).unwrap(), both.narrow(0, 2, 1).unwrap()];
+        for (part, sent) in parts.iter().zip(&pieces[1].sent) {
+            let piece = Piece { expert: 1, sent: vec![*sent] };
+            let alone = made(&weights, &inputs.gather(&wave, &[piece]).unwrap());
             assert_eq!(part.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
         }
         let rows = |number: usize| wave[number].rows(1, &parts[number]).unwrap().rows;
         assert_eq!((rows(0), rows(1)), (vec![0, 2], vec![1]));
+    }
+
+    #[test]
+    fn rows_of_experts_are_cut_by_micro_batches_and_put_together_up_to_a_bound() {
+        let routed = |experts: &[u32]| {
+            let x = Tensor::zeros((experts.len(), 4), DType::F32, &Device::Cpu).unwrap();
+            let weights = vec![1.0; experts.len()];
+            let routing = Routing { top_k: 1, experts: experts.into(), weights, scales_input: false };
+            Routed::new(x.clone(), Choices::Host(routing), 4, x, None).unwrap()
+        };
+        let wave = [routed(&[0, 0, 1]), routed(&[0, 0, 3]), routed(&[0, 1, 3])];
+        let wave: Vec<&Routed> = wave.iter().collect();
+        let piece = |expert, sent: &[(usize, usize)]| Piece { expert, sent: sent.into() };
+        let all = [
+            piece(0, &[(0, 2), (1, 2)]),
+            piece(0, &[(2, 1)]),
+            piece(1, &[(0, 1), (2, 1)]),
+            piece(3, &[(1, 1), (2, 1)]),
+        ];
+        assert_eq!(pieces(&wave, &(0..4), 3), all);
+        assert_eq!(pieces(&wave, &(1..3), 3), all[2..3], "expert 2 is sent nothing");
+        let cut = |most| together(&all, most).map(<[Piece]>::len).collect::<Vec<_>>();
+        assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 2, 1], vec![2, 2], vec![4]]);
+        assert_eq!(together(&[], 3).count(), 0);
+        // 256 rows per expert, and one token fewer. No experts are on a GPU here.
+        assert_eq!([8192, 8191].map(|tokens| are_few(tokens, [256, 8])), [false, true]);
+        assert_eq!(rows_together(&wave, [4, 1], &[], 3).unwrap(), 3);
+        let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
+        assert_eq!(rows_together(&wave, [4, 1], &[weights], 3).unwrap(), 0);
     }
 
     #[test]

@@ -8,6 +8,11 @@ mod activation;
 #[cfg(feature = "cuda")]
 pub(crate) mod fused;
 #[cfg(feature = "cuda")]
+mod grouped;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_grouped.rs"]
+mod grouped;
+#[cfg(feature = "cuda")]
 mod host_to_device;
 #[cfg(not(feature = "cuda"))]
 #[path = "gpu/no_host_to_device.rs"]
@@ -27,6 +32,7 @@ use candle_core::Device;
 use outliers_protocol::DeviceInfo;
 
 pub use activation::{Look, Seen};
+pub use grouped::{grouped_product, takes_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
 pub use passing::Passing;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, T
 use half::bf16;
 use outliers_matmul::{Order, Real, Unit};
 
-use crate::device::Placement;
+use crate::device::{Placement, gpu};
 use crate::kernels::fused;
 use crate::kernels::tap::Tap;
 
@@ -71,6 +71,33 @@ impl Linear {
             None => Ok(product),
         }
     }
+}
+
+/// Whether [`each`] multiplies rows of this dtype with all of these matrices by one call.
+pub fn goes_together<'a>(mut matrices: impl Iterator<Item = &'a Linear>, dtype: DType) -> bool {
+    matrices.all(|linear| linear.weight.dtype() == dtype && gpu::takes_in_group(&linear.weight))
+}
+
+/// `x W^T + b` over rows of `x` `[rows, in]`: each matrix takes so many of them, behind those of
+/// the one before. Several matrices are of one shape, and [go together](goes_together).
+pub fn each(matrices: &[&Linear], x: &Tensor, rows: &[usize]) -> Result<Tensor> {
+    if let [one] = matrices {
+        return one.apply(x);
+    }
+    let weights: Vec<&Tensor> = matrices.iter().map(|linear| &linear.weight).collect();
+    let product = gpu::grouped_product(x, &weights, rows)?;
+    let mut first = 0;
+    for (linear, rows) in matrices.iter().zip(rows).filter(|(_, rows)| **rows > 0) {
+        if linear.tap.is_some() {
+            linear.see(&x.narrow(0, first, *rows)?)?;
+        }
+        if let Some(bias) = &linear.bias {
+            // In its place.
+            fused::sum(product.narrow(0, first, *rows)?, bias)?;
+        }
+        first += rows;
+    }
+    Ok(product)
 }
 
 fn unit(device: &Device) -> Option<Unit> {

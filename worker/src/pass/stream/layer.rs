@@ -9,7 +9,7 @@ use outliers_protocol::Point;
 use super::{MicroBatch, Mixture, Wave};
 use crate::blocks::attention::{TopShares, Watched, Watching, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Piece, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -380,8 +380,6 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     }
 
     /// All experts of a group over the micro-batches of a wave; the last group closes the layer.
-    /// An expert's rows are gathered across micro-batches, those of a whole one or a little more
-    /// at a time, so that its products are large however few of a micro-batch go to it.
     fn experts(
         &mut self,
         moe: &MoeSpec,
@@ -395,19 +393,11 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
         let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
         let inputs = Inputs::new(&wave, group)?;
-        for (expert, weights) in group.clone().zip(weights) {
-            let (mut sent, mut rows) = (Vec::new(), 0);
-            for at in 0..batches.len() {
-                let of_batch = routed_of(&batches[at])?.sent(expert);
-                if of_batch > 0 {
-                    rows += of_batch;
-                    sent.push((at, of_batch));
-                }
-                if rows >= self.batch_rows || (at + 1 == batches.len() && rows > 0) {
-                    self.expert_on(expert, weights, &inputs, &std::mem::take(&mut sent), batches)?;
-                    rows = 0;
-                }
-            }
+        let pieces = ffn::pieces(&wave, group, self.batch_rows);
+        let most = ffn::rows_together(&wave, [moe.experts, moe.top_k], weights, self.batch_rows)?;
+        for pieces in ffn::together(&pieces, most) {
+            let weights: Vec<&MlpWeights> = pieces.iter().map(|piece| &weights[piece.expert - group.start]).collect();
+            self.experts_on(&weights, &inputs, pieces, batches)?;
         }
         drop(inputs);
         if group.end == moe.experts {
@@ -426,26 +416,27 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(())
     }
 
-    /// One expert over rows of several micro-batches, each given by its index and how many they
-    /// are.
-    fn expert_on(
+    /// The experts of neighbouring pieces, each over its own.
+    fn experts_on(
         &mut self,
-        expert: usize,
-        weights: &MlpWeights,
+        weights: &[&MlpWeights],
         inputs: &Inputs,
-        sent: &[(usize, usize)],
+        pieces: &[Piece],
         batches: &mut [MicroBatch],
     ) -> Result<()> {
-        let mut from = Vec::with_capacity(sent.len());
-        for (at, _) in sent {
-            from.push((*at, routed_of(&batches[*at])?));
-        }
-        let x = inputs.gather(expert, &from)?;
-        let rows: Vec<usize> = sent.iter().map(|(_, rows)| *rows).collect();
-        for ((at, _), made) in sent.iter().zip(ffn::apply_expert(weights, &x, &rows)?) {
-            let batch = &mut batches[*at];
-            self.expert(expert, batch, &made)?;
-            batch.mixture.as_mut().ok_or_else(early)?.routed.add(expert, &made)?;
+        let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
+        let x = inputs.gather(&wave, pieces)?;
+        let rows: Vec<usize> = pieces.iter().map(Piece::rows).collect();
+        let made = ffn::apply_each(weights, &x, &rows)?;
+        let mut first = 0;
+        for Piece { expert, sent } in pieces {
+            for (at, rows) in sent {
+                let made = made.narrow(0, first, *rows)?;
+                first += rows;
+                let batch = &mut batches[*at];
+                self.expert(*expert, batch, &made)?;
+                batch.mixture.as_mut().ok_or_else(early)?.routed.add(*expert, &made)?;
+            }
         }
         Ok(())
     }

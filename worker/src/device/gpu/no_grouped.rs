@@ -1,0 +1,16 @@
+//! Where no GPUs are used.
+
+use candle_core::{Result, Tensor, bail};
+
+/// None is taken.
+pub fn takes_in_group(_: &Tensor) -> bool {
+    false
+}
+
+/// Never called.
+///
+/// # Errors
+/// Always.
+pub fn grouped_product(_: &Tensor, _: &[&Tensor], _: &[usize]) -> Result<Tensor> {
+    bail!("matrices are on a GPU, which this worker was built without")
+}
