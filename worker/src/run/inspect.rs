@@ -12,6 +12,7 @@ use outliers_scan::{BINS, STRIP};
 use serde_json::Value;
 
 use crate::blocks::attention::{QUERY_BLOCK, SCORE_VALUES};
+use crate::blocks::ffn;
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::held_for_hashes;
 use crate::checkpoint::source::Checkpoint;
@@ -458,19 +459,33 @@ fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: Plan
     if run.arithmetic.in_place {
         return 0;
     }
-    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
-    let wave_rows = tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows);
-    let inputs = (share(moe, wave_rows) * group.len()).min(wave_rows * moe.top_k.min(group.len()));
-    let choices = tokens * moe.top_k * 2 * (size_of::<u32>() + size_of::<f32>());
-    (inputs + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
+    let choices = run.sequences * run.tokens * moe.top_k * 2 * (size_of::<u32>() + size_of::<f32>());
+    (group_rows(moe, group, run) + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
 }
 
 /// Rows that a unit is given at once.
 fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
     match (&unit.part, &spec.layers[unit.layer].ffn) {
-        (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
+        (Part::Experts(group), FfnSpec::Moe(moe)) => {
+            // A GPU's library may multiply those of several experts together.
+            let few = !run.arithmetic.in_place && ffn::are_few(wave_rows(run), [moe.experts, moe.top_k]);
+            let together = if few { group_rows(moe, group, run).min(batch_rows(run)) } else { 0 };
+            expert_rows(moe, run).max(together)
+        }
         _ => batch_rows(run),
     }
+}
+
+/// Tokens of a wave.
+fn wave_rows(run: PlannedRun) -> usize {
+    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
+    tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows)
+}
+
+/// Rows of a wave that go to a group of experts.
+fn group_rows(moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
+    let rows = wave_rows(run);
+    (share(moe, rows) * group.len()).min(rows * moe.top_k.min(group.len()))
 }
 
 /// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32
@@ -590,6 +605,21 @@ mod tests {
         assert_eq!(of_router(&plain, on_a_gpu(10, DType::F32)), rows * 4 * 4 * 4, "it is there");
         let in_place = Arithmetic { in_place: true, ..Arithmetic::default() };
         assert_eq!(of_router(&plain, PlannedRun { arithmetic: in_place, ..on_a_gpu(10, DType::BF16) }), 0);
+    }
+
+    #[test]
+    fn experts_with_few_rows_are_planned_together_on_a_gpu() {
+        let mixtral = spec(include_str!("../../../tests/golden/mixtral/model/config.json"), |_| ());
+        let of = |group_elements, run| {
+            let units = mixtral.units(group_elements);
+            rows(&mixtral, units.iter().find(|unit| matches!(unit.part, Part::Experts(_))).unwrap(), run)
+        };
+        // Two of four experts are chosen: of 320 tokens 160 by each on average, and 240 are planned.
+        let run = on_a_gpu(10, DType::BF16);
+        assert_eq!((of(1, run), of(u64::MAX, run)), (240, 320), "as many as a micro-batch has");
+        let in_place = Arithmetic { in_place: true, ..Arithmetic::default() };
+        assert_eq!(of(u64::MAX, PlannedRun { arithmetic: in_place, ..run }), 240);
+        assert_eq!(of(u64::MAX, on_a_gpu(16, DType::BF16)), 384, "256 by each are not few");
     }
 
     #[test]
