@@ -4,16 +4,14 @@
 //!
 //! Values are row-major and contiguous, and belong to the stream that is given.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use cudarc::driver::{
-    CudaContext, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError,
-    PinnedHostSlice,
-};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError};
 use half::{bf16, f16};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch};
+use crate::landing::{Landing, Part};
 
 /// Threads of most blocks.
 const THREADS: usize = 256;
@@ -209,31 +207,15 @@ impl Mass {
     }
 }
 
-/// Counts on their way to the host, through pinned memory.
+/// Counts on their way to the host.
 pub struct Arriving {
-    memory: PinnedHostSlice<u64>,
+    landing: Landing,
     experts: usize,
 }
 
-/// Memory that nothing is on its way to. Pinning takes longer than copying.
-static FREE: Mutex<Vec<PinnedHostSlice<u64>>> = Mutex::new(Vec::new());
-
 impl Arriving {
     fn new(stream: &Arc<CudaStream>, counts: &CudaSlice<u64>, experts: usize) -> Result<Self, DriverError> {
-        let mut memory = Self::pinned(stream.context(), counts.len())?;
-        stream.memcpy_dtoh(counts, &mut memory)?;
-        Ok(Self { memory, experts })
-    }
-
-    fn pinned(context: &Arc<CudaContext>, len: usize) -> Result<PinnedHostSlice<u64>, DriverError> {
-        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |memory: &PinnedHostSlice<u64>| memory.len() == len && Arc::ptr_eq(memory.context(), context);
-        if let Some(at) = free.iter().position(fits) {
-            return Ok(free.swap_remove(at));
-        }
-        // Not write-combined, which is slow to read.
-        // SAFETY: numbers may be anything; they are read after they were copied.
-        unsafe { context.alloc_pinned_with_flags(len, 0) }
+        Ok(Self { landing: Landing::ask(stream, &[Part::of(counts, stream)])?, experts })
     }
 
     /// Where each expert's pairs begin, and after the last expert where they end; what each was
@@ -242,16 +224,15 @@ impl Arriving {
     /// # Errors
     /// The driver's.
     pub fn wait(self) -> Result<(Vec<usize>, Vec<Load>), DriverError> {
-        let (firsts, loads) = self.memory.as_slice()?.split_at(self.experts + 1);
+        let counts = self.landing.u64s(0)?;
+        let (firsts, loads) = counts.split_at(self.experts + 1);
         let load = |load: &[u64; LOAD]| Load {
             tokens_at_position_0: load[0],
             mass: Mass::new(&load[1..=2 * WINDOWS]),
             mass_at_position_0: Mass::new(&load[1 + 2 * WINDOWS..]),
         };
         let firsts = firsts.iter().map(|first| *first as usize).collect();
-        let loads = loads.as_chunks::<LOAD>().0.iter().map(load).collect();
-        FREE.lock().unwrap_or_else(PoisonError::into_inner).push(self.memory);
-        Ok((firsts, loads))
+        Ok((firsts, loads.as_chunks::<LOAD>().0.iter().map(load).collect()))
     }
 }
 
