@@ -4,6 +4,7 @@ use std::fmt;
 
 use candle_core::{DType, Device};
 use outliers_protocol::{DeviceInfo, Precision};
+use rayon::prelude::*;
 use serde::Serialize;
 use sysinfo::System;
 
@@ -33,8 +34,9 @@ pub fn open(typed: &[String]) -> Result<Vec<Placement>> {
         let opened: Vec<Placement> = opened.collect();
         return Ok(if opened.is_empty() { vec![cpu("cpu")] } else { opened });
     }
-    let opened = typed.iter().map(|name| open_one(name.trim())).collect::<Result<Vec<_>>>()?;
-    Ok(opened.into_iter().flatten().collect())
+    // At the same time: a GPU takes up to a second. The error that is reported is the first in order.
+    let opened: Vec<Result<_>> = typed.par_iter().map(|name| open_one(name.trim())).collect();
+    Ok(opened.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }
 
 fn open_one(name: &str) -> Result<Vec<Placement>> {

@@ -30,6 +30,7 @@ mod routing;
 
 use candle_core::Device;
 use outliers_protocol::DeviceInfo;
+use rayon::prelude::*;
 
 pub use activation::{Look, Seen};
 pub use grouped::{grouped_product, takes_in_group};
@@ -128,7 +129,9 @@ impl Gpus {
             // It says why not.
             asked.push(0);
         }
-        asked.into_iter().map(|index| Ok((index, self.open(index)?))).collect()
+        // At the same time: one takes up to a second.
+        let opened: Vec<Result<(usize, Device)>> = asked.into_par_iter().map(|index| Ok((index, self.open(index)?))).collect();
+        opened.into_iter().collect()
     }
 
     /// As provenance, under the names of `--devices`.

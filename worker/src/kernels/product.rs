@@ -73,6 +73,18 @@ impl Linear {
     }
 }
 
+/// Has the library for a GPU compute its first product, for which it loads kernels and takes
+/// memory. This waits for none of that; the CPU needs none.
+pub fn get_ready(device: &Device, dtype: DType) -> Result<()> {
+    /// Of a small matrix.
+    const SIDE: usize = 64;
+    if device.is_cuda() {
+        let x = Tensor::zeros((SIDE, SIDE), dtype, device)?;
+        product(&x, &x)?;
+    }
+    Ok(())
+}
+
 /// Whether [`each`] multiplies rows of this dtype with all of these matrices by one call.
 pub fn goes_together<'a>(mut matrices: impl Iterator<Item = &'a Linear>, dtype: DType) -> bool {
     matrices.all(|linear| linear.weight.dtype() == dtype && gpu::takes_in_group(&linear.weight))

@@ -253,6 +253,8 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     fn run(&mut self, mail: &Receiver<Event>) -> Result<()> {
+        // While the first weights are read.
+        product::get_ready(&self.front.placement(self.device).device, self.front.pass.compute)?;
         while !(self.coming.is_empty() && self.held.is_empty() || self.front.stopped.load(Ordering::Relaxed)) {
             let event = match self.next() {
                 Some(at) => {
