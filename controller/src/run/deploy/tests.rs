@@ -882,6 +882,44 @@ async fn resumed_gpu_run_never_starts_a_cpu_worker() {
     }
 }
 
+/// One that is picked up after its worker was started goes on with that worker, also when it has
+/// died, but no other one is started in its place on another instance.
+#[tokio::test(start_paused = true)]
+async fn resumed_gpu_run_keeps_the_worker_it_began_with() {
+    let begun = Fake::new();
+    let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
+    let follow = begun.world.lock().unwrap().effects.iter().position(|effect| *effect == "follow").unwrap() + 1;
+    for (deaths, lost) in [(0, false), (1, false), (0, true)] {
+        let what = format!("{deaths} deaths, lost: {lost}");
+        let (fake, home) = (Fake::new(), home());
+        fake.set(|world| {
+            world.deaths = deaths;
+            world.armed = vec![(follow, Fault::CrashBefore)];
+        });
+        let ledger = open_ledger(&home.path().join("state"));
+        let mut request = spec(&home.path().join("results"));
+        for_gpus(&fake, &mut request);
+        drop(ledger.plan(&request).unwrap());
+        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{what}");
+        fake.set(|world| {
+            world.without_cuda = true;
+            world.armed.extend(lost.then(|| (world.effects.len() + 1, Fault::Preempted)));
+        });
+        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
+        closed_and_clean(&fake, &record, &what);
+        let launched = record.events.iter().filter(|entry| entry.event.word() == "launched").count();
+        assert_eq!(launched, 1, "{what}");
+        match record.state.ending() {
+            Some(RunOutcome::Completed) => assert!(!lost, "{what}"),
+            Some(RunOutcome::Failed { trouble }) => {
+                assert!(lost && trouble.kind == RunFailureKind::Local, "{what}: {trouble:?}");
+                assert!(trouble.message.contains("without CUDA"), "{what}: {trouble:?}");
+            }
+            ending => panic!("{what}: {ending:?}"),
+        }
+    }
+}
+
 /// What another process finds: what has time left stays; then strays go, and an abandoned run is
 /// salvaged.
 #[tokio::test]
