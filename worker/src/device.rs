@@ -34,7 +34,7 @@ pub fn open(typed: &[String]) -> Result<Vec<Placement>> {
         let opened: Vec<Placement> = opened.collect();
         return Ok(if opened.is_empty() { vec![cpu("cpu")] } else { opened });
     }
-    // At the same time: a GPU takes up to a second. The error that is reported is the first in order.
+    // At the same time: a GPU takes up to a second. The first error in their order is reported.
     let opened: Vec<Result<_>> = typed.par_iter().map(|name| open_one(name.trim())).collect();
     Ok(opened.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
 }

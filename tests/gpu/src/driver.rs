@@ -709,7 +709,7 @@ pub unsafe extern "C" fn cublasGemmGroupedBatchedEx(
     let mut products = Vec::new();
     for (group, size) in numbers(sizes).iter().enumerate() {
         let (m, n, k) = (rows[group], columns[group], depths[group]);
-        let least = |transposed: c_int, [not, yes]: [c_int; 2]| if transposed == 0 { not } else { yes }.max(1);
+        let least = |transposed: c_int, sizes: [c_int; 2]| sizes[usize::from(transposed != 0)].max(1);
         let least = [least(transposed_a[group], [m, k]), least(transposed_b[group], [k, n]), m.max(1)];
         if [m, n, k, *size].iter().any(|n| *n < 0) || leading.iter().zip(least).any(|(of, least)| of[group] < least) {
             eprintln!("emulated GPU: grouped products, number {group} of sizes {m}, {n}, {k}");

@@ -573,8 +573,8 @@ fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Tensor> {
     Ok(x)
 }
 
-/// Feed-forwards of one kind and shape over rows of `x` `[rows, hidden]`: each takes so many, behind
-/// those of the one before. Several [go together](rows_together).
+/// Feed-forwards of one kind and shape over rows of `x` `[rows, hidden]`: each takes so many,
+/// behind those of the one before. Several have to [go together](rows_together).
 pub fn apply_each(experts: &[&MlpWeights], x: &Tensor, rows: &[usize]) -> Result<Tensor> {
     let Some(one) = experts.first() else { return Ok(x.clone()) };
     let first: Vec<&Linear> = experts.iter().map(|mlp| mlp.gate_up.matrices().0).collect();

@@ -129,8 +129,9 @@ impl Gpus {
             // It says why not.
             asked.push(0);
         }
+        let open = |index: usize| -> Result<(usize, Device)> { Ok((index, self.open(index)?)) };
         // At the same time: one takes up to a second.
-        let opened: Vec<Result<(usize, Device)>> = asked.into_par_iter().map(|index| Ok((index, self.open(index)?))).collect();
+        let opened: Vec<Result<_>> = asked.into_par_iter().map(open).collect();
         opened.into_iter().collect()
     }
 

@@ -91,7 +91,7 @@ pub fn goes_together<'a>(mut matrices: impl Iterator<Item = &'a Linear>, dtype: 
 }
 
 /// `x W^T + b` over rows of `x` `[rows, in]`: each matrix takes so many of them, behind those of
-/// the one before. Several matrices are of one shape, and [go together](goes_together).
+/// the one before. Several matrices are of one shape, and have to [go together](goes_together).
 pub fn each(matrices: &[&Linear], x: &Tensor, rows: &[usize]) -> Result<Tensor> {
     if let [one] = matrices {
         return one.apply(x);

@@ -903,7 +903,8 @@ async fn resumed_gpu_run_keeps_the_worker_it_began_with() {
         assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{what}");
         fake.set(|world| {
             world.without_cuda = true;
-            world.armed.extend(lost.then(|| (world.effects.len() + 1, Fault::Preempted)));
+            let next = world.effects.len() + 1;
+            world.armed = if lost { vec![(next, Fault::Preempted)] } else { Vec::new() };
         });
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
         closed_and_clean(&fake, &record, &what);
