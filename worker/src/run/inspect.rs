@@ -614,12 +614,12 @@ mod tests {
             let units = mixtral.units(group_elements);
             rows(&mixtral, units.iter().find(|unit| matches!(unit.part, Part::Experts(_))).unwrap(), run)
         };
-        // Two of four experts are chosen: of 320 tokens 160 by each on average, and 240 are planned.
+        // Two of four experts are chosen, by 160 of 320 tokens on average; 240 are planned.
         let run = on_a_gpu(10, DType::BF16);
         assert_eq!((of(1, run), of(u64::MAX, run)), (240, 320), "as many as a micro-batch has");
         let in_place = Arithmetic { in_place: true, ..Arithmetic::default() };
         assert_eq!(of(u64::MAX, PlannedRun { arithmetic: in_place, ..run }), 240);
-        assert_eq!(of(u64::MAX, on_a_gpu(16, DType::BF16)), 384, "256 by each are not few");
+        assert_eq!(of(u64::MAX, on_a_gpu(16, DType::BF16)), 384, "256 are not few");
     }
 
     #[test]
