@@ -55,7 +55,8 @@ struct Peak {
     bytes: Mutex<usize>,
 }
 
-/// How often each kernel, and a product of matrices, was asked for, and where it is told.
+/// How often each kernel, a product of matrices and several by one call were asked for, and where
+/// it is told.
 struct Launches {
     path: String,
     counts: Mutex<BTreeMap<String, u64>>,

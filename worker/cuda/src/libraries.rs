@@ -10,7 +10,7 @@ use libloading::Library;
 const INSTALLED: [&str; 2] = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
 /// Where Pythons are, each in a folder `python3.*`.
 const PYTHONS: [&str; 5] = ["/usr/lib", "/usr/local/lib", "/opt/conda/lib", "/venv/main/lib", "/opt/venv/lib"];
-/// Releases of cuBLAS whose functions, as far as they are called, are the same.
+/// Releases of cuBLAS whose functions, as far as they are needed, are the same.
 const BLAS_RELEASES: [u32; 3] = [13, 12, 11];
 
 /// A library that stays until the program ends: the table keeps its addresses.
