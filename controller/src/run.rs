@@ -19,7 +19,7 @@ use std::time::Duration;
 use outliers_protocol::{Failure, FileBytes, JobSpec};
 use serde::{Deserialize, Serialize};
 
-use crate::cloud::broker::{InstanceId, LeaseTag, Stage};
+use crate::cloud::broker::{InstanceId, LeaseTag, RunTime, Stage};
 use crate::cloud::clouds::BETWEEN_BROKERS;
 use crate::cloud::estimate::Work;
 use crate::cloud::market::{self, NothingLeft, Quote};
@@ -305,6 +305,12 @@ pub enum RunEvent {
         pin: Pin,
         /// Price that the cloud stated when the instance was up.
         price: Option<UsdPerHour>,
+    },
+    /// The cloud has its own record of how long the instance has run. It counts instead of the
+    /// times of events.
+    Metered {
+        /// That record, whole.
+        time: RunTime,
     },
     /// The instance is unfit or vanished. Another one is rented.
     Discarded {
@@ -625,6 +631,8 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
             S::Terminating { rental, ending, results: None, loss: Some(reason) }
         }
 
+        (state, E::Metered { .. }) if state.rental().is_some() => state,
+
         (S::Synced { rental, ending, results }, E::Held) => S::Held { rental, ending, results },
         (S::Synced { rental, ending, results } | S::Held { rental, ending, results }, E::Terminate) => {
             S::Terminating { rental, ending, results: Some(results), loss: None }
@@ -675,6 +683,7 @@ impl RunEvent {
             Self::NotCreated { .. } => "not created",
             Self::Created { .. } => "created",
             Self::Reached { .. } => "reached",
+            Self::Metered { .. } => "metered",
             Self::Discarded { .. } => "discarded",
             Self::Launched => "launched",
             Self::WorkerEnded { .. } => "worker ended",
@@ -761,6 +770,7 @@ mod tests {
             RunEvent::Created { instance: InstanceId("i1".into()), price: Some(UsdPerHour::from_dollars(2.0)) },
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Reached { pin: Pin("key".into()), price: None },
+            RunEvent::Metered { time: RunTime { ended_s: 7, since: Some(8), until: None } },
             RunEvent::Discarded { reason: "it has no GPU".into(), lost: false },
             RunEvent::Discarded { reason: "it went away".into(), lost: true },
             RunEvent::Restarted,
@@ -904,7 +914,7 @@ mod tests {
         /// Over any sequence of events, illegal ones refused: what may bill is never forgotten,
         /// the end is the end, and state and events survive their journey through JSON.
         #[test]
-        fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..18, 0..60)) {
+        fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..19, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {

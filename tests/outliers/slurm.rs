@@ -8,7 +8,7 @@ use outliers::cloud::broker::{Broker, GpuRequest, Instance, InstanceState, Offer
 use outliers::host::PROBE;
 use outliers::host::transport::program::OpenSsh;
 use outliers::host::transport::{SendRequest, Transport, TransportErrorKind};
-use outliers::units::Bytes;
+use outliers::units::{Bytes, UsdPerHour};
 use outliers_clouds::conformance::{lease, life};
 use outliers_protocol::{Results, files};
 use outliers_tests::cluster::Cluster;
@@ -643,6 +643,7 @@ fn site(interval: Duration) -> Site {
         sbatch: Vec::new(),
         queue: Duration::from_secs(60),
         gpu_memory: None,
+        price_per_gpu: UsdPerHour::default(),
         listing_interval: interval,
     }
 }

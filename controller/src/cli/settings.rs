@@ -20,7 +20,7 @@ use crate::host::GuardTimeouts;
 use crate::run::local_worker::Limits;
 use crate::secret::Secret;
 use crate::text::toml_error;
-use crate::units::{Bytes, Fraction};
+use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
 
 pub use crate::units::Span;
 pub use resolve::{DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRequest, RunTerms, SurveyRequest};
@@ -268,6 +268,8 @@ struct SlurmSection {
     queue: Option<Span>,
     #[serde(alias = "gpu_memory")]
     gpu_memory: Option<SomeBytes>,
+    #[serde(alias = "price_per_gpu_hour")]
+    price_per_gpu_hour: Option<Positive>,
     #[serde(alias = "listing_interval")]
     listing_interval: Option<Span>,
 }
@@ -291,6 +293,7 @@ impl SlurmSection {
             sbatch: self.sbatch,
             queue: self.queue.map_or(QUEUE, |span| span.0),
             gpu_memory: self.gpu_memory.map(|size| Bytes(size.0.0)),
+            price_per_gpu: UsdPerHour::from_dollars(self.price_per_gpu_hour.map_or(0.0, Positive::get)),
             listing_interval: self.listing_interval.map_or(Timeouts::CLOUD.listing_interval, |span| span.0),
         }
     }

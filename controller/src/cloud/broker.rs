@@ -106,11 +106,27 @@ pub trait Broker: Send + Sync {
         None
     }
 
+    /// For how long an instance has run, as it was last listed; `None`: as long as it has existed.
+    fn run_time(&self, _id: &InstanceId) -> Option<RunTime> {
+        None
+    }
+
     /// A POSIX shell script with which an instance ends itself, billing included, by a credential
     /// that can do nothing else; `None` where the cloud gives none.
     fn self_destruct(&self) -> Option<&'static str> {
         None
     }
+}
+
+/// For how long an instance has run, by its cloud's own record: time in a queue is none of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunTime {
+    /// Seconds of all starts that have ended.
+    pub ended_s: u64,
+    /// Since when it runs, Unix seconds; `None`: it does not.
+    pub since: Option<u64>,
+    /// When the cloud itself ends it, Unix seconds, where that is known.
+    pub until: Option<u64>,
 }
 
 /// A cloud as it is built in: what has to be known before anybody speaks to it.

@@ -38,6 +38,10 @@ pub struct Offer {
     /// The offer is of this machine: it costs nothing and needs no boot.
     #[serde(default)]
     pub is_local: bool,
+    /// Its instance may wait in a queue first, and again later. There it bills nothing, and none of
+    /// its time passes.
+    #[serde(default)]
+    pub queued: bool,
     /// What `create` needs to rent this offer. Only the broker interprets it.
     pub key: String,
     /// Canonical GPU name, `None` for a CPU-only machine.

@@ -76,7 +76,7 @@ fn tell_of_detached(context: &Context, run: &RunRecord) {
         instance: rental.map(|rental| &rental.instance),
         price: rental.map(|rental| rental.price),
         at_most: run.at_most(now_ms()),
-        deadline: run.deadline(),
+        deadline: run.ends_at(),
         commands: [
             format!("outliers attach {id}"),
             format!("outliers runs logs {id} -f"),

@@ -96,7 +96,7 @@ pub(super) async fn drive_as(
 /// The error for a run that was left running without `--detach`.
 fn let_go(run: &RunRecord) -> CliError {
     let bills = run.state.rental().map(|rental| {
-        let until = rfc3339(rental.tag.deadline);
+        let until = rfc3339(run.ends_at().unwrap_or(rental.tag.deadline));
         format!(", and instance {} on {} bills {} until {until}", rental.instance, rental.offer.broker, rental.price)
     });
     let lease = Duration::from_secs(run.spec.watch.lease_s);

@@ -12,7 +12,7 @@ use outliers_protocol::{JobSpec, MICRO_BATCH_TOKENS};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::cloud::broker::{InstanceId, Offer};
+use crate::cloud::broker::{InstanceId, Offer, RunTime};
 use crate::cloud::clouds::{Cloud, Timeouts};
 use crate::files;
 use crate::host::HostEvent;
@@ -339,6 +339,7 @@ impl<'a> Driver<'a> {
 
     /// One step, and what it means for the run.
     async fn advance(&mut self) -> Result<(), DriveError> {
+        self.meter()?;
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
             self.memory.stopped_at.get_or_init(Instant::now);
         }
@@ -462,6 +463,22 @@ impl<'a> Driver<'a> {
             self.changed();
         }
         Ok(reserved)
+    }
+
+    /// Writes down the cloud's own record of how long the instance has run, where that is news.
+    /// Starts that have ended are never taken back: an old record says less.
+    fn meter(&mut self) -> Result<(), LedgerError> {
+        let Some(time) = self.new_run_time() else { return Ok(()) };
+        self.run.append(RunEvent::Metered { time })?;
+        (self.on)(DeployEvent::Meter(self.run.record().meter()));
+        Ok(())
+    }
+
+    fn new_run_time(&self) -> Option<RunTime> {
+        let instance = &self.run.state().rental()?.instance;
+        let time = self.cloud().ok()?.broker.run_time(instance)?;
+        let known = self.run.record().run_time();
+        known.is_none_or(|known| known != time && known.ended_s <= time.ended_s).then_some(time)
     }
 
     fn changed(&mut self) {
@@ -605,7 +622,8 @@ impl<'a> Driver<'a> {
     /// When the worker must stop, so that the files can be fetched before the instance ends itself.
     fn time_is_up_at(&self) -> Option<Instant> {
         let lease = self.run.state().rental()?.tag.deadline;
-        let deadline = Duration::from_secs(self.ends_at().map_or(lease, |ends| ends.min(lease)));
+        let deadline = [self.ends_at(), self.is_used_up_at()].into_iter().flatten().fold(lease, u64::min);
+        let deadline = Duration::from_secs(deadline);
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
         // Time in a queue is none of the run's.
         let whole = whole.min(self.run.record().spec.limit());
@@ -614,6 +632,22 @@ impl<'a> Driver<'a> {
         let now_ms = self.run.now_ms();
         let now = Duration::from_secs(by_the_cloud(now_ms / 1000)) + Duration::from_millis(now_ms % 1000);
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
+    }
+
+    /// When a job has used up what was agreed, or its --max-gpu-hours, in Unix seconds by its
+    /// cloud's clock: one that was put back into its queue has got all of its time again.
+    fn is_used_up_at(&self) -> Option<u64> {
+        let record = self.run.record();
+        let since = record.run_time()?.since?;
+        let (rental, since_ms) = (record.state.rental()?, since.saturating_mul(1000));
+        let by_price = || rental.price.time(record.spec.quote.ceiling? - record.cost(since_ms));
+        let by_gpus = || {
+            let left = record.spec.max_gpu_time?.seconds().saturating_sub(record.gpu_time(since_ms).seconds());
+            let seconds = left.max(0).checked_div(rental.offer.gpu_count.into())?;
+            Some(Duration::from_secs(seconds.unsigned_abs()))
+        };
+        let left = [by_price(), by_gpus()].into_iter().flatten().min()?;
+        Some(since.saturating_add(left.as_secs()))
     }
 
     /// When the cloud itself ends the instance, where that is not at its lease's deadline.

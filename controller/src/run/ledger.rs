@@ -19,7 +19,7 @@ use rand::Rng;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
-use crate::cloud::broker::Offer;
+use crate::cloud::broker::{Offer, RunTime};
 use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{GpuTime, Usd, UsdPerHour};
@@ -29,7 +29,7 @@ mod repair;
 pub use repair::Repaired;
 
 /// Version of the tables and their contents. An older program refuses a newer ledger.
-const SCHEMA: i64 = 4;
+const SCHEMA: i64 = 5;
 
 /// Name of a run's own record in its results' folder.
 pub const RUN_FILE: &str = "run.json";
@@ -110,16 +110,45 @@ pub struct Unreadable {
     pub why: String,
 }
 
+/// How long an instance counts: earlier starts, and the present one.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Counted {
+    ended_ms: u64,
+    /// `None`: it does not count now.
+    since_ms: Option<u64>,
+}
+
+impl Counted {
+    fn since(at_ms: u64) -> Self {
+        Self { ended_ms: 0, since_ms: Some(at_ms) }
+    }
+
+    /// It runs at that time, if not before.
+    fn runs_at(self, at_ms: u64) -> Self {
+        Self { since_ms: self.since_ms.or(Some(at_ms)), ..self }
+    }
+
+    fn by(time: RunTime) -> Self {
+        let since_ms = time.since.map(|since| since.saturating_mul(1000));
+        Self { ended_ms: time.ended_s.saturating_mul(1000), since_ms }
+    }
+
+    fn until(self, to_ms: u64) -> Duration {
+        let present = self.since_ms.map_or(0, |since_ms| to_ms.saturating_sub(since_ms));
+        Duration::from_millis(self.ended_ms.saturating_add(present))
+    }
+}
+
 /// An instance that bills.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct OpenBill {
-    since_ms: u64,
+    counted: Counted,
     price: UsdPerHour,
 }
 
 impl OpenBill {
     fn until(self, to_ms: u64) -> Usd {
-        self.price.cost(Duration::from_millis(to_ms.saturating_sub(self.since_ms)))
+        self.price.cost(self.counted.until(to_ms))
     }
 }
 
@@ -164,7 +193,7 @@ impl RunRecord {
     /// The same as it goes on.
     pub fn meter(&self) -> Meter {
         let (gone, present) = self.bills();
-        Meter { gone, present, deadline: self.deadline() }
+        Meter { gone, present, deadline: self.ends_at() }
     }
 
     /// What the run may have cost when the time of its instance, which exists or may exist, is up:
@@ -180,7 +209,8 @@ impl RunRecord {
         let agreed = |offer: &Offer| self.spec.highest_price(offer);
         let present = match &self.state {
             RunState::Creating { intent, .. } => {
-                Some(OpenBill { since_ms: self.changed_at_ms(), price: agreed(&intent.offer) })
+                let counted = self.since_create(&intent.offer, self.changed_at_ms());
+                Some(OpenBill { counted, price: agreed(&intent.offer) })
             }
             // What it bills in the end is said when it is up.
             RunState::Rented { rental } => {
@@ -188,8 +218,28 @@ impl RunRecord {
             }
             _ => present,
         };
-        let until_ms = now_ms.max(self.deadline().unwrap_or_default() * 1000);
-        gone + present.map_or(Usd::ZERO, |bill| bill.until(until_ms))
+        gone + present.map_or(Usd::ZERO, |bill| bill.price.cost(self.time_at_most(bill.counted, now_ms)))
+    }
+
+    /// What counts of the instance that was asked for last, by the create call alone.
+    fn since_create(&self, offer: &Offer, asked_ms: u64) -> Counted {
+        if offer.queued { Counted::default() } else { Counted::since(asked_ms) }
+    }
+
+    /// What counts when the time of the present instance is up, or now if that is later. One that
+    /// waits in a queue has all of its time yet.
+    fn time_at_most(&self, counted: Counted, now_ms: u64) -> Duration {
+        let queued = self.state.offer().is_some_and(|offer| offer.queued);
+        let ends_ms = match (queued, counted.since_ms) {
+            (true, None) if self.is_in_queue() => return counted.until(0).saturating_add(self.spec.limit()),
+            (true, None) => now_ms,
+            (true, Some(since_ms)) => match self.run_time().and_then(|time| time.until) {
+                Some(until) => until.saturating_mul(1000),
+                None => since_ms.saturating_add(self.spec.max_duration_s.saturating_mul(1000)),
+            },
+            (false, _) => self.deadline().unwrap_or_default() * 1000,
+        };
+        counted.until(now_ms.max(ends_ms))
     }
 
     /// The cost of ended instances.
@@ -200,8 +250,7 @@ impl RunRecord {
     /// The cost at the instance's time limit if it bills `price` from the create call on.
     pub fn at_price(&self, price: UsdPerHour) -> Usd {
         let (gone, present) = self.bills();
-        let until_ms = self.deadline().unwrap_or_default() * 1000;
-        gone + present.map_or(Usd::ZERO, |bill| OpenBill { price, ..bill }.until(until_ms))
+        gone + present.map_or(Usd::ZERO, |bill| price.cost(self.time_at_most(bill.counted, 0)))
     }
 
     /// When the last create call was announced, in milliseconds since the Unix epoch.
@@ -223,14 +272,22 @@ impl RunRecord {
                 // It may have been there, and billed, from the first call on: a controller may
                 // have died in between.
                 (RunEvent::Created { .. }, Some(rental)) => {
-                    present = Some(OpenBill { since_ms: asked_at, price: rental.price });
+                    let counted = self.since_create(&rental.offer, asked_at);
+                    present = Some(OpenBill { counted, price: rental.price });
                 }
                 (RunEvent::Reached { .. }, Some(rental)) => {
-                    present = present.map(|bill| OpenBill { price: rental.price, ..bill });
+                    let price = rental.price;
+                    present = present.map(|bill| OpenBill { price, counted: bill.counted.runs_at(entry.at_ms) });
+                }
+                (RunEvent::Metered { time }, _) => {
+                    present = present.map(|bill| OpenBill { counted: Counted::by(*time), ..bill });
                 }
                 (RunEvent::NotCreated { unseen: true, .. }, _) => {
                     let limit_ms = asked_at.saturating_add(self.spec.max_duration_s.saturating_mul(1000));
-                    let bill = state.offer().map(|offer| OpenBill { since_ms: asked_at, price: offer.price });
+                    let bill = state.offer().map(|offer| OpenBill {
+                        counted: self.since_create(offer, asked_at),
+                        price: offer.price,
+                    });
                     gone = gone + bill.map_or(Usd::ZERO, |bill| bill.until(entry.at_ms.min(limit_ms)));
                 }
                 (RunEvent::Gone | RunEvent::Vanished, _) => {
@@ -243,50 +300,57 @@ impl RunRecord {
         (gone, present)
     }
 
-    /// What the run's instances have had of GPUs until `now_ms`. The time of an instance begins
-    /// when it was first spoken to, since one that waits in a queue has no GPUs; it begins with
-    /// the create call, and has no more than the time limit, where the instance was given up
-    /// before that.
+    /// What the run's instances have had of GPUs until `now_ms`: for as long as they have run by
+    /// their cloud's own record. Without one the time of an instance begins when it was first
+    /// spoken to, since one that waits in a queue has no GPUs; it begins with the create call, and
+    /// has no more than the time limit, where the instance was given up before that.
     pub fn gpu_time(&self, now_ms: u64) -> GpuTime {
         let (gone, present) = self.gpu_times();
-        let now = present.and_then(|(offer, since_ms)| Some(gpus_since(offer, since_ms?, now_ms)));
-        GpuTime::from_seconds(gone.saturating_add(now.map_or(0, GpuTime::seconds)))
+        let now = present.map_or(0, |(offer, counted)| GpuTime::of(offer.gpu_count, counted.until(now_ms)).seconds());
+        GpuTime::from_seconds(gone.saturating_add(now))
     }
 
-    /// The same when the time of the instance that exists or may exist is up.
+    /// The same when the time of the instance that exists or may exist is up. One that was put back
+    /// into its queue has all of its time again.
     pub fn gpu_time_at_most(&self, now_ms: u64) -> GpuTime {
         let (gone, present) = self.gpu_times();
-        let most = present.map_or(0, |(offer, since_ms)| {
-            let so_far = since_ms.map_or(0, |since_ms| gpus_since(offer, since_ms, now_ms).seconds());
-            self.spec.gpu_time(offer).seconds().max(so_far)
+        let most = present.map_or(0, |(offer, counted)| {
+            let by_events = || self.spec.limit().max(counted.until(now_ms));
+            let time = if offer.queued { self.time_at_most(counted, now_ms) } else { by_events() };
+            GpuTime::of(offer.gpu_count, time).seconds()
         });
         GpuTime::from_seconds(gone.saturating_add(most))
     }
 
     /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and
-    /// when it was first spoken to.
-    fn gpu_times(&self) -> (i64, Option<(&Offer, Option<u64>)>) {
+    /// what counts of it.
+    fn gpu_times(&self) -> (i64, Option<(&Offer, Counted)>) {
         let limit_ms = self.spec.max_duration_s.saturating_mul(1000);
-        let (mut gone, mut asked_ms, mut since_ms) = (0_i64, self.created_at_ms, None);
+        let (mut gone, mut asked_ms) = (0_i64, self.created_at_ms);
+        // `None`: neither was it spoken to, nor is there a record.
+        let mut counted: Option<Counted> = None;
         let mut state = RunState::initial();
         for entry in &self.events {
             let Ok(new) = run::next(&state, &entry.event) else { break };
             match &entry.event {
-                RunEvent::Creating { .. } => (asked_ms, since_ms) = (entry.at_ms, None),
-                RunEvent::Reached { .. } => since_ms = Some(entry.at_ms),
+                RunEvent::Creating { .. } => (asked_ms, counted) = (entry.at_ms, None),
+                RunEvent::Reached { .. } => counted = Some(counted.unwrap_or_default().runs_at(entry.at_ms)),
+                RunEvent::Metered { time } => counted = Some(Counted::by(*time)),
                 RunEvent::Gone | RunEvent::Vanished => {
-                    let given_up = matches!(state, RunState::Discarding { .. });
+                    let queued = state.offer().is_some_and(|offer| offer.queued);
+                    let given_up = matches!(state, RunState::Discarding { .. }) && !queued;
                     let at_most = asked_ms.max(entry.at_ms.saturating_sub(limit_ms));
-                    let since_ms = since_ms.take().or(given_up.then_some(at_most));
-                    if let (Some(offer), Some(since_ms)) = (state.offer(), since_ms) {
-                        gone = gone.saturating_add(gpus_since(offer, since_ms, entry.at_ms).seconds());
+                    let counted = counted.take().or(given_up.then_some(Counted::since(at_most)));
+                    if let (Some(offer), Some(counted)) = (state.offer(), counted) {
+                        let time = GpuTime::of(offer.gpu_count, counted.until(entry.at_ms));
+                        gone = gone.saturating_add(time.seconds());
                     }
                 }
                 _ => {}
             }
             state = new;
         }
-        (gone, self.state.offer().map(|offer| (offer, since_ms)))
+        (gone, self.state.offer().map(|offer| (offer, counted.unwrap_or_default())))
     }
 
     /// The budget of this run and of those that share it.
@@ -331,6 +395,33 @@ impl RunRecord {
     /// Deadline of its instance in Unix seconds, if one exists or may exist.
     pub fn deadline(&self) -> Option<u64> {
         self.state.tag().map(|tag| tag.deadline)
+    }
+
+    /// When its instance ends: by the cloud's own record, else at its deadline. Unix seconds.
+    pub fn ends_at(&self) -> Option<u64> {
+        let deadline = self.deadline()?;
+        Some(self.run_time().and_then(|time| time.until).map_or(deadline, |until| until.min(deadline)))
+    }
+
+    /// The cloud's own record of how long the present instance has run.
+    pub fn run_time(&self) -> Option<RunTime> {
+        self.state.rental()?;
+        let present = self.events.iter().rev().take_while(|entry| !matches!(entry.event, RunEvent::Creating { .. }));
+        present.into_iter().find_map(|entry| match entry.event {
+            RunEvent::Metered { time } => Some(time),
+            _ => None,
+        })
+    }
+
+    /// Whether its instance waits in a queue, or may, as far as is known here.
+    pub fn is_in_queue(&self) -> bool {
+        let waits = |time: RunTime| time.since.is_none();
+        let may_wait = match self.state {
+            RunState::Creating { .. } | RunState::Rented { .. } => self.run_time().is_none_or(waits),
+            RunState::Reachable { .. } | RunState::Launched { .. } => self.run_time().is_some_and(waits),
+            _ => false,
+        };
+        may_wait && self.state.offer().is_some_and(|offer| offer.queued)
     }
 }
 
@@ -869,10 +960,6 @@ fn without(budget: GpuTime, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Gp
     GpuTime::from_seconds(budget.seconds().saturating_sub(taken))
 }
 
-fn gpus_since(offer: &Offer, since_ms: u64, to_ms: u64) -> GpuTime {
-    GpuTime::of(offer.gpu_count, Duration::from_millis(to_ms.saturating_sub(since_ms)))
-}
-
 /// Why the ledger could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
@@ -1382,6 +1469,52 @@ pub(crate) mod tests {
             record.events.iter_mut().zip(&times).for_each(|(entry, at_ms)| entry.at_ms = *at_ms);
             let now = [record.gpu_time(at * 1000), record.gpu_time_at_most(at * 1000)].map(GpuTime::seconds);
             assert_eq!(now, [had, at_most], "at {at}");
+        }
+    }
+
+    #[test]
+    fn run_of_a_queue_is_counted_by_its_jobs_own_times() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        let (Intent { offer, tag }, _) = two_gpus();
+        // $3600/h for a minute; it may wait for a day.
+        let offer = Offer { queued: true, price: UsdPerHour::from_dollars(3600.0), ..offer };
+        let tag = LeaseTag { deadline: 86_400 + 60, ..tag };
+        let creating = || RunEvent::Creating { intent: Box::new(Intent { offer: offer.clone(), tag: tag.clone() }) };
+        let created = || RunEvent::Created { instance: InstanceId("i".into()), price: None };
+        let metered = |ended_s, since, until| RunEvent::Metered { time: RunTime { ended_s, since, until } };
+        let reached = || RunEvent::Reached { pin: Pin("p".into()), price: None };
+        // It waits for 1,000 s, runs for 30 and is put back, and runs for 20 after another 970. The
+        // second job is given up while it waits.
+        let mut times = Vec::new();
+        for (at, event, dollars, gpu_seconds, at_most, waits, ends) in [
+            (0, creating(), 0, 0, 60, true, Some(86_460)),
+            (1, created(), 0, 0, 60, true, Some(86_460)),
+            (900, metered(0, None, None), 0, 0, 60, true, Some(86_460)),
+            (1010, reached(), 0, 0, 60, true, Some(86_460)),
+            (1010, metered(0, Some(1000), Some(1060)), 10, 20, 60, false, Some(1060)),
+            (1010, RunEvent::Launched, 10, 20, 60, false, Some(1060)),
+            (1040, metered(30, None, None), 30, 60, 90, true, Some(86_460)),
+            (2005, metered(30, Some(2000), Some(2060)), 35, 70, 90, false, Some(2060)),
+            (2030, RunEvent::Discarded { reason: "x".into(), lost: true }, 60, 120, 90, false, Some(2060)),
+            (2030, metered(50, None, None), 50, 100, 50, false, Some(86_460)),
+            (2040, RunEvent::Gone, 50, 100, 50, false, None),
+            (3000, creating(), 50, 100, 110, true, Some(86_460)),
+            (3001, created(), 50, 100, 110, true, Some(86_460)),
+            (3500, RunEvent::Discarded { reason: "x".into(), lost: false }, 50, 100, 50, false, Some(86_460)),
+            (3500, RunEvent::Gone, 50, 100, 50, false, None),
+        ] {
+            run.append(event).unwrap();
+            times.push(at * 1000);
+            let mut record = run.record().clone();
+            record.events.iter_mut().zip(&times).for_each(|(entry, at_ms)| entry.at_ms = *at_ms);
+            assert_eq!(record.cost(at * 1000), Usd::from_micros(dollars * 1_000_000), "at {at}");
+            assert_eq!(record.gpu_time(at * 1000).seconds(), gpu_seconds, "at {at}");
+            // A quarter's slack: what an instance may bill at most is more than its offer says.
+            let most = record.at_most(at * 1000).micros();
+            assert!(most >= at_most * 1_000_000 && most <= at_most * 1_250_000, "{most} at {at}");
+            assert_eq!(record.gpu_time_at_most(at * 1000).seconds(), at_most * 2, "at {at}");
+            assert_eq!((record.is_in_queue(), record.ends_at()), (waits, ends), "at {at}");
         }
     }
 

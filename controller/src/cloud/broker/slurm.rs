@@ -20,14 +20,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, LeaseTag, Offer, Offers, Way,
+    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, Way,
 };
 use crate::cloud::http::Explain;
 use crate::host::transport::program::OpenSsh;
 use crate::host::transport::quote::quote;
 use crate::secret::Secret;
 use crate::text::clean;
-use crate::units::Bytes;
+use crate::units::{Bytes, Usd, UsdPerHour};
 
 mod cluster;
 mod job;
@@ -82,8 +82,17 @@ pub struct Site {
     pub queue: Duration,
     /// Memory of one GPU, where its type does not tell.
     pub gpu_memory: Option<Bytes>,
+    /// What an hour of one GPU costs, where the accounting is in money.
+    pub price_per_gpu: UsdPerHour,
     /// `squeue` is asked no more often.
     pub listing_interval: Duration,
+}
+
+impl Site {
+    /// What a job with this many GPUs costs while it runs.
+    fn price(&self, gpus: u32) -> UsdPerHour {
+        UsdPerHour(Usd::from_micros(self.price_per_gpu.0.micros().saturating_mul(gpus.into())))
+    }
 }
 
 /// A cluster as one user reaches it.
@@ -204,7 +213,8 @@ impl Slurm {
              cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
              for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
              i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
-             rm -rf .cache .asking .asked .changed .part-* .queue-*\ncd .. && rmdir {root} 2> /dev/null; exit 0"
+             rm -rf .cache .asking .asked .changed .part-* .queue-* .places .placed\n\
+             cd .. && rmdir {root} 2> /dev/null; exit 0"
         )
     }
 }
@@ -223,6 +233,13 @@ fn what(sku: &Sku) -> String {
         (gpus, Some(kind)) => format!("{gpus} x {kind} in {}", sku.partition),
         (gpus, None) => format!("{gpus} GPUs in {}", sku.partition),
     }
+}
+
+/// The GPUs of an instance, by what [`what`] said of it.
+fn gpus_of(hardware: &str) -> u32 {
+    let (count, rest) = hardware.split_once(' ').unwrap_or_default();
+    let has_gpus = rest.starts_with("x ") || rest.starts_with("GPUs ");
+    count.parse().ok().filter(|_| has_gpus).unwrap_or(0)
 }
 
 #[async_trait]
@@ -319,7 +336,11 @@ impl Broker for Slurm {
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let door = self.cluster.door(&self.site.host).await;
-        Ok(self.cluster.snapshot().await?.instances(&door))
+        let mut listed = self.cluster.snapshot().await?.instances(&door);
+        for ours in listed.iter_mut().filter(|instance| instance.tag().is_some()) {
+            ours.price = Some(self.site.price(gpus_of(&ours.hardware)));
+        }
+        Ok(listed)
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
@@ -366,6 +387,10 @@ impl Broker for Slurm {
 
     fn ends_at(&self, id: &InstanceId) -> Option<u64> {
         self.cluster.latest()?.ends_at(&id.0)
+    }
+
+    fn run_time(&self, id: &InstanceId) -> Option<RunTime> {
+        self.cluster.latest()?.run_time(&id.0)
     }
 }
 

@@ -420,6 +420,7 @@ impl Driver<'_> {
         let status = tokio::select! {
             status = self.host().follow(&run, &listen) => status,
             gone = self.instance_lost(rental, &lost) => return Err(gone),
+            () = self.metered_anew() => return Ok(()),
             dear = self.bills_more(rental) => return Err(dear),
         };
         match status {
@@ -468,6 +469,14 @@ impl Driver<'_> {
                 Some(Ok(Some(reason))) => return StepError::End(failed(RunFailureKind::Budget, reason, None)),
                 Some(Err(error)) => return error,
             }
+        }
+    }
+
+    /// Resolves when the cloud's own record of how long the instance has run is another one: the
+    /// job began, ended, or went back into its queue.
+    async fn metered_anew(&self) {
+        while self.new_run_time().is_none() {
+            tokio::time::sleep(self.timeouts().listing_interval.max(Duration::from_secs(1))).await;
         }
     }
 
@@ -664,6 +673,8 @@ impl Driver<'_> {
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
         self.see_gone(&rental.tag, Some(&rental.instance)).await?;
+        // What was last seen of it tells when it ended.
+        self.meter()?;
         Ok(self.append(RunEvent::Gone)?)
     }
 

@@ -330,7 +330,7 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     out += &format!("state: {}{state}\n", run.state.word());
     if let Some(rental) = run.state.rental() {
         out += &format!("instance: {} at {}\n", rental.instance, rental.price);
-        let left = (rental.tag.deadline * 1000).saturating_sub(now_ms);
+        let left = run.ends_at().unwrap_or(rental.tag.deadline).saturating_mul(1000).saturating_sub(now_ms);
         out += &format!("time left: {}\n", Span(Duration::from_millis(left)));
     }
     out += &format!("cost: {}\n", run.cost(now_ms));

@@ -162,7 +162,11 @@ impl Cluster {
         // A look that its caller gives up counts as one all the same.
         *look = Some((Instant::now(), None));
         let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
-        let seen = answer.and_then(|answer| Snapshot::read(&answer).map(Arc::new));
+        let earlier = self.latest();
+        let seen = answer.and_then(|answer| Snapshot::read(&answer)).map(|mut snapshot| {
+            earlier.iter().for_each(|earlier| snapshot.remember(earlier));
+            Arc::new(snapshot)
+        });
         if let Ok(snapshot) = &seen {
             *self.latest.lock().expect("nothing panics while it is held") = Some(snapshot.clone());
         }

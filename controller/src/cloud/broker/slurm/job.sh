@@ -12,6 +12,20 @@ export OUTLIERS_JOB
 # Whole, or not at all, for whoever reads it from another machine.
 write() { cat > "$1.part" && mv -f "$1.part" "$1"; }
 
+alive() { date +%s | write alive; }
+# Seconds of earlier starts of this job, and when the present one began. A start that was cut off
+# without a word was last at work as `alive` says, which is renewed every minute.
+count_time() {
+    ended=0 last='' seen=''
+    if [ -f times ]; then read -r ended last < times; fi
+    if [ -f alive ]; then read -r seen < alive; fi
+    if [ -n "$last" ] && [ "${seen:-0}" -gt "$last" ]; then ended=$((ended + seen - last)); fi
+    echo "$ended ${SLURM_JOB_START_TIME:-$(date +%s)}" | write times
+    alive
+}
+count_time
+trap alive EXIT
+
 echo "$SLURM_JOB_ID" | write job.id
 echo $(($(date +%s) + LIMIT)) | write ends
 # Whether this node reaches the hub, where that can be told.
@@ -54,7 +68,12 @@ trap end_job TERM
 
 # A listing brings what another machine has written: network file systems remember that a file was
 # not there.
-look() { ls "$RUN" > /dev/null 2>&1; }
+looks=0
+look() {
+    ls "$RUN" > /dev/null 2>&1
+    looks=$((looks + 1))
+    [ $((looks % 60)) -ne 0 ] || alive
+}
 
 while [ -z "$told" ]; do
     look

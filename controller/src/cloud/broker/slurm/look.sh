@@ -16,6 +16,8 @@ digits() {
 }
 limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
 squeue_me() { squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%S|%e|%N|%j'; }
+# Everybody's jobs that wait, without names, which may hold anything.
+squeue_all() { squeue --noheader --states=PENDING --format='%i|%u|%P|%Q'; }
 
 known='' shared=''
 if cd "$ROOT" 2> /dev/null; then
@@ -32,6 +34,12 @@ if cd "$ROOT" 2> /dev/null; then
         [ -n "$line" ] && [ $(($(date +%s) - line)) -lt "$SUBMITTING" ] && stage=submitting
         digits "$lease/job.id"
         [ -n "$line" ] && [ "$stage" != submitting ] && known="$known $line:$lease"
+        first_line "$lease/times"
+        if [ -n "$line" ]; then
+            times=$line
+            digits "$lease/alive"
+            printf '@time %s|%s|%s\n' "$lease" "$times" "$line"
+        fi
         digits "$lease/ends"
         ends=$line
         first_line "$lease/lease"
@@ -49,13 +57,54 @@ due() {
     age=$(($(date +%s) - ${asked:-0}))
     [ $age -ge "$INTERVAL" ] || [ $age -lt 0 ]
 }
-# Only whoever made the folder .asking may ask.
+# The places of our jobs that wait among all that wait in their partitions, highest priority first,
+# and the oldest first of equal ones. $queue has our jobs. It is nobody's to know where the cluster
+# hides others' jobs.
+places() {
+    if limited scontrol show config 2> /dev/null | grep -q '^PrivateData *=.*jobs'; then
+        echo '@places hidden'
+        return
+    fi
+    waiting=$(squeue_all) || return 1
+    { printf '%s\n' "$queue"; echo; printf '%s\n' "$waiting"; } | awk -F '|' '
+        !all && $0 == "" { all = 1; next }
+        !all { if ($1 ~ /^@job / && $2 == "PENDING" && $NF ~ /^outliers-/) { sub(/^@job /, "", $1); ours[$1] = 1 }; next }
+        { id[++count] = $1; partitions[count] = "," $3 ","; priority[count] = $4 + 0; at[$1] = count }
+        END {
+            for (job in ours) {
+                if (!(job in at)) continue
+                me = at[job]; place = 1; of = 0
+                for (i = 1; i <= count; i++) {
+                    if (index(partitions[i], partitions[me]) == 0) continue
+                    of++
+                    if (priority[i] > priority[me] || (priority[i] == priority[me] && id[i] + 0 < id[me] + 0)) place++
+                }
+                print "@place " job "|" place "|" of
+            }
+        }'
+}
+# Whether a job of ours waits by the answer before this one, which still holds, and their places
+# are older than a minute: then they are what is asked for this time.
+places_are_due() {
+    [ "$before" -gt "${changed:-0}" ] && [ -f ".queue-$before" ] || return 1
+    queue=$(cat ".queue-$before") || return 1
+    printf '%s\n' "$queue" | grep -q '|PENDING|.*|outliers-' || return 1
+    digits .placed
+    [ $(($(date +%s) - ${line:-0})) -ge 60 ]
+}
+# Only whoever made the folder .asking may ask: one question, for our jobs or for their places.
 ask_for_all() {
     due || return 1
+    before=${asked:-0}
     asked=$(date +%s)
     echo "$asked" > .asked
+    if places_are_due; then
+        echo "$asked" > .placed
+        { places > ".part-$asked" && mv ".part-$asked" .places; } 2> /dev/null
+    else
+        queue=$(squeue_me) || { rmdir .asking; exit 1; }
+    fi
     rm -f .queue-*
-    queue=$(squeue_me) || { rmdir .asking; exit 1; }
     { printf '%s\n' "$queue" > ".part-$asked" && mv ".part-$asked" ".queue-$asked"; } 2> /dev/null
     return 0
 }
@@ -83,15 +132,18 @@ while [ -n "$shared" ] && [ $i -lt $most ]; do
 done
 if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
 printf '%s\n' "$queue"
+if [ -n "$shared" ] && [ -f .places ]; then cat .places; fi
 
 # How a job ended that the queue shows no more: the accounting's word, or that of Slurm's
 # controller where nothing is accounted. It is written down, so that it is asked for once.
 ended() {
-    word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format=State,JobName 2> /dev/null |
-        sed -n "s/^\([A-Z_]*\)[^|]*|$2\$/\1/p" | tail -n 1)
+    format=State,Start,End,JobName
+    word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format="$format" 2> /dev/null |
+        sed -n "s/^\([A-Z_]*\)[^|]*|\([^|]*\)|\([^|]*\)|$2\$/\1 \2 \3/p" | tail -n 1)
     [ -n "$word" ] || word=$(limited scontrol --oneliner show job "$1" 2> /dev/null |
-        sed -n "s/^JobId=.* JobName=$2 .* JobState=\([A-Z_]*\) .*/\1/p" | tail -n 1)
-    case $word in '' | PENDING | RUNNING | REQUEUED | RESIZING | SUSPENDED | COMPLETING) return 1 ;; esac
+        sed -n "s/^JobId=.* JobName=$2 .* JobState=\([A-Z_]*\) .* StartTime=\([^ ]*\) EndTime=\([^ ]*\) .*/\1 \2 \3/p" |
+        tail -n 1)
+    case ${word%% *} in '' | PENDING | RUNNING | REQUEUED | RESIZING | SUSPENDED | COMPLETING) return 1 ;; esac
     echo "$word" > "$2/over"
 } 2> /dev/null
 # Those of $known of which the queue has no job. There may be hundreds of either: one pass over both.

@@ -5,7 +5,7 @@ use super::{NAME, Site, Sku};
 use crate::cloud::broker::{Dropped, GpuRequest, Offer, Offers};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
-use crate::units::{Bytes, UsdPerHour};
+use crate::units::Bytes;
 
 /// Offers for which the queue's own estimate is asked: each is a question to Slurm's scheduler.
 pub(super) const MOST_ASKED: usize = 8;
@@ -192,7 +192,7 @@ impl Found {
         let host = site.host.clone();
         let sku = Sku { host, partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
         let Ok(key) = serde_json::to_string(&sku) else { return };
-        let offer = Offer::new(NAME, key, gpus, UsdPerHour::default());
+        let offer = Offer { queued: true, ..Offer::new(NAME, key, gpus, site.price(gpus)) };
         let offer = match &sku.gpu_type {
             Some(kind) => offer.with_gpu(kind, site.gpu_memory),
             None => Offer { vram: site.gpu_memory.filter(|_| gpus > 0), ..offer },

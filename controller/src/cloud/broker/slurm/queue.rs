@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Kind, NAME, SUFFIX, error};
 use crate::calendar::rfc3339;
-use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, SshEndpoint};
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, RunTime, SshEndpoint};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::UsdPerHour;
@@ -18,6 +18,9 @@ const SUBMITTING_S: u64 = 120;
 const MOST_APART_S: u64 = 60;
 /// Prints what [`Snapshot::read`] reads, with nothing of `squeue` older than `interval`.
 const LOOK: &str = include_str!("look.sh");
+
+/// The clocks of login node, compute nodes and Slurm's controller differ by no more.
+const CLOCKS_S: u64 = 30;
 
 /// Resolution of estimated start times, in seconds.
 const ROUND_S: u64 = 600;
@@ -39,8 +42,14 @@ pub(super) fn field<'a>(answer: &'a str, key: &str) -> Option<&'a str> {
 pub(super) struct Snapshot {
     jobs: Vec<Job>,
     leases: Vec<Folder>,
-    /// Of leases whose jobs the queue shows no more: tag, and the state in which the job ended.
-    past: Vec<(String, String)>,
+    /// Of leases whose jobs the queue shows no more, how they ended.
+    past: Vec<Past>,
+    /// What the jobs' own scripts wrote down of their times.
+    times: Vec<Times>,
+    /// Of jobs that wait: number, place among all that wait in the partition, how many these are.
+    places: Vec<(String, u64, u64)>,
+    /// The cluster hides the jobs of others.
+    places_hidden: bool,
     /// Of leases whose staging job failed: tag, and why.
     unstaged: Vec<(String, String)>,
     /// Lines that are none, cut to a readable length.
@@ -69,6 +78,25 @@ struct Folder {
     stage: Stage,
     ends: Option<u64>,
     what: String,
+}
+
+/// How a job ended that the queue shows no more.
+#[derive(Clone, Debug, PartialEq)]
+struct Past {
+    tag: String,
+    state: String,
+    starts: Option<u64>,
+    ends: Option<u64>,
+}
+
+/// What a job's script wrote down: seconds of its earlier starts, when it began, when it was at
+/// work last.
+#[derive(Clone, Debug, PartialEq)]
+struct Times {
+    tag: String,
+    ended_s: u64,
+    began: u64,
+    alive: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,8 +149,8 @@ impl Job {
         }
     }
 
-    /// Why it waits, and until when by Slurm's own estimate.
-    fn waits_for(&self) -> String {
+    /// Why it waits, and until when by Slurm's own estimate; `place` says behind how many.
+    fn waits_for(&self, place: &str) -> String {
         let (number, reason) = (&self.number, clean(self.reason.as_bytes(), 120));
         let partition = clean(self.partition.as_bytes(), 40);
         let more = match (self.state.as_str(), reason.as_str()) {
@@ -135,7 +163,7 @@ impl Job {
         // The estimate moves a little all the time.
         let start = self.starts.map(|at| rfc3339(at.div_ceil(ROUND_S).saturating_mul(ROUND_S)));
         let start = start.map_or_else(String::new, |at| format!(", may start by {at}"));
-        format!("job {number} in {partition}: {} ({reason}{more}){start}", self.state)
+        format!("job {number} in {partition}: {} ({reason}{more}){start}{place}", self.state)
     }
 }
 
@@ -189,10 +217,37 @@ impl Folder {
     }
 }
 
-/// A lease's tag, and the final state of its job. `None` if it is no longer recorded.
-fn read_past(line: &str) -> Option<(String, String)> {
-    let (tag, state) = line.split_once('|')?;
-    is_over(state).then(|| (tag.to_owned(), state.to_owned()))
+impl Past {
+    /// `None` if it is no longer recorded.
+    fn read(line: &str) -> Option<Self> {
+        let (tag, record) = line.split_once('|')?;
+        let mut words = record.split(' ');
+        let state = words.next()?;
+        let mut time = || words.next().and_then(|word| word.parse().ok());
+        let (starts, ends) = (time(), time());
+        is_over(state).then(|| Self { tag: tag.to_owned(), state: state.to_owned(), starts, ends })
+    }
+}
+
+impl Times {
+    fn read(line: &str) -> Option<Self> {
+        let mut parts = line.splitn(3, '|');
+        let (tag, times, alive) = (parts.next()?, parts.next()?, parts.next()?);
+        let (ended, began) = times.split_once(' ')?;
+        let (ended_s, began) = (ended.parse().ok()?, began.parse().ok()?);
+        Some(Self { tag: tag.to_owned(), ended_s, began, alive: alive.trim().parse().unwrap_or(began) })
+    }
+
+    /// Seconds of all starts, the last until it was at work last.
+    fn all_s(&self) -> u64 {
+        self.ended_s.saturating_add(self.alive.saturating_sub(self.began))
+    }
+}
+
+/// A job's number, its place and of how many.
+fn read_place(line: &str) -> Option<(String, u64, u64)> {
+    let mut parts = line.splitn(3, '|');
+    Some((parts.next()?.to_owned(), parts.next()?.parse().ok()?, parts.next()?.trim().parse().ok()?))
 }
 
 impl Snapshot {
@@ -211,7 +266,13 @@ impl Snapshot {
             } else if let Some(lease) = line.strip_prefix("@lease ") {
                 snapshot.leases.extend(Folder::read(lease));
             } else if let Some(past) = line.strip_prefix("@past ") {
-                snapshot.past.extend(read_past(past));
+                snapshot.past.extend(Past::read(past));
+            } else if let Some(times) = line.strip_prefix("@time ") {
+                snapshot.times.extend(Times::read(times));
+            } else if let Some(place) = line.strip_prefix("@place ") {
+                snapshot.places.extend(read_place(place));
+            } else if line == "@places hidden" {
+                snapshot.places_hidden = true;
             } else if let Some((tag, why)) = line.strip_prefix("@unstaged ").and_then(|line| line.split_once('|')) {
                 snapshot.unstaged.push((tag.to_owned(), clean(why.as_bytes(), 200)));
             }
@@ -241,9 +302,57 @@ impl Snapshot {
                 let partition = clean(staging.partition.as_bytes(), 40);
                 format!("job {} in {partition} fetches the model for job {}", staging.number, job.number)
             }
-            Some(staging) => format!("{}; it fetches the model for job {}", staging.waits_for(), job.number),
-            None => job.waits_for(),
+            Some(staging) => {
+                let waits_for = staging.waits_for(&self.place(staging));
+                format!("{waits_for}; it fetches the model for job {}", job.number)
+            }
+            None => job.waits_for(&self.place(job)),
         }
+    }
+
+    /// The place of a job that waits, after what else is known of it.
+    fn place(&self, job: &Job) -> String {
+        if self.places_hidden {
+            return ", position not shown by this cluster".to_owned();
+        }
+        let place = self.places.iter().find(|(number, ..)| *number == job.number);
+        place.map_or_else(String::new, |(_, place, of)| format!(", position {place} of {of}"))
+    }
+
+    /// For how long a tag's job has run: the present start by the queue, those before by its
+    /// script. `None`: nothing is known of such a job.
+    pub(super) fn run_time(&self, tag: &str) -> Option<RunTime> {
+        let times = self.times.iter().find(|times| times.tag == tag);
+        let by_script = || times.map_or(0, Times::all_s);
+        // A start by the queue's times, and those before it: the script may not have begun yet.
+        let before = |starts: u64| match times {
+            Some(times) if times.began.saturating_add(CLOCKS_S) >= starts => times.ended_s,
+            _ => by_script(),
+        };
+        let over = |starts: Option<u64>, ends: Option<u64>| {
+            let whole = starts.zip(ends).map(|(starts, ends)| before(starts) + ends.saturating_sub(starts));
+            RunTime { ended_s: whole.unwrap_or_else(by_script), ..RunTime::default() }
+        };
+        let Some(job) = self.job(tag) else {
+            let past = self.past.iter().find(|past| past.tag == tag);
+            let known = self.folder(tag).is_some();
+            return known.then(|| past.map_or_else(|| over(None, None), |past| over(past.starts, past.ends)));
+        };
+        Some(match job.life() {
+            Life::Waits => over(None, None),
+            Life::Boots | Life::Runs | Life::Unknown => {
+                let since = job.starts.or_else(|| times.map(|times| times.began));
+                RunTime { ended_s: since.map_or_else(by_script, before), since, until: job.ends }
+            }
+            Life::Leaves | Life::Ended => over(job.starts, job.ends),
+        })
+    }
+
+    /// Takes over what an earlier look saw of the times of jobs whose folders are gone by now.
+    pub(super) fn remember(&mut self, earlier: &Self) {
+        let lost = earlier.times.iter().filter(|times| self.times.iter().all(|mine| mine.tag != times.tag));
+        let lost: Vec<Times> = lost.filter(|times| self.job(&times.tag).is_some()).cloned().collect();
+        self.times.extend(lost);
     }
 
     fn folder(&self, tag: &str) -> Option<&Folder> {
@@ -257,7 +366,7 @@ impl Snapshot {
 
     /// The state in which a tag's job ended, where Slurm still tells.
     fn last_state(&self, tag: &str) -> Option<&str> {
-        let past = || self.past.iter().find(|(of, _)| of == tag).map(|(_, state)| state.as_str());
+        let past = || self.past.iter().find(|past| past.tag == tag).map(|past| past.state.as_str());
         self.job(tag).map_or_else(past, |job| is_over(&job.state).then_some(job.state.as_str()))
     }
 
@@ -346,7 +455,7 @@ impl Snapshot {
 /// A job of the user's that is none of ours.
 fn other(job: &Job) -> Instance {
     let state = match job.life() {
-        Life::Waits => InstanceState::Queued(job.waits_for()),
+        Life::Waits => InstanceState::Queued(job.waits_for("")),
         _ => InstanceState::Unknown(format!("{} on {}", job.state, clean(job.node.as_bytes(), 40))),
     };
     Instance {

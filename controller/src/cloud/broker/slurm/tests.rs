@@ -36,6 +36,7 @@ fn site() -> Site {
         sbatch: vec!["--nice=100".into()],
         queue: Duration::from_secs(86_400),
         gpu_memory: None,
+        price_per_gpu: UsdPerHour::default(),
         listing_interval: Duration::from_secs(10),
     }
 }
