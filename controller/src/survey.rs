@@ -6,5 +6,5 @@ pub mod index;
 pub mod member;
 
 pub use file::{Survey, SurveyError, SurveyModel, is_commit};
-pub use index::{Index, ModelOutcome};
-pub use member::Member;
+pub use index::{Index, IndexEntry, ModelOutcome};
+pub use member::{Member, outcome};

@@ -36,6 +36,8 @@ struct InstanceRow<'a> {
     instance: &'a Instance,
     /// What this program makes of it, in words.
     what_it_is: String,
+    /// When it ends at the latest, Unix seconds: by its cloud, else by its tag.
+    deadline: Option<u64>,
 }
 
 /// Runs an `instances` subcommand.
@@ -64,18 +66,25 @@ pub(super) fn clouds(context: &Context, home: &Home, only: &Only) -> Result<Clou
 }
 
 async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, CliError> {
-    let (mut looks, mut silent) = (Vec::new(), Vec::new());
+    let (mut looks, mut deadlines, mut silent) = (Vec::new(), Vec::new(), Vec::new());
     let all = join_all(clouds.iter().map(|cloud| look(home.ledger.as_ref(), cloud)));
-    for looked in context.reporter.waiting(LISTS, all).await {
+    for (cloud, looked) in clouds.iter().zip(context.reporter.waiting(LISTS, all).await) {
         match looked {
-            Ok(looked) => looks.push(looked),
+            Ok(looked) => {
+                deadlines.extend(looked.listed.iter().map(|instance| deadline(cloud, instance)));
+                looks.push(looked);
+            }
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
     let shown = |looked: &Looked| tables::what_they_are(&looked.listed, &looked.actions);
     let words: Vec<String> = looks.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
-    let instances = all.iter().zip(&words).map(|(instance, words)| InstanceRow { instance, what_it_is: words.clone() });
+    let instances = all.iter().zip(&words).zip(&deadlines).map(|((instance, words), deadline)| InstanceRow {
+        instance,
+        what_it_is: words.clone(),
+        deadline: *deadline,
+    });
     let unreadable = all.iter().filter(|instance| matches!(instance.state, InstanceState::Unreadable(_))).count();
     if unreadable > 0 {
         context.reporter.warn(&format!("{unreadable} entries of the clouds' lists cannot be read"));
@@ -83,7 +92,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
     let document = InstanceList { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
     // A list that is not whole and shows none does not say that there is none.
     let nothing_is_known = all.is_empty() && !document.silent.is_empty();
-    let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words) };
+    let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words, &deadlines) };
     context.reporter.result(&document, table);
     match document.silent.first() {
         None => Ok(ExitStatus::Done),
@@ -93,6 +102,13 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
             hint: Some("outliers doctor".to_owned()),
         }),
     }
+}
+
+/// When an instance of ours ends at the latest: by its cloud, else by its tag.
+fn deadline(cloud: &Cloud, instance: &Instance) -> Option<u64> {
+    let by_tag = instance.tag()?.deadline;
+    let by_cloud = cloud.broker.run_time(&instance.id).and_then(|time| time.until);
+    Some(by_cloud.map_or(by_tag, |until| until.min(by_tag)))
 }
 
 /// All instances of all clouds; one that does not answer is an error.
@@ -134,11 +150,10 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     let words = tables::what_they_are(std::slice::from_ref(&instance), &looked.actions).concat();
     let document = serde_json::json!({
         "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
-        "capabilities": cloud.broker.capabilities(),
+        "capabilities": cloud.broker.capabilities(), "deadline": deadline(cloud, &instance),
     });
-    context
-        .reporter
-        .result(&document, || tables::instance(&instance, &words, run.as_ref(), cloud.broker.capabilities()));
+    let (can, deadline) = (cloud.broker.capabilities(), deadline(cloud, &instance));
+    context.reporter.result(&document, || tables::instance(&instance, &words, run.as_ref(), can, deadline));
     Ok(ExitStatus::Done)
 }
 

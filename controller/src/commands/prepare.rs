@@ -159,20 +159,30 @@ async fn preflight(
         let hint = "a hub model is fetched by the instance";
         return Err(CliError::refused("--push-model needs a folder as --model", hint));
     }
-    if folder && !push_model && !clouds.is_local() {
-        let hint = "add --push-model to upload it (when it is small), or use a hub id";
-        return Err(CliError::refused("the model is a folder on this machine", hint));
-    }
     let is_theirs = matches!(job.weights, Some(Weights::Local { .. })) && !clouds.is_local();
-    if is_theirs && (folder || clouds.names() != slurm::NAME) {
+    if is_theirs && clouds.names() != slurm::NAME {
         let hint = "leave out --weights: the instance streams them from the hub";
         return Err(CliError::refused("the weights are a folder on this machine", hint));
+    }
+    if is_theirs && push_model {
+        let hint = "leave out --push-model: the job reads the whole checkpoint from --weights local:DIR of the cluster";
+        return Err(CliError::refused("--push-model does not go with weights that are on the cluster", hint));
+    }
+    if folder && !push_model && !is_theirs && !clouds.is_local() {
+        let hint = "add --push-model to upload it (when it is small), or use a hub id";
+        return Err(CliError::refused("the model is a folder on this machine", hint));
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
     let check = if clouds.is_local() { InspectScope::TextAndDevices } else { InspectScope::Text };
     let what = format!("the headers of {}", job.model.name());
-    // Those of the hub stand for a folder that is on a cluster.
-    let weights = job.weights.clone().filter(|_| !is_theirs);
+    // Those of the hub, or of the folder here, stand for a folder that is on a cluster; without any
+    // the configuration tells their shapes.
+    let weights = match &job.model {
+        ModelSource::Folder { path } if is_theirs && !has_weights(Path::new(path)) => {
+            Some(Weights::Synthetic { seed: 0 })
+        }
+        _ => job.weights.clone().filter(|_| !is_theirs),
+    };
     let seen = JobSpec { weights, ..job.clone() };
     let inspection = context.reporter.waiting(&what, worker.inspect(&seen, check)).await?;
     if push_model {
@@ -180,6 +190,12 @@ async fn preflight(
         check_size(job.model.name(), bytes, context.settings.push_limit)?;
     }
     Ok(inspection)
+}
+
+/// Whether a folder holds weights, and not the description of a model alone.
+fn has_weights(folder: &Path) -> bool {
+    let is_weights = |name: &Path| name.extension().is_some_and(|end| end == "safetensors" || end == "bin");
+    std::fs::read_dir(folder).into_iter().flatten().flatten().any(|entry| is_weights(&entry.path()))
 }
 
 /// A job whose checkpoint lies on the file system that all nodes of a cluster share, or will when
@@ -202,9 +218,7 @@ async fn on_shared_files(
     inspection: &Inspection,
 ) -> Result<Option<OnSharedFiles>, CliError> {
     let site = context.settings.slurm.as_ref().filter(|_| clouds.names() == slurm::NAME);
-    let (ModelSource::Hub { id, .. }, Some(site), Some(cloud)) = (&job.model, site, clouds.get(slurm::NAME)) else {
-        return Ok(None);
-    };
+    let (Some(site), Some(cloud)) = (site, clouds.get(slurm::NAME)) else { return Ok(None) };
     let read_there = |path: String, stage: Option<Stage>| {
         let (model, label) = (ModelSource::Folder { path }, Some(job.model_name().to_owned()));
         OnSharedFiles { job: JobSpec { model, weights: None, label, ..job.clone() }, stage }
@@ -216,6 +230,7 @@ async fn on_shared_files(
         let hint = "name a folder of the cluster with the whole checkpoint, by its absolute path";
         return Err(CliError::refused(format!("{path} on {} holds no config.json", site.host), hint));
     }
+    let ModelSource::Hub { id, .. } = &job.model else { return Ok(None) };
     if let Some(Weights::Hub | Weights::Synthetic { .. }) = job.weights {
         return Ok(None);
     }

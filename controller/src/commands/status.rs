@@ -75,6 +75,7 @@ async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result
         }
     }
     status.note_queue(&listed);
+    asked.iter().for_each(|cluster| status.note_ends(&*cluster.broker));
     Ok(Looked { status, silent })
 }
 

@@ -98,12 +98,18 @@ impl Member<'_> {
                 None => (ModelOutcome::Open, Some(flaw)),
             };
         }
-        let why = Some(ending.to_string());
-        match run.state.results() {
-            _ if is_to_go_on(ending) => (ModelOutcome::Open, why),
-            Some(_) => (ModelOutcome::Partial, why),
-            None => (ModelOutcome::Failed, why),
-        }
+        (outcome(run), Some(ending.to_string()))
+    }
+}
+
+/// What became of a model by a run's record alone: nothing is read of its results.
+pub fn outcome(run: &RunRecord) -> ModelOutcome {
+    match run.state.ending().filter(|_| run.state.is_at_rest()) {
+        None => ModelOutcome::Open,
+        Some(RunOutcome::Completed) => ModelOutcome::Complete,
+        Some(ending) if is_to_go_on(ending) => ModelOutcome::Open,
+        Some(_) if run.state.results().is_some() => ModelOutcome::Partial,
+        Some(_) => ModelOutcome::Failed,
     }
 }
 

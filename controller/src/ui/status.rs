@@ -7,12 +7,12 @@ use std::time::Duration;
 use outliers_protocol::{Axis, Progress, Reading, Results, files};
 use serde::Serialize;
 
-use crate::cloud::broker::{Instance, InstanceState};
+use crate::cloud::broker::{Broker, Instance, InstanceId, InstanceState};
 use crate::files::{MOST, read_small};
 use crate::run::deploy::read_progress;
 use crate::run::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Membership, RunEvent, RunOutcome, RunState};
-use crate::survey::Index;
+use crate::survey::{Index, IndexEntry, ModelOutcome, outcome};
 use crate::units::{Usd, UsdPerHour};
 
 /// The whole picture.
@@ -147,8 +147,11 @@ impl Status {
         let mut status = Self { unreadable, ..Self::of(&runs, &driven, surveys(results), now_ms) };
         let launched = runs.iter().filter(|run| matches!(run.state, RunState::Launched { .. }));
         let launched: HashSet<&String> = launched.map(|run| &run.id).collect();
+        let in_queue: HashSet<&String> = runs.iter().filter(|run| run.is_in_queue()).map(|run| &run.id).collect();
         for run in status.under_way.iter_mut().filter(|run| run.looked_after && launched.contains(&run.run)) {
-            run.note_progress(read_progress(&ledger.run_folder(&run.run)));
+            if !in_queue.contains(&run.run) {
+                run.note_progress(read_progress(&ledger.run_folder(&run.run)));
+            }
         }
         Ok(status)
     }
@@ -165,7 +168,18 @@ impl Status {
         self.under_way.iter().any(|run| run.instance.is_some() && run.broker.as_deref() == Some(broker))
     }
 
-    /// Notes which runs wait in a queue, by their cluster's list.
+    /// Notes when jobs that run end, as their cluster was last listed: nobody may have written it
+    /// down since they began.
+    pub fn note_ends(&mut self, cluster: &dyn Broker) {
+        let of_cluster = |run: &&mut UnderWay| run.broker.as_deref() == Some(cluster.name());
+        for run in self.under_way.iter_mut().filter(of_cluster) {
+            let instance = run.instance.clone().map(InstanceId);
+            let ends = instance.and_then(|instance| cluster.run_time(&instance)?.until);
+            run.deadline = ends.or(run.deadline);
+        }
+    }
+
+    /// Notes which runs wait in a queue, by their cluster's list: nobody knows when they are done.
     pub fn note_queue(&mut self, listed: &[Instance]) {
         let waits = |run: &UnderWay| {
             let same = |instance: &&Instance| {
@@ -178,6 +192,9 @@ impl Status {
         };
         for run in &mut self.under_way {
             run.waits = waits(run);
+            if run.waits.is_some() {
+                (run.expected, run.progress) = (None, None);
+            }
         }
     }
 
@@ -193,6 +210,7 @@ impl Status {
         }
         let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
         let (driven, mended): (HashSet<&String>, Mended<'_>) = (driven.iter().collect(), Mended::by(runs));
+        let members = Members::of(runs);
         let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
         let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
         Self {
@@ -203,6 +221,7 @@ impl Status {
             over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
             surveys: surveys
                 .into_iter()
+                .map(|(folder, index)| (folder, members.on(index)))
                 .map(|(folder, index)| SurveyStatus { spent: spent_by(&index.survey), folder, index })
                 .collect(),
             spent: runs.iter().map(|run| run.cost(now_ms)).sum(),
@@ -243,7 +262,7 @@ impl UnderWay {
             cost: run.cost(now_ms),
             at_most: run.at_most(now_ms),
             expected: expected(run),
-            deadline: run.deadline(),
+            deadline: run.ends_at(),
         }
     }
 
@@ -258,21 +277,70 @@ impl UnderWay {
     }
 }
 
-/// The plan's estimate, counted from the worker's start, or before it from the create call.
+/// The plan's estimate, counted from the worker's start, or before it from the start of the job, or
+/// from the create call where there is no queue. `None` while the instance waits in one.
 fn expected(run: &RunRecord) -> Option<u64> {
-    if run.state.ending().is_some() {
+    if run.state.ending().is_some() || run.is_in_queue() {
         return None;
     }
     let estimate = run.spec.work.on(run.state.offer()?);
     let last =
         |is: fn(&RunEvent) -> bool| run.events.iter().rev().find(|entry| is(&entry.event)).map(|entry| entry.at_ms);
     let asked = last(|event| matches!(event, RunEvent::Creating { .. }))?;
+    let began = run.run_time().and_then(|time| time.since).map_or(asked, |since| since.saturating_mul(1000));
     let launched = last(|event| matches!(event, RunEvent::Launched)).filter(|at| *at >= asked);
     let (from, seconds) = match launched {
         Some(at) => (at, estimate.seconds - estimate.start_seconds),
-        None => (asked, estimate.seconds),
+        None => (began, estimate.seconds),
     };
     Some((Duration::from_millis(from) + Duration::from_secs_f64(seconds.max(0.0))).as_secs())
+}
+
+/// The runs of each model of a survey, oldest first.
+struct Members<'a>(HashMap<&'a Membership, Vec<&'a RunRecord>>);
+
+impl<'a> Members<'a> {
+    fn of(runs: &'a [RunRecord]) -> Self {
+        let mut of_model: HashMap<_, Vec<_>> = HashMap::new();
+        for run in runs {
+            if let Some(member) = &run.spec.survey {
+                of_model.entry(member).or_default().push(run);
+            }
+        }
+        Self(of_model)
+    }
+
+    /// An index as the runs' records have it: the survey's command wrote it, and `attach` may have
+    /// brought runs home since.
+    fn on(&self, index: Index) -> Index {
+        let models = index.models.into_iter().map(|line| self.on_line(&index.survey, line)).collect();
+        Index { models, ..index }
+    }
+
+    fn on_line(&self, survey: &str, line: IndexEntry) -> IndexEntry {
+        let member = Membership { survey: survey.to_owned(), model: line.name.clone() };
+        let is_its = |run: &RunRecord| line.run.as_ref() == Some(&run.id);
+        let all = self.0.get(&member).into_iter().flatten().copied();
+        let mut latest: Vec<&RunRecord> = all.filter(|run| is_its(run) || run.spec.job_key == line.job_key).collect();
+        latest.sort_by_key(|run| outcome(run) == ModelOutcome::Complete);
+        let Some(run) = latest.pop() else { return line };
+        // The survey's command has looked at the files too.
+        let was_looked_at = is_its(run) && (line.outcome != ModelOutcome::Open || line.why.is_some());
+        if was_looked_at || line.outcome == ModelOutcome::Complete {
+            return line;
+        }
+        let outcome = outcome(run);
+        let results = run.state.results().filter(|_| outcome != ModelOutcome::Open);
+        let name = |folder: &str| Some(Path::new(folder).file_name()?.to_str()?.to_owned());
+        let ending = run.state.ending().filter(|_| run.state.is_at_rest() && outcome != ModelOutcome::Complete);
+        IndexEntry {
+            run: Some(run.id.clone()),
+            outcome,
+            folder: results.and_then(|results| name(&results.folder)),
+            why: ending.map(ToString::to_string),
+            ..line
+        }
+    }
 }
 
 /// Of each work, when the last run of it that completed or is under way was created.
@@ -325,12 +393,11 @@ impl Over {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cloud::broker::{InstanceId, LeaseTag};
+    use crate::cloud::broker::{LeaseTag, RunTime};
     use crate::run::deploy::fake::{offer, spec};
     use crate::run::ledger::LedgerEntry;
     use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
-    use crate::survey::ModelOutcome;
-    use crate::survey::index::{self, IndexEntry};
+    use crate::survey::index;
 
     /// 2026-06-01T12:00:00Z.
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
@@ -480,6 +547,59 @@ pub(crate) mod tests {
         assert!(crate::ui::report::tables::status(&status).contains("launched, waits: Priority"));
         status.note_queue(&[]);
         assert_eq!(status.under_way[0].waits, None, "it waits no more");
+    }
+
+    #[test]
+    fn run_in_a_queue_has_no_expected_end_and_then_its_jobs_own() {
+        let mut events = rented("run1");
+        let RunEvent::Creating { intent } = &mut events[0] else { panic!("it is asked for first") };
+        intent.offer.queued = true;
+        intent.tag.deadline = NOW_MS / 1000 + 7 * 86_400;
+        let metered = |since, until| RunEvent::Metered { time: RunTime { ended_s: 0, since, until } };
+        let at = |events: &[RunEvent]| {
+            let status = Status::of(&[run("run1", "owner/a", 10, events.to_vec())], &[], Vec::new(), NOW_MS);
+            status.under_way[0].clone()
+        };
+        let waits = at(&[&events[..2], &[metered(None, None)]].concat());
+        assert_eq!((waits.expected, waits.cost, waits.deadline), (None, Usd::ZERO, Some(NOW_MS / 1000 + 7 * 86_400)));
+        let began = NOW_MS / 1000 - 60;
+        let runs = at(&[&events[..2], &[metered(Some(began), Some(began + 1800))], &events[2..]].concat());
+        assert_eq!((runs.deadline, runs.cost), (Some(began + 1800), Usd::from_dollars(0.1)));
+        assert!(runs.expected.is_some(), "its worker runs");
+    }
+
+    #[test]
+    fn survey_is_counted_by_the_records_of_its_runs() {
+        let home = |id: &str, complete| Brought { folder: format!("/nowhere/{id}"), complete };
+        let broken = RunOutcome::WorkerVanished { exit: None };
+        let runs = [
+            run("run1", "owner/a", 60, ended("run1", home("owner--a", true), RunOutcome::Completed)),
+            run("run2", "owner/b", 50, ended("run2", home("b.partial", false), broken)),
+            run("run3", "owner/c", 10, rented("run3")),
+            run("run4", "owner/d", 10, ended("run4", home("owner--d", true), RunOutcome::Completed)),
+        ];
+        let line = |name: &str, why: Option<&str>| IndexEntry {
+            name: name.replace('/', "--"),
+            model: name.into(),
+            job_key: name.into(),
+            run: why.map(|_| "run4".to_owned()),
+            outcome: ModelOutcome::Open,
+            folder: None,
+            why: why.map(str::to_owned),
+        };
+        let flaw = Some("results.json is gone");
+        let models = vec![line("owner/a", None), line("owner/b", None), line("owner/c", None), line("owner/d", flaw)];
+        let index = Index { schema: index::SCHEMA, survey: "moe-two".into(), file: "/s.toml".into(), models };
+        let status = Status::of(&runs, &[], vec![("/nowhere/moe-two".into(), index)], NOW_MS);
+        let models = &status.surveys[0].index.models;
+        let found: Vec<_> = models.iter().map(|line| (line.outcome, line.folder.as_deref())).collect();
+        let expected = [
+            (ModelOutcome::Complete, Some("owner--a")),
+            (ModelOutcome::Partial, Some("b.partial")),
+            (ModelOutcome::Open, None),
+            (ModelOutcome::Open, None),
+        ];
+        assert_eq!(found, expected, "what the survey's command said of files stands");
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use outliers_protocol::{
-    FeaturePeak, FileBytes, Inspection, LayerInspection, Phase, Progress, Reading, Results, Sided, WeightVerification,
+    FeaturePeak, FileBytes, Inspection, LayerInspection, MICRO_BATCH_TOKENS, Phase, Progress, Reading, Results, Sided,
+    WeightVerification,
 };
 
 use super::diagnostics::diagnostics;
@@ -163,7 +164,10 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
 pub fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
     let together = plan.micro_batch_tokens.map(|tokens| grouped(tokens as u64));
-    let together = together.unwrap_or_else(|| "as many as the GPU has memory for".to_owned());
+    let together = together.unwrap_or_else(|| {
+        let planned = grouped(MICRO_BATCH_TOKENS as u64);
+        format!("{planned} planned; the worker may take more, by the GPU's free memory, which is known when it runs")
+    });
     let rows = [
         (
             "parameters",
@@ -438,10 +442,10 @@ fn broker(run: &RunRecord) -> &str {
     run.state.offer().map_or(&run.spec.brokers, |offer| &offer.broker)
 }
 
-/// Instances and what is made of each, in words.
-pub fn instances(listed: &[&Instance], words: &[String]) -> String {
-    let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "what it is"]);
-    for (instance, words) in listed.iter().zip(words) {
+/// Instances, what is made of each in words, and when they end at the latest, in Unix seconds.
+pub fn instances(listed: &[&Instance], words: &[String], deadlines: &[Option<u64>]) -> String {
+    let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "deadline in", "what it is"]);
+    for ((instance, words), deadline) in listed.iter().zip(words).zip(deadlines) {
         table.add_row([
             name(&instance.broker),
             id(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
@@ -449,6 +453,7 @@ pub fn instances(listed: &[&Instance], words: &[String]) -> String {
             text(&state(instance)),
             name(&instance.hardware),
             number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
+            number(deadline.map(|at| format!("{:#}", until(at))).unwrap_or_default()),
             text(words),
         ]);
     }
@@ -468,14 +473,24 @@ fn state(instance: &Instance) -> String {
     }
 }
 
-/// One instance, with what ends it if everybody forgets it.
-pub fn instance(instance: &Instance, words: &str, run: Option<&RunRecord>, can: Capabilities) -> String {
-    let deadline = instance.tag().map_or_else(
+/// The time from now until then, in Unix seconds.
+fn until(at: u64) -> Span {
+    Span(Duration::from_secs(at.saturating_sub(now_ms() / 1000)))
+}
+
+/// One instance, with what ends it if everybody forgets it; `deadline` in Unix seconds.
+pub fn instance(
+    instance: &Instance,
+    words: &str,
+    run: Option<&RunRecord>,
+    can: Capabilities,
+    deadline: Option<u64>,
+) -> String {
+    let deadline = deadline.map_or_else(
         || "none of ours".to_owned(),
-        |tag| {
-            let left = tag.deadline.saturating_sub(now_ms() / 1000);
+        |at| {
             let by = if can.server_deadline { "kept by the cloud itself" } else { "the cloud does not keep it" };
-            format!("in {} ({by})", Span(Duration::from_secs(left)))
+            format!("in {} ({by})", until(at))
         },
     );
     let mut table = table(&["instance", &clean(instance.id.0.as_bytes(), 100)]);
