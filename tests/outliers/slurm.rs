@@ -487,6 +487,133 @@ fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
 /// Where a worker is in mid-pass.
 const MID_PASS: &str = "\"layers\",\"layer\":1";
 
+#[test]
+fn waiting_run_shows_its_position_and_no_expected_end() {
+    for (private, says) in [(false, "position 3 of 4"), (true, "position not shown by this cluster")] {
+        let Some((cluster, context)) = office() else { return };
+        if private {
+            cluster.goes_wrong("private", "").unwrap();
+        }
+        // A higher priority, an older job of the same, a younger one, another partition.
+        let others = "900|al|cpu,gpu|2000\n0|bo|gpu,cpu|1000\n901|al|cpu,gpu|1000\n902|al|net|5000\n";
+        cluster.goes_wrong("others", others).unwrap();
+        cluster.goes_wrong("hold", "Priority").unwrap();
+        let mut child = context.start(deploy("llama-f32"));
+        context.wait_for("its position", || context.stderr().contains(says));
+        let standing = context.json(&["status"]);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let run = &standing["under_way"][0];
+        assert!(run["waits"].as_str().is_some_and(|why| why.contains("PENDING") && why.contains(says)), "{standing}");
+        assert!(run["expected"].is_null(), "nobody knows: {standing}");
+        assert_eq!(cluster.asked("squeue --noheader --states=PENDING"), usize::from(!private));
+    }
+}
+
+#[test]
+fn gpu_hours_have_a_price_where_the_settings_give_one() {
+    let Some((cluster, context)) = office() else { return };
+    let settings = format!("{}price-per-gpu-hour = 1.2\n", cluster.settings());
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+    let folder = golden("llama-f32");
+    let (model, ids) = (folder.join("model"), folder.join("golden.safetensors"));
+    let words = ["deploy", "--broker", "slurm", "--gpu-count", "2", "--devices", "cpu", "--push-model"];
+    let job = ["--max-duration", "1h", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()];
+    let with = |more: &[&'static str]| [&words[..], &job[..], more].concat();
+    let planned = context.json(&with(&["--dry-run"]));
+    assert_eq!(planned["at_most"], 2_400_000, "two GPUs for an hour, in millionths of a dollar: {planned}");
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = context.start(with(&["-y"]));
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
+    let standing = context.json(&["status"]);
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let run = &standing["under_way"][0];
+    assert_eq!((&run["price"], &listed["instances"][0]["price"]), (&2_400_000.into(), &2_400_000.into()), "{listed}");
+    assert_eq!((&run["cost"], &run["at_most"]), (&0.into(), &2_400_000.into()), "a queue costs nothing: {standing}");
+}
+
+/// The cloud's own records of the time of the only run's instance, oldest first.
+fn metered(context: &TestContext) -> Vec<serde_json::Value> {
+    let runs = context.json(&["runs", "list"]);
+    let events = runs["runs"][0]["events"].as_array().cloned().unwrap_or_default();
+    events.into_iter().filter(|event| event["event"] == "metered").map(|event| event["time"].clone()).collect()
+}
+
+#[test]
+fn running_job_ends_by_its_own_limit_and_its_starts_add_up() {
+    let Some((cluster, context)) = office() else { return };
+    let mut child = busy(&cluster, &context, "60", MID_PASS, &["--max-duration", "30m"]);
+    let standing = context.json(&["status"]);
+    let listed = context.json(&["instances", "list", "--broker", "slurm"]);
+    let at = standing["at"].as_u64().unwrap();
+    for deadline in [&standing["under_way"][0]["deadline"], &listed["instances"][0]["deadline"]] {
+        assert!(deadline.as_u64().is_some_and(|deadline| deadline <= at + 1800), "{standing} {listed}");
+    }
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.says("scontrol", &["requeue", "1"]);
+    let waits = |times: &[serde_json::Value]| times.len() > 1 && times.last().is_some_and(|time| time["since"].is_null());
+    context.wait_for("the end of its first start", || waits(&metered(&context)));
+    let first = metered(&context).pop().unwrap()["ended_s"].as_u64().unwrap();
+    cluster.goes_well("hold");
+    assert!(child.wait().unwrap().success(), "{}", context.stderr());
+    let times = metered(&context);
+    let starts: std::collections::BTreeSet<u64> = times.iter().filter_map(|time| time["since"].as_u64()).collect();
+    let all = times.last().unwrap()["ended_s"].as_u64().unwrap();
+    assert!(starts.len() == 2 && all >= first, "{times:?}");
+    let (begun, over) = (starts.first().unwrap(), starts.last().unwrap());
+    assert!(first <= over - begun, "what it waited is none of it: {times:?}");
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn survey_is_counted_after_attach_brought_its_runs_home() {
+    let Some((cluster, context)) = office() else { return };
+    survey_of_three(&context);
+    let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
+    context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
+    context.wait_for("both runs", || {
+        let runs = context.json(&["runs", "list"]);
+        runs["runs"].as_array().is_some_and(|runs| runs.iter().filter(|run| run["state"]["state"] == "rented").count() == 2)
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    cluster.goes_well("hold");
+    let runs = context.json(&["runs", "list"]);
+    for run in runs["runs"].as_array().unwrap() {
+        let _ = context.run(["attach", run["id"].as_str().unwrap()]).ok();
+    }
+    let standing = context.json(&["status"]);
+    let models = standing["surveys"][0]["index"]["models"].as_array().unwrap();
+    let complete = models.iter().filter(|line| line["outcome"] == "complete").count();
+    assert_eq!((complete, models.len()), (2, 3), "{standing}");
+    assert!(!cluster.leases().exists(), "something is left in scratch");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn folder_describes_the_model_whose_weights_are_on_the_cluster() {
+    let Some((cluster, context)) = office() else { return };
+    let (fixture, described) = (golden("olmoe-bf16"), context.work().join("described"));
+    std::fs::create_dir(&described).unwrap();
+    std::fs::copy(fixture.join("model/config.json"), described.join("config.json")).unwrap();
+    let (weights, ids) = (format!("local:{}", fixture.join("model").display()), fixture.join("golden.safetensors"));
+    let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--model", "./described"];
+    let job = ["--weights", &weights, "--token-ids", ids.to_str().unwrap(), "--precision", "f32"];
+    let uploaded = context.run(words.iter().chain(&job).chain(&["--push-model"]));
+    assert!(uploaded.code == Some(2) && uploaded.stderr.contains("leave out --push-model"), "{uploaded:?}");
+    let absent = context.run(words.iter().chain(&["--weights", "local:/no/such"]).chain(&job[2..]));
+    assert!(absent.code == Some(2) && absent.stderr.contains("holds no config.json"), "{absent:?}");
+    assert_eq!(cluster.jobs(), 0);
+    is_home_and_gone(context.run(words.iter().chain(&job)), &cluster, &context, "olmoe-bf16");
+    context.assert_nothing_left();
+}
+
 /// Starts a run of so many sequences; returns when its progress says this.
 fn busy(cluster: &Cluster, context: &TestContext, sequences: &str, at: &str, more: &[&str]) -> std::process::Child {
     let model = context.work().join("model");

@@ -12,6 +12,8 @@
 #   end          what runs at the next look has ended, in this state
 #   forget       the queue shows no job that has ended
 #   accounting   jobs are accounted
+#   others       jobs of other people that wait, each as `number|user|partition|priority`
+#   private      jobs of others are hidden
 #   strike       `N before PID` or `N after PID`: at the N-th command of all, that process is killed
 # asked has every command, and live how many jobs there were at a time when one was submitted.
 state=${SLURM_STAND_IN:?}
@@ -125,7 +127,23 @@ submit() {
     echo "$id"
 }
 
+# When a job began; one that never did began when it ended.
+began() { stat -c %Y "$1/pid" 2> /dev/null || echo "$2"; }
+
+# What waits, whosever it is. Jobs of one's own have the priority 1000.
+everybody() {
+    for job in "$jobs"/*/; do
+        job=${job%/}
+        if [ -d "$job" ] && [ ! -f "$job/pid" ] && [ ! -f "$job/over" ]; then
+            echo "${job##*/}|$(id -un)|$(cat "$job/partition")|1000"
+        fi
+    done
+    [ -f "$state/private" ] || cat "$state/others" 2> /dev/null
+    exit 0
+}
+
 queue() {
+    [ "$*" = '--noheader --states=PENDING --format=%i|%u|%P|%Q' ] && everybody
     wanted="--me --noheader --states=all --format=@job %i|%T|%r|%P|%S|%e|%N|%j"
     [ "$*" = "$wanted" ] || fail "squeue: not $*"
     for job in "$jobs"/*/; do
@@ -142,17 +160,19 @@ queue() {
         fi
         if [ -f "$job/over" ]; then
             [ ! -f "$state/forget" ] || continue
-            word=$(cat "$job/over")
+            word=$(cat "$job/over") ends=$(stat -c %Y "$job/over")
+            starts=$(began "$job" "$ends")
         elif [ -f "$job/back" ] || [ ! -f "$job/pid" ]; then
             word=PENDING reason=$(cat "$state/hold" 2> /dev/null || echo BeginTime)
             [ -z "$(cat "$job/after")" ] || reason=Dependency
         elif [ ! -f "$job/status" ] && kill -0 "$(cat "$job/pid")" 2> /dev/null; then
             starts=$(stat -c %Y "$job/pid")
             word=RUNNING node=n1 ends=$((starts + $(cat "$job/time") * 60))
-        elif [ "$(cat "$job/status" 2> /dev/null)" = 0 ]; then
-            word=COMPLETED
         else
-            word=FAILED reason=NonZeroExitCode
+            ends=$(stat -c %Y "$job/status" 2> /dev/null || date +%s)
+            starts=$(began "$job" "$ends")
+            word=COMPLETED
+            [ "$(cat "$job/status" 2> /dev/null)" = 0 ] || word=FAILED reason=NonZeroExitCode
         fi
         echo "@job ${job##*/}|$word|$reason|$(cat "$job/partition")|$starts|$ends|$node|$(cat "$job/name")"
     done
@@ -161,11 +181,12 @@ queue() {
 
 account() {
     [ -f "$state/accounting" ] || fail 'Slurm accounting storage is disabled'
-    wanted='--noheader --parsable2 --allocations --jobs=* --format=State,JobName'
+    wanted='--noheader --parsable2 --allocations --jobs=* --format=State,Start,End,JobName'
     case $* in $wanted) ;; *) fail "sacct: not $*" ;; esac
     job=$jobs/${4#--jobs=}
     # Those that a person has ended carry who it was.
-    echo "$(sed 's/^CANCELLED$/CANCELLED by 1000/' "$job/over")|$(cat "$job/name")"
+    ends=$(stat -c %Y "$job/over")
+    echo "$(sed 's/^CANCELLED$/CANCELLED by 1000/' "$job/over")|$(began "$job" "$ends")|$ends|$(cat "$job/name")"
 }
 
 control() {
@@ -177,12 +198,18 @@ control() {
         rm "$jobs/$2/back"
         exit 0
     fi
+    if [ "$*" = 'show config' ]; then
+        private=none
+        [ -f "$state/private" ] && private=jobs,usage
+        printf 'PriorityType            = priority/multifactor\nPrivateData             = %s\n' "$private"
+        exit 0
+    fi
     [ "$1 $2 $3" = '--oneliner show job' ] || fail "scontrol: not $*"
     [ -f "$jobs/$4/over" ] || fail 'slurm_load_jobs error: Invalid job id specified'
-    more=''
+    more='' ends=$(stat -c %Y "$jobs/$4/over")
     [ -f "$state/newer" ] && more=" SubmitLine=sbatch --parsable --job-name=$(cat "$jobs/$4/name") WorkDir=/ StdErr="
     echo "JobId=$4 JobName=$(cat "$jobs/$4/name") UserId=me(1000) JobState=$(cat "$jobs/$4/over") Reason=None" \
-        "Dependency=(null) Requeue=1$more"
+        "Dependency=(null) Requeue=1 StartTime=$(began "$jobs/$4" "$ends") EndTime=$ends Deadline=N/A$more"
 }
 
 cancel() {

@@ -703,7 +703,7 @@ mod tests {
     #[test]
     fn cluster_merges_file_and_options() {
         let text = "[brokers.slurm]\nhost = 'a'\naccount = 'lab'\nqueue = '2d'\nssh-config = 'c'\nhf-home = '/hf'\n\
-                    stage-partition = 'io'\n\
+                    stage-partition = 'io'\nprice-per-gpu-hour = 1.25\n\
                     [brokers.vast]\nenabled = false";
         let settings = resolve(Some(text), &[]).unwrap();
         assert!(settings.clouds.iter().all(|cloud| cloud.kind.name != "vast"), "the clouds are read as ever");
@@ -717,6 +717,7 @@ mod tests {
         assert_eq!((site.partition.as_deref(), site.ssh_config), (Some("gpu"), Some("/here/c".into())));
         assert_eq!((site.hf_home.as_deref(), site.hub.as_str()), (Some("/hf"), PUBLIC_HUB));
         assert_eq!(site.stage_partition.as_deref(), Some("io"));
+        assert_eq!(site.price_per_gpu, UsdPerHour::from_dollars(1.25));
         assert!(resolve(None, &[]).unwrap().on_cluster(&typed(None)).slurm.is_none(), "no host, no cluster");
         let bare = resolve(Some("[brokers.slurm]\nscratch = '/s'"), &[]).unwrap();
         assert!(bare.clone().on_cluster(&typed(None)).slurm.is_none());

@@ -166,7 +166,7 @@ pub fn needs(inspection: &Inspection) -> String {
     let together = plan.micro_batch_tokens.map(|tokens| grouped(tokens as u64));
     let together = together.unwrap_or_else(|| {
         let planned = grouped(MICRO_BATCH_TOKENS as u64);
-        format!("{planned} planned; the worker may take more, by the GPU's free memory, which is known when it runs")
+        format!("{planned} are planned; a GPU with more free memory takes more, and that is not known before it runs")
     });
     let rows = [
         (
@@ -585,6 +585,17 @@ mod tests {
     }
 
     #[test]
+    fn plan_says_what_counts_where_the_gpu_is_not_known() {
+        let mut seen = crate::run::output::tests::inspection();
+        seen.plan.micro_batch_tokens = None;
+        let said = needs(&seen);
+        assert!(said.contains("4,096 are planned") && said.contains("not known before it runs"), "{said}");
+        seen.plan.micro_batch_tokens = Some(512);
+        let said = needs(&seen);
+        assert!(said.contains("512") && !said.contains("planned"), "{said}");
+    }
+
+    #[test]
     fn instance_table_scans_the_actions_once() {
         let instance = |i: usize| crate::run::reconcile::tests::instance(&format!("i-{i}"), "plain");
         let listed: Vec<Instance> = (0..300).map(instance).collect();
@@ -600,7 +611,7 @@ mod tests {
         let plain = crate::run::reconcile::tests::instance("i-1", "plain");
         let mut evil = crate::run::reconcile::tests::instance(&"x".repeat(100_000), "evil");
         evil.hardware = "漢".repeat(100_000);
-        let shown = instances(&[&plain, &evil], &["not ours".to_owned(), "not ours".to_owned()]);
+        let shown = instances(&[&plain, &evil], &["not ours".to_owned(), "not ours".to_owned()], &[None, None]);
         assert!(shown.lines().all(|line| line.chars().count() < 500), "{shown}");
         assert!(shown.len() < 5000, "{} bytes", shown.len());
         let wide = {

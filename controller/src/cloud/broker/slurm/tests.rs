@@ -9,9 +9,9 @@ use outliers_protocol::FileBytes;
 use proptest::prelude::*;
 
 use super::queue::{self, Snapshot};
-use super::{JOB, NAME, Site, Sku, Slurm, error, offers, refused};
+use super::{JOB, NAME, Site, Sku, Slurm, error, gpus_of, offers, refused};
 use crate::cloud::broker::{
-    BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, SshEndpoint, Stage,
+    BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, RunTime, SshEndpoint, Stage,
 };
 use crate::host::transport::program::OpenSsh;
 use crate::units::{Bytes, UsdPerHour};
@@ -186,6 +186,51 @@ fn sacct_names_jobs_gone_from_the_queue() {
 }
 
 #[test]
+fn job_has_run_for_as_long_as_queue_script_and_accounting_say() {
+    let time = |ended_s, since, until| Some(RunTime { ended_s, since, until });
+    let job = |word: &str, starts: &str, ends: &str| format!("@job 7|{word}|None|gpu|{starts}|{ends}|n1|{}\n", tag("r1"));
+    let script = |times: &str, alive: &str| format!("@time {}|{times}|{alive}\n", tag("r1"));
+    for (queue, expected) in [
+        (job("PENDING", "9000", "N/A"), time(0, None, None)),
+        (job("RUNNING", "1000", "1600"), time(0, Some(1000), Some(1600))),
+        (job("RUNNING", "1000", "1600") + &script("0 1004", "1060"), time(0, Some(1000), Some(1600))),
+        // Put back: an earlier start of 200 s, one of 56 s.
+        (job("PENDING", "9000", "N/A") + &script("200 1004", "1060"), time(256, None, None)),
+        (job("RUNNING", "5000", "5600") + &script("200 1004", "1060"), time(256, Some(5000), Some(5600))),
+        (job("RUNNING", "5000", "5600") + &script("256 5002", "5002"), time(256, Some(5000), Some(5600))),
+        (job("TIMEOUT", "5000", "5600") + &script("256 5002", "5542"), time(856, None, None)),
+        (job("COMPLETING", "5000", "5100"), time(100, None, None)),
+        (job("CANCELLED", "1750", "1750"), time(0, None, None)),
+        // The queue has forgotten it.
+        (format!("@past {}|NODE_FAIL 5000 5600\n", tag("r1")) + &script("256 5002", "5542"), time(856, None, None)),
+        (format!("@past {}|NODE_FAIL Unknown Unknown\n", tag("r1")) + &script("256 5002", "5542"), time(796, None, None)),
+        (script("x 5002", "5542"), time(0, None, None)),
+    ] {
+        let snapshot = seen(&folder("r1", "launched", ""), &queue);
+        assert_eq!(snapshot.run_time(&tag("r1")), expected, "{queue}");
+    }
+    assert_eq!(seen("", "").run_time(&tag("r1")), None);
+    // Its folder is gone, and with it what the script said of the first start.
+    let mut later = seen("", &job("CANCELLED", "5000", "5050"));
+    later.remember(&seen(&folder("r1", "launched", ""), &script("256 5002", "5040")));
+    assert_eq!(later.run_time(&tag("r1")), time(306, None, None));
+}
+
+#[test]
+fn place_in_the_queue_is_part_of_the_reason_to_wait() {
+    let why = |more: &str| {
+        let waits = format!("@job 8|PENDING|Priority|gpu|600|N/A||{}\n{more}", tag("r1"));
+        let InstanceState::Queued(why) = state(&seen(&folder("r1", "waiting", ""), &waits), "r1") else { panic!("{more}") };
+        why
+    };
+    let before = "job 8 in gpu: PENDING (Priority), may start by 1970-01-01T00:10:00Z";
+    assert_eq!(why(""), before);
+    assert_eq!(why("@place 8|3|17\n@place 9|4|17\n"), format!("{before}, position 3 of 17"));
+    assert_eq!(why("@places hidden\n"), format!("{before}, position not shown by this cluster"));
+    assert_eq!(why("@place 8|x|17\n"), before);
+}
+
+#[test]
 fn five_hundred_jobs_are_listed_by_one_query() {
     let folder = tempfile::tempdir().unwrap();
     let (root, asked) = (folder.path().join("jobs"), folder.path().join("asked"));
@@ -288,6 +333,12 @@ fn node_groups_become_offers_of_the_requested_size() {
     assert_eq!(names, [(Some("a100"), 2, Some(32)), (Some("H100"), 2, Some(32))]);
     assert_eq!(two[0].vram, Some(Bytes::from_gib(40)), "the smaller of two, where the name leaves it open");
     assert_eq!(two[0].price, UsdPerHour::default());
+    assert!(two.iter().all(|offer| offer.queued));
+    let priced = Site { price_per_gpu: UsdPerHour::from_dollars(1.5), ..site() };
+    let priced = offers::read(nodes, &want(2), &priced).into_offers().offers;
+    assert!(priced.iter().all(|offer| offer.price == UsdPerHour::from_dollars(3.0)), "{priced:?}");
+    let sizes = ["2 x a100 in gpu; its job is over", "4 GPUs in gpu", "8 CPU cores in cpu", ""].map(gpus_of);
+    assert_eq!(sizes, [2, 4, 0, 0]);
     assert_eq!(two[0].region.as_deref(), Some("gpu: 1 of 2 nodes idle"));
     let sku: Sku = serde_json::from_str(&two[1].key).unwrap();
     assert_eq!((sku.limit_s, sku.gpu_type.as_deref(), sku.mem_mib), (Some(43_200), Some("h100"), 256_000));
