@@ -188,7 +188,10 @@ fn sacct_names_jobs_gone_from_the_queue() {
 #[test]
 fn job_has_run_for_as_long_as_queue_script_and_accounting_say() {
     let time = |ended_s, since, until| Some(RunTime { ended_s, since, until });
-    let job = |word: &str, starts: &str, ends: &str| format!("@job 7|{word}|None|gpu|{starts}|{ends}|n1|{}\n", tag("r1"));
+    let job = |word: &str, starts: &str, ends: &str| {
+        format!("@job 7|{word}|None|gpu|{starts}|{ends}|n1|{}\n", tag("r1"))
+    };
+    let past = |words: &str| format!("@past {}|{words}\n", tag("r1"));
     let script = |times: &str, alive: &str| format!("@time {}|{times}|{alive}\n", tag("r1"));
     for (queue, expected) in [
         (job("PENDING", "9000", "N/A"), time(0, None, None)),
@@ -202,8 +205,8 @@ fn job_has_run_for_as_long_as_queue_script_and_accounting_say() {
         (job("COMPLETING", "5000", "5100"), time(100, None, None)),
         (job("CANCELLED", "1750", "1750"), time(0, None, None)),
         // The queue has forgotten it.
-        (format!("@past {}|NODE_FAIL 5000 5600\n", tag("r1")) + &script("256 5002", "5542"), time(856, None, None)),
-        (format!("@past {}|NODE_FAIL Unknown Unknown\n", tag("r1")) + &script("256 5002", "5542"), time(796, None, None)),
+        (past("NODE_FAIL 5000 5600") + &script("256 5002", "5542"), time(856, None, None)),
+        (past("NODE_FAIL Unknown Unknown") + &script("256 5002", "5542"), time(796, None, None)),
         (script("x 5002", "5542"), time(0, None, None)),
     ] {
         let snapshot = seen(&folder("r1", "launched", ""), &queue);
@@ -220,7 +223,8 @@ fn job_has_run_for_as_long_as_queue_script_and_accounting_say() {
 fn place_in_the_queue_is_part_of_the_reason_to_wait() {
     let why = |more: &str| {
         let waits = format!("@job 8|PENDING|Priority|gpu|600|N/A||{}\n{more}", tag("r1"));
-        let InstanceState::Queued(why) = state(&seen(&folder("r1", "waiting", ""), &waits), "r1") else { panic!("{more}") };
+        let snapshot = seen(&folder("r1", "waiting", ""), &waits);
+        let InstanceState::Queued(why) = state(&snapshot, "r1") else { panic!("{more}") };
         why
     };
     let before = "job 8 in gpu: PENDING (Priority), may start by 1970-01-01T00:10:00Z";
