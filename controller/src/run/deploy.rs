@@ -466,7 +466,6 @@ impl<'a> Driver<'a> {
     }
 
     /// Writes down the cloud's own record of how long the instance has run, where that is news.
-    /// Starts that have ended are never taken back: an old record says less.
     fn meter(&mut self) -> Result<(), LedgerError> {
         let Some(time) = self.new_run_time() else { return Ok(()) };
         self.run.append(RunEvent::Metered { time })?;
@@ -477,8 +476,7 @@ impl<'a> Driver<'a> {
     fn new_run_time(&self) -> Option<RunTime> {
         let instance = &self.run.state().rental()?.instance;
         let time = self.cloud().ok()?.broker.run_time(instance)?;
-        let known = self.run.record().run_time();
-        known.is_none_or(|known| known != time && known.ended_s <= time.ended_s).then_some(time)
+        self.run.record().is_news(time).then_some(time)
     }
 
     fn changed(&mut self) {

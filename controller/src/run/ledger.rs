@@ -413,6 +413,12 @@ impl RunRecord {
         })
     }
 
+    /// Whether this record is another than the last one. Starts that have ended are never taken
+    /// back: a list that is older, or has forgotten, says less.
+    pub fn is_news(&self, time: RunTime) -> bool {
+        self.run_time().is_none_or(|known| known != time && known.ended_s <= time.ended_s)
+    }
+
     /// Whether its instance waits in a queue, or may, as far as is known here.
     pub fn is_in_queue(&self) -> bool {
         let waits = |time: RunTime| time.since.is_none();

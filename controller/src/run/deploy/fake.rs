@@ -16,7 +16,7 @@ use super::Stop;
 use super::ports::{Host, Hosts, Ports};
 use crate::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint, Way,
+    Lease, Offer, Offers, RunTime, SshEndpoint, Way,
 };
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
@@ -244,6 +244,8 @@ pub(crate) struct World {
     pub(crate) queued: u32,
     /// No instance ever comes up.
     pub(crate) never_up: bool,
+    /// The cloud's own record of how long instances have run.
+    pub(crate) run_time: Option<RunTime>,
     /// The cloud ends an instance by itself, and the worker with it.
     pub(crate) limited: bool,
     /// What the hosts of all instances ask for.
@@ -601,6 +603,11 @@ impl Broker for Fake {
         let world = self.world.lock().unwrap();
         let died = |machine: &Machine| matches!(machine.worker, JobStatus::Ended { .. }) && !machine.whole;
         (world.limited && world.machines.get(&id.0).is_some_and(died)).then(|| now_ms() / 1000)
+    }
+
+    fn run_time(&self, id: &InstanceId) -> Option<RunTime> {
+        let world = self.world.lock().unwrap();
+        world.run_time.filter(|_| world.machines.contains_key(&id.0))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {

@@ -59,7 +59,7 @@ pub async fn carry_out(
     let mut done = Ok(());
     for action in &looked.actions {
         let this = match action {
-            Action::MarkGone { run } => mark_gone(ledger, run),
+            Action::MarkGone { run } => mark_gone(ledger, cloud, run),
             Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
             Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => Ok(()),
         };
@@ -123,7 +123,7 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
     Ok(Looked::default())
 }
 
-fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
+fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError> {
     if let Some(mut run) = ledger.take(run)? {
         let event = match run.state() {
             RunState::Terminating { .. } => RunEvent::Gone,
@@ -131,6 +131,10 @@ fn mark_gone(ledger: &Ledger, run: &str) -> Result<(), DriveError> {
         };
         // The state may have changed since the listing. Then another process drives the run.
         if crate::run::next(run.state(), &event).is_ok() {
+            let time = run.state().rental().and_then(|rental| cloud.broker.run_time(&rental.instance));
+            if let Some(time) = time.filter(|time| run.record().is_news(*time)) {
+                run.append(RunEvent::Metered { time })?;
+            }
             run.append(event)?;
         }
     }

@@ -122,6 +122,25 @@ async fn worker_ended_at_the_time_limit_is_not_restarted() {
     assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
 }
 
+#[tokio::test(start_paused = true)]
+async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
+    let (fake, home) = (Fake::new(), home());
+    let began = now_ms() / 1000;
+    fake.set(|world| {
+        (world.endless, world.agreed) = (true, Some(AGREED));
+        world.offers.iter_mut().for_each(|offer| offer.queued = true);
+        // Its first start took 50 of 60 minutes, and it has got 60 again.
+        world.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
+    });
+    let begun = Instant::now();
+    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    closed_and_clean(&fake, &record, "a second start");
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
+    let took = begun.elapsed().as_secs();
+    assert!(took > 500 && took <= 600, "{took} s of the ten minutes that were left");
+    assert!(record.events.iter().any(|entry| entry.event.word() == "metered"), "{:?}", record.events);
+}
+
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect
 /// after it.
 async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
