@@ -91,7 +91,8 @@ mergeable! {
     pub struct JobOptions {
         /// Where the weights come from: hub (over the network as they are used, none on disk),
         /// cache (fetched to disk first and kept), local:DIR (another folder; with an instance, of
-        /// this machine where that is the instance, or of a Slurm cluster), synthetic:SEED (made
+        /// this machine where that is the instance, or of a Slurm cluster, whose jobs then read
+        /// all of the checkpoint there, also where --model is a folder here), synthetic:SEED (made
         /// up, to try a model of any size) [default: hub, or the model's folder].
         #[cfg_attr(feature = "clap", arg(long, value_name = "WHERE", help_heading = MODEL))]
         #[serde(deserialize_with = "written")]
