@@ -406,8 +406,8 @@ impl RunRecord {
     /// The cloud's own record of how long the present instance has run.
     pub fn run_time(&self) -> Option<RunTime> {
         self.state.rental()?;
-        let present = self.events.iter().rev().take_while(|entry| !matches!(entry.event, RunEvent::Creating { .. }));
-        present.into_iter().find_map(|entry| match entry.event {
+        let is_present = |entry: &&LedgerEntry| !matches!(entry.event, RunEvent::Creating { .. });
+        self.events.iter().rev().take_while(is_present).find_map(|entry| match entry.event {
             RunEvent::Metered { time } => Some(time),
             _ => None,
         })

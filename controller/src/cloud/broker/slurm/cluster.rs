@@ -164,7 +164,9 @@ impl Cluster {
         let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
         let earlier = self.latest();
         let seen = answer.and_then(|answer| Snapshot::read(&answer)).map(|mut snapshot| {
-            earlier.iter().for_each(|earlier| snapshot.remember(earlier));
+            if let Some(earlier) = &earlier {
+                snapshot.remember(earlier);
+            }
             Arc::new(snapshot)
         });
         if let Ok(snapshot) = &seen {

@@ -12,7 +12,8 @@ export OUTLIERS_JOB
 # Whole, or not at all, for whoever reads it from another machine.
 write() { cat > "$1.part" && mv -f "$1.part" "$1"; }
 
-alive() { date +%s | write alive; }
+# Nothing is written into a folder that is being removed.
+alive() { [ ! -f lease ] || date +%s | write alive; }
 # Seconds of earlier starts of this job, and when the present one began. A start that was cut off
 # without a word was last at work as `alive` says, which is renewed every minute.
 count_time() {

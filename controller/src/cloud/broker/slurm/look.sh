@@ -58,8 +58,7 @@ due() {
     [ $age -ge "$INTERVAL" ] || [ $age -lt 0 ]
 }
 # The places of our jobs that wait among all that wait in their partitions, highest priority first,
-# and the oldest first of equal ones. $queue has our jobs. It is nobody's to know where the cluster
-# hides others' jobs.
+# and the oldest first of equal ones. $queue has our jobs. A cluster may hide the jobs of others.
 places() {
     if limited scontrol show config 2> /dev/null | grep -q '^PrivateData *=.*jobs'; then
         echo '@places hidden'

@@ -22,6 +22,9 @@ const LOOK: &str = include_str!("look.sh");
 /// The clocks of login node, compute nodes and Slurm's controller differ by no more.
 const CLOCKS_S: u64 = 30;
 
+/// No job runs for longer than ten years: a figure beyond is none.
+const LONGEST_S: u64 = 10 * 365 * 86_400;
+
 /// Resolution of estimated start times, in seconds.
 const ROUND_S: u64 = 600;
 
@@ -330,8 +333,9 @@ impl Snapshot {
             _ => by_script(),
         };
         let over = |starts: Option<u64>, ends: Option<u64>| {
-            let whole = starts.zip(ends).map(|(starts, ends)| before(starts) + ends.saturating_sub(starts));
-            RunTime { ended_s: whole.unwrap_or_else(by_script), ..RunTime::default() }
+            let whole = |(starts, ends): (u64, u64)| before(starts).saturating_add(ends.saturating_sub(starts));
+            let ended_s = starts.zip(ends).map_or_else(by_script, whole).min(LONGEST_S);
+            RunTime { ended_s, ..RunTime::default() }
         };
         let Some(job) = self.job(tag) else {
             let past = self.past.iter().find(|past| past.tag == tag);
@@ -342,7 +346,8 @@ impl Snapshot {
             Life::Waits => over(None, None),
             Life::Boots | Life::Runs | Life::Unknown => {
                 let since = job.starts.or_else(|| times.map(|times| times.began));
-                RunTime { ended_s: since.map_or_else(by_script, before), since, until: job.ends }
+                let ended_s = since.map_or_else(by_script, before).min(LONGEST_S);
+                RunTime { ended_s, since, until: job.ends }
             }
             Life::Leaves | Life::Ended => over(job.starts, job.ends),
         })
