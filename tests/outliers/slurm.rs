@@ -495,7 +495,7 @@ fn waiting_run_shows_its_position_and_no_expected_end() {
             cluster.goes_wrong("private", "").unwrap();
         }
         // A higher priority, an older job of the same, a younger one, another partition.
-        let others = "900|al|cpu,gpu|2000\n0|bo|gpu,cpu|1000\n901|al|cpu,gpu|1000\n902|al|net|5000\n";
+        let others = "900|cpu,gpu|2000\n0|gpu,cpu|1000\n901|cpu,gpu|1000\n902|net|5000\n";
         cluster.goes_wrong("others", others).unwrap();
         cluster.goes_wrong("hold", "Priority").unwrap();
         let mut child = context.start(deploy("llama-f32"));

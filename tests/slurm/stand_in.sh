@@ -12,7 +12,7 @@
 #   end          what runs at the next look has ended, in this state
 #   forget       the queue shows no job that has ended
 #   accounting   jobs are accounted
-#   others       jobs of other people that wait, each as `number|user|partition|priority`
+#   others       jobs of other people that wait, each as `number|partition|priority`
 #   private      jobs of others are hidden
 #   strike       `N before PID` or `N after PID`: at the N-th command of all, that process is killed
 # asked has every command, and live how many jobs there were at a time when one was submitted.
@@ -135,7 +135,7 @@ everybody() {
     for job in "$jobs"/*/; do
         job=${job%/}
         if [ -d "$job" ] && [ ! -f "$job/pid" ] && [ ! -f "$job/over" ]; then
-            echo "${job##*/}|$(id -un)|$(cat "$job/partition")|1000"
+            echo "${job##*/}|$(cat "$job/partition")|1000"
         fi
     done
     [ -f "$state/private" ] || cat "$state/others" 2> /dev/null
@@ -143,7 +143,7 @@ everybody() {
 }
 
 queue() {
-    [ "$*" = '--noheader --states=PENDING --format=%i|%u|%P|%Q' ] && everybody
+    [ "$*" = '--noheader --states=PENDING --format=%i|%P|%Q' ] && everybody
     wanted="--me --noheader --states=all --format=@job %i|%T|%r|%P|%S|%e|%N|%j"
     [ "$*" = "$wanted" ] || fail "squeue: not $*"
     for job in "$jobs"/*/; do

@@ -17,7 +17,7 @@ digits() {
 limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
 squeue_me() { squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%S|%e|%N|%j'; }
 # Everybody's jobs that wait, without names, which may hold anything.
-squeue_all() { squeue --noheader --states=PENDING --format='%i|%u|%P|%Q'; }
+squeue_all() { squeue --noheader --states=PENDING --format='%i|%P|%Q'; }
 
 known='' shared=''
 if cd "$ROOT" 2> /dev/null; then
@@ -68,7 +68,7 @@ places() {
     { printf '%s\n' "$queue"; echo; printf '%s\n' "$waiting"; } | awk -F '|' '
         !all && $0 == "" { all = 1; next }
         !all { if ($1 ~ /^@job / && $2 == "PENDING" && $NF ~ /^outliers-/) { sub(/^@job /, "", $1); ours[$1] = 1 }; next }
-        { id[++count] = $1; partitions[count] = "," $3 ","; priority[count] = $4 + 0; at[$1] = count }
+        { id[++count] = $1; partitions[count] = "," $2 ","; priority[count] = $3 + 0; at[$1] = count }
         END {
             for (job in ours) {
                 if (!(job in at)) continue
