@@ -556,6 +556,7 @@ fn running_job_ends_by_its_own_limit_and_its_starts_add_up() {
     cluster.says("scontrol", &["requeue", "1"]);
     let waits = |time: &serde_json::Value| time["since"].is_null();
     context.wait_for("the end of its first start", || metered(&context).last().is_some_and(waits));
+    context.wait_for("the reason", || context.stderr().contains("Waiting: job 1 in"));
     let first = metered(&context).pop().unwrap()["ended_s"].as_u64().unwrap();
     cluster.goes_well("hold");
     assert!(child.wait().unwrap().success(), "{}", context.stderr());

@@ -407,6 +407,10 @@ impl Driver<'_> {
     /// Launched: listens until the worker has ended. Losing the connection is not losing the job.
     pub(super) async fn follow(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
+        if self.run.record().is_in_queue() {
+            // It was put back, and tells why it waits until it runs again.
+            self.endpoint(rental, UNTIL_TIME_IS_UP).await?;
+        }
         let run = self.run.record().id.clone();
         let lost = AtomicBool::new(false);
         let listen = |event: HostEvent| {
