@@ -178,6 +178,14 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
     weights.output.apply(&fused::gated(gates, &normed, gate)?)
 }
 
+/// Bytes that the delta rule takes on a GPU beside its arguments and its result, over so many
+/// sequences of so many positions.
+pub fn rule_bytes(spec: &DeltaNetSpec, sequences: usize, positions: usize) -> usize {
+    let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
+    let heads = [sequences * key_heads, value_heads / key_heads, positions];
+    recurrence::bytes(heads, key_dim, value_dim, spec.decays_channels())
+}
+
 /// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU;
 /// queries and keys then become unit vectors, queries divided by the root of their width.
 fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, positions: usize) -> Result<Heads> {

@@ -111,28 +111,81 @@ fn scan(
     (by_token(&read)? + by_token(values)?.broadcast_mul(&skip)?)?.reshape((rows, inner))
 }
 
+/// Tokens of heads that are computed together: what bounds the memory, and lets a CPU's cache hold
+/// it. A head that has more is computed alone.
+fn together(in_place: bool) -> usize {
+    if in_place { 1 << 13 } else { 1 << 18 }
+}
+
+/// Heads that are computed together.
+fn heads_at_once(in_place: bool, heads: usize, positions: usize) -> usize {
+    (together(in_place) / positions.max(1)).clamp(1, heads.max(1))
+}
+
+/// Bytes that the chunks of a micro-batch take beside what is projected, over so many sequences of
+/// so many positions; `in_place`: on a CPU.
+pub fn chunk_bytes(spec: &MambaSpec, sequences: usize, positions: usize, in_place: bool) -> usize {
+    let MambaSpec { heads, head_dim, state, .. } = *spec;
+    let n = CHUNK.min(positions.max(1));
+    let tokens = heads_at_once(in_place, sequences * heads, positions) * positions.next_multiple_of(n);
+    // Of a token of a head: a chunk that is filled up, weights between tokens, in f64 and twice
+    // before they are f32, and what is read by them and of states.
+    let values = (2 * state + head_dim) + 6 * n + 5 * head_dim;
+    // What is added to states, and these, twice while they are joined.
+    let states = tokens / n * 3 * state * head_dim;
+    (tokens * values + states) * size_of::<f32>()
+}
+
 /// `reads` and `writes` `[heads, positions, state]`, `written` `[heads, positions, head_dim]`,
 /// logarithms of decays `[heads, positions, 1]`: what is read, as `written`.
 fn in_chunks(reads: &Tensor, writes: &Tensor, written: &Tensor, decay: &Tensor) -> Result<Tensor> {
+    let (heads, positions, _) = written.dims3()?;
+    by_heads([reads, writes, written, decay], heads_at_once(written.device().is_cpu(), heads, positions))
+}
+
+/// As many heads at once.
+fn by_heads(of: [&Tensor; 4], most: usize) -> Result<Tensor> {
+    let heads = of[0].dim(0)?;
+    let part = |first: usize| {
+        let [reads, writes, written, decay] = of.map(|t| t.narrow(0, first, most.min(heads - first)));
+        at_once(&reads?, &writes?, &written?, &decay?)
+    };
+    Tensor::cat(&(0..heads).step_by(most).map(part).collect::<Result<Vec<_>>>()?, 0)
+}
+
+/// What does not depend on the state is computed for all chunks at once; the state passes from
+/// chunk to chunk, in all heads together.
+fn at_once(reads: &Tensor, writes: &Tensor, written: &Tensor, decay: &Tensor) -> Result<Tensor> {
     let ((heads, positions, width), rows) = (written.dims3()?, writes.dim(2)?);
-    let mut state = Tensor::zeros((heads, rows, width), DType::F32, written.device())?;
-    let mut out = Vec::with_capacity(positions.div_ceil(CHUNK));
-    for first in (0..positions).step_by(CHUNK) {
-        let n = CHUNK.min(positions - first);
-        let part = |t: &Tensor| t.narrow(1, first, n)?.contiguous();
-        let (reads, writes, written) = (part(reads)?, part(writes)?, part(written)?);
-        // Differences of running sums, in f64 so that strong decays do not hide weak ones.
-        let log = part(decay)?.squeeze(2)?.to_dtype(DType::F64)?.cumsum(1)?;
-        let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?;
-        let lower = Tensor::tril2(n, DType::F32, written.device())?;
-        let before = log.to_dtype(DType::F32)?.exp()?.unsqueeze(2)?;
-        let scores = (reads.matmul(&writes.transpose(1, 2)?)? * &between)?.broadcast_mul(&lower)?;
-        out.push((scores.matmul(&written)? + reads.matmul(&state)?.broadcast_mul(&before)?)?);
-        let left = between.narrow(1, n - 1, 1)?.reshape((heads, n, 1))?;
-        let added = writes.transpose(1, 2)?.matmul(&written.broadcast_mul(&left)?)?;
-        state = (state.broadcast_mul(&before.narrow(1, n - 1, 1)?)? + added)?;
+    let n = CHUNK.min(positions);
+    let (chunks, device) = (positions.div_ceil(n), written.device());
+    // The last chunk is filled up with tokens that write nothing and keep the state.
+    let by_chunk = |t: &Tensor| t.pad_with_zeros(1, 0, chunks * n - positions)?.reshape((heads * chunks, n, ()));
+    let (reads, writes, written) = (by_chunk(reads)?, by_chunk(writes)?, by_chunk(written)?);
+    // Differences of running sums, in f64 so that strong decays do not hide weak ones.
+    let log = by_chunk(decay)?.squeeze(2)?.to_dtype(DType::F64)?.cumsum(1)?;
+    let between = {
+        let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?;
+        let lower = Tensor::tril2(n, DType::F32, device)?;
+        between.minimum(0.0)?.to_dtype(DType::F32)?.exp()?.broadcast_mul(&lower)?
+    };
+    let before = log.to_dtype(DType::F32)?.exp()?.unsqueeze(2)?;
+    let left = between.narrow(1, n - 1, 1)?.reshape((heads * chunks, n, 1))?;
+    let added = writes.transpose(1, 2)?.matmul(&written.broadcast_mul(&left)?)?;
+    let added = added.reshape((heads, chunks, rows, width))?;
+    let kept = before.narrow(1, n - 1, 1)?.reshape((heads, chunks, 1, 1))?;
+
+    // Before each chunk.
+    let mut states = vec![Tensor::zeros((heads, 1, rows, width), DType::F32, device)?];
+    for chunk in 1..chunks {
+        let of = |t: &Tensor| t.narrow(1, chunk - 1, 1);
+        states.push((states[chunk - 1].broadcast_mul(&of(&kept)?)? + of(&added)?)?);
     }
-    Tensor::cat(&out, 1)
+    drop(added);
+    let states = Tensor::cat(&states, 1)?.reshape((heads * chunks, rows, width))?;
+    let scores = (reads.matmul(&writes.transpose(1, 2)?)? * between)?;
+    let out = (scores.matmul(&written)? + reads.matmul(&states)?.broadcast_mul(&before)?)?;
+    out.reshape((heads, chunks * n, width))?.narrow(1, 0, positions)
 }
 
 #[cfg(test)]
@@ -175,6 +228,41 @@ mod tests {
                 assert_close(&got.reshape((3 * positions, 4)).unwrap(), &want, 2e-5);
             }
         }
+    }
+
+    #[test]
+    fn heads_computed_together_change_no_bit() {
+        let bits = |t: Tensor| -> Vec<u32> {
+            t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        for positions in [1, 63, 64, 130] {
+            let mut random = Random::new(positions as u64);
+            let mut tensor = |width: usize| random.tensor(&[5, positions, width]);
+            let (reads, writes, written) = (tensor(5), tensor(5), tensor(4));
+            let decay = (tensor(1).abs().unwrap() * -0.2).unwrap();
+            let by = |most| bits(by_heads([&reads, &writes, &written, &decay], most).unwrap());
+            assert_eq!((by(1), by(2)), (by(5), by(5)), "{positions} positions");
+        }
+    }
+
+    #[test]
+    fn memory_is_bounded_whatever_the_number_of_sequences() {
+        let spec = MambaSpec {
+            heads: 128,
+            head_dim: 64,
+            groups: 8,
+            state: 128,
+            kernel: 4,
+            convolution_bias: true,
+            shortest_step: 0.0,
+            norm: crate::model::decoder::NormSpec::rms(1e-5),
+        };
+        // By hand, of each token of a head: 1024 numbers, and 3 of each of a state's in 64 tokens.
+        let of_token = (1024 + 3 * 128 * 64 / 64) * 4;
+        let on_a_gpu = |sequences| chunk_bytes(&spec, sequences, 1024, false);
+        assert_eq!(on_a_gpu(1), 128 * 1024 * of_token);
+        assert_eq!((on_a_gpu(2), on_a_gpu(999)), (2 * on_a_gpu(1), 2 * on_a_gpu(1)));
+        assert_eq!(chunk_bytes(&spec, 999, 1024, true), 8 * 1024 * of_token, "what a CPU's cache holds");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use outliers_scan::{BINS, STRIP};
 use serde_json::Value;
 
 use crate::blocks::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::blocks::ffn;
+use crate::blocks::{delta_net, ffn, mamba};
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::held_for_hashes;
 use crate::checkpoint::source::Checkpoint;
@@ -20,7 +20,7 @@ use crate::device::Placement;
 use crate::device::gpu;
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
-    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
 };
 use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};
 use crate::run::disk_bytes;
@@ -431,10 +431,18 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
                 false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
             };
             let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
+            let of_batch = rows.div_ceil(run.tokens.max(1));
+            let chunks = match mixer {
+                MixerSpec::DeltaNet(delta) if !run.arithmetic.in_place => {
+                    delta_net::rule_bytes(delta, of_batch, run.tokens)
+                }
+                MixerSpec::Mamba(of) => mamba::chunk_bytes(of, of_batch, run.tokens, run.arithmetic.in_place),
+                _ => 0,
+            };
             // Input and output; both are kept while attention is looked at without what an arm
             // lacks.
             let states = if run.arms > 1 { 4 } else { 2 };
-            rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores
+            rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores + chunks
         }
         (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),

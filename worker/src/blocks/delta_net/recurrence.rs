@@ -28,7 +28,10 @@ use rayon::prelude::*;
 
 use crate::kernels::fused::has_loops;
 
+mod batched;
 mod by_channel;
+
+pub(super) use batched::bytes;
 
 /// Tokens whose writes are solved for together.
 pub(super) const CHUNK: usize = 64;
@@ -57,27 +60,16 @@ pub(super) struct Heads {
 impl Heads {
     /// What the queries read, `[value heads, positions, value_dim]`.
     pub(super) fn delta_rule(&self) -> Result<Tensor> {
-        if self.decay.rank() == 3 {
-            return by_channel::delta_rule(self);
-        }
         if !has_loops(&self.value) {
-            return self.delta_rule_composed();
+            return batched::delta_rule(self);
+        }
+        if self.decay.rank() == 3 {
+            return by_channel::token_by_token(self);
         }
         // The products of one head are too small to be shared among many cores, but heads are
         // independent.
-        let heads = (0..self.value.dim(0)?).into_par_iter().map(|head| self.of(head)?.scan(solve));
+        let heads = (0..self.value.dim(0)?).into_par_iter().map(|head| self.of(head)?.scan());
         Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 0)
-    }
-
-    fn delta_rule_composed(&self) -> Result<Tensor> {
-        let triangle = Triangle::new(self.value.device())?;
-        let served = self.served()?;
-        let repeated = |t: &Tensor| {
-            let (heads, positions, width) = t.dims3()?;
-            t.unsqueeze(1)?.expand((heads, served, positions, width))?.reshape((heads * served, positions, width))
-        };
-        let heads = Self { query: repeated(&self.query)?, key: repeated(&self.key)?, ..self.clone() };
-        heads.scan(|chunk| triangle.solve(chunk))
     }
 
     /// Value heads per key head.
@@ -97,16 +89,17 @@ impl Heads {
         })
     }
 
-    /// Runs through heads of which each has its own queries and keys; `solve` does what no product
-    /// of matrices can.
-    fn scan(&self, solve: impl Fn(&Chunk) -> Result<Solved>) -> Result<Tensor> {
+    /// Runs through a head on a CPU.
+    fn scan(&self) -> Result<Tensor> {
         let ((heads, positions, value_dim), key_dim) = (self.value.dims3()?, self.key.dim(2)?);
         let mut state = Tensor::zeros((heads, key_dim, value_dim), DType::F32, self.value.device())?;
         let mut out = Vec::with_capacity(positions.div_ceil(CHUNK));
         for first in (0..positions).step_by(CHUNK) {
             let chunk = self.chunk(first, CHUNK.min(positions - first), &state)?;
             let solved = solve(&chunk)?;
-            state = (left_of(&state, &solved.left)? + chunk.key.transpose(1, 2)?.matmul(&solved.writes)?)?;
+            // A product with one number is much faster than one with a broadcast tensor.
+            let left = state.affine(f64::from(solved.left), 0.0)?;
+            state = (left + chunk.key.transpose(1, 2)?.matmul(&solved.writes)?)?;
             out.push(solved.out);
         }
         Tensor::cat(&out, 1)
@@ -127,7 +120,7 @@ impl Heads {
     }
 }
 
-/// n tokens of each head, and the products they need.
+/// n tokens of a head, and the products they need. `heads` is 1.
 struct Chunk {
     /// `[heads, n, key_dim]`.
     key: Tensor,
@@ -149,16 +142,8 @@ struct Solved {
     out: Tensor,
     /// What is left of its writes in the end, `[heads, n, value_dim]`.
     writes: Tensor,
-    /// What is left of the state before, `[heads, 1, 1]`.
-    left: Tensor,
-}
-
-fn left_of(state: &Tensor, left: &Tensor) -> Result<Tensor> {
-    // A product with one number is much faster on a CPU than one with a broadcast tensor.
-    if state.dim(0)? == 1 && has_loops(state) {
-        return state.affine(f64::from(left.flatten_all()?.to_vec1::<f32>()?[0]), 0.0);
-    }
-    state.broadcast_mul(left)
+    /// What is left of the state before.
+    left: f32,
 }
 
 /// A chunk of one head on a CPU: forward substitution, reads on the way. Decays between two tokens
@@ -196,8 +181,7 @@ fn solve(chunk: &Chunk) -> Result<Solved> {
         write.iter_mut().for_each(|v| *v *= left);
     }
     let rows = |data, height| Tensor::from_vec(data, (1, height, stride), &Device::Cpu)?.narrow(2, 0, width);
-    let left = Tensor::full(left_before.exp(), (1, 1, 1), &Device::Cpu)?;
-    Ok(Solved { out: rows(out, n)?, writes: rows(writes, n)?, left })
+    Ok(Solved { out: rows(out, n)?, writes: rows(writes, n)?, left: left_before.exp() })
 }
 
 /// `sum += factors[j] * rows[j]` over all rows, as wide as `sum`: a multiple of [`LANES`].
@@ -215,7 +199,7 @@ fn add_rows(rows: &[f32], factors: &[f32], sum: &mut [f32]) {
     }
 }
 
-/// The same in operations on tensors, all heads together: the system's inverse by halves.
+/// Triangles of the system in operations on tensors, many at once.
 struct Triangle {
     /// One on and below the diagonal `[CHUNK, CHUNK]`.
     lower: Tensor,
@@ -235,24 +219,6 @@ impl Triangle {
         Ok(Self { lower: mask(&|i, j| j <= i)?, levels: blocks.map(level).collect::<Result<_>>()? })
     }
 
-    fn solve(&self, chunk: &Chunk) -> Result<Solved> {
-        let (heads, n, _) = chunk.value.dims3()?;
-        let halves = |t: &Tensor| Ok::<_, candle_core::Error>((t.narrow(1, 0, n)?, t.narrow(1, n, n)?));
-        let ((to_keys, to_queries), (of_keys, of_queries)) = (halves(&chunk.scores)?, halves(&chunk.answers)?);
-        let strength = chunk.strength.unsqueeze(2)?;
-        // Differences of running sums, in f64 so that strong decays do not hide weak ones.
-        let log = chunk.decay.to_dtype(DType::F64)?.cumsum(1)?;
-        let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?;
-        let between = between.broadcast_mul(&cut(&self.lower, n)?)?;
-        let before = log.to_dtype(DType::F32)?.exp()?.unsqueeze(2)?;
-        let wanted = (&chunk.value - of_keys.broadcast_mul(&before)?)?.broadcast_mul(&strength)?;
-        let system = (to_keys * &between)?.broadcast_mul(&strength)?;
-        let writes = self.inverse(&system, n)?.matmul(&wanted)?;
-        let out = (of_queries.broadcast_mul(&before)? + (to_queries * &between)?.matmul(&writes)?)?;
-        let left = between.narrow(1, n - 1, 1)?.reshape((heads, n, 1))?;
-        Ok(Solved { out, writes: writes.broadcast_mul(&left)?, left: before.narrow(1, n - 1, 1)? })
-    }
-
     /// Inverse of the identity plus what of `system` `[heads, n, n]` is below the diagonal. Pairs
     /// of neighbouring blocks on the diagonal, inverted already, become one block twice as large:
     /// the inverse of `[[A, 0], [C, B]]` is `[[A', 0], [-B' C A', B']]`. As stable as forward
@@ -260,7 +226,7 @@ impl Triangle {
     fn inverse(&self, system: &Tensor, n: usize) -> Result<Tensor> {
         let identity = Tensor::eye(n, DType::F32, system.device())?;
         let mut inverse = identity.broadcast_as(system.shape())?.contiguous()?;
-        for level in &self.levels {
+        for level in self.levels.iter().take(n.next_power_of_two().ilog2() as usize) {
             let corner = system.broadcast_mul(&cut(level, n)?)?;
             inverse = (&inverse - inverse.matmul(&corner)?.matmul(&inverse)?)?;
         }
@@ -325,7 +291,7 @@ mod tests {
                 let heads = heads(positions, strongest);
                 let want = naive(&heads);
                 close(&heads.delta_rule().unwrap(), &want, 1e-5);
-                close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+                close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
             }
         }
     }
@@ -340,7 +306,7 @@ mod tests {
         let heads = Heads { key, strength, ..varied };
         let want = naive(&heads);
         close(&heads.delta_rule().unwrap(), &want, 1e-5);
-        close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+        close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
     }
 
     /// Differences of running sums in f32 would leave nothing of the weak decays after the strong
@@ -352,6 +318,6 @@ mod tests {
         heads.decay = Tensor::from_vec(decay, (4, 100), &Device::Cpu).unwrap();
         let want = naive(&heads);
         close(&heads.delta_rule().unwrap(), &want, 1e-5);
-        close(&heads.delta_rule_composed().unwrap(), &want, 1e-5);
+        close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
     }
 }

@@ -3,20 +3,16 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use super::batched::Decayed;
 use super::{Heads, Triangle, cut};
-use crate::kernels::fused::has_loops;
 
-/// Tokens whose writes are solved for together on a GPU. The decays between each two of them, for
-/// each channel, are held at once.
-const CHUNK: usize = 16;
-
-/// What the queries read, `[heads, positions, value_dim]`.
-pub(super) fn delta_rule(heads: &Heads) -> Result<Tensor> {
-    if has_loops(&heads.value) { token_by_token(heads) } else { in_chunks(heads) }
-}
+/// Tokens whose writes are solved for together on a GPU.
+pub(super) const CHUNK: usize = 16;
+/// Decays of a channel between two tokens that are held at once.
+const PAIRS: usize = 1 << 24;
 
 /// By its definition: on a CPU the state of a head stays in the cache.
-fn token_by_token(heads: &Heads) -> Result<Tensor> {
+pub(super) fn token_by_token(heads: &Heads) -> Result<Tensor> {
     let (count, positions, width) = heads.value.dims3()?;
     let key_dim = heads.key.dim(2)?;
     let host = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
@@ -49,38 +45,47 @@ fn token_by_token(heads: &Heads) -> Result<Tensor> {
     Tensor::from_vec(out, (count, positions, width), &Device::Cpu)
 }
 
-/// The same in operations on tensors, all heads together.
-fn in_chunks(heads: &Heads) -> Result<Tensor> {
-    let ((count, positions, width), key_dim) = (heads.value.dims3()?, heads.key.dim(2)?);
-    let triangle = Triangle::new(heads.value.device())?;
-    let mut state = Tensor::zeros((count, key_dim, width), DType::F32, heads.value.device())?;
-    let mut out = Vec::with_capacity(positions.div_ceil(CHUNK));
-    for first in (0..positions).step_by(CHUNK) {
-        let n = CHUNK.min(positions - first);
-        let part = |t: &Tensor| t.narrow(1, first, n)?.contiguous();
-        let (query, key, strength) = (part(&heads.query)?, part(&heads.key)?, part(&heads.strength)?.unsqueeze(2)?);
-        // Differences of running sums, in f64 so that strong decays do not hide weak ones.
-        let log = part(&heads.decay)?.to_dtype(DType::F64)?.cumsum(1)?.contiguous()?;
-        let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?;
-        let before = log.to_dtype(DType::F32)?.exp()?;
-        // What is left at token i of the key of token j, `[heads * i, j, key_dim]`.
-        let keys_left = between.broadcast_mul(&key.unsqueeze(1)?)?.reshape((count * n, n, key_dim))?;
+/// Bytes of the decays between tokens of chunks of n: differences in f64 and their minima, what
+/// these are in f32, and the keys that are left.
+pub(super) fn pair_bytes(tokens: usize, n: usize, key_dim: usize) -> usize {
+    let pairs = (tokens * n * key_dim).min(PAIRS.max(n * n * key_dim));
+    pairs * (2 * size_of::<f64>() + 3 * size_of::<f32>())
+}
+
+/// `query` and `key` `[heads, 1, chunks, n, key_dim]`, logarithms of decays in the same shape.
+pub(super) fn decayed(query: &Tensor, key: &Tensor, decay: &Tensor, triangle: &Triangle) -> Result<Decayed> {
+    let (heads, _, chunks, n, key_dim) = decay.dims5()?;
+    let all = heads * chunks;
+    let by_chunk = |t: &Tensor| t.reshape((all, n, key_dim));
+    // Differences of running sums, in f64 so that strong decays do not hide weak ones.
+    let log = by_chunk(decay)?.to_dtype(DType::F64)?.cumsum(1)?.contiguous()?;
+    let (query, key) = (by_chunk(query)?, by_chunk(key)?);
+    let at_once = (PAIRS / (n * n * key_dim)).max(1);
+    let (mut to_keys, mut to_queries) = (Vec::new(), Vec::new());
+    for first in (0..all).step_by(at_once) {
+        let count = at_once.min(all - first);
+        let part = |t: &Tensor| t.narrow(0, first, count);
+        let (query, key, log) = (part(&query)?, part(&key)?, part(&log)?);
+        // What is left at token i of the key of token j, `[chunks * i, j, key_dim]`.
+        let keys_left = {
+            let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?;
+            let between = between.minimum(0.0)?.to_dtype(DType::F32)?.exp()?;
+            between.broadcast_mul(&key.unsqueeze(1)?)?.reshape((count * n, n, key_dim))?
+        };
         let scores = |of: &Tensor| keys_left.matmul(&of.reshape((count * n, key_dim, 1))?)?.reshape((count, n, n));
-        let answers = |to: &Tensor| (to * &before)?.matmul(&state);
-        let wanted = (part(&heads.value)? - answers(&key)?)?.broadcast_mul(&strength)?;
-        let writes = triangle.inverse(&scores(&key)?.broadcast_mul(&strength)?, n)?.matmul(&wanted)?;
-        let to_queries = scores(&query)?.broadcast_mul(&cut(&triangle.lower, n)?)?;
-        out.push((answers(&query)? + to_queries.matmul(&writes)?)?);
-        let last = between.narrow(1, n - 1, 1)?.squeeze(1)?;
-        let written = (key * last)?.transpose(1, 2)?.matmul(&writes)?;
-        let left = before.narrow(1, n - 1, 1)?.transpose(1, 2)?;
-        state = (state.broadcast_mul(&left)? + written)?;
+        to_keys.push(scores(&key)?);
+        to_queries.push(scores(&query)?);
     }
-    Tensor::cat(&out, 1)
+    let last = log.narrow(1, n - 1, 1)?;
+    let left = last.broadcast_sub(&log)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?.reshape(decay.shape())?;
+    let before = log.to_dtype(DType::F32)?.exp()?.reshape(decay.shape())?;
+    let to_queries = Tensor::cat(&to_queries, 0)?.broadcast_mul(&cut(&triangle.lower, n)?)?;
+    Ok(Decayed { to_keys: Tensor::cat(&to_keys, 0)?, to_queries, before, left })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::batched;
     use super::*;
     use crate::blocks::delta_net::tests::{Token, close, recurrence, values};
 
@@ -123,8 +128,8 @@ mod tests {
             for strongest in [0.0, 0.02, 1.0, 30.0, 2000.0] {
                 let heads = heads(positions, strongest);
                 let want = naive(&heads);
-                close(&delta_rule(&heads).unwrap(), &want, 1e-5);
-                close(&in_chunks(&heads).unwrap(), &want, 1e-5);
+                close(&token_by_token(&heads).unwrap(), &want, 1e-5);
+                close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
             }
         }
     }
