@@ -10,7 +10,7 @@ use crate::blocks::norm::Norm;
 use crate::device::gpu::{self, Load, Positions, SortedPairs};
 use crate::kernels::fused::{self, Activation, Gate};
 use crate::kernels::product::{self, Linear};
-use crate::model::decoder::{GateUp, MlpKind, RouterSpec};
+use crate::model::decoder::{GateUp, MlpKind, MoeSpec, RouterSpec};
 
 /// A feed-forward's tensors on one device.
 pub struct MlpWeights {
@@ -426,6 +426,34 @@ fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: f
     }
 }
 
+/// Rows of an expert that is chosen 1.5 times as often as the average, of so many tokens.
+pub fn usual_rows(moe: &MoeSpec, tokens: usize) -> usize {
+    (3 * tokens * moe.top_k).div_ceil(2 * moe.experts)
+}
+
+/// Rows of neighbouring experts that are gathered at once on a GPU, of a group of so many in a wave
+/// of so many tokens: what is usual, but no fewer than may go to a single expert.
+pub fn gathered_rows(moe: &MoeSpec, tokens: usize, experts: usize) -> usize {
+    (usual_rows(moe, tokens) * experts).max(tokens).min(tokens * moe.top_k.min(experts))
+}
+
+/// Cuts neighbours, each given by its number of rows, into runs of no more than `most` rows. One
+/// that has more is alone.
+pub fn runs(rows: &[usize], most: usize) -> Vec<Range<usize>> {
+    let (mut runs, mut first, mut together) = (Vec::new(), 0, 0);
+    for (at, rows) in rows.iter().enumerate() {
+        if at > first && together + rows > most {
+            runs.push(first..at);
+            (first, together) = (at, 0);
+        }
+        together += rows;
+    }
+    if first < rows.len() {
+        runs.push(first..rows.len());
+    }
+    runs
+}
+
 /// A micro-batch on its way through the experts of a layer.
 ///
 /// On a CPU, each expert's rows are gathered on their own. On a GPU, starting an operation costs
@@ -591,7 +619,7 @@ const ENOUGH_ROWS: usize = 256;
 
 /// Whether a router that chooses `top_k` of `experts` sends so few of so many tokens to an average
 /// expert that products of several are better started together.
-pub fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
+fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
     tokens * top_k < ENOUGH_ROWS * experts
 }
 
@@ -631,23 +659,17 @@ impl Piece {
 }
 
 /// What a group of experts is sent of a wave, expert by expert. Rows of an expert come together
-/// from neighbouring micro-batches, `enough` or a little more at a time, so that its products are
-/// large however few of a micro-batch go to it.
-pub fn pieces(wave: &[&Routed], group: &Range<usize>, enough: usize) -> Vec<Piece> {
+/// from neighbouring micro-batches, no more than `most` where one sends no more, so that its
+/// products are large however few of a micro-batch go to it.
+pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<Piece> {
     let mut pieces = Vec::new();
     for expert in group.clone() {
-        let mut piece = Piece { expert, sent: Vec::new() };
-        for (batch, routed) in wave.iter().enumerate() {
-            let rows = routed.sent(expert);
-            if rows > 0 {
-                piece.sent.push((batch, rows));
+        let rows: Vec<usize> = wave.iter().map(|routed| routed.sent(expert)).collect();
+        for run in runs(&rows, most) {
+            let sent: Vec<_> = run.map(|batch| (batch, rows[batch])).filter(|(_, rows)| *rows > 0).collect();
+            if !sent.is_empty() {
+                pieces.push(Piece { expert, sent });
             }
-            if piece.rows() >= enough && !piece.sent.is_empty() {
-                pieces.push(std::mem::replace(&mut piece, Piece { expert, sent: Vec::new() }));
-            }
-        }
-        if !piece.sent.is_empty() {
-            pieces.push(piece);
         }
     }
     pieces
@@ -691,6 +713,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::model::decoder::MlpSpec;
 
     fn routed(spec: RouterSpec, logits: &[f32], correction: &[f32], k: usize) -> (Vec<u32>, Vec<f32>) {
         let (mut experts, mut weights) = (vec![0; k], vec![0.0; k]);
@@ -885,6 +908,38 @@ mod tests {
     }
 
     #[test]
+    fn no_run_of_neighbours_has_more_rows_than_fit() {
+        assert_eq!(runs(&[3, 0, 2, 5, 1, 9, 0, 4], 5), [0..3, 3..4, 4..5, 5..6, 6..8]);
+        assert_eq!(runs(&[7, 7], 5), [0..1, 1..2], "one that has more is alone");
+        assert_eq!(runs(&[0, 0], 5).len(), 1);
+        assert!(runs(&[], 5).is_empty());
+    }
+
+    /// 128 experts, 8 of a token, in a wave of 4 micro-batches of 100 tokens, 4 experts at a time.
+    #[test]
+    fn all_tokens_to_one_expert_take_no_more_rows_than_planned() {
+        let moe = MoeSpec {
+            experts: 128,
+            top_k: 8,
+            expert: MlpSpec::swiglu(3),
+            router: RouterSpec::SoftmaxTopK { normalise: true },
+            shared: None,
+            beside: None,
+            latent: None,
+        };
+        let planned = gathered_rows(&moe, 400, 4);
+        assert_eq!(planned, 400, "38 rows are usual for an expert, 152 for the group");
+        for sent in [[400, 0, 0, 0], [400, 400, 400, 400], [30, 400, 0, 20], [38, 38, 38, 38]] {
+            let most = runs(&sent, planned).into_iter().map(|run| sent[run].iter().sum::<usize>()).max();
+            assert!(most <= Some(planned), "{sent:?}");
+        }
+        // What is multiplied at once, of one expert, is no more than a micro-batch has.
+        let sent = [100, 100, 60, 40];
+        assert_eq!(runs(&sent, 100), [0..1, 1..2, 2..4]);
+        assert_eq!(gathered_rows(&moe, 400, 128), 8 * 400, "all that all are sent");
+    }
+
+    #[test]
     fn rows_return_to_their_own_micro_batch() {
         let x = |from: f32| Tensor::arange(from, from + 12.0, &Device::Cpu).unwrap().reshape((3, 4)).unwrap();
         let weights = MlpWeights { kind: MlpKind::Relu, gate_up: GateUpProj::Up(linear(3, 4)), down: linear(4, 3) };
@@ -926,15 +981,15 @@ mod tests {
         let wave: Vec<&Routed> = wave.iter().collect();
         let piece = |expert, sent: &[(usize, usize)]| Piece { expert, sent: sent.into() };
         let all = [
-            piece(0, &[(0, 2), (1, 2)]),
-            piece(0, &[(2, 1)]),
+            piece(0, &[(0, 2)]),
+            piece(0, &[(1, 2), (2, 1)]),
             piece(1, &[(0, 1), (2, 1)]),
             piece(3, &[(1, 1), (2, 1)]),
         ];
         assert_eq!(pieces(&wave, &(0..4), 3), all);
         assert_eq!(pieces(&wave, &(1..3), 3), all[2..3], "expert 2 is sent nothing");
         let cut = |most| together(&all, most).map(<[Piece]>::len).collect::<Vec<_>>();
-        assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 2, 1], vec![2, 2], vec![4]]);
+        assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 1, 2], vec![2, 2], vec![4]]);
         assert_eq!(together(&[], 3).count(), 0);
         // 256 rows per expert, and one token fewer. No experts are on a GPU here.
         assert_eq!([8192, 8191].map(|tokens| are_few(tokens, [256, 8])), [false, true]);

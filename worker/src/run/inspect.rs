@@ -12,7 +12,8 @@ use outliers_scan::{BINS, STRIP};
 use serde_json::Value;
 
 use crate::blocks::attention::{QUERY_BLOCK, SCORE_VALUES};
-use crate::blocks::{delta_net, ffn, mamba};
+use crate::blocks::ffn::{gathered_rows, usual_rows};
+use crate::blocks::{delta_net, mamba};
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::held_for_hashes;
 use crate::checkpoint::source::Checkpoint;
@@ -460,40 +461,26 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     bytes as u64
 }
 
-/// What experts take beside their products on a GPU, bytes: the inputs of a group in a wave, those
-/// of an expert before they are weighted, and of all tokens the choices, with their weights, in
+/// What experts take beside their products on a GPU, bytes: the inputs that are gathered at once,
+/// those of an expert before they are weighted, and of all tokens the choices, with their weights, in
 /// both orders.
 fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
     if run.arithmetic.in_place {
         return 0;
     }
-    let choices = run.sequences * run.tokens * moe.top_k * 2 * (size_of::<u32>() + size_of::<f32>());
-    (group_rows(moe, group, run) + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
+    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
+    let wave_rows = tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows);
+    let inputs = gathered_rows(moe, wave_rows, group.len());
+    let choices = tokens * moe.top_k * 2 * (size_of::<u32>() + size_of::<f32>());
+    (inputs + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
 }
 
 /// Rows that a unit is given at once.
 fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
     match (&unit.part, &spec.layers[unit.layer].ffn) {
-        (Part::Experts(group), FfnSpec::Moe(moe)) => {
-            // A GPU's library may multiply those of several experts together.
-            let few = !run.arithmetic.in_place && ffn::are_few(wave_rows(run), [moe.experts, moe.top_k]);
-            let together = if few { group_rows(moe, group, run).min(batch_rows(run)) } else { 0 };
-            expert_rows(moe, run).max(together)
-        }
+        (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
         _ => batch_rows(run),
     }
-}
-
-/// Tokens of a wave.
-fn wave_rows(run: PlannedRun) -> usize {
-    let (tokens, batch_rows) = (run.sequences * run.tokens, batch_rows(run));
-    tokens.min(stream::batches_per_wave(tokens.div_ceil(batch_rows)) * batch_rows)
-}
-
-/// Rows of a wave that go to a group of experts.
-fn group_rows(moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
-    let rows = wave_rows(run);
-    (share(moe, rows) * group.len()).min(rows * moe.top_k.min(group.len()))
 }
 
 /// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32
@@ -520,15 +507,11 @@ fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     (matrices.map(values).max().unwrap_or(0) * size_of::<f32>()) as u64
 }
 
-/// Rows of an expert that is chosen 1.5 times as often as the average.
-fn share(moe: &MoeSpec, rows: usize) -> usize {
-    (3 * rows * moe.top_k).div_ceil(2 * moe.experts)
-}
-
-/// Rows that an expert is given at once: its share of all tokens, but no more than a micro-batch
-/// and what goes to it of another.
+/// Rows that an expert is given at once, no more than a micro-batch has: on a CPU those that it
+/// usually is sent of all tokens; on a GPU, whose memory ends, as many as there may be.
 fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
-    share(moe, run.sequences * run.tokens).min(batch_rows(run) + share(moe, batch_rows(run)))
+    let most = batch_rows(run);
+    if run.arithmetic.in_place { usual_rows(moe, run.sequences * run.tokens).min(most) } else { most }
 }
 
 /// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
@@ -616,18 +599,15 @@ mod tests {
     }
 
     #[test]
-    fn experts_with_few_rows_are_planned_together_on_a_gpu() {
+    fn one_expert_for_all_tokens_is_planned_on_a_gpu() {
         let mixtral = spec(include_str!("../../../tests/golden/mixtral/model/config.json"), |_| ());
-        let of = |group_elements, run| {
-            let units = mixtral.units(group_elements);
-            rows(&mixtral, units.iter().find(|unit| matches!(unit.part, Part::Experts(_))).unwrap(), run)
-        };
-        // Two of four experts are chosen, by 160 of 320 tokens on average; 240 are planned.
-        let run = on_a_gpu(10, DType::BF16);
-        assert_eq!((of(1, run), of(u64::MAX, run)), (240, 320), "as many as a micro-batch has");
+        let FfnSpec::Moe(moe) = &mixtral.layers[0].ffn else { panic!("Mixtral without experts") };
+        let run = PlannedRun { micro_batch_tokens: 64, ..on_a_gpu(10, DType::BF16) };
         let in_place = Arithmetic { in_place: true, ..Arithmetic::default() };
-        assert_eq!(of(u64::MAX, PlannedRun { arithmetic: in_place, ..run }), 240);
-        assert_eq!(of(u64::MAX, on_a_gpu(16, DType::BF16)), 384, "256 are not few");
+        // Five micro-batches of 64 tokens, two of them in a wave.
+        assert_eq!((expert_rows(moe, run), gathered_rows(moe, 128, 1)), (64, 128));
+        let short = PlannedRun { sequences: 2, arithmetic: in_place, ..run };
+        assert_eq!(expert_rows(moe, short), usual_rows(moe, 64), "what a CPU is usually given");
     }
 
     #[test]

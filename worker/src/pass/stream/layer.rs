@@ -380,6 +380,9 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     }
 
     /// All experts of a group over the micro-batches of a wave; the last group closes the layer.
+    /// An expert's rows are gathered across micro-batches, as many at a time as a whole one has,
+    /// so that its products are large however few of a micro-batch go to it. However many go to
+    /// it, memory is what was planned ([`ffn::gathered_rows`]).
     fn experts(
         &mut self,
         moe: &MoeSpec,
@@ -391,15 +394,26 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         if group.start == 0 {
             batches.iter_mut().try_for_each(|batch| self.routed(batch))?;
         }
-        let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
-        let inputs = Inputs::new(&wave, group)?;
-        let pieces = ffn::pieces(&wave, group, self.batch_rows);
-        let most = ffn::rows_together(&wave, [moe.experts, moe.top_k], weights, self.batch_rows)?;
-        for pieces in ffn::together(&pieces, most) {
-            let weights: Vec<&MlpWeights> = pieces.iter().map(|piece| &weights[piece.expert - group.start]).collect();
-            self.experts_on(&weights, &inputs, pieces, batches)?;
+        let mut tokens = 0;
+        for batch in &*batches {
+            tokens += batch.hidden.dim(0)?;
         }
-        drop(inputs);
+        let (of_group, most) = {
+            let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
+            let of_group: Vec<usize> = group.clone().map(|expert| wave.iter().map(|of| of.sent(expert)).sum()).collect();
+            (of_group, ffn::rows_together(&wave, [moe.experts, moe.top_k], weights, self.batch_rows)?)
+        };
+        for part in ffn::runs(&of_group, ffn::gathered_rows(moe, tokens, group.len())) {
+            let part = group.start + part.start..group.start + part.end;
+            let (inputs, pieces) = {
+                let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
+                (Inputs::new(&wave, &part)?, ffn::pieces(&wave, &part, self.batch_rows))
+            };
+            for pieces in ffn::together(&pieces, most) {
+                let weights: Vec<&MlpWeights> = pieces.iter().map(|piece| &weights[piece.expert - group.start]).collect();
+                self.experts_on(&weights, &inputs, pieces, batches)?;
+            }
+        }
         if group.end == moe.experts {
             for batch in batches {
                 let Mixture { routed, beside } = batch.mixture.take().ok_or_else(early)?;
