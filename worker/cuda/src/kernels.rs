@@ -57,8 +57,12 @@ pub(crate) enum Argument {
 }
 
 /// How many there are of something.
+///
+/// # Panics
+/// There are 2^32 or more. The worker refuses tensors with that many values before.
 pub(crate) fn number(number: usize) -> Argument {
-    Argument::Number(u32::try_from(number).expect("fewer than 2^32 rows, columns or tokens"))
+    let counted = u32::try_from(number);
+    Argument::Number(counted.unwrap_or_else(|_| panic!("{number} rows, columns or tokens; kernels count below 2^32")))
 }
 
 /// How a kernel is launched.
@@ -95,7 +99,8 @@ pub(crate) unsafe fn launch(
         }
     };
     let mut places: Vec<*mut c_void> = arguments.iter().map(place).collect();
-    let [x, y] = grid.blocks.map(|blocks| blocks as u32);
+    // The driver refuses a grid that is too large, and would launch one that is cut off.
+    let [x, y] = grid.blocks.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
     // SAFETY: the caller's promise. The arguments are copied before this returns.
     unsafe {
         result::launch_kernel(function, (x, y, 1), (grid.threads as u32, 1, 1), 0, stream.cu_stream(), &mut places)

@@ -40,6 +40,10 @@ pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};
 
+/// Values of a tensor on a GPU at most: kernels count values, and our own rows and columns, in 32
+/// bits.
+pub const MOST_VALUES: usize = i32::MAX as usize;
+
 /// A GPU as its driver describes it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {

@@ -61,23 +61,47 @@ const LARGEST_MICRO_BATCH: usize = 16 * MICRO_BATCH_TOKENS;
 const RESERVE: u64 = 512 << 20;
 
 /// Tokens of a micro-batch: as asked for; else, on GPUs, as many as there is memory for on each, so
-/// that a GPU computes long at a time.
+/// that a GPU computes long at a time. On GPUs no more than [`most_tokens`] in either case.
 pub fn micro_batch_tokens(asked: Option<usize>, model: &Model<'_>, run: PlannedRun, devices: &[Placement]) -> usize {
-    let free = || devices.iter().map(|placement| gpu::free_memory(&placement.device)).min().flatten();
-    let fitting = |free| largest_that_fits(run, devices.len(), free, |run| streamed_memory(model, run));
-    asked.unwrap_or_else(|| free().map_or(MICRO_BATCH_TOKENS, fitting))
+    let free = devices.iter().map(|placement| gpu::free_memory(&placement.device)).min().flatten();
+    let Some(free) = free else { return asked.unwrap_or(MICRO_BATCH_TOKENS) };
+    let most = most_tokens(&model.spec);
+    let fitting = || largest_that_fits(run, devices.len(), free, most, |run| streamed_memory(model, run));
+    asked.map_or_else(fitting, |asked| asked.min(most))
 }
 
-/// The largest micro-batch of a run whose memory is free on each of its devices; one sequence if
-/// none fits. Steps are powers of two: GPUs of one kind choose the same.
-fn largest_that_fits(run: PlannedRun, devices: usize, free: u64, memory: impl Fn(PlannedRun) -> u64) -> usize {
+/// Tokens of the largest micro-batch of which no tensor has more values than kernels count
+/// ([`gpu::MOST_VALUES`]).
+fn most_tokens(spec: &DecoderSpec) -> usize {
+    let units = spec.units(u64::MAX);
+    let matrices = units.iter().flat_map(|unit| &unit.needs).filter(|need| need.is_matrix());
+    let projected = matrices.flat_map(|need| need.shape.iter().copied()).max();
+    // What writes and reads of a Mamba is repeated for each head of a group.
+    let repeated = spec.layers.iter().map(|layer| match &layer.mixer {
+        MixerSpec::Mamba(of) => of.heads * of.state,
+        _ => 0,
+    });
+    let widest = repeated.chain(projected).chain([spec.hidden, VOCAB_BLOCK.min(spec.vocab)]).max();
+    gpu::MOST_VALUES / widest.unwrap_or(1).max(1)
+}
+
+/// The largest micro-batch of a run whose memory is free on each of its devices and that has no
+/// more than `limit` tokens; one sequence if none fits. Steps are powers of two: GPUs of one kind
+/// choose the same.
+fn largest_that_fits(
+    run: PlannedRun,
+    devices: usize,
+    free: u64,
+    limit: usize,
+    memory: impl Fn(PlannedRun) -> u64,
+) -> usize {
     let all = run.sequences * run.tokens;
     // Several devices work at a time on as many waves.
     let most = if devices > 1 { all.div_ceil(WAVES).max(MICRO_BATCH_TOKENS) } else { all };
     let halves = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| (*size > run.tokens).then_some(size / 2));
     let sizes: Vec<usize> = halves.filter(|size| *size < 2 * most || *size <= run.tokens).collect();
     let free = free.saturating_sub(RESERVE);
-    let fits = |size: &&usize| memory(PlannedRun { micro_batch_tokens: **size, ..run }) <= free;
+    let fits = |size: &&usize| **size <= limit && memory(PlannedRun { micro_batch_tokens: **size, ..run }) <= free;
     let chosen = sizes.iter().find(fits).or(sizes.last());
     chosen.map_or(MICRO_BATCH_TOKENS, |size| (*size).min(all.max(1)))
 }
@@ -540,6 +564,10 @@ mod tests {
 
     /// What is chosen where a token takes a megabyte.
     fn chosen(sequences: usize, tokens: usize, devices: usize, free: u64) -> usize {
+        chosen_within(usize::MAX, sequences, tokens, devices, free)
+    }
+
+    fn chosen_within(limit: usize, sequences: usize, tokens: usize, devices: usize, free: u64) -> usize {
         let run = PlannedRun {
             sequences,
             tokens,
@@ -552,7 +580,21 @@ mod tests {
             with_head: true,
             devices: 1,
         };
-        largest_that_fits(run, devices, free, |run| (batch_rows(run) << 20) as u64)
+        largest_that_fits(run, devices, free, limit, |run| (batch_rows(run) << 20) as u64)
+    }
+
+    #[test]
+    fn no_tensor_of_a_micro_batch_has_more_values_than_kernels_count() {
+        let all = 1000 << 30;
+        assert_eq!(chosen_within(65_535, 512, 2048, 1, all), 32_768);
+        assert_eq!(chosen_within(100, 512, 2048, 1, all), 2048, "one sequence");
+        let text = include_str!("../../../tests/golden/mixtral/model/config.json");
+        let wide = spec(text, |config| config["intermediate_size"] = (1 << 20).into());
+        assert_eq!(most_tokens(&wide), 2047, "2,048 would make 2^31 values");
+        assert!(most_tokens(&wide) * (1 << 20) < 1 << 31);
+        // A block of the vocabulary, or all of it.
+        let narrow = spec(text, |_| ());
+        assert!(most_tokens(&narrow) >= gpu::MOST_VALUES / 4096);
     }
 
     #[test]

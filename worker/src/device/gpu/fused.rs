@@ -9,6 +9,8 @@ use half::{bf16, f16};
 use outliers_cuda::fused::{self as kernels, Real};
 pub(crate) use outliers_cuda::fused::{Convolution, Gate, Rotation, Scores};
 
+use super::MOST_VALUES;
+
 /// A tensor that is read.
 pub(crate) type Read<'a> = (&'a CudaStorage, &'a Layout);
 
@@ -25,6 +27,14 @@ macro_rules! in_dtype {
 }
 
 fn offsets(layout: &Layout) -> Result<(usize, usize)> {
+    let values = layout.shape().elem_count();
+    if values > MOST_VALUES {
+        bail!(
+            "{values} values of shape {:?} in one tensor, of which a GPU takes {MOST_VALUES}: \
+             use a smaller --micro-batch-tokens, or shorter sequences",
+            layout.shape()
+        );
+    }
     match layout.contiguous_offsets() {
         Some(offsets) => Ok(offsets),
         None => bail!("a kernel on a non-contiguous tensor {:?}", layout.shape()),
@@ -176,4 +186,17 @@ pub(crate) fn sum(x: &mut CudaStorage, layout: &Layout, y: Read<'_>) -> Result<(
         kernels::sum(&stream, &mut view_mut::<T>(x, layout)?, &view::<T>(y)?, width(layout)).w()
     }
     in_dtype!(x, of(x, layout, y))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensor_that_kernels_cannot_count_is_refused_by_its_size() {
+        assert_eq!(offsets(&Layout::contiguous((1 << 15, (1 << 16) - 1))).unwrap(), (0, (1 << 31) - (1 << 15)));
+        let refused = offsets(&Layout::contiguous((1 << 15, 1 << 16))).unwrap_err().to_string();
+        assert!(refused.contains("2147483648 values of shape [32768, 65536]"), "{refused}");
+        assert!(refused.contains("--micro-batch-tokens"), "{refused}");
+    }
 }
