@@ -14,7 +14,7 @@ use outliers_worker::error::Result;
 use outliers_worker::kernels::product::Arithmetic;
 use outliers_worker::pass::budget::StreamBudget;
 use outliers_worker::run::export;
-use outliers_worker::run::inspect::{PlannedRun, active_parameters, resident_memory, streamed_memory};
+use outliers_worker::run::inspect::{PlannedRun, active_parameters, host_memory, resident_memory, streamed_memory};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -364,6 +364,39 @@ fn export_size_follows_the_widths_of_the_matrices() {
 }
 
 /// The table of models in `docs/benchmarks.md` is what planning gives.
+/// Sequences of 2,048 tokens on a GPU.
+fn run(sequences: usize) -> PlannedRun {
+    PlannedRun {
+        sequences,
+        tokens: 2048,
+        arms: 1,
+        compute: DType::BF16,
+        micro_batch_tokens: 4096,
+        group_elements: StreamBudget::planned(None).group_elements(DType::BF16, 1),
+        measured: 0,
+        arithmetic: Arithmetic::default(),
+        with_head: true,
+        devices: 1,
+    }
+}
+
+#[test]
+fn host_memory_of_a_gpu_run_is_planned() {
+    let published = Published::read("OLMoE-1B-7B-0125");
+    let source = published.source();
+    let model = Model::open(&published.config, &source, None).unwrap();
+    let of = |sequences: usize, gpus: usize, ahead: u64| host_memory(&model, run(sequences), gpus, ahead);
+    let mib = |bytes: u64| bytes >> 20;
+    // By hand: 12 MiB of its own; for a GPU 512 of the driver, 64 that are pinned and the 8 of a
+    // projection in bf16; embedded tokens 256, two blocks of the table 30; statistics.
+    let one = of(16, 1, 0);
+    assert!((600..1000).contains(&mib(one)), "{} MiB", mib(one));
+    assert_eq!(of(16, 1, 128 << 20) - one, 128 << 20, "what arrives early");
+    assert!((584..600).contains(&mib(of(1000, 2, 0) - of(1000, 1, 0))), "another GPU");
+    // Of a token its id, and while it is embedded its place and 2,048 numbers in f32.
+    assert_eq!(of(1001, 1, 0) - of(1000, 1, 0), 2048 * (8 + 8 + 2048 * 4));
+}
+
 #[test]
 fn docs_benchmarks_match_computed_model_sizes() {
     let page = std::fs::read_to_string(folder().join("../../docs/benchmarks.md")).unwrap();
@@ -377,21 +410,7 @@ fn docs_benchmarks_match_computed_model_sizes() {
     for (published, row) in rows {
         let source = published.source();
         let model = Model::open(&published.config, &source, None).unwrap();
-        let compute = DType::BF16;
-        let group_elements = StreamBudget::planned(None).group_elements(compute, 1);
-        let (sequences, tokens, micro_batch_tokens) = (16, 2048, 4096);
-        let run = PlannedRun {
-            sequences,
-            tokens,
-            arms: 1,
-            compute,
-            micro_batch_tokens,
-            group_elements,
-            measured: 0,
-            arithmetic: Arithmetic::default(),
-            with_head: true,
-            devices: 1,
-        };
+        let run = run(16);
         let giga = |bytes: u64| bytes as f64 / 1e9;
         let read = giga(model.stored_dtypes().values().sum());
         let times = format!("{read:.0} / {:.0} / {:.0} s", read / 2.2, read / 5.0);

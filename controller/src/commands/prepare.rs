@@ -325,6 +325,9 @@ fn spec(
     // This machine may have no GPU, and a CPU has no such limit.
     if !clouds.is_local() && request.gpu_count != Some(0) {
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
+        // None is planned for a run on CPUs.
+        let host = Some(Bytes(inspection.plan.host_memory_bytes)).filter(|host| host.0 > 0);
+        request.min_cpu_ram = request.min_cpu_ram.or(host);
     }
     let results = terms.results.to_str().map(str::to_owned);
     let output = output::planned(&job, inspection);

@@ -41,7 +41,7 @@ pub use decode::{Codes, Form, Number, StoredTensor, Value};
 #[cfg(feature = "staging")]
 pub use passing::Passing;
 #[cfg(feature = "staging")]
-pub use staging::{Misfit, ReleaseFence, Staging, UploadFence};
+pub use staging::{Misfit, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
 pub use statistics::{Activation, Look, Seen, Stored};
 use table::Of;

@@ -18,6 +18,8 @@ const BUFFER: usize = 16 << 20;
 /// How many there are: one that is filled, one that is copied, and as many again, since small
 /// tensors come between large ones.
 const BUFFERS: usize = 4;
+/// Bytes that are pinned for one way, unless a piece that cannot be divided takes more.
+pub const PINNED: usize = BUFFERS * BUFFER;
 /// Notes that are allocated together.
 const NOTES: usize = 512;
 /// Values that share a note at most: their places have 32 bits.

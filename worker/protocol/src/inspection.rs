@@ -141,6 +141,10 @@ pub struct PlanFigures {
     pub streamed_memory_bytes: u64,
     /// Device memory when every weight stays. Bytes.
     pub resident_memory_bytes: u64,
+    /// Memory of the host that a run on GPUs needs at least, without what holds bytes for hashes;
+    /// 0 for a run on CPUs, whose device memory it is. Bytes.
+    #[serde(default)]
+    pub host_memory_bytes: u64,
     /// Hidden states held between layers. Bytes.
     pub hidden_state_bytes: u64,
     /// Host memory that holds bytes until the hash of their file reaches them, where weights

@@ -278,6 +278,9 @@ fn print_inspection(i: &Inspection) {
         gib(p.streamed_memory_bytes),
         gib(p.resident_memory_bytes)
     );
+    if p.host_memory_bytes > 0 {
+        println!("{:.3} GiB of memory of the host beside a GPU", gib(p.host_memory_bytes));
+    }
     match p.micro_batch_tokens {
         Some(tokens) => println!("{tokens} tokens are computed together"),
         None => println!("as many tokens are computed together as fit on the GPU"),

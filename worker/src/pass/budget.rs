@@ -34,6 +34,12 @@ impl StreamBudget {
         Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
     }
 
+    /// As asked for; else what a machine with little memory takes. For the memory that a run needs
+    /// at least.
+    pub fn least(asked: Option<u64>) -> Self {
+        Self { bytes: asked.unwrap_or(LEAST), asked: asked.is_some() }
+    }
+
     /// Values of a group of experts in a pass of this dtype, on each of `devices` that share the
     /// memory. More than [`GROUP_ELEMENTS`] only if asked for: larger ones save nothing.
     pub fn group_elements(self, compute: DType, devices: usize) -> u64 {
@@ -85,5 +91,7 @@ mod tests {
         assert!((LEAST..=MOST).contains(&found.bytes), "{found:?}");
         assert!(found.group_elements(DType::F32, 1) <= GROUP_ELEMENTS);
         assert_eq!(StreamBudget::planned(None).group_elements(DType::BF16, 1), GROUP_ELEMENTS);
+        assert_eq!(StreamBudget::least(None).read_ahead(), 128 << 20);
+        assert_eq!(StreamBudget::least(Some(1 << 30)).read_ahead(), 512 << 20);
     }
 }

@@ -23,6 +23,7 @@ use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
     DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
 };
+use crate::pass::budget::StreamBudget;
 use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};
 use crate::run::disk_bytes;
 use crate::run::export;
@@ -258,6 +259,12 @@ fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) 
         micro_batch_tokens: job.micro_batch_tokens,
         streamed_memory_bytes: streamed_memory(model, run),
         resident_memory_bytes: resident_memory(model, run),
+        host_memory_bytes: if run.arithmetic.in_place {
+            0
+        } else {
+            let read_ahead = if streams { StreamBudget::least(job.stream_budget_bytes).read_ahead() } else { 0 };
+            host_memory(model, run, job.devices.len().max(1), read_ahead)
+        },
         hidden_state_bytes: hidden_states(spec, run),
         hash_memory_bytes: if streams && disk_bytes == 0 { held() } else { 0 },
         disk_bytes,
@@ -381,14 +388,44 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
     let being_decoded = needs.max().unwrap_or(0);
     let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run) + looked_at(spec, run);
+    // A run on GPUs has these in another memory ([`host_memory`]).
+    let of_host = |bytes: u64| if run.arithmetic.in_place { bytes } else { 0 };
     // A tied head is read once, before the layers.
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
     let head = if run.with_head { hidden_states(spec, run) + head_workspace(model, run) } else { 0 };
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
     let angles = run.devices as u64 * angles(spec, run);
-    // On GPUs they are in another memory.
-    let noted = if run.arithmetic.in_place { study::bytes(spec.sites().len(), spec.hidden) + run.measured } else { 0 };
-    OWN + noted + tied + laid_out + angles + layers.max(head).max(embedded(spec, run))
+    let noted = study::bytes(spec.sites().len(), spec.hidden) + run.measured;
+    let peak = layers.max(head).max(of_host(embedded(spec, run)));
+    OWN + of_host(noted + tied) + laid_out + angles + peak
+}
+
+/// What the driver and its libraries keep on the host for a GPU, bytes. An assumption.
+const OF_DRIVER: u64 = 512 << 20;
+
+/// Memory of the host of a run on so many GPUs at least, bytes. All the time: what weights go
+/// through, `read_ahead` bytes of them that arrive early, the stored bytes of one tensor per GPU, a
+/// tied head as it is stored, token ids and statistics. Beside these either the embedding, or what
+/// comes from GPUs: hidden states of a micro-batch, and summaries that have not been added.
+pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: u64) -> u64 {
+    let (spec, gpus) = (&model.spec, gpus as u64);
+    let units = spec.units(run.group_elements);
+    let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
+    let of_gpu = OF_DRIVER + gpu::PINNED + needs.max().unwrap_or(0);
+    let table = model.stored_bytes(0, [&spec.embedding_need()]);
+    let tied = if run.with_head && spec.head.tied { table } else { 0 };
+    // One in use and one on its way.
+    let blocks = 2 * table.div_ceil(spec.vocab.div_ceil(VOCAB_BLOCK).max(1) as u64);
+    let ids = (run.sequences * run.tokens * size_of::<i64>()) as u64;
+    let statistics = study::bytes(spec.sites().len(), spec.hidden) + run.measured;
+    let (rows, sequences) = (batch_rows(run), batch_rows(run) / run.tokens.max(1));
+    let summary = rows * OF_ROW + sequences * (spec.hidden * OF_COLUMN + BINS * size_of::<u64>());
+    // In f32 where they are measured or saved.
+    let hidden = rows * spec.hidden * size_of::<f32>();
+    // Pinned buffers are of powers of two.
+    let landed = gpus * ((study::HELD + 1) * summary.next_power_of_two() + hidden) as u64;
+    let at_a_time = (embedded(spec, run) + blocks).max(landed);
+    OWN + gpus * of_gpu + read_ahead + tied + ids + statistics + at_a_time
 }
 
 /// Memory of a run whose weights are all there at once, bytes.

@@ -183,6 +183,10 @@ pub fn needs(inspection: &Inspection) -> String {
         ("tokens computed together", together),
         ("device memory, streamed", Bytes(plan.streamed_memory_bytes).to_string()),
         ("device memory, all resident", Bytes(plan.resident_memory_bytes).to_string()),
+        (
+            "host memory beside GPUs, at least",
+            if plan.host_memory_bytes > 0 { Bytes(plan.host_memory_bytes).to_string() } else { String::new() },
+        ),
         ("arithmetic", operations(plan.flops)),
     ];
     let mut table = table(&["a run needs", "so much"]);

@@ -14,6 +14,8 @@ use crate::checkpoint::safetensors::StoredDtype;
 use crate::checkpoint::{MXFP4_BLOCK, NVFP4_BLOCK};
 use crate::error::{Result, WorkerError};
 
+const _: () = assert!(super::PINNED == outliers_cuda::PINNED as u64);
+
 /// A way to one GPU.
 pub struct HostToDevice {
     staging: Staging,
