@@ -49,6 +49,8 @@ pub enum Filter {
     MinCuda,
     /// The same, as the worker needs it.
     WorkerCuda,
+    /// Memory of the host, as the worker needs it.
+    WorkerRam,
     /// Region or data centre.
     Region,
     /// Data centre or not.
@@ -92,7 +94,7 @@ struct Removed<'a> {
 }
 
 /// The filters in the order in which they are applied.
-static RULES: [Rule; 14] = [
+static RULES: [Rule; 15] = [
     Rule {
         filter: Filter::Maker,
         option: "NVIDIA only",
@@ -205,6 +207,17 @@ static RULES: [Rule; 14] = [
         },
         instead: None,
         reason: |removed| removed.newest_cuda(),
+    },
+    Rule {
+        filter: Filter::WorkerRam,
+        option: "host memory for the worker",
+        typed: |option, want| Some(format!("{option} ({})", want.worker_ram?)),
+        fit: |offer, want| match Fit::memory(offer.cpu_ram, want.worker_ram) {
+            Fit::Unknown => Fit::Passes,
+            fit => fit,
+        },
+        instead: None,
+        reason: |removed| removed.most("memory", removed.nearest.cpu_ram),
     },
     Rule {
         filter: Filter::Region,
@@ -766,6 +779,20 @@ mod tests {
     }
 
     #[test]
+    fn host_without_the_planned_memory_is_excluded_and_an_unknown_one_is_accepted() {
+        let query = GpuRequest { worker_ram: Some(Bytes::from_gib(2)), ..want() };
+        let mut offers = cloud();
+        offers.iter_mut().for_each(|offer| offer.cpu_ram = None);
+        let without = select(offers.clone(), &want(), &work()).unwrap().offers;
+        assert_eq!(select(offers.clone(), &query, &work()).unwrap().offers, without, "none of them tells");
+        offers.iter_mut().for_each(|offer| offer.cpu_ram = Some(Bytes::from_gib(1)));
+        let error = filtered(offers, &query);
+        assert_eq!(error.steps.last().unwrap().filter, Filter::WorkerRam);
+        assert!(error.to_string().contains("host memory for the worker (2"), "{error}");
+        assert_eq!(error.relaxation, None);
+    }
+
+    #[test]
     fn host_memory_does_not_count_as_vram() {
         let query = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..want() };
         assert_eq!(filtered(cloud(), &query).steps.last().unwrap().filter, Filter::MinCpuRam);
@@ -932,10 +959,12 @@ mod tests {
             cents in proptest::option::of(0u32..1000),
             region in proptest::option::of("us|eu|mars"), tier in proptest::option::of(any_tier()), spot in any::<bool>(),
             min_cuda in proptest::option::of(any_cuda()), worker_cuda in proptest::option::of(any_cuda()),
+            worker_ram in any_bytes(),
         ) -> GpuRequest {
             let max_price = cents.map(|cents| UsdPerHour::from_dollars(f64::from(cents) / 100.0));
             GpuRequest {
                 gpu_count, gpu_filter, min_vram, min_cpu_ram, min_disk, max_price, region, tier, spot, min_cuda, worker_cuda,
+                worker_ram,
             }
         }
     }
@@ -957,7 +986,7 @@ mod tests {
             Filter::MinCpuRam => want.min_cpu_ram = bytes(),
             Filter::MinDisk => want.min_disk = bytes(),
             Filter::MaxPrice => want.max_price = number().map(UsdPerHour::from_dollars),
-            Filter::Maker | Filter::Processor | Filter::Capability | Filter::WorkerCuda => {
+            Filter::Maker | Filter::Processor | Filter::Capability | Filter::WorkerCuda | Filter::WorkerRam => {
                 unreachable!("it cannot be relaxed")
             }
         }

@@ -326,8 +326,7 @@ fn spec(
     if !clouds.is_local() && request.gpu_count != Some(0) {
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
         // None is planned for a run on CPUs.
-        let host = Some(Bytes(inspection.plan.host_memory_bytes)).filter(|host| host.0 > 0);
-        request.min_cpu_ram = request.min_cpu_ram.or(host);
+        request.worker_ram = Some(Bytes(inspection.plan.host_memory_bytes)).filter(|ram| ram.0 > 0);
     }
     let results = terms.results.to_str().map(str::to_owned);
     let output = output::planned(&job, inspection);

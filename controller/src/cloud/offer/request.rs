@@ -67,6 +67,10 @@ mergeable! {
         #[arg(skip)]
         #[serde(alias = "worker_cuda")]
         pub worker_cuda: Option<CudaVersion>,
+        /// What the worker itself needs of the host's memory on GPUs, by its plan. Offers that do
+        /// not tell are rented, as above.
+        #[arg(skip)]
+        pub worker_ram: Option<Bytes>,
     }
 }
 

@@ -351,7 +351,7 @@ fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> 
         _ => None,
     };
     // What the system keeps for itself is not missing.
-    let ram = want.min_cpu_ram.map(|ram| Bytes((ram.0 as f64 * MEMORY_SHARE) as u64));
+    let ram = want.min_cpu_ram.max(want.worker_ram).map(|ram| Bytes((ram.0 as f64 * MEMORY_SHARE) as u64));
     short("disk are free", facts.disk_free, want.min_disk).or_else(|| short("memory is all", facts.ram, ram))
 }
 
@@ -417,5 +417,7 @@ mod tests {
         let much = GpuRequest { min_cpu_ram: Some(Bytes::from_gib(64)), ..GpuRequest::default() };
         let small = HostFacts { ram: Some(Bytes::from_gib(32)), ..facts(&[79, 79], 100) };
         assert!(super::unfit(&small, &rented, &much).unwrap().contains("memory"));
+        let planned = GpuRequest { worker_ram: much.min_cpu_ram, ..GpuRequest::default() };
+        assert!(super::unfit(&small, &rented, &planned).unwrap().contains("memory"));
     }
 }

@@ -157,7 +157,7 @@ impl Found {
     }
 
     fn add(&mut self, group: &Group, want: &GpuRequest, site: &Site, disk: Option<Bytes>) {
-        let least_mib = want.min_cpu_ram.map_or(0, |ram| ram.0.div_ceil(1 << 20));
+        let least_mib = want.min_cpu_ram.max(want.worker_ram).map_or(0, |ram| ram.0.div_ceil(1 << 20));
         if want.gpu_count == Some(0) {
             let cpus = group.cpus.min(CPUS);
             let mem = share(group.mem_mib, cpus, group.cpus).max(least_mib).min(group.mem_mib);
