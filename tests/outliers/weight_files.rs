@@ -164,5 +164,8 @@ fn tied_head_crosses_to_a_gpu_in_a_plan() {
     let inspected = inspect(&golden("llama-bf16-sharded-tied").join("model"));
     assert!(inspected.tied_head);
     let plan = &inspected.plan;
-    assert_eq!(plan.on_gpus.host_to_device_bytes, plan.bytes_to_read + plan.hidden_state_bytes);
+    // Rows of the embedding that are used, each once, and which one each token has.
+    let tokens = (plan.sequences * plan.tokens_per_sequence) as u64;
+    let used = tokens.min(inspected.vocab as u64) * inspected.hidden as u64 * plan.compute_bytes_per_value;
+    assert_eq!(plan.on_gpus.host_to_device_bytes, plan.bytes_to_read + used + 4 * tokens);
 }

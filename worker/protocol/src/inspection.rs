@@ -167,7 +167,8 @@ pub struct PlanFigures {
 /// assumed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuWork {
-    /// Bytes from the host to GPUs: weights as they are stored, and the embedded tokens.
+    /// Bytes from the host to GPUs: weights as they are stored, and the rows of the embedding that
+    /// the text uses.
     pub host_to_device_bytes: u64,
     /// Bytes from GPUs to the host: summaries of statistics, values that are measured on the host
     /// as f32, and three numbers per token and block of logits.

@@ -313,6 +313,8 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     // A tied head is read with the embedding, and crosses all the same.
     let after_layers = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
     let head = if run.with_head { model.stored_bytes(0, &after_layers.collect::<Vec<_>>()) } else { 0 };
+    // Each row once, and which one each token has.
+    let embedded = used_values(spec, run) * run.compute.size_in_bytes() + run.sequences * run.tokens * size_of::<u32>();
     let units = spec.units(run.group_elements);
     let weights: u64 = units.iter().map(|unit| model.unit_bytes(unit)).sum();
     let rows = tokens * OF_ROW as u64 + sequences * 8 * BINS as u64;
@@ -326,7 +328,7 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     };
     let arms = run.arms as u64;
     GpuWork {
-        host_to_device_bytes: weights + head + hidden_states(spec, run),
+        host_to_device_bytes: weights + head + embedded as u64,
         device_to_host_bytes: (norms + others) * rows + columns + values + arms * logits,
         passed_on_bytes: layers * hidden_states(spec, run),
         statistics_bytes: kernels * tokens * hidden * run.compute.size_in_bytes() as u64,
@@ -388,7 +390,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
     let being_decoded = needs.max().unwrap_or(0);
     let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run) + looked_at(spec, run);
-    // A run on GPUs has these in another memory ([`host_memory`]).
+    // A run on GPUs has this in another memory ([`host_memory`]).
     let of_host = |bytes: u64| if run.arithmetic.in_place { bytes } else { 0 };
     // A tied head is read once, before the layers.
     let tied = if run.with_head && spec.head.tied { model.stored_bytes(0, [&spec.embedding_need()]) } else { 0 };
@@ -396,7 +398,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
     let angles = run.devices as u64 * angles(spec, run);
     let noted = study::bytes(spec.sites().len(), spec.hidden) + run.measured;
-    let peak = layers.max(head).max(of_host(embedded(spec, run)));
+    let peak = layers.max(head).max(hidden_states(spec, run) + embedded(spec, run));
     OWN + of_host(noted + tied) + laid_out + angles + peak
 }
 
@@ -416,7 +418,7 @@ pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: 
     let tied = if run.with_head && spec.head.tied { table } else { 0 };
     // One in use and one on its way.
     let blocks = 2 * table.div_ceil(spec.vocab.div_ceil(VOCAB_BLOCK).max(1) as u64);
-    let ids = (run.sequences * run.tokens * size_of::<i64>()) as u64;
+    let tokens = (run.sequences * run.tokens) as u64;
     let statistics = study::bytes(spec.sites().len(), spec.hidden) + run.measured;
     let (rows, sequences) = (batch_rows(run), batch_rows(run) / run.tokens.max(1));
     let summary = rows * OF_ROW + sequences * (spec.hidden * OF_COLUMN + BINS * size_of::<u64>());
@@ -424,8 +426,12 @@ pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: 
     let hidden = rows * spec.hidden * size_of::<f32>();
     // Pinned buffers are of powers of two.
     let landed = gpus * ((study::HELD + 1) * summary.next_power_of_two() + hidden) as u64;
-    let at_a_time = (embedded(spec, run) + blocks).max(landed);
-    OWN + gpus * of_gpu + read_ahead + tied + ids + statistics + at_a_time
+    // What is used, in f32 and in the dtype of the pass; of each token its place in the order of ids
+    // and in what is used.
+    let in_dtype = (used_values(spec, run) * run.compute.size_in_bytes()) as u64;
+    let places = tokens * (size_of::<usize>() + size_of::<u32>()) as u64;
+    let at_a_time = (embedded(spec, run) + in_dtype + places + blocks).max(landed);
+    OWN + gpus * of_gpu + read_ahead + tied + tokens * size_of::<i64>() as u64 + statistics + at_a_time
 }
 
 /// Memory of a run whose weights are all there at once, bytes.
@@ -467,9 +473,14 @@ fn looked_at(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (((study::HELD + 1) * held + of_columns) * spec.hidden + of_rows) as u64
 }
 
-/// The embedded tokens in f32, before they become hidden states.
+/// Values of the embedding's rows that a text uses at most.
+fn used_values(spec: &DecoderSpec, run: PlannedRun) -> usize {
+    (run.sequences * run.tokens).min(spec.vocab) * spec.embedding.width
+}
+
+/// What the embedding takes beside hidden states, bytes: the rows that are used, in f32.
 fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
-    (run.sequences * run.tokens * (spec.embedding.width * size_of::<f32>() + size_of::<usize>())) as u64
+    (used_values(spec, run) * size_of::<f32>()) as u64
 }
 
 /// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores,

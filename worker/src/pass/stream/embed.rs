@@ -13,16 +13,18 @@ use crate::pass::loader::{self, TensorPool, rows_of};
 use crate::pass::meter::{Thread, Work};
 
 impl Pass<'_> {
-    /// Token ids to hidden states, the table read once in blocks of rows.
+    /// Token ids to hidden states. The table is read once in blocks of rows; those that the text
+    /// uses go to the device, each once, where tokens' rows are gathered.
     pub(super) fn embed(&self) -> Result<(Vec<MicroBatch>, KeptBlocks)> {
         let width = self.spec().embedding.width;
         let stored = self.model.stored(0, &self.spec().embedding_need());
         let entry = stored.values.entry;
         let mut order: Vec<usize> = (0..self.tokens.ids.len()).collect();
         order.par_sort_unstable_by_key(|&t| self.tokens.ids[t]);
-        let rows = self.batch_rows();
-        let mut values: Vec<Vec<f32>> =
-            self.tokens.ids.chunks(rows).map(|batch| vec![0f32; batch.len() * width]).collect();
+        let is_same = |a: &usize, b: &usize| self.tokens.ids[*a] == self.tokens.ids[*b];
+        // The rows in use, one after another, and which of them is each token's.
+        let mut used: Vec<f32> = Vec::with_capacity(order.chunk_by(is_same).count() * width);
+        let mut places = vec![0_u32; order.len()];
         let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
         let (clock, reading) = (self.meter.clock(Thread::Device(0)), self.meter.clock(Thread::Loader(0)));
         let load = move |block: &Range<usize>| {
@@ -35,12 +37,11 @@ impl Pass<'_> {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
             let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
             let row_bytes = bytes.len() / block.len();
-            for run in order[from..to].chunk_by(|a, b| self.tokens.ids[*a] == self.tokens.ids[*b]) {
+            for run in order[from..to].chunk_by(is_same) {
                 let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
-                let row = dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &entry.name)?;
-                for &token in run {
-                    values[token / rows][token % rows * width..][..width].copy_from_slice(&row);
-                }
+                let place = (used.len() / width) as u32;
+                used.extend(dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &entry.name)?);
+                run.iter().for_each(|&token| places[token] = place);
             }
             if let Some(kept) = &mut kept {
                 kept.push((block, bytes));
@@ -52,22 +53,26 @@ impl Pass<'_> {
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));
-        let batch = |(i, mut values): (usize, Vec<f32>)| {
-            if let Some(scale) = scale {
-                values.iter_mut().for_each(|value| *value *= scale);
-            }
-            let tokens = values.len() / width;
-            let mut hidden = dtype::from_f32(values, &[tokens, width], self.compute, device)?;
-            if let Some(lead_in) = &lead_in {
-                hidden = lead_in.apply(&hidden)?;
-            }
-            if let Some(positions) = &positions {
-                hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
-            }
-            Ok(MicroBatch::new(0, i * rows, hidden))
+        if let Some(scale) = scale {
+            used.iter_mut().for_each(|value| *value *= scale);
+        }
+        let (table_rows, rows) = (used.len() / width, self.batch_rows());
+        let embed = || {
+            let table = dtype::from_f32(used, &[table_rows, width], self.compute, device)?;
+            let batch = |(i, places): (usize, &[u32])| {
+                let tokens = places.len();
+                let mut hidden = table.index_select(&Tensor::from_slice(places, tokens, device)?, 0)?;
+                if let Some(lead_in) = &lead_in {
+                    hidden = lead_in.apply(&hidden)?;
+                }
+                if let Some(positions) = &positions {
+                    hidden = (hidden + positions.repeat((tokens / self.tokens.tokens, 1))?)?;
+                }
+                Ok(MicroBatch::new(0, i * rows, hidden))
+            };
+            places.chunks(rows).enumerate().map(batch).collect::<Result<_>>()
         };
-        let batches = || values.into_iter().enumerate().map(batch).collect::<Result<_>>();
-        Ok((clock.time(Work::Embedding, batches)?, kept))
+        Ok((clock.time(Work::Embedding, embed)?, kept))
     }
 
     /// The learned vectors of a sequence's positions, `[tokens, hidden]`.
