@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::delta_net::Convolution;
+use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
 use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
 use outliers_worker::model::decoder::Window;
@@ -76,6 +76,11 @@ fn gates() -> impl Strategy<Value = Gate> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn inverse_equals_the_cpu(seed: u64, count in 1_usize..4, n in select(vec![1_usize, 2, 15, 16, 33, 63, 64])) {
+        same(&[&Dice(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
+    }
 
     #[test]
     fn norms(seed: u64, rows in 1..40usize, width in 1..200usize, dtype in dtypes()) {

@@ -40,6 +40,7 @@ macro_rules! files {
 files! {
     Columns "columns"
     Decode "decode"
+    DeltaNet "delta_net"
     Fused "fused"
     Histogram "histogram"
     Large "large"

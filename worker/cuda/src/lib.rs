@@ -11,6 +11,8 @@ mod copies;
 #[cfg(feature = "staging")]
 mod decode;
 #[cfg(feature = "staging")]
+pub mod delta_net;
+#[cfg(feature = "staging")]
 pub mod fused;
 #[cfg(feature = "staging")]
 pub mod grouped;

@@ -11,9 +11,11 @@ use crate::model::decoder::{DeltaNetSpec, DeltaStored};
 
 mod convolution;
 mod recurrence;
+mod triangle;
 
 pub use convolution::Convolution;
 use recurrence::Heads;
+pub use triangle::inverse;
 
 /// Added to the sum of squares of a query or key; fixed in the reference implementation.
 const UNIT_EPS: f32 = 1e-6;

@@ -199,46 +199,6 @@ fn add_rows(rows: &[f32], factors: &[f32], sum: &mut [f32]) {
     }
 }
 
-/// Triangles of the system in operations on tensors, many at once.
-struct Triangle {
-    /// One on and below the diagonal `[CHUNK, CHUNK]`.
-    lower: Tensor,
-    /// For blocks of 1, 2, 4 ... tokens, one where a row in the second block of a pair meets a
-    /// column in the first. Together they cover what is below the diagonal.
-    levels: Vec<Tensor>,
-}
-
-impl Triangle {
-    fn new(device: &Device) -> Result<Self> {
-        let mask = |is_one: &dyn Fn(usize, usize) -> bool| {
-            let ones = (0..CHUNK * CHUNK).map(|at| f32::from(u8::from(is_one(at / CHUNK, at % CHUNK)))).collect();
-            Tensor::from_vec(ones, (1, CHUNK, CHUNK), device)
-        };
-        let blocks = (0..CHUNK.ilog2()).map(|level| 1_usize << level);
-        let level = |block: usize| mask(&|i, j| i / block % 2 == 1 && j / block + 1 == i / block);
-        Ok(Self { lower: mask(&|i, j| j <= i)?, levels: blocks.map(level).collect::<Result<_>>()? })
-    }
-
-    /// Inverse of the identity plus what of `system` `[heads, n, n]` is below the diagonal. Pairs
-    /// of neighbouring blocks on the diagonal, inverted already, become one block twice as large:
-    /// the inverse of `[[A, 0], [C, B]]` is `[[A', 0], [-B' C A', B']]`. As stable as forward
-    /// substitution, unlike a product of powers.
-    fn inverse(&self, system: &Tensor, n: usize) -> Result<Tensor> {
-        let identity = Tensor::eye(n, DType::F32, system.device())?;
-        let mut inverse = identity.broadcast_as(system.shape())?.contiguous()?;
-        for level in self.levels.iter().take(n.next_power_of_two().ilog2() as usize) {
-            let corner = system.broadcast_mul(&cut(level, n)?)?;
-            inverse = (&inverse - inverse.matmul(&corner)?.matmul(&inverse)?)?;
-        }
-        Ok(inverse)
-    }
-}
-
-/// The first n rows and columns of a mask.
-fn cut(mask: &Tensor, n: usize) -> Result<Tensor> {
-    mask.narrow(1, 0, n)?.narrow(2, 0, n)
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::D;

@@ -151,6 +151,12 @@ pub(crate) fn convolution(
     reading(bias, |bias| in_dtype!(x.0, of(x, taps, bias, convolution)))
 }
 
+/// As [`crate::blocks::delta_net::inverse`], of systems of n rows.
+pub(crate) fn invert(systems: Read<'_>, n: usize) -> Result<CudaStorage> {
+    let out = outliers_cuda::delta_net::invert(&systems.0.device.cuda_stream(), &view::<f32>(systems)?, n).w()?;
+    Ok(CudaStorage::wrap_cuda_slice(out, systems.0.device.clone()))
+}
+
 /// As [`crate::kernels::fused::gated`].
 pub(crate) fn gated(gates: &mut CudaStorage, layout: &Layout, up: Read<'_>, how: Gate) -> Result<()> {
     fn of<T: CudaDType + Real>(gates: &mut CudaStorage, layout: &Layout, up: Read<'_>, how: Gate) -> Result<()> {

@@ -11,7 +11,8 @@
 
 use candle_core::{DType, Result, Tensor};
 
-use super::{CHUNK, Heads, Triangle, by_channel, cut};
+use super::{CHUNK, Heads, by_channel};
+use crate::blocks::delta_net::triangle::inverse;
 
 /// Tokens of value heads that are computed together, which bounds the memory; more if one key head
 /// has more. For 32 heads that is 4 sequences of 2,048 tokens.
@@ -37,8 +38,9 @@ pub(crate) fn bytes(
 ) -> usize {
     let n = if by_channel { by_channel::CHUNK } else { CHUNK };
     let tokens = together(key_heads, served, positions) * served * positions.next_multiple_of(n.min(positions.max(1)));
-    // Of a token of a head: a chunk that is filled up, and either the inverse that is being made, or
-    // the writes and answers, twice while they are joined, with what they come from.
+    // Of a token of a head: a chunk that is filled up, and either decays between tokens, twice in
+    // f64 before they are f32, or writes and answers, twice while they are joined, with what they
+    // come from.
     let filled = 2 * key_dim + value_dim;
     let decays = if by_channel { 6 * key_dim } else { 0 };
     let values = filled + decays + (8 * n).max(n + 7 * value_dim + 3 * key_dim);
@@ -49,7 +51,6 @@ pub(crate) fn bytes(
 /// As many key heads at once, with what each serves.
 fn by_key_heads(heads: &Heads, most: usize) -> Result<Tensor> {
     let (key_heads, served) = (heads.key.dim(0)?, heads.served()?);
-    let triangle = Triangle::new(heads.value.device())?;
     let part = |first: usize| {
         let count = most.min(key_heads - first);
         let of = |t: &Tensor, each: usize| t.narrow(0, first * each, count * each);
@@ -60,7 +61,7 @@ fn by_key_heads(heads: &Heads, most: usize) -> Result<Tensor> {
             decay: of(&heads.decay, served)?,
             strength: of(&heads.strength, served)?,
         };
-        at_once(&part, &triangle)
+        at_once(&part)
     };
     Tensor::cat(&(0..key_heads).step_by(most).map(part).collect::<Result<Vec<_>>>()?, 0)
 }
@@ -79,7 +80,7 @@ pub(super) struct Decayed {
     pub(super) left: Tensor,
 }
 
-fn at_once(heads: &Heads, triangle: &Triangle) -> Result<Tensor> {
+fn at_once(heads: &Heads) -> Result<Tensor> {
     let ((key_heads, positions, key_dim), (count, _, value_dim)) = (heads.key.dims3()?, heads.value.dims3()?);
     let (served, by_channel) = (heads.served()?, heads.decay.rank() == 3);
     let n = positions.min(if by_channel { by_channel::CHUNK } else { CHUNK });
@@ -93,14 +94,14 @@ fn at_once(heads: &Heads, triangle: &Triangle) -> Result<Tensor> {
     let (query, key) = (of_keys(&heads.query)?, of_keys(&heads.key)?);
     let strength = of_values(&heads.strength, 1)?;
     let decayed = if by_channel {
-        by_channel::decayed(&query, &key, &of_values(&heads.decay, key_dim)?, triangle)?
+        by_channel::decayed(&query, &key, &of_values(&heads.decay, key_dim)?)?
     } else {
-        by_head(&query, &key, &of_values(&heads.decay, 1)?, triangle)?
+        by_head(&query, &key, &of_values(&heads.decay, 1)?)?
     };
     let Decayed { to_keys, to_queries, before, left } = decayed;
     let system = to_keys.broadcast_mul(&strength.reshape((all, n, 1))?)?;
     drop(to_keys);
-    let inverse = triangle.inverse(&system, n)?;
+    let inverse = inverse(&system)?;
     drop(system);
     let wanted = of_values(&heads.value, value_dim)?.broadcast_mul(&strength)?.reshape((all, n, value_dim))?;
     let alone = inverse.matmul(&wanted)?.reshape((count, chunks, n, value_dim))?;
@@ -129,14 +130,15 @@ fn at_once(heads: &Heads, triangle: &Triangle) -> Result<Tensor> {
 
 /// Where a head has one decay. `query` and `key` `[key heads, 1, chunks, n, key_dim]`, logarithms
 /// of decays `[key heads, served, chunks, n, 1]`.
-fn by_head(query: &Tensor, key: &Tensor, decay: &Tensor, triangle: &Triangle) -> Result<Decayed> {
+fn by_head(query: &Tensor, key: &Tensor, decay: &Tensor) -> Result<Decayed> {
     let ((key_heads, served, chunks, n, _), key_dim) = (decay.dims5()?, key.dim(4)?);
     let all = key_heads * served * chunks;
     // Differences of running sums, in f64 so that strong decays do not hide weak ones.
     let log = decay.reshape((all, n))?.to_dtype(DType::F64)?.cumsum(1)?;
     let between = {
         let between = log.unsqueeze(2)?.broadcast_sub(&log.unsqueeze(1)?)?;
-        between.minimum(0.0)?.to_dtype(DType::F32)?.exp()?.broadcast_mul(&cut(&triangle.lower, n)?)?
+        let lower = Tensor::tril2(n, DType::F32, decay.device())?;
+        between.minimum(0.0)?.to_dtype(DType::F32)?.exp()?.broadcast_mul(&lower)?
     };
     let left = between.narrow(1, n - 1, 1)?.reshape(decay.shape())?;
     let between = between.reshape((key_heads, served, chunks, n, n))?;

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
+use super::Heads;
 use super::batched::Decayed;
-use super::{Heads, Triangle, cut};
 
 /// Tokens whose writes are solved for together on a GPU.
 pub(super) const CHUNK: usize = 16;
@@ -53,7 +53,7 @@ pub(super) fn pair_bytes(tokens: usize, n: usize, key_dim: usize) -> usize {
 }
 
 /// `query` and `key` `[heads, 1, chunks, n, key_dim]`, logarithms of decays in the same shape.
-pub(super) fn decayed(query: &Tensor, key: &Tensor, decay: &Tensor, triangle: &Triangle) -> Result<Decayed> {
+pub(super) fn decayed(query: &Tensor, key: &Tensor, decay: &Tensor) -> Result<Decayed> {
     let (heads, _, chunks, n, key_dim) = decay.dims5()?;
     let all = heads * chunks;
     let by_chunk = |t: &Tensor| t.reshape((all, n, key_dim));
@@ -79,7 +79,7 @@ pub(super) fn decayed(query: &Tensor, key: &Tensor, decay: &Tensor, triangle: &T
     let last = log.narrow(1, n - 1, 1)?;
     let left = last.broadcast_sub(&log)?.minimum(0.0)?.to_dtype(DType::F32)?.exp()?.reshape(decay.shape())?;
     let before = log.to_dtype(DType::F32)?.exp()?.reshape(decay.shape())?;
-    let to_queries = Tensor::cat(&to_queries, 0)?.broadcast_mul(&cut(&triangle.lower, n)?)?;
+    let to_queries = Tensor::cat(&to_queries, 0)?.broadcast_mul(&Tensor::tril2(n, DType::F32, decay.device())?)?;
     Ok(Decayed { to_keys: Tensor::cat(&to_keys, 0)?, to_queries, before, left })
 }
 
