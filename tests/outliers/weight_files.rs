@@ -168,4 +168,6 @@ fn tied_head_crosses_to_a_gpu_in_a_plan() {
     let tokens = (plan.sequences * plan.tokens_per_sequence) as u64;
     let used = tokens.min(inspected.vocab as u64) * inspected.hidden as u64 * plan.compute_bytes_per_value;
     assert_eq!(plan.on_gpus.host_to_device_bytes, plan.bytes_to_read + used + 4 * tokens);
+    // It is kept on the host, beside what the driver takes there.
+    assert!(plan.host_memory_bytes > inspected.embedding_bytes + (512 << 20), "{}", plan.host_memory_bytes);
 }
