@@ -72,7 +72,25 @@ pub(super) struct Client {
     opened: ChannelCount,
 }
 
-/// Every channel that a server opens is refused: a reply that is dropped says no.
+/// Methods that take note of a channel that a server opens, and drop the reply, which refuses it.
+/// Each is named with the types between the channel and the reply.
+macro_rules! refused {
+    ($($method:ident($($detail:ty),*);)*) => {
+        $(
+            async fn $method(
+                &mut self,
+                _: Channel,
+                $(_: $detail,)*
+                _: ChannelOpenHandle,
+                _: &mut Session,
+            ) -> Result<(), russh::Error> {
+                self.opened.note()
+            }
+        )*
+    };
+}
+
+/// Every channel that a server opens is refused.
 impl client::Handler for Client {
     type Error = russh::Error;
 
@@ -83,93 +101,20 @@ impl client::Handler for Client {
         Ok(trusted)
     }
 
-    async fn server_channel_open_session(
-        &mut self,
-        _channel: Channel,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_direct_tcpip(
-        &mut self,
-        _channel: Channel,
-        _host: &str,
-        _port: u32,
-        _from_host: &str,
-        _from_port: u32,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_direct_streamlocal(
-        &mut self,
-        _channel: Channel,
-        _path: &str,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_forwarded_tcpip(
-        &mut self,
-        _channel: Channel,
-        _host: &str,
-        _port: u32,
-        _from_host: &str,
-        _from_port: u32,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_forwarded_streamlocal(
-        &mut self,
-        _channel: Channel,
-        _path: &str,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_agent_forward(
-        &mut self,
-        _channel: Channel,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
-    }
-
-    async fn server_channel_open_x11(
-        &mut self,
-        _channel: Channel,
-        _from_host: &str,
-        _from_port: u32,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
+    refused! {
+        server_channel_open_session();
+        server_channel_open_direct_tcpip(&str, u32, &str, u32);
+        server_channel_open_direct_streamlocal(&str);
+        server_channel_open_forwarded_tcpip(&str, u32, &str, u32);
+        server_channel_open_forwarded_streamlocal(&str);
+        server_channel_open_agent_forward();
+        server_channel_open_x11(&str, u32);
+        server_channel_open_unknown();
     }
 
     /// So that those of unknown kinds are counted too; what follows refuses them.
     async fn should_accept_unknown_server_channel(&mut self, _id: ChannelId, _kind: &str) -> bool {
         true
-    }
-
-    async fn server_channel_open_unknown(
-        &mut self,
-        _channel: Channel,
-        _reply: ChannelOpenHandle,
-        _session: &mut Session,
-    ) -> Result<(), russh::Error> {
-        self.opened.note()
     }
 }
 
