@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 pub mod local;
 pub mod program;
 pub mod quote;
+mod scripts;
 pub mod ssh;
 
 /// Where a host's SSH server listens.

@@ -19,6 +19,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::quote::quote;
+use super::scripts::{self, demand, in_sh};
 use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind};
 use crate::text::clean;
 
@@ -30,15 +31,13 @@ const STALL: Duration = Duration::from_secs(60);
 const WRITE_LIMIT: Duration = Duration::from_secs(120);
 /// More than this from one command is not an answer but a flood.
 const MAX_OUTPUT: u64 = 64 << 20;
-/// What `dd` counts offsets in, and bytes handed over at once.
-const UNIT: u64 = 64 << 10;
+/// Bytes handed over at once.
 const PIECE: usize = 256 << 10;
 /// A socket's path has 108 bytes on Linux, 104 elsewhere, and `ssh` adds 17 while it makes one.
 const LONGEST_SOCKET: usize = 85;
 /// What the shared connection prints when it is there.
 const READY: &[u8] = b"@outliers@";
-/// Exit status of our own scripts for "no such file"; `ssh` itself ends with 255.
-const MISSING: i32 = 44;
+/// Exit status of `ssh` itself.
 const OWN_FAILURE: i32 = 255;
 
 /// Commands and files on one host by the `ssh` program.
@@ -252,16 +251,14 @@ impl OpenSsh {
 
     /// The output of a script of ours that must end well.
     async fn demand(&self, path: &str, script: &str, stdin: &[u8]) -> Result<Vec<u8>, TransportError> {
-        let out = self.exec(&in_sh(script), stdin, WRITE_LIMIT).await?;
-        if out.status == Some(0) { Ok(out.stdout) } else { Err(refused(path, &out.stderr)) }
+        demand(path, self.exec(script, stdin, WRITE_LIMIT).await?)
     }
 
     async fn send_part(&self, what: &SendRequest<'_>, start: u64, end: u64, before: u64) -> Result<(), TransportError> {
         let here = |error: std::io::Error| local(what.local, &error);
         let mut file = tokio::fs::File::open(what.local).await.map_err(here)?;
         file.seek(std::io::SeekFrom::Start(start)).await.map_err(here)?;
-        let script = format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(what.remote), start / UNIT);
-        let mut child = self.spawn(&in_sh(&script)).await?;
+        let mut child = self.spawn(&scripts::write_at(what.remote, start)).await?;
         let mut to = child.stdin.take();
         let (mut piece, mut sent) = (vec![0; PIECE], 0);
         while sent < end - start {
@@ -284,14 +281,14 @@ impl OpenSsh {
         drop(to);
         let out = timeout(WRITE_LIMIT, self.gather(&mut child, &[])).await;
         let out = out.map_err(|_| self.late("the end of an upload", WRITE_LIMIT))??;
-        if out.status == Some(0) { Ok(()) } else { Err(refused(what.remote, &out.stderr)) }
+        demand(what.remote, out).map(drop)
     }
 
     /// Copies a remote file of at most `limit` bytes to `part`.
     async fn download(&self, remote: &str, part: &Path, limit: u64) -> Result<u64, TransportError> {
         let here = |error: std::io::Error| local(part, &error);
         let mut file = tokio::fs::File::create_new(part).await.map_err(here)?;
-        let mut child = self.spawn(&in_sh(&format!("{} cat {}", if_plain(remote), quote(remote)))).await?;
+        let mut child = self.spawn(&scripts::cat(remote)).await?;
         let mut from = child.stdout.take();
         let (mut piece, mut got) = (vec![0; PIECE], 0);
         while let Some(from) = &mut from {
@@ -308,10 +305,8 @@ impl OpenSsh {
         }
         let out = timeout(WRITE_LIMIT, self.gather(&mut child, &[])).await;
         let out = out.map_err(|_| self.late("the end of a download", WRITE_LIMIT))??;
-        match out.status {
-            Some(0) => {}
-            Some(MISSING) => return Err(TransportError::new(Kind::Remote, format!("{remote}: no such file"))),
-            _ => return Err(refused(remote, &out.stderr)),
+        if scripts::content(remote, out)?.is_none() {
+            return Err(TransportError::new(Kind::Remote, format!("{remote}: no such file")));
         }
         file.flush().await.map_err(here)?;
         file.sync_all().await.map_err(here)?;
@@ -349,28 +344,8 @@ async fn read_all(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u
     Ok(all)
 }
 
-/// Whatever the login shell is.
-fn in_sh(script: &str) -> String {
-    format!("sh -c {}", quote(script))
-}
-
-/// Continues only with a regular file. Links are not followed.
-fn if_plain(path: &str) -> String {
-    let file = quote(path);
-    let wrong = "echo 'not a plain file' >&2; exit 1";
-    format!("if [ -h {file} ]; then {wrong}; fi; [ -e {file} ] || exit {MISSING}; [ -f {file} ] || {{ {wrong}; }};")
-}
-
 fn local(path: &Path, error: &std::io::Error) -> TransportError {
     TransportError::new(Kind::Local, format!("{}: {error}", path.display()))
-}
-
-/// A command's own failure: a quota that is full is no space.
-fn refused(path: &str, stderr: &[u8]) -> TransportError {
-    let words = clean(stderr, 300);
-    let lower = words.to_lowercase();
-    let full = lower.contains("no space left") || lower.contains("quota exceeded");
-    TransportError::new(if full { Kind::NoSpace } else { Kind::Remote }, format!("{path}: {words}"))
 }
 
 #[async_trait]
@@ -384,7 +359,7 @@ impl Transport for OpenSsh {
     }
 
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
-        self.demand(what.remote, &format!("umask 077; : >> {}", quote(what.remote)), &[]).await?;
+        self.demand(what.remote, &scripts::make(what.remote), &[]).await?;
         let mut before = 0;
         for part in what.parts {
             self.send_part(what, part.start, part.end, before).await?;
@@ -402,7 +377,7 @@ impl Transport for OpenSsh {
              cat > {file} && [ $(wc -c < {file}) -eq {bytes} ] && chmod {mode:o} {file} && mv -f {file} {target} || \
              {{ rm -f {file}; exit 1; }}"
         );
-        self.demand(remote, &script, content).await.map(drop)
+        self.demand(remote, &in_sh(&script), content).await.map(drop)
     }
 
     async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
@@ -422,14 +397,8 @@ impl Transport for OpenSsh {
     }
 
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
-        let (file, from) = (quote(remote), offset.saturating_add(1));
-        let script = format!("{} tail -c +{from} {file} | head -c {limit}", if_plain(remote));
-        let out = self.exec(&in_sh(&script), &[], WRITE_LIMIT).await?;
-        match out.status {
-            Some(0) => Ok(Some(out.stdout)),
-            Some(MISSING) => Ok(None),
-            _ => Err(refused(remote, &out.stderr)),
-        }
+        let out = self.exec(&scripts::read(remote, offset, limit), &[], WRITE_LIMIT).await?;
+        scripts::content(remote, out)
     }
 }
 
@@ -466,6 +435,7 @@ mod tests {
             let error = ssh.failure(words.as_bytes());
             assert!(error.kind == kind && error.message.contains(hint), "{words}: {error:?}");
         }
-        assert_eq!(refused("f", b"dd: f: Disk quota exceeded").kind, Kind::NoSpace);
+        let full = ExecOutput { status: Some(1), stdout: Vec::new(), stderr: b"dd: f: Disk quota exceeded".to_vec() };
+        assert_eq!(demand("f", full).unwrap_err().kind, Kind::NoSpace);
     }
 }

@@ -9,11 +9,9 @@ use super::clock::Clock;
 use super::connect::Client;
 use super::exec::{exec, feed};
 use crate::host::transport::quote::quote;
-use crate::host::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
-use crate::text::clean;
+use crate::host::transport::scripts::{self, demand, in_sh};
+use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 
-/// What `dd` counts offsets in.
-pub(super) const UNIT: u64 = 64 << 10;
 /// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow
 /// line is not a dead one.
 const BLOCK: u64 = 4 << 20;
@@ -21,16 +19,13 @@ const BLOCK: u64 = 4 << 20;
 const BLOCK_LIMIT: Duration = Duration::from_secs(300);
 /// For a command that does next to nothing.
 const SHORT: Duration = Duration::from_secs(60);
-/// Exit status of our own `read` script for "no such file" and for "not a plain file".
-const MISSING: i32 = 44;
-const NOT_PLAIN: i32 = 45;
 
 /// Makes a file, private to its owner, unless it is there.
 pub(super) async fn make(handle: &Handle<Client>, path: &str) -> Result<(), TransportError> {
-    demand(path, exec(handle, &in_sh(&format!("umask 077; : >> {}", quote(path))), &[], SHORT).await?).map(drop)
+    demand(path, exec(handle, &scripts::make(path), &[], SHORT).await?).map(drop)
 }
 
-/// Writes bytes into a file at `offset`, a multiple of [`UNIT`].
+/// Writes bytes into a file at `offset`, a multiple of [`scripts::UNIT`].
 pub(super) async fn write_at(
     handle: &Handle<Client>,
     path: &str,
@@ -38,8 +33,7 @@ pub(super) async fn write_at(
     bytes: &[u8],
     clock: &Clock<'_>,
 ) -> Result<(), TransportError> {
-    let script = format!("dd of={} bs={UNIT} seek={} conv=notrunc", quote(path), offset / UNIT);
-    demand(path, feed(handle, &in_sh(&script), bytes, clock).await?).map(drop)
+    demand(path, feed(handle, &scripts::write_at(path, offset), bytes, clock).await?).map(drop)
 }
 
 /// Writes a few bytes into the new file `part`, then gives it `mode`.
@@ -78,20 +72,10 @@ pub(super) async fn read(
     offset: u64,
     limit: u64,
 ) -> Result<Option<Vec<u8>>, TransportError> {
-    let (file, from) = (quote(path), offset.saturating_add(1));
-    let script = format!(
-        "if [ -h {file} ]; then exit {NOT_PLAIN}; fi; [ -e {file} ] || exit {MISSING}; [ -f {file} ] || exit {NOT_PLAIN}; \
-         tail -c +{from} {file} | head -c {limit}"
-    );
-    let mut out = exec(handle, &in_sh(&script), &[], BLOCK_LIMIT).await?;
-    match out.status {
-        Some(MISSING) => return Ok(None),
-        Some(NOT_PLAIN) => return Err(TransportError::new(Kind::Remote, format!("{path}: not a plain file"))),
-        _ => {}
-    }
-    demand(path, out.clone())?;
-    out.stdout.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
-    Ok(Some(out.stdout))
+    let out = exec(handle, &scripts::read(path, offset, limit), &[], BLOCK_LIMIT).await?;
+    let Some(mut bytes) = scripts::content(path, out)? else { return Ok(None) };
+    bytes.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
+    Ok(Some(bytes))
 }
 
 /// Copies a file of at most `limit` bytes into `out`; `None` if there is no such file.
@@ -129,26 +113,5 @@ pub(super) async fn explain(handle: &Handle<Client>, part: &str, error: Transpor
             _ => error,
         },
         Err(_) => error,
-    }
-}
-
-/// `script` for a POSIX shell, under any login shell.
-fn in_sh(script: &str) -> String {
-    format!("sh -c {}", quote(&format!("LC_ALL=C; export LC_ALL; {script}")))
-}
-
-/// Success, or the command's own words as an error.
-fn demand(path: &str, out: ExecOutput) -> Result<ExecOutput, TransportError> {
-    if out.status == Some(0) {
-        return Ok(out);
-    }
-    let words = clean(&out.stderr, 300);
-    let full = ["No space left on device", "Disk quota exceeded"].iter().find(|told| words.contains(*told));
-    match full {
-        Some(told) => Err(TransportError::new(Kind::NoSpace, format!("{path}: {}", told.to_lowercase()))),
-        None => {
-            let status = out.status.map_or_else(|| "a signal".to_owned(), |s| format!("status {s}"));
-            Err(TransportError::new(Kind::Remote, format!("{path}: the host's shell ended with {status}: {words}")))
-        }
     }
 }

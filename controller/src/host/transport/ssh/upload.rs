@@ -17,12 +17,13 @@ use super::plain;
 use super::sftp::{Sftp, Writer};
 use super::source::UploadSource;
 use crate::host::transport::TransportError;
+use crate::host::transport::scripts::UNIT;
 
 /// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection;
 /// two are left for commands.
 pub(super) const LANES: usize = 8;
 /// What a lane takes at a time: as much as a channel's window holds.
-pub(super) const BLOCK: u64 = 31 * plain::UNIT;
+pub(super) const BLOCK: u64 = 31 * UNIT;
 /// Bytes that go out before the first acknowledgement: two windows.
 const START: u64 = 2 * BLOCK;
 
@@ -199,7 +200,7 @@ mod tests {
         assert_eq!((queue.taken(), queue.len()), (0, 4));
         let taken: Vec<_> = std::iter::from_fn(|| queue.take()).collect();
         assert_eq!(taken, [0..BLOCK, BLOCK..2 * BLOCK, 2 * BLOCK..unit, 3 * unit..3 * unit + 5]);
-        assert!(taken.iter().all(|block| block.start % plain::UNIT == 0));
+        assert!(taken.iter().all(|block| block.start % UNIT == 0));
         assert_eq!(Queue::of(&[]).len(), 0);
     }
 }
