@@ -1,11 +1,12 @@
 //! Running commands and moving files on one host. Knows no broker and no run.
 
-use std::fmt;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+use std::{fmt, fs, io};
 
 use async_trait::async_trait;
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 pub mod local;
@@ -131,4 +132,26 @@ impl TransportErrorKind {
     pub fn is_transient(self) -> bool {
         matches!(self, Self::Refused | Self::Unreachable | Self::Reset | Self::Gone | Self::TimedOut)
     }
+}
+
+/// A failure of this machine's file system.
+fn local_error(path: &Path, error: &io::Error) -> TransportError {
+    TransportError::new(TransportErrorKind::Local, format!("{}: {error}", path.display()))
+}
+
+/// A temporary name beside a file of this machine.
+fn part_beside(path: &Path) -> PathBuf {
+    let mut part = path.as_os_str().to_owned();
+    part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
+    part.into()
+}
+
+/// Renames a file that was downloaded to `part`, or removes what has come of it.
+fn settle(part: &Path, local: &Path, got: Result<u64, TransportError>) -> Result<u64, TransportError> {
+    let got = got.and_then(|bytes| fs::rename(part, local).map(|()| bytes).map_err(|e| local_error(local, &e)));
+    if got.is_err() {
+        // It may never have come to be.
+        let _ = fs::remove_file(part);
+    }
+    got
 }

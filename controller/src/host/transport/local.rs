@@ -9,14 +9,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use rand::Rng;
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt};
 use tokio::process::{Child, Command};
 use tokio::time::timeout;
 
 use super::program::{gather, is_flood};
-use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside};
 use crate::files::open_regular;
 
 /// Bytes that are copied at once.
@@ -111,7 +110,7 @@ impl Transport for LocalTransport {
 
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
         drop(self.admitted()?);
-        let here = |error: io::Error| local(what.local, &error);
+        let here = |error: io::Error| local_error(what.local, &error);
         let there = |error: io::Error| remote(what.remote, &error);
         let mut from = tokio::fs::File::open(what.local).await.map_err(here)?;
         let mut options = tokio::fs::OpenOptions::new();
@@ -164,7 +163,7 @@ impl Transport for LocalTransport {
             ErrorKind::FileTooLarge => {
                 TransportError::new(Kind::Remote, format!("{remote}: longer than {limit} bytes"))
             }
-            _ => self::local(local, &error),
+            _ => local_error(local, &error),
         })
     }
 
@@ -193,9 +192,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 
 /// Writes a file to a temporary name beside `path`, syncs it and renames it over `path`.
 fn write_beside(path: &Path, mode: u32, write: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
-    let part = PathBuf::from(part);
+    let part = part_beside(path);
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&part)?;
     let written = write(&mut file)
         .and_then(|()| file.set_permissions(fs::Permissions::from_mode(mode)))
@@ -214,10 +211,6 @@ fn open_plain(path: &Path) -> io::Result<File> {
         true => Err(io::Error::other("it is a link")),
         false => open_regular(path),
     }
-}
-
-fn local(path: &Path, error: &io::Error) -> TransportError {
-    TransportError::new(Kind::Local, format!("{}: {error}", path.display()))
 }
 
 fn remote(path: &str, error: &io::Error) -> TransportError {

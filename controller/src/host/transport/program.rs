@@ -20,7 +20,9 @@ use tokio::time::timeout;
 
 use super::quote::quote;
 use super::scripts::{self, demand, in_sh};
-use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind};
+use super::{
+    ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside, settle,
+};
 use crate::text::clean;
 
 /// From the start of the program to a session.
@@ -255,7 +257,7 @@ impl OpenSsh {
     }
 
     async fn send_part(&self, what: &SendRequest<'_>, start: u64, end: u64, before: u64) -> Result<(), TransportError> {
-        let here = |error: std::io::Error| local(what.local, &error);
+        let here = |error: std::io::Error| local_error(what.local, &error);
         let mut file = tokio::fs::File::open(what.local).await.map_err(here)?;
         file.seek(std::io::SeekFrom::Start(start)).await.map_err(here)?;
         let mut child = self.spawn(&scripts::write_at(what.remote, start)).await?;
@@ -286,7 +288,7 @@ impl OpenSsh {
 
     /// Copies a remote file of at most `limit` bytes to `part`.
     async fn download(&self, remote: &str, part: &Path, limit: u64) -> Result<u64, TransportError> {
-        let here = |error: std::io::Error| local(part, &error);
+        let here = |error: std::io::Error| local_error(part, &error);
         let mut file = tokio::fs::File::create_new(part).await.map_err(here)?;
         let mut child = self.spawn(&scripts::cat(remote)).await?;
         let mut from = child.stdout.take();
@@ -344,10 +346,6 @@ async fn read_all(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u
     Ok(all)
 }
 
-fn local(path: &Path, error: &std::io::Error) -> TransportError {
-    TransportError::new(Kind::Local, format!("{}: {error}", path.display()))
-}
-
 #[async_trait]
 impl Transport for OpenSsh {
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError> {
@@ -381,19 +379,9 @@ impl Transport for OpenSsh {
     }
 
     async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
-        let mut part = local.as_os_str().to_owned();
-        part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
-        let part = PathBuf::from(part);
+        let part = part_beside(local);
         let got = self.download(remote, &part, limit).await;
-        let got = match got {
-            Ok(bytes) => std::fs::rename(&part, local).map(|()| bytes).map_err(|error| self::local(local, &error)),
-            Err(error) => Err(error),
-        };
-        if got.is_err() {
-            // It may never have come to be.
-            let _ = std::fs::remove_file(&part);
-        }
-        got
+        settle(&part, local, got)
     }
 
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {

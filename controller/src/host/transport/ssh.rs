@@ -19,7 +19,9 @@ use russh::client::Handle;
 use russh::keys::{PrivateKey, load_secret_key};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
-use super::{ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind};
+use super::{
+    ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind, local_error, part_beside, settle,
+};
 
 mod clock;
 mod connect;
@@ -262,21 +264,14 @@ impl SshTransport {
     }
 
     async fn download(&self, link: &Link, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError> {
-        let mut part = local.as_os_str().to_owned();
-        part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
-        let part = Path::new(&part);
-        let result = self.download_to(link, remote, part, limit).await;
-        let result = result.and_then(|bytes| std::fs::rename(part, local).map(|()| bytes).map_err(|e| here(local, &e)));
-        if result.is_err() {
-            // It may never have come to be.
-            let _ = std::fs::remove_file(part);
-        }
-        result
+        let part = part_beside(local);
+        let got = self.download_to(link, remote, &part, limit).await;
+        settle(&part, local, got)
     }
 
     async fn download_to(&self, link: &Link, remote: &str, part: &Path, limit: u64) -> Result<u64, TransportError> {
         use tokio::io::AsyncWriteExt;
-        let file = tokio::fs::File::create_new(part).await.map_err(|e| here(part, &e))?;
+        let file = tokio::fs::File::create_new(part).await.map_err(|e| local_error(part, &e))?;
         let mut file = tokio::io::BufWriter::with_capacity(1 << 20, file);
         let bytes = match self.sftp(link).await? {
             Some(sftp) => sftp.download(remote, 0, Limit::Refuse(limit), &mut file).await?,
@@ -285,8 +280,8 @@ impl SshTransport {
         let Some(bytes) = bytes else {
             return Err(TransportError::new(TransportErrorKind::Remote, format!("{remote}: no such file")));
         };
-        file.flush().await.map_err(|e| here(part, &e))?;
-        file.get_ref().sync_all().await.map_err(|e| here(part, &e))?;
+        file.flush().await.map_err(|e| local_error(part, &e))?;
+        file.get_ref().sync_all().await.map_err(|e| local_error(part, &e))?;
         Ok(bytes)
     }
 
@@ -307,11 +302,6 @@ enum Limit {
     Cut(u64),
 }
 
-/// A failure of this machine's file system.
-fn here(path: &Path, error: &std::io::Error) -> TransportError {
-    TransportError::new(TransportErrorKind::Local, format!("{}: {error}", path.display()))
-}
-
 #[async_trait]
 impl Transport for SshTransport {
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError> {
@@ -319,7 +309,7 @@ impl Transport for SshTransport {
     }
 
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError> {
-        let source = UploadSource::open(what.local).map_err(|e| here(what.local, &e))?;
+        let source = UploadSource::open(what.local).map_err(|e| local_error(what.local, &e))?;
         on_link!(self, link, self.upload(&link, &source, what))
     }
 
