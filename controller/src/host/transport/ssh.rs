@@ -20,7 +20,8 @@ use russh::keys::{PrivateKey, load_secret_key};
 use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
 
 use super::{
-    ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind, local_error, part_beside, settle,
+    ExecOutput, SendRequest, SshEndpoint, Transport, TransportError, TransportErrorKind, local_error, part_beside,
+    settle,
 };
 
 mod clock;
