@@ -315,9 +315,9 @@ impl Http {
         Self { transport, ..self }
     }
 
-    /// Which cloud.
-    pub fn broker(&self) -> &'static str {
-        self.broker
+    /// An error of this cloud that is about no reply.
+    pub fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
+        BrokerError { broker: self.broker, kind, message: message.into() }
     }
 
     /// Seconds by which the cloud's clock is ahead of this machine's, by the date of its latest
@@ -414,7 +414,7 @@ impl Http {
             Some(wait) => format!("{} (it asks to wait {} s)", failure.words, wait.as_secs()),
             None => failure.words,
         };
-        BrokerError { broker: self.broker, kind, message: format!("{} {}: {words}", call.method, call.path) }
+        self.error(kind, format!("{} {}: {words}", call.method, call.path))
     }
 
     /// With jitter, so that many that failed together do not come back together.

@@ -92,25 +92,10 @@ impl Broker for Lambda {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let Ok(sku) = serde_json::from_str::<Sku>(&offer.key) else {
-            let message = format!("{:?} is no offer of this cloud's", offer.key);
-            return Err(self.error(BrokerErrorKind::Rejected, message));
-        };
+        let sku: Sku = wire::sku(&self.http, offer)?;
         let key = self.register(lease).await?;
         match self.launch(&sku, lease, &key.name).await {
-            Ok(id) => Ok(Instance {
-                broker: NAME.to_owned(),
-                id,
-                name: lease.tag.to_string(),
-                state: InstanceState::Booting,
-                price: Some(offer.price),
-                hardware: wire::hardware(
-                    offer.gpu_count,
-                    offer.gpu_raw.as_deref().unwrap_or_default(),
-                    offer.vram_reported,
-                ),
-                created_at: None,
-            }),
+            Ok(id) => Ok(wire::booting(id, offer, lease)),
             Err(error) => {
                 // Whatever may have come of it needs its key.
                 if error.kind != BrokerErrorKind::Maybe && key.name == lease.tag.to_string() {
@@ -159,7 +144,7 @@ impl Lambda {
         Ok(granted(self.http.call(call).await?)?.json::<Data<T>>(what)?.data)
     }
 
-    async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<InstanceId, BrokerError> {
+    async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<String, BrokerError> {
         let call = Call::new(Method::POST, "/instance-operations/launch", Effect::Once).at_pace(LAUNCH).body(json!({
             "region_name": sku.region,
             "instance_type_name": sku.instance_type,
@@ -169,7 +154,7 @@ impl Lambda {
         let reply = granted(self.http.call(call).await?)?;
         let launched: Data<Launched> = reply.json("a list of launched instances")?;
         match &launched.data.instance_ids[..] {
-            [id] => Ok(InstanceId(id.clone())),
+            [id] => Ok(id.clone()),
             ids => {
                 let message = format!("one instance was asked for, it names {}", ids.len());
                 Err(reply.error(BrokerErrorKind::Maybe, message))
@@ -179,9 +164,7 @@ impl Lambda {
 
     /// What the cloud says of one, unread.
     async fn machine(&self, id: &InstanceId) -> Result<Option<(Reply, Value)>, BrokerError> {
-        let Some(segment) = wire::segment(&id.0) else {
-            return Err(self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0)));
-        };
+        let segment = wire::id_segment(&self.http, id)?;
         match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
             Ok(reply) => {
                 let machine = reply.json::<Data<Value>>("an instance")?.data;
@@ -210,7 +193,7 @@ impl Lambda {
             Some(ActionAvailability { reason_code, .. }) => {
                 let why = clean(reason_code.unwrap_or_default().as_bytes(), 80);
                 let message = format!("{id} cannot be terminated yet ({why}): {}", refused.message);
-                Err(self.error(BrokerErrorKind::Unavailable, message))
+                Err(self.http.error(BrokerErrorKind::Unavailable, message))
             }
             None => Err(refused),
         }
@@ -267,10 +250,6 @@ impl Lambda {
             }
             _ => {}
         }
-    }
-
-    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
-        BrokerError { broker: self.http.broker(), kind, message: message.into() }
     }
 }
 

@@ -62,7 +62,7 @@ impl Prime {
                 return Ok(items);
             }
         }
-        Err(self.error(BrokerErrorKind::Unavailable, format!("{path} changes faster than it can be read")))
+        Err(self.http.error(BrokerErrorKind::Unavailable, format!("{path} changes faster than it can be read")))
     }
 
     /// All items, `None` if the collection changed meanwhile: pages are counted from its
@@ -84,10 +84,10 @@ impl Prime {
             }
             if is_last {
                 let message = format!("{path} lists {} of {total}", items.len());
-                return Err(self.error(BrokerErrorKind::Unavailable, message));
+                return Err(self.http.error(BrokerErrorKind::Unavailable, message));
             }
         }
-        Err(self.error(BrokerErrorKind::Unavailable, format!("{path} does not end")))
+        Err(self.http.error(BrokerErrorKind::Unavailable, format!("{path} does not end")))
     }
 
     /// Lets the lease's key in under the lease's name.
@@ -129,12 +129,7 @@ impl Prime {
     }
 
     fn path_of(&self, id: &InstanceId) -> Result<String, BrokerError> {
-        let none = || self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0));
-        wire::segment(&id.0).map(|id| format!("/pods/{id}")).ok_or_else(none)
-    }
-
-    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
-        BrokerError { broker: self.http.broker(), kind, message: message.into() }
+        Ok(format!("/pods/{}", wire::id_segment(&self.http, id)?))
     }
 }
 
@@ -181,9 +176,7 @@ impl Broker for Prime {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let sku: Sku = serde_json::from_str(&offer.key).map_err(|_| {
-            self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key))
-        })?;
+        let sku: Sku = wire::sku(&self.http, offer)?;
         let key = self.register(lease).await?;
         let order = order(&sku, offer.price, lease, &key);
         let call = Call::new(Method::POST, "/pods/", Effect::Once).body(order);

@@ -110,7 +110,7 @@ impl RunPod {
     async fn create_by_rest(&self, sku: &Sku, lease: &Lease) -> Result<Instance, BrokerError> {
         if sku.bid_per_gpu.is_some() {
             let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
-            return Err(self.error(BrokerErrorKind::Rejected, message));
+            return Err(self.http.error(BrokerErrorKind::Rejected, message));
         }
         let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
         let reply = self.http.call(call).await?;
@@ -156,16 +156,12 @@ impl RunPod {
         accepted(&self.http.call(call).await?)?.json("a list of pods")
     }
 
-    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
-        BrokerError { broker: self.http.broker(), kind, message: message.into() }
-    }
-
     /// The path of a pod. Ids are letters and digits; nothing else gets into a URL, where it could
     /// name something else.
     fn path(&self, id: &InstanceId) -> Result<String, BrokerError> {
         let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
         if id.0.is_empty() || !id.0.bytes().all(known) {
-            return Err(self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of a pod", id.0)));
+            return Err(wire::no_id(&self.http, id));
         }
         Ok(format!("/v2/pods/{id}"))
     }
@@ -218,10 +214,7 @@ impl Broker for RunPod {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let sku = Sku::parse(&offer.key).filter(|_| offer.broker == NAME);
-        let sku = sku.ok_or_else(|| {
-            self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this broker", offer.key))
-        })?;
+        let sku: Sku = wire::sku(&self.http, offer)?;
         let operation = if sku.bid_per_gpu.is_some() { RENT } else { DEPLOY };
         let created = operation.ask::<Created>(&self.http, json!({"input": self.order(&sku, lease)})).await?;
         let Some(created) = created else { return self.create_by_rest(&sku, lease).await };
@@ -242,9 +235,9 @@ impl Broker for RunPod {
         let mut cursor = None;
         for _ in 0..MOST_PAGES {
             let page = self.page(cursor.as_deref()).await?;
-            let next = page.next().map_err(|why| self.error(BrokerErrorKind::Unavailable, why))?;
+            let next = page.next().map_err(|why| self.http.error(BrokerErrorKind::Unavailable, why))?;
             if next.is_some() && next == cursor {
-                return Err(self.error(BrokerErrorKind::Unavailable, "its list of pods repeats a page"));
+                return Err(self.http.error(BrokerErrorKind::Unavailable, "its list of pods repeats a page"));
             }
             found.extend(wire::entries(NAME, &page.pods, |pod: pod::Pod| pod.instance()));
             if next.is_none() {
@@ -252,7 +245,8 @@ impl Broker for RunPod {
             }
             cursor = next;
         }
-        Err(self.error(BrokerErrorKind::Unavailable, format!("its list of pods does not end after {MOST_PAGES} pages")))
+        let message = format!("its list of pods does not end after {MOST_PAGES} pages");
+        Err(self.http.error(BrokerErrorKind::Unavailable, message))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {

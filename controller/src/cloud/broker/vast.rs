@@ -102,13 +102,8 @@ impl Vast {
         Ok(page)
     }
 
-    fn error(&self, kind: BrokerErrorKind, message: impl Into<String>) -> BrokerError {
-        BrokerError { broker: self.http.broker(), kind, message: message.into() }
-    }
-
     fn number(&self, id: &InstanceId) -> Result<u64, BrokerError> {
-        let not_ours = |_| self.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0));
-        id.0.parse().map_err(not_ours)
+        id.0.parse().map_err(|_| wire::no_id(&self.http, id))
     }
 
     /// An instance that came of a creation the cloud calls failed bills its disk: it is ended, and
@@ -156,10 +151,8 @@ impl Broker for Vast {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let key: OfferKey = serde_json::from_str(&offer.key).map_err(|_| {
-            self.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key))
-        })?;
-        let order = order(&key, lease, &self.image).map_err(|why| self.error(BrokerErrorKind::Rejected, why))?;
+        let key: OfferKey = wire::sku(&self.http, offer)?;
+        let order = order(&key, lease, &self.image).map_err(|why| self.http.error(BrokerErrorKind::Rejected, why))?;
         let path = format!("/v0/asks/{}/", key.ask);
         let reply = self.http.call(Call::new(Method::PUT, path, Effect::Once).body(order).at_pace(CREATE)).await?;
         let value = reply.value();
@@ -167,19 +160,7 @@ impl Broker for Vast {
         let contract = says("new_contract").and_then(Value::as_u64);
         let refused = !reply.is_success() || says("success") == Some(&Value::Bool(false));
         match (refused, contract) {
-            (false, Some(contract)) => Ok(Instance {
-                broker: NAME.to_owned(),
-                id: InstanceId(contract.to_string()),
-                name: lease.tag.to_string(),
-                state: InstanceState::Booting,
-                price: Some(offer.price),
-                hardware: wire::hardware(
-                    offer.gpu_count,
-                    offer.gpu_raw.as_deref().unwrap_or_default(),
-                    offer.vram_reported,
-                ),
-                created_at: None,
-            }),
+            (false, Some(contract)) => Ok(wire::booting(contract.to_string(), offer, lease)),
             (true, Some(contract)) => Err(self.abandon(&reply, contract).await),
             (true, None) => Err(reply.refusal(kind_of(&reply))),
             (false, None) => {
@@ -204,11 +185,11 @@ impl Broker for Vast {
                 }
                 None => {
                     let message = format!("it lists {} of {} instances", contracts.len(), page.total_instances);
-                    return Err(self.error(BrokerErrorKind::Unavailable, message));
+                    return Err(self.http.error(BrokerErrorKind::Unavailable, message));
                 }
             }
         }
-        Err(self.error(BrokerErrorKind::Unavailable, "its list of instances does not end"))
+        Err(self.http.error(BrokerErrorKind::Unavailable, "its list of instances does not end"))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {

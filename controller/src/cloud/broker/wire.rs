@@ -6,11 +6,11 @@ use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Value;
 
 use crate::cloud::gpu;
-use crate::cloud::http::Reply;
+use crate::cloud::http::{Http, Reply};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
-use super::{BrokerError, Instance, InstanceId, InstanceState, SshEndpoint};
+use super::{BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, Offer, SshEndpoint};
 
 /// 10^9 bytes: clouds that sell disk mean this by a gigabyte, or more.
 pub(super) const GB: u64 = 1_000_000_000;
@@ -57,6 +57,35 @@ fn text_of_id(id: &Value) -> Option<String> {
         Value::Number(id) => Some(id.to_string()),
         _ => None,
     }
+}
+
+/// What an offer stands for, as the broker wrote it into its key.
+pub(super) fn sku<T: DeserializeOwned>(http: &Http, offer: &Offer) -> Result<T, BrokerError> {
+    let wrong = |_| http.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key));
+    serde_json::from_str(&offer.key).map_err(wrong)
+}
+
+/// An instance that was just rented, where the cloud tells only its id.
+pub(super) fn booting(id: String, offer: &Offer, lease: &Lease) -> Instance {
+    Instance {
+        broker: offer.broker.clone(),
+        id: InstanceId(id),
+        name: lease.tag.to_string(),
+        state: InstanceState::Booting,
+        price: Some(offer.price),
+        hardware: hardware(offer.gpu_count, offer.gpu_raw.as_deref().unwrap_or_default(), offer.vram_reported),
+        created_at: None,
+    }
+}
+
+/// An id as one segment of a path.
+pub(super) fn id_segment(http: &Http, id: &InstanceId) -> Result<String, BrokerError> {
+    segment(&id.0).ok_or_else(|| no_id(http, id))
+}
+
+/// The error for an id that cannot be one of the cloud's.
+pub(super) fn no_id(http: &Http, id: &InstanceId) -> BrokerError {
+    http.error(BrokerErrorKind::Rejected, format!("{:?} is no id of this cloud's", id.0))
 }
 
 /// Instances out of a cloud's list, each entry read by itself: one that cannot be is shown as

@@ -34,10 +34,6 @@ pub(super) struct Sku {
 }
 
 impl Sku {
-    pub(super) fn parse(key: &str) -> Option<Self> {
-        serde_json::from_str(key).ok()
-    }
-
     pub(super) fn key(&self) -> String {
         serde_json::to_string(self).expect("plain fields can be written")
     }
