@@ -15,53 +15,57 @@ pub struct GpuModel {
     pub vram: Bytes,
 }
 
-/// Canonical name, memory in GiB, and the words that must all be in the raw name. The first that
-/// fits counts, so a longer description stands before a shorter one.
-const MODELS: &[(&str, u64, &[&str])] = &[
-    ("GB300", 288, &["gb300"]),
-    ("B300", 288, &["b300"]),
-    ("GB200", 192, &["gb200"]),
-    ("B200", 192, &["b200"]),
-    ("GH200-144GB", 144, &["gh200", "144g"]),
-    ("GH200", 96, &["gh200"]),
-    ("H200", 141, &["h200"]),
-    ("H100-94GB", 94, &["h100", "nvl"]),
-    ("H100", 80, &["h100"]),
-    ("A100X", 80, &["a100x"]),
-    ("A800", 80, &["a800"]),
-    ("A100-40GB", 40, &["a100", "40gb"]),
-    ("A100-80GB", 80, &["a100", "80gb"]),
-    ("L40S", 48, &["l40s"]),
-    ("L40", 48, &["l40"]),
-    ("L4", 24, &["l4"]),
-    ("A40", 48, &["a40"]),
-    ("A30", 24, &["a30"]),
-    ("A10G", 24, &["a10g"]),
-    ("A10", 24, &["a10"]),
-    ("V100-32GB", 32, &["v100", "32gb"]),
-    ("V100-16GB", 16, &["v100", "16gb"]),
-    ("T4", 16, &["t4"]),
-    ("RTX PRO 6000", 96, &["rtx", "pro", "6000"]),
-    ("RTX PRO 6000", 96, &["rtx", "pro", "6000b"]),
-    ("RTX 6000 Ada", 48, &["6000", "ada"]),
-    ("RTX 6000 Ada", 48, &["6000ada"]),
-    ("RTX 5000 Ada", 32, &["5000", "ada"]),
-    ("RTX 5000 Ada", 32, &["5000ada"]),
-    ("RTX 4000 Ada", 20, &["4000", "ada"]),
-    ("RTX 4000 Ada", 20, &["4000ada"]),
-    ("A6000", 48, &["a6000"]),
-    ("A5000", 24, &["a5000"]),
-    ("A4500", 20, &["a4500"]),
-    ("A4000", 16, &["a4000"]),
-    ("RTX 5090", 32, &["5090"]),
-    ("RTX 5080", 16, &["5080"]),
-    ("RTX 4090", 24, &["4090"]),
-    ("RTX 4080", 16, &["4080"]),
-    ("RTX 3090", 24, &["3090"]),
-    ("RTX 3090", 24, &["3090ti"]),
-    ("MI355X", 288, &["mi355x"]),
-    ("MI325X", 256, &["mi325x"]),
-    ("MI300X", 192, &["mi300x"]),
+/// Canonical name, memory in GiB, dense bf16 operations per second in 10^12, and the words that
+/// must all be in the raw name. The first that fits counts, so a longer description stands before a
+/// shorter one.
+///
+/// Operations are those of the makers' data sheets: of fp16 where a GPU has no bf16, of the slower
+/// form where one name is sold in several, and 0 for what is not NVIDIA's.
+const MODELS: &[(&str, u64, f64, &[&str])] = &[
+    ("GB300", 288, 2500.0, &["gb300"]),
+    ("B300", 288, 2250.0, &["b300"]),
+    ("GB200", 192, 2500.0, &["gb200"]),
+    ("B200", 192, 2250.0, &["b200"]),
+    ("GH200-144GB", 144, 989.0, &["gh200", "144g"]),
+    ("GH200", 96, 989.0, &["gh200"]),
+    ("H200", 141, 835.0, &["h200"]),
+    ("H100-94GB", 94, 835.0, &["h100", "nvl"]),
+    ("H100", 80, 756.0, &["h100"]),
+    ("A100X", 80, 312.0, &["a100x"]),
+    ("A800", 80, 312.0, &["a800"]),
+    ("A100-40GB", 40, 312.0, &["a100", "40gb"]),
+    ("A100-80GB", 80, 312.0, &["a100", "80gb"]),
+    ("L40S", 48, 362.0, &["l40s"]),
+    ("L40", 48, 181.0, &["l40"]),
+    ("L4", 24, 121.0, &["l4"]),
+    ("A40", 48, 150.0, &["a40"]),
+    ("A30", 24, 165.0, &["a30"]),
+    ("A10G", 24, 70.0, &["a10g"]),
+    ("A10", 24, 125.0, &["a10"]),
+    ("V100-32GB", 32, 112.0, &["v100", "32gb"]),
+    ("V100-16GB", 16, 112.0, &["v100", "16gb"]),
+    ("T4", 16, 65.0, &["t4"]),
+    ("RTX PRO 6000", 96, 400.0, &["rtx", "pro", "6000"]),
+    ("RTX PRO 6000", 96, 400.0, &["rtx", "pro", "6000b"]),
+    ("RTX 6000 Ada", 48, 364.0, &["6000", "ada"]),
+    ("RTX 6000 Ada", 48, 364.0, &["6000ada"]),
+    ("RTX 5000 Ada", 32, 261.0, &["5000", "ada"]),
+    ("RTX 5000 Ada", 32, 261.0, &["5000ada"]),
+    ("RTX 4000 Ada", 20, 107.0, &["4000", "ada"]),
+    ("RTX 4000 Ada", 20, 107.0, &["4000ada"]),
+    ("A6000", 48, 155.0, &["a6000"]),
+    ("A5000", 24, 111.0, &["a5000"]),
+    ("A4500", 20, 95.0, &["a4500"]),
+    ("A4000", 16, 77.0, &["a4000"]),
+    ("RTX 5090", 32, 209.0, &["5090"]),
+    ("RTX 5080", 16, 113.0, &["5080"]),
+    ("RTX 4090", 24, 165.0, &["4090"]),
+    ("RTX 4080", 16, 97.0, &["4080"]),
+    ("RTX 3090", 24, 71.0, &["3090"]),
+    ("RTX 3090", 24, 71.0, &["3090ti"]),
+    ("MI355X", 288, 0.0, &["mi355x"]),
+    ("MI325X", 256, 0.0, &["mi325x"]),
+    ("MI300X", 192, 0.0, &["mi300x"]),
 ];
 
 /// Compute capability times ten, and the models that have it, each by the words that must all be
@@ -97,60 +101,25 @@ pub const OLDEST_CUDA: CudaVersion = CudaVersion { major: 11, minor: 8 };
 /// Names of modules whose host has an ARM processor, or which have one themselves.
 const WITH_ARM: &[&str] = &["gh200", "gb200", "gb300", "gb10", "orin", "t4g"];
 
-/// Dense bf16 operations per second, in 10^12, by canonical name, from the makers' data sheets
-/// (fp16 where a GPU has no bf16). Where one name is sold in several forms, the slower.
-const PEAKS: &[(&str, f64)] = &[
-    ("GB300", 2500.0),
-    ("B300", 2250.0),
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("GH200-144GB", 989.0),
-    ("GH200", 989.0),
-    ("H200", 835.0),
-    ("H100-94GB", 835.0),
-    ("H100", 756.0),
-    ("A100X", 312.0),
-    ("A800", 312.0),
-    ("A100-40GB", 312.0),
-    ("A100-80GB", 312.0),
-    ("A100", 312.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L4", 121.0),
-    ("A40", 150.0),
-    ("A30", 165.0),
-    ("A10G", 70.0),
-    ("A10", 125.0),
-    ("V100-32GB", 112.0),
-    ("V100-16GB", 112.0),
-    ("T4", 65.0),
-    ("RTX PRO 6000", 400.0),
-    ("RTX 6000 Ada", 364.0),
-    ("RTX 5000 Ada", 261.0),
-    ("RTX 4000 Ada", 107.0),
-    ("A6000", 155.0),
-    ("A5000", 111.0),
-    ("A4500", 95.0),
-    ("A4000", 77.0),
-    ("RTX 5090", 209.0),
-    ("RTX 5080", 113.0),
-    ("RTX 4090", 165.0),
-    ("RTX 4080", 97.0),
-    ("RTX 3090", 71.0),
-];
-
-/// The same where it is known that the form is the quicker one.
+/// Operations per second where it is known that the form is the quicker one.
 const SXM_PEAKS: &[(&str, f64)] = &[("H200", 989.0), ("H100", 989.0)];
+/// Those of a GPU whose memory, and so its canonical name, is not known.
+const A100: (&str, f64) = ("A100", 312.0);
 
 /// Peak of one GPU in dense bf16 operations per second, by its canonical name and form.
 pub fn peak(name: &str, form: Option<Form>) -> Option<f64> {
     let quicker = if form == Some(Form::Sxm) { SXM_PEAKS } else { &[] };
-    quicker.iter().chain(PEAKS).find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
+    let mut known = quicker.iter().copied().chain(peaks()).chain([A100]);
+    known.find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
 }
 
 /// The lowest peak in the table: for GPUs that are not in it.
 pub fn slowest_peak() -> f64 {
-    PEAKS.iter().map(|(_, tera)| tera * 1e12).fold(f64::INFINITY, f64::min)
+    peaks().map(|(_, tera)| tera * 1e12).fold(f64::INFINITY, f64::min)
+}
+
+fn peaks() -> impl Iterator<Item = (&'static str, f64)> {
+    MODELS.iter().map(|(name, _, tera, _)| (*name, *tera)).filter(|(_, tera)| *tera > 0.0)
 }
 
 /// Words that make a name another product: a laptop's chip has other memory than the card it is
@@ -168,15 +137,15 @@ pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     if OTHERS.iter().any(|other| has(other)) {
         return None;
     }
-    let named = MODELS.iter().find(|(_, _, needed)| needed.iter().all(|word| has(word)));
+    let named = MODELS.iter().find(|(.., needed)| needed.iter().all(|word| has(word)));
     // The name alone leaves the size open: the nearest of the sizes sold.
     let family = |needed: &[&str]| needed.first().is_some_and(|word| has(word)) && needed.len() > 1;
     let measured = || {
         let vram = vram?;
-        let sizes = MODELS.iter().filter(|(_, _, needed)| ["a100", "v100"].contains(&needed[0]) && family(needed));
-        sizes.min_by_key(|(_, gib, _)| vram.0.abs_diff(gib << 30))
+        let sizes = MODELS.iter().filter(|(.., needed)| ["a100", "v100"].contains(&needed[0]) && family(needed));
+        sizes.min_by_key(|(_, gib, ..)| vram.0.abs_diff(gib << 30))
     };
-    let (name, gib, _) = named.or_else(measured)?;
+    let (name, gib, ..) = named.or_else(measured)?;
     Some(GpuModel { name, vram: Bytes::from_gib(*gib) })
 }
 
@@ -378,7 +347,7 @@ mod tests {
         ] {
             assert_eq!(is_nvidia(raw), nvidia, "{raw}");
         }
-        for (name, _, _) in MODELS {
+        for (name, ..) in MODELS {
             let (peak, capability) = (peak(name, None), capability(name));
             assert_eq!(peak.is_some(), !name.starts_with("MI"), "{name} has no peak, or is none of NVIDIA's");
             assert_eq!(capability.is_some(), peak.is_some(), "{name} has a capability");
