@@ -54,38 +54,30 @@ const PICTURE_PAUSE: Duration = Duration::from_secs(5);
 
 /// How the program ends. The numbers are documented in the help and stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum ExitStatus {
     /// Done, and nothing is left.
-    Done,
+    Done = 0,
     /// The run failed.
-    Failed,
+    Failed = 1,
     /// Wrong arguments, or refused before anything was rented.
-    Refused,
+    Refused = 2,
     /// No offer.
-    NoOffer,
+    NoOffer = 3,
     /// Time or money is up.
-    TimeUp,
+    TimeUp = 4,
     /// A cloud, its key or an instance failed.
-    Cloud,
+    Cloud = 5,
     /// An instance may still be running.
-    InstanceLeft,
+    InstanceLeft = 6,
     /// Ctrl-C or `runs cancel`.
-    Interrupted,
+    Interrupted = 130,
 }
 
 impl ExitStatus {
     /// The documented number.
     pub fn number(self) -> u8 {
-        match self {
-            Self::Done => 0,
-            Self::Failed => 1,
-            Self::Refused => 2,
-            Self::NoOffer => 3,
-            Self::TimeUp => 4,
-            Self::Cloud => 5,
-            Self::InstanceLeft => 6,
-            Self::Interrupted => 130,
-        }
+        self as u8
     }
 
     /// Of several errors, the most urgent one. An instance that may still bill comes first.
