@@ -41,6 +41,20 @@ pub struct Family {
     pub unstacked: Option<&'static Names>,
 }
 
+impl Family {
+    /// A family whose settings lie at the top of the file, are all used, and whose experts are
+    /// stored in one way.
+    const fn new(
+        architecture: &'static str,
+        model_types: &'static [&'static str],
+        class: &'static str,
+        spec: fn(&Config<'_>) -> Result<DecoderSpec>,
+        names: &'static Names,
+    ) -> Self {
+        Self { architecture, model_types, class, wrapper: None, spec, unused: &[], names, unstacked: None }
+    }
+}
+
 /// Declares the files below `arch/` and lists their families.
 macro_rules! families {
     ($($file:ident,)*) => {
@@ -170,6 +184,11 @@ const OF_ACTIVATIONS: &[Ignored] = &[
 ];
 
 impl Names {
+    /// Names of a family that stores matrices as `[out, in]` and nothing that is left unread.
+    const fn new(tensors: &'static [&'static [(Role, &'static str)]], bases: &'static [&'static str]) -> Self {
+        Self { tensors, bases, input_major: &[], ignored: &[] }
+    }
+
     /// The template of a role's name.
     fn template(&self, role: Role) -> &'static str {
         let mut all = self.tensors.iter().copied().flatten();

@@ -13,17 +13,11 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "AfmoeForCausalLM",
-    model_types: &["afmoe"],
-    class: "AfmoeConfig",
-    wrapper: None,
-    spec,
     unused: &[
         ("training alone uses it", &["load_balance_coeff"]),
         ("it says how Python runs the model", &["use_grouped_mm"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("AfmoeForCausalLM", &["afmoe"], "AfmoeConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

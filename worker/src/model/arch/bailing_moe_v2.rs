@@ -12,18 +12,12 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "BailingMoeV2ForCausalLM",
-    model_types: &["bailing_moe_v2", "bailing_moe"],
-    class: "BailingMoeV2Config",
-    wrapper: None,
-    spec,
     unused: &[
         ("training alone uses it", &["embedding_dropout", "output_dropout", "mtp_loss_scaling_factor"]),
         ("windows are not switched on by it", &["max_window_layers"]),
         ("routers are computed in f32", &["router_dtype"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("BailingMoeV2ForCausalLM", &["bailing_moe_v2", "bailing_moe"], "BailingMoeV2Config", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

@@ -9,21 +9,14 @@ use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, N
 use crate::model::rope::Pairing;
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "DeepseekV2ForCausalLM",
-    model_types: &["deepseek_v2"],
-    class: "DeepseekV2Config",
-    wrapper: None,
-    spec,
     unused: &[
         ("the widths of a head's parts say it", &["head_dim", "qk_head_dim"]),
         ("transformers has no such attribute", &["ep_size"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("DeepseekV2ForCausalLM", &["deepseek_v2"], "DeepseekV2Config", spec, &NAMES)
 };
 
-const NAMES: Names =
-    Names { tensors: deepseek_v3::TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[ROTARY_BUFFERS] };
+const NAMES: Names = Names { ignored: &[ROTARY_BUFFERS], ..Names::new(deepseek_v3::TENSORS, &["model.", ""]) };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

@@ -11,18 +11,11 @@ use crate::model::decoder::{DecoderSpec, LatentSpec, MixerSpec, NormSpec, Role};
 use crate::model::rope::{Pairing, RopeSpec};
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "DeepseekV3ForCausalLM",
-    model_types: &["deepseek_v3", "kimi_k2"],
-    class: "DeepseekV3Config",
-    wrapper: None,
-    spec,
     unused: &[("transformers has no such attribute", &["ep_size"])],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("DeepseekV3ForCausalLM", &["deepseek_v3", "kimi_k2"], "DeepseekV3Config", spec, &NAMES)
 };
 
-const NAMES: Names =
-    Names { tensors: TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS] };
+const NAMES: Names = Names { ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS], ..Names::new(TENSORS, &["model.", ""]) };
 
 /// Also of the families that build on this one.
 pub(super) const TENSORS: &[&[(Role, &str)]] = &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS, LATENT];

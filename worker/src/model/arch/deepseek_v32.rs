@@ -11,18 +11,12 @@ use crate::model::decoder::DecoderSpec;
 use crate::model::rope::Pairing;
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "DeepseekV32ForCausalLM",
-    model_types: &["deepseek_v32"],
-    class: "DeepseekV32Config",
-    wrapper: None,
-    spec,
     unused: &[
         NOT_OF_THE_HEADS,
         ("of the indexer: it selects every key", &["index_head_dim", "index_n_heads"]),
         ("transformers has no such attribute", &["ep_size"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("DeepseekV32ForCausalLM", &["deepseek_v32"], "DeepseekV32Config", spec, &NAMES)
 };
 
 /// Of this family and those that build on it.

@@ -5,14 +5,9 @@ use super::{Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, gemma3_text};
 use crate::model::decoder::Role;
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Gemma3ForConditionalGeneration",
-    model_types: &["gemma3"],
-    class: "Gemma3TextConfig",
     wrapper: Some("Gemma3Config"),
-    spec: gemma3_text::spec,
     unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Gemma3ForConditionalGeneration", &["gemma3"], "Gemma3TextConfig", gemma3_text::spec, &NAMES)
 };
 
 const NAMES: Names = Names {

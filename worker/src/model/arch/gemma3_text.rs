@@ -12,18 +12,10 @@ use crate::model::decoder::{
     MlpKind, MlpSpec, NormKind, NormOrder, NormSpec, QkNorm, Role, Window,
 };
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "Gemma3ForCausalLM",
-    model_types: &["gemma3_text"],
-    class: "Gemma3TextConfig",
-    wrapper: None,
-    spec,
-    unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family =
+    Family { unused: UNUSED, ..Family::new("Gemma3ForCausalLM", &["gemma3_text"], "Gemma3TextConfig", spec, &NAMES) };
 
-const NAMES: Names = Names { tensors: &[SANDWICH, LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[SANDWICH, LIKE_LLAMA], &["model.", ""]);
 
 /// Names of the norms around the sublayers.
 pub(super) const SANDWICH: &[(Role, &str)] = &[

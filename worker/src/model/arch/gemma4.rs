@@ -10,14 +10,9 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Gemma4ForConditionalGeneration",
-    model_types: &["gemma4"],
-    class: "Gemma4TextConfig",
     wrapper: Some("Gemma4Config"),
-    spec,
     unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Gemma4ForConditionalGeneration", &["gemma4"], "Gemma4TextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

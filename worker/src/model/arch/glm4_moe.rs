@@ -8,16 +8,7 @@ use super::{
 use crate::error::Result;
 use crate::model::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "Glm4MoeForCausalLM",
-    model_types: &["glm4_moe"],
-    class: "Glm4MoeConfig",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("Glm4MoeForCausalLM", &["glm4_moe"], "Glm4MoeConfig", spec, &NAMES);
 
 const NAMES: Names = Names {
     tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS],

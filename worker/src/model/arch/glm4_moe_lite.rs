@@ -7,21 +7,14 @@ use crate::model::decoder::DecoderSpec;
 use crate::model::rope::Pairing;
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Glm4MoeLiteForCausalLM",
-    model_types: &["glm4_moe_lite"],
-    class: "Glm4MoeLiteConfig",
-    wrapper: None,
-    spec,
     unused: &[
         ("`mlp_layer_types` says it, and one layer is dense where that is absent", &["first_k_dense_replace"]),
         ("the widths of a head's parts say it", &["qk_head_dim"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Glm4MoeLiteForCausalLM", &["glm4_moe_lite"], "Glm4MoeLiteConfig", spec, &NAMES)
 };
 
-const NAMES: Names =
-    Names { tensors: deepseek_v3::TENSORS, bases: &["model.", ""], input_major: &[], ignored: &[NEXT_TOKEN_LAYERS] };
+const NAMES: Names = Names { ignored: &[NEXT_TOKEN_LAYERS], ..Names::new(deepseek_v3::TENSORS, &["model.", ""]) };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let pairing = if config.flag("rope_interleave")? { Pairing::Interleaved } else { Pairing::Halves };

@@ -4,19 +4,13 @@
 use super::{Family, deepseek_v32};
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "GlmMoeDsaForCausalLM",
-    model_types: &["glm_moe_dsa"],
-    class: "GlmMoeDsaConfig",
-    wrapper: None,
-    spec: deepseek_v32::spec,
     unused: &[
         deepseek_v32::NOT_OF_THE_HEADS,
         ("of the indexer: it selects every key", INDEXER_KEYS),
         ("routers are computed in f32", &["moe_router_dtype"]),
         ("transformers has no such attribute", &["ep_size"]),
     ],
-    names: &deepseek_v32::NAMES,
-    unstacked: None,
+    ..Family::new("GlmMoeDsaForCausalLM", &["glm_moe_dsa"], "GlmMoeDsaConfig", deepseek_v32::spec, &deepseek_v32::NAMES)
 };
 
 const INDEXER_KEYS: &[&str] = &[

@@ -8,16 +8,8 @@ use crate::model::decoder::{
     MlpSpec, NormOrder, NormSpec, Role,
 };
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "GPT2LMHeadModel",
-    model_types: &["gpt2"],
-    class: "GPT2Config",
-    wrapper: None,
-    spec,
-    unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family =
+    Family { unused: UNUSED, ..Family::new("GPT2LMHeadModel", &["gpt2"], "GPT2Config", spec, &NAMES) };
 
 const NAMES: Names = Names {
     tensors: &[&[

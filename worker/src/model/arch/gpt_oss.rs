@@ -9,14 +9,8 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "GptOssForCausalLM",
-    model_types: &["gpt_oss"],
-    class: "GptOssConfig",
-    wrapper: None,
-    spec,
     unused: &[("transformers has no such attribute", &["experts_per_token", "initial_context_length"])],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("GptOssForCausalLM", &["gpt_oss"], "GptOssConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

@@ -9,16 +9,8 @@ use crate::model::decoder::{
 };
 use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "GPTJForCausalLM",
-    model_types: &["gptj"],
-    class: "GPTJConfig",
-    wrapper: None,
-    spec,
-    unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family =
+    Family { unused: UNUSED, ..Family::new("GPTJForCausalLM", &["gptj"], "GPTJConfig", spec, &NAMES) };
 
 const NAMES: Names = Names {
     tensors: &[&[

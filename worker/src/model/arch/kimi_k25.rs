@@ -5,14 +5,9 @@ use super::{Family, Ignored, NEXT_TOKEN_LAYERS, Names, Pattern, ROTARY_BUFFERS, 
 use crate::model::decoder::Role;
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "KimiK25ForConditionalGeneration",
-    model_types: &["kimi_k25"],
-    class: "DeepseekV3Config",
     wrapper: Some("Kimi_K25Config"),
-    spec: deepseek_v3::spec,
     unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("KimiK25ForConditionalGeneration", &["kimi_k25"], "DeepseekV3Config", deepseek_v3::spec, &NAMES)
 };
 
 const NAMES: Names = Names {

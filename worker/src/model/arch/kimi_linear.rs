@@ -15,18 +15,12 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "KimiLinearForCausalLM",
-    model_types: &["kimi_linear"],
-    class: "KimiLinearConfig",
-    wrapper: None,
-    spec,
     unused: &[
         ("the widths of a head's parts say it", &["head_dim", "qk_head_dim"]),
         ("nothing is rotated", &["rope_parameters", "rope_scaling", "rope_theta"]),
         ("one group is no group", &["use_grouped_topk"]),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("KimiLinearForCausalLM", &["kimi_linear"], "KimiLinearConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

@@ -4,19 +4,9 @@ use super::{Config, Family, LIKE_LLAMA, Names, ROTARY_BUFFERS, attention_like_ll
 use crate::error::Result;
 use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "LlamaForCausalLM",
-    model_types: &["llama"],
-    class: "LlamaConfig",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("LlamaForCausalLM", &["llama"], "LlamaConfig", spec, &NAMES);
 
-const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[ROTARY_BUFFERS] };
+const NAMES: Names = Names { ignored: &[ROTARY_BUFFERS], ..Names::new(&[LIKE_LLAMA], &["model.", ""]) };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

@@ -14,14 +14,9 @@ use crate::model::decoder::{
 use crate::model::rope::{Pairing, RopeSpec};
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Llama4ForConditionalGeneration",
-    model_types: &["llama4"],
-    class: "Llama4TextConfig",
     wrapper: Some("Llama4Config"),
-    spec,
     unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Llama4ForConditionalGeneration", &["llama4"], "Llama4TextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

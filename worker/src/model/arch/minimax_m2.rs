@@ -14,17 +14,11 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "MiniMaxM2ForCausalLM",
-    model_types: &["minimax_m2"],
-    class: "MiniMaxM2Config",
-    wrapper: None,
-    spec,
     unused: &[(
         "layers that predict later tokens are not part of the main stack",
         &["mtp_transformer_layers", "num_mtp_modules", "use_mtp"],
     )],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("MiniMaxM2ForCausalLM", &["minimax_m2"], "MiniMaxM2Config", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

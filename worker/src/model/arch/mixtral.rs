@@ -7,18 +7,9 @@ use crate::model::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec, Window,
 };
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "MixtralForCausalLM",
-    model_types: &["mixtral"],
-    class: "MixtralConfig",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("MixtralForCausalLM", &["mixtral"], "MixtralConfig", spec, &NAMES);
 
-const NAMES: Names = Names { tensors: &[LIKE_LLAMA, EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[LIKE_LLAMA, EXPERTS], &["model.", ""]);
 
 /// Names of router and experts, which other families took over.
 pub(super) const EXPERTS: &[(Role, &str)] = &[

@@ -13,11 +13,6 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "NemotronHForCausalLM",
-    model_types: &["nemotron_h"],
-    class: "NemotronHConfig",
-    wrapper: None,
-    spec,
     unused: &[
         ("the kinds of the layers say it", &["num_hidden_layers"]),
         ("training alone uses it", &["hidden_dropout", "rescale_prenorm_residual", "time_step_floor", "time_step_max"]),
@@ -33,8 +28,7 @@ pub(super) const FAMILY: Family = Family {
             &["mtp_hybrid_override_pattern", "mtp_layers_block_type"],
         ),
     ],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("NemotronHForCausalLM", &["nemotron_h"], "NemotronHConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

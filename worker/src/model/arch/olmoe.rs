@@ -7,19 +7,9 @@ use crate::model::decoder::{
     AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec,
 };
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "OlmoeForCausalLM",
-    model_types: &["olmoe"],
-    class: "OlmoeConfig",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("OlmoeForCausalLM", &["olmoe"], "OlmoeConfig", spec, &NAMES);
 
-const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[LIKE_LLAMA, SEPARATE_EXPERTS], &["model.", ""]);
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

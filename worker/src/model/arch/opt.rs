@@ -8,16 +8,8 @@ use crate::model::decoder::{
     MlpSpec, NormOrder, NormSpec, Role,
 };
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "OPTForCausalLM",
-    model_types: &["opt"],
-    class: "OPTConfig",
-    wrapper: None,
-    spec,
-    unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family =
+    Family { unused: UNUSED, ..Family::new("OPTForCausalLM", &["opt"], "OPTConfig", spec, &NAMES) };
 
 const NAMES: Names = Names {
     tensors: &[&[

@@ -5,18 +5,9 @@ use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_lik
 use crate::error::Result;
 use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen2ForCausalLM",
-    model_types: &["qwen2"],
-    class: "Qwen2Config",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("Qwen2ForCausalLM", &["qwen2"], "Qwen2Config", spec, &NAMES);
 
-const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[LIKE_LLAMA], &["model.", ""]);
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

@@ -4,18 +4,9 @@ use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_lik
 use crate::error::Result;
 use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec, QkNorm};
 
-pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen3ForCausalLM",
-    model_types: &["qwen3"],
-    class: "Qwen3Config",
-    wrapper: None,
-    spec,
-    unused: &[],
-    names: &NAMES,
-    unstacked: None,
-};
+pub(super) const FAMILY: Family = Family::new("Qwen3ForCausalLM", &["qwen3"], "Qwen3Config", spec, &NAMES);
 
-const NAMES: Names = Names { tensors: &[LIKE_LLAMA], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[LIKE_LLAMA], &["model.", ""]);
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

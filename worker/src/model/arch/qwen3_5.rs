@@ -6,14 +6,9 @@ use crate::error::Result;
 use crate::model::decoder::{DecoderSpec, DeltaStored, FfnSpec, MlpSpec, Role};
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen3_5ForConditionalGeneration",
-    model_types: &["qwen3_5"],
-    class: "Qwen3_5TextConfig",
     wrapper: Some("Qwen3_5Config"),
-    spec,
     unused: UNUSED,
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Qwen3_5ForConditionalGeneration", &["qwen3_5"], "Qwen3_5TextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

@@ -7,14 +7,10 @@ use crate::error::Result;
 use crate::model::decoder::{DecoderSpec, DeltaStored, FfnSpec, GateUp, Role};
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen3_5MoeForConditionalGeneration",
-    model_types: &["qwen3_5_moe"],
-    class: "Qwen3_5MoeTextConfig",
     wrapper: Some("Qwen3_5MoeConfig"),
-    spec,
     unused: qwen3_5::UNUSED,
-    names: &NAMES,
     unstacked: Some(&UNSTACKED),
+    ..Family::new("Qwen3_5MoeForConditionalGeneration", &["qwen3_5_moe"], "Qwen3_5MoeTextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {

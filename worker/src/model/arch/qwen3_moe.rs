@@ -11,18 +11,11 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen3MoeForCausalLM",
-    model_types: &["qwen3_moe"],
-    class: "Qwen3MoeConfig",
-    wrapper: None,
-    spec,
     unused: &[("of a mixture, all layers have the window: it has no such attribute", &["max_window_layers"])],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Qwen3MoeForCausalLM", &["qwen3_moe"], "Qwen3MoeConfig", spec, &NAMES)
 };
 
-const NAMES: Names =
-    Names { tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS], bases: &["model.", ""], input_major: &[], ignored: &[] };
+const NAMES: Names = Names::new(&[LIKE_LLAMA, SEPARATE_EXPERTS], &["model.", ""]);
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

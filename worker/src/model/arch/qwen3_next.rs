@@ -12,14 +12,8 @@ use crate::model::decoder::{
 };
 
 pub(super) const FAMILY: Family = Family {
-    architecture: "Qwen3NextForCausalLM",
-    model_types: &["qwen3_next"],
-    class: "Qwen3NextConfig",
-    wrapper: None,
-    spec,
     unused: &[("transformers has no such attribute", &["use_sliding_window"])],
-    names: &NAMES,
-    unstacked: None,
+    ..Family::new("Qwen3NextForCausalLM", &["qwen3_next"], "Qwen3NextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {
