@@ -478,6 +478,13 @@ pub struct MoeSpec {
     pub latent: Option<usize>,
 }
 
+impl MoeSpec {
+    /// Experts alone, with nothing beside them.
+    pub fn plain(experts: usize, top_k: usize, expert: MlpSpec, router: RouterSpec) -> Self {
+        Self { experts, top_k, expert, router, shared: None, beside: None, latent: None }
+    }
+}
+
 /// The shared expert.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SharedSpec {

@@ -36,19 +36,13 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let (limit, alpha) = (config.number("swiglu_limit")?, config.number("swiglu_alpha")?);
-    let moe = MoeSpec {
-        experts: config.count("num_local_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec {
-            intermediate: config.count("intermediate_size")?,
-            kind: MlpKind::ClampedSwiglu { stored: GateUp::Interleaved, limit, alpha },
-            bias: true,
-        },
-        router: RouterSpec::TopKSoftmax,
-        shared: None,
-        beside: None,
-        latent: None,
+    let expert = MlpSpec {
+        intermediate: config.count("intermediate_size")?,
+        kind: MlpKind::ClampedSwiglu { stored: GateUp::Interleaved, limit, alpha },
+        bias: true,
     };
+    let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
+    let moe = MoeSpec::plain(experts, top_k, expert, RouterSpec::TopKSoftmax);
     let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
     let kinds = match config.layer_types()? {
         Some(kinds) => kinds,

@@ -57,15 +57,10 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let rotary = config.count_opt("rotary_dim")?.unwrap_or(head_dim);
     let rope = config.rope_of_part(head_dim, Some(rotary as f64 / head_dim as f64))?;
     let attention = AttentionSpec { qk_norm: QkNorm::WholeProjection(norm), rope: Some(rope), ..attention };
-    let moe = MoeSpec {
-        experts: config.count("num_local_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
-        router: RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale: 1.0 },
-        shared: None,
-        beside: None,
-        latent: None,
-    };
+    let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
+    let expert = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let router = RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale: 1.0 };
+    let moe = MoeSpec::plain(experts, top_k, expert, router);
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])
 }

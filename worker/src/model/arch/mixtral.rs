@@ -26,15 +26,10 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         window: config.count_opt("sliding_window")?.map_or(Window::Full, Window::Sliding),
         ..attention_like_llama(config)?
     };
-    let moe = MoeSpec {
-        experts: config.count("num_local_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: true },
-        shared: None,
-        beside: None,
-        latent: None,
-    };
+    let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
+    let expert = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let router = RouterSpec::SoftmaxTopK { normalise: true };
+    let moe = MoeSpec::plain(experts, top_k, expert, router);
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])
 }

@@ -19,15 +19,9 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         clip_qkv: config.number_opt("clip_qkv")?,
         ..attention_like_llama(config)?
     };
-    let moe = MoeSpec {
-        experts: config.count("num_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(config.count("intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
-        shared: None,
-        beside: None,
-        latent: None,
-    };
+    let expert = MlpSpec::swiglu(config.count("intermediate_size")?);
+    let router = RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? };
+    let moe = MoeSpec::plain(config.count("num_experts")?, config.count("num_experts_per_tok")?, expert, router);
     let layer = pre_norm(norm, MixerSpec::Attention(attention), FfnSpec::Moe(moe));
     decoder_like_llama(config, vec![layer; config.layers()?])
 }

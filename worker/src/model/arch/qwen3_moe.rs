@@ -20,15 +20,9 @@ const NAMES: Names = Names::new(&[LIKE_LLAMA, SEPARATE_EXPERTS], &["model.", ""]
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
-    let moe = MoeSpec {
-        experts: config.count("num_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(config.count("moe_intermediate_size")?),
-        router: RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? },
-        shared: None,
-        beside: None,
-        latent: None,
-    };
+    let expert = MlpSpec::swiglu(config.count("moe_intermediate_size")?);
+    let router = RouterSpec::SoftmaxTopK { normalise: config.flag("norm_topk_prob")? };
+    let moe = MoeSpec::plain(config.count("num_experts")?, config.count("num_experts_per_tok")?, expert, router);
     let attention = AttentionSpec {
         qk_norm: QkNorm::PerHead(norm),
         window: qwen_window(config)?.unwrap_or(Window::Full),
