@@ -58,22 +58,13 @@ impl RemoteHost {
         expected: &[FileBytes],
         on: OnEvent<'_>,
     ) -> Result<Fetched, HostError> {
-        let fetched = self.fetch_again(run, into, expected, on).await;
+        let fetched: Result<Fetched, HostError> =
+            async { Ok(again!(TIMEOUT, on, self.fetch_once(run, into, expected, on))) }.await;
         if fetched.as_ref().is_err_and(|error| !error.is_transient()) {
             // It may never have come to be.
             let _ = remove_folder(&unfinished(into));
         }
         fetched
-    }
-
-    async fn fetch_again(
-        &self,
-        run: &str,
-        into: &Path,
-        expected: &[FileBytes],
-        on: OnEvent<'_>,
-    ) -> Result<Fetched, HostError> {
-        Ok(again!(TIMEOUT, on, self.fetch_once(run, into, expected, on)))
     }
 
     async fn fetch_once(
