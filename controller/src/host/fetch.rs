@@ -12,7 +12,7 @@ use super::bundle::BundleFile;
 use super::push::hash_file;
 use super::retry::again;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
-use crate::files::{RESERVE, free_disk};
+use crate::files::{RESERVE, absent, free_disk, read_small};
 use crate::host::transport::TransportErrorKind;
 use crate::text::clean;
 use crate::units::Bytes;
@@ -282,19 +282,12 @@ fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
 
 /// The manifest of a folder that was fetched completely before.
 fn kept(folder: &Path) -> Result<Option<Vec<u8>>, HostError> {
-    match crate::files::read_small(&folder.join(files::MANIFEST), MAX_MANIFEST) {
-        Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(local_error(folder, &e)),
-    }
+    absent(read_small(&folder.join(files::MANIFEST), MAX_MANIFEST)).map_err(|e| local_error(folder, &e))
 }
 
 /// Only what an earlier fetch may have left is ever replaced.
 fn check_replaceable(into: &Path) -> Result<(), HostError> {
-    let there = match list(into) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        there => there.map_err(|e| local_error(into, &e))?,
-    };
+    let Some(there) = absent(list(into)).map_err(|e| local_error(into, &e))? else { return Ok(()) };
     match there.iter().find(|name| !LOOSE.contains(&name.as_str()) && *name != files::LOG) {
         None => Ok(()),
         Some(other) => {
@@ -322,10 +315,8 @@ fn settle(part: &Path, into: &Path) -> io::Result<()> {
     File::open(part)?.sync_all()?;
     let old = beside(into, ".old.part");
     remove_folder(&old)?;
-    match fs::rename(into, &old) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-        _ => fs::rename(part, into)?,
-    }
+    absent(fs::rename(into, &old))?;
+    fs::rename(part, into)?;
     if let Some(parent) = into.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         File::open(parent)?.sync_all()?;
     }
@@ -339,10 +330,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
 }
 
 fn remove_folder(folder: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
+    absent(fs::remove_dir_all(folder)).map(drop)
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {

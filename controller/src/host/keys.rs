@@ -55,16 +55,6 @@ impl RunKey {
     pub fn public_line(&self) -> &str {
         &self.public
     }
-
-    /// Removes the private half. A file that is gone already is a success.
-    pub fn remove(&self) -> Result<(), KeyError> {
-        match fs::remove_file(&self.private) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(KeyError::Io { path: self.private.clone(), source })
-            }
-            _ => Ok(()),
-        }
-    }
 }
 
 /// The file exists whole or not at all, and never with wider permissions than 0600.
@@ -116,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn key_is_private_readable_again_and_gone_after_remove() {
+    fn key_is_private_and_readable_again() {
         let folder = tempfile::tempdir().unwrap();
         let made = RunKey::create(&folder.path().join("keys"), "r1", "outliers r1").unwrap();
         assert_eq!(fs::metadata(made.private_path()).unwrap().permissions().mode() & 0o777, 0o600);
@@ -124,9 +114,6 @@ mod tests {
         let again = RunKey::open(made.private_path()).unwrap();
         assert_eq!(again.public_line(), made.public_line());
         assert_eq!(fs::read_dir(folder.path().join("keys")).unwrap().count(), 1, "no temporary file stays");
-        made.remove().unwrap();
-        made.remove().unwrap();
-        assert!(!made.private_path().exists());
     }
 
     #[test]

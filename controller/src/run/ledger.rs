@@ -8,7 +8,7 @@
 //! process dies. A run that is not at rest and whose lock is free is *abandoned*: a process should
 //! take it up.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::{Offer, RunTime};
-use crate::files::{MOST, create_private_folder, make_private, read_text, write_whole};
+use crate::files::{MOST, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -566,16 +566,9 @@ impl Ledger {
     /// What the file system says.
     pub fn is_driven(&self, id: &str) -> Result<bool, LedgerError> {
         let path = self.run_folder(id).join("lock");
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
-            Err(source) => return Err(LedgerError::Io { path, source }),
-        };
-        match file.try_lock_shared() {
-            Ok(()) => Ok(false),
-            Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(source)) => Err(LedgerError::Io { path, source }),
-        }
+        let at = |source| LedgerError::Io { path: path.clone(), source };
+        let Some(file) = absent(File::open(&path)).map_err(at)? else { return Ok(false) };
+        is_taken(file.try_lock_shared()).map_err(at)
     }
 
     /// Asks the current or next driver of the run to stop it.
@@ -648,11 +641,8 @@ impl Ledger {
         let at = |source| LedgerError::Io { path: path.clone(), source };
         create_private_folder(folder).map_err(at)?;
         let file = private_file().create(true).open(&path).map_err(at)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Some(file)),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(source)) => Err(at(source)),
-        }
+        let is_taken = is_taken(file.try_lock()).map_err(at)?;
+        Ok((!is_taken).then_some(file))
     }
 }
 
@@ -675,9 +665,8 @@ fn close_to_others(folder: &Path) {
     // there is not opened: to close it again would take away the locks that SQLite holds on it.
     let _ = private_file().create_new(true).open(&database[0]);
     for path in database.iter().chain(is_open.then_some(&folder)) {
-        match make_private(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => tracing::info!("{}: {error}", path.display()),
-            _ => {}
+        if let Err(error) = absent(make_private(path)) {
+            tracing::info!("{}: {error}", path.display());
         }
     }
 }

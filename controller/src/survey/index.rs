@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{MOST, is_plain_name, read_small, write_whole};
+use crate::files::{MOST, absent, is_plain_name, read_small, write_whole};
 
 /// Its name in the survey's folder.
 pub const FILE: &str = "index.json";
@@ -104,10 +104,8 @@ impl Index {
             schema: u32,
         }
         let damaged = |why: String| IndexError::Damaged(format!("{FILE}: {why}"));
-        let text = match read_small(&folder.join(FILE), MOST) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            text => text.map_err(|error| damaged(error.to_string()))?,
-        };
+        let text = absent(read_small(&folder.join(FILE), MOST)).map_err(|error| damaged(error.to_string()))?;
+        let Some(text) = text else { return Ok(None) };
         let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if schema != SCHEMA {
             let why = format!("{FILE} has schema {schema}, this program reads {SCHEMA}");

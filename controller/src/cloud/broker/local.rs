@@ -25,6 +25,7 @@ use super::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     Lease, Offer, Offers, SshEndpoint, Way,
 };
+use crate::files::{absent, create_private_folder};
 
 mod bill;
 mod hardware;
@@ -40,7 +41,7 @@ pub use processes::MARKER;
 
 use hardware::{Hardware, Sku};
 use processes::Marks;
-use record::{Folder, Record, absent, is_id, make_private_dir, new_id, now};
+use record::{Folder, Record, is_id, new_id, now};
 
 /// The broker's name.
 pub const NAME: &str = "local";
@@ -135,7 +136,7 @@ impl LocalBroker {
         name: String,
     ) -> Result<(Folder, Record), BrokerError> {
         let unwritable = |error: io::Error| unavailable(format!("cannot write to {}: {error}", self.root.display()));
-        make_private_dir(&self.instances()).map_err(unwritable)?;
+        create_private_folder(&self.instances()).map_err(unwritable)?;
         // Two controllers must not be given the same GPU.
         let _turn = self.take_turn().map_err(unwritable)?;
         let record = Record {
@@ -427,7 +428,7 @@ mod tests {
     fn what_another_has_ended_meanwhile_is_billed_once() {
         let root = tempfile::tempdir().unwrap();
         let instances = root.path().join("instances");
-        make_private_dir(&instances).unwrap();
+        create_private_folder(&instances).unwrap();
         let record = Record {
             id: new_id(),
             name: "outliers-o-r-n-99".to_owned(),

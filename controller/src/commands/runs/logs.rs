@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::cloud::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
-use crate::files::{MOST, read_small};
+use crate::files::{MOST, absent, read_small};
 use crate::host::transport::ssh::HostKeyPin;
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::run::deploy::{KEY_FILE, read_cursor};
@@ -208,10 +208,7 @@ impl Tail {
     }
 
     fn bytes(&self) -> io::Result<Vec<u8>> {
-        let mut file = match File::open(&self.path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            file => file?,
-        };
+        let Some(mut file) = absent(File::open(&self.path))? else { return Ok(Vec::new()) };
         file.seek(SeekFrom::Start(self.read))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;

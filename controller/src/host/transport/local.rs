@@ -16,7 +16,7 @@ use tokio::time::timeout;
 
 use super::program::{gather, is_flood};
 use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside};
-use crate::files::open_regular;
+use crate::files::{absent, open_regular};
 
 /// Bytes that are copied at once.
 const PIECE: usize = 1 << 20;
@@ -171,10 +171,7 @@ impl Transport for LocalTransport {
         drop(self.admitted()?);
         let path = self.at(remote);
         let read = blocking(move || {
-            let mut file = match open_plain(&path) {
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-                opened => opened?,
-            };
+            let Some(mut file) = absent(open_plain(&path))? else { return Ok(None) };
             let mut bytes = Vec::new();
             if offset < file.metadata()?.len() {
                 file.seek(SeekFrom::Start(offset))?;

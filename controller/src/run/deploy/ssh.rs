@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::KEY_FILE;
 use super::ports::{Host, Hosts};
 use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, Way};
-use crate::files::{MOST, read_small};
+use crate::files::{MOST, absent, read_small};
 use crate::host::keys::{KeyError, RunKey};
 use crate::host::transport::TransportErrorKind;
 use crate::host::transport::ssh::HostKeyPin;
@@ -81,13 +81,10 @@ impl Hosts for SshHosts {
     fn forget(&self, folder: &Path) -> Result<(), HostError> {
         for name in [KEY_FILE, CURSOR_FILE, PROGRESS_FILE, PROGRESS_PART, files::SAVE_POINT] {
             let path = folder.join(name);
-            match std::fs::remove_file(&path) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    let message = format!("{}: {error}", path.display());
-                    return Err(HostError::new(HostErrorKind::Local, message).hint("remove the file by hand"));
-                }
-                _ => {}
-            }
+            absent(std::fs::remove_file(&path)).map_err(|error| {
+                let message = format!("{}: {error}", path.display());
+                HostError::new(HostErrorKind::Local, message).hint("remove the file by hand")
+            })?;
         }
         Ok(())
     }

@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use super::record::{Record, absent};
+use super::record::Record;
 use crate::cloud::broker::Instance;
+use crate::files::absent;
 use crate::units::{Usd, UsdPerHour};
 
 /// One ended instance.

@@ -14,18 +14,19 @@
 //! The folder appears whole, by a rename, so that a crash leaves either no instance or one that
 //! can be listed and ended.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::cloud::broker::LeaseTag;
+use crate::files::{absent, create_private_folder, is_taken, read_small};
 use crate::units::UsdPerHour;
 
-/// Bytes read of any document here; ours are far smaller, a damaged one may be anything.
+/// Most bytes of any document here; ours are far smaller, a damaged one may be anything.
 const DOCUMENT_LIMIT: u64 = 64 << 10;
 /// Bytes of the end of a log that are searched for its last line.
 const LOG_TAIL: u64 = 4 << 10;
@@ -78,7 +79,7 @@ impl Folder {
     /// Writes a whole new instance beside `instances` and renames it into place.
     pub(super) fn create(instances: &Path, record: &Record) -> io::Result<Self> {
         let draft = Self(instances.join(format!(".new-{}", record.id)));
-        make_private_dir(&draft.0)?;
+        create_private_folder(&draft.0)?;
         let written = draft.fill(record);
         let place = instances.join(&record.id);
         let placed = written.and_then(|()| fs::rename(&draft.0, &place)).and_then(|()| sync_dir(instances));
@@ -93,7 +94,7 @@ impl Folder {
     }
 
     fn fill(&self, record: &Record) -> io::Result<()> {
-        make_private_dir(&self.home())?;
+        create_private_folder(&self.home())?;
         write_durably(&self.0.join("lock"), b"")?;
         write_durably(&self.0.join("gate"), b"")?;
         write_json(&self.0.join("instance.json"), record)
@@ -142,22 +143,15 @@ impl Folder {
     /// Whether a process holds the lock: that of the instance, or one that ends it.
     pub(super) fn is_locked(&self) -> io::Result<bool> {
         // Shared: two listers must not take each other for the instance.
-        match File::open(self.0.join("lock"))?.try_lock_shared() {
-            Ok(()) => Ok(false),
-            Err(TryLockError::WouldBlock) => Ok(true),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
+        is_taken(File::open(self.0.join("lock"))?.try_lock_shared())
     }
 
     /// What whoever starts something here holds meanwhile; `None` when nothing may start: the
     /// instance's process is gone, or somebody ends it.
     pub(super) fn admit(&self) -> io::Result<Option<File>> {
         let gate = File::open(self.0.join("gate"))?;
-        match gate.try_lock_shared() {
-            Ok(()) => Ok((!self.is_ending() && self.is_locked()?).then_some(gate)),
-            Err(TryLockError::WouldBlock) => Ok(None),
-            Err(TryLockError::Error(error)) => Err(error),
-        }
+        let is_shut = is_taken(gate.try_lock_shared())?;
+        Ok((!is_shut && !self.is_ending() && self.is_locked()?).then_some(gate))
     }
 
     /// Keeps anything from starting here until the file is dropped. `None`: somebody else does, or
@@ -175,16 +169,13 @@ impl Folder {
     fn take(&self, name: &str) -> io::Result<Option<File>> {
         let file = File::open(self.0.join(name))?;
         let begun = Instant::now();
-        loop {
-            match file.try_lock() {
-                Ok(()) => return Ok(Some(file)),
-                Err(TryLockError::WouldBlock) if begun.elapsed() < LOCK_TIMEOUT => {
-                    std::thread::sleep(Duration::from_millis(10));
-                }
-                Err(TryLockError::WouldBlock) => return Ok(None),
-                Err(TryLockError::Error(error)) => return Err(error),
+        while is_taken(file.try_lock())? {
+            if begun.elapsed() >= LOCK_TIMEOUT {
+                return Ok(None);
             }
+            std::thread::sleep(Duration::from_millis(10));
         }
+        Ok(Some(file))
     }
 
     /// The last line of the log, harmless on a terminal; `None` if there is none.
@@ -237,20 +228,6 @@ pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Not being there is an answer, not a failure.
-pub(super) fn absent<T>(result: io::Result<T>) -> io::Result<Option<T>> {
-    match result {
-        Ok(value) => Ok(Some(value)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// Makes a folder, and those above it, that only the user may look into.
-pub(super) fn make_private_dir(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
 /// Temporary name, fsync, rename: a reader sees the old content or the new, after a crash too.
 /// Mode 0600.
 pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -273,13 +250,7 @@ fn write_json(path: &Path, document: &impl Serialize) -> io::Result<()> {
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
-    Ok(serde_json::from_str(&read_bounded(path)?)?)
-}
-
-fn read_bounded(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?.take(DOCUMENT_LIMIT).read_to_string(&mut text)?;
-    Ok(text)
+    Ok(serde_json::from_slice(&read_small(path, DOCUMENT_LIMIT)?)?)
 }
 
 /// Deletes a folder tree that may contain read-only folders.
