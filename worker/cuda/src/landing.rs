@@ -37,6 +37,26 @@ fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>,
     }
 }
 
+/// A stream of each context beside those that compute.
+pub(crate) struct StreamPerContext(Mutex<Vec<Arc<CudaStream>>>);
+
+impl StreamPerContext {
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
+    }
+
+    /// The stream of this context, made when it is first asked for.
+    pub(crate) fn of(&self, context: &Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError> {
+        let mut streams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(stream) = streams.iter().find(|stream| stream.context().cu_ctx() == context.cu_ctx()) {
+            return Ok(Arc::clone(stream));
+        }
+        let stream = context.new_stream()?;
+        streams.push(Arc::clone(&stream));
+        Ok(stream)
+    }
+}
+
 /// A summary on the GPU.
 pub(crate) struct Part<'a> {
     address: CUdeviceptr,

@@ -8,7 +8,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 
-use crate::landing::{Landing, Part};
+use crate::landing::{Landing, Part, StreamPerContext};
 use crate::statistics::Stored;
 
 /// Values on their way to another GPU. What they are copied from may be given back after this was
@@ -31,7 +31,9 @@ impl Passing {
     /// # Errors
     /// The driver's.
     pub fn start(x: &Stored<'_>, from: &Arc<CudaStream>, to: &Arc<CudaStream>) -> Result<Self, DriverError> {
-        let mail = mail(to.context())?;
+        // A stream to which others send.
+        static MAIL: StreamPerContext = StreamPerContext::new();
+        let mail = MAIL.of(to.context())?;
         // By this stream, which gives it out at once: the other one would when all that it was
         // asked to compute is done. SAFETY: nobody sees it before all of it is asked to be
         // written.
@@ -83,18 +85,6 @@ impl Drop for Passing {
             let _ = self.arrived.synchronize();
         }
     }
-}
-
-/// A stream of this context to which others send.
-fn mail(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError> {
-    static STREAMS: Mutex<Vec<Arc<CudaStream>>> = Mutex::new(Vec::new());
-    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(stream) = streams.iter().find(|stream| stream.context().cu_ctx() == context.cu_ctx()) {
-        return Ok(Arc::clone(stream));
-    }
-    let stream = context.new_stream()?;
-    streams.push(Arc::clone(&stream));
-    Ok(stream)
 }
 
 /// Whether a GPU reads another's memory, which that one is told to let it. Asked once of each pair.

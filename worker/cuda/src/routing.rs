@@ -7,8 +7,8 @@
 use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError};
-use half::{bf16, f16};
 
+use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch};
 use crate::landing::{Landing, Part};
@@ -234,24 +234,6 @@ impl Arriving {
         let firsts = firsts.iter().map(|first| *first as usize).collect();
         Ok((firsts, loads.as_chunks::<LOAD>().0.iter().map(load).collect()))
     }
-}
-
-/// A dtype of activations.
-pub trait Real {
-    /// Its name in those of kernels.
-    const DTYPE: &'static str;
-}
-
-impl Real for f32 {
-    const DTYPE: &'static str = "f32";
-}
-
-impl Real for bf16 {
-    const DTYPE: &'static str = "bf16";
-}
-
-impl Real for f16 {
-    const DTYPE: &'static str = "f16";
 }
 
 /// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `out`, each expert's

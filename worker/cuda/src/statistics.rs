@@ -2,16 +2,16 @@
 //! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU, and are read when
 //! they have come.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::sys::CUdeviceptr;
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
 use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
-use crate::landing::{Landing, Part};
+use crate::landing::{Landing, Part, StreamPerContext};
 
 /// Threads of most blocks, and values of a digit of a magnitude.
 const THREADS: usize = 256;
@@ -325,7 +325,8 @@ impl Look {
     /// The driver's.
     pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<Seen<'a>, DriverError> {
         assert_eq!((self.rows, self.width, self.tokens), (of.rows, of.width, of.tokens), "other activations");
-        let stream = aside(of.stream.context())?;
+        static ASIDE: StreamPerContext = StreamPerContext::new();
+        let stream = ASIDE.of(of.stream.context())?;
         let &Activation { rows, width, tokens, .. } = of;
         Ok(Seen { look: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
     }
@@ -427,18 +428,6 @@ impl Seen<'_> {
         self.look.landing.as_ref().map_or(Ok(()), Landing::wait)?;
         self.activation.large(asked)
     }
-}
-
-/// A stream of this context beside those that compute.
-fn aside(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>, DriverError> {
-    static STREAMS: Mutex<Vec<Arc<CudaStream>>> = Mutex::new(Vec::new());
-    let mut streams = STREAMS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(stream) = streams.iter().find(|stream| stream.context().cu_ctx() == context.cu_ctx()) {
-        return Ok(Arc::clone(stream));
-    }
-    let stream = context.new_stream()?;
-    streams.push(Arc::clone(&stream));
-    Ok(stream)
 }
 
 /// Threads for a row of so many values: a power of two.

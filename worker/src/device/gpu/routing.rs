@@ -10,7 +10,8 @@ use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
-use outliers_cuda::routing::{self as kernels, Arriving, Kind, Real, Rule};
+use outliers_cuda::fused::Real;
+use outliers_cuda::routing::{self as kernels, Arriving, Kind, Rule};
 
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
