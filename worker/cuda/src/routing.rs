@@ -10,7 +10,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
-use crate::kernels::{Argument, File, Grid, launch};
+use crate::kernels::{Argument, File, Grid, launch, number};
 use crate::landing::{Landing, Part};
 
 /// Threads of most blocks.
@@ -303,8 +303,4 @@ pub fn add_rows<T: Real>(
 fn room<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, DriverError> {
     // SAFETY: what each call is for.
     unsafe { stream.alloc::<T>(len) }
-}
-
-fn number(number: usize) -> Argument {
-    Number(u32::try_from(number).expect("fewer than 2^32 tokens, experts or columns"))
 }
