@@ -6,6 +6,7 @@ pub mod context;
 pub mod flaky_link;
 pub mod golden;
 pub mod hub;
+pub mod kills;
 pub mod programs;
 pub mod sshd;
 pub mod torch;

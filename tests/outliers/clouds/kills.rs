@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use outliers::units::Usd;
 use outliers_clouds::{Fault, Moment, Odd};
+use outliers_tests::kills::{points, strike_all};
 use outliers_tests::tell;
 
 use super::*;
@@ -28,17 +29,6 @@ enum Point {
     Request(usize, Moment),
     /// After this part of the time that a run takes.
     Time(f64),
-}
-
-/// Moments of requests, then times between them: half of each, or every moment of every request
-/// and the rest times.
-fn points(count: usize, requests: usize) -> Vec<Point> {
-    let all: Vec<Point> =
-        (1..=requests).flat_map(|number| MOMENTS.map(|moment| Point::Request(number, moment))).collect();
-    let kept = all.len().min(count.div_ceil(2));
-    let times = count - kept;
-    let of_requests = (0..kept).map(|i| all[i * all.len() / kept]);
-    of_requests.chain((0..times).map(|i| Point::Time((i as f64 + 0.5) / times as f64))).collect()
 }
 
 /// A cloud of its own with one place that uses it; `None` on a machine without an SSH server.
@@ -147,17 +137,10 @@ fn controller_killed_at_any_point_leaves_no_instance_and_loses_no_result() {
     let _ = place.deploy().ok();
     let (whole, requests) = (begun.elapsed(), cloud.world().requests.len());
     drop((cloud, place));
-    let wanted = std::env::var("OUTLIERS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(POINTS);
-    let points = points(wanted, requests);
-    let (next, died) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let strike_all = || {
-        while let Some(point) = points.get(next.fetch_add(1, Ordering::SeqCst)) {
-            died.fetch_add(usize::from(strike(*point, whole)), Ordering::SeqCst);
-        }
-    };
-    // Most of the time is waiting.
-    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(strike_all))));
-    let (died, seconds) = (died.into_inner(), whole.as_secs_f64());
+    let moments = |number: usize| MOMENTS.map(|moment| Point::Request(number, moment));
+    let named: Vec<Point> = (1..=requests).flat_map(moments).collect();
+    let points = points(POINTS, &named, Point::Time);
+    let (died, seconds) = (strike_all(&points, |point| strike(point, whole)), whole.as_secs_f64());
     tell(&format!("{requests} requests in {seconds:.1} s; of {} controllers {died} died of it", points.len()));
     assert!(died * 10 >= points.len() * 7, "only {died} of {} were still there to be struck", points.len());
 }

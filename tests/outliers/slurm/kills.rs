@@ -4,8 +4,8 @@
 //! `tests/kills.sh N slurm` strikes at N points.
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
+use outliers_tests::kills::{points, strike_all};
 use outliers_tests::tell;
 use serde_json::Value;
 
@@ -22,16 +22,6 @@ enum Point {
     Command(usize, &'static str),
     /// After this part of the time that a run takes.
     Time(f64),
-}
-
-/// Half of them before and after commands, the others at times between.
-fn points(count: usize, commands: usize) -> Vec<Point> {
-    let both = |number: usize| ["before", "after"].map(|when| Point::Command(number, when));
-    let all: Vec<Point> = (1..=commands).flat_map(both).collect();
-    let kept = all.len().min(count.div_ceil(2));
-    let times = count - kept;
-    let of_commands = (0..kept).map(|i| all[i * all.len() / kept]);
-    of_commands.chain((0..times).map(|i| Point::Time((i as f64 + 0.5) / times as f64))).collect()
 }
 
 /// One point: whether the controller was still there to be struck.
@@ -97,17 +87,10 @@ fn slurm_controller_killed_at_any_point_leaves_no_job_and_loses_no_result() {
     let _ = context.run(deploy(FIXTURE)).ok();
     let (whole, commands) = (begun.elapsed(), cluster.asked(""));
     drop((cluster, context));
-    let wanted = std::env::var("OUTLIERS_KILLS").ok().and_then(|text| text.parse().ok()).unwrap_or(POINTS);
-    let points = points(wanted, commands);
-    let (next, died) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let strike_all = || {
-        while let Some(point) = points.get(next.fetch_add(1, Ordering::SeqCst)) {
-            died.fetch_add(usize::from(strike(*point, whole)), Ordering::SeqCst);
-        }
-    };
-    // Most of the time is waiting.
-    std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(strike_all))));
-    let (died, seconds) = (died.into_inner(), whole.as_secs_f64());
+    let both = |number: usize| ["before", "after"].map(|when| Point::Command(number, when));
+    let named: Vec<Point> = (1..=commands).flat_map(both).collect();
+    let points = points(POINTS, &named, Point::Time);
+    let (died, seconds) = (strike_all(&points, |point| strike(point, whole)), whole.as_secs_f64());
     tell(&format!("{commands} commands in {seconds:.1} s; of {} controllers {died} died of it", points.len()));
     assert!(died * 2 >= points.len(), "only {died} of {} were still there to be struck", points.len());
 }
