@@ -2,15 +2,16 @@
 //! routers.
 
 use outliers_protocol::{
-    AblationArm, ExpertPeak, Feature, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided, SuperExperts,
+    AblationArm, ExpertPeak, Feature, FeaturePeak, IndexSet, MassiveActivations, Point, Results, RouterSummary, Sided,
+    SuperExperts,
 };
 
 use super::folder::Run;
 use super::measured;
 use super::plots::{peak_quartiles, quartiles, strongest};
 use super::published;
-use super::table::{Column, NONE, Table, numbers, optional, words};
-use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, shares, sweep};
+use super::table::{NONE, Table, numbers, optional, words};
+use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, SweepPoint, shares, sweep};
 use crate::ui::report::diagnostics::{WITHOUT, without};
 
 /// Rows of what may be long; `results.json` has them all.
@@ -38,35 +39,33 @@ pub fn tables(name: &str, run: &Run) -> Vec<Table> {
 
 fn ablation(arms: &[AblationArm]) -> Table {
     let [perplexity, of_the_whole, probability, share] = WITHOUT.map(numbers);
-    let columns = [words("without"), words("features"), perplexity, of_the_whole, probability, share];
-    let named = |features: &[usize]| features.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
-    let row = |arm: &AblationArm| {
-        let features = if arm.features.is_empty() { NONE.to_owned() } else { named(&arm.features) };
-        let [perplexity, of_the_whole, probability, share] = without(arm, &arms[0]);
-        [arm.removed.label().to_owned(), features, perplexity, of_the_whole, probability, share]
+    let features = |arm: &AblationArm| match &arm.features[..] {
+        [] => NONE.to_owned(),
+        features => features.iter().map(usize::to_string).collect::<Vec<_>>().join(", "),
     };
-    let table = table("ablation", "Without some features", columns, arms.iter().map(row).collect());
-    noted(
-        table,
+    let figure = |arm: &AblationArm, which: usize| without(arm, &arms[0])[which].clone();
+    Table::of(
+        ("ablation", "Without some features"),
+        arms,
+        &[
+            (words("without"), &|arm| arm.removed.label().to_owned()),
+            (words("features"), &features),
+            (perplexity, &|arm| figure(arm, 0)),
+            (of_the_whole, &|arm| figure(arm, 1)),
+            (probability, &|arm| figure(arm, 2)),
+            (share, &|arm| figure(arm, 3)),
+        ],
+    )
+    .noted(
         "features set to 0 at every norm output that feeds attention or MLP (LLM.int8(), section 4.2); perplexity and the largest probability of \
          the next token with all that follows in later layers; the largest share that attention gives to one key, mean over queries, heads and \
          layers, with each layer's input that of the whole model but for the features",
     )
 }
 
-fn table<const N: usize>(name: &str, title: &str, columns: [Column; N], rows: Vec<[String; N]>) -> Table {
-    Table {
-        name: name.to_owned(),
-        title: title.to_owned(),
-        columns: Vec::from(columns),
-        rows: rows.into_iter().map(Vec::from).collect(),
-        notes: Vec::new(),
-    }
-}
-
-fn noted(mut table: Table, note: impl Into<String>) -> Table {
-    table.notes.push(note.into());
-    table
+/// As many of them as a table shows.
+fn top<T>(all: &[T]) -> &[T] {
+    &all[..all.len().min(ROWS)]
 }
 
 fn first(what: &str, shown: usize, all: usize) -> String {
@@ -79,52 +78,45 @@ fn features(run: &Run) -> Option<Table> {
     if strongest.is_empty() {
         return None;
     }
-    let columns = [
-        numbers("feature"),
-        words("systematic by"),
-        numbers("L%"),
-        numbers("S%"),
-        numbers("in sequences"),
-        words("signs"),
-        numbers("min"),
-        numbers("max"),
-        numbers("quartiles of peaks"),
-        numbers("gain"),
-        numbers("x / gain"),
-        words("layers, attention's norm"),
-        words("layers, MLP's norm"),
-        words("where its largest values stand"),
-    ];
-    let row = |feature: &&Feature| {
+    let peaks = |feature: &&Feature| {
         let quartiles = match &run.statistics {
             Some(statistics) => peak_quartiles(statistics, feature.dim),
             None => quartiles(feature.peaks.iter().copied().map(f64::from).collect()),
         };
-        let peak = feature.peak.as_ref();
-        [
-            feature.dim.to_string(),
-            systematic(feature).to_owned(),
-            format!("{:.1}", 100.0 * feature.layer_fraction),
-            format!("{:.1}", 100.0 * feature.position_fraction),
-            format!("{}, {}", feature.sequences_systematic_by_layers, feature.sequences_systematic_by_sites),
-            signs(feature.sided).to_owned(),
-            format!("{:.2}", feature.min),
-            format!("{:.2}", feature.max),
-            optional(quartiles, |[a, b, c]| format!("{a:.1}, {b:.1}, {c:.1}")),
-            optional(peak.and_then(|peak| peak.gain), |gain| format!("{gain:.2}")),
-            optional(peak.and_then(|peak| peak.value_over_gain), |value| format!("{value:.2}")),
-            ranges(&feature.layers_before_attention),
-            ranges(&feature.layers_before_mlp),
-            places(results, feature.dim),
-        ]
+        optional(quartiles, |[a, b, c]| format!("{a:.1}, {b:.1}, {c:.1}"))
     };
-    let rows = strongest.iter().take(ROWS).map(row).collect();
+    let at_peak = |feature: &&Feature, of: fn(&FeaturePeak) -> Option<f32>| {
+        optional(feature.peak.as_ref().and_then(of), |value| format!("{value:.2}"))
+    };
+    let in_sequences = |feature: &&Feature| {
+        format!("{}, {}", feature.sequences_systematic_by_layers, feature.sequences_systematic_by_sites)
+    };
     let note = first("features", ROWS, strongest.len())
         + "L%, S%: share of layers and of positions with an outlier, over all sequences. In sequences: in how many it is systematic by \
            itself, by layers and by norm outputs. Quartiles of peaks: over the norm outputs where the feature has \
            outliers, of its largest value at each. Gain: of the norm where its value is largest; under RMSNorm a large value may be a large gain. \
            Where: layer, sequence:position and token id of its values among the 100 largest of their kind of norm output.";
-    Some(noted(table("features", "Features with outliers", columns, rows), note))
+    let table = Table::of(
+        ("features", "Features with outliers"),
+        top(&strongest),
+        &[
+            (numbers("feature"), &|feature| feature.dim.to_string()),
+            (words("systematic by"), &|feature| systematic(feature).to_owned()),
+            (numbers("L%"), &|feature| format!("{:.1}", 100.0 * feature.layer_fraction)),
+            (numbers("S%"), &|feature| format!("{:.1}", 100.0 * feature.position_fraction)),
+            (numbers("in sequences"), &in_sequences),
+            (words("signs"), &|feature| signs(feature.sided).to_owned()),
+            (numbers("min"), &|feature| format!("{:.2}", feature.min)),
+            (numbers("max"), &|feature| format!("{:.2}", feature.max)),
+            (numbers("quartiles of peaks"), &peaks),
+            (numbers("gain"), &|feature| at_peak(feature, |peak| peak.gain)),
+            (numbers("x / gain"), &|feature| at_peak(feature, |peak| peak.value_over_gain)),
+            (words("layers, attention's norm"), &|feature| ranges(&feature.layers_before_attention)),
+            (words("layers, MLP's norm"), &|feature| ranges(&feature.layers_before_mlp)),
+            (words("where its largest values stand"), &|feature| places(results, feature.dim)),
+        ],
+    );
+    Some(table.noted(note))
 }
 
 fn systematic(feature: &Feature) -> &'static str {
@@ -165,28 +157,27 @@ fn threshold_sweep(run: &Run) -> Option<Table> {
         return None;
     }
     let own = run.results.thresholds;
-    let columns = [
-        numbers("|x| >="),
-        numbers("anywhere"),
-        numbers("in enough layers"),
-        numbers("and systematic at the run's own"),
-    ];
-    let rows = sweep.iter().map(|point| {
-        let systematic = if point.magnitude < own.magnitude { None } else { Some(point.systematic) };
-        [
-            point.magnitude.to_string(),
-            point.anywhere.to_string(),
-            point.in_layers.to_string(),
-            optional(systematic, |n| n.to_string()),
-        ]
-    });
+    let systematic = |point: &SweepPoint| {
+        let known = (point.magnitude >= own.magnitude).then_some(point.systematic);
+        optional(known, |n| n.to_string())
+    };
     let note = format!(
         "Enough layers: >= {:.0} %. Positions are counted at the run's own threshold of {} alone: above it the last column is the most that can be \
          systematic, below it nothing is known.",
         100.0 * own.layer_fraction,
         own.magnitude
     );
-    Some(noted(table("ladder", "Threshold ladder: magnitude", columns, rows.collect()), note))
+    let table = Table::of(
+        ("ladder", "Threshold ladder: magnitude"),
+        &sweep,
+        &[
+            (numbers("|x| >="), &|point| point.magnitude.to_string()),
+            (numbers("anywhere"), &|point| point.anywhere.to_string()),
+            (numbers("in enough layers"), &|point| point.in_layers.to_string()),
+            (numbers("and systematic at the run's own"), &systematic),
+        ],
+    );
+    Some(table.noted(note))
 }
 
 fn share_table(results: &Results) -> Table {
@@ -211,28 +202,6 @@ fn share_table(results: &Results) -> Table {
 }
 
 fn massive(massive: &MassiveActivations) -> Table {
-    let columns = [
-        numbers("dimension"),
-        numbers("layers"),
-        numbers("first"),
-        numbers("last"),
-        numbers("values"),
-        numbers("at position 0"),
-        numbers("min"),
-        numbers("max"),
-    ];
-    let rows = massive.dims.iter().take(ROWS).map(|dim| {
-        [
-            dim.dim.to_string(),
-            dim.n_layers.to_string(),
-            dim.first_layer.to_string(),
-            dim.last_layer.to_string(),
-            dim.values.to_string(),
-            dim.values_at_position_0.to_string(),
-            format!("{:.1}", dim.min),
-            format!("{:.1}", dim.max),
-        ]
-    });
     let found = match (massive.onset_layer, massive.last_layer) {
         (Some(first), Some(last)) => format!(
             "At {} tokens ({} at position 0) of {} sequences, from layer {first} to layer {last}; by each token's own median: {} values. ",
@@ -241,33 +210,28 @@ fn massive(massive: &MassiveActivations) -> Table {
         _ => "None. ".to_owned(),
     };
     let note = format!("{found}{}Rule: {}", first("dimensions", ROWS, massive.n_dims), massive.rule);
-    noted(table("massive-table", "Massive activations", columns, rows.collect()), note)
+    Table::of(
+        ("massive-table", "Massive activations"),
+        top(&massive.dims),
+        &[
+            (numbers("dimension"), &|dim| dim.dim.to_string()),
+            (numbers("layers"), &|dim| dim.n_layers.to_string()),
+            (numbers("first"), &|dim| dim.first_layer.to_string()),
+            (numbers("last"), &|dim| dim.last_layer.to_string()),
+            (numbers("values"), &|dim| dim.values.to_string()),
+            (numbers("at position 0"), &|dim| dim.values_at_position_0.to_string()),
+            (numbers("min"), &|dim| format!("{:.1}", dim.min)),
+            (numbers("max"), &|dim| format!("{:.1}", dim.max)),
+        ],
+    )
+    .noted(note)
 }
 
 fn super_experts(model: &str, experts: &SuperExperts) -> Table {
-    let columns = [
-        words(""),
-        numbers("layer"),
-        numbers("expert"),
-        numbers("largest output"),
-        numbers("dimension"),
-        words("where"),
-        numbers("tokens sent"),
-    ];
-    let row = |what: &str, peak: &ExpertPeak| {
-        let at = peak.at;
-        [
-            what.to_owned(),
-            at.layer.to_string(),
-            optional(at.expert, |expert| expert.to_string()),
-            format!("{:.2}", at.value),
-            at.dim.to_string(),
-            format!("{}:{}, token {}", at.sequence, at.position, at.token_id),
-            peak.tokens.to_string(),
-        ]
-    };
-    let mut rows: Vec<_> = experts.candidates.iter().take(ROWS).map(|peak| row("candidate", peak)).collect();
-    rows.extend(experts.runner_up.iter().map(|peak| row("next, no candidate", peak)));
+    let candidates = top(&experts.candidates).iter().map(|peak| ("candidate", peak));
+    let rows: Vec<(&str, &ExpertPeak)> =
+        candidates.chain(experts.runner_up.iter().map(|peak| ("next, no candidate", peak))).collect();
+    let place = |peak: &ExpertPeak| format!("{}:{}, token {}", peak.at.sequence, peak.at.position, peak.at.token_id);
     let note = format!(
         "{}{}The largest always is a candidate: only its distance to the next says whether it is out of the ordinary. 99.5 % of {} experts in the first {} \
          layers have at most {:.2}. Rule: {}",
@@ -278,7 +242,20 @@ fn super_experts(model: &str, experts: &SuperExperts) -> Table {
         experts.percentile_99_5,
         experts.rule
     );
-    noted(table("super-experts", "Super experts", columns, rows), note)
+    Table::of(
+        ("super-experts", "Super experts"),
+        &rows,
+        &[
+            (words(""), &|(what, _)| (*what).to_owned()),
+            (numbers("layer"), &|(_, peak)| peak.at.layer.to_string()),
+            (numbers("expert"), &|(_, peak)| optional(peak.at.expert, |expert| expert.to_string())),
+            (numbers("largest output"), &|(_, peak)| format!("{:.2}", peak.at.value)),
+            (numbers("dimension"), &|(_, peak)| peak.at.dim.to_string()),
+            (words("where"), &|(_, peak)| place(peak)),
+            (numbers("tokens sent"), &|(_, peak)| peak.tokens.to_string()),
+        ],
+    )
+    .noted(note)
 }
 
 /// The model's published super experts, and whether they are among the candidates.
@@ -299,39 +276,27 @@ fn beside_published(model: &str, experts: &SuperExperts) -> String {
 }
 
 fn routers(routers: &[RouterSummary]) -> Table {
-    let columns = [
-        numbers("layer"),
-        numbers("experts"),
-        numbers("per token"),
-        numbers("never hit"),
-        numbers("busiest"),
-        numbers("its load / mean"),
-        numbers("entropy"),
-        numbers("gate mass"),
-        numbers("at position 0"),
-        numbers("favourite there"),
-        numbers("its share there"),
-        numbers("elsewhere"),
-    ];
-    let rows = routers.iter().map(|router| {
-        [
-            router.layer.to_string(),
-            router.experts.to_string(),
-            router.experts_per_token.to_string(),
-            router.never_hit.to_string(),
-            router.busiest.to_string(),
-            format!("{:.2}", router.max_over_mean),
-            format!("{:.3}", router.normalised_entropy),
-            format!("{:.3}", router.gate_mass_per_token),
-            format!("{:.3}", router.gate_mass_per_token_at_position_0),
-            router.favourite_at_position_0.to_string(),
-            format!("{:.3}", router.favourite_share_at_position_0),
-            format!("{:.3}", router.favourite_share_elsewhere),
-        ]
-    });
     let note = "Entropy of the experts' shares over its largest possible value: 1 is even. Gate mass: sum of a token's gate weights. The favourite \
                 at position 0 is the expert with the largest share of the gate mass of first tokens.";
-    noted(table("routers-table", "Router load", columns, rows.collect()), note)
+    Table::of(
+        ("routers-table", "Router load"),
+        routers,
+        &[
+            (numbers("layer"), &|router| router.layer.to_string()),
+            (numbers("experts"), &|router| router.experts.to_string()),
+            (numbers("per token"), &|router| router.experts_per_token.to_string()),
+            (numbers("never hit"), &|router| router.never_hit.to_string()),
+            (numbers("busiest"), &|router| router.busiest.to_string()),
+            (numbers("its load / mean"), &|router| format!("{:.2}", router.max_over_mean)),
+            (numbers("entropy"), &|router| format!("{:.3}", router.normalised_entropy)),
+            (numbers("gate mass"), &|router| format!("{:.3}", router.gate_mass_per_token)),
+            (numbers("at position 0"), &|router| format!("{:.3}", router.gate_mass_per_token_at_position_0)),
+            (numbers("favourite there"), &|router| router.favourite_at_position_0.to_string()),
+            (numbers("its share there"), &|router| format!("{:.3}", router.favourite_share_at_position_0)),
+            (numbers("elsewhere"), &|router| format!("{:.3}", router.favourite_share_elsewhere)),
+        ],
+    )
+    .noted(note)
 }
 
 /// The kinds of studied values that are no norm outputs, in words; empty if there are none.

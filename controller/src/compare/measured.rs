@@ -1,13 +1,13 @@
 //! Tables of what a run measured because it was asked to (`--measure`).
 
 use outliers_protocol::{
-    AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors, Record, ResidualSinks,
-    Results, SpikeLayer, SpikeLife,
+    AttentionSinkLayer, AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors, Record,
+    ResidualSinkLayer, ResidualSinks, Results, SpikeLayer, SpikeLife,
 };
 
 use super::bootstrap::{Estimate, interval, mean, middle, samples};
 use super::comparison::{Compared, Comparison};
-use super::table::{Column, NONE, Table, estimate, numbers, optional, words};
+use super::table::{NONE, Table, estimate, numbers, optional, words};
 use crate::ui::report::diagnostics::name;
 
 /// The tables of one model, the cost first; empty unless something was asked for.
@@ -23,59 +23,60 @@ pub fn tables(results: &Results) -> Vec<Table> {
 
 /// A line per model that measured something; `None` if none did.
 pub fn across(comparison: &Comparison) -> Option<Table> {
-    let row = |model: &Compared| {
-        let results = model.results()?;
-        let errors = results.quantization_error.as_ref();
-        let plain = |format| errors.and_then(|errors| errors.norm_outputs.iter().find(|pooled| is(pooled, format, 0)));
-        let best = errors.and_then(best);
-        let sinks = results.residual_sinks.as_ref();
-        let (life, attention) = (results.spike_life.as_ref(), results.attention_sinks.as_ref());
-        if errors.is_none() && sinks.is_none() && life.is_none() && attention.is_none() {
-            return None;
-        }
-        let percent = |of: Option<&PooledQuantization>| optional(of, |of| estimate(relative_error(of), 3));
-        Some(vec![
-            model.number.to_string(),
-            model.label.clone(),
-            percent(plain(NumberFormat::Int8PerToken)),
-            percent(plain(NumberFormat::Mxfp4)),
-            optional(best, |(best, rotations)| format!("{} at {rotations}", estimate(relative_error(best), 3))),
-            percent(plain(NumberFormat::Nvfp4)),
-            optional(sinks, |sinks| {
-                let dims = sinks.layers.iter().map(|layer| layer.n_dims).max().unwrap_or(0);
-                format!("{dims}, {}", estimate(most_of_squares(sinks), 1))
-            }),
-            optional(life, spike_layers),
-            optional(attention.and_then(first_key), |share| estimate(share, 1)),
-            optional(attention, |sinks| estimate(largest_hidden(sinks), 1)),
-        ])
+    let measured = |results: &&Results| {
+        results.quantization_error.is_some()
+            || results.residual_sinks.is_some()
+            || results.spike_life.is_some()
+            || results.attention_sinks.is_some()
     };
-    let rows: Vec<Vec<String>> = comparison.models.iter().filter_map(row).collect();
-    (!rows.is_empty()).then(|| Table {
-        name: "measured".to_owned(),
-        title: "What outliers cost, and sinks".to_owned(),
-        columns: vec![
-            numbers("#"),
-            words("model"),
-            numbers("INT8 % (95 %)"),
-            numbers("MXFP4 % (95 %)"),
-            numbers("MXFP4 rotated at best"),
-            numbers("NVFP4 % (95 %)"),
-            numbers("most sinks, most of x^2 in % (95 %)"),
-            words("spike in layers (95 %)"),
-            numbers("attention on the first key, % (95 %)"),
-            numbers("mean largest |hidden| (95 %)"),
+    let models = comparison.models.iter();
+    let rows: Vec<(&Compared, &Results)> =
+        models.filter_map(|model| Some((model, model.results().filter(measured)?))).collect();
+    let plain = |results: &Results, format: NumberFormat| {
+        let errors = results.quantization_error.as_ref();
+        let plain = errors.and_then(|errors| errors.norm_outputs.iter().find(|pooled| is(pooled, format, 0)));
+        optional(plain, |of| estimate(relative_error(of), 3))
+    };
+    let rotated = |results: &Results| {
+        let best = results.quantization_error.as_ref().and_then(best);
+        optional(best, |(best, rotations)| format!("{} at {rotations}", estimate(relative_error(best), 3)))
+    };
+    let sinks = |results: &Results| {
+        optional(results.residual_sinks.as_ref(), |sinks| {
+            let dims = sinks.layers.iter().map(|layer| layer.n_dims).max().unwrap_or(0);
+            format!("{dims}, {}", estimate(most_of_squares(sinks), 1))
+        })
+    };
+    let attention = |results: &Results, of: fn(&AttentionSinks) -> Option<Estimate>| {
+        optional(results.attention_sinks.as_ref().and_then(of), |found| estimate(found, 1))
+    };
+    let table = Table::of(
+        ("measured", "What outliers cost, and sinks"),
+        &rows,
+        &[
+            (numbers("#"), &|(model, _)| model.number.to_string()),
+            (words("model"), &|(model, _)| model.label.clone()),
+            (numbers("INT8 % (95 %)"), &|(_, results)| plain(results, NumberFormat::Int8PerToken)),
+            (numbers("MXFP4 % (95 %)"), &|(_, results)| plain(results, NumberFormat::Mxfp4)),
+            (numbers("MXFP4 rotated at best"), &|(_, results)| rotated(results)),
+            (numbers("NVFP4 % (95 %)"), &|(_, results)| plain(results, NumberFormat::Nvfp4)),
+            (numbers("most sinks, most of x^2 in % (95 %)"), &|(_, results)| sinks(results)),
+            (words("spike in layers (95 %)"), &|(_, results)| optional(results.spike_life.as_ref(), spike_layers)),
+            (numbers("attention on the first key, % (95 %)"), &|(_, results)| attention(results, first_key)),
+            (numbers("mean largest |hidden| (95 %)"), &|(_, results)| {
+                attention(results, |sinks| Some(largest_hidden(sinks)))
+            }),
         ],
-        rows,
-        notes: vec![
-            "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard \
-             matrices of so many dimensions, with those that sampling alone may set apart from the best"
-                .to_owned(),
-            "Intervals: bootstrap over sequences; that of x^2 is of the sinks as they were found, and a spike has one of where it begins and \
-             one of where it ends. Attention and hidden states are measured apart: neither says how large the other is"
-                .to_owned(),
-        ],
-    })
+    )
+    .noted(
+        "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard \
+         matrices of so many dimensions, with those that sampling alone may set apart from the best",
+    )
+    .noted(
+        "Intervals: bootstrap over sequences; that of x^2 is of the sinks as they were found, and a spike has one of where it begins and \
+         one of where it ends. Attention and hidden states are measured apart: neither says how large the other is",
+    );
+    (!rows.is_empty()).then_some(table)
 }
 
 /// What rounding to 4 bits costs the models that measured it, in a sentence.
@@ -185,129 +186,121 @@ fn layers(onset: Option<usize>, fall: Option<usize>) -> String {
     }
 }
 
-fn table(word: &str, title: &str, columns: Vec<Column>, rows: Vec<Vec<String>>, note: String) -> Table {
-    Table { name: word.to_owned(), title: title.to_owned(), columns, rows, notes: vec![note] }
-}
-
 fn quantization(errors: &QuantizationErrors) -> Table {
-    let columns = vec![
-        words("format"),
-        words("rotated by"),
-        numbers("error, % (95 %)"),
-        numbers("in outlier blocks"),
-        numbers("outlier blocks"),
-        words("worst norm output"),
-        numbers("error there, %"),
-    ];
-    let row = |pooled: &PooledQuantization| {
+    let worst = |pooled: &PooledQuantization| {
         let all = &pooled.all;
         let at_sites = errors.sites.iter().filter(|site| site.point.is_norm_output()).filter_map(|site| {
             let same = |error: &&QuantizationError| (error.format, error.rotation) == (all.format, all.rotation);
             site.errors.iter().find(same).map(|error| (site, error.error))
         });
-        let worst = at_sites.max_by(|a, b| a.1.total_cmp(&b.1));
-        vec![
-            all.format.label().to_owned(),
-            if all.rotation == 0 { NONE.to_owned() } else { format!("Hadamard {}", all.rotation) },
-            estimate(relative_error(pooled), 4),
-            format!("{:.1} %", 100.0 * all.share_in_outlier_blocks),
-            format!("{:.1} %", 100.0 * all.outlier_blocks),
-            optional(worst, |(site, _)| format!("layer {}, {}", site.layer, name(site.point))),
-            optional(worst, |(_, error)| format!("{:.4}", 100.0 * error)),
-        ]
+        at_sites.max_by(|a, b| a.1.total_cmp(&b.1))
     };
-    let rows = errors.norm_outputs.iter().map(row).collect();
-    let note = format!("Norm outputs together. Rule: {}. results.json has every studied site.", errors.rule);
-    table("quantization-error", "What outliers cost in 8 and 4 bits", columns, rows, note)
+    let place = |pooled: &PooledQuantization| {
+        optional(worst(pooled), |(site, _)| format!("layer {}, {}", site.layer, name(site.point)))
+    };
+    let rotation = |pooled: &PooledQuantization| match pooled.all.rotation {
+        0 => NONE.to_owned(),
+        dims => format!("Hadamard {dims}"),
+    };
+    Table::of(
+        ("quantization-error", "What outliers cost in 8 and 4 bits"),
+        &errors.norm_outputs,
+        &[
+            (words("format"), &|pooled| pooled.all.format.label().to_owned()),
+            (words("rotated by"), &rotation),
+            (numbers("error, % (95 %)"), &|pooled| estimate(relative_error(pooled), 4)),
+            (numbers("in outlier blocks"), &|pooled| percent(pooled.all.share_in_outlier_blocks)),
+            (numbers("outlier blocks"), &|pooled| percent(pooled.all.outlier_blocks)),
+            (words("worst norm output"), &place),
+            (numbers("error there, %"), &|pooled| {
+                optional(worst(pooled), |(_, error)| format!("{:.4}", 100.0 * error))
+            }),
+        ],
+    )
+    .noted(format!("Norm outputs together. Rule: {}. results.json has every studied site.", errors.rule))
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }
 
 fn residual_sinks(sinks: &ResidualSinks) -> Table {
-    let columns = vec![
-        numbers("layer"),
-        numbers("sinks"),
-        numbers("share of x^2"),
-        numbers("others are rescaled by"),
-        words("dimensions: share of tokens, of x^2, gain of the next norm"),
-    ];
-    let rows = sinks.layers.iter().map(|layer| {
+    let dims = |layer: &ResidualSinkLayer| {
         let dims = layer.dims.iter().take(5).map(|sink| {
             let gain = optional(sink.gain, |gain| format!("{gain:.2}"));
             let [tokens, squares] = [sink.share_of_tokens, sink.share_of_squares].map(|share| 100.0 * share);
             format!("{}: {tokens:.0} %, {squares:.1} %, {gain}", sink.dim)
         });
-        let dims = dims.collect::<Vec<_>>().join("; ");
-        let share = format!("{:.1} %", 100.0 * layer.share_of_squares);
-        let rescaled = format!("{:.3}", (1.0 - layer.share_of_squares).max(0.0).sqrt());
-        vec![layer.layer.to_string(), layer.n_dims.to_string(), share, rescaled, dims]
-    });
-    let note = format!(
+        dims.collect::<Vec<_>>().join("; ")
+    };
+    Table::of(
+        ("residual-sinks", "Residual sinks"),
+        &sinks.layers,
+        &[
+            (numbers("layer"), &|layer| layer.layer.to_string()),
+            (numbers("sinks"), &|layer| layer.n_dims.to_string()),
+            (numbers("share of x^2"), &|layer| percent(layer.share_of_squares)),
+            (numbers("others are rescaled by"), &|layer| {
+                format!("{:.3}", (1.0 - layer.share_of_squares).max(0.0).sqrt())
+            }),
+            (words("dimensions: share of tokens, of x^2, gain of the next norm"), &dims),
+        ],
+    )
+    .noted(format!(
         "Dimensions of the residual stream that are large at most tokens. Rule: {}. The norm that follows rescales all others by \
          sqrt(1 - share). Largest share, in percent (95 %): {}. At most five dimensions are shown.",
         sinks.rule,
         estimate(most_of_squares(sinks), 1)
-    );
-    table("residual-sinks", "Residual sinks", columns, rows.collect(), note)
+    ))
 }
 
 fn spike_life(life: &SpikeLife) -> Table {
-    let columns = vec![
-        numbers("layer"),
-        numbers("first token"),
-        numbers("others"),
-        numbers("attention adds"),
-        numbers("MLP adds"),
-        numbers("dimension"),
-        numbers("agreement"),
-        numbers("cosine with the layer before"),
-    ];
     let value = |record: Option<Record>| optional(record, |record| format!("{:.1}", record.value));
-    let rows = life.layers.iter().map(|layer| {
-        vec![
-            layer.layer.to_string(),
-            format!("{:.1}", layer.first),
-            optional(layer.others, |others| format!("{others:.1}")),
-            value(layer.attention_out),
-            value(layer.mlp_out),
-            optional(layer.residual, |record| record.dim.to_string()),
-            format!("{:.3}", layer.agreement),
-            optional(layer.cosine_with_previous, |cosine| format!("{cosine:.3}")),
-        ]
-    });
-    let note = format!(
+    Table::of(
+        ("spike-life", "The first token's spike"),
+        &life.layers,
+        &[
+            (numbers("layer"), &|layer| layer.layer.to_string()),
+            (numbers("first token"), &|layer| format!("{:.1}", layer.first)),
+            (numbers("others"), &|layer| optional(layer.others, |others| format!("{others:.1}"))),
+            (numbers("attention adds"), &|layer| value(layer.attention_out)),
+            (numbers("MLP adds"), &|layer| value(layer.mlp_out)),
+            (numbers("dimension"), &|layer| optional(layer.residual, |record| record.dim.to_string())),
+            (numbers("agreement"), &|layer| format!("{:.3}", layer.agreement)),
+            (numbers("cosine with the layer before"), &|layer| {
+                optional(layer.cosine_with_previous, |cosine| format!("{cosine:.3}"))
+            }),
+        ],
+    )
+    .noted(format!(
         "First tokens of the sequences: the largest |x| of a token's residual stream, mean over tokens; the largest value that is added to \
          a first token, signed; the dimension of the largest value. Spike in layers: {}. Rule: {}.",
         spike_layers(life),
         life.rule
-    );
-    table("spike-life", "The first token's spike", columns, rows.collect(), note)
+    ))
 }
 
 fn attention_sinks(sinks: &AttentionSinks) -> Table {
-    let columns = vec![
-        numbers("layer"),
-        numbers("on the first key"),
-        numbers("least of a head"),
-        numbers("most of a head"),
-        numbers("mean largest |hidden|"),
-    ];
-    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
-    let rows = sinks.layers.iter().map(|layer| {
-        let extreme = |better: fn(f64, f64) -> f64| layer.heads.iter().copied().reduce(better);
-        vec![
-            layer.layer.to_string(),
-            optional(layer.first_key, percent),
-            optional(extreme(f64::min), percent),
-            optional(extreme(f64::max), percent),
-            format!("{:.1}", layer.largest_hidden),
-        ]
-    });
-    let note = format!(
+    let extreme = |layer: &AttentionSinkLayer, better: fn(f64, f64) -> f64| {
+        optional(layer.heads.iter().copied().reduce(better), percent)
+    };
+    Table::of(
+        ("attention-sinks", "Attention sinks"),
+        &sinks.layers,
+        &[
+            (numbers("layer"), &|layer| layer.layer.to_string()),
+            (numbers("on the first key"), &|layer| optional(layer.first_key, percent)),
+            (numbers("least of a head"), &|layer| extreme(layer, f64::min)),
+            (numbers("most of a head"), &|layer| extreme(layer, f64::max)),
+            (numbers("mean largest |hidden|"), &|layer| format!("{:.1}", layer.largest_hidden)),
+        ],
+    )
+    .noted(format!(
         "Rule: {}. Means over layers (95 %): {} % on the first key, largest |hidden| {}. One may be there without the other.",
         sinks.rule,
         optional(first_key(sinks), |share| estimate(share, 1)),
         estimate(largest_hidden(sinks), 1)
-    );
-    table("attention-sinks", "Attention sinks", columns, rows.collect(), note)
+    ))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use outliers_protocol::Reading;
 use super::Comparison;
 use super::bootstrap::Estimate;
 use super::comparison::{Compared, Figure, ResultKind};
+use super::difference::Difference;
 use super::measured;
 use super::plots::letter;
 use super::published::{PublishedRow, PublishedTable};
@@ -33,6 +34,30 @@ pub struct Column {
     pub numeric: bool,
 }
 
+/// A column with what a row has in it.
+pub(super) type Cells<'a, Row> = (Column, &'a dyn Fn(&Row) -> String);
+
+impl Table {
+    /// One of these columns, with its word and its heading.
+    pub(super) fn of<Row>((name, title): (&str, &str), rows: &[Row], columns: &[Cells<'_, Row>]) -> Self {
+        let row = |row: &Row| columns.iter().map(|(_, cell)| cell(row)).collect();
+        Self {
+            name: name.to_owned(),
+            title: title.to_owned(),
+            columns: columns.iter().map(|(column, _)| *column).collect(),
+            rows: rows.iter().map(row).collect(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// With one more thing to know about it.
+    #[must_use]
+    pub(super) fn noted(mut self, note: impl Into<String>) -> Self {
+        self.notes.push(note.into());
+        self
+    }
+}
+
 /// A column of words.
 pub(super) const fn words(name: &'static str) -> Column {
     Column { name, numeric: false }
@@ -58,38 +83,31 @@ pub fn tables(comparison: &Comparison) -> Vec<Table> {
 }
 
 fn models(comparison: &Comparison) -> Table {
-    let row = |model: &Compared| {
-        vec![
-            model.number.to_string(),
-            model.label.clone(),
-            optional(model.parameters, |n| short(n as f64)),
-            optional(model.active_parameters, |n| short(n as f64)),
-            optional(model.active_share(), |share| format!("{:.1} %", 100.0 * (1.0 - share))),
-            optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {of}")),
-            optional(model.provenance.as_ref(), |metadata| metadata.compute_dtype.clone()),
-            optional(model.perplexity, |perplexity| estimate(perplexity, 2)),
-            standing(model),
-        ]
-    };
-    Table {
-        name: "models".to_owned(),
-        title: "Models".to_owned(),
-        columns: vec![
-            numbers("#"),
-            words("model"),
-            numbers("parameters"),
-            numbers("active"),
-            numbers("sparsity"),
-            numbers("tokens"),
-            words("computed in"),
-            numbers("perplexity (95 %)"),
-            words("result"),
+    Table::of(
+        ("models", "Models"),
+        &comparison.models,
+        &[
+            (numbers("#"), &|model| model.number.to_string()),
+            (words("model"), &|model| model.label.clone()),
+            (numbers("parameters"), &|model| optional(model.parameters, |n| short(n as f64))),
+            (numbers("active"), &|model| optional(model.active_parameters, |n| short(n as f64))),
+            (numbers("sparsity"), &|model| {
+                optional(model.active_share(), |share| format!("{:.1} %", 100.0 * (1.0 - share)))
+            }),
+            (numbers("tokens"), &|model| {
+                optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {of}"))
+            }),
+            (words("computed in"), &|model| {
+                optional(model.provenance.as_ref(), |metadata| metadata.compute_dtype.clone())
+            }),
+            (numbers("perplexity (95 %)"), &|model| optional(model.perplexity, |perplexity| estimate(perplexity, 2))),
+            (words("result"), &standing),
         ],
-        rows: comparison.models.iter().map(row).collect(),
-        notes: vec![
-            "parameters: of the catalogue, else of the tensors used as the run counted them; active: per token, embedding included; sparsity: the share that is not active".to_owned(),
-        ],
-    }
+    )
+    .noted(
+        "parameters: of the catalogue, else of the tensors used as the run counted them; active: per token, embedding \
+         included; sparsity: the share that is not active",
+    )
 }
 
 /// What the catalogue says may make or unmake outliers; `None` where it knows no model.
@@ -122,37 +140,24 @@ fn standing(model: &Compared) -> String {
 }
 
 fn counts(comparison: &Comparison) -> Table {
-    let row = |figure: &Figure| {
-        let percent = |value: Option<Estimate>| optional(value, |value| estimate(value, 1));
-        vec![
-            figure.number.to_string(),
-            figure.model.clone(),
-            figure.source.name().to_owned(),
-            figure.counted_as.clone(),
-            count(figure),
-            percent(figure.layers),
-            percent(figure.positions),
-        ]
-    };
-    Table {
-        name: "counts".to_owned(),
-        title: "Systematic outlier features, counted in every way".to_owned(),
-        columns: vec![
-            numbers("#"),
-            words("model"),
-            words("whose figure"),
-            words("counted as"),
-            numbers("count (95 %)"),
-            numbers("mean L% (95 %)"),
-            numbers("mean S% (95 %)"),
+    let percent = |value: Option<Estimate>| optional(value, |value| estimate(value, 1));
+    Table::of(
+        ("counts", "Systematic outlier features, counted in every way"),
+        &comparison.figures,
+        &[
+            (numbers("#"), &|figure| figure.number.to_string()),
+            (words("model"), &|figure| figure.model.clone()),
+            (words("whose figure"), &|figure| figure.source.name().to_owned()),
+            (words("counted as"), &|figure| figure.counted_as.clone()),
+            (numbers("count (95 %)"), &count),
+            (numbers("mean L% (95 %)"), &|figure| percent(figure.layers)),
+            (numbers("mean S% (95 %)"), &|figure| percent(figure.positions)),
         ],
-        rows: comparison.figures.iter().map(row).collect(),
-        notes: vec![
-            "L%: share of layers (or norm outputs) in which a counted feature has outliers; S%: share of sequence positions. Rows of one model are \
-             only comparable where they are counted as the same"
-                .to_owned(),
-        ],
-    }
+    )
+    .noted(
+        "L%: share of layers (or norm outputs) in which a counted feature has outliers; S%: share of sequence positions. Rows of one model are \
+         only comparable where they are counted as the same",
+    )
 }
 
 /// A count as it is: whole, unless it is a mean.
@@ -161,18 +166,19 @@ pub(super) fn count(figure: &Figure) -> String {
 }
 
 fn differences(comparison: &Comparison) -> Table {
-    let rows = comparison.differences.iter().map(|difference| {
+    let models = |difference: &Difference| {
         let numbers: Vec<String> = difference.models.iter().map(usize::to_string).collect();
-        let models = if numbers.is_empty() { "all".to_owned() } else { numbers.join(", ") };
-        vec![difference.about.to_owned(), difference.says.clone(), models]
-    });
-    Table {
-        name: "differences".to_owned(),
-        title: "What differs by definition or provenance alone".to_owned(),
-        columns: vec![words("about"), words("what holds"), words("models")],
-        rows: rows.collect(),
-        notes: Vec::new(),
-    }
+        if numbers.is_empty() { "all".to_owned() } else { numbers.join(", ") }
+    };
+    Table::of(
+        ("differences", "What differs by definition or provenance alone"),
+        &comparison.differences,
+        &[
+            (words("about"), &|difference| difference.about.to_owned()),
+            (words("what holds"), &|difference| difference.says.clone()),
+            (words("models"), &models),
+        ],
+    )
 }
 
 /// A column of a published table: whether that table has it, and its cells.
