@@ -6,33 +6,25 @@ use std::sync::LazyLock;
 use outliers_protocol::{Axis, Reading};
 use serde::{Deserialize, Serialize};
 
-static PUBLISHED: LazyLock<Vec<PublishedTable>> = LazyLock::new(|| {
-    #[derive(Deserialize)]
-    struct File {
-        table: Vec<PublishedTable>,
-    }
-    let file: File = toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it");
-    file.table
-});
+/// `config/published.toml`.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Published {
+    table: Vec<PublishedTable>,
+    super_experts: Vec<SuperExpertsOf>,
+}
 
-static SUPER_EXPERTS: LazyLock<Vec<SuperExpertsOf>> = LazyLock::new(|| {
-    #[derive(Deserialize)]
-    #[serde(rename_all = "kebab-case")]
-    struct File {
-        super_experts: Vec<SuperExpertsOf>,
-    }
-    let file: File = toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it");
-    file.super_experts
-});
+/// `config/models.toml`.
+#[derive(Deserialize)]
+struct Catalogue {
+    model: Vec<Known>,
+}
 
-static CATALOGUE: LazyLock<Vec<Known>> = LazyLock::new(|| {
-    #[derive(Deserialize)]
-    struct File {
-        model: Vec<Known>,
-    }
-    let file: File = toml::from_str(include_str!("../../../config/models.toml")).expect("a test reads it");
-    file.model
-});
+static PUBLISHED: LazyLock<Published> =
+    LazyLock::new(|| toml::from_str(include_str!("../../../config/published.toml")).expect("a test reads it"));
+
+static CATALOGUE: LazyLock<Catalogue> =
+    LazyLock::new(|| toml::from_str(include_str!("../../../config/models.toml")).expect("a test reads it"));
 
 /// A published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -148,7 +140,7 @@ impl Known {
 
 /// All published tables.
 pub fn tables() -> &'static [PublishedTable] {
-    &PUBLISHED
+    &PUBLISHED.table
 }
 
 /// What the tables say of a model, each row with its table.
@@ -159,12 +151,12 @@ pub fn of_model(id: &str) -> impl Iterator<Item = (&'static PublishedTable, &'st
 
 /// The published super experts of a model.
 pub fn super_experts_of(id: &str) -> Option<&'static SuperExpertsOf> {
-    SUPER_EXPERTS.iter().find(|model| model.id.eq_ignore_ascii_case(id))
+    PUBLISHED.super_experts.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }
 
 /// What the catalogue says of a model.
 pub fn known(id: &str) -> Option<&'static Known> {
-    CATALOGUE.iter().find(|model| model.id.eq_ignore_ascii_case(id))
+    CATALOGUE.model.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }
 
 #[cfg(test)]
@@ -186,7 +178,7 @@ mod tests {
 
     #[test]
     fn published_super_experts_are_of_catalogue_models() {
-        for SuperExpertsOf { id, experts, source } in &*SUPER_EXPERTS {
+        for SuperExpertsOf { id, experts, source } in &PUBLISHED.super_experts {
             assert!(known(id).is_some() && !experts.is_empty() && !source.is_empty(), "{id}");
         }
         assert_eq!(super_experts_of("deepseek-ai/deepseek-v2-lite").unwrap().experts, [[2, 54], [3, 38]]);
