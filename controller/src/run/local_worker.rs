@@ -5,9 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
 use outliers_protocol::{
-    Ablation, BosPolicy, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing,
-    Precision, Progress, SCHEMA, VersionInfo, Weights, files,
+    Ablation, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Progress, SCHEMA,
+    VersionInfo, Weights, files,
 };
 use rustix::process::Signal;
 use serde::de::DeserializeOwned;
@@ -355,13 +357,8 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     option("stream-budget", job.stream_budget_bytes.map(|bytes| ByteSize(bytes).to_string()));
     option("num-sequences", job.corpus.num_sequences.map(|n| n.to_string()));
     option("sequence-length", job.corpus.sequence_length.map(|n| n.to_string()));
-    let precision = match job.precision {
-        Precision::Auto => "auto",
-        Precision::F32 => "f32",
-        Precision::Bf16 => "bf16",
-        Precision::F16 => "f16",
-    };
-    option("precision", Some(precision.to_owned()));
+    let word = |value: Option<PossibleValue>| value.map(|value| value.get_name().to_owned());
+    option("precision", word(job.precision.to_possible_value()));
     let features = |ablation: &Ablation| ablation.features.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     option("ablate", job.ablation.as_ref().map(features));
     let measured: Vec<&str> = job.measure.iter().map(|measurement| measurement.name()).collect();
@@ -380,12 +377,7 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
         option("text-field", Some(job.corpus.text_field.clone()));
         option("skip-documents", Some(job.corpus.skip_documents.to_string()));
         option("shuffle", job.corpus.shuffle_seed.map(|seed| seed.to_string()));
-        let bos = match job.corpus.bos {
-            BosPolicy::Auto => "auto",
-            BosPolicy::Always => "always",
-            BosPolicy::Never => "never",
-        };
-        option("bos", Some(bos.to_owned()));
+        option("bos", word(job.corpus.bos.to_possible_value()));
     }
     option(
         "devices",
