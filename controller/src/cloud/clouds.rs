@@ -54,9 +54,7 @@ impl Cloud {
             Err(BrokerError { broker: self.name(), kind: BrokerErrorKind::Maybe, message })
         })
     }
-}
 
-impl Cloud {
     /// The list, in which these instances surely are if they are there: an entry without a
     /// readable id may be any of them, so that the cloud's word on each decides.
     ///
