@@ -90,41 +90,29 @@ fn done(status: &Status) -> Vec<String> {
 }
 
 fn running(status: &Status) -> Vec<String> {
-    let row = |run: &UnderWay| {
-        let who = match (run.held, run.looked_after) {
-            (true, _) => "kept on request",
-            (false, true) => "a process drives it",
-            (false, false) if run.detached => "detached: its guard waits",
-            (false, false) => "NOBODY",
-        };
-        vec![
-            run.model.clone(),
-            or_dash(run.survey.clone()),
-            run.run.clone(),
-            run.state.clone(),
-            or_dash(run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}"))),
-            or_dash(run.price.map(|price| price.to_string())),
-            run.cost.to_string(),
-            run.at_most.to_string(),
-            or_dash(run.expected.map(rfc3339)),
-            or_dash(run.deadline.map(rfc3339)),
-            who.to_owned(),
-        ]
+    let who = |run: &UnderWay| match (run.held, run.looked_after) {
+        (true, _) => "kept on request",
+        (false, true) => "a process drives it",
+        (false, false) if run.detached => "detached: its guard waits",
+        (false, false) => "NOBODY",
     };
-    let header = [
-        "model",
-        "survey",
-        "run",
-        "state",
-        "instance",
-        "price",
-        "cost",
-        "at most",
-        "done by estimate",
-        "deadline",
-        "who drives",
+    let columns: [(&str, &dyn Fn(&UnderWay) -> String); 11] = [
+        ("model", &|run| run.model.clone()),
+        ("survey", &|run| or_dash(run.survey.clone())),
+        ("run", &|run| run.run.clone()),
+        ("state", &|run| run.state.clone()),
+        ("instance", &|run| {
+            or_dash(run.instance.as_ref().zip(run.broker.as_ref()).map(|(id, broker)| format!("{id} on {broker}")))
+        }),
+        ("price", &|run| or_dash(run.price.map(|price| price.to_string()))),
+        ("cost", &|run| run.cost.to_string()),
+        ("at most", &|run| run.at_most.to_string()),
+        ("done by estimate", &|run| or_dash(run.expected.map(rfc3339))),
+        ("deadline", &|run| or_dash(run.deadline.map(rfc3339))),
+        ("who drives", &|run| who(run).to_owned()),
     ];
-    table(&header, status.under_way.iter().map(row).collect())
+    let row = |run: &UnderWay| columns.iter().map(|(_, cell)| cell(run)).collect();
+    table(&columns.map(|(name, _)| name), status.under_way.iter().map(row).collect())
 }
 
 fn unreadable(status: &Status) -> Vec<String> {
