@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{
     AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec,
-    MoeSpec, NormOrder, NormSpec, Role, RouterSpec, SharedSpec, Window,
+    MoeSpec, NormOrder, NormSpec, Role, RouterSpec, Window,
 };
 use crate::model::rope::RopeSpec;
 
@@ -364,24 +364,24 @@ fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
     config.expect("topk_method", &["noaux_tc".into()])?;
     config.expect("moe_layer_freq", &[1.into()])?;
     let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
-    let intermediate = config.count("moe_intermediate_size")?;
-    let shared = config.count("n_shared_experts")?;
-    let shared = (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false });
-    let moe = MoeSpec {
-        experts: config.count("n_routed_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(intermediate),
-        router: RouterSpec::SigmoidGroups {
-            groups: config.count("n_group")?,
-            top_groups: config.count("topk_group")?,
-            normalise: config.flag("norm_topk_prob")?,
-            scale: config.number("routed_scaling_factor")?,
-        },
-        shared,
-        beside: None,
-        latent: None,
-    };
+    let moe = MoeSpec::plain(
+        config.count("n_routed_experts")?,
+        config.count("num_experts_per_tok")?,
+        MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        sigmoid_groups(config, config.flag("norm_topk_prob")?)?,
+    )
+    .sharing(config.count("n_shared_experts")?);
     Ok(if sparse { FfnSpec::Moe(moe) } else { FfnSpec::Dense(dense) })
+}
+
+/// Sigmoid routing by the same keys.
+fn sigmoid_groups(config: &Config<'_>, normalise: bool) -> Result<RouterSpec> {
+    Ok(RouterSpec::SigmoidGroups {
+        groups: config.count("n_group")?,
+        top_groups: config.count("topk_group")?,
+        normalise,
+        scale: config.number("routed_scaling_factor")?,
+    })
 }
 
 /// A pre-norm layer.

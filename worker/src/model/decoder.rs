@@ -483,6 +483,13 @@ impl MoeSpec {
     pub fn plain(experts: usize, top_k: usize, expert: MlpSpec, router: RouterSpec) -> Self {
         Self { experts, top_k, expert, router, shared: None, beside: None, latent: None }
     }
+
+    /// With a shared expert as wide as so many of the routed ones; of 0, with none.
+    pub fn sharing(mut self, experts: usize) -> Self {
+        let mlp = MlpSpec { intermediate: experts * self.expert.intermediate, ..self.expert };
+        self.shared = (experts > 0).then_some(SharedSpec { mlp, gate: false });
+        self
+    }
 }
 
 /// The shared expert.

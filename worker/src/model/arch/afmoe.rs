@@ -9,7 +9,7 @@ use super::{
 use crate::error::Result;
 use crate::model::decoder::{
     AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec,
-    NormOrder, NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec, Window,
+    NormOrder, NormSpec, OutputGate, QkNorm, Role, RouterSpec, Window,
 };
 
 pub(super) const FAMILY: Family = Family {
@@ -90,20 +90,12 @@ fn kind(is_full: bool) -> &'static str {
 }
 
 fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
-    let intermediate = config.count("moe_intermediate_size")?;
-    let shared = config.count("num_shared_experts")?;
-    Ok(MoeSpec {
-        experts: config.count("num_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(intermediate),
-        router: RouterSpec::SigmoidGroups {
-            groups: 1,
-            top_groups: 1,
-            normalise: true,
-            scale: config.number("route_scale")?,
-        },
-        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
-        beside: None,
-        latent: None,
-    })
+    let scale = config.number("route_scale")?;
+    let moe = MoeSpec::plain(
+        config.count("num_experts")?,
+        config.count("num_experts_per_tok")?,
+        MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        RouterSpec::SigmoidGroups { groups: 1, top_groups: 1, normalise: true, scale },
+    );
+    Ok(moe.sharing(config.count("num_shared_experts")?))
 }

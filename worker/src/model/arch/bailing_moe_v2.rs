@@ -4,12 +4,10 @@
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS,
-    attention_without_positions, decoder_like_llama, pre_norm, sparse_after_first, unsupported,
+    attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups, sparse_after_first, unsupported,
 };
 use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec, SharedSpec,
-};
+use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, Role};
 
 pub(super) const FAMILY: Family = Family {
     unused: &[
@@ -71,19 +69,11 @@ fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
     if config.has(OF_SHARED) && config.count(OF_SHARED)? != intermediate {
         return Err(unsupported(format!("{OF_SHARED} beside moe_intermediate_size {intermediate}")));
     }
-    let shared = config.count("num_shared_experts")?;
-    Ok(MoeSpec {
-        experts: config.count("num_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(intermediate),
-        router: RouterSpec::SigmoidGroups {
-            groups: config.count("n_group")?,
-            top_groups: config.count("topk_group")?,
-            normalise: true,
-            scale: config.number("routed_scaling_factor")?,
-        },
-        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
-        beside: None,
-        latent: None,
-    })
+    let moe = MoeSpec::plain(
+        config.count("num_experts")?,
+        config.count("num_experts_per_tok")?,
+        MlpSpec::swiglu(intermediate),
+        sigmoid_groups(config, true)?,
+    );
+    Ok(moe.sharing(config.count("num_shared_experts")?))
 }

@@ -5,7 +5,7 @@ use super::{
     Config, Family, Names, ROTARY_BUFFERS, decoder_like_llama, deepseek_v3, pre_norm, sparse_after_first, unsupported,
 };
 use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec, SharedSpec};
+use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec};
 use crate::model::rope::Pairing;
 
 pub(super) const FAMILY: Family = Family {
@@ -26,17 +26,13 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect("moe_layer_freq", &[1.into()])?;
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let mixer = MixerSpec::Latent(deepseek_v3::latent(config, Pairing::Interleaved)?);
-    let intermediate = config.count("moe_intermediate_size")?;
-    let shared = config.count("n_shared_experts")?;
-    let moe = MoeSpec {
-        experts: config.count("n_routed_experts")?,
-        top_k: config.count("num_experts_per_tok")?,
-        expert: MlpSpec::swiglu(intermediate),
-        router: router(config)?,
-        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
-        beside: None,
-        latent: None,
-    };
+    let moe = MoeSpec::plain(
+        config.count("n_routed_experts")?,
+        config.count("num_experts_per_tok")?,
+        MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        router(config)?,
+    )
+    .sharing(config.count("n_shared_experts")?);
     let dense = MlpSpec::swiglu(config.count("intermediate_size")?);
     let layer = |sparse| {
         let ffn = if sparse { FfnSpec::Moe(moe.clone()) } else { FfnSpec::Dense(dense) };

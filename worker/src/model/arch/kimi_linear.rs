@@ -11,7 +11,6 @@ use super::{
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{
     DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec,
-    SharedSpec,
 };
 
 pub(super) const FAMILY: Family = Family {
@@ -143,20 +142,17 @@ fn sparse(config: &Config<'_>) -> Result<Vec<bool>> {
 }
 
 fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
-    let intermediate = config.count("moe_intermediate_size")?;
-    let shared = config.count("num_shared_experts")?;
-    Ok(MoeSpec {
-        experts: config.count("num_experts")?,
-        top_k: config.count("num_experts_per_token")?,
-        expert: MlpSpec::swiglu(intermediate),
-        router: RouterSpec::SigmoidGroups {
-            groups: config.count("num_expert_group")?,
-            top_groups: config.count("topk_group")?,
-            normalise: config.flag("moe_renormalize")?,
-            scale: config.number("routed_scaling_factor")?,
-        },
-        shared: (shared > 0).then(|| SharedSpec { mlp: MlpSpec::swiglu(shared * intermediate), gate: false }),
-        beside: None,
-        latent: None,
-    })
+    let router = RouterSpec::SigmoidGroups {
+        groups: config.count("num_expert_group")?,
+        top_groups: config.count("topk_group")?,
+        normalise: config.flag("moe_renormalize")?,
+        scale: config.number("routed_scaling_factor")?,
+    };
+    let moe = MoeSpec::plain(
+        config.count("num_experts")?,
+        config.count("num_experts_per_token")?,
+        MlpSpec::swiglu(config.count("moe_intermediate_size")?),
+        router,
+    );
+    Ok(moe.sharing(config.count("num_shared_experts")?))
 }

@@ -5,11 +5,12 @@ use serde_json::Value;
 
 use super::config::ill_typed;
 use super::{
-    Config, Family, Ignored, Names, Pattern, attention_without_positions, decoder_like_llama, pre_norm, unsupported,
+    Config, Family, Ignored, Names, Pattern, attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups,
+    unsupported,
 };
 use crate::error::Result;
 use crate::model::decoder::{
-    DecoderSpec, FfnSpec, MambaSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec, SharedSpec,
+    DecoderSpec, FfnSpec, MambaSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, SharedSpec,
 };
 
 pub(super) const FAMILY: Family = Family {
@@ -158,12 +159,7 @@ fn mixture(config: &Config<'_>) -> Result<MoeSpec> {
         experts: config.count("n_routed_experts")?,
         top_k: config.count("num_experts_per_tok")?,
         expert: mlp(config.count("moe_intermediate_size")?),
-        router: RouterSpec::SigmoidGroups {
-            groups: config.count("n_group")?,
-            top_groups: config.count("topk_group")?,
-            normalise: config.flag("norm_topk_prob")?,
-            scale: config.number("routed_scaling_factor")?,
-        },
+        router: sigmoid_groups(config, config.flag("norm_topk_prob")?)?,
         shared: Some(SharedSpec { mlp: mlp(config.count("moe_shared_expert_intermediate_size")?), gate: false }),
         beside: None,
         latent: config.count_opt("moe_latent_size")?,
