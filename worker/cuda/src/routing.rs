@@ -10,7 +10,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
-use crate::kernels::{Argument, File, Grid, launch, number};
+use crate::kernels::{File, Grid, launch, number};
 use crate::landing::{Landing, Part};
 
 /// Threads of most blocks.

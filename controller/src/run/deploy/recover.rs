@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use tokio::sync::watch;
-use tokio::time::Instant;
 
 use super::terminate::{Bill, Ender};
 use super::{DriveError, Driver, OnEvent, Ports, Stop};
-use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, Offer};
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, Offer};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::run::ledger::{Ledger, RunWriter, now_ms};
 use crate::run::reconcile::{self, Action, Finish};
@@ -202,35 +201,13 @@ impl From<&Instance> for Target {
 /// # Errors
 /// [`DriveError`] when one does not go.
 pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
-    let (timeouts, ender) = (&cloud.timeouts, Ender::new(cloud, on));
-    let deadline = Instant::now() + timeouts.terminate;
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
-    let mut absences = 0;
-    let mut left = targets.to_vec();
-    loop {
-        let mut trouble = None;
-        for target in &left {
-            trouble = ender.end(&target.id, target.bill()).await.or(trouble);
-        }
-        match cloud.those_of(&ids).await {
-            Ok(there) => {
-                absences = if there.is_empty() { absences + 1 } else { 0 };
-                if absences >= timeouts.absences {
-                    return Ok(());
-                }
-                let bills = |instance: &&Instance| instance.state != InstanceState::Terminating;
-                left = there.iter().filter(bills).map(Target::from).collect();
-            }
-            Err(error) => trouble = Some(error),
-        }
-        if Instant::now() >= deadline {
-            let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
-            let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();
-            let message = format!("instances could not be seen gone ({}): {why}", names.join(", "));
-            return Err(DriveError::Broker { message });
-        }
-        tokio::time::sleep(timeouts.listing_interval).await;
-    }
+    let ender = Ender::new(cloud, on);
+    let gone = ender.until_gone(targets.to_vec(), Target::bill, || cloud.those_of(&ids)).await;
+    gone.map_err(|why| {
+        let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();
+        DriveError::Broker { message: format!("instances could not be seen gone ({}): {why}", names.join(", ")) }
+    })
 }
 
 /// What a missing list means, where an instance of ours may be in it or not.

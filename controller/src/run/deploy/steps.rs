@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::collect::{self, Folders};
 use super::grace::Grace;
 use super::terminate::{Bill, Ender};
-use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, UnsavedResults};
+use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
@@ -685,40 +685,23 @@ impl Driver<'_> {
     /// Ends every instance of this run, until complete listings show none.
     pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
-        let deadline = Instant::now() + cloud.timeouts.terminate;
         let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
         let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
+        let bill = |_: &Target| Bill {
+            price: self.run.state().rental().map(|rental| rental.price),
+            cost: Some(self.run.record().cost(self.run.now_ms())),
+        };
+        let ours = || async {
+            let listed = cloud.list(known.as_slice()).await;
+            listed.map(|listed| listed.into_iter().filter(is_ours).collect::<Vec<_>>())
+        };
         let ender = Ender::new(cloud, self.on);
-        let mut left: Vec<InstanceId> = known.into_iter().cloned().collect();
-        let mut absences = 0;
-        loop {
-            let mut trouble = None;
-            for id in &left {
-                let price = self.run.state().rental().map(|rental| rental.price);
-                let cost = self.run.record().cost(self.run.now_ms());
-                trouble = ender.end(id, Bill { price, cost: Some(cost) }).await.or(trouble);
-            }
-            match cloud.list(known.as_slice()).await {
-                Ok(listed) => {
-                    let ours: Vec<Instance> = listed.into_iter().filter(is_ours).collect();
-                    absences = if ours.is_empty() { absences + 1 } else { 0 };
-                    if absences >= cloud.timeouts.absences {
-                        return Ok(());
-                    }
-                    let bills = |instance: &Instance| instance.state != InstanceState::Terminating;
-                    left = ours.into_iter().filter(bills).map(|instance| instance.id).collect();
-                }
-                // What cannot be listed can be ended.
-                Err(error) => trouble = Some(error),
-            }
-            if Instant::now() >= deadline {
-                let why = trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string());
-                let name = known.map_or_else(|| tag.to_string(), ToString::to_string);
-                let message = format!("instance {name} could not be seen gone: {why}");
-                return Err(StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message }));
-            }
-            tokio::time::sleep(cloud.timeouts.listing_interval).await;
-        }
+        let gone = ender.until_gone(known.into_iter().map(Target::of).collect(), bill, ours).await;
+        gone.map_err(|why| {
+            let name = known.map_or_else(|| tag.to_string(), ToString::to_string);
+            let message = format!("instance {name} could not be seen gone: {why}");
+            StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message })
+        })
     }
 
     fn note(&self, note: RunNote) {

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{DeployEvent, NotEnding, OnEvent};
-use crate::cloud::broker::{BrokerError, InstanceId};
+use super::{DeployEvent, NotEnding, OnEvent, Target};
+use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::cloud::clouds::Cloud;
 use crate::units::{Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
@@ -33,8 +33,49 @@ impl<'a> Ender<'a> {
         Self { cloud, on, said: Mutex::default() }
     }
 
+    /// Ends instances until complete lists show none of them. `bill` is asked each time one is told
+    /// to end, `listed` for those of them that there are.
+    ///
+    /// # Errors
+    /// Why they could not be seen gone.
+    pub(super) async fn until_gone<List>(
+        &self,
+        mut left: Vec<Target>,
+        bill: impl Fn(&Target) -> Bill,
+        listed: impl Fn() -> List,
+    ) -> Result<(), String>
+    where
+        List: Future<Output = Result<Vec<Instance>, BrokerError>>,
+    {
+        let timeouts = &self.cloud.timeouts;
+        let deadline = Instant::now() + timeouts.terminate;
+        let mut absences = 0;
+        loop {
+            let mut trouble = None;
+            for target in &left {
+                trouble = self.end(&target.id, bill(target)).await.or(trouble);
+            }
+            match listed().await {
+                Ok(there) => {
+                    absences = if there.is_empty() { absences + 1 } else { 0 };
+                    if absences >= timeouts.absences {
+                        return Ok(());
+                    }
+                    let bills = |instance: &&Instance| instance.state != InstanceState::Terminating;
+                    left = there.iter().filter(bills).map(Target::from).collect();
+                }
+                // What cannot be listed can be ended.
+                Err(error) => trouble = Some(error),
+            }
+            if Instant::now() >= deadline {
+                return Err(trouble.map_or_else(|| "it is still listed".to_owned(), |error| error.to_string()));
+            }
+            tokio::time::sleep(timeouts.listing_interval).await;
+        }
+    }
+
     /// Tells it to end; why not, if the cloud refuses.
-    pub(super) async fn end(&self, id: &InstanceId, bill: Bill) -> Option<BrokerError> {
+    async fn end(&self, id: &InstanceId, bill: Bill) -> Option<BrokerError> {
         (self.on)(DeployEvent::Terminating(id.clone()));
         let slow = |failed: Option<&Failed>| match failed {
             Some(Failed { words, pause }) => self.say(id, bill, words, *pause),
