@@ -350,21 +350,6 @@ pub fn to_f32(bytes: &[u8], stored: &StoredDtype, tensor: &str) -> Result<Vec<f3
     Ok(out)
 }
 
-/// [`decode`] of [`Encoded::Plain`].
-///
-/// # Errors
-/// As [`decode`].
-pub fn to_tensor(
-    bytes: &[u8],
-    stored: &StoredDtype,
-    shape: &[usize],
-    compute: DType,
-    device: &Device,
-    tensor: &str,
-) -> Result<Tensor> {
-    decode(&Encoded::Plain { dtype: stored, bytes }, shape, compute, device, tensor)
-}
-
 /// A tensor of `compute` dtype from f32 values.
 ///
 /// # Errors
