@@ -47,14 +47,6 @@ pub fn make(folder: &Path, seed: u64) -> Result<Planted> {
     Ok(planted)
 }
 
-/// The same checkpoint without planted features: the same logits, and no value of magnitude 6.
-///
-/// # Errors
-/// As [`make`].
-pub fn make_unplanted(folder: &Path, seed: u64) -> Result<()> {
-    write_checkpoint(folder, seed, &Planted::default())
-}
-
 fn write_checkpoint(folder: &Path, seed: u64, planted: &Planted) -> Result<()> {
     claim(folder)?;
     let write_json = |name: &str, value: &Value| write_atomic(&folder.join(name), format!("{value:#}\n").as_bytes());
