@@ -252,13 +252,6 @@ impl OutlierStats {
         bits.map_or(0, |b| b[sequence * words..(sequence + 1) * words].iter().map(|w| u64::from(w.count_ones())).sum())
     }
 
-    /// Whether `dim` exceeds at `(sequence, position)` at any site.
-    pub fn exceeds_at(&self, dim: usize, sequence: usize, position: usize) -> bool {
-        let word = sequence * self.words() + position / 64;
-        let bits = self.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
-        bits.is_some_and(|b| b[word] >> (position % 64) & 1 == 1)
-    }
-
     fn index_of(&self, site: Site) -> usize {
         self.sites.iter().position(|s| *s == site).expect("observed sites were announced")
     }

@@ -37,13 +37,6 @@ pub struct Decoy {
     pub why: String,
 }
 
-/// Nothing planted.
-impl Default for Planted {
-    fn default() -> Self {
-        Self { schema: 1, systematic: Vec::new(), decoys: Vec::new() }
-    }
-}
-
 /// The decoy whose embedding is small but for some rare tokens, see [`super::weights`].
 pub(super) const RARE_DIM: usize = 120;
 
@@ -56,6 +49,7 @@ impl Planted {
         let plant = |dim, factor, sites| PlantedFeature { dim, factor, sites };
         let decoy = |feature, why: &str| Decoy { feature, why: why.to_owned() };
         Self {
+            schema: 1,
             systematic: vec![
                 plant(17, 16.0, everywhere),
                 plant(42, 16.0, vec![[1, 0], [4, 0], [6, 0]]),
@@ -69,7 +63,6 @@ impl Planted {
                     "at few positions: rare tokens carry it",
                 ),
             ],
-            ..Self::default()
         }
     }
 

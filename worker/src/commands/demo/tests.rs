@@ -161,7 +161,8 @@ fn planting_preserves_logits_and_makes_the_planned_features() {
         let dir = tempfile::tempdir().unwrap();
         let (with, without) = (dir.path().join("planted"), dir.path().join("plain"));
         let planted = make(&with, seed).unwrap();
-        write_checkpoint(&without, seed, &Planted::default()).unwrap();
+        let nothing = Planted { systematic: Vec::new(), decoys: Vec::new(), ..planted.clone() };
+        write_checkpoint(&without, seed, &nothing).unwrap();
         let ids = demo_ids(&with, TOKENS);
         let (logits, sites) = Reference::open(&with).run(&ids);
         let (plain_logits, plain_sites) = Reference::open(&without).run(&ids);
