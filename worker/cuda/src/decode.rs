@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use crate::kernels::Argument::{Address, Float, Number as Word};
-use crate::kernels::{Argument, File, Grid, launch};
+use crate::kernels::{File, Grid, launch, number};
 
 /// Threads of a block, as in `values.cuh`.
 const THREADS: usize = 256;
@@ -194,16 +194,16 @@ impl<'a> StoredTensor<'a> {
             Form::Plain(stored) => ("plain", piece.values.len(), vec![codes, Word(stored as u32)]),
             Form::Tiles { scales: stored, columns, tile } => {
                 let (across, row) = (columns.div_ceil(tile[1]), piece.values.start / columns % tile[0]);
-                let grid = [columns, tile[0], tile[1], across, row].map(word);
+                let grid = [columns, tile[0], tile[1], across, row].map(number);
                 ("tiles", piece.values.len(), [&[codes, scales, Word(stored as u32)], &grid[..]].concat())
             }
             Form::Pairs { codes: meaning, scales: stored, whole, group } => {
                 let are_integers = Word((meaning == Codes::Integers).into());
-                let arguments = vec![codes, are_integers, scales, Word(stored as u32), Float(whole), word(group)];
+                let arguments = vec![codes, are_integers, scales, Word(stored as u32), Float(whole), number(group)];
                 ("pairs", piece.values.len() / 2, arguments)
             }
         };
-        arguments.extend([word(piece.values.len()), word(before), Address(places.values), Address(places.note)]);
+        arguments.extend([number(piece.values.len()), number(before), Address(places.values), Address(places.note)]);
         let grid = Grid { blocks: [threads.div_ceil(THREADS), 1], threads: THREADS };
         // SAFETY: as `decode.cu` names them; the caller's promise.
         unsafe { launch(stream, File::Decode, &format!("{name}_{}", T::NAME), grid, &arguments) }
@@ -236,10 +236,6 @@ impl Piece<'_> {
         copy(&mut codes[..self.codes.len()], self.codes);
         copy(scales, self.scales);
     }
-}
-
-fn word(number: usize) -> Argument {
-    Word(u32::try_from(number).expect("a piece has fewer than 2^32 values"))
 }
 
 #[cfg(test)]

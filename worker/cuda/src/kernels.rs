@@ -63,7 +63,7 @@ pub(crate) enum Argument {
 /// There are 2^32 or more. The worker refuses tensors with that many values before.
 pub(crate) fn number(number: usize) -> Argument {
     let counted = u32::try_from(number);
-    Argument::Number(counted.unwrap_or_else(|_| panic!("{number} rows, columns, tokens or experts; kernels count below 2^32")))
+    Argument::Number(counted.unwrap_or_else(|_| panic!("{number} rows, values or tokens; kernels count below 2^32")))
 }
 
 /// How a kernel is launched.
