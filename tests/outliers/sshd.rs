@@ -89,10 +89,6 @@ impl Broker for SshdCloud {
         Ok(self.instances.lock().unwrap().iter().map(|(instance, _)| instance.clone()).collect())
     }
 
-    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
-        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
-    }
-
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         self.instances.lock().unwrap().retain(|(instance, _)| instance.id != *id);
         Ok(())

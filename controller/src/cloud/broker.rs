@@ -62,7 +62,9 @@ pub trait Broker: Send + Sync {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError>;
 
     /// One instance; `None` when the cloud says that there is none, which may be too early to know.
-    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError>;
+    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
+        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
+    }
 
     /// Ends an instance and its billing, and takes back what its creation left in the account. One
     /// that is gone already is a success.

@@ -241,10 +241,6 @@ impl Broker for LocalBroker {
         blocking(move || broker.list_now()).await
     }
 
-    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
-        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
-    }
-
     fn way(&self, id: &InstanceId) -> Option<Way> {
         is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
     }

@@ -591,10 +591,6 @@ impl Broker for Fake {
         listed.await.map_err(Struck::broker)
     }
 
-    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
-        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
-    }
-
     async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
         Ok(self.world.lock().unwrap().rise.clone())
     }
