@@ -343,10 +343,6 @@ impl Broker for Slurm {
         Ok(listed)
     }
 
-    async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
-        Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
-    }
-
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         // Other jobs of the user are never touched.
         let Ok(tag) = id.0.parse::<LeaseTag>() else {
