@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use outliers_protocol::files;
-use outliers_tests::programs::{golden, run_worker};
 use serde_json::Value;
+
+use crate::worker::run_fixture;
 
 /// What of a value is not as a schema says, each with its place. Knows the words that our schema
 /// uses.
@@ -84,13 +85,7 @@ fn results_match_the_schema_in_every_field() {
             &["--measure", "quantization-error,residual-sinks,spike-life,attention-sinks", "--threshold", "2"][..],
         ),
     ] {
-        let (folder, output) = (golden(fixture), tempfile::tempdir().unwrap());
-        let (model, ids) = (folder.join("model"), folder.join("golden.safetensors"));
-        let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()];
-        arguments.extend(["--output", output.path().to_str().unwrap(), "--precision", "f32"]);
-        arguments.extend(more);
-        let run = run_worker(arguments);
-        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        let output = run_fixture(fixture, more);
         let results = read(&output.path().join(files::RESULTS));
         let found = differences(&schema, &schema, &results, "");
         assert_eq!(found, Vec::<String>::new(), "{fixture} {more:?}");

@@ -4,28 +4,13 @@
 use std::path::Path;
 
 use outliers_protocol::{Point, Results, files};
-use outliers_tests::programs::{golden, run_worker};
+use outliers_tests::programs::golden;
+
+use crate::worker::{copy, read, run_like};
 
 /// Runs a model over a fixture's token ids.
 fn run(model: &Path, fixture: &str, more: &[&str]) -> Results {
-    let output = tempfile::tempdir().unwrap();
-    let ids = golden(fixture).join("golden.safetensors");
-    let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--token-ids", ids.to_str().unwrap()];
-    arguments.extend(["--output", output.path().to_str().unwrap(), "--precision", "f32"]);
-    arguments.extend(more);
-    let run = run_worker(arguments);
-    assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
-    serde_json::from_slice(&std::fs::read(output.path().join(files::RESULTS)).unwrap()).unwrap()
-}
-
-/// A copy of a fixture's model, to plant in.
-fn copy(fixture: &str) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(golden(fixture).join("model")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
-    }
-    folder
+    read(run_like(fixture, model, more).path(), files::RESULTS)
 }
 
 /// Multiplies one row of an f32 matrix in place.

@@ -16,7 +16,7 @@ pub(crate) fn read<T: DeserializeOwned>(folder: &Path, name: &str) -> T {
 }
 
 /// Runs a fixture; returns the output folder.
-fn run_fixture(name: &str, more: &[&str]) -> tempfile::TempDir {
+pub(crate) fn run_fixture(name: &str, more: &[&str]) -> tempfile::TempDir {
     run_like(name, &golden(name).join("model"), more)
 }
 
@@ -143,7 +143,7 @@ fn toml_and_json_job_files_give_the_same_job() {
 
 // --------------------------------------------------------------------------------------------------------- bad input
 
-/// A copy of a fixture's model to damage.
+/// A copy of a fixture's model, to change.
 pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for entry in std::fs::read_dir(golden(name).join("model")).unwrap() {
