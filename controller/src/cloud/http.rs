@@ -31,7 +31,7 @@ mod tests;
 
 use rate_limit::RateLimits;
 use redact::Hidden;
-pub(crate) use redact::address;
+pub(crate) use redact::{address, percent};
 
 /// Largest reply that is read: a listing of some thousand instances.
 const LARGEST_REPLY: usize = 32 << 20;

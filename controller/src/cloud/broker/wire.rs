@@ -6,7 +6,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Value;
 
 use crate::cloud::gpu;
-use crate::cloud::http::{Http, Reply};
+use crate::cloud::http::{Http, Reply, percent};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -177,14 +177,7 @@ fn is_host(host: &str) -> bool {
 
 /// `text` as one segment of a path, percent-encoded; `None` for what would lead elsewhere.
 pub(super) fn segment(text: &str) -> Option<String> {
-    if matches!(text, "" | "." | "..") {
-        return None;
-    }
-    let encode = |b: u8| match b {
-        b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
-        _ => format!("%{b:02X}"),
-    };
-    Some(text.bytes().map(encode).collect())
+    (!matches!(text, "" | "." | "..")).then(|| percent(text, |digits| digits))
 }
 
 #[cfg(test)]

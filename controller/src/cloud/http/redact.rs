@@ -34,7 +34,8 @@ impl Hidden {
     }
 }
 
-fn percent(text: &str, digits: impl Fn(String) -> String) -> String {
+/// Percent-encoded: all but what an address may have anywhere.
+pub(crate) fn percent(text: &str, digits: impl Fn(String) -> String) -> String {
     let encode = |b: u8| match b {
         b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => char::from(b).to_string(),
         _ => digits(format!("%{b:02X}")),
