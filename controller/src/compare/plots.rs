@@ -114,12 +114,13 @@ const NUMBERS: &str = "Numbers are models, letters rows of the published table. 
 
 /// The models that a plot cannot show: a point that is missing is never missing in silence.
 fn missing(comparison: &Comparison, groups: &[Group]) -> String {
-    let shown = |model: &&Compared| {
-        groups.iter().flat_map(|group| &group.points).any(|point| point.key == model.number.to_string())
-    };
-    let numbers: Vec<String> =
-        comparison.models.iter().filter(|model| !shown(model)).map(|model| model.number.to_string()).collect();
+    let left_out = comparison.models.iter().filter(|model| !is_shown(model, groups));
+    let numbers: Vec<String> = left_out.map(|model| model.number.to_string()).collect();
     if numbers.is_empty() { String::new() } else { format!(" Not shown, for want of a value: {}.", numbers.join(", ")) }
+}
+
+fn is_shown(model: &Compared, groups: &[Group]) -> bool {
+    groups.iter().flat_map(|group| &group.points).any(|point| point.key == model.number.to_string())
 }
 
 /// L% and S%: figures 3a and 3b.

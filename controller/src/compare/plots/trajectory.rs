@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use outliers_protocol::{Axis as Spread, ModelSource, Reading};
 
-use super::{NUMBERS, mark};
+use super::{NUMBERS, is_shown, mark};
 use crate::compare::Comparison;
 use crate::compare::comparison::Compared;
 use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
@@ -40,13 +40,10 @@ pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
         .zip(MARKS)
         .map(|((name, points), mark)| Group { name, mark, joined: true, points })
         .collect();
-    let shown = |model: &&Compared| {
-        groups.iter().flat_map(|group| &group.points).any(|point| point.key == model.number.to_string())
-    };
     let names: Vec<(String, String)> = comparison
         .models
         .iter()
-        .filter(shown)
+        .filter(|model| is_shown(model, &groups))
         .map(|model| (model.number.to_string(), model.label.rsplit('/').next().unwrap_or_default().to_owned()))
         .collect();
     let plot = points(
