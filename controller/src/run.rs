@@ -35,7 +35,8 @@ pub mod local_worker;
 pub mod output;
 pub mod reconcile;
 
-/// How much more than its offer an instance may bill where nobody was asked and no cap was given.
+/// How much more than its offer an instance of a cloud may bill where nobody was asked and no cap
+/// was given.
 const PRICE_SLACK: f64 = 1.1;
 /// An offer that pays for less than the time limit is taken only if it pays for this multiple of
 /// the estimated time.
@@ -131,7 +132,8 @@ impl RunSpec {
     /// What an instance of this offer may bill at most; one that bills more is not kept.
     pub fn highest_price(&self, offer: &Offer) -> UsdPerHour {
         let slack = || UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK);
-        if self.quote.ceiling.is_some() { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
+        // This machine bills what its offer says.
+        if self.quote.ceiling.is_some() || offer.is_local { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
     }
 
     /// How long an instance of this offer may exist: until the time limit, or for as long as what
@@ -139,6 +141,12 @@ impl RunSpec {
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
         let lasts = self.quote.ceiling.and_then(|agreed| offer.price.time(agreed - spent));
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
+    }
+
+    /// What an instance of this offer may cost until its time limit if `spent` of what was agreed
+    /// is gone.
+    pub fn worst(&self, offer: &Offer, spent: Usd) -> Usd {
+        self.highest_price(offer).cost(self.time_on(offer, spent))
     }
 
     /// GPU time that an instance of this offer takes until its time limit.

@@ -35,12 +35,6 @@ impl Usd {
     pub const fn micros(self) -> i64 {
         self.0
     }
-
-    /// The next whole cent: what is shown with two digits is then no less than what is meant.
-    #[must_use]
-    pub const fn up_to_cents(self) -> Self {
-        Self((self.0 + 9_999).div_euclid(10_000) * 10_000)
-    }
 }
 
 impl std::ops::Add for Usd {
@@ -86,6 +80,16 @@ impl UsdPerHour {
     /// What this time costs.
     pub fn cost(self, time: Duration) -> Usd {
         Usd::from_dollars(self.0.dollars() * time.as_secs_f64() / 3600.0)
+    }
+
+    /// What this time costs, rounded up to the cent: the amount that is shown pays for all of the
+    /// time.
+    pub fn cost_up_to_cents(self, time: Duration) -> Usd {
+        // Price times time that makes a cent, in millionths of a dollar per hour times milliseconds.
+        const CENT: u128 = 10_000 * 3_600_000;
+        let micros = u128::try_from(self.0.micros()).unwrap_or(0);
+        let cents = micros.saturating_mul(time.as_millis()).div_ceil(CENT);
+        Usd::from_micros(i64::try_from(cents.saturating_mul(10_000)).unwrap_or(i64::MAX))
     }
 
     /// How long this money lasts, in whole seconds; `None`: for ever.

@@ -128,6 +128,28 @@ fn dry_run_rents_nothing() {
 }
 
 #[test]
+fn shown_amount_suffices_as_budget_and_a_dry_run_refuses_less() {
+    let context = TestContext::new();
+    let deploy = |more: &[&str]| context.run(fixture("llama-f32", &[&["--max-duration", "100h"][..], more].concat()));
+    let plan: serde_json::Value = serde_json::from_str(&deploy(&["--dry-run", "--json"]).ok().stdout).unwrap();
+    let shown = plan["at_most"].as_i64().expect("millionths of a dollar");
+    let budget = |micros: i64| format!("{:.2}", micros as f64 / 1e6);
+    let (enough, little) = (budget(shown), budget(shown - 10_000));
+    for dry in [&["--dry-run"][..], &[]] {
+        let said = deploy(&[dry, &["--budget", &little]].concat());
+        assert_eq!(said.code, Some(4), "{said:?}");
+        assert!(said.stderr.contains(&format!("--budget allows ${little}")), "{said:?}");
+        assert!(said.stderr.contains("--max-duration reserves less"), "{said:?}");
+    }
+    assert!(context.bill().entries.is_empty() && !context.work().join("remote_results").exists());
+    for dry in [&["--dry-run"][..], &[]] {
+        let _ = deploy(&[dry, &["--budget", &enough]].concat()).ok();
+    }
+    context.assert_nothing_left();
+    assert_eq!(context.bill().entries.len(), 1);
+}
+
+#[test]
 fn filter_that_removed_every_offer_is_named() {
     let context = TestContext::new();
     let said = context.run(fixture("llama-f32", &["--max-price", "0.000001"]));

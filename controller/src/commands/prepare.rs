@@ -18,7 +18,7 @@ use crate::run::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
 use crate::run::output;
 use crate::run::{GuardTimeouts, RunSpec};
 use crate::secret::Secret;
-use crate::ui::report::CliError;
+use crate::ui::report::{CliError, ExitStatus};
 use crate::ui::report::tables::TOP;
 use crate::units::{Bytes, Usd};
 
@@ -56,8 +56,8 @@ impl Prepared {
 
     /// With the figure that whoever says yes is held to, and without the offers for which it does
     /// not pay. This machine costs nothing that anybody has to agree to.
-    fn with_ceiling(mut self, clouds: &Clouds) -> Self {
-        if let (false, Some(first)) = (clouds.is_local(), self.quote.offers.first()) {
+    fn with_ceiling(mut self, is_local: bool) -> Self {
+        if let (false, Some(first)) = (is_local, self.quote.offers.first()) {
             let first = until_the_limit(&self.spec, first);
             self.quote.ceiling = own_budget(&self.spec).into_iter().chain([first]).max();
             self.spec.quote.ceiling = self.quote.ceiling;
@@ -75,7 +75,7 @@ impl Prepared {
 
 /// Price of an offer until the time limit, to the cent above.
 fn until_the_limit(spec: &RunSpec, offer: &Offer) -> Usd {
-    offer.price.cost(spec.limit()).up_to_cents()
+    offer.price.cost_up_to_cents(spec.limit())
 }
 
 /// The budget that no other run shares.
@@ -110,7 +110,24 @@ pub(super) async fn prepare(
         return Err(CliError::refused(wrong, "set the clock, by NTP for example; `outliers doctor` compares it again"));
     }
     let quote = in_gpu_time(spec.select(found.offers)?, &spec)?;
-    Ok(Prepared { spec, inspection, quote }.with_ceiling(clouds))
+    let prepared = Prepared { spec, inspection, quote }.with_ceiling(clouds.is_local());
+    within_budget(&prepared)?;
+    Ok(prepared)
+}
+
+/// Checks that the whole budget pays for one of the offers until the time limit.
+///
+/// # Errors
+/// It does not.
+fn within_budget(Prepared { spec, quote, .. }: &Prepared) -> Result<(), CliError> {
+    let Some(budget) = spec.budget else { return Ok(()) };
+    let least = quote.offers.iter().map(|offer| spec.worst(offer, Usd::ZERO)).min();
+    let Some(least) = least.filter(|least| *least > budget) else { return Ok(()) };
+    Err(CliError {
+        status: ExitStatus::TimeUp,
+        message: format!("the cheapest offer may cost {least} until its time limit, and --budget allows {budget}"),
+        hint: Some("a shorter --max-duration reserves less; or raise --budget".to_owned()),
+    })
 }
 
 /// The offers whose GPUs take no more time until the time limit than the run may take.
@@ -423,8 +440,40 @@ pub(super) fn writable(folder: &Path) -> Result<(), CliError> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::run::deploy::fake;
     use crate::run::output::tests::inspection;
+    use crate::units::UsdPerHour;
+
+    proptest! {
+        #[test]
+        fn shown_amount_suffices_as_budget(
+            micros in 1i64..200_000_000, limit in 1u64..2_000_000, is_local in any::<bool>(),
+        ) {
+            let price = UsdPerHour(Usd::from_micros(micros));
+            let prepared = |budget| {
+                let mut spec = fake::spec(Path::new("results"));
+                (spec.max_duration_s, spec.budget) = (limit, budget);
+                // As long as the time limit: no second of it may be lacking.
+                spec.work.read = Bytes::from_gib(limit);
+                let offers = vec![Offer { price, is_local, ..fake::offer("a", 1.0) }];
+                let quote = Quote { offers, ..Quote::default() };
+                Prepared { spec, inspection: inspection(), quote }.with_ceiling(is_local)
+            };
+            let free = prepared(None);
+            prop_assert_eq!(free.quote.offers.len(), 1, "the offer pays for itself");
+            let shown = free.at_most().to_string();
+            let typed = Usd::from_dollars(shown.trim_start_matches('$').parse().unwrap());
+            let again = prepared(Some(typed));
+            prop_assert!(again.quote.offers.len() == 1 && within_budget(&again).is_ok(), "{}", shown);
+            prop_assert_eq!(again.at_most().to_string(), shown);
+            let little = Usd::from_micros(price.cost(free.spec.limit()).micros() - 1);
+            let refused = within_budget(&prepared(Some(little))).map_err(|refused| refused.status.number());
+            prop_assert_eq!(refused, Err(4));
+        }
+    }
 
     #[test]
     fn model_in_a_shared_cache_is_found_by_commit() {

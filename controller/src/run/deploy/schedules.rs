@@ -95,7 +95,7 @@ fn prepare(world: &mut World, random: &mut StdRng) {
         trouble(world, random);
     }
     // Of the first offer, to the cent above; or more.
-    let first = world.offers[0].price.cost(Duration::from_secs(world.max_duration_s)).up_to_cents();
+    let first = world.offers[0].price.cost_up_to_cents(Duration::from_secs(world.max_duration_s));
     world.agreed = [None, Some(first), Some(Usd::from_dollars(first.dollars() * 2.5))][random.random_range(0..3)];
 }
 

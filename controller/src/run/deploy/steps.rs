@@ -132,7 +132,7 @@ impl Driver<'_> {
     /// What an instance of this offer may cost until its time limit.
     fn worst(&self, offer: &Offer) -> Usd {
         let record = self.run.record();
-        record.spec.highest_price(offer).cost(record.spec.time_on(offer, record.spent_before()))
+        record.spec.worst(offer, record.spent_before())
     }
 
     /// The offers that what was agreed, and what is left of the budget, pay for.

@@ -132,7 +132,7 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd
             number(offer.price),
             number(format!("{:#}{}", Span(Duration::from_secs_f64(estimate.seconds)), mark(estimate.is_over(limit)))),
             number(estimate.rank()),
-            number(agreed.into_iter().chain([offer.price.cost(limit).up_to_cents()]).min().unwrap_or_default()),
+            number(agreed.into_iter().chain([offer.price.cost_up_to_cents(limit)]).min().unwrap_or_default()),
         ]);
     }
     let more = offers.len().saturating_sub(most);
