@@ -255,6 +255,25 @@ fn survey_resumes_from_index_and_results_without_a_ledger() {
 }
 
 #[test]
+fn survey_without_results_suggests_logs_and_no_comparison() {
+    let context = context(&[BROKEN]);
+    let weights = spoil(&context, BROKEN);
+    let settings = "results = \"my results\"\n[survey]\nstagger-seconds = 0\n";
+    std::fs::write(context.work().join("settings.toml"), settings).unwrap();
+    let said = context.run(survey(&[]));
+    assert!(said.code == Some(1) && said.stdout.contains("0 of 1 complete"), "{said:?}");
+    assert!(!said.stdout.contains("outliers compare") && said.stderr.contains("--rerun-failed"), "{said:?}");
+    let (_, command) = said.stdout.split_once("outliers runs logs ").expect("it is suggested");
+    let log = context.run(["runs", "logs", command.trim()]).ok();
+    assert!(log.stdout.contains("holds NaN"), "{log:?}");
+    copy(&golden(BROKEN).join("model"), weights.parent().unwrap());
+    let mended = context.run(survey(&["--rerun-failed"])).ok();
+    let (_, command) = mended.stdout.split_once("side by side: ").expect("there is something to compare");
+    assert!(command.ends_with("my results/nine'\n"), "a folder with a space is quoted: {mended:?}");
+    context.assert_nothing_left();
+}
+
+#[test]
 fn interrupt_ends_all_runs_and_the_same_command_resumes() {
     let context = context(&NINE[..4]);
     let mut controller = context.start(survey(&[]));

@@ -12,6 +12,7 @@ use crate::cloud::estimate::Estimate;
 use crate::cloud::market;
 use crate::commands::SCHEMA;
 use crate::commands::prepare::Prepared;
+use crate::host::transport::quote::quote;
 use crate::run::deploy::DriveError;
 use crate::run::ledger::{RunRecord, now_ms};
 use crate::run::{RunOutcome, RunSpec};
@@ -88,6 +89,12 @@ struct Came {
     figures: Option<HeadlineFigures>,
     #[serde(skip)]
     status: ExitStatus,
+}
+
+impl Came {
+    fn has_failed(&self) -> bool {
+        matches!(self.line.outcome, ModelOutcome::Partial | ModelOutcome::Failed)
+    }
 }
 
 impl Session<'_> {
@@ -180,8 +187,7 @@ impl Session<'_> {
             models,
         };
         self.context.reporter.result(&surveyed, || self.in_words(&surveyed));
-        let failed = |came: &&Came| matches!(came.line.outcome, ModelOutcome::Partial | ModelOutcome::Failed);
-        let failed = surveyed.models.iter().filter(failed).count();
+        let failed = surveyed.models.iter().filter(|came| came.has_failed()).count();
         if failed > 0 {
             self.context.reporter.say(&format!("{failed} failed; --rerun-failed runs them again"));
         }
@@ -225,12 +231,24 @@ impl Session<'_> {
         let complete = surveyed.models.iter().filter(|came| came.line.outcome == ModelOutcome::Complete).count();
         let price = if self.clouds.is_local() { " (made up: this machine)" } else { "" };
         format!(
-            "{table}\n{complete} of {} complete, cost of the survey {}{price}\nfiles: {}\nside by side: outliers compare {}\n",
+            "{table}\n{complete} of {} complete, cost of the survey {}{price}\nfiles: {}\n{}",
             surveyed.models.len(),
             surveyed.cost,
             surveyed.folder,
-            surveyed.folder,
+            self.next(surveyed, complete),
         )
+    }
+
+    /// The command that helps now: `compare` needs something to compare.
+    fn next(&self, surveyed: &Surveyed<'_>, complete: usize) -> String {
+        if complete > 0 {
+            return format!("side by side: outliers compare {}\n", quote(&surveyed.folder));
+        }
+        let mut failed = surveyed.models.iter().filter(|came| came.has_failed());
+        match failed.find_map(|came| came.line.run.as_ref()) {
+            Some(run) => format!("log of the first that failed: outliers runs logs {run}\n"),
+            None => format!("to continue: outliers survey {}\n", quote(&self.asked.file.to_string_lossy())),
+        }
     }
 }
 
