@@ -62,7 +62,8 @@ impl fmt::Display for Usd {
         // Small bills are the common case on the local broker: two digits would print them all as
         // nothing.
         let digits = if self.0 != 0 && self.0.abs() < 10_000 { 6 } else { 2 };
-        write!(f, "${:.digits$}", self.dollars())
+        let sign = if self.0 < 0 { "-" } else { "" };
+        write!(f, "{sign}${:.digits$}", self.dollars().abs())
     }
 }
 
@@ -357,6 +358,12 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn signs_of_amounts_stand_before_the_currency() {
+        let shown = [-3_200_000, -13, 0, 13, 10_000].map(|micros| Usd::from_micros(micros).to_string());
+        assert_eq!(shown, ["-$3.20", "-$0.000013", "$0.00", "$0.000013", "$0.01"]);
     }
 
     #[test]

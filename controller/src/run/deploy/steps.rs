@@ -142,7 +142,7 @@ impl Driver<'_> {
         if let (Some(agreed), true, Some(first)) = (record.spec.quote.ceiling, within.is_empty(), selected.first()) {
             let message = format!(
                 "{} of {agreed} that were agreed are left, and the first offer is {}",
-                agreed - spent,
+                (agreed - spent).max(Usd::ZERO),
                 first.price
             );
             let hint = "run it again to agree to the prices of now; --budget agrees to more".to_owned();
@@ -156,6 +156,7 @@ impl Driver<'_> {
         match selected.iter().map(|offer| self.worst(offer)).min() {
             Some(least) if affordable.is_empty() && least <= at_best => Ok(Affordable::Later(least)),
             Some(least) if affordable.is_empty() => {
+                let left = left.max(Usd::ZERO);
                 let message = format!(
                     "the cheapest offer may cost {least} until its time limit, and {left} of {budget} are left"
                 );
@@ -174,6 +175,7 @@ impl Driver<'_> {
         let spec = &self.run.record().spec;
         let least = selected.iter().map(|offer| spec.gpu_time(offer)).min();
         if let Some(least) = least.filter(|least| *least > at_best) {
+            let left = GpuTime::from_seconds(left.seconds().max(0));
             let message = format!("the run may take {least} until its time limit, and {left} of {budget} are left");
             let hint = "a shorter --max-duration reserves less; or raise --max-gpu-hours".to_owned();
             return Err(StepError::End(failed(RunFailureKind::Budget, message, Some(hint))));

@@ -1115,6 +1115,26 @@ async fn insufficient_budget_ends_the_run_before_renting() {
     assert_eq!(fake.world.lock().unwrap().creates, 0);
 }
 
+/// A budget may be lowered below what earlier runs have cost: no negative amount is left.
+#[tokio::test(start_paused = true)]
+async fn overspent_budget_has_nothing_left() {
+    wind(now_ms());
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|world| world.endless = true);
+    let (ledger, clouds, on) = (open_ledger(&home.path().join("state")), fake.clouds(), |_| {});
+    let drive = |budget: f64| {
+        let survey = Some(Membership { survey: "s".into(), model: "a".into() });
+        let budget = Some(Usd::from_dollars(budget));
+        let run = ledger.plan(&RunSpec { survey, budget, ..spec(&home.path().join("results/s")) }).unwrap();
+        Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive()
+    };
+    let first = drive(99.0).await.unwrap();
+    assert!(first.cost(now_ms()) > Usd::from_dollars(0.5), "it ran until its time limit");
+    let second = drive(0.01).await.unwrap();
+    let Some(RunOutcome::Failed { trouble }) = second.state.ending() else { panic!("{:?}", second.state) };
+    assert!(trouble.message.contains("$0.00 of $0.01 are left"), "{trouble:?}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn survey_ends_when_a_waiting_run_is_stopped() {
     let (fake, home) = (Fake::new(), home());
