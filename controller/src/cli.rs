@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use outliers_protocol::headings::{MODEL, OUTPUT};
 use outliers_protocol::{JobOptions, SCHEMA, ThresholdOptions, whole};
@@ -537,7 +538,7 @@ pub struct TerminateArgs {
     pub only: Only,
     /// Whose instances are meant: the second part of their names [default: those of this machine's
     /// ledger].
-    #[arg(long, value_name = "OWNER")]
+    #[arg(long, value_name = "OWNER", value_parser = NonEmptyStringValueParser::new())]
     pub owner: Option<String>,
     /// Instances of any owner.
     #[arg(long, conflicts_with_all = ["all", "owner"])]
@@ -569,7 +570,7 @@ pub struct ReapArgs {
     #[arg(long)]
     pub dry_run: bool,
     /// Whose instances [default: those of this machine's ledger].
-    #[arg(long, value_name = "OWNER", conflicts_with = "all_owners")]
+    #[arg(long, value_name = "OWNER", conflicts_with = "all_owners", value_parser = NonEmptyStringValueParser::new())]
     pub owner: Option<String>,
     /// Instances of all owners in these accounts. Asks twice.
     #[arg(long)]

@@ -82,6 +82,49 @@ fn memory_filling_or_panicking_tokenizers_are_refused_by_name() {
 }
 
 #[test]
+fn uncountable_tokens_are_refused_and_not_multiplied() {
+    let context = TestContext::new();
+    model(&context);
+    let survey = "name = \"s\"\nnum-sequences = 9999999999999\nmodels = [\"./model\"]\n";
+    fs::write(context.work().join("s.toml"), survey).unwrap();
+    for command in [
+        &["plan", "--model", "./model", "--num-sequences", "9999999999999"][..],
+        &["inspect", "--model", "./model", "--sequence-length", "18446744073709551615"],
+        &["deploy", "--model", "./model", "--num-sequences", "100000000", "--sequence-length", "100000000"],
+        &["survey", "s.toml", "-y"],
+    ] {
+        assert_refused(&context, &context.run(command), &["--num-sequences and --sequence-length go up to"]);
+    }
+    let folder = context.run(["plan", "--model", "./model", "--revision", "v2"]);
+    assert_refused(&context, &folder, &["--revision v2", "the model is a folder"]);
+}
+
+/// As `outliers runs cancel "$RUN"` types it where the variable is not set.
+#[test]
+fn empty_ids_name_nothing() {
+    let context = TestContext::new();
+    model(&context);
+    let sizes = ["--num-sequences", "1", "--sequence-length", "16", "--keep-running", "-y"];
+    let _ = context.run(["deploy", "--model", "./model"].iter().chain(&sizes)).ok();
+    for command in [
+        &["runs", "show", ""][..],
+        &["runs", "logs", ""],
+        &["runs", "cancel", ""],
+        &["attach", ""],
+        &["results", "show", ""],
+        &["results", "recount", "", "--layer-fraction", "0.5"],
+        &["instances", "terminate", "", "-y"],
+        &["reap", "--owner", "", "-y"],
+    ] {
+        let said = context.run(command);
+        assert_eq!(said.code, Some(2), "{command:?}: {said:?}");
+    }
+    assert_eq!(context.bill().running.len(), 1, "the only instance of the only run is kept");
+    let _ = context.run(["instances", "terminate", "--all", "-y"]).ok();
+    context.assert_nothing_left();
+}
+
+#[test]
 fn inspection_over_its_memory_limit_is_refused() {
     let context = TestContext::new();
     model(&context);

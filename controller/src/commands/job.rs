@@ -10,6 +10,8 @@ use crate::model_name::of_folder;
 use crate::text::clean;
 use crate::ui::report::CliError;
 
+/// The revision of a model for which none is named.
+const MAIN_BRANCH: &str = "main";
 /// Most characters of a model's name.
 const LONGEST_NAME: usize = 100;
 
@@ -20,14 +22,22 @@ const LONGEST_NAME: usize = 100;
 pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
     let JobRequest { model, revision, options, here } = asked;
     let model = source(model, revision, here)?;
+    if matches!(model, ModelSource::Folder { .. }) && revision != MAIN_BRANCH {
+        let message = format!("--revision {revision}: the model is a folder, which has none");
+        return Err(CliError::refused(message, "leave out --revision, or name a model of the hub (owner/name)"));
+    }
     let label = match (&options.name, &model) {
         (Some(typed), _) => Some(name(typed)?),
         (None, ModelSource::Folder { path }) => of_folder(Path::new(path)),
         (None, ModelSource::Hub { .. }) => None,
     };
     let read = |file: &Path| read_text(&here.join(file), MOST);
-    let no_features = |why: String| CliError::refused(why, "name features, or the results of a run that found some");
-    let job = placed(options.clone(), here)?.job(model, read).map_err(no_features)?;
+    let wrong = |why: String| {
+        let features = "name features, or the results of a run that found some";
+        let hint = if why.starts_with("--ablate") { features } else { "change that option" };
+        CliError::refused(why, hint)
+    };
+    let job = placed(options.clone(), here)?.job(model, read).map_err(wrong)?;
     let job = JobSpec { label, ..job };
     check(&job)?;
     Ok(job)
@@ -165,6 +175,20 @@ mod tests {
         for wrong in ["", "gpt2", "a/b/c", "./missing", "/missing", "a/..", "a/b?x", "--x/y z"] {
             assert_eq!(made(wrong, &none, here.path()).unwrap_err().status.number(), 2, "{wrong}");
         }
+    }
+
+    #[test]
+    fn revision_of_a_folder_is_refused() {
+        let here = tempfile::tempdir().unwrap();
+        let asked = |revision: &str| JobRequest {
+            model: "./".to_owned(),
+            revision: revision.to_owned(),
+            options: JobOptions::default(),
+            here: here.path().to_owned(),
+        };
+        assert!(job(&asked("main")).is_ok());
+        let refused = job(&asked("v2")).unwrap_err();
+        assert!(refused.status.number() == 2 && refused.message.contains("--revision v2"), "{}", refused.message);
     }
 
     #[test]

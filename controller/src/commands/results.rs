@@ -122,7 +122,7 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
 /// `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let path = context.here.join(run);
-    if path.is_dir() {
+    if !run.is_empty() && path.is_dir() {
         return Ok(path);
     }
     let results = &context.settings.results;
@@ -135,7 +135,7 @@ fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let is_it = |folder: &Path| {
         let name = folder.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
         let id = name.rsplit('-').next().unwrap_or_default();
-        name == run || (!run.is_empty() && id.starts_with(run))
+        !run.is_empty() && (name == run || id.starts_with(run))
     };
     if run == "last" {
         let last = all.into_iter().max_by_key(|folder| written(folder));

@@ -11,6 +11,9 @@ use serde::Deserialize;
 pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| match text.strip_prefix('-').map(str::parse::<f64>) {
         Some(Ok(_)) => "it must be positive".to_owned(),
+        _ if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) => {
+            "it must be a smaller whole number".to_owned()
+        }
         _ => "it must be a whole number".to_owned(),
     })
 }
@@ -37,7 +40,10 @@ macro_rules! bounded {
             fn try_from(number: f64) -> Result<Self, String> {
                 // NaN is in no range.
                 let fits = (LEAST..=$most).contains(&number);
-                if fits { Ok(Self(number)) } else { Err(format!(concat!("it must be ", $rule, ", not {}"), number)) }
+                if fits {
+                    return Ok(Self(number));
+                }
+                Err(format!(concat!("it must be ", $rule, ", not {}"), short(number)))
             }
         }
 
@@ -49,6 +55,11 @@ macro_rules! bounded {
             }
         }
     };
+}
+
+/// A number that a message repeats; one with hundreds of digits as a power of ten.
+fn short(number: f64) -> String {
+    if number == 0.0 || (LEAST..1e9).contains(&number.abs()) { number.to_string() } else { format!("{number:e}") }
 }
 
 /// Less than any amount, rate or share that somebody can mean; what is divided by it stays finite.
@@ -69,6 +80,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn refused_numbers_are_repeated_in_short() {
+        for (text, said) in [("1e300", "not 1e300"), ("1e-300", "not 1e-300"), ("inf", "not inf"), ("-2", "not -2")] {
+            let error = text.parse::<Positive>().unwrap_err();
+            assert!(error.ends_with(said), "{error}");
+        }
+    }
+
+    #[test]
     fn invalid_count_error_states_the_expected_form() {
         assert_eq!((whole("0"), whole("4096")), (Ok(0_usize), Ok(4096_usize)));
         for negative in ["-1", "-0.5"] {
@@ -77,5 +96,6 @@ mod tests {
         for odd in ["", "-", "many", "1.5", "99999999999999999999999"] {
             assert!(whole::<u64>(odd).unwrap_err().contains("whole number"), "{odd}");
         }
+        assert!(whole::<u8>("256").unwrap_err().contains("smaller"));
     }
 }

@@ -261,13 +261,25 @@ impl ThresholdOptions {
     }
 }
 
+/// Most sequences, and most tokens of one: bytes and operations of a plan stay countable.
+const MOST_OF_EACH: usize = 100_000_000;
+/// Most tokens of all sequences.
+const MOST_TOKENS: usize = 100_000_000_000;
+
 impl JobOptions {
     /// The job over `model` that these options describe; paths stay as they are written. `read`
     /// reads a file of results.
     ///
     /// # Errors
-    /// In words: there are no features to take away ([`Ablate::ablation`]), or a path is not UTF-8.
+    /// In words: there are no features to take away ([`Ablate::ablation`]), a path is not UTF-8, or
+    /// there are more tokens than any run has.
     pub fn job(self, model: ModelSource, read: impl Fn(&Path) -> io::Result<String>) -> Result<JobSpec, String> {
+        let (sequences, tokens) = (self.num_sequences.unwrap_or(1), self.sequence_length.unwrap_or(1));
+        if sequences.max(tokens) > MOST_OF_EACH || sequences.saturating_mul(tokens) > MOST_TOKENS {
+            return Err(format!(
+                "--num-sequences and --sequence-length go up to {MOST_OF_EACH} each, and to {MOST_TOKENS} tokens together"
+            ));
+        }
         let usual = CorpusSpec::default();
         let seed = self.ablate_seed.unwrap_or_default();
         let ablation = self.ablate.map(|ablate| ablate.ablation(seed, read)).transpose();
@@ -366,6 +378,22 @@ mod tests {
         assert_eq!((&both.sites, both.export.len()), (&typed.sites, 1), "a list is taken as a whole");
         let thresholds = both.thresholds.over(Thresholds::default());
         assert_eq!(thresholds, Thresholds { magnitude: 5.0, layer_fraction: 0.5, position_fraction: 0.06 });
+    }
+
+    #[test]
+    fn uncountable_numbers_of_tokens_are_refused() {
+        for (sequences, tokens, is_refused) in [
+            (Some(100_000_000), Some(1000), false),
+            (Some(100_000_000), Some(1001), true),
+            (Some(100_000_001), None, true),
+            (None, Some(usize::MAX), true),
+            (Some(usize::MAX), Some(usize::MAX), true),
+        ] {
+            let options = JobOptions { num_sequences: sequences, sequence_length: tokens, ..JobOptions::default() };
+            let model = ModelSource::Folder { path: "m".into() };
+            let job = options.job(model, |_| unreachable!("features are not asked for"));
+            assert_eq!(job.is_err_and(|why| why.contains("--sequence-length")), is_refused, "{sequences:?} {tokens:?}");
+        }
     }
 
     #[test]
