@@ -127,6 +127,10 @@ async fn dispatch(cli: Cli, environment: &Environment, reporter: Reporter) -> Re
         Command::Man { folder } => man::command(&context, &folder),
         Command::InstanceServe { folder } => Ok(serve(&folder).await),
     };
+    let done = done.and_then(|status| match context.reporter.unprinted() {
+        Some(cli_error) if status == ExitStatus::Done => Err(cli_error),
+        _ => Ok(status),
+    });
     done.map_err(|cli_error| (context.reporter, cli_error))
 }
 

@@ -99,6 +99,21 @@ fn uncountable_tokens_are_refused_and_not_multiplied() {
     assert_refused(&context, &folder, &["--revision v2", "the model is a folder"]);
 }
 
+#[test]
+fn output_to_a_full_disk_is_an_error() {
+    let context = TestContext::new();
+    for command in [&["offers", "--json"][..], &["runs", "list"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let said = Said::from(context.command(command).stdout(full).output().unwrap());
+        assert_eq!(said.code, Some(1), "{command:?}: {said:?}");
+        assert!(said.stderr.contains("standard output cannot be written"), "{said:?}");
+    }
+    let mut head = context.command(["offers", "--json"]);
+    let mut head = head.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    drop(head.stdout.take());
+    assert_eq!(head.wait().unwrap().code(), Some(0), "a closed pipe is what `head` leaves");
+}
+
 /// As `outliers runs cancel "$RUN"` types it where the variable is not set.
 #[test]
 fn empty_ids_name_nothing() {

@@ -1,7 +1,7 @@
 //! All sentences: what happens, to people (standard error) and what comes out, to people or
 //! programs (standard output).
 
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -220,6 +220,8 @@ pub struct Reporter {
     pause: Duration,
     board: MultiProgress,
     now: Mutex<Now>,
+    /// Why something is missing from standard output.
+    unprinted: Mutex<Option<io::Error>>,
 }
 
 /// What is being shown.
@@ -291,6 +293,7 @@ impl Reporter {
             pause: PLAIN_PAUSE,
             board: MultiProgress::new(),
             now: Mutex::default(),
+            unprinted: Mutex::default(),
         }
     }
 
@@ -309,6 +312,7 @@ impl Reporter {
             pause: PLAIN_PAUSE_OF_MANY,
             board: self.board.clone(),
             now: Mutex::default(),
+            unprinted: Mutex::default(),
         }
     }
 
@@ -328,8 +332,25 @@ impl Reporter {
         if text.is_empty() {
             return;
         }
-        // A closed pipe (`| head`) is no error of ours.
-        let _ = writeln!(std::io::stdout().lock(), "{}", text.trim_end_matches('\n'));
+        self.print(text.trim_end_matches('\n'));
+    }
+
+    /// Writes lines to standard output. A closed pipe (`| head`) is no error of ours.
+    fn print(&self, lines: &str) {
+        let written = writeln!(io::stdout().lock(), "{lines}");
+        if let Some(error) = written.err().filter(|error| error.kind() != io::ErrorKind::BrokenPipe)
+            && let Ok(mut unprinted) = self.unprinted.lock()
+        {
+            *unprinted = Some(error);
+        }
+    }
+
+    /// Why something that was to be printed is missing from standard output, such as a full disk.
+    pub fn unprinted(&self) -> Option<CliError> {
+        let error = self.unprinted.lock().ok()?.take()?;
+        let message = format!("standard output cannot be written, and is not whole: {error}");
+        let hint = Some("make room where it goes, and run the command again".to_owned());
+        Some(CliError { status: ExitStatus::Failed, message, hint })
     }
 
     /// One of many: a line of text to people, one JSON document per line to programs.
@@ -339,7 +360,7 @@ impl Reporter {
         } else {
             text()
         };
-        let _ = writeln!(std::io::stdout().lock(), "{line}");
+        self.print(&line);
     }
 
     /// Shows one picture after the other.

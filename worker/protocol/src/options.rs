@@ -277,7 +277,8 @@ impl JobOptions {
         let (sequences, tokens) = (self.num_sequences.unwrap_or(1), self.sequence_length.unwrap_or(1));
         if sequences.max(tokens) > MOST_OF_EACH || sequences.saturating_mul(tokens) > MOST_TOKENS {
             return Err(format!(
-                "--num-sequences and --sequence-length go up to {MOST_OF_EACH} each, and to {MOST_TOKENS} tokens together"
+                "--num-sequences and --sequence-length go up to {MOST_OF_EACH} each, and to {MOST_TOKENS} tokens \
+                 together"
             ));
         }
         let usual = CorpusSpec::default();
