@@ -71,12 +71,14 @@ pub fn shorten_facts(facts: &str, columns: usize) -> String {
         c == ',' && open == 0
     };
     let parts: Vec<&str> = facts.split(parts).map(str::trim).collect();
-    let without = |kept: usize| {
-        let (head, tail) = (&parts[..kept.div_ceil(2)], &parts[parts.len() - kept / 2..]);
+    let without = |(first, last): (usize, usize)| {
+        let (head, tail) = (&parts[..first], &parts[parts.len() - last..]);
         head.iter().chain(&["…"]).chain(tail).copied().collect::<Vec<_>>().join(", ")
     };
     let fits = |text: &String| self::columns(text) <= columns;
-    let shorter = || (1..parts.len()).rev().map(without).find(fits);
+    // As many facts as fit, as many of the last ones as of the first if that is possible.
+    let kept = |number: usize| (0..=number / 2).rev().map(move |last| (number - last, last));
+    let shorter = || (1..parts.len()).rev().flat_map(kept).map(without).find(fits);
     let whole = Some(facts.to_owned()).filter(fits);
     whole.or_else(shorter).unwrap_or_else(|| shorten(parts.first().unwrap_or(&facts), columns))
 }
@@ -221,6 +223,8 @@ mod tests {
         assert_eq!(shorten_facts(offer, 80), offer);
         assert_eq!(shorten_facts(offer, 50), "1 x A100 (40 GiB), 30 CPU cores, …, secure");
         assert_eq!(shorten_facts(offer, 25), "1 x A100 (40 GiB), …");
+        let cpus = "2 CPU cores, 23.5 GiB RAM, 32.1 GiB free disk";
+        assert_eq!(shorten_facts(cpus, 32), "2 CPU cores, 23.5 GiB RAM, …");
         assert_eq!(shorten_facts(offer, 11), "1 x A… GiB)");
         let counts = [0, 1, 2, 1024].map(|count| counted(count, "offer"));
         assert_eq!(counts, ["0 offers", "1 offer", "2 offers", "1,024 offers"]);

@@ -282,6 +282,7 @@ impl FromStr for Span {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is not a time: write 90s, 5m, 1h30m or 2d");
+        let too_long = || "it must be at most 36500d, which are 100 years".to_owned();
         let mut seconds: u64 = 0;
         let mut rest = text.trim();
         if rest.strip_prefix('-').is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())) {
@@ -292,7 +293,7 @@ impl FromStr for Span {
         }
         while !rest.is_empty() {
             let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
-            let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
+            let number: u64 = rest[..digits].parse().map_err(|_| if digits > 0 { too_long() } else { wrong() })?;
             let unit = match rest.as_bytes()[digits] {
                 b's' => 1,
                 b'm' => 60,
@@ -300,14 +301,15 @@ impl FromStr for Span {
                 b'd' => 86_400,
                 _ => return Err(wrong()),
             };
-            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(wrong)?;
+            seconds = number.checked_mul(unit).and_then(|n| seconds.checked_add(n)).ok_or_else(too_long)?;
             rest = &rest[digits + 1..];
         }
         // Deadlines are added to clocks: a century is enough for everybody.
-        if seconds == 0 || seconds > 100 * 365 * 86_400 {
-            return Err(wrong());
+        match seconds {
+            0 => Err("it must be positive: write 90s, 5m, 1h30m or 2d".to_owned()),
+            1..=3_153_600_000 => Ok(Self(Duration::from_secs(seconds))),
+            _ => Err(too_long()),
         }
-        Ok(Self(Duration::from_secs(seconds)))
     }
 }
 
@@ -372,6 +374,19 @@ mod tests {
         assert_eq!(GpuTime::of(2, Duration::from_secs(5400)), GpuTime::from_hours(3.0));
         assert_eq!(GpuTime::of(u32::MAX, Duration::MAX).seconds(), i64::MAX);
         assert_eq!(GpuTime::from_hours(1.5).to_string(), "1.50 GPU-hours");
+    }
+
+    #[test]
+    fn times_out_of_bounds_are_told_their_bounds() {
+        let why = |text: &str| text.parse::<Span>().unwrap_err();
+        assert_eq!("36500d".parse(), Ok(Span(Duration::from_secs(36_500 * 86_400))));
+        for long in ["36501d", "99999999999999999999h", "18446744073709551615d"] {
+            assert!(why(long).contains("at most 36500d"), "{long}: {}", why(long));
+        }
+        assert!(why("0s").contains("positive") && why("-1h").contains("positive"));
+        for odd in ["", "h", "6", "6 h", "1.5h", "6y"] {
+            assert!(why(odd).contains("is not a time"), "{odd}: {}", why(odd));
+        }
     }
 
     #[test]

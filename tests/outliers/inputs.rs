@@ -100,6 +100,14 @@ fn uncountable_tokens_are_refused_and_not_multiplied() {
 }
 
 #[test]
+fn doctor_counts_in_plain_words() {
+    let said = TestContext::new().run(["doctor"]).ok().stdout;
+    let row = |what: &str| said.lines().find(|line| line.contains(what)).unwrap_or_else(|| panic!("{what}: {said}"));
+    assert!(row("ledger").contains("0 runs, none under way"), "{said}");
+    assert!(row("local instances").trim_end().ends_with(" none"), "{said}");
+}
+
+#[test]
 fn output_to_a_full_disk_is_an_error() {
     let context = TestContext::new();
     for command in [&["offers", "--json"][..], &["runs", "list"]] {

@@ -189,6 +189,7 @@ fn survey_with_a_broken_model_survives_controller_death() {
     context.assert_nothing_left();
     let status = context.run(["status"]).ok().stdout;
     assert!(status.contains("nothing is under way") && status.contains("nine"), "{status}");
+    assert!(!status.contains("may still cost"), "{status}");
 }
 
 /// As a controller leaves it that dies between noting an instance and starting it. There is only

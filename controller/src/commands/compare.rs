@@ -8,7 +8,7 @@ use crate::cli::{CompareArgs, CompareFormat};
 use crate::compare::folder::{ReadError, read_all, read_whole};
 use crate::compare::{Comparison, page, pdf, pixels, plots, print};
 use crate::files::write_whole;
-use crate::text::clean;
+use crate::text::{clean, counted};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::PlotWidth;
 
@@ -91,7 +91,7 @@ fn drawings(
         let bytes = encode(&plot.svg).map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
         write(&file, &bytes)?;
     }
-    context.reporter.say(&format!("{} plots: {}", drawn.len(), folder.display()));
+    context.reporter.say(&format!("{}: {}", counted(drawn.len(), "plot"), folder.display()));
     Ok(())
 }
 

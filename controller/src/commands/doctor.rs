@@ -137,8 +137,13 @@ async fn worker(context: &Context) -> Finding {
         Ok(worker) => {
             let cuda = worker.pushed().cuda;
             let what = cuda.map_or_else(|| "without CUDA".to_owned(), |oldest| format!("with CUDA, from {oldest} on"));
-            let (here, pushed) = (worker.path().display(), worker.pushed().path.display());
-            Finding::new("worker", Health::Good, format!("{here}; instances get {pushed}, {what}"))
+            let (here, pushed) = (worker.path(), &worker.pushed().path);
+            let found = if here == pushed.as_path() {
+                format!("{}, {what}; instances get the same", here.display())
+            } else {
+                format!("{}; instances get {}, {what}", here.display(), pushed.display())
+            };
+            Finding::new("worker", Health::Good, found)
         }
         Err(cli_error) => Finding { hint: cli_error.hint, ..Finding::new("worker", Health::Bad, cli_error.message) },
     }
@@ -152,7 +157,8 @@ fn records(ledger: &Ledger) -> Finding {
         }
         Ok(Records { runs, .. }) => {
             let open = runs.iter().filter(|run| !run.state.is_at_rest()).count();
-            Finding::new("ledger", Health::Good, format!("{}, {open} of them not over", counted(runs.len(), "run")))
+            let open = if open == 0 { "none".to_owned() } else { open.to_string() };
+            Finding::new("ledger", Health::Good, format!("{}, {open} under way", counted(runs.len(), "run")))
         }
         Err(error) => Finding::new("ledger", Health::Bad, error.to_string()),
     }
@@ -185,7 +191,7 @@ async fn repair(context: &Context, clouds: &Clouds) -> Vec<Finding> {
         }
     };
     let Repaired { aside, kept, from_results, lost } = repaired;
-    let made_of = format!("{kept} runs read from it, {from_results} from results");
+    let made_of = format!("{} read from it, {from_results} from results", counted(kept, "run"));
     let first = match aside {
         None if from_results == 0 && lost.is_empty() => "the ledger needs none".to_owned(),
         None => format!("there was no ledger; {made_of}"),
@@ -218,12 +224,10 @@ async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
         matches!(action, Action::LeaveAlone { why, .. } if settled.contains(why))
     };
     let left = looked.actions.iter().filter(|action| !is_settled(action)).count();
-    let found = format!(
-        "{} in all, {} of this {}",
-        looked.listed.len(),
-        ours.count(),
-        if owner.is_some() { "ledger" } else { "program" }
-    );
+    let found = match looked.listed.len() {
+        0 => "none".to_owned(),
+        all => format!("{all} in all, {} of this {}", ours.count(), if owner.is_some() { "ledger" } else { "program" }),
+    };
     match left {
         0 => Finding::new(&what, Health::Good, found),
         n => Finding::new(&what, Health::Odd, format!("{found}, {n} left behind or unclear"))

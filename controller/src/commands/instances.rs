@@ -87,7 +87,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
     });
     let unreadable = all.iter().filter(|instance| matches!(instance.state, InstanceState::Unreadable(_))).count();
     if unreadable > 0 {
-        context.reporter.warn(&format!("{unreadable} entries of the clouds' lists cannot be read"));
+        context.reporter.warn(&format!("of the entries of the clouds' lists, {unreadable} cannot be read"));
     }
     let document = InstanceList { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
     // A list that is not whole and shows none does not say that there is none.

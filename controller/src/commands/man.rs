@@ -8,6 +8,7 @@ use clap::CommandFactory;
 use super::Context;
 use crate::cli::{Cli, VERSION};
 use crate::files::write_whole;
+use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 
 /// Writes them.
@@ -23,7 +24,7 @@ pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, Cl
         let file = folder.join(format!("{name}.1"));
         write_whole(&file, page.as_bytes()).map_err(|error| failed(&file, error))?;
     }
-    context.reporter.say(&format!("{} pages: {}", pages.len(), folder.display()));
+    context.reporter.say(&format!("{}: {}", counted(pages.len(), "page"), folder.display()));
     Ok(ExitStatus::Done)
 }
 

@@ -18,8 +18,9 @@ use crate::run::local_worker::{InspectScope, LocalWorker, Pushed, corpus_files};
 use crate::run::output;
 use crate::run::{GuardTimeouts, RunSpec};
 use crate::secret::Secret;
-use crate::ui::report::{CliError, ExitStatus};
+use crate::text::counted;
 use crate::ui::report::tables::TOP;
+use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{Bytes, Usd};
 
 /// Disk for a run's own files where the checkpoint lies elsewhere.
@@ -260,8 +261,8 @@ async fn on_shared_files(
     }
     let Some(partition) = &site.stage_partition else { return Ok(None) };
     let stage = stage(job, id, inspection)?;
-    let (files, bytes) = (stage.files.len(), stage.bytes());
-    context.reporter.say(&format!("A job in partition {partition} fetches {id} first: {files} files, {bytes}"));
+    let (files, bytes) = (counted(stage.files.len(), "file"), stage.bytes());
+    context.reporter.say(&format!("A job in partition {partition} fetches {id} first: {files}, {bytes}"));
     Ok(Some(read_there(slurm::STAGED.to_owned(), Some(stage))))
 }
 

@@ -11,6 +11,7 @@ use crate::run::deploy::{JobIdentity, recover};
 use crate::run::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::run::local_worker::LocalWorker;
 use crate::survey::{Index, Member, ModelOutcome, SurveyError, index};
+use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{GpuTime, Usd};
 
@@ -251,7 +252,7 @@ impl<'a> Session<'a> {
         if prepared.is_empty() {
             return Ok(());
         }
-        consent(self.context, &self.clouds, self.asked.yes, &format!("{} instances", prepared.len()), || {
+        consent(self.context, &self.clouds, self.asked.yes, &counted(prepared.len(), "instance"), || {
             let at_most: Usd = prepared.iter().map(|prepared| prepared.at_most()).sum();
             let budget = self.asked.budget.map_or_else(String::new, |budget| format!(", within a budget of {budget}"));
             let gpus = self.asked.max_gpu_time.map_or_else(String::new, |most| format!(", within {most}"));

@@ -5,6 +5,7 @@ use outliers_protocol::{CONFIG_RULES, Metadata, ModelSource, Packing, Weights};
 use serde::Serialize;
 
 use super::comparison::{Compared, ResultKind};
+use crate::text::counted;
 
 /// One thing to know about some of the figures.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -151,7 +152,8 @@ fn windows(model: &Compared) -> Option<String> {
         }
         Some(Packing::Packed) | None => "",
     };
-    Some(format!("{} sequences of {} tokens{cut}", model.sequences?, model.tokens_per_sequence?))
+    let (sequences, tokens) = (counted(model.sequences?, "sequence"), counted(model.tokens_per_sequence?, "token"));
+    Some(format!("{sequences} of {tokens}{cut}"))
 }
 
 fn first_token(metadata: &Metadata) -> String {

@@ -8,7 +8,7 @@ use crate::files::sha256;
 use crate::host::transport::quote::quote;
 use crate::run::ledger::Unreadable;
 use crate::survey::ModelOutcome;
-use crate::text::{clean, markdown};
+use crate::text::{clean, counted, markdown};
 use crate::ui::status::{Over, Status, SurveyStatus, UnderWay};
 
 /// The document, in Markdown.
@@ -195,11 +195,14 @@ fn next_of(survey: &SurveyStatus, status: &Status) -> (String, String) {
     let runs = |run: &&UnderWay| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
     match (open, failed) {
         (1.., _) if status.under_way.iter().any(|run| runs(&run)) => {
-            (format!("Watch survey {name}: {open} models are open."), "outliers status".to_owned())
+            let open = counted(open, "open model");
+            (format!("Watch survey {name}: {open}."), "outliers status".to_owned())
         }
-        (1.., _) => (format!("Go on with survey {name}: {open} models are open."), format!("outliers survey {file}")),
+        (1.., _) => {
+            (format!("Go on with survey {name}: {}.", counted(open, "open model")), format!("outliers survey {file}"))
+        }
         (0, 1..) => (
-            format!("Mend what made {failed} models of survey {name} fail, and run them again."),
+            format!("Mend what made {} of survey {name} fail, and run again.", counted(failed, "model")),
             format!("outliers survey {file} --rerun-failed"),
         ),
         (0, 0) => (
@@ -251,7 +254,7 @@ mod tests {
         assert!(blocked.contains("outliers attach run4") && blocked.contains("relax the filters"), "{blocked}");
         assert!(blocked.contains("200 \\| removed"), "a cell stays a cell: {blocked}");
         let next = part("Next");
-        assert!(next.contains("1. Watch survey moe-two: 1 models are open."), "{next}");
+        assert!(next.contains("1. Watch survey moe-two: 1 open model."), "{next}");
         assert!(part("Spend").contains("may still cost, until their time limits: $6.00"), "{}", part("Spend"));
     }
 

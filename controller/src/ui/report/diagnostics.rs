@@ -7,7 +7,7 @@ use outliers_protocol::{
 };
 
 use super::table::{number, table, text};
-use crate::text::clean;
+use crate::text::{clean, counted};
 use crate::units::figure;
 
 /// Dimensions, experts and layers shown; the file has them all.
@@ -175,8 +175,10 @@ fn massive(massive: &MassiveActivations) -> String {
         return format!("\nno massive activations: {rule}\n");
     };
     let mut out = format!(
-        "\nmassive activations at {} tokens ({} at position 0) of {} sequences, from layer {first} to layer {last}\n{rule}\n",
-        massive.tokens, massive.tokens_at_position_0, massive.sequences
+        "\nmassive activations at {} ({} at position 0) of {}, from layer {first} to layer {last}\n{rule}\n",
+        counted(massive.tokens as usize, "token"),
+        massive.tokens_at_position_0,
+        counted(massive.sequences as usize, "sequence")
     );
     let mut rows = table(&["dimension", "layers", "values", "at position 0", "min", "max"]);
     for dim in massive.dims.iter().take(SHOWN) {

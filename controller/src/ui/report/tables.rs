@@ -426,7 +426,10 @@ pub fn status(status: &Status) -> String {
         out += &format!("run {}: its record is damaged: {}\n", lost.run, clean(lost.why.as_bytes(), 200));
     }
     let Status { spent, reserved, .. } = status;
-    out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n")
+    match status.under_way.is_empty() {
+        true => out + &format!("spent {spent}\n"),
+        false => out + &format!("spent {spent}; what is under way may still cost {reserved} until its time limits\n"),
+    }
 }
 
 /// What a worker does, after the state of its run.
