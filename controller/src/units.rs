@@ -379,7 +379,7 @@ mod tests {
     #[test]
     fn times_out_of_bounds_are_told_their_bounds() {
         let why = |text: &str| text.parse::<Span>().unwrap_err();
-        assert_eq!("36500d".parse(), Ok(Span(Duration::from_secs(36_500 * 86_400))));
+        assert_eq!("36500d".parse::<Span>(), Ok(Span(Duration::from_secs(36_500 * 86_400))));
         for long in ["36501d", "99999999999999999999h", "18446744073709551615d"] {
             assert!(why(long).contains("at most 36500d"), "{long}: {}", why(long));
         }
