@@ -158,9 +158,12 @@ pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let mut file = File::create(&part)?;
-    file.write_all(content)?;
-    file.sync_all()?;
-    fs::rename(&part, path)?;
+    let written = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&part, path));
+    if let Err(error) = written {
+        // Best effort: half a file, or one whose name is a folder's, is of no use.
+        let _ = fs::remove_file(&part);
+        return Err(error);
+    }
     sync_parent(path)
 }
 
@@ -177,6 +180,15 @@ mod tests {
         assert_eq!(digest(&path).unwrap(), (3, expected.to_owned()));
         assert_eq!(sha256(b"abc"), expected);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn file_that_cannot_be_written_leaves_nothing_beside_it() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("a");
+        fs::create_dir(&path).unwrap();
+        assert!(write_whole(&path, b"abc").is_err());
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 1, "the folder alone");
     }
 
     #[test]

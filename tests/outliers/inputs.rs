@@ -100,6 +100,28 @@ fn uncountable_tokens_are_refused_and_not_multiplied() {
 }
 
 #[test]
+fn comparison_of_nothing_or_into_nothing_says_what_to_do() {
+    let context = TestContext::new();
+    assert_refused(&context, &context.run(["compare"]), &["no results yet in ", "outliers demo"]);
+    let results = context.work().join("remote_results");
+    fs::create_dir(&results).unwrap();
+    assert_refused(&context, &context.run(["compare"]), &["no results yet in ", "outliers demo"]);
+    let run = results.join("mixture");
+    fs::create_dir(&run).unwrap();
+    for entry in fs::read_dir(workspace().join("controller/tests/results/mixture")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), run.join(entry.file_name())).unwrap();
+    }
+    fs::write(context.work().join("notes"), "not a folder").unwrap();
+    for more in [["--html", "remote_results"], ["--html", "nowhere/page.html"], ["--svg", "notes"]] {
+        let said = context.run(["compare"].iter().chain(&more));
+        assert_eq!(said.code, Some(1), "{said:?}");
+        assert!(said.stderr.contains("cannot be written: ") && said.stderr.contains("--html takes a file"), "{said:?}");
+    }
+    assert!(!context.work().join("remote_results.part").exists());
+}
+
+#[test]
 fn doctor_counts_in_plain_words() {
     let said = TestContext::new().run(["doctor"]).ok().stdout;
     let row = |what: &str| said.lines().find(|line| line.contains(what)).unwrap_or_else(|| panic!("{what}: {said}"));

@@ -551,8 +551,8 @@ fn relax(last: &Rule, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation>
 impl fmt::Display for Filtered {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(step) = self.steps.last() {
-            let offers = if step.removed == 1 { "offer" } else { "offers" };
-            write!(f, "{} removed the last {} {offers}", step.option, step.removed)?;
+            let offers = if step.removed == 1 { "offer".to_owned() } else { format!("{} offers", step.removed) };
+            write!(f, "{} removed the last {offers}", step.option)?;
         }
         if self.steps.len() > 1 {
             let before = self.steps[..self.steps.len() - 1].iter().filter(|step| step.removed > 0);
@@ -563,6 +563,7 @@ impl fmt::Display for Filtered {
         }
         write!(f, ": {} (nearest: {})", self.reason, describe(&self.nearest))?;
         match &self.relaxation {
+            Some(found) if found.offer == self.nearest => write!(f, "; {} would find it", found.option),
             Some(found) => write!(f, "; {} would find {}", found.option, describe(&found.offer)),
             None if self.is_fixed => write!(f, "; no option changes that"),
             None => write!(f, "; no single option is in the way alone: more than one has to be relaxed"),
@@ -685,9 +686,8 @@ mod tests {
         let error = filtered(laptop(), &want);
         assert_eq!(
             error.to_string(),
-            "--gpu-filter A100 removed the last 1 offer: this machine has no NVIDIA GPU \
-             (nearest: 8 CPU cores, 31.2 GiB RAM, 100 GiB free disk, $0.08/h); \
-             no --gpu-filter would find 8 CPU cores, 31.2 GiB RAM, 100 GiB free disk, $0.08/h"
+            "--gpu-filter A100 removed the last offer: this machine has no NVIDIA GPU \
+             (nearest: 8 CPU cores, 31.2 GiB RAM, 100 GiB free disk, $0.08/h); no --gpu-filter would find it"
         );
         assert_eq!(serde_json::to_value(&error.steps).unwrap()[0]["filter"], "gpu_filter");
         assert_eq!(error.relaxation.unwrap().option, "no --gpu-filter");

@@ -63,6 +63,10 @@ fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, CliError> {
         Err(CliError::refused(message, "name another folder with --output, or move that one away"))
     };
     let is_empty = |place: &Path| std::fs::read_dir(place).map_or(!place.exists(), |mut there| there.next().is_none());
+    if folder.is_file() {
+        let message = format!("{} is a file, and results are a folder", folder.display());
+        return Err(CliError::refused(message, "name another folder with --output"));
+    }
     if !is_empty(folder) {
         return refused(folder, "other results");
     }
@@ -117,6 +121,6 @@ mod tests {
         assert!(found(&job).unwrap_err().contains("other results"));
         std::fs::remove_dir_all(&folder).unwrap();
         std::fs::write(&folder, "a file").unwrap();
-        assert!(found(&job).unwrap_err().contains("other results"));
+        assert!(found(&job).unwrap_err().contains("is a file"));
     }
 }

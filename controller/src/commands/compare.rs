@@ -1,11 +1,11 @@
 //! `compare`: results side by side, in tables and as a page.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Context;
 use crate::cli::{CompareArgs, CompareFormat};
-use crate::compare::folder::{ReadError, read_all, read_whole};
+use crate::compare::folder::{ReadError, ResultFolder, read_all, read_whole};
 use crate::compare::{Comparison, page, pdf, pixels, plots, print};
 use crate::files::write_whole;
 use crate::text::{clean, counted};
@@ -21,7 +21,7 @@ const PDF_INCHES: f64 = 7.0;
 /// Runs `compare`.
 pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, CliError> {
     let (folders, left_out) = match args.folders.is_empty() {
-        true => read_whole(&context.settings.results, args.allow_partial)?,
+        true => usual(&context.settings.results, args.allow_partial)?,
         false => (read_all(&args.folders, args.allow_partial)?, Vec::new()),
     };
     if !left_out.is_empty() {
@@ -62,6 +62,21 @@ pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatu
     Ok(ExitStatus::Done)
 }
 
+/// The whole results of the usual folder, and the folders of what is left out.
+fn usual(results: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), CliError> {
+    let none = || {
+        let hint = "`outliers demo` makes one; or name folders with results";
+        CliError::refused(format!("no results yet in {}", results.display()), hint)
+    };
+    if !results.exists() {
+        return Err(none());
+    }
+    read_whole(results, allow_partial).map_err(|error| match error {
+        ReadError::Nothing(_) => none(),
+        other => other.into(),
+    })
+}
+
 /// A drawing that says how wide it is on paper; its own units stay.
 fn sized(svg: &str, width: Option<PlotWidth>) -> String {
     let Some(inches) = width.map(PlotWidth::inches) else { return svg.to_owned() };
@@ -83,7 +98,7 @@ fn drawings(
     encode: impl Fn(&str) -> Result<Vec<u8>, String>,
 ) -> Result<(), CliError> {
     let folder = context.here.join(folder);
-    fs::create_dir_all(&folder).map_err(|error| CliError::failed(format!("{}: {error}", folder.display())))?;
+    fs::create_dir_all(&folder).map_err(|error| unwritable(&folder, &error))?;
     let mut drawn = plots::across(comparison);
     drawn.extend(comparison.models.iter().flat_map(plots::of_model));
     for plot in &drawn {
@@ -96,7 +111,13 @@ fn drawings(
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
-    write_whole(path, bytes).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
+    write_whole(path, bytes).map_err(|error| unwritable(path, &error))
+}
+
+fn unwritable(path: &Path, error: &std::io::Error) -> CliError {
+    let message = format!("{} cannot be written: {error}", path.display());
+    let hint = Some("--html takes a file; --svg, --png and --pdf take a folder".to_owned());
+    CliError { status: ExitStatus::Failed, message, hint }
 }
 
 impl From<ReadError> for CliError {
