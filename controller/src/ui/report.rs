@@ -725,11 +725,11 @@ fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
     let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
     let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
     let Some(deadline) = meter.deadline else { return spent };
-    let (today, until) = (rfc3339(now_ms / 1000), rfc3339(deadline));
+    let until = rfc3339(deadline);
     let time = until.get(..16).unwrap_or(&until).replace('T', " ");
-    // The day goes without saying if it is this one.
-    let is_today = until.get(..10) == today.get(..10);
-    let time = time.get(11..).filter(|_| is_today).unwrap_or(time.as_str());
+    // Within a day the time alone says which day is meant, and the line is short.
+    let is_near = deadline.abs_diff(now_ms / 1000) < 86_400;
+    let time = time.get(11..).filter(|_| is_near).unwrap_or(time.as_str());
     format!("{spent}, until {time} UTC")
 }
 
@@ -898,6 +898,8 @@ mod tests {
         assert!(words.ends_with(", until 1970-01-01 00:00 UTC"), "{words}");
         let on_the_day = standing(Duration::from_secs(65), Some(&run.meter()), 5000);
         assert!(on_the_day.ends_with(" in 1 min, until 00:00 UTC"), "{on_the_day}");
+        let over_midnight = standing(Duration::from_secs(65), Some(&run.meter()), 86_400_000);
+        assert!(over_midnight.ends_with(" in 1 min, until 00:00 UTC"), "{over_midnight}");
     }
 
     #[test]
