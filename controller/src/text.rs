@@ -121,6 +121,7 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String
         Some(format!("{before}a string, expected{after}"))
     });
     let said = value.or_else(|| unknown_name(&said)).or_else(|| negative(&said)).unwrap_or(said);
+    let said = other_kind(&said).map(str::to_owned).unwrap_or(said);
     let Some(span) = error.span() else { return (None, said) };
     let at = text.floor_char_boundary(span.start);
     let line = &text[text[..at].rfind('\n').map_or(0, |end| end + 1)..];
@@ -146,6 +147,20 @@ pub fn unknown_key<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> S
         None => format!("known are {}", known.into_iter().collect::<Vec<_>>().join(", ")),
     };
     format!("unknown field `{}`; {hint}", clean(key.as_bytes(), 80))
+}
+
+/// Of a value of another kind than the expected one: how that is written.
+fn other_kind(said: &str) -> Option<&'static str> {
+    let (_, expected) = said.strip_prefix("invalid type: ")?.split_once(", expected ")?;
+    Some(match expected.strip_prefix("a nonzero ").unwrap_or(expected) {
+        "a string" | "path string" => "it must be text in quotation marks",
+        "a sequence" => "it must be a list in brackets",
+        "a boolean" => "it must be true or false, without quotation marks",
+        "f64" => "it must be a number, without quotation marks",
+        "u8" | "u16" | "u32" | "u64" | "usize" => "it must be a whole number, without quotation marks",
+        other if other.starts_with("struct ") => "it must be a table, with its name in brackets before its keys",
+        _ => return None,
+    })
 }
 
 /// Of a number that no count can be.
@@ -210,6 +225,38 @@ mod tests {
         assert_eq!(said("some = 0"), "`some`: it must be positive");
         let File { max_price, count, some } = toml::from_str("max_price = 2.0\ncount = 1").unwrap();
         assert_eq!((max_price, count, some), (2.0, 1, None));
+    }
+
+    #[test]
+    fn file_errors_say_how_a_value_is_written() {
+        #[derive(Debug, Default, serde::Deserialize)]
+        struct Table {}
+        #[derive(Debug, Default, serde::Deserialize)]
+        #[serde(default)]
+        #[expect(dead_code, reason = "only read")]
+        struct File {
+            text: String,
+            path: std::path::PathBuf,
+            list: Vec<String>,
+            yes: bool,
+            number: f64,
+            count: Option<std::num::NonZero<usize>>,
+            table: Table,
+        }
+        for (line, word) in [
+            ("text = 6", "text in quotation marks"),
+            ("path = 6", "text in quotation marks"),
+            ("list = 'a'", "a list in brackets"),
+            ("yes = 'yes'", "true or false"),
+            ("number = '6'", "a number, without quotation marks"),
+            ("count = '6'", "a whole number"),
+            ("table = 6", "a table"),
+        ] {
+            let (at, said) = toml_error(line, &toml::from_str::<File>(line).unwrap_err());
+            let name = line.split(' ').next().unwrap();
+            assert!(at == Some(1) && said.starts_with(&format!("`{name}`: it must be ")), "{line}: {said}");
+            assert!(said.contains(word), "{line}: {said}");
+        }
     }
 
     #[test]

@@ -457,7 +457,11 @@ pub fn instances(listed: &[&Instance], words: &[String], deadlines: &[Option<u64
             name(&instance.broker),
             id(if instance.id.0.is_empty() { "?" } else { &instance.id.0 }),
             id(&instance.tag().map(|tag| tag.run).unwrap_or_default()),
-            text(&state(instance)),
+            // `instances show` has the address, for which there is no room here.
+            text(&match instance.state {
+                InstanceState::Ready(_) => "ready".to_owned(),
+                _ => state(instance),
+            }),
             name(&instance.hardware),
             number(instance.price.map(|price| price.to_string()).unwrap_or_default()),
             number(deadline.map(|at| format!("{:#}", until(at))).unwrap_or_default()),
@@ -575,6 +579,7 @@ mod tests {
     use outliers_protocol::{Axis, Perplexity, Thresholds, Verdict};
 
     use super::*;
+    use crate::cloud::broker::SshEndpoint;
     use crate::units::UsdPerHour;
 
     #[test]
@@ -600,6 +605,14 @@ mod tests {
         seen.plan.micro_batch_tokens = Some(512);
         let said = needs(&seen);
         assert!(said.contains("512") && !said.contains("planned"), "{said}");
+    }
+
+    #[test]
+    fn instance_table_has_no_addresses() {
+        let instance = crate::run::reconcile::tests::instance("i-1", "plain");
+        let state = InstanceState::Ready(SshEndpoint { host: "203.0.113.7".into(), port: 22, user: "root".into() });
+        let shown = instances(&[&Instance { state, ..instance }], &["not ours".to_owned()]);
+        assert!(shown.contains(" ready ") && !shown.contains("203.0.113.7"), "{shown}");
     }
 
     #[test]
