@@ -233,7 +233,6 @@ mod tests {
         struct Table {}
         #[derive(Debug, Default, serde::Deserialize)]
         #[serde(default)]
-        #[expect(dead_code, reason = "only read")]
         struct File {
             text: String,
             path: std::path::PathBuf,
@@ -257,6 +256,8 @@ mod tests {
             assert!(at == Some(1) && said.starts_with(&format!("`{name}`: it must be ")), "{line}: {said}");
             assert!(said.contains(word), "{line}: {said}");
         }
+        let File { text, path, list, yes, number, count, table: Table {} } = toml::from_str("yes = true").unwrap();
+        assert_eq!((text.len(), path.as_os_str().len(), list.len(), yes, number, count), (0, 0, 0, true, 0.0, None));
     }
 
     #[test]
