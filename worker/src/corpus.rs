@@ -173,6 +173,10 @@ fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limit
             break;
         }
     }
+    if read == 0 && spec.skip_documents > 0 {
+        let message = format!("nothing is left of the corpus after {} skipped documents", spec.skip_documents);
+        return Err(WorkerError::corpus(message).hint("skip fewer documents"));
+    }
     if blank {
         let rows = format!("rows without text in their field {} are left out", shown(&spec.text_field));
         let hint = if text.lasts { rows } else { "name text files that hold text".to_owned() };

@@ -382,6 +382,8 @@ fn documents_are_skipped_and_shuffled_by_number() {
         let spec = files(&[&file], None, Some(4));
         assert_eq!(first_words(spec.clone()), (0..20).collect::<Vec<i64>>());
         assert_eq!(first_words(CorpusSpec { skip_documents: 4, ..spec.clone() }), (4..24).collect::<Vec<i64>>());
+        let (kind, message) = model.refused(&CorpusSpec { skip_documents: 24, ..spec.clone() });
+        assert_eq!((kind, message.contains("after 24 skipped documents")), (FailureKind::Corpus, true), "{message}");
         let shuffled = |seed| first_words(CorpusSpec { shuffle_seed: Some(seed), ..spec.clone() });
         assert_eq!(shuffled(7), shuffled(7));
         assert_ne!(shuffled(7), shuffled(8));
