@@ -388,7 +388,8 @@ pub(super) fn consent(
         return Ok(());
     }
     if !std::io::stdin().is_terminal() {
-        return Err(CliError::refused(format!("this would rent {what}, and there is no terminal to ask on"), "add --yes"));
+        let message = format!("this would rent {what}, and there is no terminal to ask on");
+        return Err(CliError::refused(message, "add --yes"));
     }
     let (shown, question) = words();
     context.reporter.say(&shown);
