@@ -223,7 +223,8 @@ fn version(json: bool) {
 }
 
 fn print_verdicts(results: &outliers_protocol::Results) {
-    println!("{}: {} sequences of {} tokens", results.model, results.sequences, results.tokens_per_sequence);
+    let ending = if results.sequences == 1 { "" } else { "s" };
+    println!("{}: {} sequence{ending} of {} tokens", results.model, results.sequences, results.tokens_per_sequence);
     for v in &results.verdicts {
         let percent = |p: Option<f64>| p.map_or_else(|| "-".to_owned(), |p| format!("{p:.1} %"));
         let shares = (percent(v.mean_layer_percent), percent(v.mean_sequence_percent));
