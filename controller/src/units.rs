@@ -272,7 +272,8 @@ impl fmt::Display for CudaVersion {
     }
 }
 
-/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`. `{:#}` shows no seconds from a minute on.
+/// A time as people write it: `90s`, `5m`, `1h30m`, `2d`. `{:#}` shows no seconds from a minute on,
+/// and no minutes from two days on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
 pub struct Span(pub Duration);
@@ -333,6 +334,7 @@ impl fmt::Display for Span {
             (0, 0, s) => write!(f, "{s} s"),
             (0, m, _) if is_rounded => write!(f, "{m} min"),
             (0, m, s) => write!(f, "{m} min {s:02} s"),
+            (h @ 48.., _, _) if is_rounded => write!(f, "{} d {:02} h", h / 24, h % 24),
             (h, m, _) => write!(f, "{h} h {m:02} min"),
         }
     }

@@ -769,6 +769,8 @@ mod tests {
         }
         assert_eq!(Span(Duration::from_secs(3725)).to_string(), "1 h 02 min");
         assert_eq!(Span(Duration::from_secs(65)).to_string(), "1 min 05 s");
+        let days = [172_799, 172_800, 356_400].map(|seconds| format!("{:#}", Span(Duration::from_secs(seconds))));
+        assert_eq!(days, ["2 d 00 h", "2 d 00 h", "4 d 03 h"]);
         let rounded = [9, 59, 65, 722, 3599, 7260].map(|seconds| format!("{:#}", Span(Duration::from_secs(seconds))));
         assert_eq!(rounded, ["9.0 s", "59 s", "1 min", "12 min", "1 h 00 min", "2 h 01 min"]);
     }

@@ -314,7 +314,7 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
             name(&short(&run.spec.model)),
             name(broker(run)),
             Cell::new(state),
-            number(age(run.created_at_ms, now_ms)),
+            number(format!("{:#}", age(run.created_at_ms, now_ms))),
             number(run.cost(now_ms)),
             text(&ending),
         ]);
@@ -405,7 +405,7 @@ pub fn status(status: &Status) -> String {
             id(&run.run),
             name(run.survey.as_deref().unwrap_or("-")),
             name(&short(&run.model)),
-            number(age(run.ended * 1000, status.at * 1000)),
+            number(format!("{:#}", age(run.ended * 1000, status.at * 1000))),
             number(run.cost),
             text(&run.ending),
         ]);
@@ -570,8 +570,8 @@ pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
     out + &format!("run {}, cost {cost}{price}\n", run.id)
 }
 
-fn age(since_ms: u64, now_ms: u64) -> String {
-    Span(Duration::from_millis(now_ms.saturating_sub(since_ms))).to_string()
+fn age(since_ms: u64, now_ms: u64) -> Span {
+    Span(Duration::from_millis(now_ms.saturating_sub(since_ms)))
 }
 
 #[cfg(test)]
@@ -605,6 +605,13 @@ mod tests {
         seen.plan.micro_batch_tokens = Some(512);
         let said = needs(&seen);
         assert!(said.contains("512") && !said.contains("planned"), "{said}");
+    }
+
+    #[test]
+    fn ages_of_runs_are_rounded_to_minutes() {
+        let run = crate::run::ledger::tests::rented();
+        let shown = runs(std::slice::from_ref(&run), &[true], run.created_at_ms + 680_000);
+        assert!(shown.contains(" 11 min ") && !shown.contains(" 20 s"), "{shown}");
     }
 
     #[test]
