@@ -133,7 +133,8 @@ impl RunSpec {
     pub fn highest_price(&self, offer: &Offer) -> UsdPerHour {
         let slack = || UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK);
         // This machine bills what its offer says.
-        if self.quote.ceiling.is_some() || offer.is_local { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
+        let is_exact = self.quote.ceiling.is_some() || offer.is_local;
+        if is_exact { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
     }
 
     /// How long an instance of this offer may exist: until the time limit, or for as long as what
