@@ -157,6 +157,7 @@ fn empty_ids_name_nothing() {
         &["runs", "cancel", ""],
         &["attach", ""],
         &["results", "show", ""],
+        &["results", "show", "model"],
         &["results", "recount", "", "--layer-fraction", "0.5"],
         &["instances", "terminate", "", "-y"],
         &["reap", "--owner", "", "-y"],

@@ -122,7 +122,8 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
 /// `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let path = context.here.join(run);
-    if !run.is_empty() && path.is_dir() {
+    let of_a_result = [files::MANIFEST, files::RESULTS, files::JOB, files::LOG];
+    if !run.is_empty() && of_a_result.iter().any(|name| path.join(name).exists()) {
         return Ok(path);
     }
     let results = &context.settings.results;
@@ -145,7 +146,7 @@ fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     match (found.pop(), found.len()) {
         (Some(folder), 0) => Ok(folder),
         (Some(_), more) => Err(refused(format!("{} results begin with `{run}`", more + 1))),
-        (None, _) => Err(refused(format!("`{run}` is no result below {} and no folder", results.display()))),
+        (None, _) => Err(refused(format!("`{run}` is no result below {} and no folder of one", results.display()))),
     }
 }
 
