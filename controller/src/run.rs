@@ -685,7 +685,7 @@ fn vanished(state: &RunState) -> RunState {
 }
 
 impl RunEvent {
-    /// One word, for tables and errors.
+    /// One word, for errors.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Creating { .. } => "creating",

@@ -15,6 +15,7 @@ use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Of
 use crate::cloud::estimate::{CROSSING, Estimate, Work};
 use crate::cloud::market::{self, Step};
 use crate::model_name::short;
+use crate::run::RunEvent;
 use crate::run::ledger::{RunRecord, now_ms};
 use crate::run::reconcile::{Action, Leave};
 use crate::survey::ModelOutcome;
@@ -351,9 +352,30 @@ pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     }
     let mut table = table(&["after", "what happened"]);
     for entry in &run.events {
-        table.add_row([number(age(run.created_at_ms, entry.at_ms)), Cell::new(entry.event.word())]);
+        table.add_row([number(age(run.created_at_ms, entry.at_ms)), Cell::new(happened(&entry.event))]);
     }
     format!("{out}{table}\n")
+}
+
+/// An event of a run in words.
+fn happened(event: &RunEvent) -> &'static str {
+    match event {
+        RunEvent::Creating { .. } => "an instance was ordered",
+        RunEvent::NotCreated { .. } => "no instance was created",
+        RunEvent::Created { .. } => "the instance was rented",
+        RunEvent::Reached { .. } => "its host answered",
+        RunEvent::Discarded { .. } => "the instance was given up",
+        RunEvent::Launched => "the worker was started",
+        RunEvent::WorkerEnded { .. } => "the worker ended",
+        RunEvent::Restarted => "the worker was started again",
+        RunEvent::Fetched { .. } => "the results were saved",
+        RunEvent::NotFetched { .. } => "the results could not be saved",
+        RunEvent::Stopped { .. } => "the run was stopped",
+        RunEvent::Held => "the instance was kept",
+        RunEvent::Terminate => "the cloud was told to end the instance",
+        RunEvent::Gone => "the instance was gone",
+        RunEvent::Vanished => "the instance went away by itself",
+    }
 }
 
 /// What runs, what is finished, what it costs.
@@ -605,6 +627,13 @@ mod tests {
         seen.plan.micro_batch_tokens = Some(512);
         let said = needs(&seen);
         assert!(said.contains("512") && !said.contains("planned"), "{said}");
+    }
+
+    #[test]
+    fn history_of_a_run_is_told_in_words() {
+        let record = crate::run::ledger::tests::rented();
+        let shown = run(&record, true, record.created_at_ms);
+        assert!(shown.contains("an instance was ordered") && shown.contains("the instance was rented"), "{shown}");
     }
 
     #[test]
