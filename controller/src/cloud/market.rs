@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::cloud::estimate::Work;
 use crate::cloud::gpu;
 use crate::cloud::offer::{GpuRequest, Offer};
+use crate::text::counted;
 use crate::units::{Bytes, CudaVersion, Span, Usd, UsdPerHour};
 
 /// What removes offers, in the order in which it does.
@@ -580,14 +581,16 @@ pub fn describe(offer: &Offer) -> String {
 
 /// What an offer is of: GPUs, cores, memory, disk, place and kind.
 pub fn hardware(offer: &Offer) -> String {
-    let gpus = gpu_name(offer).map(|name| match offer.vram {
+    // Some names say it themselves.
+    let is_told = |name: &str, vram: Bytes| name.contains(&format!("-{}GB", vram.0 >> 30));
+    let gpus = gpu_name(offer).map(|name| match offer.vram.filter(|vram| !is_told(&name, *vram)) {
         Some(vram) if offer.gpu_count == 1 => format!("1 x {name} ({})", gib_text(vram)),
         Some(vram) => format!("{} x {name} ({} each)", offer.gpu_count, gib_text(vram)),
         None => format!("{} x {name}", offer.gpu_count),
     });
     let parts = [
         gpus,
-        offer.cpu_cores.map(|cores| format!("{cores} CPU cores")),
+        offer.cpu_cores.map(|cores| counted(cores as usize, "CPU core")),
         offer.cpu_ram.map(|ram| format!("{} RAM", gib_text(ram))),
         offer.disk.map(|disk| format!("{} free disk", gib_text(disk))),
         offer.region.clone(),
@@ -691,6 +694,14 @@ mod tests {
         );
         assert_eq!(serde_json::to_value(&error.steps).unwrap()[0]["filter"], "gpu_filter");
         assert_eq!(error.relaxation.unwrap().option, "no --gpu-filter");
+    }
+
+    #[test]
+    fn memory_is_told_once_and_one_core_is_one() {
+        let shown = |gpu: Option<(&str, u32, u64)>| hardware(&Offer { cpu_cores: Some(1), ..offer("vast", gpu, 1.0) });
+        assert!(shown(Some(("A100-80GB", 2, 80))).starts_with("2 x A100-80GB, 1 CPU core, "));
+        assert!(shown(Some(("L40S", 2, 48))).starts_with("2 x L40S (48 GiB each), 1 CPU core, "));
+        assert!(shown(None).starts_with("1 CPU core, "));
     }
 
     #[test]

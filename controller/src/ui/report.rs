@@ -780,7 +780,7 @@ fn short_name(name: &str) -> String {
 
 /// What a host is, and what is odd about it.
 fn host_facts(facts: &HostFacts) -> String {
-    let cores = facts.cores.map(|cores| format!("{cores} CPU cores"));
+    let cores = facts.cores.map(|cores| counted(cores as usize, "CPU core"));
     let ram = facts.ram.map(|ram| format!("{ram} memory"));
     let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
     let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));

@@ -26,6 +26,7 @@ use super::{
     Lease, Offer, Offers, SshEndpoint, Way,
 };
 use crate::files::{absent, create_private_folder};
+use crate::text::counted;
 
 mod bill;
 mod hardware;
@@ -386,7 +387,7 @@ fn conclude(folder: &Folder, record: &Record, billed: bool) -> io::Result<()> {
 
 fn describe(sku: &Sku, hardware: &Hardware) -> String {
     match sku {
-        Sku::Cpu => format!("{} CPU cores", hardware.cores),
+        Sku::Cpu => counted(hardware.cores as usize, "CPU core"),
         Sku::Gpus(count, raw) => {
             let vram = hardware.gpus.iter().find(|gpu| gpu.raw == *raw).and_then(|gpu| gpu.vram);
             format!("{count} x {}", crate::cloud::gpu::canonical_name(raw, vram))
