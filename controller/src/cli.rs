@@ -391,7 +391,7 @@ pub struct SurveyArgs {
 /// `demo`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DemoArgs {
-    /// Keep the model here [default: a temporary folder].
+    /// Keep the model here [default: below demo/ in the state folder].
     #[arg(long, value_name = "DIR")]
     pub output: Option<PathBuf>,
 }

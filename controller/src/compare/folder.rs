@@ -118,13 +118,17 @@ pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFo
     judged(find_all(folders)?, allow_partial)
 }
 
-/// Reads the results in or below a folder without those that are partial by their name, unless
-/// there are no others; gives the paths of those, too.
+/// Reads the results in or below a folder without those that are partial by their name or, unless
+/// `allow_partial`, by the index of their survey, unless there are no others; gives the paths of
+/// those, too.
 ///
 /// # Errors
 /// As [`read_all`].
 pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), ReadError> {
-    let is_partial = |found: &FoundFolder| found.path.extension().is_some_and(|extension| extension == "partial");
+    let is_partial = |found: &FoundFolder| {
+        let by_name = found.path.extension().is_some_and(|extension| extension == "partial");
+        by_name || (!allow_partial && matches!(found.flaw, Some(Flaw::Partial(_))))
+    };
     let found = find_all(&[folder.to_owned()])?;
     let (partial, whole): (Vec<FoundFolder>, Vec<FoundFolder>) = found.into_iter().partition(is_partial);
     if whole.is_empty() {
@@ -509,6 +513,10 @@ mod tests {
             let error = with(vec![line("a", ModelOutcome::Complete, Some("run-a")), other]).unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
+        let _ = with(vec![line("a", ModelOutcome::Complete, Some("run-a")), line("c", ModelOutcome::Open, None)]);
+        let (read, left_out) = read_whole(home.path(), false).unwrap();
+        assert_eq!((read.len(), left_out), (1, vec![survey.join("c")]));
+        assert_eq!(read_whole(home.path(), true).unwrap().0.len(), 2, "it is named, without figures");
         fs::write(survey.join("index.json"), "{").unwrap();
         let error = read_all(std::slice::from_ref(&survey), false).unwrap_err().to_string();
         assert!(error.contains("survey is damaged: index.json"), "{error}");
