@@ -256,6 +256,19 @@ fn survey_resumes_from_index_and_results_without_a_ledger() {
 }
 
 #[test]
+fn model_beyond_the_whole_budget_is_refused_before_renting() {
+    let context = context(&NINE[..1]);
+    for dry in [&["--dry-run"][..], &[]] {
+        let said = context.run(survey(&[&["--max-duration", "100h", "--budget", "0.01"][..], dry].concat()));
+        assert_eq!(said.code, Some(4), "{said:?}");
+        let words = said.stdout + &said.stderr;
+        assert!(words.contains(NINE[0]) && words.contains("--budget allows $0.01"), "{words}");
+    }
+    assert!(context.bill().entries.is_empty() && context.bill().running.is_empty());
+    context.assert_nothing_left();
+}
+
+#[test]
 fn survey_without_results_suggests_logs_and_no_comparison() {
     let context = context(&[BROKEN]);
     let weights = spoil(&context, BROKEN);
