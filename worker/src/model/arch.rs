@@ -547,6 +547,9 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     if spec.hidden == 0 || spec.vocab == 0 || spec.layers.is_empty() {
         return bad(format!("{} layers of width {} over {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
     }
+    if spec.longest().is_some_and(|longest| longest.tokens() == 0) {
+        return bad("sequences of 0 tokens at most".to_owned());
+    }
     let experts = |layer: &LayerSpec| if let FfnSpec::Moe(moe) = &layer.ffn { moe.experts } else { 0 };
     let experts: usize = spec.layers.iter().map(experts).sum();
     if experts > MOST_EXPERTS {
@@ -582,7 +585,8 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
                     l.heads, l.nope_dim, l.rope_dim, l.value_dim, l.kv_rank
                 )
             };
-            (!sound).then(words)
+            let no_queries = (l.query_rank == Some(0)).then(|| "queries of rank 0".to_owned());
+            (!sound).then(words).or(no_queries)
         }
         MixerSpec::DeltaNet(d) => {
             let sound = evenly(d.value_heads, d.key_heads) && d.key_dim > 0 && d.value_dim > 0 && d.kernel > 0;
@@ -599,6 +603,14 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
 
 /// What cannot be about a feed-forward.
 fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
+    let widths = match ffn {
+        FfnSpec::Dense(mlp) => [Some(mlp), None, None],
+        FfnSpec::Moe(moe) => [Some(&moe.expert), moe.shared.as_ref().map(|shared| &shared.mlp), moe.beside.as_ref()],
+        FfnSpec::None => [None; 3],
+    };
+    if widths.into_iter().flatten().any(|mlp| mlp.intermediate == 0) {
+        return Some("a feed-forward of inner width 0".to_owned());
+    }
     let FfnSpec::Moe(moe) = ffn else { return None };
     if let RouterSpec::SigmoidGroups { groups, top_groups, .. } | RouterSpec::SoftmaxGroups { groups, top_groups, .. } =
         moe.router
@@ -717,12 +729,27 @@ mod tests {
 
     #[test]
     fn impossible_config_numbers_are_refused() {
-        for (key, bad) in
-            [("num_attention_heads", 0), ("num_key_value_heads", 0), ("num_experts_per_tok", 4), ("hidden_size", 0)]
-        {
+        for (key, bad) in [
+            ("num_attention_heads", 0),
+            ("num_key_value_heads", 0),
+            ("num_experts_per_tok", 4),
+            ("hidden_size", 0),
+            ("max_position_embeddings", 0),
+        ] {
             let mut config = config("OlmoeForCausalLM");
             config[key] = bad.into();
             assert!(read(&config).is_err(), "{key} = {bad}");
+        }
+        for (architecture, key, said) in [
+            ("OlmoeForCausalLM", "intermediate_size", "layer 0: a feed-forward of inner width 0"),
+            ("LlamaForCausalLM", "intermediate_size", "layer 0: a feed-forward of inner width 0"),
+            ("DeepseekV3ForCausalLM", "moe_intermediate_size", "layer 1: a feed-forward of inner width 0"),
+            ("DeepseekV3ForCausalLM", "q_lora_rank", "layer 0: queries of rank 0"),
+        ] {
+            let mut config = config(architecture);
+            config[key] = 0.into();
+            let error = read(&config).map(|_| ()).unwrap_err();
+            assert!(error.message().contains(said), "{architecture}: {error}");
         }
     }
 }
