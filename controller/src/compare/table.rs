@@ -9,6 +9,7 @@ use super::difference::Difference;
 use super::measured;
 use super::plots::letter;
 use super::published::{PublishedRow, PublishedTable};
+use crate::units::grouped;
 
 /// A table of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ fn models(comparison: &Comparison) -> Table {
                 optional(model.active_share(), |share| format!("{:.1} %", 100.0 * (1.0 - share)))
             }),
             (numbers("tokens"), &|model| {
-                optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {of}"))
+                optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {}", grouped(of as u64)))
             }),
             (words("computed in"), &|model| {
                 optional(model.provenance.as_ref(), |metadata| metadata.compute_dtype.clone())
@@ -193,7 +194,7 @@ fn published(table: &PublishedTable) -> Table {
         (true, numbers("parameters"), |row| short(row.parameters as f64)),
         (active, numbers("active"), |row| optional(row.active, |n| short(n as f64))),
         (perplexity, numbers("perplexity"), |row| optional(row.perplexity, |n| n.to_string())),
-        (true, numbers("count"), |row| row.count.to_string()),
+        (true, numbers("count"), |row| whole(row.count)),
         (quartiles, numbers("one-sided"), |row| optional(row.one_sided, |n| n.to_string())),
         (true, numbers("L%"), |row| row.layers.to_string()),
         (true, numbers("S%"), |row| row.positions.to_string()),
@@ -223,6 +224,11 @@ fn published(table: &PublishedTable) -> Table {
         rows: table.models.iter().enumerate().map(row).collect(),
         notes: about,
     }
+}
+
+/// A count with separators; one that is a mean as it is.
+fn whole(count: f64) -> String {
+    if count.fract() == 0.0 { grouped(count as u64) } else { count.to_string() }
 }
 
 pub(super) fn optional<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
@@ -262,6 +268,13 @@ mod tests {
     use super::super::fixture::{copy, rename};
     use super::super::folder::read_all;
     use super::*;
+
+    #[test]
+    fn long_counts_have_separators() {
+        assert_eq!([7.0, 16_563.0, 2.5].map(whole), ["7", "16,563", "2.5"]);
+        let shown = |table: &PublishedTable| published(table).rows.iter().flatten().any(|cell| cell == "16,563");
+        assert!(super::super::published::tables().iter().any(shown));
+    }
 
     #[test]
     fn catalogue_facts_are_table_columns() {
