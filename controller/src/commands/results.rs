@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{Context, SCHEMA};
 use crate::cli::ResultsCommand;
 use crate::compare::comparison::ResultKind;
-use crate::compare::folder::{Content, ResultFolder, Run, paths, read, read_all};
+use crate::compare::folder::{Content, MARKS, ResultFolder, Run, paths, read, read_all};
 use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
@@ -122,8 +122,7 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
 /// `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let path = context.here.join(run);
-    let of_a_result = [files::MANIFEST, files::RESULTS, files::JOB, files::LOG];
-    if !run.is_empty() && of_a_result.iter().any(|name| path.join(name).exists()) {
+    if !run.is_empty() && MARKS.iter().any(|name| path.join(name).exists()) {
         return Ok(path);
     }
     let results = &context.settings.results;

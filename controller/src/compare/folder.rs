@@ -26,7 +26,7 @@ use crate::text::clean;
 pub const IMPORTED: &str = "imported.json";
 
 /// Any of them makes a folder one of results, whole or not.
-const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
+pub const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
 
 /// Largest file that is read. Statistics of the largest models are a tenth of it.
 const LARGEST: u64 = 1 << 30;
