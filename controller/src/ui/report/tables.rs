@@ -647,7 +647,7 @@ mod tests {
     fn instance_table_has_no_addresses() {
         let instance = crate::run::reconcile::tests::instance("i-1", "plain");
         let state = InstanceState::Ready(SshEndpoint { host: "203.0.113.7".into(), port: 22, user: "root".into() });
-        let shown = instances(&[&Instance { state, ..instance }], &["not ours".to_owned()]);
+        let shown = instances(&[&Instance { state, ..instance }], &["not ours".to_owned()], &[None]);
         assert!(shown.contains(" ready ") && !shown.contains("203.0.113.7"), "{shown}");
     }
 
