@@ -5,7 +5,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_longlong, c_uint, c_void};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -42,12 +42,22 @@ struct Machine {
     streams: Handles<Stream>,
     events: Handles<Event>,
     modules: Handles<Module>,
-    functions: Handles<Kernel>,
+    functions: Handles<Function>,
     /// The stream that each product of a handle is asked of.
     blas: Handles<AtomicU64>,
     /// The streams that need not be created, by GPU.
     own: Mutex<BTreeMap<usize, Arc<Stream>>>,
 }
+
+/// A kernel, and how many bytes a launch may add to what its blocks share.
+struct Function {
+    kernel: Kernel,
+    shared: AtomicUsize,
+}
+
+/// Bytes that each launch may add, and those of compute capability 8.6 and 8.9, which are fewest.
+const SHARED: usize = 48 << 10;
+const MOST_SHARED: c_int = 99 << 10;
 
 /// The most that was used, and where it is told.
 struct Peak {
@@ -441,7 +451,21 @@ pub unsafe extern "C" fn cuModuleGetFunction(function: *mut u64, module: u64, na
         eprintln!("emulated GPU: there is no kernel {name}");
     }
     // SAFETY: as the function is described.
-    answer(found.and_then(|kernel| unsafe { give(function, machine().functions.add(kernel)) }))
+    answer(found.and_then(|kernel| unsafe {
+        give(function, machine().functions.add(Function { kernel, shared: AtomicUsize::new(SHARED) }))
+    }))
+}
+
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFuncSetAttribute(function: u64, attribute: c_int, value: c_int) -> c_int {
+    /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+    const MOST_ADDED: c_int = 8;
+    if attribute != MOST_ADDED || !(0..=MOST_SHARED).contains(&value) {
+        eprintln!("emulated GPU: a kernel's attribute {attribute} cannot be {value}");
+        return answer(Err(Code::InvalidValue));
+    }
+    let found = machine().functions.get(function);
+    answer(found.map(|function| function.shared.store(value as usize, Ordering::SeqCst)))
 }
 
 #[unsafe(no_mangle)]
@@ -471,7 +495,12 @@ pub unsafe extern "C" fn cuLaunchKernel(
         eprintln!("emulated GPU: {grid:?} cannot be launched");
         return answer(Err(Code::InvalidValue));
     }
-    let launched = machine().functions.get(function).and_then(|kernel| {
+    let launched = machine().functions.get(function).and_then(|function| {
+        let kernel = &function.kernel;
+        if grid.shared > function.shared.load(Ordering::SeqCst) {
+            eprintln!("emulated GPU: {} may not add {} bytes to what blocks share", kernel.name, grid.shared);
+            return Err(Code::InvalidValue);
+        }
         machine().launches.as_ref().map_or(Ok(()), |launches| launches.count(&kernel.name))?;
         let mut all = Vec::new();
         for (i, (bytes, at)) in kernel.parameters.iter().enumerate() {
@@ -480,7 +509,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
             // has.
             all.extend_from_slice(unsafe { std::slice::from_raw_parts(*parameters.add(i), *bytes) });
         }
-        stream(on)?.ask(move || ptx::run(&kernel, grid, &all, &MEMORY));
+        stream(on)?.ask(move || ptx::run(&function.kernel, grid, &all, &MEMORY));
         Ok(())
     });
     answer(launched)

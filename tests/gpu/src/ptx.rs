@@ -256,6 +256,39 @@ pub(crate) enum Operation {
         of: Source,
         lanes: Source,
     },
+    /// Two numbers as two of 16 bits in one register, the first in the lower half.
+    ConvertPair {
+        into: Type,
+        to: u32,
+        of: [Source; 2],
+    },
+    /// From global to shared memory: so many bytes, of which those beyond `there` are zeros.
+    CopyLater {
+        to: Address,
+        from: Address,
+        bytes: usize,
+        there: Option<Source>,
+    },
+    /// The copies that were asked for since the last of these are a group.
+    GroupCopies,
+    /// Until all groups but so many of the last ones are there.
+    AwaitCopies {
+        but: usize,
+    },
+    /// A matrix of eight rows of 16 bytes for each register; the warp's threads have the rows'
+    /// addresses.
+    LoadMatrices {
+        transposed: bool,
+        to: Vec<u32>,
+        from: Address,
+    },
+    /// A product of 16 x 16 and 16 x 8 numbers, and 16 x 8 that are added in f32, all of them
+    /// spread over the warp's threads.
+    MultiplyMatrices {
+        kind: Type,
+        to: Vec<u32>,
+        of: [Vec<Source>; 3],
+    },
     End,
     /// What is not known here: an error if it is ever reached.
     Unknown {
@@ -288,6 +321,8 @@ pub(crate) struct Kernel {
 /// The kernels of a file by their names, each parsed when it is first asked for.
 pub(crate) struct Module {
     text: String,
+    /// What the memory is called that launches add to what blocks share.
+    added: Vec<String>,
     /// Where each one's text lies.
     kernels: HashMap<String, std::ops::Range<usize>>,
 }
@@ -295,13 +330,13 @@ pub(crate) struct Module {
 impl Module {
     /// Finds the kernels of a file.
     pub(crate) fn new(text: String) -> Self {
-        let kernels = parse::kernels(&text);
-        Self { text, kernels }
+        let (added, kernels) = (parse::added_by_launch(&text), parse::kernels(&text));
+        Self { text, added, kernels }
     }
 
     /// `None`: there is no such kernel.
     pub(crate) fn kernel(&self, name: &str) -> Option<Kernel> {
         let range = self.kernels.get(name)?;
-        Some(parse::kernel(name, &self.text[range.clone()]))
+        Some(parse::kernel(name, &self.text[range.clone()], &self.added))
     }
 }

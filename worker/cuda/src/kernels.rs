@@ -6,7 +6,7 @@ use std::ffi::{CString, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError, module};
-use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUmodule};
+use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule};
 use cudarc::driver::{CudaContext, CudaStream};
 
 /// Names the files, each with its PTX, which ends with a zero.
@@ -38,6 +38,7 @@ macro_rules! files {
 }
 
 files! {
+    Attention "attention"
     Columns "columns"
     Decode "decode"
     DeltaNet "delta_net"
@@ -75,6 +76,9 @@ pub(crate) struct Grid {
     pub(crate) threads: usize,
 }
 
+/// Bytes of shared memory that a launch may add without being allowed to.
+const SHARED_BYTES: usize = 48 << 10;
+
 /// Launches a kernel on a stream.
 ///
 /// # Safety
@@ -90,8 +94,32 @@ pub(crate) unsafe fn launch(
     grid: Grid,
     arguments: &[Argument],
 ) -> Result<(), DriverError> {
+    // SAFETY: the caller's promise.
+    unsafe { launch_sharing(stream, file, name, grid, 0, arguments) }
+}
+
+/// The same of a kernel whose blocks share so many bytes beside what it declares.
+///
+/// # Safety
+/// As [`launch`].
+///
+/// # Errors
+/// The driver's.
+pub(crate) unsafe fn launch_sharing(
+    stream: &CudaStream,
+    file: File,
+    name: &str,
+    grid: Grid,
+    shared: usize,
+    arguments: &[Argument],
+) -> Result<(), DriverError> {
     stream.context().bind_to_thread()?;
     let function = function(stream.context(), file, name)?;
+    if shared > SHARED_BYTES {
+        const MOST: CUfunction_attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        // SAFETY: a function of this context.
+        unsafe { result::function::set_function_attribute(function, MOST, shared as i32) }?;
+    }
     let place = |argument: &Argument| -> *mut c_void {
         match argument {
             Argument::Address(address) => std::ptr::from_ref(address).cast_mut().cast(),
@@ -104,7 +132,8 @@ pub(crate) unsafe fn launch(
     let [x, y] = grid.blocks.map(|blocks| u32::try_from(blocks).unwrap_or(u32::MAX));
     // SAFETY: the caller's promise. The arguments are copied before this returns.
     unsafe {
-        result::launch_kernel(function, (x, y, 1), (grid.threads as u32, 1, 1), 0, stream.cu_stream(), &mut places)
+        let threads = (grid.threads as u32, 1, 1);
+        result::launch_kernel(function, (x, y, 1), threads, shared as u32, stream.cu_stream(), &mut places)
     }
 }
 
@@ -165,7 +194,9 @@ mod tests {
                 file.ptx().contains("\n.version 7.8\n.target sm_80\n"),
                 "{name}: read by the oldest driver that serves"
             );
-            assert!(!file.ptx().contains("fma."), "{name}: a product is rounded before it is added");
+            // Attention has no form for CPUs whose bits it must give.
+            let fuses = *file == File::Attention;
+            assert!(fuses || !file.ptx().contains("fma."), "{name}: a product is rounded before it is added");
         }
     }
 }

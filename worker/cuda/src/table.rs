@@ -125,6 +125,7 @@ table! {
         cuModuleLoad
         cuModuleLoadData
         cuModuleUnload
+        cuFuncSetAttribute
         cuLaunchKernel
         cuEventCreate
         cuEventDestroy_v2

@@ -22,6 +22,11 @@ pub(super) fn kernels(text: &str) -> HashMap<String, Range<usize>> {
     found
 }
 
+/// Names of the shared memory that has no size of its own. All begin at one place.
+pub(super) fn added_by_launch(text: &str) -> Vec<String> {
+    text.lines().filter_map(|line| line.trim().strip_prefix(".extern .shared ")).map(declared_name).collect()
+}
+
 /// Where the brace closes that is opened first.
 fn body_end(text: &str) -> usize {
     let mut depth = 0;
@@ -45,8 +50,8 @@ fn without_comments(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
 }
 
-/// A kernel from its name on to its last line.
-pub(super) fn kernel(name: &str, text: &str) -> Kernel {
+/// A kernel from its name on to its last line; `added` as [`added_by_launch`] gives it.
+pub(super) fn kernel(name: &str, text: &str, added: &[String]) -> Kernel {
     let text = without_comments(text);
     let (head, body) = text.split_once('{').unwrap_or((&text, ""));
     let mut scope = Scope::default();
@@ -69,6 +74,8 @@ pub(super) fn kernel(name: &str, text: &str) -> Kernel {
             Statement::Instruction(text) => statements.push(text),
         }
     }
+    let end = scope.shared.next_multiple_of(16) as u64;
+    scope.symbols.extend(added.iter().map(|name| (name.clone(), end)));
     let code = statements.iter().map(|text| scope.instruction(text)).collect();
     Kernel {
         name: name.to_owned(),
@@ -238,6 +245,10 @@ impl Scope {
             "st" => self.store(&words, *kinds.last()?, &operands),
             "atom" => self.atomic(&words, *kinds.last()?, &operands),
             "cvt" => {
+                if let (Some(into), [to, high, low]) = (pair_type(&words), operands.as_slice()) {
+                    let of = [self.source(low, Type::F32)?, self.source(high, Type::F32)?];
+                    return (kinds == [Type::F32]).then(|| Operation::ConvertPair { into, to: self.register(to), of });
+                }
                 let ([into, from], [to, of]) = (kinds.as_slice(), operands.as_slice()) else { return None };
                 let to_integer = words.iter().any(|word| matches!(*word, "rni" | "rzi" | "rmi" | "rpi"));
                 let saturated = words.contains(&"sat");
@@ -278,6 +289,28 @@ impl Scope {
             }
             "bra" => Some(Operation::Jump { to: *self.labels.get(operands.first()?.as_str())? }),
             "bar" => Some(Operation::Barrier),
+            "cp" => self.copy(&words, &operands),
+            "ldmatrix" => {
+                let [to, from] = operands.as_slice() else { return None };
+                let known = words.contains(&"m8n8") && words.contains(&"shared") && kinds == [Type::U(16)];
+                let from = self.address(from).filter(|_| known)?;
+                let to = braced(to)?.iter().map(|name| self.register(name)).collect();
+                Some(Operation::LoadMatrices { transposed: words.contains(&"trans"), to, from })
+            }
+            "mma" => {
+                let ([to, a, b, c], [Type::F32, kind, other, Type::F32]) = (operands.as_slice(), kinds.as_slice())
+                else {
+                    return None;
+                };
+                let known = words.contains(&"m16n8k16") && kind == other && kind.bits() == 16;
+                let mut registers = |text: &str, kind| -> Option<Vec<Source>> {
+                    braced(text)?.iter().map(|name| self.source(name, kind)).collect()
+                };
+                let of = [registers(a, Type::U(32))?, registers(b, Type::U(32))?, registers(c, Type::F32)?];
+                let fits = braced(to).is_some_and(|to| to.len() == 4) && of.each_ref().map(Vec::len) == [4, 2, 4];
+                let to = braced(to)?.iter().map(|name| self.register(name)).collect();
+                (known && fits).then(|| Operation::MultiplyMatrices { kind: *kind, to, of })
+            }
             "shfl" => {
                 let [to, of, lanes, clamp, members] = operands.as_slice() else { return None };
                 let whole = words.contains(&"bfly") && self.is_number(clamp) && self.is_number(members);
@@ -326,6 +359,26 @@ impl Scope {
         let of = braced(of).unwrap_or_else(|| vec![of.clone()]);
         let of = of.iter().map(|value| self.source(value, kind)).collect::<Option<_>>()?;
         Some(Operation::Store { space: space(words), kind, at, of })
+    }
+
+    /// `cp.async.cg.shared.global [to], [from], bytes, there`, and what groups such and waits for
+    /// groups.
+    fn copy(&mut self, words: &[&str], operands: &[String]) -> Option<Operation> {
+        match (words, operands) {
+            (["cp", "async", "commit_group"], []) => Some(Operation::GroupCopies),
+            (["cp", "async", "wait_group"], [but]) => Some(Operation::AwaitCopies { but: but.parse().ok()? }),
+            (["cp", "async", "ca" | "cg", "shared", "global"], [to, from, bytes, there @ ..]) => {
+                let (to, from) = (self.address(to)?, self.address(from)?);
+                let bytes = bytes.parse::<usize>().ok().filter(|bytes| matches!(bytes, 4 | 8 | 16))?;
+                let there = match there {
+                    [] => None,
+                    [there] => Some(self.source(there, Type::U(32))?),
+                    _ => return None,
+                };
+                Some(Operation::CopyLater { to, from, bytes, there })
+            }
+            _ => None,
+        }
     }
 
     fn atomic(&mut self, words: &[&str], kind: Type, operands: &[String]) -> Option<Operation> {

@@ -61,11 +61,30 @@ struct Thread {
     local: Vec<u8>,
     at: usize,
     standing: ThreadState,
+    /// Copies that are in no group yet.
+    asked: Vec<LateCopy>,
+    /// Those that are, none of which is done before it is waited for.
+    groups: Vec<Vec<LateCopy>>,
+}
+
+/// From global to shared memory, with zeros behind what is there.
+struct LateCopy {
+    to: u64,
+    from: u64,
+    bytes: usize,
+    there: usize,
 }
 
 impl Thread {
     fn new(kernel: &Kernel) -> Self {
-        Self { registers: vec![0; kernel.registers], local: vec![0; kernel.local], at: 0, standing: ThreadState::Runs }
+        Self {
+            registers: vec![0; kernel.registers],
+            local: vec![0; kernel.local],
+            at: 0,
+            standing: ThreadState::Runs,
+            asked: Vec::new(),
+            groups: Vec::new(),
+        }
     }
 }
 
@@ -83,6 +102,8 @@ impl Block<'_> {
     fn run(&mut self) -> Result<(), String> {
         for thread in &mut self.threads {
             (thread.at, thread.standing) = (0, ThreadState::Runs);
+            thread.asked.clear();
+            thread.groups.clear();
         }
         let mut threads = std::mem::take(&mut self.threads);
         let outcome = self.run_all(&mut threads);
@@ -128,24 +149,95 @@ impl Block<'_> {
         if !asking.all(|thread| thread.standing == ThreadState::AtExchange && thread.at == at) {
             return Ok(false);
         }
-        let Operation::Butterfly { to, of, lanes: mask } = &self.kernel.code[at].operation else {
-            return Err("an exchange that is none".to_owned());
-        };
-        let values: Vec<u64> =
-            lanes.iter().enumerate().map(|(lane, thread)| self.value(warp * WARP + lane, thread, *of)).collect();
-        for lane in 0..lanes.len() {
-            let number = warp * WARP + lane;
-            let other = lane ^ self.value(number, &lanes[lane], *mask) as usize;
-            // Outside of the warp: its own.
-            let value = *values.get(other).unwrap_or(&values[lane]);
-            let thread = &mut lanes[lane];
-            if thread.standing == ThreadState::AtExchange {
-                thread.registers[*to as usize] = value;
-                thread.at += 1;
-                thread.standing = ThreadState::Runs;
+        match &self.kernel.code[at].operation {
+            Operation::Butterfly { to, of, lanes: mask } => {
+                let values = self.of_warp(warp, lanes, std::slice::from_ref(of));
+                for lane in 0..lanes.len() {
+                    let number = warp * WARP + lane;
+                    let other = lane ^ self.value(number, &lanes[lane], *mask) as usize;
+                    // Outside of the warp: its own.
+                    let value = *values.get(other).unwrap_or(&values[lane]);
+                    let thread = &mut lanes[lane];
+                    if thread.standing == ThreadState::AtExchange {
+                        thread.registers[*to as usize] = value;
+                    }
+                }
             }
+            Operation::LoadMatrices { transposed, to, from } => {
+                self.load_matrices(warp, whole_warp(lanes)?, *transposed, to, from)?;
+            }
+            Operation::MultiplyMatrices { kind, to, of } => {
+                self.multiply_matrices(warp, whole_warp(lanes)?, *kind, to, of);
+            }
+            _ => return Err("an exchange that is none".to_owned()),
+        }
+        for thread in lanes.iter_mut().filter(|thread| thread.standing == ThreadState::AtExchange) {
+            thread.at += 1;
+            thread.standing = ThreadState::Runs;
         }
         Ok(true)
+    }
+
+    /// What each thread of a warp has of these, one thread after another.
+    fn of_warp(&self, warp: usize, lanes: &[Thread], of: &[Source]) -> Vec<u64> {
+        let threads = lanes.iter().enumerate();
+        threads
+            .flat_map(|(lane, thread)| of.iter().map(move |source| self.value(warp * WARP + lane, thread, *source)))
+            .collect()
+    }
+
+    /// Gives thread i of each matrix two neighbours in row i / 4, from column 2 (i % 4) on; of a
+    /// transposed one, the same of the columns.
+    fn load_matrices(
+        &self,
+        warp: usize,
+        lanes: &mut [Thread],
+        transposed: bool,
+        to: &[u32],
+        from: &Address,
+    ) -> Result<(), String> {
+        let mut rows = Vec::new();
+        for (lane, thread) in lanes.iter().enumerate().take(8 * to.len()) {
+            let at = self.address(warp * WARP + lane, thread, from) as usize;
+            let row = self.shared.get(at..at + 16).filter(|_| at.is_multiple_of(16));
+            rows.push(row.ok_or_else(|| format!("no row of a matrix can be at {at} of shared memory"))?);
+        }
+        for (lane, thread) in lanes.iter_mut().enumerate() {
+            for (matrix, register) in to.iter().enumerate() {
+                let number = |i: usize| {
+                    let (major, minor) = (lane / 4, lane % 4 * 2 + i);
+                    let (row, column) = if transposed { (minor, major) } else { (major, minor) };
+                    little_endian(&rows[8 * matrix + row][2 * column..][..2])
+                };
+                thread.registers[*register as usize] = number(0) | number(1) << 16;
+            }
+        }
+        Ok(())
+    }
+
+    /// Thread i has rows i / 4 and 8 further of the first factor and of the sum, column i / 4 of
+    /// the second; of these the two columns, or rows, from 2 (i % 4) on, and of factors those 8
+    /// further. The lower half of a register is the first of two.
+    fn multiply_matrices(&self, warp: usize, lanes: &mut [Thread], kind: Type, to: &[u32], of: &[Vec<Source>; 3]) {
+        let [left, right, added] = of.each_ref().map(|of| self.of_warp(warp, lanes, of));
+        let half = |register: u64, k: usize| float(kind, register >> (16 * (k % 2)) & 0xffff);
+        // By row and by column: 16 products each.
+        let left: Vec<f64> = (0..16 * 16)
+            .map(|i| (i / 16, i % 16))
+            .map(|(row, k)| half(left[4 * (row % 8 * 4 + k % 8 / 2) + k / 8 * 2 + row / 8], k))
+            .collect();
+        let right: Vec<f64> = (0..8 * 16)
+            .map(|i| (i / 16, i % 16))
+            .map(|(column, k)| half(right[2 * (column * 4 + k % 8 / 2) + k / 8], k))
+            .collect();
+        for (lane, thread) in lanes.iter_mut().enumerate() {
+            for (i, register) in to.iter().enumerate() {
+                let (row, column) = (lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2);
+                let factors = left[16 * row..][..16].iter().zip(&right[16 * column..][..16]);
+                let sum = factors.fold(float(Type::F32, added[4 * lane + i]), |sum, (a, b)| sum + a * b);
+                thread.registers[*register as usize] = float_bits(Type::F32, sum);
+            }
+        }
     }
 
     fn value(&self, number: usize, thread: &Thread, source: Source) -> u64 {
@@ -179,7 +271,9 @@ impl Block<'_> {
                     thread.standing = ThreadState::AtBarrier;
                     return Ok(());
                 }
-                Operation::Butterfly { .. } => {
+                Operation::Butterfly { .. }
+                | Operation::LoadMatrices { .. }
+                | Operation::MultiplyMatrices { .. } => {
                     thread.standing = ThreadState::AtExchange;
                     return Ok(());
                 }
@@ -302,12 +396,47 @@ impl Block<'_> {
                 self.store(thread, *space, at, bytes, new)?;
                 (*to, old)
             }
-            Operation::Unknown { text } => return Err(format!("`{text}` is not known")),
-            Operation::Jump { .. } | Operation::Barrier | Operation::Butterfly { .. } | Operation::End => {
-                return Err("an instruction in the wrong place".to_owned());
+            Operation::ConvertPair { into, to, of: [low, high] } => {
+                let [low, high] = [low, high].map(|of| float_bits(*into, float(Type::F32, read(thread, of))));
+                (*to, low | high << 16)
             }
+            Operation::CopyLater { to, from, bytes, there } => {
+                let there = there.as_ref().map_or(*bytes, |there| (read(thread, there) as usize).min(*bytes));
+                let (to, from) = (self.address(number, thread, to), self.address(number, thread, from));
+                thread.asked.push(LateCopy { to, from, bytes: *bytes, there });
+                return Ok(());
+            }
+            Operation::GroupCopies => {
+                let group = std::mem::take(&mut thread.asked);
+                thread.groups.push(group);
+                return Ok(());
+            }
+            Operation::AwaitCopies { but } => {
+                let due = thread.groups.len().saturating_sub(*but);
+                return thread.groups.drain(..due).flatten().try_for_each(|copy| self.copy(&copy));
+            }
+            Operation::Unknown { text } => return Err(format!("`{text}` is not known")),
+            Operation::Jump { .. }
+            | Operation::Barrier
+            | Operation::Butterfly { .. }
+            | Operation::LoadMatrices { .. }
+            | Operation::MultiplyMatrices { .. }
+            | Operation::End => return Err("an instruction in the wrong place".to_owned()),
         };
         thread.registers[to as usize] = value;
+        Ok(())
+    }
+
+    fn copy(&mut self, copy: &LateCopy) -> Result<(), String> {
+        let LateCopy { to, from, bytes, there } = *copy;
+        let mut value = [0; 16];
+        if there > 0 {
+            self.memory.read(from, &mut value[..there])?;
+        }
+        let is_aligned = (to | from).is_multiple_of(bytes as u64);
+        let room = self.shared.get_mut(to as usize..to as usize + bytes).filter(|_| is_aligned);
+        room.ok_or_else(|| format!("{bytes} bytes at {from:#x} cannot be copied to {to} of shared memory"))?
+            .copy_from_slice(&value[..bytes]);
         Ok(())
     }
 
@@ -343,6 +472,14 @@ impl Block<'_> {
             .ok_or_else(|| format!("{bytes} bytes at {at} of {space:?} memory are outside of it"))?
             .copy_from_slice(value);
         Ok(())
+    }
+}
+
+/// All threads of a warp, which some instructions need.
+fn whole_warp(lanes: &mut [Thread]) -> Result<&mut [Thread], String> {
+    match lanes.iter().filter(|thread| thread.standing == ThreadState::AtExchange).count() {
+        WARP => Ok(lanes),
+        some => Err(format!("{some} threads of a warp share matrices")),
     }
 }
 

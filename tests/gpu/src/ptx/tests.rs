@@ -72,6 +72,59 @@ fn shared_memory_atomics_count() {
     assert_eq!((got[0], got[63], got[64]), (64_063, 64_063, 64_127));
 }
 
+/// A warp multiplies 16 x 16 by 16 x 8 numbers, which it has copied to shared memory, and adds 1.
+/// The second factor lies by rows, or by columns.
+fn matrix_product(by_rows: bool, waits: bool) -> Vec<f32> {
+    let (of_lane, load) = match by_rows {
+        true => ("shl.b32 %r8, %r8, 4;", "x2.trans"),
+        false => (
+            "and.b32 %r9, %r8, 7;\nshl.b32 %r9, %r9, 5;\nshr.u32 %r8, %r8, 3;\nshl.b32 %r8, %r8, 4;\nadd.s32 %r8, %r8, %r9;",
+            "x2",
+        ),
+    };
+    let but = i32::from(!waits);
+    let body = format!(
+        ".extern .shared .align 16 .b8 tiles[];\n.shared .align 4 .b8 own[4];\nmov.u32 %r2, %tid.x;\nshl.b32 %r3, %r2, 4;\n\
+        mov.u32 %r4, tiles;\nadd.s32 %r5, %r4, %r3;\ncvt.u64.u32 %rd2, %r3;\nadd.s64 %rd3, %rd1, %rd2;\n\
+        setp.lt.u32 %p1, %r2, 16;\nselp.b32 %r6, 16, 0, %p1;\n\
+        cp.async.cg.shared.global [%r5], [%rd3], 16;\ncp.async.cg.shared.global [%r5+512], [%rd3+512], 16, %r6;\n\
+        cp.async.commit_group;\ncp.async.wait_group {but};\nbar.sync 0;\n\
+        and.b32 %r7, %r2, 15;\nshl.b32 %r7, %r7, 5;\nshr.u32 %r8, %r2, 4;\nshl.b32 %r8, %r8, 4;\nadd.s32 %r7, %r7, %r8;\n\
+        add.s32 %r7, %r7, %r4;\nldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r10, %r11, %r12, %r13}}, [%r7];\n\
+        and.b32 %r8, %r2, 15;\n{of_lane}\nadd.s32 %r8, %r8, %r4;\n\
+        ldmatrix.sync.aligned.m8n8.{load}.shared.b16 {{%r14, %r15}}, [%r8+512];\nmov.f32 %f5, 0f3F800000;\n\
+        mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{%f1, %f2, %f3, %f4}}, {{%r10, %r11, %r12, %r13}}, \
+        {{%r14, %r15}}, {{%f5, %f5, %f5, %f5}};\nmul.wide.u32 %rd4, %r2, 8;\nadd.s64 %rd5, %rd1, %rd4;\n\
+        st.global.v2.f32 [%rd5+768], {{%f1, %f2}};\nst.global.v2.f32 [%rd5+1024], {{%f3, %f4}};"
+    );
+    let number = |value: i32| half::bf16::from_f32(value as f32).to_bits();
+    let left = (0..16).flat_map(|row| (0..16).map(move |k| number(left(row, k))));
+    let right = (0..128).map(|i| number(if by_rows { right(i / 8, i % 8) } else { right(i % 16, i / 16) }));
+    let numbers: Vec<u16> = left.chain(right).collect();
+    let words = numbers.as_chunks::<2>().0.iter().map(|[low, high]| u32::from(*low) | u32::from(*high) << 16);
+    let values: Vec<u32> = words.chain([0; 128]).collect();
+    let grid = Grid { blocks: [1; 3], threads: [32, 1, 1], shared: 1024 };
+    let got = after(&kernel(&body), &values, 0, grid).unwrap();
+    got[192..].iter().map(|bits| f32::from_bits(*bits)).collect()
+}
+
+fn left(row: i32, k: i32) -> i32 {
+    (3 * row + 5 * k) % 7 - 3
+}
+
+fn right(k: i32, column: i32) -> i32 {
+    (2 * k + 3 * column) % 5 - 2
+}
+
+#[test]
+fn matrices_multiply_in_the_layouts_of_the_instructions() {
+    let product = |i: i32| 1 + (0..16).map(|k| left(i / 8, k) * right(k, i % 8)).sum::<i32>();
+    let expected: Vec<f32> = (0..128).map(|i| product(i) as f32).collect();
+    assert_eq!(matrix_product(false, true), expected);
+    assert_eq!(matrix_product(true, true), expected);
+    assert_eq!(matrix_product(true, false), [1.0; 128], "nothing is there that was not waited for");
+}
+
 #[test]
 fn conversions_round_as_instructed() {
     let one = |conversion: &str, value: u32| {
@@ -96,6 +149,7 @@ fn conversions_round_as_instructed() {
     assert_eq!(one("cvt.rn.bf16.f32 %r3, %r2;", 0x3f81_7fff), 0x3f81, "below a tie");
     assert_eq!(one("mov.b32 %r3, {0, %r2};", 0x3f80), float(1.0));
     assert_eq!(one("fma.rm.f32 %r3, %r2, 0f3F800000, 0f4B400001;", float(0.7)), float(12_582_913.0), "rounded down");
+    assert_eq!(one("cvt.rn.bf16x2.f32 %r3, 0f40000000, %r2;", 0x3f80_8001), 0x4000_3f81, "the second is the lower");
     let (two, both) = (0x4000_3f80, 0x4040_4040);
     assert_eq!(
         one("{mov.b32 %r4, 0x40404040U;\nfma.rn.bf16x2 %r3, %r2, %r4, %r2;\n}", two),
