@@ -7,6 +7,8 @@
 
 mod assembled;
 #[cfg(feature = "staging")]
+pub mod attention;
+#[cfg(feature = "staging")]
 mod copies;
 #[cfg(feature = "staging")]
 mod decode;

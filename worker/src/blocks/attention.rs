@@ -1,6 +1,7 @@
 //! Softmax attention over whole sequences, blocked over queries and heads so that memory grows
 //! with the sequence, not with its square, and over the keys that a window shows, so that work
-//! grows with the window. On a GPU, blocks are of all sequences of a micro-batch.
+//! grows with the window. On a GPU, blocks are of all sequences of a micro-batch, and long sequences
+//! in bf16 are left to one kernel.
 
 use std::cell::{Cell, RefCell};
 
@@ -8,6 +9,7 @@ use candle_core::{D, DType, Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::blocks::norm::Norm;
+use crate::device::gpu::{self, FusedAttention};
 use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, Sinks};
 use crate::kernels::product::Linear;
 use crate::kernels::product::product;
@@ -21,6 +23,12 @@ pub(crate) mod naive;
 pub const QUERY_BLOCK: usize = 256;
 /// Scores held at a time, at most: heads are taken in turns where there are many.
 pub const SCORE_VALUES: usize = 64 << 20;
+/// Tokens of a sequence from which on attention on a GPU is one kernel: in bf16, for heads of widths
+/// that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On an H200
+/// (4.3 TB/s, 760 TFLOP/s) that takes 1.9 ps; its 512 FLOP in both products, for heads of 128, take
+/// 0.7 ps. At this length a token's scores take as long as a third of its projections (2,048 wide).
+/// Below it attention is little of the work, and keeps the bits of the CPU's softmax.
+pub const FUSED_FROM: usize = 1024;
 
 /// An attention layer's tensors on one device.
 pub struct AttentionWeights {
@@ -91,10 +99,9 @@ pub struct TopShares {
 }
 
 impl TopShares {
-    /// Those of `shares` `[.., keys]`.
-    fn of(shares: &Tensor) -> Result<Self> {
-        let top: Vec<f32> = shares.max(D::Minus1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?;
-        Ok(Self { sum: top.iter().map(|share| f64::from(*share)).sum(), count: top.len() as u64 })
+    /// Those of `top`, one for each query of each head.
+    fn of(top: &[f32]) -> Self {
+        Self { sum: top.iter().map(|share| f64::from(*share)).sum(), count: top.len() as u64 }
     }
 
     /// Both together.
@@ -173,14 +180,34 @@ impl Watching {
     /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, rows of one head after
     /// another.
     fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+        let on_host = |shares: Tensor| shares.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+        if self.top.is_some() {
+            self.add_top(&on_host(shares.max(D::Minus1)?)?);
+        }
+        if self.first_key.is_some() && block.first_key == 0 {
+            self.add_first_key(&on_host(shares.narrow(D::Minus1, 0, 1)?)?, block, heads);
+        }
+        Ok(())
+    }
+
+    /// Takes of each query `[.., queries, 2]` the largest share and the first key's, in f32.
+    fn see_both(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+        let shares = shares.flatten_all()?.to_vec1::<f32>()?;
+        let (top, of_key): (Vec<f32>, Vec<f32>) = shares.as_chunks::<2>().0.iter().map(|[a, b]| (*a, *b)).unzip();
+        self.add_top(&top);
+        self.add_first_key(&of_key, block, heads);
+        Ok(())
+    }
+
+    fn add_top(&self, shares: &[f32]) {
         if let Some(top) = &self.top {
-            top.set(top.get().and(TopShares::of(shares)?));
+            top.set(top.get().and(TopShares::of(shares)));
         }
-        let Some(first_key) = &self.first_key else { return Ok(()) };
-        if block.first_key > 0 {
-            return Ok(());
-        }
-        let of_key = shares.narrow(D::Minus1, 0, 1)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    }
+
+    /// Takes the first key's share of each query of a block, rows of one head after another.
+    fn add_first_key(&self, of_key: &[f32], block: ScoreBlock, heads: Counted) {
+        let Some(first_key) = &self.first_key else { return };
         let mut sequences = first_key.borrow_mut();
         for (at, shares) in (heads.before..).zip(of_key.chunks_exact(block.queries)) {
             let sequence = self.sequence.get() + at / heads.per_sequence;
@@ -198,7 +225,6 @@ impl Watching {
                 }
             }
         }
-        Ok(())
     }
 }
 
@@ -347,6 +373,7 @@ pub struct Mixing<'a> {
     sinks: Option<&'a Tensor>,
     query_block: usize,
     score_values: usize,
+    fused_from: usize,
     watched: Watched<'a>,
     first_head: usize,
 }
@@ -355,8 +382,14 @@ impl<'a> Mixing<'a> {
     /// `scale` multiplies the scores; `sinks` are logits in f32, one per query head, that join the
     /// denominator.
     pub fn new(scale: f64, window: Window, sinks: Option<&'a Tensor>) -> Self {
-        let (query_block, score_values) = (QUERY_BLOCK, SCORE_VALUES);
-        Self { scale, window, sinks, query_block, score_values, watched: None, first_head: 0 }
+        let (query_block, score_values, fused_from) = (QUERY_BLOCK, SCORE_VALUES, FUSED_FROM);
+        Self { scale, window, sinks, query_block, score_values, fused_from, watched: None, first_head: 0 }
+    }
+
+    /// The same, where sequences of so many tokens and longer ones are left to a GPU's kernel; see
+    /// [`FUSED_FROM`].
+    pub fn fused_from(self, fused_from: usize) -> Self {
+        Self { fused_from, ..self }
     }
 
     /// Reports attention weights to `watched`.
@@ -374,6 +407,9 @@ impl<'a> Mixing<'a> {
     /// j of a sequence serves query heads `j * heads / kv_heads ..` of the same.
     pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (sequences, n, heads, _) = query.dims4()?;
+        if n >= self.fused_from && gpu::attends(query, value) {
+            return self.mix_at_once(query, key, value);
+        }
         let (all_kv_heads, _, v) = value.dims3()?;
         let groups = sequences * heads / all_kv_heads;
         let queries = self.query_block.min(self.score_values / (groups * n)).max(1);
@@ -384,6 +420,19 @@ impl<'a> Mixing<'a> {
         let mixed = Tensor::cat(&blocks, 1)?.reshape((sequences, heads, n, v))?;
         drop(blocks);
         mixed.transpose(1, 2)?.reshape((sequences * n, heads * v))
+    }
+
+    /// By a kernel, which keeps no scores.
+    fn mix_at_once(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
+        let (_, queries, heads, _) = query.dims4()?;
+        let watched = self.watched.is_some();
+        let by = FusedAttention { scale: self.scale, window: self.window, sinks: self.sinks, watched };
+        let (mixed, shares) = gpu::attend(by, query, key, value)?;
+        if let (Some(watched), Some(shares)) = (self.watched, shares) {
+            let block = ScoreBlock { first_query: 0, queries, first_key: 0, window: self.window };
+            watched.see_both(&shares, block, Counted { before: 0, per_sequence: heads, first: self.first_head })?;
+        }
+        Ok(mixed)
     }
 
     /// A block of queries `[sequences, queries, heads, d]`, the first at position `first`, to

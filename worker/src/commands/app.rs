@@ -129,6 +129,10 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Bench { what } => match what {
             Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
             Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
+            Bench::Attention { lengths, heads, rounds, device } => {
+                let placed = device::open(&[device])?;
+                print_table(&bench::attention::attention(&lengths, heads, rounds, &placed[0].device)?, cli.json);
+            }
             Bench::Decode { values, rounds, device } => {
                 let placed = device::open(&[device])?;
                 print_table(&bench::decode::decode(values, rounds, &placed[0].device)?, cli.json);

@@ -1,8 +1,9 @@
 //! Measurements of the worker on this machine.
 //!
-//! [`memory()`] starts a process for each run, since peak memory is a process's; [`decode`] and
-//! [`run`] measure within this one.
+//! [`memory()`] starts a process for each run, since peak memory is a process's; [`attention`],
+//! [`decode`] and [`run`] measure within this one.
 
+pub mod attention;
 pub mod decode;
 pub mod run;
 

@@ -149,6 +149,34 @@ pub enum Bench {
         #[command(flatten)]
         options: Box<JobArgs>,
     },
+    /// Attention on a GPU by products and a softmax, and by one kernel: TFLOP/s of both, and how far
+    /// their results differ.
+    Attention {
+        /// Tokens of a sequence. There are as many sequences as have the tokens of the longest.
+        #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1024, 4096, 16384, 32768])]
+        lengths: Vec<usize>,
+        /// Heads of queries; of keys and values a quarter.
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 16,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
+        heads: usize,
+        /// Repetitions, of which the fastest counts.
+        #[arg(
+            long,
+            value_name = "N",
+            default_value_t = 5,
+            value_parser = whole::<usize>,
+            allow_negative_numbers = true
+        )]
+        rounds: usize,
+        /// The GPU.
+        #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
+        device: String,
+    },
     /// Decoding rate of each stored format, beside copying and reading the same memory.
     ///
     /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than

@@ -6,6 +6,11 @@ mod activation;
 #[path = "gpu/no_activation.rs"]
 mod activation;
 #[cfg(feature = "cuda")]
+mod attention;
+#[cfg(not(feature = "cuda"))]
+#[path = "gpu/no_attention.rs"]
+mod attention;
+#[cfg(feature = "cuda")]
 pub(crate) mod fused;
 #[cfg(feature = "cuda")]
 mod grouped;
@@ -28,17 +33,19 @@ mod routing;
 #[path = "gpu/no_routing.rs"]
 mod routing;
 
-use candle_core::Device;
+use candle_core::{Device, Tensor};
 use outliers_protocol::DeviceInfo;
 use rayon::prelude::*;
 
 pub use activation::{Look, Seen};
+pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
 pub use passing::Passing;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};
+use crate::model::decoder::Window;
 
 /// Values of a tensor on a GPU at most: kernels count values, and our own rows and columns, in 32
 /// bits.
@@ -163,6 +170,19 @@ pub fn free_memory(device: &Device) -> Option<u64> {
 #[cfg(not(feature = "cuda"))]
 pub fn free_memory(_device: &Device) -> Option<u64> {
     None
+}
+
+/// Softmax attention of whole sequences, which a GPU's kernel computes in one pass.
+#[derive(Clone, Copy, Debug)]
+pub struct FusedAttention<'a> {
+    /// What multiplies scores.
+    pub scale: f64,
+    /// Which of the keys up to its own position a query sees.
+    pub window: Window,
+    /// `[heads]` in f32: logits that take part unscaled and have no value.
+    pub sinks: Option<&'a Tensor>,
+    /// Whether shares are wanted.
+    pub watched: bool,
 }
 
 /// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.
