@@ -1,11 +1,14 @@
-//! Kernels beside the loops for CPUs: the same bits, whatever the sizes. Needs a GPU, or the one
-//! that `tests/gpu/install_fake_driver.sh` makes of the processor: `tests/gpu.sh` runs it there.
+//! Kernels beside the loops for CPUs: the same bits, whatever the sizes. Attention in one pass, which
+//! has no such loop, beside its definition. Needs a GPU, or the one that
+//! `tests/gpu/install_fake_driver.sh` makes of the processor: `tests/gpu.sh` runs it there.
 #![cfg(feature = "cuda")]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use outliers_worker::blocks::attention::{FUSED_FROM, Mixing, Watching};
 use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
 use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
@@ -39,6 +42,13 @@ impl Dice {
         }
     }
 
+    /// Of numbers up to `most`.
+    fn even(&mut self, shape: &[usize], most: f32) -> Tensor {
+        let mut value = || (self.next() as f32 / 2f32.powi(30) - 1.0) * most;
+        let values: Vec<bf16> = (0..shape.iter().product::<usize>()).map(|_| bf16::from_f32(value())).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
     fn tensor(&mut self, shape: &[usize], dtype: DType) -> Tensor {
         let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|_| self.value()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
@@ -64,6 +74,145 @@ fn same(tensors: &[&Tensor], operation: impl Fn(&[Tensor]) -> Tensor) -> Result<
     prop_assert_eq!((here.dims(), here.dtype()), (there.dims(), there.dtype()));
     prop_assert_eq!(bits(&here), bits(&there));
     Ok(())
+}
+
+/// Heads whose queries and keys, and whose values, are so wide.
+const WIDTHS: [[usize; 2]; 6] = [[64, 64], [80, 80], [96, 96], [128, 128], [192, 128], [256, 256]];
+
+/// What attends to what.
+#[derive(Clone, Copy, Debug)]
+struct Attention {
+    widths: [usize; 2],
+    sequences: usize,
+    tokens: usize,
+    kv_heads: usize,
+    /// Heads of queries for each of keys.
+    groups: usize,
+    window: Window,
+    sinks: bool,
+    seed: u64,
+}
+
+impl Attention {
+    /// By one kernel against the definition in f64.
+    fn check(self) -> Result<(), TestCaseError> {
+        let Self { widths: [width, value_width], sequences, tokens, kv_heads, groups, window, .. } = self;
+        let heads = kv_heads * groups;
+        let mut dice = Dice(self.seed);
+        // One head more than there is: a token's heads do not follow those of the one before.
+        let query = dice.even(&[sequences, tokens, heads + 1, width], 3.0);
+        let key = dice.even(&[sequences * kv_heads, tokens, width], 2.0);
+        let value = dice.even(&[sequences * kv_heads, tokens, value_width], 1.0);
+        let logits = dice.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
+        let scale = (width as f64).powf(-0.5);
+        let (watching, there) = (Watching::new(true, true), on_gpu(&logits));
+        let mixing = Mixing::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
+        let queries = on_gpu(&query).narrow(2, 1, heads).unwrap();
+        let mixed = mixing.watched(Some(&watching)).mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+        prop_assert_eq!((mixed.dims(), mixed.dtype()), (&[sequences * tokens, heads * value_width][..], DType::BF16));
+        let unwatched = mixing.mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+        prop_assert_eq!(bits(&unwatched), bits(&mixed));
+
+        let [query, key, value, logits, mixed] = [&query, &key, &value, &logits, &mixed].map(numbers);
+        let row = |of: &[f64], row: usize, width: usize| of[row * width..][..width].to_vec();
+        let (mut top, mut first) = (0.0, vec![vec![Vec::new(); heads]; sequences]);
+        for (sequence, position) in (0..sequences).flat_map(|s| (0..tokens).map(move |position| (s, position))) {
+            for head in 0..heads {
+                let seen = window.first_key(position)..position + 1;
+                let at = |key: usize| (sequence * kv_heads + head / groups) * tokens + key;
+                let of_query = row(&query, (sequence * tokens + position) * (heads + 1) + head + 1, width);
+                let weight = |k: usize| {
+                    let score: f64 = row(&key, at(k), width).iter().zip(&of_query).map(|(a, b)| a * b).sum();
+                    (score * scale).exp()
+                };
+                let weights: Vec<f64> = seen.clone().map(weight).collect();
+                let sink = if self.sinks { logits[head].exp() } else { 0.0 };
+                let all = weights.iter().sum::<f64>() + sink;
+                top += weights.iter().copied().fold(0.0, f64::max) / all;
+                if position > 0 && seen.start == 0 {
+                    first[sequence][head].push(weights[0] / all);
+                }
+                let (mut want, mut sizes) = (vec![0.0; value_width], vec![0.0; value_width]);
+                for (k, weight) in seen.zip(&weights) {
+                    for (i, value) in row(&value, at(k), value_width).into_iter().enumerate() {
+                        want[i] += weight / all * value;
+                        sizes[i] += weight / all * value.abs();
+                    }
+                }
+                let got = row(&mixed, (sequence * tokens + position) * heads + head, value_width);
+                for (i, got) in got.into_iter().enumerate() {
+                    // Shares are rounded to bf16, which has 8 bits, and so are sums; all else is
+                    // of f32.
+                    let tolerance = (sizes[i] + want[i].abs()) / 256.0 + 1e-5;
+                    let place = (sequence, position, head, i);
+                    let is_close = (got - want[i]).abs() <= tolerance;
+                    prop_assert!(is_close, "{:?} at {:?}: {}, not {}", self, place, got, want[i]);
+                }
+            }
+        }
+        let count = (sequences * tokens * heads) as f64;
+        let got = watching.top();
+        prop_assert_eq!(got.count as f64, count);
+        prop_assert!((got.sum - top).abs() < 1e-5 * count, "{:?}: {}, not {}", self, got.sum, top);
+        let of_first = watching.first_key();
+        prop_assert_eq!(of_first.len(), sequences);
+        for (got, want) in of_first.iter().flatten().zip(first.iter().flatten()) {
+            let want = (!want.is_empty()).then(|| want.iter().sum::<f64>() / want.len() as f64);
+            let off = got.mean().zip(want).map_or(0.0, |(got, want)| (got - want).abs());
+            let is_close = got.mean().is_some() == want.is_some() && off < 1e-5;
+            prop_assert!(is_close, "{:?}: {:?}, not {:?}", self, got, want);
+        }
+        Ok(())
+    }
+}
+
+/// All values in f64.
+fn numbers(x: &Tensor) -> Vec<f64> {
+    let x = x.to_device(&Device::Cpu).unwrap().flatten_all().unwrap();
+    x.to_dtype(DType::F64).unwrap().to_vec1().unwrap()
+}
+
+#[test]
+fn attention_in_one_pass_equals_the_definition_at_odd_lengths() {
+    for widths in WIDTHS {
+        for (i, tokens) in [1, 15, 16, 17, 63, 65, 130, 257].into_iter().enumerate() {
+            let (sequences, kv_heads, groups) = (1 + i % 2, 1 + i % 3 / 2, 1 + i % 3);
+            let (window, sinks) = (Window::Full, i.is_multiple_of(2));
+            let case = Attention { widths, sequences, tokens, kv_heads, groups, window, sinks, seed: i as u64 };
+            case.check().unwrap();
+        }
+    }
+}
+
+/// The tensor library's kernels, by which scores would be computed, are empty here.
+#[test]
+fn long_sequences_in_bf16_are_left_to_one_kernel() {
+    let mut dice = Dice(1);
+    let (query, key) = (dice.even(&[1, FUSED_FROM, 1, 64], 1.0), dice.even(&[1, FUSED_FROM, 64], 1.0));
+    let (query, key) = (on_gpu(&query), on_gpu(&key));
+    let mixing = Mixing::new(0.1, Window::Sliding(90), None);
+    let mixed = mixing.mix(&query, &key, &key).unwrap();
+    assert_eq!(bits(&mixed), bits(&mixing.fused_from(0).mix(&query, &key, &key).unwrap()));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(12))]
+
+    #[test]
+    fn attention_in_one_pass(
+        seed: u64,
+        widths in select(WIDTHS.to_vec()),
+        (sequences, tokens) in (1..3usize, 1..200usize),
+        (kv_heads, groups) in (1..3usize, 1..4usize),
+        window in prop_oneof![
+            Just(Window::Full),
+            (0..150usize).prop_map(Window::Sliding),
+            (0..150usize).prop_map(Window::Chunked)
+        ],
+        sinks: bool,
+    ) {
+        Attention { widths, sequences, tokens, kv_heads, groups, window, sinks, seed }.check()?;
+    }
 }
 
 fn dtypes() -> impl Strategy<Value = DType> {

@@ -1,10 +1,10 @@
-// Softmax attention of whole sequences in one pass: scores stay in registers (FlashAttention-2, arXiv
-// 2307.08691). Products are of bf16 and sums of f32; shares are rounded to bf16 before they multiply
-// values.
+// Softmax attention of whole sequences in one pass: scores stay in registers (FlashAttention-2,
+// arXiv 2307.08691). Products are of bf16 and sums of f32; shares are rounded to bf16 before they
+// multiply values.
 //
-// A block has the same ROWS queries of one head, 16 for each warp. It goes through tiles of keys and
-// values, the next of which is copied while one is multiplied. Blocks with the last queries, which see
-// most keys, are launched first.
+// A block has ROWS queries of one head, 16 for each warp. It goes through tiles of keys and values,
+// the next of which is copied while one is multiplied. Blocks with the last queries, which see most
+// keys, are launched first.
 #include "values.cuh"
 
 constexpr u32 WARPS = THREADS / 32;
@@ -76,8 +76,8 @@ struct Window {
     }
 };
 
-// Rows of `WIDTH` values in shared memory. An odd number of 16 bytes makes the same 16 bytes of eight
-// rows lie in different banks.
+// Rows of `WIDTH` values in shared memory. With an odd number of 16 bytes in each, the same 16 bytes
+// of eight rows lie in different banks.
 template <u32 WIDTH>
 constexpr u32 ROW_BYTES = (WIDTH / 8 | 1) * 16;
 
@@ -94,11 +94,11 @@ __device__ inline void copy_tile(u32 to, const bf16 *from, u32 first, u32 rows) 
     }
 }
 
-// Queries are `[sequences * positions, ..]`, those of a token `query_stride` apart, heads one after
-// another, D wide; keys `[sequences * heads / group, positions, D]` and values alike, V wide; `out`
-// `[sequences * positions, heads * V]`. `sinks`, if any, has a logit for each head. `shares`, if any,
-// gets of each query of `[sequences * heads, positions]` the largest share of a key and that of the
-// first key. The grid is sequences * heads by blocks of ROWS queries.
+// Queries are `[sequences * positions, heads, D]`, those of tokens `query_stride` apart; keys
+// `[sequences * heads / group, positions, D]` and values alike, V wide; `out` `[sequences *
+// positions, heads * V]`. `sinks`, if any, has a logit for each head. `shares`, if any, gets of each
+// query of `[sequences * heads, positions]` the largest share of a key and that of the first key.
+// The grid is sequences * heads by blocks of ROWS queries.
 template <u32 D, u32 V, u32 KEYS>
 __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value, const float *sinks, u32 positions,
                           u32 heads, u32 group, u32 query_stride, Window window, float scale, bf16 *out,
@@ -107,7 +107,8 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
     extern __shared__ __align__(16) unsigned char tiles[];
     const u32 shared = u32(__cvta_generic_to_shared(tiles));
     const u32 lane = threadIdx.x % 32, head = blockIdx.x % heads;
-    const u32 first_of_block = (gridDim.y - 1 - blockIdx.y) * ROWS, first_of_warp = first_of_block + threadIdx.x / 32 * 16;
+    const u32 first_of_block = (gridDim.y - 1 - blockIdx.y) * ROWS;
+    const u32 first_of_warp = first_of_block + threadIdx.x / 32 * 16;
     const u32 rows[2] = {first_of_warp + lane / 4, first_of_warp + lane / 4 + 8};
     const u64 token = u64(blockIdx.x / heads) * positions;
     key += u64(blockIdx.x / group) * positions * D;
@@ -209,7 +210,7 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
         }
 #pragma unroll
         for (u32 k = 0; k < KEYS / 16; k++) {
-            // Two products of scores are where one factor of 16 x 16 must be.
+            // The lanes have two sums of 16 x 8 as they must have a factor of 16 x 16.
             const u32 share[4] = {pair(score[2 * k][0], score[2 * k][1]), pair(score[2 * k][2], score[2 * k][3]),
                                   pair(score[2 * k + 1][0], score[2 * k + 1][1]),
                                   pair(score[2 * k + 1][2], score[2 * k + 1][3])};

@@ -1,5 +1,5 @@
-//! Softmax attention of whole sequences in bf16 on a GPU, by one kernel that leaves scores and shares
-//! in registers.
+//! Softmax attention of whole sequences in bf16 on a GPU, by one kernel that leaves scores and
+//! shares in registers.
 //!
 //! Values are row-major, and belong to the stream that is given.
 

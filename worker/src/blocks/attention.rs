@@ -1,7 +1,7 @@
 //! Softmax attention over whole sequences, blocked over queries and heads so that memory grows
 //! with the sequence, not with its square, and over the keys that a window shows, so that work
-//! grows with the window. On a GPU, blocks are of all sequences of a micro-batch, and long sequences
-//! in bf16 are left to one kernel.
+//! grows with the window. On a GPU, blocks are of all sequences of a micro-batch, and long
+//! sequences in bf16 are left to one kernel.
 
 use std::cell::{Cell, RefCell};
 
@@ -23,8 +23,8 @@ pub(crate) mod naive;
 pub const QUERY_BLOCK: usize = 256;
 /// Scores held at a time, at most: heads are taken in turns where there are many.
 pub const SCORE_VALUES: usize = 64 << 20;
-/// Tokens of a sequence from which on attention on a GPU is one kernel: in bf16, for heads of widths
-/// that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On an H200
+/// Tokens of a sequence from which on attention on a GPU is one kernel: in bf16, for heads of
+/// widths that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On an H200
 /// (4.3 TB/s, 760 TFLOP/s) that takes 1.9 ps; its 512 FLOP in both products, for heads of 128, take
 /// 0.7 ps. At this length a token's scores take as long as a third of its projections (2,048 wide).
 /// Below it attention is little of the work, and keeps the bits of the CPU's softmax.

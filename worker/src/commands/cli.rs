@@ -149,8 +149,8 @@ pub enum Bench {
         #[command(flatten)]
         options: Box<JobArgs>,
     },
-    /// Attention on a GPU by products and a softmax, and by one kernel: TFLOP/s of both, and how far
-    /// their results differ.
+    /// Attention on a GPU by products and a softmax, and by one kernel: TFLOP/s of both, and how
+    /// far their results differ.
     Attention {
         /// Tokens of a sequence. There are as many sequences as have the tokens of the longest.
         #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1024, 4096, 16384, 32768])]

@@ -13,8 +13,8 @@ use crate::model::decoder::Window;
 
 /// Widths of a head: of its queries and keys, and of its values.
 const WIDTHS: [[usize; 2]; 6] = [[64, 64], [80, 80], [96, 96], [128, 128], [192, 128], [256, 256]];
-/// How far both may differ. Inputs are within 1; by products, scores of some 10 are rounded to bf16,
-/// and so are shares and results by both.
+/// How far both may differ. Inputs are within 1. Composed, scores of some 10 are rounded to bf16;
+/// shares and results are in both forms.
 const DIFFERENCE: f32 = 0.03;
 
 /// What [`attention`] measured.
@@ -52,10 +52,7 @@ impl fmt::Display for AttentionTable {
         writeln!(f, "{} heads of queries, {} of keys and values, in bf16; TFLOP/s", self.heads, self.kv_heads)?;
         let titles = ["width", "sequences", "tokens", "composed", "fused", "ratio", "difference"];
         let [width, sequences, tokens, composed, fused, ratio, difference] = titles;
-        writeln!(
-            f,
-            "{width:>9} {sequences:>9} {tokens:>8} {composed:>10} {fused:>8} {ratio:>6} {difference:>11}"
-        )?;
+        writeln!(f, "{width:>9} {sequences:>9} {tokens:>8} {composed:>10} {fused:>8} {ratio:>6} {difference:>11}")?;
         for r in &self.rows {
             let width = format!("{}, {}", r.head_dim, r.value_dim);
             let (composed, fused) = (r.composed_tflop_per_second, r.fused_tflop_per_second);
@@ -72,7 +69,7 @@ impl fmt::Display for AttentionTable {
     }
 }
 
-/// Attends within sequences of each of `lengths`, as many as have the tokens of the longest, by both
+/// Attends within sequences of each of `lengths`, as many as have the tokens of the longest, in both
 /// forms on a GPU, the fastest of `rounds` each.
 ///
 /// # Errors
@@ -106,16 +103,18 @@ pub fn attention(lengths: &[usize], heads: usize, rounds: usize, device: &Device
                 let mut mixed = Vec::new();
                 let seconds = fastest(rounds, || {
                     mixed = vec![mixing.mix(&query, &key, &value)?];
-                    Ok(device.synchronize()?)
+                    device.synchronize()?;
+                    Ok(())
                 })?;
                 Ok::<_, WorkerError>((mixed.remove(0).flatten_all()?.to_vec1::<bf16>()?, seconds))
             };
             let ((composed, composed_seconds), (fused, fused_seconds)) = (by(usize::MAX)?, by(0)?);
             let largest_difference = difference(&composed, &fused);
             if largest_difference.is_nan() || largest_difference > DIFFERENCE {
-                let what = format!("heads of {width} and {value_width}, {length} tokens");
-                let by = format!("both forms of attention differ by {largest_difference}: {what}");
-                return Err(WorkerError::internal(by));
+                return Err(WorkerError::internal(format!(
+                    "both forms of attention differ by {largest_difference}: heads of {width} and {value_width}, \
+                     {length} tokens"
+                )));
             }
             // Both products of each score, of which a query has as many as its position and one.
             let flop = sequences * heads * length * (length + 1) * (width + value_width);

@@ -16,9 +16,9 @@ pub fn attends(query: &Tensor, value: &Tensor) -> bool {
     query.device().is_cuda() && query.dtype() == DType::BF16 && kernels::widths().any(|known| known == widths)
 }
 
-/// Attends, where [`attends`] says that there is a kernel: `query` `[sequences, n, heads, d]`, `key`
-/// `[sequences * kv_heads, n, d]` and `value` `[sequences * kv_heads, n, v]`, both contiguous, to
-/// `[sequences * n, heads * v]`. If they are wanted, also the largest share and that of the first
+/// Attends, where [`attends`] says that there is a kernel: `query` `[sequences, n, heads, d]`,
+/// `key` `[sequences * kv_heads, n, d]` and `value` `[sequences * kv_heads, n, v]`, both contiguous,
+/// to `[sequences * n, heads * v]`. If they are wanted, also the largest share and that of the first
 /// key, `[sequences * heads, n, 2]` in f32.
 ///
 /// # Errors
