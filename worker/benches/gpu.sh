@@ -53,6 +53,7 @@ part "devices" devices
 part "every fixture in f32" "$python" "$root/tests/oracle.py" goldens "$worker" --devices "$device"
 part "every fixture in bf16" "$python" "$root/tests/oracle.py" goldens "$worker" --devices "$device" --precision bf16
 part "stored bytes to values" "$worker" bench decode --device "$device"
+part "both forms of attention" "$worker" bench attention --device "$device"
 part "OLMoE" width OLMoE-1B-7B-0125 16
 part "Qwen3-30B" width Qwen3-30B-A3B 8
 part "gpt-oss-120b" width gpt-oss-120b 6

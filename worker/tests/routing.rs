@@ -295,12 +295,9 @@ fn experts_with_few_rows_are_started_together_where_the_library_takes_their_matr
         assert_eq!(put(&rows, [16, 8], DType::BF16), expected, "{rows:?}");
     }
     // Rows of 16 bytes, or several of them.
-    for (sizes, dtype, expected) in [
-        ([4, 12], DType::F32, 1000),
-        ([12, 8], DType::BF16, 0),
-        ([8, 9], DType::F16, 0),
-        ([8, 8], DType::F16, 1000),
-    ] {
+    for (sizes, dtype, expected) in
+        [([4, 12], DType::F32, 1000), ([12, 8], DType::BF16, 0), ([8, 9], DType::F16, 0), ([8, 8], DType::F16, 1000)]
+    {
         assert_eq!(put(&[1, 2, 3], sizes, dtype), expected, "{sizes:?} {dtype:?}");
     }
 }

@@ -1,8 +1,8 @@
 //! Tables of what a run measured because it was asked to (`--measure`).
 
 use outliers_protocol::{
-    AttentionSinkLayer, AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors, Record,
-    ResidualSinkLayer, ResidualSinks, Results, SpikeLayer, SpikeLife,
+    AttentionSinkLayer, AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors,
+    Record, ResidualSinkLayer, ResidualSinks, Results, SpikeLayer, SpikeLife,
 };
 
 use super::bootstrap::{Estimate, interval, mean, middle, samples};

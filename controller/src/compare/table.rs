@@ -96,7 +96,9 @@ fn models(comparison: &Comparison) -> Table {
                 optional(model.active_share(), |share| format!("{:.1} %", 100.0 * (1.0 - share)))
             }),
             (numbers("tokens"), &|model| {
-                optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| format!("{n} x {}", grouped(of as u64)))
+                optional(model.sequences.zip(model.tokens_per_sequence), |(n, of)| {
+                    format!("{n} x {}", grouped(of as u64))
+                })
             }),
             (words("computed in"), &|model| {
                 optional(model.provenance.as_ref(), |metadata| metadata.compute_dtype.clone())

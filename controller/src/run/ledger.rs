@@ -284,10 +284,9 @@ impl RunRecord {
                 }
                 (RunEvent::NotCreated { unseen: true, .. }, _) => {
                     let limit_ms = asked_at.saturating_add(self.spec.max_duration_s.saturating_mul(1000));
-                    let bill = state.offer().map(|offer| OpenBill {
-                        counted: self.since_create(offer, asked_at),
-                        price: offer.price,
-                    });
+                    let bill = state
+                        .offer()
+                        .map(|offer| OpenBill { counted: self.since_create(offer, asked_at), price: offer.price });
                     gone = gone + bill.map_or(Usd::ZERO, |bill| bill.until(entry.at_ms.min(limit_ms)));
                 }
                 (RunEvent::Gone | RunEvent::Vanished, _) => {

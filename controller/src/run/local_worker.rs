@@ -8,8 +8,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use outliers_protocol::{
-    Ablation, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Progress, SCHEMA,
-    VersionInfo, Weights, files,
+    Ablation, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Progress,
+    SCHEMA, VersionInfo, Weights, files,
 };
 use rustix::process::Signal;
 use serde::de::DeserializeOwned;

@@ -271,9 +271,7 @@ impl Block<'_> {
                     thread.standing = ThreadState::AtBarrier;
                     return Ok(());
                 }
-                Operation::Butterfly { .. }
-                | Operation::LoadMatrices { .. }
-                | Operation::MultiplyMatrices { .. } => {
+                Operation::Butterfly { .. } | Operation::LoadMatrices { .. } | Operation::MultiplyMatrices { .. } => {
                     thread.standing = ThreadState::AtExchange;
                     return Ok(());
                 }

@@ -400,7 +400,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
         let (of_group, most) = {
             let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
-            let of_group: Vec<usize> = group.clone().map(|expert| wave.iter().map(|of| of.sent(expert)).sum()).collect();
+            let of_group: Vec<usize> =
+                group.clone().map(|expert| wave.iter().map(|of| of.sent(expert)).sum()).collect();
             (of_group, ffn::rows_together(&wave, [moe.experts, moe.top_k], weights, self.batch_rows)?)
         };
         for part in ffn::runs(&of_group, ffn::gathered_rows(moe, tokens, group.len())) {
@@ -410,7 +411,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                 (Inputs::new(&wave, &part)?, ffn::pieces(&wave, &part, self.batch_rows))
             };
             for pieces in ffn::together(&pieces, most) {
-                let weights: Vec<&MlpWeights> = pieces.iter().map(|piece| &weights[piece.expert - group.start]).collect();
+                let weights: Vec<&MlpWeights> =
+                    pieces.iter().map(|piece| &weights[piece.expert - group.start]).collect();
                 self.experts_on(&weights, &inputs, pieces, batches)?;
             }
         }

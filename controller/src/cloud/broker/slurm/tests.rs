@@ -188,9 +188,8 @@ fn sacct_names_jobs_gone_from_the_queue() {
 #[test]
 fn job_has_run_for_as_long_as_queue_script_and_accounting_say() {
     let time = |ended_s, since, until| Some(RunTime { ended_s, since, until });
-    let job = |word: &str, starts: &str, ends: &str| {
-        format!("@job 7|{word}|None|gpu|{starts}|{ends}|n1|{}\n", tag("r1"))
-    };
+    let job =
+        |word: &str, starts: &str, ends: &str| format!("@job 7|{word}|None|gpu|{starts}|{ends}|n1|{}\n", tag("r1"));
     let past = |words: &str| format!("@past {}|{words}\n", tag("r1"));
     let script = |times: &str, alive: &str| format!("@time {}|{times}|{alive}\n", tag("r1"));
     for (queue, expected) in [
