@@ -24,10 +24,10 @@ pub const QUERY_BLOCK: usize = 256;
 /// Scores held at a time, at most: heads are taken in turns where there are many.
 pub const SCORE_VALUES: usize = 64 << 20;
 /// Tokens of a sequence from which on attention on a GPU is one kernel: in bf16, for heads of
-/// widths that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On an H200
-/// (4.3 TB/s, 760 TFLOP/s) that takes 1.9 ps; its 512 FLOP in both products, for heads of 128, take
-/// 0.7 ps. At this length a token's scores take as long as a third of its projections (2,048 wide).
-/// Below it attention is little of the work, and keeps the bits of the CPU's softmax.
+/// widths that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On
+/// an H200 (4.3 TB/s, 760 TFLOP/s) that takes 1.9 ps; its 512 FLOP in both products, for heads of
+/// 128, take 0.7 ps. At this length a token's scores take as long as a third of its projections
+/// (2,048 wide). Below it attention is little of the work, and keeps the bits of the CPU's softmax.
 pub const FUSED_FROM: usize = 1024;
 
 /// An attention layer's tensors on one device.
@@ -684,6 +684,20 @@ mod tests {
             prop_assert_eq!(together.top().count, alone.top().count);
             prop_assert!((together.top().sum - alone.top().sum).abs() < 1e-9 * (1.0 + alone.top().sum));
         }
+    }
+
+    #[test]
+    fn shares_of_one_kernel_are_kept_like_those_of_blocks() {
+        let block = ScoreBlock { first_query: 0, queries: 3, first_key: 0, window: Window::Sliding(2) };
+        // Two sequences of two heads.
+        let shares = Random::new(1).tensor(&[4, 3, 3]).abs().unwrap();
+        let pairs = [shares.max_keepdim(2).unwrap(), shares.narrow(2, 0, 1).unwrap()];
+        let heads = Counted { before: 0, per_sequence: 2, first: 1 };
+        let (blocks, kernel) = (Watching::new(true, true), Watching::new(true, true));
+        blocks.see(&shares, block, heads).unwrap();
+        kernel.see_both(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
+        assert_eq!((kernel.top(), kernel.first_key()), (blocks.top(), blocks.first_key()));
+        assert_eq!((kernel.top().count, kernel.first_key().len()), (12, 2));
     }
 
     #[test]

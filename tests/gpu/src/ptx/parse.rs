@@ -307,9 +307,11 @@ impl Scope {
                     braced(text)?.iter().map(|name| self.source(name, kind)).collect()
                 };
                 let of = [registers(a, Type::U(32))?, registers(b, Type::U(32))?, registers(c, Type::F32)?];
-                let fits = braced(to).is_some_and(|to| to.len() == 4) && of.each_ref().map(Vec::len) == [4, 2, 4];
-                let to = braced(to)?.iter().map(|name| self.register(name)).collect();
-                (known && fits).then_some(Operation::MultiplyMatrices { kind: *kind, to, of })
+                let to: Vec<u32> = braced(to)?.iter().map(|name| self.register(name)).collect();
+                if !known || to.len() != 4 || of.each_ref().map(Vec::len) != [4, 2, 4] {
+                    return None;
+                }
+                Some(Operation::MultiplyMatrices { kind: *kind, to, of })
             }
             "shfl" => {
                 let [to, of, lanes, clamp, members] = operands.as_slice() else { return None };
