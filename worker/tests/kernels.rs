@@ -1,5 +1,5 @@
-//! Kernels beside the loops for CPUs: the same bits, whatever the sizes. Attention in one pass, which
-//! has no such loop, beside its definition. Needs a GPU, or the one that
+//! Kernels beside the loops for CPUs: the same bits, whatever the sizes. Attention in one pass,
+//! which has no such loop, beside its definition. Needs a GPU, or the one that
 //! `tests/gpu/install_fake_driver.sh` makes of the processor: `tests/gpu.sh` runs it there.
 #![cfg(feature = "cuda")]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]

@@ -76,8 +76,8 @@ struct Window {
     }
 };
 
-// Rows of `WIDTH` values in shared memory. With an odd number of 16 bytes in each, the same 16 bytes
-// of eight rows lie in different banks.
+// Rows of `WIDTH` values in shared memory. With an odd number of 16 bytes in each, the same 16
+// bytes of eight rows lie in different banks.
 template <u32 WIDTH>
 constexpr u32 ROW_BYTES = (WIDTH / 8 | 1) * 16;
 
@@ -96,9 +96,9 @@ __device__ inline void copy_tile(u32 to, const bf16 *from, u32 first, u32 rows) 
 
 // Queries are `[sequences * positions, heads, D]`, those of tokens `query_stride` apart; keys
 // `[sequences * heads / group, positions, D]` and values alike, V wide; `out` `[sequences *
-// positions, heads * V]`. `sinks`, if any, has a logit for each head. `shares`, if any, gets of each
-// query of `[sequences * heads, positions]` the largest share of a key and that of the first key.
-// The grid is sequences * heads by blocks of ROWS queries.
+// positions, heads * V]`. `sinks`, if any, has a logit for each head. `shares`, if any, gets of
+// each query of `[sequences * heads, positions]` the largest share of a key and that of the first
+// key. The grid is sequences * heads by blocks of ROWS queries.
 template <u32 D, u32 V, u32 KEYS>
 __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value, const float *sinks, u32 positions,
                           u32 heads, u32 group, u32 query_stride, Window window, float scale, bf16 *out,

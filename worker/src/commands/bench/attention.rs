@@ -69,8 +69,8 @@ impl fmt::Display for AttentionTable {
     }
 }
 
-/// Attends within sequences of each of `lengths`, as many as have the tokens of the longest, in both
-/// forms on a GPU, the fastest of `rounds` each.
+/// Attends within sequences of each of `lengths`, as many as have the tokens of the longest, in
+/// both forms on a GPU, the fastest of `rounds` each.
 ///
 /// # Errors
 /// Job: no GPU, no length, or one of 0. Internal: both forms differ. Device: the driver's.

@@ -17,9 +17,9 @@ pub fn attends(query: &Tensor, value: &Tensor) -> bool {
 }
 
 /// Attends, where [`attends`] says that there is a kernel: `query` `[sequences, n, heads, d]`,
-/// `key` `[sequences * kv_heads, n, d]` and `value` `[sequences * kv_heads, n, v]`, both contiguous,
-/// to `[sequences * n, heads * v]`. If they are wanted, also the largest share and that of the first
-/// key, `[sequences * heads, n, 2]` in f32.
+/// `key` `[sequences * kv_heads, n, d]` and `value` `[sequences * kv_heads, n, v]`, both
+/// contiguous, to `[sequences * n, heads * v]`. If they are wanted, also the largest share and that
+/// of the first key, `[sequences * heads, n, 2]` in f32.
 ///
 /// # Errors
 /// The driver's.
