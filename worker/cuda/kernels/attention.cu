@@ -155,7 +155,7 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
             copy_tile<V, KEYS>(next + KEY_BYTES, value, first_key + KEYS, positions);
             asm volatile("cp.async.commit_group;" ::: "memory");
         }
-        if (first_key > first_of_warp + 15 || first_key + KEYS <= seen_of_warp) continue;
+        if (first_key > first_of_warp + 15 || first_key + KEYS <= seen_of_warp || first_of_warp >= positions) continue;
 
         float score[KEYS / 8][4] = {};
 #pragma unroll
