@@ -84,13 +84,18 @@ constexpr u32 ROW_BYTES = (WIDTH / 8 | 1) * 16;
 // Copies rows `first ..` of `[rows, WIDTH]`, zeros for those that are not there.
 template <u32 WIDTH, u32 KEYS>
 __device__ inline void copy_tile(u32 to, const bf16 *from, u32 first, u32 rows) {
-    constexpr u32 PARTS = WIDTH / 8;
+    constexpr u32 PARTS = WIDTH / 8, ALL = KEYS * PARTS;
+    from += u64(first) * WIDTH;
 #pragma unroll
-    for (u32 i = threadIdx.x; i < KEYS * PARTS; i += THREADS) {
-        const u32 row = i / PARTS, part = i % PARTS;
-        const bool is_there = first + row < rows;
-        const bf16 *at = from + u64(is_there ? first + row : 0) * WIDTH + 8 * part;
-        copy(to + row * ROW_BYTES<WIDTH> + 16 * part, at, is_there);
+    for (u32 done = 0; done < ALL; done += THREADS) {
+        const u32 i = done + threadIdx.x;
+        // Where the parts of a row divide the threads, addresses differ by what the compiler knows.
+        const u32 row = THREADS % PARTS ? i / PARTS : threadIdx.x / PARTS + done / PARTS;
+        const u32 part = (THREADS % PARTS ? i : threadIdx.x) % PARTS;
+        if (ALL % THREADS == 0 || i < ALL) {
+            // Nothing is read where nothing is.
+            copy(to + row * ROW_BYTES<WIDTH> + 16 * part, from + row * WIDTH + 8 * part, first + row < rows);
+        }
     }
 }
 
