@@ -107,7 +107,7 @@ pub fn attend(
         ];
         let grid = Grid { blocks: [sequences * heads, positions.div_ceil(QUERIES)], threads: THREADS };
         // Rows in shared memory have an odd number of 16 bytes; there are two tiles.
-        let row = |width: usize| 16 * (width / 8 | 1);
+        let row = |width: usize| 16 * ((width / 8) | 1);
         let shared = 2 * keys * (row(width) + row(value_width));
         let name = format!("attention_{width}_{value_width}");
         // SAFETY: queries, keys, values, sinks and room of the shapes that were checked.
