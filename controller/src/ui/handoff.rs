@@ -89,6 +89,9 @@ fn done(status: &Status) -> Vec<String> {
     table(&header, status.over.iter().filter(|run| run.completed).map(row).collect())
 }
 
+/// A column's heading, and its cell for a run.
+type Column<'a> = (&'a str, &'a dyn Fn(&UnderWay) -> String);
+
 fn running(status: &Status) -> Vec<String> {
     let who = |run: &UnderWay| match (run.held, run.looked_after) {
         (true, _) => "kept on request",
@@ -96,7 +99,7 @@ fn running(status: &Status) -> Vec<String> {
         (false, false) if run.detached => "detached: its guard waits",
         (false, false) => "NOBODY",
     };
-    let columns: [(&str, &dyn Fn(&UnderWay) -> String); 11] = [
+    let columns: [Column<'_>; 11] = [
         ("model", &|run| run.model.clone()),
         ("survey", &|run| or_dash(run.survey.clone())),
         ("run", &|run| run.run.clone()),

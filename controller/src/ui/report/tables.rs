@@ -364,6 +364,7 @@ fn happened(event: &RunEvent) -> &'static str {
         RunEvent::NotCreated { .. } => "no instance was created",
         RunEvent::Created { .. } => "the instance was rented",
         RunEvent::Reached { .. } => "its host answered",
+        RunEvent::Metered { .. } => "the cloud said how long the instance has run",
         RunEvent::Discarded { .. } => "the instance was given up",
         RunEvent::Launched => "the worker was started",
         RunEvent::WorkerEnded { .. } => "the worker ended",

@@ -29,8 +29,15 @@ pub(super) struct Staging {
 impl Slurm {
     /// The staging job of a lease with this tag and folder, on a partition.
     pub(super) fn staging(&self, partition: &str, stage: &Stage, tag: &str, folder: &str, time: Duration) -> Staging {
-        let sku =
-            Sku { partition: partition.to_owned(), gpus: 0, gpu_type: None, cpus: 1, mem_mib: MEM_MIB, limit_s: None };
+        let sku = Sku {
+            host: self.site.host.clone(),
+            partition: partition.to_owned(),
+            gpus: 0,
+            gpu_type: None,
+            cpus: 1,
+            mem_mib: MEM_MIB,
+            limit_s: None,
+        };
         let mut options = self.limits(&sku, time);
         options.extend(self.site.account.iter().map(|account| format!("--account={account}")));
         options.extend([format!("--job-name={tag}{SUFFIX}"), "--parsable".to_owned(), "--requeue".to_owned()]);
