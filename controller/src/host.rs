@@ -1,13 +1,13 @@
 //! Runs the worker on a rented host: reach, probe, push, launch, follow, fetch.
 //!
-//! Layout on the host, below its home folder:
-//! `.cache/outliers/bin/<sha256>/outliers-worker` (content-addressed; elsewhere where nothing may
-//! be run there, see `push/place.rs`), `outliers/<run>/` with the job, the output files of
+//! Layout on the host, below its home folder: `.cache/outliers/bin/<sha256>/outliers-worker`
+//! (content-addressed; in another folder where the home folder is mounted noexec, see
+//! `push/place.rs`), and `outliers/<run>/` with the job, the output files of
 //! [`outliers_protocol::files`], the pid file and the exit-code file.
 //!
-//! Every script goes to `sh` on its standard input, so that neither the login shell nor the length
-//! of a command line matters, and nothing of it is seen in the host's process table. What comes
-//! back is hostile until checked.
+//! Every script is piped to `sh`. The login shell and the length of a command line therefore do
+//! not matter, and the script does not appear in the host's process table. Answers are untrusted
+//! until checked.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -43,30 +43,30 @@ pub use push::{PushedFolder, RemoteWorker};
 pub use reach::reach;
 pub use savepoint::Stamp;
 
-/// For scripts that look and do not work: connection, three round trips and a slow disk.
+/// Time limit of a short script: connection, three round trips and a slow disk.
 const SHORT: Duration = Duration::from_secs(60);
-/// How long a broken connection is made again, where the caller sets no limit of its own.
+/// Default time for restoring a broken connection.
 const TIMEOUT: Duration = Duration::from_secs(60);
-/// What precedes a script's own output: login shells print greetings.
+/// Separates a script's output from greetings that a login shell prints.
 const MARK: &[u8] = b"\n@outliers@\n";
 
-/// What happens on the way, for the reporter.
+/// Progress of work on a host, for the reporter.
 #[derive(Clone, Debug, PartialEq)]
 pub enum HostEvent {
-    /// Not reachable yet; another attempt follows.
+    /// Not reachable yet. Another attempt follows.
     Waiting {
         /// The last attempt's failure.
         what: String,
-        /// Its kind.
+        /// Kind of that failure.
         kind: TransportErrorKind,
         /// Attempts so far.
         attempt: u32,
     },
     /// Logged in.
     Connected,
-    /// What the host is.
+    /// Facts about the host.
     Probed(HostFacts),
-    /// A file or a folder is on its way.
+    /// A file or a folder is being uploaded.
     Uploading {
         /// Its name.
         name: String,
@@ -75,7 +75,7 @@ pub enum HostEvent {
         /// Bytes in all.
         total: u64,
     },
-    /// The same lies there already: nothing is sent.
+    /// The host has the same file or folder: nothing is sent.
     AlreadyThere {
         /// The name of the file or folder.
         name: String,
@@ -87,23 +87,23 @@ pub enum HostEvent {
     },
     /// The connection broke. The worker keeps running.
     ConnectionLost {
-        /// How it was lost.
+        /// Cause of the loss.
         why: String,
     },
     /// Connected again.
     Reconnected,
     /// A line of the worker's progress file.
     Progress(Progress),
-    /// A line of the progress file that is none, cut to a readable length.
+    /// A line of the progress file that cannot be parsed, shortened.
     BadProgress(String),
     /// A line of the worker's log.
     Log(String),
-    /// So far the worker's files have been read, and all of it was told.
+    /// Position up to which the worker's files have been read and reported.
     Read(Cursor),
-    /// The log grew faster than it can be followed: bytes that were skipped. The whole log is
-    /// fetched at the end.
+    /// Bytes of the log that were skipped because it grows faster than it can be read. The whole
+    /// log is fetched at the end.
     LogSkipped(u64),
-    /// The same of the progress file.
+    /// Bytes of the progress file that were skipped for the same reason.
     ProgressSkipped(u64),
     /// A file is being fetched.
     Fetching {
@@ -114,7 +114,7 @@ pub enum HostEvent {
     },
 }
 
-/// Takes events.
+/// Receives events.
 pub type OnEvent<'a> = &'a (dyn Fn(HostEvent) + Send + Sync);
 
 /// A host we can log in to.
@@ -124,7 +124,7 @@ pub struct RemoteHost {
     home: OnceCell<String>,
 }
 
-/// What a script left behind: its own output, without the login shell's greetings.
+/// Output of a script, without the login shell's greetings.
 struct ScriptOutput {
     status: Option<i32>,
     stdout: Vec<u8>,
@@ -132,12 +132,12 @@ struct ScriptOutput {
 }
 
 impl RemoteHost {
-    /// A host behind a transport; `name` stands for it in messages.
+    /// A host behind a transport. Messages use `name`.
     pub fn new(transport: Arc<dyn Transport>, name: impl Into<String>) -> Self {
         Self { transport, name: name.into(), home: OnceCell::new() }
     }
 
-    /// The way to it.
+    /// The transport to the host.
     pub fn transport(&self) -> &Arc<dyn Transport> {
         &self.transport
     }
@@ -148,7 +148,7 @@ impl RemoteHost {
             let answer = self.sh("printf '%s' \"$HOME\"", SHORT).await?;
             let text = String::from_utf8(answer.stdout).ok();
             let usable = |home: &String| home.starts_with('/') && !home.chars().any(char::is_control);
-            text.filter(usable).ok_or_else(|| self.odd("its home folder has no usable name"))
+            text.filter(usable).ok_or_else(|| self.odd("the path of its home folder is unusable"))
         });
         home.await.map(String::as_str)
     }
@@ -159,7 +159,7 @@ impl RemoteHost {
         Ok(format!("{}/outliers/{run}", self.home().await?))
     }
 
-    /// Runs a POSIX shell script that must end with status 0.
+    /// Runs a POSIX shell script and fails unless it exits with status 0.
     async fn sh(&self, script: &str, limit: Duration) -> Result<ScriptOutput, HostError> {
         let answer = self.try_sh(script, limit).await?;
         match answer.status {
@@ -169,10 +169,10 @@ impl RemoteHost {
         }
     }
 
-    /// Runs a POSIX shell script whose status the caller judges. Its commands find an empty
-    /// standard input.
+    /// Runs a POSIX shell script and returns its output whatever its exit status. Commands of the
+    /// script have an empty standard input.
     async fn try_sh(&self, script: &str, limit: Duration) -> Result<ScriptOutput, HostError> {
-        // In braces, so that it is read to its end before any of it runs.
+        // The braces make the shell read the whole script before it runs any of it.
         let mark = "printf '\\n@outliers@\\n'";
         let script = format!("LC_ALL=C; export LC_ALL\n{{\n{mark}\n{script}\n}} </dev/null\n");
         let out = self.transport.exec("sh -s", script.as_bytes(), limit).await?;
@@ -184,19 +184,19 @@ impl RemoteHost {
         Ok(ScriptOutput { status: out.status, stdout: out.stdout[at + MARK.len()..].to_vec(), stderr })
     }
 
-    /// An error of the host itself.
+    /// An error of kind [`HostErrorKind::Host`].
     fn odd(&self, what: &str) -> HostError {
         HostError::new(HostErrorKind::Host, format!("{}: {what}", self.name))
     }
 }
 
 impl ScriptOutput {
-    /// The rest of the first line `@<key> ...`; empty if there is none.
+    /// Rest of the first line `@<key> ...`; empty if there is none.
     fn field(&self, key: &str) -> String {
         self.fields(key).into_iter().next().unwrap_or_default()
     }
 
-    /// The rests of all lines `@<key> ...`, cut to a readable length.
+    /// Rests of all lines `@<key> ...`, shortened.
     fn fields(&self, key: &str) -> Vec<String> {
         let lines = self.stdout.split(|b| *b == b'\n');
         let prefix = format!("@{key} ");

@@ -1,4 +1,4 @@
-//! One run, from a job to its files.
+//! Executes a job: loads the model, runs the pass, writes the output files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -39,12 +39,12 @@ pub mod inspect;
 pub mod output;
 pub mod watch;
 
-/// Runs a job into a folder. Whatever happens, the folder ends with a manifest that says so,
-/// unless the disk refuses it.
+/// Runs a job and writes its files to `output`. The folder ends with a manifest that states the
+/// outcome, also after an error, unless the disk refuses the write.
 ///
-/// Every `save_every`, at the end of a layer, the pass is saved in the folder; the same job into
-/// the same folder goes on from there if an earlier one did not end. With `save_activations`
-/// nothing is saved: that file could not be completed.
+/// The state of the pass is saved at the end of a layer, every `save_every`. The same job into the
+/// same folder continues from there if an earlier run did not finish. With `save_activations` no
+/// state is saved, since that file could not be completed.
 ///
 /// # Errors
 /// Anything in [`outliers_protocol::FailureKind`]; the same error is in the manifest.
@@ -69,10 +69,10 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
     Ok(results)
 }
 
-/// Finds the checkpoint a job names, with the weights it asks for.
+/// Opens the checkpoint of a job, with weights from the source that the job names.
 ///
 /// # Errors
-/// Model not found or gated, network, damaged files; weights from the hub for a model that is a folder.
+/// Model not found or gated, network, damaged files; `--weights` hub for a model that is a folder.
 pub fn checkpoint(job: &JobSpec, budget: StreamBudget, hub: &Hub, progress: &ProgressSink) -> Result<Checkpoint> {
     let fetched = |fetched: FetchProgress| {
         progress.work(0, fetched.bytes_total, 0);
@@ -91,8 +91,8 @@ pub fn checkpoint(job: &JobSpec, budget: StreamBudget, hub: &Hub, progress: &Pro
     }
 }
 
-/// Bytes of weights that a run of this job writes to the disk of its machine, or finds there where
-/// the model is a folder.
+/// Bytes of weights that a run of this job writes to its machine's disk, or finds there where the
+/// model is a folder.
 pub fn disk_bytes(job: &JobSpec, files: &[FileBytes]) -> u64 {
     let streams = |file: &FileBytes| Container::of(&file.name) == Some(Container::Safetensors);
     match (&job.model, &job.weights) {
@@ -102,7 +102,7 @@ pub fn disk_bytes(job: &JobSpec, files: &[FileBytes]) -> u64 {
     }
 }
 
-/// The same without any weights that would have to be fetched: enough to inspect and to plan.
+/// As [`checkpoint`], without fetching weights: enough to inspect and to plan.
 ///
 /// # Errors
 /// As [`checkpoint`].
@@ -213,7 +213,7 @@ impl Run<'_> {
         };
         let passed = self.pass(&pass, save.as_mut()).and_then(|passed| Ok((passed, source.verify()?)));
         if source.is_damaged() {
-            // What was computed so far may come of the file that is damaged.
+            // The saved state may have been computed from the damaged file.
             SavePoints::remove(&folder.file(files::SAVE_POINT))?;
         }
         let ((watch, passed), mut verification) = passed?;
@@ -264,7 +264,7 @@ impl Run<'_> {
         Ok(results)
     }
 
-    /// Runs the pass and writes what is written of it as it goes.
+    /// Runs the pass, and writes activations and save points during it.
     fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(Watch, Passed)> {
         let Self { job, folder, .. } = *self;
         let (spec, tokens) = (&pass.model.spec, pass.tokens);
@@ -284,10 +284,10 @@ impl Run<'_> {
     }
 }
 
-/// A name for everything that a pass's numbers depend on.
+/// A hash of everything that a pass's numbers depend on.
 fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DType) -> String {
-    // Where it runs does not matter, nor what reports call the model, nor by which way weights
-    // come, unless they are made up.
+    // Devices, the model's display name and the source of weights do not change the numbers,
+    // except synthetic weights.
     let weights = job.weights.clone().filter(|weights| matches!(weights, Weights::Synthetic { .. }));
     let unnamed = JobSpec { devices: Vec::new(), label: None, trace: None, ..job.clone() };
     let job = JobSpec { weights, stream_budget_bytes: None, ..unnamed };
@@ -297,7 +297,7 @@ fn identity(job: &JobSpec, checkpoint: &Checkpoint, tokens: &Tokens, compute: DT
     hex(&Sha256::digest(text.expect("plain data")))
 }
 
-/// Refuses what would end without a word, killed by the system, after hours perhaps. All in bytes.
+/// Refuses a run that the system would kill for lack of memory. Sizes are in bytes.
 fn fits(needed: u64, on: &str, free: Option<u64>) -> Result<()> {
     let Some(free) = free.filter(|free| *free < needed) else { return Ok(()) };
     let gib = |bytes: u64| bytes as f64 / (1u64 << 30) as f64;
@@ -323,11 +323,11 @@ fn check(job: &JobSpec) -> Result<()> {
         return Err(WorkerError::job("layer and position fractions must be between 0 and 1"));
     }
     if job.ablation.is_some() && job.layers.is_some() {
-        let error = WorkerError::job("an ablation of some layers alone: there would be no perplexity to compare");
+        let error = WorkerError::job("--ablate needs all layers, since it compares perplexities");
         return Err(error.hint("leave out --layers"));
     }
     if job.stream_budget_bytes == Some(0) {
-        return Err(WorkerError::job("a stream budget of nothing lets no weights through"));
+        return Err(WorkerError::job("the stream budget is 0: no weights can be loaded"));
     }
     for (option, name) in asked_for(job) {
         if !is_plain_name(name) || name.starts_with('.') {
@@ -337,8 +337,7 @@ fn check(job: &JobSpec) -> Result<()> {
     Ok(())
 }
 
-/// Files of the output folder that are there only if a job names them: by which option, and how
-/// they are called.
+/// Optional files of the output folder that a job names: the option and the file's name.
 fn asked_for(job: &JobSpec) -> impl Iterator<Item = (&'static str, &str)> {
     let named = [("save_activations", &job.save_activations), ("trace", &job.trace)];
     named.into_iter().filter_map(|(option, name)| Some((option, name.as_deref()?)))
@@ -416,7 +415,7 @@ fn host(machine: &MachineInfo) -> HostInfo {
     }
 }
 
-/// Peak resident memory of this process, where the system keeps it.
+/// Peak resident memory of this process in bytes; `None` where the system does not report it.
 pub fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;

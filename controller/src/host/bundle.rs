@@ -1,4 +1,4 @@
-//! Many small files in one answer: what takes a round trip each would take a minute on a long line.
+//! Fetches several small files in one answer, which saves round trips.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::{HostError, RemoteHost};
 use crate::host::transport::quote::quote;
 
-/// Time for a bundle: 64 MiB at 0.5 MB/s.
+/// Time limit of a bundle: 64 MiB at 0.5 MB/s.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// `piece NUMBER FILE head` or `tail` and `LIMIT` prints `@file NUMBER LENGTH`, a line end, LENGTH
@@ -19,18 +19,18 @@ piece() {
 }
 "#;
 
-/// A file to bring, or a part of it.
+/// A file to fetch, or a part of it.
 pub(super) struct BundleFile<'a> {
     pub(super) name: &'a str,
-    /// At most this many bytes.
+    /// Maximum bytes to fetch.
     pub(super) limit: u64,
-    /// Of a longer file the last ones, instead of the first.
+    /// Whether the last bytes of a longer file are fetched instead of the first.
     pub(super) from_end: bool,
 }
 
 impl RemoteHost {
-    /// Plain files of one folder, in one command, by the numbers they have in `wanted`; those that
-    /// are not there are left out.
+    /// Fetches plain files of one folder in one command. Keys are indices into `wanted`; missing
+    /// files are left out.
     pub(super) async fn bundle(
         &self,
         folder: &str,
@@ -51,7 +51,7 @@ impl RemoteHost {
     }
 }
 
-/// Reads what `piece` printed: each number once and in order, each length exact. `None` for
+/// Parses the output of `piece`: each number once and in order, each length exact. `None` for
 /// anything else.
 fn read(mut rest: &[u8]) -> Option<BTreeMap<usize, Vec<u8>>> {
     let mut files: BTreeMap<usize, Vec<u8>> = BTreeMap::new();

@@ -1,8 +1,8 @@
-//! Why a host could not do what was asked of it.
+//! Errors of work on a host.
 
 use crate::host::transport::{TransportError, TransportErrorKind};
 
-/// A failure on the way to a host or on it.
+/// A failure of the connection or of the host.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct HostError {
@@ -14,30 +14,29 @@ pub struct HostError {
     pub hint: Option<String>,
 }
 
-/// Kinds of failure a caller may treat differently.
+/// Kinds of failure that callers treat differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostErrorKind {
-    /// The host could not be reached, or the connection was lost for good.
+    /// The host cannot be reached, or the connection could not be restored.
     Connection(TransportErrorKind),
-    /// The time given was over.
+    /// The time limit has passed.
     Deadline,
     /// No space left on the host.
     NoSpace,
-    /// The host answered with an error of its own.
+    /// The host answered with an error.
     Host,
-    /// It is not what was rented.
+    /// The host differs from what was rented.
     NotAsRented,
     /// The worker does not run there: wrong processor, missing library.
     WorkerUnfit,
-    /// The worker there is of another version, or speaks another one.
+    /// The version of the worker or of its documents differs from this program's.
     WorkerVersion,
-    /// What came from the host is not what its manifest says, or the manifest itself is not to be
-    /// trusted.
+    /// Fetched files differ from their manifest, or the manifest is invalid.
     Damaged,
-    /// More bytes than we are willing to move.
+    /// The data exceeds a size limit.
     TooLarge,
-    /// The fault is this machine's, or the request's: a full disk, a missing file, a bad run name.
-    /// No other host would do.
+    /// The cause is this machine or the request: a full disk, a missing file, an invalid run name.
+    /// Another host would fail, too.
     Local,
 }
 
@@ -47,13 +46,13 @@ impl HostError {
         Self { kind, message: message.into(), hint: None }
     }
 
-    /// The same with a hint.
+    /// Adds a hint.
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
     }
 
-    /// Whether trying again, within a deadline, can help.
+    /// Whether a retry within a deadline can help.
     pub fn is_transient(&self) -> bool {
         matches!(self.kind, HostErrorKind::Connection(kind) if kind.is_transient())
     }
@@ -89,7 +88,7 @@ fn hint_for(kind: TransportErrorKind) -> Option<&'static str> {
         T::Reset => {
             Some("the SSH server or a proxy before it hangs up: it may still be starting, or it limits connections")
         }
-        T::Gone => Some("see what became of it: outliers instances list"),
+        T::Gone => Some("list what exists now: outliers instances list"),
         T::TimedOut => Some("the instance or the line is too slow or gone"),
         T::NoChannel => Some("the SSH server allows no session: check MaxSessions in its sshd_config"),
         T::NoSpace => Some("ask for more disk with the next instance, or free some on this one"),

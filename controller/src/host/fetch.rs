@@ -1,4 +1,4 @@
-//! Bringing a run's files home, trusting nothing that the host says of them.
+//! Fetches a run's files. Everything that the host claims about them is verified.
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
@@ -17,40 +17,40 @@ use crate::host::transport::TransportErrorKind;
 use crate::text::clean;
 use crate::units::Bytes;
 
-/// A manifest is a list of a dozen files.
+/// Maximum bytes of a manifest.
 const MAX_MANIFEST: u64 = 1 << 20;
-/// Of a file that no manifest vouches for.
+/// Maximum bytes of a file without a manifest entry.
 const MAX_LOOSE: u64 = 8 << 20;
-/// Of a log, its end.
+/// Maximum bytes of the log, counted from its end.
 const MAX_LOG: u64 = 16 << 20;
-/// Files up to this size come several in one answer of at most this many bytes.
+/// Files up to this size are fetched together, at most this many bytes per answer.
 const SMALL: u64 = 8 << 20;
 const MAX_BATCH: u64 = 32 << 20;
-/// How long a lost connection is made again.
+/// How long a fetch tries to restore a lost connection.
 const TIMEOUT: Duration = Duration::from_secs(300);
-const NOTHING_KEPT: &str = "nothing of it was kept; another instance may serve better";
-/// Files worth having from a worker that did not finish, besides its log.
+const NOTHING_KEPT: &str = "no file was kept; retry on another instance";
+/// Files to fetch from a worker that did not finish, besides its log.
 const LOOSE: [&str; 3] = [files::JOB, files::PROGRESS, files::METADATA];
 
 /// The fetched files.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fetched {
-    /// The worker's own word on how it ended; `None` if it did not come so far.
+    /// The worker's statement of its outcome; `None` if it wrote none.
     pub manifest: Option<Manifest>,
-    /// The worker died or is still at work: what there is, unverified.
+    /// Whether the worker died or still runs: files are incomplete and unverified.
     pub partial: bool,
-    /// Names of the files now in the folder, sorted.
+    /// Sorted names of the files in the folder.
     pub files: Vec<String>,
 }
 
 impl RemoteHost {
-    /// Brings a run's files into the folder `into`: all of them, each with the size and hash its
-    /// manifest names, or none. A manifest may name the files of `expected`, no larger than there.
+    /// Fetches a run's files into the folder `into`: all files of the manifest, verified by size
+    /// and hash, or none. The manifest may list only files of `expected`, up to their sizes there.
     ///
-    /// They come into [`unfinished`] first, where a fetch that broke off with the connection finds
-    /// what it had verified; what ends in another way leaves nothing there. A folder left by an
-    /// earlier, partial fetch is replaced; a whole one is kept and its manifest compared. Without
-    /// a manifest on the host, log, job, progress and metadata are brought and marked partial.
+    /// Files first go to [`unfinished`]. A fetch that lost its connection resumes there with the
+    /// verified files; other failures empty it. An earlier partial folder is replaced. A complete
+    /// one is kept and its manifest compared. If the host has no manifest, log, job, progress and
+    /// metadata are fetched and marked partial.
     pub async fn fetch(
         &self,
         run: &str,
@@ -61,7 +61,7 @@ impl RemoteHost {
         let fetched: Result<Fetched, HostError> =
             async { Ok(again!(TIMEOUT, on, self.fetch_once(run, into, expected, on))) }.await;
         if fetched.as_ref().is_err_and(|error| !error.is_transient()) {
-            // It may never have come to be.
+            // The folder may not exist.
             let _ = remove_folder(&unfinished(into));
         }
         fetched
@@ -100,8 +100,7 @@ impl RemoteHost {
         Ok(Fetched { partial: manifest.is_none(), manifest, files })
     }
 
-    /// The manifest, the files worth having without one, and the log, of a huge one the last part:
-    /// one command.
+    /// Fetches the manifest, the files wanted without one, and the end of the log, in one command.
     async fn look_for_files(&self, folder: &str) -> Result<HashMap<&'static str, Vec<u8>>, HostError> {
         let wanted = |name| match name {
             files::MANIFEST => BundleFile { name, limit: MAX_MANIFEST, from_end: false },
@@ -126,14 +125,14 @@ impl RemoteHost {
         let (mut small, mut large) = (Vec::new(), Vec::new());
         for entry in entries {
             match found.remove(entry.name.as_str()) {
-                // It may have been a part of the file.
+                // The answer may hold only a part of the file.
                 Some(bytes) if bytes.len() as u64 == entry.bytes => self.keep_verified(entry, &bytes, part, on).await?,
                 _ if entry.bytes <= SMALL => small.push(entry),
                 _ => large.push(entry),
             }
         }
         for few in batches(&small) {
-            // One byte more would come of a file that is longer than its manifest says.
+            // One byte more than the manifest's size reveals a longer file.
             let wanted = few.iter().map(|e| BundleFile { name: &e.name, limit: e.bytes + 1, from_end: false });
             let came = self.bundle(folder, &wanted.collect::<Vec<_>>()).await?;
             for (i, entry) in few.iter().enumerate() {
@@ -160,7 +159,7 @@ impl RemoteHost {
         self.verify(&local, entry).await
     }
 
-    /// Nothing is brought that this disk has no room for, and some of it is left to others.
+    /// Fails before fetching if the disk lacks room, with a reserve for other programs.
     fn check_room(&self, part: &Path, entries: &[&FileEntry]) -> Result<(), HostError> {
         let bytes = entries.iter().fold(RESERVE.0, |sum, entry| sum.saturating_add(entry.bytes));
         let Some(free) = free_disk(part).filter(|free| free.0 < bytes) else { return Ok(()) };
@@ -179,7 +178,7 @@ impl RemoteHost {
         for entry in &manifest.files {
             let name = &entry.name;
             let most = expected.iter().find(|file| file.name == *name && name != files::MANIFEST);
-            // Compared without case: some local file systems know none.
+            // Compared without case, since some local file systems ignore it.
             let Some(most) = most.filter(|_| names.insert(name.to_lowercase())) else {
                 let name = clean(name.as_bytes(), 200);
                 return Err(self.damaged(&format!("its manifest names the file {name:?}, which the job does not make")));
@@ -201,7 +200,7 @@ impl RemoteHost {
         on(HostEvent::Fetching { name: entry.name.clone(), bytes: entry.bytes });
         let local = part.join(&entry.name);
         let bytes = self.transport.get(remote, &local, entry.bytes).await.map_err(|e| match e.kind {
-            // Missing, longer than its manifest says, a link: the manifest lies.
+            // The file is missing, longer than in the manifest, or a link.
             TransportErrorKind::Remote => self.damaged(&e.message),
             _ => e.into(),
         })?;
@@ -211,7 +210,7 @@ impl RemoteHost {
         self.verify(&local, entry).await
     }
 
-    /// Compares a file with its manifest, as it lies on our disk, not as it came over the line.
+    /// Verifies a file on the local disk against the manifest.
     async fn verify(&self, local: &Path, entry: &FileEntry) -> Result<(), HostError> {
         match is_verified(local, entry).await? {
             true => Ok(()),
@@ -246,7 +245,7 @@ impl RemoteHost {
     }
 }
 
-/// Removes from an unfinished fetch what is not vouched for; gives the entries still to bring.
+/// Removes unverified files of an unfinished fetch. Returns the entries still to fetch.
 async fn keep_verified<'a>(part: &Path, entries: &'a [FileEntry]) -> Result<Vec<&'a FileEntry>, HostError> {
     let mut lacking: Vec<_> = entries.iter().collect();
     for name in list(part).map_err(|e| local_error(part, &e))? {
@@ -265,7 +264,7 @@ async fn is_verified(local: &Path, entry: &FileEntry) -> Result<bool, HostError>
     Ok(bytes == entry.bytes && sha256 == entry.sha256)
 }
 
-/// The files in groups, each of which one answer may hold.
+/// Groups files so that each group fits one answer.
 fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
     let mut batches: Vec<Vec<&FileEntry>> = Vec::new();
     let mut room = 0;
@@ -280,12 +279,12 @@ fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
     batches
 }
 
-/// The manifest of a folder that was fetched completely before.
+/// The manifest of a folder that was fetched completely.
 fn kept(folder: &Path) -> Result<Option<Vec<u8>>, HostError> {
     absent(read_small(&folder.join(files::MANIFEST), MAX_MANIFEST)).map_err(|e| local_error(folder, &e))
 }
 
-/// Only what an earlier fetch may have left is ever replaced.
+/// Refuses to replace a folder unless an earlier fetch can have made it.
 fn check_replaceable(into: &Path) -> Result<(), HostError> {
     let Some(there) = absent(list(into)).map_err(|e| local_error(into, &e))? else { return Ok(()) };
     match there.iter().find(|name| !LOOSE.contains(&name.as_str()) && *name != files::LOG) {
@@ -305,12 +304,12 @@ fn list(folder: &Path) -> io::Result<Vec<String>> {
     Ok(names)
 }
 
-/// Where files lie until all that are to come into `into` have come.
+/// The folder in which files are collected until all have arrived.
 pub fn unfinished(into: &Path) -> PathBuf {
     beside(into, ".part")
 }
 
-/// Puts the finished folder in the place of a partial one or of nothing.
+/// Renames the finished folder to `into`, replacing a partial one.
 fn settle(part: &Path, into: &Path) -> io::Result<()> {
     File::open(part)?.sync_all()?;
     let old = beside(into, ".old.part");

@@ -1,4 +1,4 @@
-//! Following a worker: what it adds to its progress file and log, across lost connections.
+//! Follows a worker's progress file and log across lost connections.
 
 use std::time::Duration;
 
@@ -12,44 +12,44 @@ use super::{HostError, HostErrorKind, HostEvent, JobStatus, OnEvent, RemoteHost,
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 
-/// How long SSH may be lost. The job continues without it.
+/// How long SSH may be lost. The job continues meanwhile.
 const RECONNECT_BUDGET: Duration = Duration::from_secs(600);
-/// One look; beyond it the connection is taken for dead.
+/// Time limit of one look. After it the connection counts as lost.
 const LOOK_LIMIT: Duration = Duration::from_secs(45);
-/// Between looks: soon after news, seldom when nothing happens.
+/// Pauses between looks: short after new lines, longer without.
 const MIN_PAUSE: Duration = Duration::from_millis(300);
 const MAX_PAUSE: Duration = Duration::from_secs(2);
-/// Bytes of one file per look.
+/// Maximum bytes per file and look.
 const TAKE: u64 = 256 << 10;
-/// A line longer than this is no line of ours.
+/// Maximum length of a progress line.
 const MAX_LINE: usize = 64 << 10;
-/// Further behind than this, a file is passed over up to its last `TAKE` bytes.
+/// A file that lies further behind is skipped up to its last `TAKE` bytes.
 const MAX_LAG: u64 = 4 << 20;
-/// What is shown of a line.
+/// Maximum characters of a line that are shown.
 const SHOWN: usize = 2000;
 
-/// How far a run's files have been read: whole lines only. Kept by the caller, so that another
-/// process can go on from here.
+/// How far a run's files have been read, in whole lines. The caller stores it, so that another
+/// process can continue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
-    /// Bytes of `progress.jsonl` taken.
+    /// Bytes of `progress.jsonl` read.
     pub progress: u64,
-    /// Bytes of `worker.log` taken.
+    /// Bytes of `worker.log` read.
     pub log: u64,
-    /// Within a progress line that is too long: what follows up to its end is no line either.
+    /// Whether the position lies within an overlong progress line, whose rest is skipped.
     #[serde(default)]
     overlong: bool,
 }
 
-/// One file's new bytes.
+/// New bytes of one file.
 #[derive(Debug, Default, PartialEq)]
 struct NewBytes {
-    /// The file's length when looked at.
+    /// Length of the file at the time of the look.
     size: u64,
     bytes: Vec<u8>,
 }
 
-/// What one look saw.
+/// Result of one look.
 struct Look {
     status: JobStatus,
     pid: Option<u32>,
@@ -58,11 +58,11 @@ struct Look {
 }
 
 impl RemoteHost {
-    /// Reports progress and log until the worker has ended and all of it was read, or was never
-    /// started.
+    /// Reports progress and log until the worker has ended and all of it is read, or until it
+    /// turns out that the worker was never started.
     ///
-    /// A lost connection is made again for up to ten minutes; the worker does not notice. At
-    /// `deadline` the worker is left running and the error's kind is [`HostErrorKind::Deadline`].
+    /// A lost connection is restored within ten minutes; the worker is unaffected. After
+    /// `deadline` the worker keeps running and the error's kind is [`HostErrorKind::Deadline`].
     pub async fn follow(
         &self,
         run: &str,
@@ -101,7 +101,7 @@ impl RemoteHost {
         }
     }
 
-    /// Reports what progress and log hold beyond the cursor now, and no more.
+    /// Reports what progress and log hold beyond the cursor now, then returns.
     pub async fn catch_up(&self, run: &str, cursor: &mut Cursor, on: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let mut until = None;
         loop {
@@ -117,8 +117,8 @@ impl RemoteHost {
         }
     }
 
-    /// One command: the worker's state first, then what its files hold beyond the cursor. After an
-    /// end nothing is added.
+    /// Reads the worker's state first, then the new bytes of its files, in one command. The files
+    /// do not grow after the end.
     async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(
@@ -140,7 +140,7 @@ impl RemoteHost {
     }
 }
 
-/// Reads `@piece SIZE LENGTH`, a line end and that many bytes; `rest` goes on behind them.
+/// Parses `@piece SIZE LENGTH`, a line end and LENGTH bytes; `rest` moves behind them.
 fn next_piece(rest: &mut &[u8]) -> Option<NewBytes> {
     let mark = b"@piece ";
     let at = rest.windows(mark.len()).position(|w| w == mark)? + mark.len();
@@ -155,9 +155,9 @@ fn next_piece(rest: &mut &[u8]) -> Option<NewBytes> {
 }
 
 impl Cursor {
-    /// Takes whole lines; `true` if there was anything to take.
+    /// Reads whole lines; `true` if there was anything new.
     fn take_progress(&mut self, piece: &NewBytes, on: OnEvent<'_>) -> bool {
-        // A file that got shorter is another file.
+        // A file that got shorter has been replaced.
         self.progress = self.progress.min(piece.size);
         let mut taken = 0;
         for line in piece.bytes.split_inclusive(|b| *b == b'\n') {
@@ -173,7 +173,7 @@ impl Cursor {
         self.progress = self.progress.saturating_add(taken as u64);
         if let Some(behind) = behind(piece, &mut self.progress) {
             on(HostEvent::ProgressSkipped(behind));
-            // It goes on within a line.
+            // The position lies within a line.
             self.overlong = true;
         }
         taken > 0
@@ -189,7 +189,7 @@ impl Cursor {
             taken += line.len();
             on(HostEvent::Log(clean(line, SHOWN)));
         }
-        // A host may claim a length close to the end of numbers.
+        // A host may claim a length close to `u64::MAX`.
         self.log = self.log.saturating_add(taken as u64);
         if let Some(behind) = behind(piece, &mut self.log) {
             on(HostEvent::LogSkipped(behind));
@@ -197,7 +197,7 @@ impl Cursor {
         taken > 0
     }
 
-    /// The last line of a log need not end.
+    /// Reports the log's last line even without a line end.
     fn take_rest(&mut self, look: &Look, on: OnEvent<'_>) {
         if !look.log.bytes.is_empty() {
             on(HostEvent::Log(clean(&look.log.bytes, SHOWN)));
@@ -210,8 +210,8 @@ impl Cursor {
     }
 }
 
-/// Moves a cursor that is too far behind close to the end of its file; gives the bytes that are
-/// passed over.
+/// Moves a cursor that lies too far behind close to the end of its file. Returns the bytes
+/// skipped.
 fn behind(piece: &NewBytes, at: &mut u64) -> Option<u64> {
     let behind = piece.size.saturating_sub(*at);
     (behind > MAX_LAG).then(|| {
@@ -240,7 +240,7 @@ mod tests {
 
     const LINE: &str = r#"{"schema":1,"at_ms":1,"phase":"layers","layer":1,"layers":2,"bytes_read":3,"bytes_total":4,"tokens_per_second":0.5}"#;
 
-    /// Feeds `file` through a cursor, `step` bytes appended at a time.
+    /// Reads `file` through a cursor, with `step` bytes appended at a time.
     fn feed(file: &[u8], step: usize) -> Vec<HostEvent> {
         let (events, mut cursor) = (Mutex::new(Vec::new()), Cursor::default());
         let on = |event| events.lock().unwrap().push(event);

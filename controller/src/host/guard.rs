@@ -1,12 +1,13 @@
-//! A guard on the host: it outlives the worker and us, and ends both worker and instance when
-//! nobody looks after them.
+//! The guard on the host. It outlives the worker and the controller, and ends both worker and
+//! instance when its timeouts pass.
 //!
-//! It is a shell script in a session of its own. We renew its lease as long as we are connected;
-//! without that, or when the run's time is up, or when the worker has ended and nobody comes for
-//! its files, it stops the worker and ends the instance by the means the cloud gives it
+//! The guard is a shell script in its own session. The controller renews the guard's lease while
+//! it is connected. The guard stops the worker and terminates the instance when the lease expires,
+//! when the run's time is up, or when nobody fetches the files of a worker that has ended. It
+//! terminates the instance through the cloud's API
 //! ([`Broker::self_destruct`](crate::cloud::broker::Broker::self_destruct)). It never powers the
-//! machine off: the clouds that give no such means bill a machine that is off like one that runs,
-//! and its results would be out of reach.
+//! machine off: clouds without such an API bill a stopped machine like a running one, and its
+//! results would be out of reach.
 
 use std::time::Duration;
 
@@ -18,22 +19,22 @@ use super::{HostError, RemoteHost, SHORT, TIMEOUT};
 use crate::host::transport::quote::quote;
 
 const SCRIPT: &str = include_str!("guard.sh");
-/// Between two looks of the guard, at most.
+/// Maximum seconds between two checks by the guard.
 const LONGEST_PAUSE: u64 = 15;
-/// Between two renewals, at most.
+/// Maximum seconds between two renewals.
 const LONGEST_RENEWAL: u64 = 60;
 
-/// When the guard on an instance ends it before its time is up. 0: never.
+/// Timeouts after which the guard ends an instance. 0: never.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuardTimeouts {
-    /// Seconds without a word of ours.
+    /// Seconds without a renewal by the controller.
     pub lease_s: u64,
-    /// Seconds after the worker's end in which nobody came for its files.
+    /// Seconds after the worker's end without a fetch of its files.
     pub unclaimed_s: u64,
 }
 
 impl GuardTimeouts {
-    /// For an instance that is to stay: only its time limit ends it.
+    /// For an instance that is kept: only its time limit ends it.
     pub const NEVER: Self = Self { lease_s: 0, unclaimed_s: 0 };
 
     /// The shorter of those that are set, in seconds.
@@ -42,27 +43,27 @@ impl GuardTimeouts {
     }
 }
 
-/// What a guard goes by.
+/// Configuration of a guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuardConfig {
-    /// When it ends an instance without a controller.
+    /// Timeouts without a controller.
     pub watch: GuardTimeouts,
-    /// From now to the end of the run's time, by our clock: the host's may be wrong.
+    /// Remaining time of the run by the local clock, since the host's may be wrong.
     pub left: Duration,
     /// The script with which the instance terminates itself, if its cloud has one.
     pub end_itself: Option<&'static str>,
 }
 
 impl GuardConfig {
-    /// How often a guard's lease is renewed.
+    /// Interval of lease renewals.
     pub fn renewal(&self) -> Duration {
         Duration::from_secs((self.watch.shortest() / 6).clamp(1, LONGEST_RENEWAL))
     }
 }
 
 impl RemoteHost {
-    /// Puts a run's guard in place and starts it, unless one is on duty already; new terms replace
-    /// the old.
+    /// Installs a run's guard and starts it unless one is running. A new configuration replaces
+    /// the old one.
     pub async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError> {
         let folder = self.run_folder(run).await?;
         let at = |name: &str| format!("{folder}/{name}");

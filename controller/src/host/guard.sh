@@ -1,5 +1,5 @@
-# Watches over one run from the instance itself, for the case that nobody else does any more: the last of the dead men's switches.
-# Started with the run's folder as its argument; ends when the folder goes.
+# Ends the run and its instance when no controller connects any more.
+# Argument: the run's folder. The script ends when the folder is removed.
 cd "$1" || exit 125
 umask 077
 
@@ -14,7 +14,7 @@ until ln .guard.$$ guard.pid 2> /dev/null; do
 done
 rm -f .guard.$$
 
-# Of two that were started at once, the one whose number stands there goes on.
+# Of two guards started at once, the one whose pid is in the file continues.
 on_duty() {
     [ -f guard.terms ] && [ "$(sed -n 1p guard.pid 2> /dev/null)" = $$ ]
 }
@@ -22,7 +22,7 @@ on_duty() {
 ended='' why=''
 while [ -z "$why" ]; do
     on_duty || exit 0
-    # Sets ends, lease, unclaimed and pause, all in seconds; 0 stands for never.
+    # Sets ends, lease, unclaimed and pause in seconds; 0 means never.
     . ./guard.terms
     now=$(ticks)
     heard=$(cat guard.lease 2> /dev/null)

@@ -1,4 +1,4 @@
-//! The SSH key of one run: made before anything is rented, removed when the run is over.
+//! The SSH key of one run: created before anything is rented, removed after the run.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -11,7 +11,7 @@ use russh::keys::{PrivateKey, load_secret_key};
 
 use crate::files::create_private_folder;
 
-/// A fresh Ed25519 key pair whose private half lies in a file of mode 0600.
+/// A new Ed25519 key pair. The private half is a file of mode 0600.
 #[derive(Clone, Debug)]
 pub struct RunKey {
     private: PathBuf,
@@ -22,7 +22,7 @@ impl RunKey {
     /// Makes a key in `folder` (created with mode 0700 if missing) under the file name `name`,
     /// comment `comment`.
     ///
-    /// An existing file is never overwritten: an instance may still know that key.
+    /// An existing file is never overwritten, since an instance may still accept that key.
     pub fn create(folder: &Path, name: &str, comment: &str) -> Result<Self, KeyError> {
         let private = folder.join(name);
         let at = |source| KeyError::Io { path: private.clone(), source };
@@ -34,7 +34,7 @@ impl RunKey {
         Self::from_private(private, &key)
     }
 
-    /// Takes up a key that an earlier process left at `private`.
+    /// Opens a key that an earlier process left at `private`.
     pub fn open(private: &Path) -> Result<Self, KeyError> {
         let key = load_secret_key(private, None)
             .map_err(|e| KeyError::Unreadable { path: private.to_owned(), why: e.to_string() })?;
@@ -57,7 +57,7 @@ impl RunKey {
     }
 }
 
-/// The file exists whole or not at all, and never with wider permissions than 0600.
+/// Creates the file atomically, with mode 0600 from the start.
 fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
@@ -65,7 +65,7 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
     file.write_all(content)?;
     file.sync_all()?;
-    // A link, unlike a rename, fails if somebody else has made the key meanwhile.
+    // A hard link, unlike a rename, fails if another process has created the key meanwhile.
     let linked = fs::hard_link(&part, path);
     fs::remove_file(&part)?;
     linked?;
@@ -78,20 +78,20 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
 /// Why a run's key could not be made or read.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
-    /// The file system said no.
+    /// The file system returned an error.
     #[error("SSH key {}: {source}", path.display())]
     Io {
         /// The key file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
-    /// The file is no private key, or it wants a passphrase.
+    /// The file is not a private key, or it needs a passphrase.
     #[error("SSH key {}: not a usable private key ({why})", path.display())]
     Unreadable {
         /// The key file.
         path: PathBuf,
-        /// What was wrong.
+        /// What is wrong with it.
         why: String,
     },
     /// The key could not be written in OpenSSH's format.

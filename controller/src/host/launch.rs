@@ -1,4 +1,4 @@
-//! Starting the worker so that it outlives the connection, and at most once.
+//! Starts the worker at most once, so that it outlives the connection.
 
 use std::time::Duration;
 
@@ -9,39 +9,39 @@ use super::{HostError, HostErrorKind, RemoteHost, RemoteWorker, SHORT, ScriptOut
 use crate::host::transport::quote::quote;
 use crate::secret::Secret;
 
-/// The script that runs the worker, and the secrets it reads and removes.
+/// The script that runs the worker. It reads and removes the secrets.
 const WRAPPER: &str = "launch.sh";
 const SECRETS: &str = ".secrets";
 
-/// What the script gives a worker to end by itself, and the kernel to end it.
+/// Time for the worker to exit after SIGTERM, and for the kernel to kill it.
 const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// What a launch found or did.
+/// Result of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launched {
-    /// It runs now.
+    /// The worker was started.
     Started {
         /// Process id of its wrapper.
         pid: u32,
     },
-    /// It ran already; nothing was started.
+    /// The worker was already running. Nothing was started.
     Running {
         /// Process id of its wrapper.
         pid: u32,
     },
-    /// It has run to its end before; nothing was started.
+    /// The worker has already ended. Nothing was started.
     Ended {
         /// Its exit status, `None` if it was killed together with its wrapper.
         exit: Option<i32>,
     },
 }
 
-/// Where a run's worker is in its life.
+/// State of a run's worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobStatus {
     /// Never launched.
     NotStarted,
-    /// At work.
+    /// Running.
     Running,
     /// The worker has ended.
     Ended {
@@ -51,11 +51,11 @@ pub enum JobStatus {
     },
 }
 
-/// Shell functions about the run in the present folder: `state`, `alive`, `start_worker`,
+/// Shell functions for the run in the current folder: `state`, `alive`, `start_worker`,
 /// `stop_worker`, `ticks`.
 pub(super) const PROCESS: &str = include_str!("process.sh");
 
-/// What `state` of [`PROCESS`] printed, with the wrapper's pid while it runs.
+/// Parses the output of `state` of [`PROCESS`]: the status, and the wrapper's pid while it runs.
 pub(super) fn read_state(host: &RemoteHost, answer: &ScriptOutput) -> Result<(JobStatus, Option<u32>), HostError> {
     let line = answer.field("state");
     let mut words = line.split_whitespace();
@@ -63,16 +63,16 @@ pub(super) fn read_state(host: &RemoteHost, answer: &ScriptOutput) -> Result<(Jo
         (Some("none"), _) => Ok((JobStatus::NotStarted, None)),
         (Some("running"), pid) => Ok((JobStatus::Running, pid.and_then(|pid| pid.parse().ok()))),
         (Some("ended"), exit) => Ok((JobStatus::Ended { exit: exit.and_then(|exit| exit.parse().ok()) }, None)),
-        _ => Err(host.odd("it does not tell whether the worker runs")),
+        _ => Err(host.odd("its answer lacks the state of the worker")),
     }
 }
 
 impl RemoteHost {
-    /// Starts `worker` on `job` in the run's folder, in a session of its own.
+    /// Starts `worker` on `job` in the run's folder, in its own session.
     ///
-    /// Idempotent: a run that is at work or over is left alone and told so. `secrets` become
-    /// environment variables of the worker; on their way they lie in a file of mode 0600 that is
-    /// gone before the worker starts, and in no command line.
+    /// Idempotent: a run that has been started is left alone. `secrets` become environment
+    /// variables of the worker. They are passed in a file of mode 0600 that is removed before the
+    /// worker starts, and never on a command line.
     pub async fn launch(
         &self,
         worker: &RemoteWorker,
@@ -114,17 +114,17 @@ impl RemoteHost {
         Ok(())
     }
 
-    /// Starts a worker again that died: it goes on from its last save point, on the job it had.
+    /// Restarts a worker that died. It continues from its last save point with the same job.
     ///
-    /// Idempotent: one that runs, or has left its manifest, is left alone and told so.
+    /// Idempotent: a running worker, or one that wrote its manifest, is left alone.
     pub async fn restart(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
         Ok(again!(TIMEOUT, &|_| {}, self.restart_once(run, secrets)))
     }
 
     async fn restart_once(&self, run: &str, secrets: &[(&str, &Secret)]) -> Result<Launched, HostError> {
         let folder = self.run_folder(run).await?;
-        // What a process of its own may have left running goes first: two workers in one folder
-        // would spoil it.
+        // Processes that the dead worker left running are ended first: two workers in one folder
+        // would corrupt it.
         let clear = format!(
             "{PROCESS}\ncd {} || exit 1\n[ -f {WRAPPER} ] && [ -f {job} ] || exit 1\n\
              if [ -f {manifest} ] || alive worker.pid; then echo '@left alone'; exit 0; fi\n\
@@ -145,9 +145,9 @@ impl RemoteHost {
         self.start(&folder).await
     }
 
-    /// Starts the wrapper and waits until it has written its pid. Two at once: one of them runs.
+    /// Starts the wrapper and waits for its pid. Of two started at once, one continues.
     async fn start(&self, folder: &str) -> Result<Launched, HostError> {
-        // Everything it inherits is closed or a file: an open stream would keep the connection's
+        // All inherited streams are closed or files. An open stream would keep the connection's
         // channel open for hours.
         let script = format!(
             "{PROCESS}\ncd {} || exit 1\nstart_worker || exit 1\n\
@@ -165,7 +165,7 @@ impl RemoteHost {
         }
     }
 
-    /// Whether a run's worker runs.
+    /// State of a run's worker.
     pub async fn status(&self, run: &str) -> Result<JobStatus, HostError> {
         Ok(again!(TIMEOUT, &|_| {}, self.state(run)).0)
     }
@@ -177,8 +177,8 @@ impl RemoteHost {
         read_state(self, &self.sh(&script, SHORT).await?)
     }
 
-    /// Ends a run's worker and all it started: asks, waits 15 seconds, kills. One that does not
-    /// run is a success.
+    /// Ends a run's worker and its children: SIGTERM, 15 seconds, SIGKILL. A worker that does not
+    /// run counts as success.
     pub async fn stop_worker(&self, run: &str) -> Result<(), HostError> {
         let folder = again!(TIMEOUT, &|_| {}, self.run_folder(run));
         let script = format!("{PROCESS}\ncd {} 2>/dev/null || exit 0\nstop_worker", quote(&folder));
@@ -188,7 +188,7 @@ impl RemoteHost {
     }
 }
 
-/// Sets the secrets as variables; its text is the only place where they are written.
+/// A shell script that sets the secrets as variables.
 fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
     let mut text = String::new();
     for (name, secret) in secrets {
@@ -206,10 +206,9 @@ fn secrets_file(secrets: &[(&str, &Secret)]) -> Result<String, HostError> {
 
 /// The script around the worker: pid file, log, exit-code file.
 fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
-    // `ln` fails if the name is taken: of two wrappers started at once, one goes on. The traps let
-    // the wrapper outlive the signal that ends its worker, so that there is an exit status. A job
-    // that is put back into its queue needs the secrets again, and nobody may be there to bring
-    // them.
+    // `ln` fails if the name exists, so that one of two wrappers continues. The traps let the
+    // wrapper outlive the signal that ends its worker, so that it records an exit status. A job
+    // that is requeued needs the secrets again when no controller may be connected.
     format!(
         "#!/bin/sh\n{PROCESS}\ncd {folder} || exit 125\numask 077\n\
          if [ -f {SECRETS} ]; then . ./{SECRETS}; [ -n \"${{OUTLIERS_JOB:-}}\" ] || rm -f {SECRETS}; fi\n\
@@ -226,7 +225,7 @@ fn wrapper(worker: &RemoteWorker, folder: &str) -> String {
     )
 }
 
-/// The scripts name these files themselves.
+/// The scripts contain these file names literally.
 const _: () = {
     assert!(same(files::PID, "worker.pid") && same(files::EXIT_CODE, "exit_code"));
     assert!(same(files::LOG, "worker.log") && same(files::MANIFEST, "manifest.json") && same(WRAPPER, "launch.sh"));

@@ -1,9 +1,9 @@
-//! Names that become paths, here or there.
+//! Checks of names that become paths, on this machine or on the host.
 
 use super::{HostError, HostErrorKind};
 use crate::files::is_plain_name;
 
-/// A run's name: letters, digits, `-` and `_`, at most 100.
+/// Checks a run's name: letters, digits, `-` and `_`, at most 100.
 pub(super) fn check_run(run: &str) -> Result<(), HostError> {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
     if !run.is_empty() && run.len() <= 100 && !run.starts_with('-') && run.bytes().all(plain) {
@@ -12,7 +12,7 @@ pub(super) fn check_run(run: &str) -> Result<(), HostError> {
     Err(HostError::new(HostErrorKind::Local, format!("{run:?} cannot name a run: only letters, digits, - and _")))
 }
 
-/// A path below the home folder: plain components only.
+/// Checks a path below the home folder: plain components only.
 pub(super) fn check_relative(path: &str) -> Result<(), HostError> {
     let component = |part: &str| is_plain_name(part) || (part.starts_with('.') && is_plain_name(&part[1..]));
     if path.split('/').all(component) {

@@ -1,4 +1,4 @@
-//! What the rented thing really is.
+//! Probes what a rented host really is.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,7 +8,7 @@ use super::retry::again;
 use super::{HostError, RemoteHost, ScriptOutput, TIMEOUT};
 use crate::units::{Bytes, CudaVersion};
 
-/// What a host is and has. `None`: it does not tell.
+/// Facts about a host. `None`: the host does not report it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostFacts {
     /// `Linux`, `Darwin`.
@@ -19,23 +19,23 @@ pub struct HostFacts {
     pub user: String,
     /// Absolute path of its home folder.
     pub home: String,
-    /// CPU cores we may use.
+    /// CPU cores available to the user.
     pub cores: Option<u32>,
-    /// Memory, or the container's share of it where there is a limit.
+    /// Memory, or the container's limit where there is one.
     pub ram: Option<Bytes>,
     /// Free disk in the home folder.
     pub disk_free: Option<Bytes>,
-    /// The host's clock minus ours, seconds; exact to about the round trip.
+    /// The host's clock minus the local clock in seconds, exact to about a round trip.
     pub clock_skew: Option<i64>,
-    /// Whether it reaches the hub, where it was tried.
+    /// Whether the host reaches the hub, where it was tried.
     pub hub: Option<bool>,
-    /// Newest CUDA version the driver serves.
+    /// Newest CUDA version that the driver supports.
     pub cuda: Option<CudaVersion>,
     /// NVIDIA GPUs, in the driver's order.
     pub gpus: Vec<GpuFacts>,
 }
 
-/// A GPU as the driver names it.
+/// A GPU as the driver reports it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GpuFacts {
     /// Index in `cuda:<index>`.
@@ -46,15 +46,15 @@ pub struct GpuFacts {
     pub memory: Option<Bytes>,
     /// Driver version.
     pub driver: String,
-    /// Stable name.
+    /// Stable identifier.
     pub uuid: String,
 }
 
-/// What a POSIX shell runs on a host to tell its facts, a line `@key value` each. `nvidia-smi`
-/// hangs on a GPU that fell off the bus, so it gets 20 seconds where `timeout` exists.
+/// Prints a host's facts, one line `@key value` each. `nvidia-smi` hangs on a GPU that fell off
+/// the bus, so it gets 20 seconds where `timeout` exists.
 ///
-/// Of a job's node the job's own script has asked the same; its answer comes over the shared file
-/// system.
+/// On a cluster the job's script runs this on the node, and its answer arrives over the shared
+/// file system.
 pub const SCRIPT: &str = r#"
 if [ -n "${outliers_job:-}" ]; then
   i=0; while [ ! -f "$HOME/facts" ] && [ $i -lt 45 ]; do i=$((i + 1)); sleep 1; ls "$HOME" > /dev/null; done
@@ -85,7 +85,7 @@ fi
 "#;
 
 impl RemoteHost {
-    /// Asks the host what it is: one command.
+    /// Probes the host with one command.
     pub async fn probe(&self) -> Result<HostFacts, HostError> {
         Ok(again!(TIMEOUT, &|_| {}, self.probe_once()))
     }
@@ -95,7 +95,7 @@ impl RemoteHost {
         let answer = self.sh(SCRIPT, Duration::from_secs(90)).await?;
         let facts = read(&answer, before, SystemTime::now());
         match facts.os.is_empty() || !facts.home.starts_with('/') {
-            true => Err(self.odd("it does not tell its system or home folder")),
+            true => Err(self.odd("its answer lacks the system or the home folder")),
             false => Ok(facts),
         }
     }
@@ -105,7 +105,7 @@ fn read(answer: &ScriptOutput, before: SystemTime, after: SystemTime) -> HostFac
     let uname = answer.field("uname");
     let (os, arch) = uname.split_once(' ').unwrap_or((&uname, ""));
     let ram = answer.number("ram").map(|kib| kib.saturating_mul(1024));
-    // Without a limit it is `max`, or a number close to 2^63.
+    // Without a limit the value is `max`, or close to 2^63.
     let limit = answer.fields("limit").iter().filter_map(|text| text.trim().parse::<u64>().ok()).min();
     HostFacts {
         os: os.to_owned(),
@@ -122,7 +122,7 @@ fn read(answer: &ScriptOutput, before: SystemTime, after: SystemTime) -> HostFac
     }
 }
 
-/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are
+/// Available KiB in a line of `df -Pk`. The file system's name may contain blanks, so columns are
 /// counted from the percentage.
 pub(super) fn free_kib(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -133,7 +133,7 @@ pub(super) fn free_kib(line: &str) -> Option<u64> {
 fn skew(theirs: u64, before: SystemTime, after: SystemTime) -> Option<i64> {
     let seconds = |time: SystemTime| time.duration_since(UNIX_EPOCH).ok().map(|d| d.as_secs() as i64);
     let (theirs, before, after) = (i64::try_from(theirs).ok()?, seconds(before)?, seconds(after)?);
-    // Anywhere between the two is no skew at all.
+    // A time between the two local readings means no skew.
     Some(theirs - theirs.clamp(before.min(after), after))
 }
 

@@ -1,7 +1,7 @@
-# What every script on a host needs: is the worker there, and how does it end. Runs in the run's folder.
+# Functions for all scripts on a host: whether the worker runs, and how to end it.
 
-# A pid alone proves nothing: it may belong to another process by now (so its start time is kept beside it), and a killed
-# wrapper stays a zombie where the container's first process does not reap.
+# A pid is compared with the start time stored beside it, since another process may have the number
+# by now. A killed wrapper stays a zombie where the container's first process does not reap.
 started() {
     if [ -r "/proc/$1/stat" ]; then sed 's/.*) //' "/proc/$1/stat" 2> /dev/null | cut -d ' ' -f 20
     else ps -o lstart= -p "$1" 2> /dev/null; fi
@@ -17,7 +17,7 @@ job_is_ending() { [ "$outliers_job" = ending ] || { [ "$outliers_job" = open ] &
 # what comes next, is known when it is over.
 is_cut_off() { job_is_ending && [ ! -f manifest.json ]; }
 
-# alive FILE: the process whose number and start time stand in FILE runs; its number is in $p.
+# alive FILE: succeeds if the process in FILE (pid and start time) runs; sets $p to its pid.
 alive() {
     if in_job; then [ "$outliers_job" != over ] && [ -f go ] && { [ ! -f exit_code ] || is_cut_off; }; return; fi
     p=$(sed -n 1p "$1" 2> /dev/null)
@@ -31,8 +31,8 @@ alive() {
 
 # Prints `@state none`, `@state running PID`, `@state ended STATUS` or `@state ended `.
 state() {
-    # A listing brings what the other machine wrote: network file systems remember that a file was
-    # not there.
+    # Listing the folder refreshes the cache of a network file system, which remembers that a file
+    # was missing.
     if in_job; then
         ls > /dev/null
         if [ ! -f go ] && [ ! -f exit_code ]; then echo '@state none'; return; fi
@@ -41,23 +41,24 @@ state() {
         if [ ! -f worker.pid ]; then echo '@state none'; return; fi
         if alive worker.pid; then echo "@state running $p"; return; fi
     fi
-    # It may have ended between the two looks.
+    # The worker may have ended between the two checks.
     echo "@state ended $(head -c 20 exit_code 2> /dev/null | tr -cd 0-9)"
 }
 
-# Ends the worker and all it started: asks, waits 15 seconds, kills. Fails if it is still there.
+# Ends the worker and its children: SIGTERM, 15 seconds, SIGKILL. Fails if the worker still runs.
 stop_worker() {
     if in_job; then stop_job; return; fi
     [ -f worker.pid ] || return 0
     if alive worker.pid; then
-        # The wrapper leads a process group of its own.
+        # The wrapper leads its own process group.
         kill -TERM -"$p" 2> /dev/null || kill -TERM "$p" 2> /dev/null
         end=$(($(ticks) + 15))
         while alive worker.pid && [ "$(ticks)" -lt "$end" ]; do sleep 1; done
         kill -KILL -"$p" 2> /dev/null
         alive worker.pid && kill -KILL "$p" 2> /dev/null
     elif [ ! -f exit_code ]; then
-        # Without its wrapper the group is still ours as long as its number is no other process.
+        # Without its wrapper the group is still this run's if its number is not that of a new
+        # process.
         case $p in '' | *[!0-9]*) return 0 ;; esac
         now=$(started "$p")
         if [ -z "$now" ] || [ "$now" = "$(sed -n 2p worker.pid)" ]; then kill -KILL -"$p" 2> /dev/null; fi
@@ -67,8 +68,8 @@ stop_worker() {
     ! alive worker.pid
 }
 
-# The job's own script ends the worker when it sees the file; one that waits in the queue again
-# sees nothing.
+# The job's script ends the worker when it sees the file. A job that waits in the queue again sees
+# nothing.
 stop_job() {
     alive worker.pid || return 0
     : > stop
@@ -77,7 +78,7 @@ stop_job() {
     if alive worker.pid; then $outliers_cancel && sleep 5; fi
 }
 
-# Lets the worker start; on a cluster the job's script does when it sees the file.
+# Lets the worker start. On a cluster the job's script starts it when it sees the file.
 start_worker() {
     if in_job; then
         if [ "$outliers_job" = over ]; then echo "its job is over: $outliers_job_says" >&2; return 1; fi
@@ -88,7 +89,7 @@ start_worker() {
     else set -m; nohup sh ./launch.sh < /dev/null >> worker.log 2>&1 & fi
 }
 
-# Seconds of a clock that nobody sets.
+# Seconds of a monotonic clock.
 ticks() {
     if [ -r /proc/uptime ]; then cut -d . -f 1 /proc/uptime; else date +%s; fi
 }

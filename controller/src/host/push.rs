@@ -1,4 +1,4 @@
-//! Files to the host: the worker, and what a job reads.
+//! Pushes files to the host: the worker and a job's inputs.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -16,39 +16,39 @@ mod place;
 
 use delivery::Item;
 
-/// Files of one pushed folder.
+/// Maximum files of a pushed folder.
 const MAX_FILES: usize = 1000;
 
 /// The worker program on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RemoteWorker {
-    /// Absolute path there.
+    /// Absolute path on the host.
     pub path: String,
     /// SHA-256 of the program, lower-case hexadecimal.
     pub sha256: String,
-    /// What it says of itself there.
+    /// The version that it reports on the host.
     pub version: VersionInfo,
 }
 
 /// A folder's files on a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PushedFolder {
-    /// Absolute path there.
+    /// Absolute path on the host.
     pub path: String,
-    /// Files it now shares with the local folder.
+    /// Number of files that are now the same as in the local folder.
     pub files: usize,
-    /// Their bytes.
+    /// Total bytes of these files.
     pub bytes: u64,
-    /// Bytes that had to be sent.
+    /// Bytes sent.
     pub sent: u64,
 }
 
 impl RemoteHost {
-    /// Puts the worker program `local` at a path made of its content, unless it is there, and has
-    /// it tell its version.
+    /// Puts the worker program `local` at a content-addressed path, unless it is there, and runs
+    /// it to get its version.
     ///
-    /// It lies in `~/.cache/outliers`; where nothing can be written or run there, in a private
-    /// folder of `/var/tmp`, `/tmp` or `/dev/shm`, whichever of these serves first.
+    /// The path is below `~/.cache/outliers`. Where that cannot be written or executed, it is a
+    /// private folder in the first usable one of `/var/tmp`, `/tmp` and `/dev/shm`.
     pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
         let mut item = Item::new(local.to_owned(), String::new(), 0o755).await?;
         let folder = format!("{}/bin/{}", self.program_folder().await?, item.sha256);
@@ -61,7 +61,7 @@ impl RemoteHost {
     }
 
     /// Puts one plain file of at most `limit` bytes at `remote_rel` below the home folder, unless
-    /// the same is there. Gives its absolute path.
+    /// the same file is there. Returns the absolute path.
     pub async fn push_file(
         &self,
         local: &Path,
@@ -79,8 +79,8 @@ impl RemoteHost {
     }
 
     /// Puts the plain files of the folder `local` (at most `limit` bytes together; no subfolders,
-    /// no hidden files) into `remote_rel` below the home folder. Files that are the same there are
-    /// not sent; other files there stay.
+    /// no hidden files) into `remote_rel` below the home folder. Identical files are not sent;
+    /// other files of the remote folder stay.
     pub async fn push_folder(
         &self,
         local: &Path,
@@ -102,7 +102,7 @@ impl RemoteHost {
         Ok(PushedFolder { path, files: items.len(), bytes, sent })
     }
 
-    /// Runs the worker's `version --json` and refuses a worker that speaks otherwise than we.
+    /// Runs the worker's `version --json` and refuses another version.
     async fn worker_version(&self, path: &str) -> Result<VersionInfo, HostError> {
         let answer = self.try_sh(&format!("{} version --json", quote(path)), SHORT).await?;
         if answer.status != Some(0) {
@@ -112,7 +112,7 @@ impl RemoteHost {
         }
         let version: VersionInfo = serde_json::from_slice(&answer.stdout).map_err(|e| {
             let said = clean(&answer.stdout, 120);
-            let message = format!("{}: the worker's version is no version document ({e}): {said}", self.name);
+            let message = format!("{}: the worker's `version --json` is not a version document ({e}): {said}", self.name);
             HostError::new(HostErrorKind::WorkerVersion, message)
         })?;
         let ours = env!("CARGO_PKG_VERSION");
@@ -149,7 +149,8 @@ fn check_size(local: &Path, bytes: u64, limit: u64) -> Result<(), HostError> {
         .hint("put large models on the instance itself, or name them by their hub id"))
 }
 
-/// Plain files with their names, sorted. Links are followed: hub caches are made of them.
+/// Plain files of a folder with their names, sorted. Links are followed, since hub caches consist
+/// of them.
 fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, HostError> {
     let wrong = |what: String| HostError::new(HostErrorKind::Local, format!("{}: {what}", folder.display()));
     let mut files = Vec::new();
@@ -162,12 +163,12 @@ fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, Host
             continue;
         }
         if !is_plain_name(&name) {
-            return Err(wrong(format!("{:?} is no plain file name", path.file_name())));
+            return Err(wrong(format!("{:?} is not a plain file name", path.file_name())));
         }
         bytes += facts.len();
         files.push((name, path));
     }
-    // Before anything is hashed: it may be a terabyte.
+    // Checked before hashing, which would take long for a terabyte.
     check_size(folder, bytes, limit)?;
     if files.is_empty() || files.len() > MAX_FILES {
         return Err(wrong(format!("{} files; between 1 and {MAX_FILES} can be pushed", files.len())));

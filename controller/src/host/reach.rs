@@ -1,4 +1,4 @@
-//! From an address the cloud gave to a host that lets us in.
+//! Connects to a new instance and waits until it accepts the login.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,12 +11,12 @@ use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
 use crate::host::transport::ssh::{HostKeyPin, SshTransport};
 use crate::host::transport::{SshEndpoint, TransportError, TransportErrorKind};
 
-/// Connects and logs in, trying again until `deadline` as long as trying can help.
+/// Connects and logs in. Retries transient failures until `deadline`.
 ///
-/// "Ready" in a cloud's list is a promise; this is the proof. Without a pin the host key is taken
-/// as it is and returned, to be kept with the instance. A refused key is tried for half a minute
-/// (clouds install keys late), a changed host key never. The final error carries the kind of
-/// failure that was met most often and counts all of them.
+/// A cloud may list an instance as ready before its SSH server is. Without a pin the host key is
+/// accepted and returned, to be stored with the instance. A refused key is retried for half a
+/// minute, since clouds install keys late; a changed host key is not retried. The final error has
+/// the most frequent kind of failure and counts all of them.
 pub async fn reach(
     endpoint: &SshEndpoint,
     private_key: &Path,
@@ -49,7 +49,7 @@ pub async fn reach(
     Err(met.verdict(endpoint, started.elapsed()))
 }
 
-/// Failures met so far.
+/// Failures so far.
 #[derive(Default)]
 struct Met {
     counts: Vec<(TransportErrorKind, u32)>,
@@ -70,7 +70,7 @@ impl Met {
             let message = format!("{endpoint}: no answer within the {} s there were", lasted.as_secs());
             return HostError::new(HostErrorKind::Connection(TransportErrorKind::TimedOut), message);
         };
-        // One that cannot pass ended the row, however many others came before.
+        // A permanent failure ended the retries and decides, whatever came before.
         let worst = Some(last.kind).filter(|kind| !kind.is_transient());
         let most = self.counts.iter().max_by_key(|(_, count)| *count).map(|(kind, _)| *kind);
         let kind = worst.or(most).unwrap_or(last.kind);

@@ -1,4 +1,4 @@
-//! How long to wait before trying again, and when to stop.
+//! Pauses and limits of retries.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use tokio::time::{Instant, sleep_until};
 use super::{HostError, HostErrorKind, HostEvent, OnEvent};
 use crate::host::transport::TransportErrorKind as Kind;
 
-/// Servers lock out clients that fail to log in too often: never faster than this.
+/// Minimum pause after a refused login, since servers lock out clients that fail often.
 const AUTH_PAUSE: Duration = Duration::from_secs(5);
-/// How long a refused key may still be on its way into the instance.
+/// How long a refused key is retried, since clouds install keys late.
 const AUTH_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// One row of failures: from the first to the success that ends it.
+/// A series of failures, ended by the next success.
 pub(super) struct Retry {
     budget: Duration,
     deadline: Option<Instant>,
@@ -32,7 +32,7 @@ impl Retry {
         Self { budget, deadline, row: None }
     }
 
-    /// Waits before the next attempt, or gives the error back because there must be none.
+    /// Waits before the next attempt, or returns the error if there is none.
     pub(super) async fn wait(&mut self, error: HostError, on: OnEvent<'_>) -> Result<(), HostError> {
         let now = Instant::now();
         let first = self.row.is_none();
@@ -52,7 +52,7 @@ impl Retry {
         }
     }
 
-    /// An attempt succeeded.
+    /// Ends the series after a success.
     pub(super) fn recovered(&mut self, on: OnEvent<'_>) {
         if self.row.take().is_some() {
             on(HostEvent::Reconnected);
@@ -60,8 +60,8 @@ impl Retry {
     }
 }
 
-/// Evaluates an idempotent attempt again for up to a time while only the connection fails; returns
-/// from the caller when it is over.
+/// Retries an idempotent expression while only the connection fails. Returns the error from the
+/// calling function when the time is over.
 ///
 /// A macro, since futures made by an async closure cannot be proved to be `Send`, and a deploy may
 /// be spawned.
@@ -81,7 +81,7 @@ macro_rules! again {
 }
 pub(super) use again;
 
-/// When to try again after the `attempt`-th failure in a row; `None`: never.
+/// Pause after the `attempt`-th failure in a series; `None`: no further attempt.
 pub(super) fn next_attempt(
     error: &HostError,
     attempt: u32,
@@ -95,8 +95,8 @@ pub(super) fn next_attempt(
     error.is_transient().then(|| backoff(attempt))
 }
 
-/// Half a second, growing by half to ten seconds, each time a little different: many controllers
-/// may wait for one cloud.
+/// Half a second, growing by half up to ten seconds, with random jitter since many controllers may
+/// wait for one cloud.
 fn backoff(attempt: u32) -> Duration {
     let steps = attempt.saturating_sub(1).min(20);
     let seconds = (0.5 * 1.5_f64.powi(steps as i32)).min(10.0);

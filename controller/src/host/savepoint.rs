@@ -1,4 +1,4 @@
-//! Save points on this machine: a new instance continues from them.
+//! Local copies of save points, from which a new instance continues.
 
 use std::path::Path;
 
@@ -8,14 +8,14 @@ use super::{HostError, RemoteHost, SHORT, names};
 use crate::host::transport::quote::quote;
 use crate::units::Bytes;
 
-/// Which file a save point was: its size, its time and its number. A new one is renamed over the
-/// old.
+/// Identity of a save point file: size, time and inode. Each new save point is renamed over the
+/// old one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stamp(String);
 
 impl RemoteHost {
-    /// Fetches a run's save point, unless it is the one `seen` or larger than `limit`. `true` if a
-    /// new one was fetched.
+    /// Fetches a run's save point, unless it is `seen` or larger than `limit`. Returns `true` if
+    /// it fetched a new one.
     pub async fn fetch_save_point(
         &self,
         run: &str,
@@ -38,8 +38,7 @@ impl RemoteHost {
         Ok(true)
     }
 
-    /// Puts a save point where the run's worker, not started yet, looks for one. The worker checks
-    /// it before it trusts it.
+    /// Uploads a save point for the run's worker, before it is started. The worker verifies it.
     pub async fn put_save_point(&self, run: &str, from: &Path) -> Result<(), HostError> {
         names::check_run(run)?;
         self.push_file(from, &format!("outliers/{run}/{}", files::SAVE_POINT), u64::MAX, &|_| {}).await?;

@@ -1,4 +1,4 @@
-//! Running commands and moving files on one host. Knows no broker and no run.
+//! Runs commands and moves files on one host. Independent of brokers and runs.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,12 +15,12 @@ pub mod quote;
 mod scripts;
 pub mod ssh;
 
-/// Where a host's SSH server listens.
+/// Address and login of a host's SSH server.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SshEndpoint {
     /// Host name or address.
     pub host: String,
-    /// TCP port; 0: none listens, and the broker has a way of its own.
+    /// TCP port; 0: no server listens, and the broker uses another transport.
     pub port: u16,
     /// User to log in as.
     pub user: String,
@@ -35,47 +35,47 @@ impl fmt::Display for SshEndpoint {
     }
 }
 
-/// A host we can command.
+/// Commands and files on one host.
 #[async_trait]
 pub trait Transport: Send + Sync {
-    /// Runs a shell command, feeding it `stdin`, and waits for it to end.
+    /// Runs a shell command with `stdin` as its input and waits for its end.
     async fn exec(&self, command: &str, stdin: &[u8], limit: Duration) -> Result<ExecOutput, TransportError>;
 
-    /// Sends parts of a large file. What lies between them on the host stays, so that an upload
-    /// that broke off can go on.
+    /// Sends parts of a large file. The rest of the remote file is unchanged, so that an
+    /// interrupted upload can resume.
     async fn send(&self, what: &SendRequest<'_>) -> Result<(), TransportError>;
 
     /// Writes a small file: to a temporary name beside `remote`, synced, then renamed over it. The
-    /// folder must exist. Its content never appears in a command line.
+    /// folder must exist. The content never appears on a command line.
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError>;
 
-    /// Downloads a file of at most `limit` bytes to a temporary name beside `local`, synced, then
+    /// Downloads a file of at most `limit` bytes: to a temporary name beside `local`, synced, then
     /// renamed over it.
     async fn get(&self, remote: &str, local: &Path, limit: u64) -> Result<u64, TransportError>;
 
-    /// The bytes of a remote file from `offset`, at most `limit` of them; empty at or past its
-    /// end; `None` if there is no such file.
+    /// Reads at most `limit` bytes of a remote file from `offset`. Empty at or past its end;
+    /// `None` if the file does not exist.
     async fn read_from(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError>;
 }
 
-/// Parts of a local file that are to lie in a remote one, at the same offsets.
+/// Parts of a local file to write at the same offsets of a remote file.
 pub struct SendRequest<'a> {
-    /// The file here.
+    /// The local file.
     pub local: &'a Path,
-    /// The file there; made, private to its owner, if there is none. Neither synced nor compared:
-    /// whoever uses it does.
+    /// The remote file, created with mode 0600 if missing. It is neither synced nor verified; the
+    /// caller does both.
     pub remote: &'a str,
-    /// Byte ranges, in order; each starts at a multiple of 64 KiB.
+    /// Byte ranges, ascending; each starts at a multiple of 64 KiB.
     pub parts: &'a [Range<u64>],
-    /// Is told how many bytes of the parts are acknowledged so far.
+    /// Called with the number of bytes acknowledged so far.
     pub progress: &'a (dyn Fn(u64) + Send + Sync),
 }
 
-/// What a command left behind.
+/// Output of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecOutput {
-    /// Exit status; `None` when a signal ended the command: unknown, never success.
-    /// A connection that breaks before the status arrives is [`TransportErrorKind::Reset`].
+    /// Exit status; `None` if a signal ended the command. A connection that breaks before the
+    /// status arrives is the error [`TransportErrorKind::Reset`].
     pub status: Option<i32>,
     /// Standard output.
     pub stdout: Vec<u8>,
@@ -83,7 +83,7 @@ pub struct ExecOutput {
     pub stderr: Vec<u8>,
 }
 
-/// Why a host could not be commanded.
+/// An error of a transport.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct TransportError {
@@ -100,35 +100,35 @@ impl TransportError {
     }
 }
 
-/// Kinds of transport failure, told apart because each has another cure.
+/// Kinds of transport failure, distinguished by their remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransportErrorKind {
-    /// Nobody listens there (yet).
+    /// No server listens on the port, perhaps not yet.
     Refused,
-    /// No answer, no route, name unknown.
+    /// No answer, no route, or unknown host name.
     Unreachable,
-    /// The server knows us not: wrong key or user.
+    /// The server refused the login: wrong key or user.
     AuthFailed,
     /// The host's key is not the pinned one.
     HostKeyChanged,
     /// The connection broke off.
     Reset,
-    /// What was there has ended.
+    /// The instance or job has ended.
     Gone,
-    /// It took too long.
+    /// The time limit was exceeded.
     TimedOut,
-    /// The server opens no further channel, not even for one thing at a time.
+    /// The server does not open a channel, even with no other open.
     NoChannel,
     /// No space left on the host.
     NoSpace,
     /// The host answered with an error of another kind.
     Remote,
-    /// Something on this side.
+    /// A local error.
     Local,
 }
 
 impl TransportErrorKind {
-    /// Whether trying again, within a deadline, can help.
+    /// Whether a retry within a deadline can help.
     pub fn is_transient(self) -> bool {
         matches!(self, Self::Refused | Self::Unreachable | Self::Reset | Self::Gone | Self::TimedOut)
     }

@@ -1,8 +1,8 @@
-//! What a pass knows and other programs read: llama.cpp's importance matrix (`imatrix`), scales of
-//! activations (`act_scales`) and the saliency of experts (`reap`).
+//! Files for other programs: llama.cpp's importance matrix (`imatrix`), activation scales
+//! (`act_scales`) and the saliency of experts (`reap`).
 //!
-//! [`Exports`] keeps sums over what enters every matrix of the layers, which [`Taps`] see.
-//! Matrices outside the layers (embedding, head) are not among them.
+//! [`Exports`] sums over the inputs of every matrix of the layers, which [`Taps`] observe.
+//! Matrices outside the layers (embedding, head) are not included.
 
 mod act_scales;
 mod gguf;
@@ -25,7 +25,7 @@ use crate::kernels::taps::{Input, Place, Taps};
 use crate::model::decoder::{DecoderSpec, Need, Role};
 use crate::stats::Study;
 
-/// What is kept of an input of matrices; empty what no export asks for.
+/// Sums over an input of matrices; empty where no export needs them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Seen {
     rows: u64,
@@ -54,32 +54,32 @@ impl Seen {
     }
 }
 
-/// Sums over the tokens that were sent to an expert.
+/// Sums over the tokens routed to an expert.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Saliency {
     tokens: u64,
-    /// Of gate weight x norm of the output.
+    /// Sum of gate weight x norm of the output.
     saliency: f64,
-    /// Of the gate weight.
+    /// Sum of the gate weight.
     gate: f64,
-    /// Of the norm of the output.
+    /// Sum of the norm of the output.
     norm: f64,
 }
 
-/// What is kept of a layer.
+/// Sums of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
     inputs: BTreeMap<Place, Seen>,
-    /// By expert.
+    /// Saliency by expert index.
     experts: BTreeMap<usize, Saliency>,
 }
 
-/// What is written for other programs, of the whole pass or of one layer.
+/// Sums for the exports of a job, of the whole pass or of one layer.
 #[derive(Debug, Default)]
 pub struct Exports {
     asked: BTreeSet<Export>,
     layers: BTreeMap<usize, Layer>,
-    /// Of the layer that is seen.
+    /// Index of the layer that is being observed.
     layer: usize,
     taps: Taps,
     /// Gate weights multiply the experts' inputs.
@@ -87,31 +87,31 @@ pub struct Exports {
 }
 
 impl Exports {
-    /// `None` if the job asks for nothing.
+    /// `None` if the job has no exports.
     pub fn new(job: &JobSpec) -> Option<Self> {
         (!job.export.is_empty()).then(|| Self { asked: job.export.clone(), ..Self::default() })
     }
 
-    /// Begins to see a layer.
+    /// Empty sums for one layer.
     #[must_use]
     pub fn layer(&self, layer: usize) -> Self {
         Self { asked: self.asked.clone(), layer, ..Self::default() }
     }
 
-    /// What sees the inputs of the layer's matrices.
+    /// Observers of the inputs of the layer's matrices.
     pub fn taps(&self) -> Option<Taps> {
         self.asked.iter().any(|export| *export != Export::Reap).then(|| self.taps.clone())
     }
 
-    /// A mixture's choices, before what its experts make of them.
+    /// Records a mixture's choices, before its experts' outputs.
     pub fn routing(&mut self, choices: &Choices) {
         self.scales_input = choices.scales_input();
     }
 
-    /// What an expert made of its rows, which follow those before.
+    /// Records an expert's output rows, which follow those recorded before.
     ///
     /// # Errors
-    /// The device's.
+    /// Errors of the device.
     pub fn expert(&mut self, expert: usize, rows: &ExpertRows) -> Result<()> {
         if !self.asked.contains(&Export::Reap) {
             return Ok(());
@@ -121,7 +121,7 @@ impl Exports {
         for (norm, weight) in norms.into_iter().zip(&rows.weights) {
             let gate = f64::from(*weight);
             sums.tokens += 1;
-            // A weight of the input is in the output already.
+            // The output already contains the gate weight.
             sums.saliency += if self.scales_input { norm } else { gate * norm };
             sums.gate += gate;
             sums.norm += norm;
@@ -129,25 +129,25 @@ impl Exports {
         Ok(())
     }
 
-    /// Takes what was seen of a layer, once all tokens have passed it.
+    /// Adds the sums of a layer that all tokens have passed.
     pub fn join(&mut self, mut seen: Self) {
         let inputs = seen.taps.take().map(|(place, sums)| (place, Seen::of(sums, &self.asked))).collect();
         let layer = seen.layers.remove(&seen.layer).unwrap_or_default();
         self.layers.insert(seen.layer, Layer { inputs, ..layer });
     }
 
-    /// The layers that were joined.
+    /// Sums of the layers joined so far.
     pub fn layers(&self) -> &BTreeMap<usize, Layer> {
         &self.layers
     }
 
-    /// Continues after layers that an earlier process joined.
+    /// Sets the sums of layers that an earlier process joined.
     pub fn restore(&mut self, layers: BTreeMap<usize, Layer>) {
         self.layers = layers;
     }
 
-    /// Writes the files that the job asks for, each at its place, and gives what somebody who uses
-    /// them should know.
+    /// Writes the files that the job names. `at` maps a file name to its path. Returns notes for
+    /// the user of the files.
     ///
     /// # Errors
     /// Internal: an input was not finite. Storage.
@@ -183,7 +183,7 @@ impl Exports {
         } else {
             ""
         };
-        let why = format!("{files} know nothing of them{meaning}; more text reaches more experts");
+        let why = format!("{files} have no data for them{meaning}; more text reaches more experts");
         Some(format!("experts that no token was sent to: {count} ({experts}). {why}"))
     }
 }
@@ -191,17 +191,17 @@ impl Exports {
 /// A finished pass.
 #[derive(Clone, Copy)]
 pub struct Passed<'a> {
-    /// What was run.
+    /// The model of the run.
     pub model: &'a Model<'a>,
-    /// Over which text.
+    /// The token ids of the run.
     pub tokens: &'a Tokens,
-    /// What was measured.
+    /// The measured statistics.
     pub study: &'a Study,
-    /// The same, judged.
+    /// The results computed from `study`.
     pub results: &'a Results,
 }
 
-/// An expert that no token was sent to.
+/// An expert that no token was routed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 struct NeverHit {
     layer: usize,
@@ -223,23 +223,23 @@ fn never_hit(study: &Study) -> Vec<NeverHit> {
     all
 }
 
-/// A matrix of a layer, or the same one of each of its experts.
+/// A matrix of a layer, or the same matrix of all its experts.
 struct Matrix {
     layer: usize,
     role: Role,
-    /// Width of its input.
+    /// Width of the input.
     columns: usize,
-    /// `None`: it is no expert's.
+    /// Number of experts; `None`: the matrix does not belong to an expert.
     experts: Option<usize>,
 }
 
 impl Matrix {
-    /// Where what enters it is kept.
+    /// The key under which its input is summed.
     fn place(&self, expert: usize) -> Place {
         (Input::of(self.role), self.experts.map(|_| expert))
     }
 
-    /// How many there are.
+    /// Number of matrices: one, or one per expert.
     fn count(&self) -> usize {
         self.experts.unwrap_or(1)
     }
@@ -256,7 +256,7 @@ fn matrices(spec: &DecoderSpec) -> Vec<Matrix> {
             columns: need.shape[1],
             experts: need.expert.map(|_| experts),
         };
-        // The first expert represents all.
+        // The first expert stands for all.
         let is_one = |need: &&Need| need.is_matrix() && need.expert.unwrap_or(0) == 0;
         all.extend(unit.needs.iter().filter(is_one).map(matrix));
     }
@@ -279,12 +279,12 @@ pub fn check(job: &JobSpec, architecture: &str) -> Result<()> {
     Ok(())
 }
 
-/// Bytes of a header's entry of a tensor, and of a line of a document about one.
+/// Bytes of a tensor's header entry, and of one line of a JSON document.
 const ENTRY: u64 = 512;
-/// What a file has besides.
+/// Fixed bytes of a file besides its entries.
 const BASE: u64 = 1 << 20;
 
-/// The files that a job asks for, each with the most bytes that it can have.
+/// The files of a job's exports, each with its maximum size.
 pub fn planned(job: &JobSpec, spec: &DecoderSpec) -> Vec<FileBytes> {
     let matrices = matrices(spec);
     let experts: u64 = spec.layers.iter().map(|layer| layer.experts() as u64).sum();
@@ -298,14 +298,14 @@ pub fn planned(job: &JobSpec, spec: &DecoderSpec) -> Vec<FileBytes> {
     names.map(|name| FileBytes { name: (*name).to_owned(), bytes: BASE + most(name) }).collect()
 }
 
-/// Memory of a job's exports at the end of the pass, bytes.
+/// Memory of a job's exports at the end of the pass, in bytes.
 pub fn memory(job: &JobSpec, spec: &DecoderSpec) -> u64 {
     let asked = |export| job.export.contains(&export);
     let kept = 8 * u64::from(asked(Export::Imatrix)) + 4 * u64::from(asked(Export::ActScales));
     if kept == 0 {
         return 0;
     }
-    // While a layer is seen, in f64.
+    // The layer being observed is summed in f64.
     let (seen, mut columns) = (size_of::<f64>() * 2 + size_of::<f32>(), vec![0; spec.layers.len()]);
     let mut inputs = BTreeSet::new();
     for matrix in matrices(spec) {

@@ -1,4 +1,4 @@
-//! What a checkpoint is and what a run over it needs: arithmetic over headers, no weight byte read.
+//! Describes a checkpoint and estimates what a run needs. It reads headers and no weights.
 
 use std::ops::Range;
 
@@ -29,36 +29,35 @@ use crate::run::disk_bytes;
 use crate::run::export;
 use crate::stats::{Site, study};
 
-/// The run to plan for.
+/// Parameters of the planned run.
 #[derive(Clone, Copy, Debug)]
 pub struct PlannedRun {
     /// Number of sequences.
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens: usize,
-    /// Copies of the tokens that pass: the whole ones, and those of an ablation.
+    /// Arms: copies of the tokens, 1 plus those of an ablation.
     pub arms: usize,
     /// Dtype of the forward pass.
     pub compute: DType,
-    /// Tokens computed together.
+    /// Tokens per micro-batch.
     pub micro_batch_tokens: usize,
     /// Values decoded per group of experts.
     pub group_elements: u64,
-    /// Bytes that are noted of what is measured beside ([`study::measured_bytes`]).
+    /// Bytes of the optional measurements ([`study::measured_bytes`]).
     pub measured: u64,
-    /// How its devices compute.
+    /// Arithmetic of its devices.
     pub arithmetic: Arithmetic,
     /// Whether the head follows the layers.
     pub with_head: bool,
-    /// Devices whose weights and workspaces are in one memory.
+    /// Devices that share one memory.
     pub devices: usize,
 }
 
-/// Tokens of the largest that is chosen. An assumption: beyond it products and launches gain
-/// little.
+/// Largest micro-batch that is chosen, in tokens. An assumption: a larger one gains little.
 const LARGEST_MICRO_BATCH: usize = 16 * MICRO_BATCH_TOKENS;
-/// Bytes of a GPU that no micro-batch is to take: libraries have workspaces, and there are gaps
-/// between allocations. An assumption.
+/// Bytes of a GPU's memory that micro-batches leave free for workspaces of libraries and
+/// fragmentation. An assumption.
 const RESERVE: u64 = 512 << 20;
 
 /// Tokens of a micro-batch: as asked for; else, on GPUs, as many as there is memory for on each, so
@@ -97,7 +96,7 @@ fn largest_that_fits(
     memory: impl Fn(PlannedRun) -> u64,
 ) -> usize {
     let all = run.sequences * run.tokens;
-    // Several devices work at a time on as many waves.
+    // Several devices need several waves to work at the same time.
     let most = if devices > 1 { all.div_ceil(WAVES).max(MICRO_BATCH_TOKENS) } else { all };
     let halves = std::iter::successors(Some(LARGEST_MICRO_BATCH), |size| (*size > run.tokens).then_some(size / 2));
     let sizes: Vec<usize> = halves.filter(|size| *size < 2 * most || *size <= run.tokens).collect();
@@ -169,9 +168,9 @@ fn site_inspection(model: &Model<'_>, site: Site) -> SiteInspection {
     SiteInspection { layer: site.layer, point: site.point, tensor: model.name(site.layer, role) }
 }
 
-/// Parameters that are there for one token, as models are commonly described: all that are used,
-/// of routed experts the top-k of each layer. The embedding counts whole, once where it is the
-/// head as well: of a dense model all parameters are active.
+/// Parameters that are used for one token, as models are commonly described: all parameters, of
+/// the routed experts of each layer the top-k. The embedding counts whole, once where it is tied
+/// to the head. All parameters of a dense model are active.
 pub fn active_parameters(spec: &DecoderSpec) -> u64 {
     let head = spec.head_needs().into_iter().filter(|need| need.role != Role::Head || !spec.head.stored);
     let outside = [spec.embedding_need()].into_iter().chain(spec.input_needs()).chain(head);
@@ -179,15 +178,15 @@ pub fn active_parameters(spec: &DecoderSpec) -> u64 {
     outside.map(|need| need.elements()).sum::<u64>() + inside
 }
 
-/// Parameters outside the layers that a token is multiplied with: not the tables of which it reads
-/// one row (learned positions, and the embedding, unless that is the head as well).
+/// Parameters outside the layers that each token is multiplied by. Tables of which a token reads
+/// one row do not count (learned positions, an untied embedding).
 fn multiplied_outside(spec: &DecoderSpec) -> u64 {
     let lead_in = spec.input_needs().into_iter().filter(|need| need.role != Role::Positions);
     let lead_out = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
     lead_in.chain(lead_out).map(|need| need.elements()).sum()
 }
 
-/// Active parameters of a unit, all experts of a layer being one.
+/// Active parameters of a unit. All experts of a layer are one unit.
 fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     let whole: u64 = unit.needs.iter().map(Need::elements).sum();
     match (&unit.part, &spec.layers[unit.layer].ffn) {
@@ -200,8 +199,8 @@ fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
     }
 }
 
-/// Floating-point operations: two per token and parameter it is multiplied with, and four per head
-/// value and visible key.
+/// Floating-point operations: two per token and parameter of a product, four per head value and
+/// visible key.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Flops {
     /// Projections and attention.
@@ -213,12 +212,12 @@ pub(crate) struct Flops {
 }
 
 impl Flops {
-    /// All of them.
+    /// Sum of all three.
     pub(crate) fn total(self) -> f64 {
         self.mixer + self.feed_forward + self.head
     }
 
-    /// Of a run over a model.
+    /// Operations of a run over a model.
     pub(crate) fn of(spec: &DecoderSpec, run: PlannedRun) -> Self {
         let tokens = (run.sequences * run.tokens) as f64;
         let pairs = run.sequences as f64 * run.tokens as f64 * (run.tokens as f64 + 1.0) / 2.0;
@@ -234,7 +233,7 @@ impl Flops {
         if !run.with_head {
             flops.head = 0.0;
         }
-        // Attention is looked at once more per arm.
+        // Each arm repeats attention to measure the effect.
         let arms = run.arms as f64;
         let (mixer, feed_forward, head) =
             ((2.0 * arms - 1.0) * flops.mixer, arms * flops.feed_forward, arms * flops.head);
@@ -274,28 +273,28 @@ fn plan(model: &Model<'_>, run: PlannedRun, job: &JobSpec, files: &[FileBytes]) 
     }
 }
 
-/// Kernels of a norm output's statistics, each of which reads all of its values; other sites have
-/// one fewer.
+/// Kernels for the statistics of a norm output. Each reads all of its values. Other sites have one
+/// fewer.
 const NORM_KERNELS: u64 = 4;
-/// Kernels of a layer's mixer or dense feed-forward over a micro-batch, and of an expert over those
-/// of a wave. Assumed.
+/// Kernels of a layer's mixer or dense feed-forward per micro-batch, and of an expert per wave.
+/// Assumed.
 const MIXER_KERNELS: u64 = 40;
 const FEED_FORWARD_KERNELS: u64 = 15;
 const EXPERT_KERNELS: u64 = 8;
 
 /// Bytes of a row's summary: the largest value, the median, two moments.
 const OF_ROW: usize = 24;
-/// Bytes of a column's in a sequence: two counts, two extremes, four sums.
+/// Bytes of a column's summary per sequence: two counts, two extremes, four sums.
 const OF_COLUMN: usize = 48;
 
-/// What GPUs do beside the arithmetic. Single experts' outputs count as one site of all of them.
+/// GPU work besides arithmetic. The outputs of single experts count together as one site.
 fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let spec = &model.spec;
     let (layers, norms) = (spec.layers.len() as u64, spec.sites().len() as u64);
     let seen = |points: &[Point]| layers * points.iter().filter(|point| job.studies(**point)).count() as u64;
     let others = seen(&[Point::Residual, Point::AttentionOut, Point::MlpOut, Point::ExpertOut]);
     let asked = |measurement| job.measure.contains(&measurement);
-    // Sites whose values are looked at on the host.
+    // Sites whose values are copied to the host.
     let on_host = if asked(Measurement::QuantizationError) {
         norms + others
     } else if asked(Measurement::SpikeLife) {
@@ -310,7 +309,7 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let batches = tokens.div_ceil(batch_rows(run).max(1) as u64);
     let waves = batches.min(WAVES as u64);
 
-    // A tied head is read with the embedding, and crosses all the same.
+    // A tied head is read with the embedding and uploaded as well.
     let after_layers = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
     let head = if run.with_head { model.stored_bytes(0, &after_layers.collect::<Vec<_>>()) } else { 0 };
     // Each row once, and which one each token has.
@@ -336,14 +335,14 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     }
 }
 
-/// One hidden state per token and copy, bytes.
+/// Bytes of the hidden states of all tokens and arms.
 fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.arms * run.sequences * run.tokens * spec.hidden * run.compute.size_in_bytes()) as u64
 }
 
-/// What is kept of all tokens while a unit is computed: hidden states; the norm's output that a
-/// mixer leaves for the feed-forward; of a mixture the norm's output, the sum of its experts, and
-/// the output of an MLP beside them.
+/// Bytes kept of all tokens while a unit is computed: hidden states; the norm output that a mixer
+/// leaves for the feed-forward; for a mixture of experts the norm output, the sum of its experts,
+/// and the output of an MLP beside them.
 fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     let layer = &spec.layers[unit.layer];
     let shared = u64::from(layer.order == NormOrder::Shared);
@@ -355,8 +354,8 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         }
 }
 
-/// Memory that is taken beside weights while the unit that takes most is computed, bytes. Several
-/// devices may be at different ones.
+/// Maximum memory over units besides weights, in bytes. Several devices may work on different
+/// units.
 fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
     let states = |unit: &Unit| states(spec, unit, run);
     let work = |unit: &Unit| workspace(spec, unit, run) + widened(spec, unit, run);
@@ -371,12 +370,12 @@ fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
     units.iter().map(bytes).max().unwrap_or(0)
 }
 
-/// What the program takes before it has a model, bytes.
+/// Memory of the program before it loads a model, in bytes.
 const OWN: u64 = 12 << 20;
 
-/// Memory of a run whose weights are streamed, bytes: what is kept of all tokens, and for each
-/// device its two largest units, the stored bytes of a tensor that is being decoded, the angles of
-/// rotations, and its workspace; or the same for the head, which follows.
+/// Memory of a run with streamed weights, in bytes: the state of all tokens, and for each device
+/// its two largest units, the stored bytes of one tensor being decoded, the rotation angles and
+/// its workspace; or the same for the head, which follows.
 pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let spec = &model.spec;
     let units = spec.units(run.group_elements);
@@ -387,7 +386,7 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     sizes.sort_unstable_by(|a, b| b.cmp(a));
     let two_largest: u64 = sizes.iter().take(2).sum();
     let needs = units.iter().flat_map(|unit| unit.needs.iter().map(|need| model.stored(unit.layer, need).bytes()));
-    // On the host; on a GPU they come in pieces of a buffer, which is no larger than a tensor.
+    // On the host. On a GPU stored bytes arrive in pieces of a buffer, no larger than a tensor.
     let being_decoded = needs.max().unwrap_or(0);
     let layers = run.devices as u64 * (two_largest + being_decoded) + busiest(spec, &units, run) + looked_at(spec, run);
     // A run on GPUs has this in another memory ([`host_memory`]).
@@ -434,7 +433,7 @@ pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: 
     OWN + gpus * of_gpu + read_ahead + tied + tokens * size_of::<i64>() as u64 + statistics + at_a_time
 }
 
-/// Memory of a run whose weights are all there at once, bytes.
+/// Memory of a run with all weights resident, in bytes.
 pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let weights = model.parameters() * run.compute.size_in_bytes() as u64;
     let units = model.spec.units(run.group_elements);
@@ -442,7 +441,7 @@ pub fn resident_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     weights + angles(&model.spec, run) + work
 }
 
-/// Cosines and sines of all positions, once for each kind of rotation, bytes.
+/// Bytes of cosines and sines of all positions, per kind of rotation.
 fn angles(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     let mut kinds = Vec::new();
     for rope in spec.layers.iter().filter_map(|layer| layer.mixer.rope()) {
@@ -454,13 +453,13 @@ fn angles(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (run.tokens * dims * size_of::<f32>()) as u64
 }
 
-/// Rows of a micro-batch: whole sequences.
+/// Rows of a micro-batch, in whole sequences.
 fn batch_rows(run: PlannedRun) -> usize {
     (run.micro_batch_tokens / run.tokens.max(1)).clamp(1, run.sequences.max(1)) * run.tokens
 }
 
-/// What is held on a GPU of activations until their statistics have come, bytes: values, where they
-/// exceed, and while these are made six numbers of each strip of a column, and the summaries.
+/// Bytes of activations held on a GPU until their statistics are read: values, masks of large
+/// values, six numbers per strip of a column during the reduction, and the summaries.
 fn looked_at(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     if run.arithmetic.in_place {
         return 0;
@@ -483,13 +482,13 @@ fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
     (used_values(spec, run) * size_of::<f32>()) as u64
 }
 
-/// Memory of a micro-batch on its way through a unit, bytes: projections and one block of scores,
-/// or a feed-forward.
+/// Memory of a micro-batch in a unit, in bytes: projections and one block of scores, or a
+/// feed-forward.
 fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
     let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
     let feed_forward = |mlp: &MlpSpec| {
-        // Gate and up, and what comes of them, which may take the gate's place.
+        // Gate, up and their product, which may reuse the gate's buffer.
         let inner = match mlp.gate_up() {
             None | Some(GateUp::Separate) => 2,
             Some(GateUp::Halves | GateUp::Interleaved) => 3,
@@ -498,7 +497,7 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     };
     let bytes = match (&unit.part, ffn) {
         (Part::Mixer, _) => {
-            // On a CPU attention is to one sequence after another.
+            // A CPU computes attention for one sequence at a time.
             let (sequences, mixed) = match run.arithmetic.in_place {
                 true => (1, 0),
                 false => (rows.div_ceil(run.tokens.max(1)), mixer.mixed_bytes(value)),
@@ -522,8 +521,8 @@ fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
         (Part::Experts(group), FfnSpec::Moe(moe)) => feed_forward(&moe.expert) + dispatched(spec, moe, group, run),
         (_, FfnSpec::Moe(moe)) => {
             let shared = moe.shared.map(|shared| shared.mlp);
-            // On a GPU logits, scores for choosing and for weighing, and their order; the input in
-            // f32, and once more if it is normalised. Before all else.
+            // On a GPU, before the experts: logits, scores for choice and weight, and their order;
+            // the input in f32, and a normalised copy where there is one.
             let wide = usize::from(run.compute != DType::F32) + usize::from(moe.router.scales());
             let routed = rows * (4 * moe.experts + wide * spec.hidden) * size_of::<f32>();
             let routed = if run.arithmetic.in_place { 0 } else { routed };
@@ -547,7 +546,7 @@ fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: Plan
     (inputs + expert_rows(moe, run)) * spec.hidden * run.compute.size_in_bytes() + choices
 }
 
-/// Rows that a unit is given at once.
+/// Rows that a unit processes at once.
 fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
     match (&unit.part, &spec.layers[unit.layer].ffn) {
         (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
@@ -555,8 +554,8 @@ fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
     }
 }
 
-/// What is laid out of a unit's largest input for its product with weights of bf16, bytes: an f32
-/// in three parts at most.
+/// Bytes of a unit's largest input as packed for a product with bf16 weights: an f32 becomes at
+/// most three parts.
 fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     if !run.arithmetic.takes_bf16 {
         return 0;
@@ -567,8 +566,8 @@ fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     bytes.min(outliers_matmul::MEMORY) as u64
 }
 
-/// Memory of a unit's largest product in f32, where the pass is in another dtype and products are
-/// not: a matrix, what it multiplies and what comes out.
+/// Memory of a unit's largest product in f32 where the pass uses another dtype and products do
+/// not: a matrix, its input and its output.
 fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
     if !run.arithmetic.widens {
         return 0;
@@ -586,8 +585,8 @@ fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
     if run.arithmetic.in_place { usual_rows(moe, run.sequences * run.tokens).min(most) } else { most }
 }
 
-/// Memory of the head: a block of the vocabulary in use and one on its way, and the logits of a
-/// micro-batch, twice while they are capped.
+/// Memory of the head: one vocabulary block in use, one being loaded, and the logits of a
+/// micro-batch, twice if a softcap applies.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
@@ -610,7 +609,7 @@ mod tests {
         arch::read(&config).unwrap().spec
     }
 
-    /// What is chosen where a token takes a megabyte.
+    /// The choice where a token takes a megabyte.
     fn chosen(sequences: usize, tokens: usize, devices: usize, free: u64) -> usize {
         chosen_within(usize::MAX, sequences, tokens, devices, free)
     }
@@ -749,7 +748,7 @@ mod tests {
             with_head: true,
             devices: 1,
         };
-        // Layers that see everything and layers with a window turn by other frequencies.
+        // Global layers and sliding-window layers use different rotary frequencies.
         let two = spec(include_str!("../../../tests/golden/gemma3-text/model/config.json"), |_| ());
         let dims = two.layers[0].mixer.rope().unwrap().dims;
         assert_eq!(angles(&two, run), 2 * 1000 * 4 * dims as u64);

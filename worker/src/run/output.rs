@@ -1,4 +1,5 @@
-//! The files of a run: written to a temporary name, synced, renamed; the manifest last.
+//! Output files of a run. Each is written to a temporary name, synced and renamed; the manifest
+//! comes last.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -27,8 +28,8 @@ pub struct OutputFolder {
 }
 
 impl OutputFolder {
-    /// Makes the folder, and takes an earlier run's manifest away first: while there is none,
-    /// nothing in it is whole.
+    /// Creates the folder and removes the manifest of an earlier run. Without a manifest no file
+    /// of the folder is complete.
     ///
     /// # Errors
     /// Storage: it cannot be made or written.
@@ -45,12 +46,12 @@ impl OutputFolder {
         Ok(Self { path: path.to_owned() })
     }
 
-    /// Path of a file in it.
+    /// Path of a file in the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// Writes a JSON document so that a reader sees all of it or nothing.
+    /// Writes a JSON document by renaming, so that a reader never sees a part of it.
     ///
     /// # Errors
     /// Storage.
@@ -61,7 +62,7 @@ impl OutputFolder {
         write_atomic(&self.file(name), &text)
     }
 
-    /// Hashes the named files and writes the manifest, which makes them whole.
+    /// Hashes the named files and writes the manifest.
     ///
     /// # Errors
     /// Storage: a named file is missing, or the disk is full.
@@ -93,8 +94,8 @@ fn hash(path: &Path) -> std::io::Result<(String, u64)> {
 
 // ------------------------------------------------------------------------------------------------ statistics.safetensors
 
-/// Writes the counts behind the verdicts, so that shares of layers and positions can be changed
-/// without a new run, and what is too long for `results.json`. P = tokens at position 0 of their
+/// Writes the counts behind the results, so that thresholds on layers and positions can be changed
+/// without a new run, and data too long for `results.json`. P = tokens at position 0 of their
 /// sequence.
 ///
 /// | tensor | shape | |
@@ -199,7 +200,7 @@ fn expert_tensors(study: &Study) -> Vec<(TensorSpec, Vec<u8>)> {
     tensors
 }
 
-/// A studied norm's number within its layer.
+/// Index of a norm output within its layer.
 fn site_index(point: Point) -> usize {
     usize::from(matches!(point, Point::BeforeMlp | Point::AfterMlp))
 }
@@ -221,8 +222,8 @@ pub struct ActivationDump {
 }
 
 impl ActivationDump {
-    /// Starts the file, for all sites in scope but single experts' outputs. `with_head`: final
-    /// norm, logits and nll too.
+    /// Creates the file for all sites in scope except single experts' outputs. `with_head` adds
+    /// final norm, logits and nll.
     ///
     /// # Errors
     /// Storage: no room, or the file cannot be made.
@@ -253,7 +254,7 @@ impl ActivationDump {
         Ok(Self { writer: Arc::new(writer), others, hidden: spec.hidden, vocab: spec.vocab })
     }
 
-    /// Adds the negative log-likelihoods, if there are any, and puts the file in its place.
+    /// Writes the negative log-likelihoods, if there are any, and renames the file into place.
     ///
     /// # Errors
     /// Storage.
@@ -299,7 +300,7 @@ impl LayerObserver for ActivationDump {
     }
 }
 
-/// Every value has a place of its own in the file: any thread may write it.
+/// Every value has a fixed offset in the file, so any thread may write it.
 impl Observer for ActivationDump {
     type Layer = Self;
 

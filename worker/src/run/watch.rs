@@ -1,5 +1,4 @@
-//! What a run watches while its model passes: the statistics, what is written for other programs,
-//! and every activation if they are to be saved.
+//! Observers of a pass: statistics, exports, and the file of saved activations.
 
 use std::collections::BTreeMap;
 
@@ -14,16 +13,15 @@ use crate::run::export::{Exports, Layer};
 use crate::run::output::ActivationDump;
 use crate::stats::{LayerObserver, Observer, Site, Study};
 
-/// All of it, of the whole pass or of one layer.
+/// The observers of the whole pass or of one layer.
 pub struct Watch {
     /// The statistics.
     pub study: Study,
-    /// The file of activations, if there is to be one. It keeps no state: a pass that writes it
-    /// cannot be taken up again.
+    /// The file of activations, if the job saves them. A pass that writes it cannot be resumed.
     pub dump: Option<ActivationDump>,
-    /// How sharp attention is in each arm of an ablation.
+    /// Sharpness of attention in each arm of an ablation.
     pub sharpness: Sharpness,
-    /// What is written for other programs, if anything is.
+    /// Sums for exports, if the job has any.
     pub exports: Option<Exports>,
 }
 

@@ -1,8 +1,8 @@
-//! Files to their places on a host: looked for, sent where they lack, compared there, renamed.
+//! Uploads files: looks for them on the host, sends what is missing, compares hashes, renames.
 //!
-//! A file on its way lies in a part file beside its place, named after its content. When an
-//! attempt broke off, the next one, of this process or another, asks for the hashes of the part's
-//! blocks and sends the others: nothing there is trusted for its length or its name.
+//! A file is uploaded to a part file beside its destination, named after its content. After an
+//! interruption the next attempt, of any process, reads the hashes of the part's blocks and sends
+//! the blocks that differ. The length and name of a part are not trusted.
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -22,26 +22,26 @@ use crate::host::transport::quote::quote;
 use crate::host::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost, SHORT, ScriptOutput};
 use crate::units::Bytes;
 
-/// Hashing a large file on a slow disk.
+/// Time limit for hashing a large file on a slow disk.
 const HASH_LIMIT: Duration = Duration::from_secs(900);
 /// Time without progress after which an upload is given up.
 const TIMEOUT: Duration = Duration::from_secs(300);
-/// Kept free beside an upload, for the run's own files.
+/// Bytes kept free beside an upload, for the run's own files.
 const SPARE: u64 = 16 << 20;
-/// Smallest block of a part file that is compared by itself, and how many there may be.
+/// Minimum size of a part file's blocks, and their maximum number.
 const MIN_BLOCK: u64 = 4 << 20;
 const MAX_BLOCKS: u64 = 256;
-/// Files below this are sent several at once: what they take is round trips.
+/// Smaller files are sent several at once, since round trips dominate.
 const SMALL: u64 = 1 << 20;
 const AT_ONCE: usize = 6;
 
-/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing; reading from standard
-/// input keeps the name out of the answer.
+/// `hash FILE` prints its SHA-256 as 64 hexadecimal digits, or nothing. It reads standard input,
+/// so that the answer does not contain the file's name.
 ///
-/// `look` tells the hash of a file and, if it is not the one wanted, the hashes of what an earlier
-/// attempt left beside it. `seal` renames a part that is whole. Another process may do so at the
-/// same time, where hosts share a folder. A program is copied: its part may still be open for
-/// writing, by that process or a dead connection, and could not be started then.
+/// `look` prints the hash of a file and, if it differs from the wanted one, the hashes of a part's
+/// blocks. `seal` renames a complete part. Another process may do the same at the same time where
+/// hosts share a folder. A program is copied instead: that process or a dead connection may still
+/// have the part open for writing, and then it could not be started.
 const FUNCTIONS: &str = r#"
 sum() {
   if command -v sha256sum >/dev/null 2>&1; then sha256sum
@@ -76,7 +76,7 @@ seal() {
 }
 "#;
 
-/// One local file and where it goes.
+/// A local file and its destination.
 pub(super) struct Item {
     pub(super) local: PathBuf,
     pub(super) remote: String,
@@ -86,7 +86,7 @@ pub(super) struct Item {
 }
 
 impl Item {
-    /// The file at `local` as it is now.
+    /// The file at `local` with its current size and hash.
     pub(super) async fn new(local: PathBuf, remote: String, mode: u32) -> Result<Self, HostError> {
         let (bytes, sha256) = hash_file(&local).await?;
         Ok(Self { local, remote, bytes, sha256, mode })
@@ -101,7 +101,7 @@ impl Item {
     }
 }
 
-/// What a host lacks of one item.
+/// The blocks of one item that the host lacks.
 struct Gap<'a> {
     item: &'a Item,
     parts: Vec<Range<u64>>,
@@ -112,13 +112,13 @@ impl Gap<'_> {
         self.parts.iter().map(|part| part.end - part.start).sum()
     }
 
-    /// A program.
+    /// Whether the item is a program.
     fn must_be_copied(&self) -> bool {
         self.item.mode & 0o111 != 0
     }
 }
 
-/// What was missing on the host: when first looked, and at the best of times since.
+/// Bytes missing on the host: at the first look, and the minimum since.
 #[derive(Default)]
 struct Missing {
     first: Option<u64>,
@@ -126,14 +126,14 @@ struct Missing {
 }
 
 impl Missing {
-    /// Takes another look; gives what was missing first.
+    /// Records a look. Returns the bytes missing at the first one.
     fn note(&mut self, now: u64) -> u64 {
         self.least = Some(self.least.map_or(now, |least| least.min(now)));
         *self.first.get_or_insert(now)
     }
 }
 
-/// Counts what several uploads have sent together.
+/// Sums the progress of several concurrent uploads.
 struct UploadCounter<'a> {
     name: &'a str,
     sent: AtomicU64,
@@ -149,8 +149,8 @@ impl UploadCounter<'_> {
 }
 
 impl RemoteHost {
-    /// Sends what is not there yet, into one folder; gives the bytes that were missing. `name`
-    /// stands for all of it in events.
+    /// Sends missing files into one folder. Returns the bytes that were missing. Events use
+    /// `name`.
     pub(super) async fn deliver(
         &self,
         name: &str,
@@ -168,8 +168,8 @@ impl RemoteHost {
                     return Ok(missing.first.unwrap_or(0));
                 }
                 Err(error) if error.is_transient() => {
-                    // The last attempt had left something there: the patience starts anew. Files
-                    // end, and so does this.
+                    // The last attempt made progress, so the timeout restarts. Files are finite,
+                    // so this ends.
                     if before.is_some() && missing.least < before {
                         retry.recovered(on);
                     }
@@ -213,14 +213,15 @@ impl RemoteHost {
 
     async fn send(&self, gap: &Gap<'_>, tally: &UploadCounter<'_>) -> Result<(), HostError> {
         let told = AtomicU64::new(0);
-        // An upload that begins anew tells what it had told before.
+        // A restarted upload reports bytes again that were already counted.
         let progress = |sent: u64| tally.add(sent.saturating_sub(told.fetch_max(sent, Ordering::Relaxed)));
         let part = gap.item.part();
         let what = SendRequest { local: &gap.item.local, remote: &part, parts: &gap.parts, progress: &progress };
         Ok(self.transport.send(&what).await?)
     }
 
-    /// The missing blocks. Makes the folder, removes abandoned uploads, and checks the free space.
+    /// Finds the missing blocks. Creates the folder, removes abandoned uploads and checks free
+    /// space.
     async fn survey<'a>(&self, folder: &str, items: &'a [Item]) -> Result<Vec<Gap<'a>>, HostError> {
         let mut script = format!(
             "{FUNCTIONS}\numask 022\nmkdir -p {folder} || exit 1\n\
@@ -259,7 +260,7 @@ impl RemoteHost {
         }
     }
 
-    /// Puts the parts in their places, each only with the hash it must have.
+    /// Renames parts to their destinations if their hashes match.
     async fn seal(&self, gaps: &[Gap<'_>]) -> Result<(), HostError> {
         let mut script = format!("{FUNCTIONS}\n");
         for gap in gaps {
@@ -276,15 +277,15 @@ impl RemoteHost {
             .hint("the local file changed meanwhile, or the host is faulty"))
     }
 
-    /// Removes what will not be gone on with; a failure here is not worth hearing of beside the
-    /// one that led here.
+    /// Removes parts that will not be resumed. A failure here is ignored, since an error is
+    /// already being returned.
     async fn remove_parts(&self, items: &[Item]) {
         let names: Vec<String> = items.iter().map(|item| quote(&item.part())).collect();
         let _ = self.sh(&format!("rm -f {}", names.join(" ")), SHORT).await;
     }
 }
 
-/// Numbers and hashes of an item's blocks that lie on the host.
+/// Indices and hashes of an item's blocks on the host.
 fn blocks_there(answer: &ScriptOutput, item: usize) -> Vec<(u64, String)> {
     let read = |line: &String| {
         let mut words = line.split_whitespace();
@@ -295,7 +296,7 @@ fn blocks_there(answer: &ScriptOutput, item: usize) -> Vec<(u64, String)> {
     answer.fields("block").iter().filter_map(read).collect()
 }
 
-/// What remains to be sent of an item of which these blocks lie there, some of them perhaps wrong.
+/// The part of an item that must still be sent, given the blocks on the host.
 async fn gap<'a>(item: &'a Item, there: &[(u64, String)]) -> Result<Gap<'a>, HostError> {
     let ours = match there.is_empty() {
         true => Vec::new(),

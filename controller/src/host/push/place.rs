@@ -1,16 +1,15 @@
-//! Where on a host a program can be put and run: a home folder may be mounted `noexec`, or
-//! read-only.
+//! Finds a folder on the host where a program can be written and run: a home folder may be mounted
+//! `noexec` or read-only.
 
 use crate::host::transport::quote::quote;
 use crate::host::{HostError, HostErrorKind, RemoteHost, SHORT, ScriptOutput};
 
-/// Tried in this order when the home folder does not serve; the login user has a folder of its own
-/// in each.
+/// Folders tried, in this order, when the home folder is unusable. The login user has a private
+/// folder in each.
 const BESIDE_HOME: [&str; 3] = ["/var/tmp", "/tmp", "/dev/shm"];
 
-/// `try NUMBER FOLDER UMASK` makes the folder and runs a small program in it. It prints `@place
-/// NUMBER`, or `@barred` with the reason. A folder that others could change does not serve,
-/// whoever may run programs there.
+/// `try NUMBER FOLDER UMASK` creates the folder and runs a small program in it. It prints `@place
+/// NUMBER`, or `@barred` with the reason. A folder that other users could change is refused.
 const TRY: &str = r#"
 barred() { echo "@barred $2 $3"; return 1; }
 try() {
@@ -22,13 +21,13 @@ try() {
     rm -f "$f" 2>/dev/null; barred "$1" "$2" "cannot be written"; return; }
   "$f" >/dev/null 2>&1; ran=$?
   rm -f "$f"
-  [ $ran = 0 ] || { barred "$1" "$2" "lets nothing run (it may be mounted noexec)"; return; }
+  [ $ran = 0 ] || { barred "$1" "$2" "does not run programs (it may be mounted noexec)"; return; }
   echo "@place $1"
 }
 "#;
 
 impl RemoteHost {
-    /// The first folder in which the worker can be put and run.
+    /// The first folder in which the worker can be written and run.
     pub(super) async fn program_folder(&self) -> Result<String, HostError> {
         let home = format!("{}/.cache/outliers", self.home().await?);
         let script = script(&home, &BESIDE_HOME);
@@ -40,7 +39,7 @@ impl RemoteHost {
                 Ok(place)
             }
             None => {
-                let message = format!("{}: the worker can be run nowhere on it: {}", self.name, barred.join("; "));
+                let message = format!("{}: no folder on it can run the worker: {}", self.name, barred.join("; "));
                 let hint = "the host bars its user from running programs: another host may not";
                 Err(HostError::new(HostErrorKind::WorkerUnfit, message).hint(hint))
             }
@@ -49,7 +48,7 @@ impl RemoteHost {
 }
 
 fn script(home: &str, beside: &[&str]) -> String {
-    // A job runs on another machine, which has these folders to itself.
+    // A job runs on another machine, which does not share these folders.
     let alone = r#"|| [ -n "${outliers_job:-}" ]"#;
     let others = (1..).zip(beside).map(|(i, folder)| format!(" || try {i} {folder}/outliers-$uid 077"));
     let others: String = others.collect();
@@ -70,7 +69,7 @@ mod tests {
 
     use super::*;
 
-    /// What a real shell answers.
+    /// Output of the script in a real shell.
     fn answer(home: &Path, beside: &[&str]) -> ScriptOutput {
         let script = script(home.to_str().unwrap(), beside);
         let out = Command::new("sh").arg("-c").arg(script).output().unwrap();
@@ -90,7 +89,7 @@ mod tests {
         assert_eq!(chosen(&good, home.to_str().unwrap(), &beside).as_deref(), home.to_str());
         assert!(home.is_dir() && !at("beside").exists());
 
-        // No folder can be made below a file.
+        // No folder can be created below a file.
         std::fs::write(at("file"), "").unwrap();
         let other = answer(&at("file").join("home"), &beside);
         let place = chosen(&other, "", &beside).unwrap();
@@ -99,7 +98,7 @@ mod tests {
         assert_eq!(std::fs::read_dir(&place).unwrap().count(), 0, "what was tried is gone");
         assert!(other.field("barred").ends_with("cannot be made"), "{}", other.field("barred"));
 
-        // Somebody else has put a link where ours would be.
+        // Another user has put a link at this path.
         std::fs::remove_dir(&place).unwrap();
         std::os::unix::fs::symlink("/", &place).unwrap();
         let none = answer(&at("file").join("home"), &beside);

@@ -1,5 +1,4 @@
-//! [`Transport`] to a folder of this machine: commands are processes of this program, files are
-//! copied.
+//! [`Transport`] to a folder of this machine: commands are child processes, files are copied.
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Seek, SeekFrom, Write};
@@ -18,37 +17,39 @@ use super::program::{gather, is_flood};
 use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside};
 use crate::files::{absent, open_regular};
 
-/// Bytes that are copied at once.
+/// Bytes copied at once.
 const PIECE: usize = 1 << 20;
 
-/// What is held while something starts in the folder; `None` when nothing may start there any more.
+/// Returns a lock to hold while a process starts in the folder; `None` when none may start any
+/// more.
 pub type Admission = dyn Fn() -> io::Result<Option<File>> + Send + Sync;
 
-/// Commands and files in a folder, which is home to every command.
+/// Commands and files in a folder, which is the home folder of every command.
 pub struct LocalTransport {
-    /// Stands for it in messages.
+    /// Name in messages.
     name: String,
     home: PathBuf,
-    /// All that a command finds in its environment.
+    /// The complete environment of commands.
     environment: Vec<(String, String)>,
     admission: Box<Admission>,
 }
 
-/// A command's process group. It ends with this value, unless the command has ended by itself.
+/// Process group of a command. It is killed when this value is dropped, unless the command has
+/// ended.
 struct Group(Option<Pid>);
 
 impl Drop for Group {
     fn drop(&mut self) {
         if let Some(group) = self.0 {
-            // It may be gone already.
+            // The group may have ended already.
             let _ = kill_process_group(group, Signal::KILL);
         }
     }
 }
 
 impl LocalTransport {
-    /// Commands run in `home` and find nothing but `environment`; each of them, and each file, is
-    /// asked for at `admission` first.
+    /// Commands run in `home` with only `environment`. Each command and file operation calls
+    /// `admission` first.
     pub fn new(
         name: String,
         home: PathBuf,
@@ -76,12 +77,12 @@ impl LocalTransport {
         shell.spawn().map_err(|error| self.failed(&error))
     }
 
-    /// The system refuses a process or a pipe, which may pass.
+    /// An error of starting a process or pipe, which may be transient.
     fn failed(&self, error: &io::Error) -> TransportError {
         TransportError::new(Kind::Reset, format!("{}: {error}", self.name))
     }
 
-    /// A path on the instance. A relative path starts in its home folder.
+    /// Local path of a remote one. A relative path starts in the home folder.
     fn at(&self, path: &str) -> PathBuf {
         self.home.join(path)
     }
@@ -98,12 +99,12 @@ impl Transport for LocalTransport {
             return Err(TransportError::new(Kind::TimedOut, message));
         };
         let out = done.map_err(|error| self.failed(&error))?;
-        // What it has left in the background is not ours to end.
+        // Background processes of the command keep running.
         group.0 = None;
         if is_flood(&out) {
             return Err(TransportError::new(Kind::Remote, format!("{}: a command printed too much", self.name)));
         }
-        // Whatever ends the place ends its commands, and what else runs there: that is no answer.
+        // If the instance has ended, its commands were killed and their output is not an answer.
         drop(self.admitted()?);
         Ok(out)
     }
@@ -153,7 +154,7 @@ impl Transport for LocalTransport {
         let copied = blocking(move || {
             let mut copied = 0;
             let write = |to: &mut File| {
-                // A byte more comes of a file that is too long.
+                // One more byte is read to detect a file that is too long.
                 copied = io::copy(&mut file.take(limit.saturating_add(1)), to)?;
                 if copied > limit { Err(io::Error::from(ErrorKind::FileTooLarge)) } else { Ok(()) }
             };
@@ -196,13 +197,13 @@ fn write_beside(path: &Path, mode: u32, write: impl FnOnce(&mut File) -> io::Res
         .and_then(|()| file.sync_all())
         .and_then(|()| fs::rename(&part, path));
     if written.is_err() {
-        // It may never have come to be.
+        // The file may not exist.
         let _ = fs::remove_file(&part);
     }
     written
 }
 
-/// Opens a plain file; a link is none.
+/// Opens a plain file. A link is refused.
 fn open_plain(path: &Path) -> io::Result<File> {
     match fs::symlink_metadata(path)?.is_symlink() {
         true => Err(io::Error::other("it is a link")),
@@ -224,7 +225,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    /// A folder, the way to it, and whether it still admits anybody.
+    /// A folder, its transport, and a flag whether it admits processes.
     fn scene() -> (tempfile::TempDir, LocalTransport, Arc<AtomicBool>) {
         let folder = tempfile::tempdir().unwrap();
         let open = Arc::new(AtomicBool::new(true));
@@ -251,7 +252,7 @@ mod tests {
         assert_eq!(flood.kind, Kind::Remote, "{flood}");
     }
 
-    /// Whether a process is there and no zombie.
+    /// Whether a process exists and is not a zombie.
     fn lives(pid: &str) -> bool {
         let out = std::process::Command::new("ps").args(["-o", "stat=", "-p", pid.trim()]).output().unwrap();
         !out.stdout.is_empty() && !out.stdout.starts_with(b"Z")

@@ -1,10 +1,10 @@
-//! [`Transport`] by the `ssh` program of this machine: aliases, jump hosts, keys, agents and host
-//! keys are what OpenSSH and the user's `~/.ssh/config` make of them, and a second factor is asked
-//! for where the user logs in, never here.
+//! [`Transport`] by the `ssh` program of this machine. Aliases, jump hosts, keys, agents and host
+//! keys follow OpenSSH and the user's `~/.ssh/config`. A second factor is entered where the user
+//! logs in, never here.
 //!
-//! One connection is made and shared by all commands (`ControlMaster`). Where the user's
-//! configuration has such a connection and it is open, that one is used. Ours ends with this
-//! process, whatever ends it: it lives as long as a pipe to it.
+//! All commands share one connection (`ControlMaster`). If the user's configuration has an open
+//! one, it is used. The program's own connection ends with this process in any case, since it
+//! lives as long as a pipe to it.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -25,19 +25,20 @@ use super::{
 };
 use crate::text::clean;
 
-/// From the start of the program to a session.
+/// Time limit from the start of `ssh` to a session.
 const LOGIN_LIMIT: Duration = Duration::from_secs(45);
-/// No byte taken for so long: the line is dead.
+/// Time without transferred bytes after which the connection counts as lost.
 const STALL: Duration = Duration::from_secs(60);
-/// For a command that writes what it was given.
+/// Time limit of a command that writes its input.
 const WRITE_LIMIT: Duration = Duration::from_secs(120);
-/// More than this from one command is not an answer but a flood.
+/// Maximum output of one command in bytes.
 const MAX_OUTPUT: u64 = 64 << 20;
 /// Bytes handed over at once.
 const PIECE: usize = 256 << 10;
-/// A socket's path has 108 bytes on Linux, 104 elsewhere, and `ssh` adds 17 while it makes one.
+/// Maximum length of a socket's path: 108 bytes on Linux, 104 elsewhere, minus the 17 that `ssh`
+/// adds.
 const LONGEST_SOCKET: usize = 85;
-/// What the shared connection prints when it is there.
+/// Printed by the shared connection when it is open.
 const READY: &[u8] = b"@outliers@";
 /// Exit status of `ssh` itself.
 const OWN_FAILURE: i32 = 255;
@@ -50,33 +51,32 @@ pub struct OpenSsh {
     line: Mutex<Line>,
 }
 
-/// How commands travel.
+/// The connection that commands use.
 enum Line {
-    /// There is no connection yet, or it is lost.
+    /// No connection yet, or it is lost.
     None,
-    /// Over the connection that the user keeps open.
+    /// The user's open connection.
     Theirs,
-    /// Over ours.
+    /// This program's connection.
     Ours(Box<Child>),
 }
 
 impl OpenSsh {
-    /// Commands on `host`, an alias of the user's configuration or `user@name`. `config` is
-    /// another file than
-    /// `~/.ssh/config`; `folder` is where the connection's socket may lie.
+    /// Commands on `host`, an alias of the user's configuration or `user@name`. `config` replaces
+    /// `~/.ssh/config`; the connection's socket is in `folder`.
     ///
     /// # Errors
-    /// The host's name is none, or the folder's is too long for a socket.
+    /// The host's name is invalid, or the folder's path is too long for a socket.
     pub fn new(host: &str, config: Option<&Path>, folder: &Path) -> Result<Self, TransportError> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let plain = |c: char| !c.is_whitespace() && !c.is_control();
         if host.is_empty() || host.starts_with('-') || !host.chars().all(plain) {
-            return Err(TransportError::new(Kind::Local, format!("{host:?} is no name of a host")));
+            return Err(TransportError::new(Kind::Local, format!("{host:?} is not a host name")));
         }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let socket = folder.join(format!("ssh-{}-{number}", std::process::id()));
         if socket.as_os_str().len() > LONGEST_SOCKET {
-            let message = "its path is too long for that of a socket; OUTLIERS_STATE names another folder";
+            let message = "its path is too long for a socket; set OUTLIERS_STATE to a shorter one";
             let message = format!("{}: {message}", folder.display());
             return Err(TransportError::new(Kind::Local, message));
         }
@@ -84,13 +84,13 @@ impl OpenSsh {
         Ok(Self { host: host.to_owned(), config: config.map(Path::to_owned), socket, line })
     }
 
-    /// The command line that a person opens a shell there with, up to what is to run.
+    /// The command line that opens a shell on the host, without the command to run.
     pub fn shell(&self) -> Vec<String> {
         let config = self.config.iter().flat_map(|path| ["-F".to_owned(), path.to_string_lossy().into_owned()]);
         config.chain(["-t", "--", &self.host].map(str::to_owned)).collect()
     }
 
-    /// User, host and port as the configuration has them, `None` where `ssh` does not tell.
+    /// User, host and port by the configuration; `None` where `ssh` does not print them.
     pub async fn resolve(&self) -> Option<(String, String, u16)> {
         let out = self.program().arg("-G").args(["--", &self.host]).output().await.ok()?;
         let text = String::from_utf8(out.stdout).ok()?;
@@ -98,7 +98,7 @@ impl OpenSsh {
         Some((value("user")?.to_owned(), value("hostname")?.to_owned(), value("port")?.parse().ok()?))
     }
 
-    /// `ssh` without prompts, which refuses unknown host keys.
+    /// `ssh` without prompts. It refuses unknown host keys.
     fn program(&self) -> Command {
         let mut command = Command::new("ssh");
         if let Some(config) = &self.config {
@@ -113,14 +113,14 @@ impl OpenSsh {
     }
 
     fn over(&self, mut command: Command, master: &str) -> Command {
-        // In its own words a per cent sign stands for something else.
+        // `ssh` expands a per cent sign in its options.
         let path = self.socket.to_string_lossy().replace('%', "%%");
         command.args(["-o", &format!("ControlMaster={master}"), "-o", &format!("ControlPath={path}")]);
         command.args(["-o", "ControlPersist=no"]);
         command
     }
 
-    /// `ssh` over the shared connection, which is made first where there is none.
+    /// `ssh` over the shared connection, which is opened if there is none.
     async fn ssh(&self) -> Result<Command, TransportError> {
         let mut line = self.line.lock().await;
         let lives = match &mut *line {
@@ -147,20 +147,20 @@ impl OpenSsh {
         self.make_folder()?;
         let mut command = self.over(self.program(), "yes");
         command.stdin(Stdio::piped()).args(["--", &self.host, "echo @outliers@; cat > /dev/null"]);
-        // It ends when its standard input does, which is ours to hold.
+        // The connection ends when its standard input closes, which this process holds.
         let mut child = command.kill_on_drop(false).spawn().map_err(|error| self.not_run(&error))?;
         match timeout(LOGIN_LIMIT, self.greeting(&mut child)).await {
             Ok(Ok(())) => Ok(Line::Ours(Box::new(child))),
             Ok(Err(error)) => Err(error),
             Err(_) => {
-                // It may be waiting for somebody who does not answer.
+                // The program may be waiting for a server that does not answer.
                 let _ = child.kill().await;
                 Err(self.late("login", LOGIN_LIMIT))
             }
         }
     }
 
-    /// Until the far side has spoken, or the program has ended with a reason.
+    /// Waits for the remote greeting, or for the program's end with its reason.
     async fn greeting(&self, child: &mut Child) -> Result<(), TransportError> {
         let mut said = Vec::new();
         if let Some(stdout) = child.stdout.as_mut() {
@@ -178,7 +178,7 @@ impl OpenSsh {
     async fn ended(&self, child: &mut Child) -> TransportError {
         let mut words = Vec::new();
         if let Some(stderr) = child.stderr.take() {
-            // What cannot be read is not said.
+            // Unreadable output is ignored.
             let _ = stderr.take(1 << 16).read_to_end(&mut words).await;
         }
         let _ = child.wait().await;
@@ -192,7 +192,7 @@ impl OpenSsh {
         made.map_err(|error| TransportError::new(Kind::Local, format!("{}: {error}", folder.display())))
     }
 
-    /// What `ssh` says when it fails by itself.
+    /// The error for a failure of `ssh` itself.
     fn failure(&self, stderr: &[u8]) -> TransportError {
         let words = clean(stderr, 400);
         let lower = words.to_lowercase();
@@ -234,7 +234,7 @@ impl OpenSsh {
         ssh.spawn().map_err(|error| self.not_run(&error))
     }
 
-    /// What a command left, once all of it was read.
+    /// Waits for a command and collects its output.
     async fn gather(&self, child: &mut Child, stdin: &[u8]) -> Result<ExecOutput, TransportError> {
         let out = gather(child, stdin).await.map_err(|error| self.not_read(&error))?;
         if is_flood(&out) {
@@ -251,7 +251,7 @@ impl OpenSsh {
         TransportError::new(Kind::Reset, format!("{}: {error}", self.host))
     }
 
-    /// The output of a script of ours that must end well.
+    /// Output of a script that must succeed.
     async fn demand(&self, path: &str, script: &str, stdin: &[u8]) -> Result<Vec<u8>, TransportError> {
         demand(path, self.exec(script, stdin, WRITE_LIMIT).await?)
     }
@@ -273,7 +273,7 @@ impl OpenSsh {
             let Some(to) = &mut to else { break };
             match timeout(STALL, to.write_all(&piece[..read])).await {
                 Ok(Ok(())) => {}
-                // The program has ended, and says why.
+                // The program has ended. Its status is read below.
                 Ok(Err(_)) => break,
                 Err(_) => return Err(self.late("an upload", STALL)),
             }
@@ -316,13 +316,13 @@ impl OpenSsh {
     }
 }
 
-/// Feeds a child and waits for its end; gives what it left. A stream of which more comes than may
-/// be is closed.
+/// Writes a child's input, waits for its end and returns its output. A stream that exceeds the
+/// limit is closed.
 pub(super) async fn gather(child: &mut Child, stdin: &[u8]) -> std::io::Result<ExecOutput> {
     let (mut to, out, err) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let feed = async {
         if let Some(to) = &mut to {
-            // A command need not read what it is given.
+            // A command need not read its input.
             let _ = to.write_all(stdin).await;
         }
         drop(to.take());
@@ -332,12 +332,12 @@ pub(super) async fn gather(child: &mut Child, stdin: &[u8]) -> std::io::Result<E
     Ok(ExecOutput { status: child.wait().await?.code(), stdout, stderr })
 }
 
-/// Whether a command printed more than an answer has.
+/// Whether a command printed more than the limit.
 pub(super) fn is_flood(out: &ExecOutput) -> bool {
     out.stdout.len().max(out.stderr.len()) as u64 > MAX_OUTPUT
 }
 
-/// All of a stream, and a byte more than may be where it does not end.
+/// Reads a stream up to one byte more than the limit.
 async fn read_all(from: Option<impl AsyncRead + Unpin>) -> std::io::Result<Vec<u8>> {
     let mut all = Vec::new();
     if let Some(from) = from {
@@ -369,7 +369,8 @@ impl Transport for OpenSsh {
     async fn put_bytes(&self, content: &[u8], remote: &str, mode: u32) -> Result<(), TransportError> {
         let part = format!("{remote}.part.{:016x}", rand::rng().random::<u64>());
         let (file, target, bytes) = (quote(&part), quote(remote), content.len());
-        // A shell that died in mid-stream may still have said yes.
+        // A shell that is killed mid-stream may still report success, so the script checks the
+        // length.
         let script = format!(
             "umask 077; set -C; if [ -d {target} ]; then echo 'is a folder' >&2; exit 1; fi; \
              cat > {file} && [ $(wc -c < {file}) -eq {bytes} ] && chmod {mode:o} {file} && mv -f {file} {target} || \

@@ -1,8 +1,8 @@
-//! Quoting of remote arguments, in one place.
+//! Quotes arguments of remote commands.
 
-/// Quotes a word for a POSIX shell. The shell reads exactly `word`.
+/// Quotes a word for a POSIX shell, which reads exactly `word`.
 ///
-/// A NUL byte cannot be part of an argument; callers refuse it before.
+/// A NUL byte cannot be part of an argument; callers refuse it first.
 pub fn quote(word: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.' | b'/' | b':' | b',' | b'@' | b'+');
     if !word.is_empty() && word.bytes().all(plain) {

@@ -1,12 +1,11 @@
 //! [`Transport`] over SSH: one connection per host, channels inside it.
 //!
-//! A connection that broke is given up and the next call makes a new one, against the same pinned
-//! host key. How often and how long to try is the caller's business: every method here is one
-//! attempt.
+//! A broken connection is dropped, and the next call opens a new one against the same pinned host
+//! key. Every method makes one attempt; callers decide on retries.
 //!
-//! Calls work beside each other, each on channels of its own. A server that opens no further one
-//! (`MaxSessions`) is given one call at a time from then on, each through commands alone: a
-//! command closes its channel before the next opens one.
+//! Calls run concurrently, each on its own channels. If a server refuses another channel
+//! (`MaxSessions`), calls run one at a time from then on and use commands only: a command closes
+//! its channel before the next opens one.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -41,20 +40,19 @@ use connect::{ChannelCount, Client};
 use source::UploadSource;
 use upload::{LANES, Queue, Upload};
 
-/// How much silence a connection bears, and how long its keys are used.
+/// Timeouts of a connection and the lifetime of its keys.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// Silence after which the server is asked whether it lives. Three questions without an answer
-    /// end the connection.
+    /// Silence after which the server is probed. Three unanswered probes end the connection.
     pub keepalive: Duration,
-    /// Silence of a transfer under way after which the line is dead.
+    /// Silence during a transfer after which the connection counts as lost.
     pub stall: Duration,
-    /// Bytes each way after which keys are renewed.
+    /// Bytes in each direction after which keys are renewed.
     pub rekey_after: usize,
 }
 
 impl Default for Tuning {
-    /// For lines across the world; RFC 4253 (section 9) wants new keys after a gigabyte.
+    /// Chosen for long-distance lines. RFC 4253 (section 9) requires new keys after a gigabyte.
     fn default() -> Self {
         Self { keepalive: Duration::from_secs(15), stall: Duration::from_secs(30), rekey_after: 1 << 30 }
     }
@@ -67,23 +65,23 @@ pub struct SshTransport {
     pin: HostKeyPin,
     tuning: Tuning,
     link: Mutex<Option<Arc<Link>>>,
-    /// The server has no SFTP: files go through `cat`.
+    /// Whether the server lacks SFTP: files go through `cat`.
     without_sftp: AtomicBool,
-    /// The server has opened no channel beside others.
+    /// Whether the server refused concurrent channels.
     one_at_a_time: AtomicBool,
     turns: Semaphore,
-    /// Over all connections.
+    /// Channels that the host tried to open, over all connections.
     opened: ChannelCount,
 }
 
-/// More calls than are ever made beside each other.
+/// More than the number of concurrent calls.
 const ALL_TURNS: u32 = 1024;
 
-/// So often a call is made again for which the server opened no channel: alone, and on a
-/// connection that has none.
+/// How often a call is repeated after the server opened no channel: alone, and on a fresh
+/// connection.
 const MOST_REFUSALS: u32 = 2;
 
-/// Does on the living connection what takes channels.
+/// Evaluates an expression that needs channels on the open connection.
 ///
 /// A macro, since futures made by an async closure cannot be proved to be `Send`.
 macro_rules! on_link {
@@ -107,7 +105,7 @@ macro_rules! on_link {
     }};
 }
 
-/// One living connection.
+/// An open connection.
 struct Link {
     handle: Handle<Client>,
     sftp: Mutex<Option<Arc<Sftp>>>,
@@ -116,7 +114,7 @@ struct Link {
 impl SshTransport {
     /// One attempt to connect and log in as `endpoint.user` with the key file `private_key`.
     ///
-    /// Without a pin the server's key is taken as it is and returned, to be pinned from then on.
+    /// Without a pin the server's key is accepted and returned, to be pinned from then on.
     pub async fn connect(
         endpoint: &SshEndpoint,
         private_key: &Path,
@@ -125,7 +123,7 @@ impl SshTransport {
         Self::connect_with(endpoint, private_key, pin, Tuning::default()).await
     }
 
-    /// The same with another patience.
+    /// As [`Self::connect`], with other timeouts.
     pub async fn connect_with(
         endpoint: &SshEndpoint,
         private_key: &Path,
@@ -155,20 +153,20 @@ impl SshTransport {
         Ok((transport, pin))
     }
 
-    /// Where it leads.
+    /// Address of the host.
     pub fn endpoint(&self) -> &SshEndpoint {
         &self.endpoint
     }
 
-    /// Gives the connection up in good order. The next call makes a new one.
+    /// Closes the connection. The next call opens a new one.
     pub async fn close(&self) {
         if let Some(link) = self.link.lock().await.take() {
-            // Nobody waits for the answer to a farewell.
+            // The answer is not awaited.
             let _ = link.handle.disconnect(russh::Disconnect::ByApplication, "", "").await;
         }
     }
 
-    /// The living connection, made anew if need be.
+    /// The open connection, or a new one.
     async fn link(&self) -> Result<Arc<Link>, TransportError> {
         let mut slot = self.link.lock().await;
         if let Some(link) = slot.as_ref().filter(|link| !link.handle.is_closed()) {
@@ -184,16 +182,15 @@ impl SshTransport {
         Ok(link)
     }
 
-    /// The right to open channels, beside others or alone; in the order in which it was asked for.
+    /// Permission to open channels, concurrent or exclusive, in the order of requests.
     async fn turn(&self) -> SemaphorePermit<'_> {
         let turns = if self.one_at_a_time.load(Ordering::Relaxed) { ALL_TURNS } else { 1 };
         self.turns.acquire_many(turns).await.expect("nobody closes it")
     }
 
-    /// Passes a result on; after a failure of the connection the next call must not meet the same
-    /// connection.
+    /// Returns `result`. After a failure of the connection the next call uses a new one.
     async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
-        // A connection that was ended because of what the host did is not merely broken.
+        // If the host misbehaved, the error says so instead of reporting a broken connection.
         let result = result.map_err(|error| self.opened.misconduct(&self.endpoint).unwrap_or(error));
         if result.as_ref().is_err_and(|e| e.kind.is_transient()) {
             self.forget(link).await;
@@ -201,7 +198,7 @@ impl SshTransport {
         result
     }
 
-    /// The next call makes a new connection.
+    /// Drops the connection, so that the next call opens a new one.
     async fn forget(&self, link: &Arc<Link>) {
         let mut slot = self.link.lock().await;
         if slot.as_ref().is_some_and(|now| Arc::ptr_eq(now, link)) {
@@ -294,12 +291,12 @@ impl SshTransport {
     }
 }
 
-/// What to do about a file longer than its limit.
+/// Treatment of a file longer than its limit.
 #[derive(Clone, Copy)]
 enum Limit {
     /// An error, before a byte is read.
     Refuse(u64),
-    /// So much of it.
+    /// Read up to this many bytes.
     Cut(u64),
 }
 

@@ -1,6 +1,6 @@
-//! The largest |x| per column of every matrix's input, under the checkpoint's names of the
-//! modules, as SmoothQuant's programs keep them; and per matrix the scales of its whole input in
-//! FP8 and NVFP4.
+//! Activation scales: the largest |x| per column of every matrix's input, under the checkpoint's
+//! module names as in SmoothQuant's programs, and per matrix the FP8 and NVFP4 scales of its whole
+//! input.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -18,20 +18,19 @@ use crate::model::decoder::Need;
 const E4M3: f64 = 448.0;
 const E2M1: f64 = 6.0;
 
-/// The module of a matrix of an expert, or of one that is no expert's.
+/// Module name of a matrix, of one expert or outside experts.
 fn module(model: &Model<'_>, matrix: &Matrix, expert: Option<usize>) -> String {
     let name = model.name_of(matrix.layer, &Need { role: matrix.role, expert, shape: Vec::new() });
     name.strip_suffix(".weight").unwrap_or(&name).to_owned()
 }
 
-/// Columns' largest |x| of an expert's matrix, or of the only one there is; zeros if nothing
-/// entered.
+/// Largest |x| per column of a matrix's input; zeros if no token entered.
 fn largest(layers: &BTreeMap<usize, Layer>, matrix: &Matrix, expert: usize) -> Vec<f32> {
     let seen = layers.get(&matrix.layer).and_then(|layer| layer.inputs.get(&matrix.place(expert)));
     seen.filter(|seen| seen.rows > 0).map_or_else(|| vec![0.0; matrix.columns], |seen| seen.largest.clone())
 }
 
-/// Of a whole input; null if nothing entered, or nothing but zeros.
+/// Scales of a whole input; null if no token entered or all values were 0.
 fn scales(largest: f32) -> Value {
     let most = f64::from(largest);
     if most == 0.0 {
@@ -52,7 +51,7 @@ pub(super) fn write(
 ) -> Result<()> {
     let model = pass.model;
     let matrices = matrices(&model.spec);
-    // Each with its experts: all of them where they are stored as one.
+    // Every expert is listed, also where the checkpoint stores all experts as one tensor.
     let mut modules = Vec::new();
     for matrix in &matrices {
         if matrix.experts.is_some() && !model.names.is_stacked(matrix.role) {

@@ -1,4 +1,4 @@
-//! Writing GGUF, version 3: key-value pairs, then tensors of f32, all little-endian.
+//! Writes GGUF, version 3: key-value pairs, then f32 tensors, all little-endian.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -7,15 +7,15 @@ use std::path::Path;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{part_path, put_in_place};
 
-/// What a tensor's bytes begin at a multiple of, from the end of the header on.
+/// Alignment of tensor data in bytes, counted from the end of the header.
 const ALIGNMENT: usize = 32;
-/// Numbers of the format's types.
+/// Type codes of the format.
 const U32: u32 = 4;
 const TEXT: u32 = 8;
 const ARRAY: u32 = 9;
 const F32: u32 = 0;
 
-/// What a key stands for.
+/// Value of a key.
 pub(super) enum Value {
     /// A text.
     Text(String),
@@ -27,9 +27,9 @@ pub(super) enum Value {
 
 /// A tensor of f32.
 pub(super) struct Tensor {
-    /// Unique in the file.
+    /// Unique name in the file.
     pub(super) name: String,
-    /// The dimension whose values lie next to each other, and the other.
+    /// Dimensions, the contiguous one first.
     pub(super) shape: [usize; 2],
 }
 
@@ -39,11 +39,11 @@ impl Tensor {
     }
 }
 
-/// Writes a file: to a temporary name, synced, renamed. `values` gives those of one tensor, by its
-/// index, so that those of one at a time are in memory.
+/// Writes a file: to a temporary name, synced, then renamed. `values` returns one tensor's values
+/// by its index, so that one tensor at a time is in memory.
 ///
 /// # Errors
-/// Storage; internal if there are other values than the shape says.
+/// Storage. Internal: the number of values differs from the shape.
 pub(super) fn write(
     path: &Path,
     metadata: &[(&str, Value)],

@@ -1,8 +1,8 @@
-//! llama.cpp's importance matrix: of every matrix X the sums of x^2 (`X.in_sum2`) and of x
-//! (`X.in_sum`) over its input, per column, and the rows that were summed (`X.counts`).
+//! llama.cpp's importance matrix. For every matrix X: the sums of x^2 (`X.in_sum2`) and of x
+//! (`X.in_sum`) over its input per column, and the number of rows (`X.counts`).
 //!
-//! An expert without a token has sums and a count of 0, as the format wants it; `llama-quantize`
-//! then takes all of its columns as equally important. `outliers.experts_never_hit` names such
+//! An expert without tokens has sums and a count of 0, as the format requires. `llama-quantize`
+//! then treats all its columns as equally important. `outliers.experts_never_hit` lists such
 //! experts.
 
 use std::collections::BTreeMap;
@@ -14,34 +14,34 @@ use crate::error::{Result, WorkerError, printable};
 use crate::kernels::taps::{Input, Place};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
 
-/// Characters of what is said of the text.
+/// Maximum characters of the text's description.
 const DATASET: usize = 1000;
 
-/// Which of an input's columns enter one matrix, and in which order.
+/// Which columns of an input enter one matrix, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Columns {
-    /// All, in the order of the checkpoint.
+    /// All, in the checkpoint's order.
     All,
-    /// Those of one head, and of them the first.
+    /// The first columns of one head.
     OfHead {
-        /// Values of a head.
+        /// Values per head.
         width: usize,
     },
-    /// All, all first heads of the groups before all second ones.
+    /// All, regrouped: the first heads of all groups, then the second heads.
     Regrouped {
-        /// Heads of a group.
+        /// Heads per group.
         heads: usize,
-        /// Values of a head.
+        /// Values per head.
         width: usize,
     },
 }
 
-/// A tensor of llama.cpp's, or as many of them as there are experts or heads.
+/// One tensor of llama.cpp, or a stack of one per expert or head.
 struct Entry {
     name: String,
     layer: usize,
     input: Input,
-    /// Each expert has an input of its own.
+    /// Each expert has a separate input.
     by_expert: bool,
     columns: usize,
     count: usize,
@@ -54,7 +54,7 @@ impl Entry {
         layers.get(&self.layer)?.inputs.get(&place).filter(|seen| seen.rows > 0)
     }
 
-    /// `[count, columns]`; zeros for what was never seen.
+    /// Shape `[count, columns]`; zeros where no token entered.
     fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&Seen) -> &[f32]) -> Vec<f32> {
         let mut all = Vec::with_capacity(self.count * self.columns);
         for at in 0..self.count {
@@ -75,13 +75,13 @@ impl Entry {
         all
     }
 
-    /// `[count]`.
+    /// Shape `[count]`.
     fn counts(&self, layers: &BTreeMap<usize, Layer>) -> Vec<f32> {
         (0..self.count).map(|at| self.seen(layers, at).map_or(0.0, |seen| seen.rows as f32)).collect()
     }
 }
 
-/// What a conversion makes of the matrices of all layers.
+/// The tensors that llama.cpp's conversion makes of the matrices of all layers.
 fn entries(family: &str, spec: &DecoderSpec) -> Vec<Entry> {
     let mut all = Vec::new();
     for matrix in matrices(spec) {
@@ -108,7 +108,7 @@ fn entries(family: &str, spec: &DecoderSpec) -> Vec<Entry> {
         all.extend(names::tensors(family, role).iter().map(plain));
         if let (MixerSpec::Latent(LatentSpec { heads, nope_dim, rope_dim, .. }), Role::KvBProj) = (mixer, role) {
             let of_head = Columns::OfHead { width: nope_dim + rope_dim };
-            // Keys are not made: their matrix is multiplied into the queries, head by head.
+            // Keys are not computed: the query is multiplied by this matrix, head by head.
             all.push(entry("attn_k_b", Input::Queries, *nope_dim, *heads, of_head));
             all.push(entry("attn_v_b", Input::of(role), columns, *heads, Columns::All));
         }
@@ -116,14 +116,14 @@ fn entries(family: &str, spec: &DecoderSpec) -> Vec<Entry> {
     all
 }
 
-/// Most bytes of the tensors of a file, whichever family it is of.
+/// Maximum bytes of the tensors of a file, for any family.
 pub(super) fn bytes(spec: &DecoderSpec) -> u64 {
     let of = |entry: &Entry| (4 * entry.count * (2 * entry.columns + 1)) as u64 + 3 * ENTRY;
-    // No family has more names for a matrix.
+    // The empty family has the most names per matrix.
     entries("", spec).iter().map(of).sum()
 }
 
-/// Writes it.
+/// Writes the importance matrix to `path`.
 ///
 /// # Errors
 /// Unsupported: llama.cpp does not read the family. Storage.

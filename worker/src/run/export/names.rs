@@ -1,9 +1,8 @@
-//! What llama.cpp calls the matrices of a layer: facts of its `gguf` package and of how it
-//! converts checkpoints.
+//! llama.cpp's names of a layer's matrices, from its `gguf` package and its conversion scripts.
 
 use crate::model::decoder::Role;
 
-/// Families that llama.cpp reads, with its name of each.
+/// Families that llama.cpp reads, with its names for them.
 const FAMILIES: [(&str, &str); 27] = [
     ("AfmoeForCausalLM", "afmoe"),
     ("BailingMoeV2ForCausalLM", "bailingmoe2"),
@@ -39,9 +38,9 @@ pub(super) fn of(architecture: &str) -> Option<&'static str> {
     FAMILIES.iter().find(|(ours, _)| *ours == architecture).map(|(_, theirs)| *theirs)
 }
 
-/// Names of what a conversion makes of the matrix of a role, without layer and suffix: several
-/// where it is split, or split by some versions; none if it is not a matrix of a layer. Of latent
-/// attention's [`Role::KvBProj`] the whole; its halves are others' inputs.
+/// llama.cpp's names of a role's matrix, without layer and suffix. Several where a conversion, of
+/// some version, splits the matrix; none if it is not a matrix of a layer. For latent attention's
+/// [`Role::KvBProj`] the whole matrix; its halves have other inputs.
 pub(super) fn tensors(family: &str, role: Role) -> &'static [&'static str] {
     match role {
         Role::QProj => &["attn_q"],
@@ -86,8 +85,8 @@ pub(super) fn tensors(family: &str, role: Role) -> &'static [&'static str] {
     }
 }
 
-/// Whether a conversion puts DeltaNet's value heads in another order: all first ones of the key
-/// heads, then all second ones.
+/// Whether a conversion reorders DeltaNet's value heads: the first of each key head, then the
+/// second of each.
 pub(super) fn reorders_value_heads(family: &str) -> bool {
     matches!(family, "qwen35" | "qwen35moe")
 }

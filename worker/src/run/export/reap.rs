@@ -1,5 +1,5 @@
-//! How much routed experts matter (REAP, arXiv 2510.13999), beside super experts: whether pruning
-//! by the one drops the other.
+//! Saliency of routed experts (REAP, arXiv 2510.13999), with the super experts: shows whether
+//! pruning by saliency would drop a super expert.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -17,12 +17,12 @@ struct Document<'a> {
     model: &'a str,
     rule: &'static str,
     tokens: usize,
-    /// Those with routed experts.
+    /// Layers with routed experts.
     layers: Vec<OfLayer>,
-    /// By the rule of `results.json`.
+    /// Super experts by the rule of `results.json`.
     super_experts: Vec<SuperExpert>,
-    /// Share of each layer's experts, 0 to 1, that can be dropped by saliency before a super
-    /// expert is; `None` without one.
+    /// Share of each layer's experts, 0 to 1, that can be dropped by saliency before the first
+    /// super expert is; `None` without a super expert.
     share_before_a_super_expert: Option<f64>,
 }
 
@@ -34,14 +34,14 @@ const RULE: &str = "saliency: mean over the tokens that were sent to an expert o
 struct OfLayer {
     layer: usize,
     experts: Vec<OfExpert>,
-    /// Their numbers, those that are dropped first first.
+    /// Expert indices by ascending saliency.
     ascending: Vec<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 struct OfExpert {
     tokens: u64,
-    /// This and the rest: `None` without a token.
+    /// Saliency, as the following fields `None` without a token.
     saliency: Option<f64>,
     mean_gate: Option<f64>,
     mean_norm: Option<f64>,
@@ -52,9 +52,9 @@ struct SuperExpert {
     layer: usize,
     expert: usize,
     saliency: Option<f64>,
-    /// How many of its layer are dropped before it.
+    /// Experts of the layer with a lower saliency.
     dropped_before: usize,
-    /// Of how many.
+    /// Experts of the layer.
     experts: usize,
 }
 
@@ -89,7 +89,7 @@ impl OfLayer {
     }
 }
 
-/// Writes it.
+/// Writes the file to `path`.
 ///
 /// # Errors
 /// Storage.

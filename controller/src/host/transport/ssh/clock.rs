@@ -1,4 +1,4 @@
-//! What is heard of a transfer, and how long nothing may be heard.
+//! Progress and stall timeout of a transfer.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -8,11 +8,11 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 
-/// One transfer's signs of life, from all its channels together.
+/// Progress of one transfer over all its channels.
 ///
-/// A clock per request would run out on a slow line, where requests wait for each other, and so
-/// would one per channel: the channels share the line. What cannot happen on a line that is only
-/// slow is that nothing at all is acknowledged.
+/// A timeout per request or per channel would expire on a slow line, where requests wait for each
+/// other and channels share the bandwidth. A line that is only slow still acknowledges something
+/// within the timeout.
 pub(super) struct Clock<'a> {
     patience: Duration,
     heard: Mutex<Instant>,
@@ -21,22 +21,22 @@ pub(super) struct Clock<'a> {
 }
 
 impl<'a> Clock<'a> {
-    /// `told` hears the bytes acknowledged so far.
+    /// `told` is called with the bytes acknowledged so far.
     pub(super) fn new(patience: Duration, told: &'a (dyn Fn(u64) + Send + Sync)) -> Self {
         Self { patience, heard: Mutex::new(Instant::now()), acknowledged: watch::Sender::new(0), told }
     }
 
-    /// How long nothing may be heard.
+    /// Maximum time without progress.
     pub(super) fn patience(&self) -> Duration {
         self.patience
     }
 
-    /// The other side did something.
+    /// Records activity of the server.
     pub(super) fn hear(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
-    /// The other side has this many more bytes.
+    /// Adds acknowledged bytes.
     pub(super) fn acknowledge(&self, bytes: u64) {
         self.hear();
         self.acknowledged.send_modify(|all| *all += bytes);
@@ -48,13 +48,13 @@ impl<'a> Clock<'a> {
         *self.acknowledged.borrow()
     }
 
-    /// Waits until another channel's bytes are acknowledged.
+    /// Waits until more than `bytes` are acknowledged.
     pub(super) async fn wait_for_more_than(&self, bytes: u64) {
-        // Refused only when the sender is gone, which is ours.
+        // The receiver fails only if the sender is dropped, and `self` owns it.
         let _ = self.acknowledged.subscribe().wait_for(|all| *all > bytes).await;
     }
 
-    /// Does the work, or gives it up when nothing is heard of it for too long.
+    /// Runs the future, or fails after too long without progress.
     pub(super) async fn guard<T>(
         &self,
         path: &str,

@@ -18,35 +18,35 @@ use super::{HostKeyPin, Tuning};
 use crate::host::transport::{SshEndpoint, TransportError, TransportErrorKind as Kind};
 use crate::text::clean;
 
-/// One TCP connect; packets to a machine that is still booting are often just dropped.
+/// Time limit of one TCP connect. Packets to a booting machine are often dropped.
 const TCP_LIMIT: Duration = Duration::from_secs(15);
-/// From the open TCP connection to the server's greeting.
+/// Time limit from the open TCP connection to the server's greeting.
 const BANNER_LIMIT: Duration = Duration::from_secs(20);
-/// How a greeting begins. Before it a server may send lines of text (RFC 4253, section 4.2): as
-/// many and as long as OpenSSH takes.
+/// Prefix of a greeting. A server may send lines of text before it (RFC 4253, section 4.2). The
+/// limits on them are OpenSSH's.
 const GREETING: &[u8] = b"SSH-";
 const MOST_LINES: usize = 1023;
 const LONGEST_LINE: usize = 8192;
-/// What is kept of such lines, for messages.
+/// Characters of such lines that are kept for messages.
 const SHOWN: usize = 200;
-/// Between two looks at a greeting that has come in part.
+/// Pause between two looks at an incomplete greeting.
 const LOOK: Duration = Duration::from_millis(50);
-/// Key exchange, and again login.
+/// Time limit of the key exchange, and of the login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
-/// Longest time between new keys, as RFC 4253 (section 9) wants it.
+/// Maximum time between new keys, from RFC 4253 (section 9).
 const REKEY_TIME: Duration = Duration::from_secs(3600);
 
-/// Channels that a server may try to open before its connection is ended.
+/// Channels that a server may try to open before its connection is closed.
 const MOST_OPENED: u32 = 10;
 
-/// How many channels a host has tried to open to this machine. Nothing here asks for one, and none
-/// is taken.
+/// Number of channels that a host has tried to open to this machine. None is requested and none
+/// accepted.
 #[derive(Clone, Default)]
 pub(super) struct ChannelCount(Arc<AtomicU32>);
 
 impl ChannelCount {
-    /// Takes note of one more; an error, which ends the connection, when they are too many.
+    /// Counts one attempt. Too many are an error, which ends the connection.
     fn note(&self) -> Result<(), russh::Error> {
         match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
             true => Ok(()),
@@ -54,7 +54,7 @@ impl ChannelCount {
         }
     }
 
-    /// Why a host that opened too many is not spoken to.
+    /// The error for a host that opened too many channels.
     pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
         let message = format!(
             "{endpoint}: the host misbehaves: it tried to open more than {MOST_OPENED} channels to this machine, \
@@ -65,7 +65,7 @@ impl ChannelCount {
     }
 }
 
-/// What russh calls back.
+/// Callbacks of russh.
 pub(super) struct Client {
     pin: Option<HostKeyPin>,
     seen: Arc<Mutex<Option<PublicKey>>>,
@@ -112,13 +112,13 @@ impl client::Handler for Client {
         server_channel_open_unknown();
     }
 
-    /// So that those of unknown kinds are counted too; what follows refuses them.
+    /// Counts channels of unknown kinds, too. The default implementation refuses them.
     async fn should_accept_unknown_server_channel(&mut self, _id: ChannelId, _kind: &str) -> bool {
         true
     }
 }
 
-/// TCP, greeting, key exchange, host key, login.
+/// Opens TCP, waits for the greeting, exchanges keys, checks the host key, logs in.
 pub(super) async fn open(
     endpoint: &SshEndpoint,
     key: &Arc<PrivateKey>,
@@ -137,7 +137,7 @@ pub(super) async fn open(
 
 async fn dial(endpoint: &SshEndpoint) -> Result<TcpStream, TransportError> {
     let connect = async {
-        // Resolved apart from connecting: an unknown name must not look like a refused connection.
+        // Resolved separately, so that an unknown name differs from a refused connection.
         let addresses: Vec<_> = lookup_host((endpoint.host.as_str(), endpoint.port)).await?.collect();
         TcpStream::connect(&addresses[..]).await
     };
@@ -157,14 +157,14 @@ fn dial_kind(error: &io::Error) -> Kind {
     match error.kind() {
         io::ErrorKind::ConnectionRefused => Kind::Refused,
         io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionAborted => Kind::Reset,
-        // Unknown name, no route, filtered, timed out in the kernel: from here they are one thing.
+        // Unknown name, no route, filtered and kernel timeout cannot be distinguished here.
         _ => Kind::Unreachable,
     }
 }
 
-/// Waits for the server's greeting, which stays in the stream, and takes the lines before it: the
-/// SSH library bears few of them. A server that is not ready closes here, some with a line of
-/// text.
+/// Waits for the server's greeting, which stays in the stream, and removes the lines before it,
+/// since the SSH library accepts few of them. A server that is not ready closes the connection
+/// here, some after a line of text.
 async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Result<(), TransportError> {
     let mut said = Vec::new();
     let began = timeout(BANNER_LIMIT, take_preface(stream, &mut said)).await;
@@ -185,17 +185,17 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Re
     Err(TransportError::new(Kind::Reset, format!("{endpoint}: {what}{words}")))
 }
 
-/// How a server begins.
+/// First bytes from a server.
 enum Began {
     Greeting,
     Closed,
     Flood,
 }
 
-/// Takes what comes before the greeting; the first of it is kept in `said`.
+/// Reads the text before the greeting and keeps its start in `said`.
 async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<Began> {
     let mut seen = [0; 4096];
-    // Of the line that has begun.
+    // Length of the current line.
     let (mut lines, mut length) = (0, 0);
     loop {
         let n = stream.peek(&mut seen).await?;
@@ -207,7 +207,7 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
             return Ok(Began::Greeting);
         }
         if length == 0 && GREETING.starts_with(there) {
-            // What was seen stays readable, so that the next look would return at once.
+            // The peeked bytes stay readable, so that the next look would return at once.
             tokio::time::sleep(LOOK).await;
             continue;
         }
@@ -256,18 +256,17 @@ fn changed(endpoint: &SshEndpoint, pin: Option<&HostKeyPin>, key: &PublicKey) ->
 fn config(pin: Option<&HostKeyPin>, tuning: &Tuning) -> client::Config {
     let mut keys = Preferred::DEFAULT.key.to_vec();
     if let Some(pinned) = pin.and_then(HostKeyPin::algorithm) {
-        // RSA is one key under several signature names.
+        // An RSA key has several signature names.
         let rsa = pinned.clone().is_rsa();
         keys.sort_by_key(|a| *a != pinned && !(rsa && a.clone().is_rsa()));
     }
     let ciphers = [cipher::AES_256_GCM, cipher::CHACHA20_POLY1305, cipher::AES_256_CTR];
     client::Config {
         nodelay: true,
-        // Ours bounds downloads: 16 MiB carry 100 MB/s over 150 ms.
+        // The window bounds downloads: 16 MiB carry 100 MB/s over 150 ms.
         window_size: 16 << 20,
         channel_buffer_size: 4096,
-        // Anything that comes counts as an answer: a slow upload is kept alive by its
-        // acknowledgements.
+        // Any received packet counts as an answer: acknowledgements keep a slow upload alive.
         keepalive_interval: Some(tuning.keepalive),
         keepalive_max: 3,
         limits: Limits::new(tuning.rekey_after, tuning.rekey_after, REKEY_TIME),
@@ -289,7 +288,7 @@ async fn log_in(
     match handle.authenticate_publickey(&endpoint.user, key).await {
         Ok(AuthResult::Success) => Ok(()),
         Ok(AuthResult::Failure { partial_success: true, .. }) => {
-            let message = format!("{endpoint}: the server wants more than our key");
+            let message = format!("{endpoint}: the server requires more than the run's key");
             Err(TransportError::new(Kind::AuthFailed, message))
         }
         Ok(AuthResult::Failure { .. }) => {
@@ -300,7 +299,7 @@ async fn log_in(
     }
 }
 
-/// A failure of the connection or the protocol, in our kinds.
+/// Converts a failure of the connection or the protocol.
 pub(super) fn broken(place: &dyn std::fmt::Display, error: &russh::Error) -> TransportError {
     use russh::Error as E;
     let kind = match error {

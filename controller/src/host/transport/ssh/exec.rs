@@ -1,4 +1,4 @@
-//! One command on one channel.
+//! Runs one command on one channel.
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use super::connect::{Client, broken};
 use crate::host::transport::{ExecOutput, TransportError, TransportErrorKind as Kind};
 use crate::text::clean;
 
-/// More than this from one command is not an answer but a flood.
+/// Maximum output of one command in bytes.
 const MAX_OUTPUT: usize = 64 << 20;
-/// Between attempts to open a channel.
+/// Pauses between attempts to open a channel.
 const PAUSES: [Duration; 6] = [
     Duration::from_millis(25),
     Duration::from_millis(50),
@@ -24,7 +24,7 @@ const PAUSES: [Duration; 6] = [
 /// Stream number of standard error.
 const STDERR: u32 = 1;
 
-/// Runs `command` in the login shell, feeds it `stdin`, waits for its end.
+/// Runs `command` in the login shell with `stdin` as its input and waits for its end.
 pub(super) async fn exec(
     handle: &Handle<Client>,
     command: &str,
@@ -38,8 +38,8 @@ pub(super) async fn exec(
     }
 }
 
-/// The same for a command that eats a part of a transfer: its limit is the transfer's clock, which
-/// hears of every byte eaten.
+/// As [`exec`] for a command that receives a part of a transfer. The transfer's clock is its time
+/// limit and counts every byte sent.
 pub(super) async fn feed(
     handle: &Handle<Client>,
     command: &str,
@@ -65,7 +65,7 @@ async fn run(
     channel.exec(true, command).await.map_err(fail)?;
     let (mut from, to) = channel.split();
     let feed = async {
-        // A command that ends without reading its input is judged by its status, not by this.
+        // A command may end without reading its input. Its status decides.
         if stdin.is_empty() || to.data_bytes(stdin.to_vec()).await.is_ok() {
             let _ = to.eof().await;
         }
@@ -83,14 +83,14 @@ async fn run(
         };
         hear();
         if let Some(result) = gathered.take(message, name) {
-            // The server may wait for our half; it is gone already if it spoke first.
+            // The server may wait for this side's close. An error means that it closed first.
             let _ = to.close().await;
             return result;
         }
     }
 }
 
-/// A new channel. A server that allows few may not yet have seen that the last one is closed.
+/// Opens a channel. A server with few channels may not yet have seen the last one close.
 async fn open(handle: &Handle<Client>) -> Result<Channel, russh::Error> {
     for pause in PAUSES {
         match handle.channel_open_session().await {
@@ -101,7 +101,7 @@ async fn open(handle: &Handle<Client>) -> Result<Channel, russh::Error> {
     handle.channel_open_session().await
 }
 
-/// What a channel has said so far.
+/// Output of a channel so far.
 #[derive(Default)]
 struct Gathered {
     stdout: Vec<u8>,
@@ -111,10 +111,10 @@ struct Gathered {
 }
 
 impl Gathered {
-    /// Takes one message; `Some` when the command is over.
+    /// Processes one message; `Some` when the channel is closed.
     ///
-    /// Status may come before or after the last data and the end of file, so that only the
-    /// channel's close ends it.
+    /// The status may arrive before or after the last data and the end of file, so only the
+    /// channel's close ends the command.
     fn take(&mut self, message: Option<ChannelMsg>, name: &str) -> Option<Result<ExecOutput, TransportError>> {
         match message {
             Some(ChannelMsg::Data { data }) => return self.keep(&data, false, name),
@@ -150,5 +150,5 @@ impl Gathered {
     }
 }
 
-/// The channel type of a client.
+/// A channel of the client.
 pub(super) type Channel = russh::Channel<Msg>;

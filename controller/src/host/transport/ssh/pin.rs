@@ -1,4 +1,4 @@
-//! The host key an instance must keep.
+//! The pinned host key of an instance.
 
 use std::fmt;
 
@@ -7,15 +7,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::transport::{TransportError, TransportErrorKind};
 
-/// A host key to hold an instance to: `ssh-ed25519 AAAA...`, or a fingerprint `SHA256:...`.
+/// An expected host key: `ssh-ed25519 AAAA...`, or a fingerprint `SHA256:...`.
 ///
-/// It belongs to an instance, never to an address: clouds give addresses to the next customer.
+/// It belongs to an instance, not to an address: clouds reassign addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct HostKeyPin(String);
 
 impl HostKeyPin {
-    /// From a public key line (a comment is dropped) or a fingerprint.
+    /// Parses a public key line (its comment is dropped) or a fingerprint.
     pub fn new(text: &str) -> Result<Self, TransportError> {
         let text = text.trim();
         if let Some(digest) = text.strip_prefix("SHA256:") {
@@ -54,8 +54,8 @@ impl HostKeyPin {
         }
     }
 
-    /// The algorithm to ask the server for first: it may hold several keys, and another one would
-    /// look like a changed key.
+    /// The algorithm to request first: a server may have several keys, and a key of another kind
+    /// would look like a changed key.
     pub(super) fn algorithm(&self) -> Option<Algorithm> {
         self.key().map(|key| key.algorithm())
     }

@@ -1,4 +1,4 @@
-//! Files through commands alone, for servers without SFTP, and the questions SFTP cannot answer.
+//! Files through commands alone, for servers without SFTP, and checks that SFTP cannot express.
 
 use std::time::Duration;
 
@@ -15,12 +15,12 @@ use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 /// Bytes per command that reads. Each block has its own limit, so that the whole has none: a slow
 /// line is not a dead one.
 const BLOCK: u64 = 4 << 20;
-/// For one block: 14 kB/s.
+/// Time limit of one block: 14 kB/s.
 const BLOCK_LIMIT: Duration = Duration::from_secs(300);
-/// For a command that does next to nothing.
+/// Time limit of a short command.
 const SHORT: Duration = Duration::from_secs(60);
 
-/// Makes a file, private to its owner, unless it is there.
+/// Creates a file with mode 0600 unless it exists.
 pub(super) async fn make(handle: &Handle<Client>, path: &str) -> Result<(), TransportError> {
     demand(path, exec(handle, &scripts::make(path), &[], SHORT).await?).map(drop)
 }
@@ -36,7 +36,7 @@ pub(super) async fn write_at(
     demand(path, feed(handle, &scripts::write_at(path, offset), bytes, clock).await?).map(drop)
 }
 
-/// Writes a few bytes into the new file `part`, then gives it `mode`.
+/// Writes a few bytes into the new file `part`, then sets `mode`.
 pub(super) async fn write_new(
     handle: &Handle<Client>,
     part: &str,
@@ -44,7 +44,7 @@ pub(super) async fn write_new(
     bytes: &[u8],
 ) -> Result<(), TransportError> {
     let file = quote(part);
-    // A shell that died in mid-stream may still have said yes.
+    // A shell that is killed mid-stream may still report success, so the script checks the length.
     let script = format!(
         "umask 077; set -C; cat > {file} && [ $(wc -c < {file}) -eq {} ] && chmod {mode:o} {file}",
         bytes.len()
@@ -59,12 +59,12 @@ pub(super) async fn rename(handle: &Handle<Client>, from: &str, to: &str) -> Res
     demand(to, exec(handle, &in_sh(&script), &[], SHORT).await?).map(drop)
 }
 
-/// Removes a file that may not be there; what goes wrong here is not worth hearing of.
+/// Removes a file. Errors are ignored, as is a missing file.
 pub(super) async fn remove(handle: &Handle<Client>, path: &str) {
     let _ = exec(handle, &in_sh(&format!("rm -f {}", quote(path))), &[], SHORT).await;
 }
 
-/// The bytes from `offset`, at most `limit`; `None` if there is no such file. Links are not
+/// Reads at most `limit` bytes from `offset`; `None` if the file does not exist. Links are not
 /// followed.
 pub(super) async fn read(
     handle: &Handle<Client>,
@@ -78,7 +78,7 @@ pub(super) async fn read(
     Ok(Some(bytes))
 }
 
-/// Copies a file of at most `limit` bytes into `out`; `None` if there is no such file.
+/// Copies a file of at most `limit` bytes to `out`; `None` if it does not exist.
 pub(super) async fn download(
     handle: &Handle<Client>,
     path: &str,
@@ -100,7 +100,8 @@ pub(super) async fn download(
     }
 }
 
-/// The real reason why a file could not be written: SFTP has no word for a full disk, a shell has.
+/// Finds why a file could not be written: SFTP has no status for a full disk, a shell's error
+/// names it.
 pub(super) async fn explain(handle: &Handle<Client>, part: &str, error: TransportError) -> TransportError {
     if error.kind == Kind::NoSpace {
         return error;

@@ -1,4 +1,4 @@
-//! Files over SFTP, with many requests under way at once.
+//! Files over SFTP, with many concurrent requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,26 +21,27 @@ use super::exec::Channel;
 use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 use crate::text::clean;
 
-/// Bytes per request: with its header it stays below the 32 KiB that every server takes.
+/// Bytes per request: with its header below the 32 KiB that every server accepts.
 const CHUNK: u64 = 31 << 10;
-/// Writes under way per channel: together they fill OpenSSH's window of 2 MiB.
+/// Concurrent writes per channel: together they fill OpenSSH's window of 2 MiB.
 const WRITES: usize = 64;
-/// Reads under way: they fill half of our own window.
+/// Concurrent reads: they fill half of this client's window.
 const READS: usize = 256;
-/// Longest time of a request, queueing included: [`Clock`] says when a line is dead.
+/// Maximum time of a request, including its time in the queue. [`Clock`] detects a lost
+/// connection.
 const REQUEST_LIMIT_SECS: u64 = 24 * 3600;
-/// Type bits of a mode, and the value for a plain file.
+/// Type bits of a mode, and their value for a plain file.
 const TYPE_MASK: u32 = 0o170_000;
 const PLAIN_FILE: u32 = 0o100_000;
 
-/// An SFTP session on a channel of its own.
+/// An SFTP session on its own channel.
 pub struct Sftp {
     session: RawSftpSession,
     patience: Duration,
 }
 
 impl Sftp {
-    /// `None` when the server has no SFTP. No answer may take longer than `patience`.
+    /// `None` if the server has no SFTP. `patience` is the time limit of an answer.
     pub(super) async fn open(handle: &Handle<Client>, patience: Duration) -> Result<Option<Self>, TransportError> {
         timeout(patience, Self::start(handle, patience))
             .await
@@ -62,16 +63,16 @@ impl Sftp {
         match Self::over(channel.into_stream(), patience).await {
             Ok(session) => Ok(Some(session)),
             Err(_) if handle.is_closed() => Err(fail(russh::Error::Disconnect)),
-            // The server said yes and started something that speaks no SFTP, or nothing at all.
+            // The server accepted the request and started a program that does not speak SFTP.
             Err(_) => Ok(None),
         }
     }
 
-    /// A session with the server at the other end of `stream`. No answer may take longer than
-    /// `patience`.
+    /// A session with the server at the other end of `stream`. `patience` is the time limit of an
+    /// answer.
     ///
     /// # Errors
-    /// When what answers speaks no SFTP.
+    /// The answer is not SFTP.
     pub async fn over(
         stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
         patience: Duration,
@@ -82,16 +83,16 @@ impl Sftp {
         Ok(Self { session, patience })
     }
 
-    /// At most `limit` bytes of a plain file, from `offset` on; `None` if there is no such file.
+    /// Reads at most `limit` bytes of a plain file from `offset`; `None` if it does not exist.
     ///
     /// # Errors
-    /// What the server says, or that it is silent.
+    /// The server's error, or a timeout.
     pub async fn read(&self, remote: &str, offset: u64, limit: u64) -> Result<Option<Vec<u8>>, TransportError> {
         let mut content = Vec::new();
         Ok(self.download(remote, offset, Limit::Cut(limit), &mut content).await?.map(|_| content))
     }
 
-    /// Renames over an existing file; `false` when the server cannot.
+    /// Renames over an existing file; `false` if the server does not support it.
     pub(super) async fn rename_over(&self, from: &str, to: &str) -> Result<bool, TransportError> {
         let mut payload = Vec::new();
         for path in [from, to] {
@@ -106,8 +107,8 @@ impl Sftp {
         }
     }
 
-    /// Copies a plain file from `offset` into `out`; `None` if there is no such file. Links are
-    /// not followed.
+    /// Copies a plain file from `offset` to `out`; `None` if it does not exist. Links are not
+    /// followed.
     pub(super) async fn download(
         &self,
         remote: &str,
@@ -144,15 +145,15 @@ impl Sftp {
             Err(_) => return Err(self.stalled(remote)),
         };
         let kind = attrs.permissions.unwrap_or(0) & TYPE_MASK;
-        // A server that tells no type at all is taken at its word; a named pipe would never end, a
-        // link may lead anywhere.
+        // A server that reports no type is trusted. A named pipe would never end, and a link may
+        // point anywhere.
         if kind != 0 && kind != PLAIN_FILE {
             return Err(TransportError::new(Kind::Remote, format!("{remote}: not a plain file")));
         }
         Ok(Some(attrs.size.unwrap_or(0)))
     }
 
-    /// Reads `from..to` in order, many requests ahead. Ends early if the file got shorter.
+    /// Reads `from..to` in order with many requests ahead. Ends early if the file got shorter.
     async fn stream(
         &self,
         remote: &str,
@@ -182,14 +183,14 @@ impl Sftp {
         }
     }
 
-    /// The bytes `from..to`, asked for again where the server answers with fewer; `false` with
-    /// those before its end.
+    /// Reads `from..to`, repeating where the server returns fewer bytes; `false` if the file ends
+    /// earlier.
     async fn chunk(&self, handle: &str, from: u64, to: u64) -> Result<(Vec<u8>, bool), SftpError> {
         let mut bytes = Vec::new();
         while from + (bytes.len() as u64) < to {
             let at = from + bytes.len() as u64;
             match self.session.read(handle, at, (to - at) as u32).await {
-                // An empty or overlong answer would never end or overrun.
+                // An empty answer would loop forever, an overlong one would overrun.
                 Ok(data) if data.data.is_empty() || data.data.len() as u64 > to - at => {
                     return Err(SftpError::UnexpectedPacket);
                 }
@@ -201,7 +202,7 @@ impl Sftp {
         Ok((bytes, true))
     }
 
-    /// One request that nothing else queues before.
+    /// One request with the session's time limit.
     async fn patient<T>(
         &self,
         path: &str,
@@ -214,7 +215,7 @@ impl Sftp {
         TransportError::new(Kind::TimedOut, format!("{path}: no progress for {} s", self.patience.as_secs_f64()))
     }
 
-    /// Opens a file to write parts of it; `make`s it, private to its owner, if there is none.
+    /// Opens a file for writing parts of it; `make` creates it with mode 0600.
     pub(super) async fn writer<'a>(
         self: Arc<Self>,
         path: &'a str,
@@ -228,9 +229,9 @@ impl Sftp {
         Ok(Writer { sftp: self, path, handle, clock, flight: FuturesUnordered::new() })
     }
 
-    /// Writes a few bytes into the new file `part`, syncs it and gives it `mode`.
+    /// Writes a few bytes into the new file `part`, syncs it and sets `mode`.
     pub(super) async fn write_new(&self, part: &str, mode: u32, bytes: &[u8]) -> Result<(), TransportError> {
-        // Private until it is whole: it may be a secret.
+        // Mode 0600 until complete, since it may be a secret.
         let private = FileAttributes { permissions: Some(0o600), ..FileAttributes::empty() };
         let create = OpenFlags::CREATE | OpenFlags::WRITE | OpenFlags::EXCLUDE;
         let handle = self.patient(part, self.session.open(part, create, private)).await?.handle;
@@ -246,14 +247,14 @@ impl Sftp {
         let attrs = FileAttributes { permissions: Some(mode), ..FileAttributes::empty() };
         self.patient(part, self.session.fsetstat(handle, attrs)).await?;
         match self.patient(part, self.session.fsync(handle)).await {
-            // Not every server knows how.
+            // Not every server supports this.
             Err(e) if e.kind != Kind::Remote => Err(e),
             _ => Ok(()),
         }
     }
 }
 
-/// A remote file that is written through one channel, with many requests under way.
+/// A remote file that is written through one channel, with many concurrent requests.
 pub(super) struct Writer<'a> {
     sftp: Arc<Sftp>,
     path: &'a str,
@@ -263,7 +264,7 @@ pub(super) struct Writer<'a> {
 }
 
 impl Writer<'_> {
-    /// Sends bytes for `offset` and waits only where too many requests are under way.
+    /// Sends bytes for `offset`. Waits only if too many requests are in flight.
     pub(super) async fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), TransportError> {
         for (i, chunk) in bytes.chunks(CHUNK as usize).enumerate() {
             while self.flight.len() >= WRITES {
@@ -276,7 +277,7 @@ impl Writer<'_> {
                 sftp.session.write(handle, offset, chunk).await.map(|_| len)
             }));
         }
-        // A request is sent when it is first asked for its answer.
+        // Polling the future sends the request.
         match self.flight.next().now_or_never() {
             Some(answer) => self.take(answer).map(drop),
             None => Ok(()),
@@ -288,14 +289,14 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Waits until all that was sent is acknowledged, and closes the file.
+    /// Waits until all writes are acknowledged, and closes the file.
     pub(super) async fn close(mut self) -> Result<(), TransportError> {
         let settled = self.settle().await;
         let closed = self.sftp.patient(self.path, self.sftp.session.close(self.handle.as_str())).await;
         settled.and(closed.map(drop))
     }
 
-    /// Waits for one answer; `false` if none is due.
+    /// Waits for one answer; `false` if none is outstanding.
     pub(super) async fn acknowledge(&mut self) -> Result<bool, TransportError> {
         let answer = self.flight.next().await;
         self.take(answer)
@@ -333,7 +334,7 @@ mod tests {
 
     use super::*;
 
-    /// A server whose file is as long as a file can be.
+    /// A server with a file of the maximum length.
     struct Endless;
 
     impl server::Handler for Endless {

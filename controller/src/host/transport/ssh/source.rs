@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::files::open_regular;
 use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 
-/// A plain file, open to be read in any order.
+/// A plain file that is read at any offset.
 pub(super) struct UploadSource(Arc<File>);
 
 impl UploadSource {
@@ -18,7 +18,7 @@ impl UploadSource {
         Ok(Self(Arc::new(open_regular(path)?)))
     }
 
-    /// These bytes; an error if the file has become too short for them.
+    /// Reads a range; an error if the file has become too short.
     pub(super) async fn block(&self, range: Range<u64>) -> Result<Vec<u8>, TransportError> {
         let file = self.0.clone();
         let read = move || {

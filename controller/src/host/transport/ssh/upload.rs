@@ -1,9 +1,8 @@
-//! Large files to the host: several channels at once, each writing blocks of one file at their own
-//! offsets.
+//! Uploads large files over several channels, each writing blocks of one file at their offsets.
 //!
-//! A server gives each channel a window of 2 MiB per round trip, so that one channel is slow on a
-//! long line however wide it is; channels of one connection add up. Blocks go through SFTP, or
-//! through `dd` where the server has none.
+//! A server gives each channel a window of 2 MiB per round trip, so one channel is slow on a long
+//! line at any bandwidth. The windows of several channels add up. Blocks go through SFTP, or
+//! through `dd` on servers without it.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,32 +18,31 @@ use super::source::UploadSource;
 use crate::host::transport::TransportError;
 use crate::host::transport::scripts::UNIT;
 
-/// Channels of one upload, as measured (`benches/upload.rs`). OpenSSH allows 10 per connection;
-/// two are left for commands.
+/// Channels of one upload, from measurements (`benches/upload.rs`). OpenSSH allows 10 per
+/// connection; two are left for commands.
 pub(super) const LANES: usize = 8;
 /// What a lane takes at a time: as much as a channel's window holds.
 pub(super) const BLOCK: u64 = 31 * UNIT;
 /// Bytes that go out before the first acknowledgement: two windows.
 const START: u64 = 2 * BLOCK;
 
-/// One upload, shared by its lanes.
+/// One upload, shared by its lanes (one channel each).
 pub(super) struct Upload<'a> {
     pub(super) handle: &'a Handle<Client>,
     pub(super) source: &'a UploadSource,
     pub(super) remote: &'a str,
     pub(super) clock: Clock<'a>,
     pub(super) queue: Queue,
-    /// Channels at the same time, at most.
+    /// Maximum number of concurrent channels.
     pub(super) lanes: usize,
 }
 
 impl Upload<'_> {
-    /// Sends all blocks. Without `sftp` through commands alone.
+    /// Sends all blocks, over `sftp` or through commands.
     pub(super) async fn run(&self, sftp: Option<Arc<Sftp>>) -> Result<(), TransportError> {
         let all = async {
             match sftp {
-                // Lanes beside the first need not come to be: servers limit the channels of a
-                // connection.
+                // Additional lanes may fail: servers limit the channels of a connection.
                 Some(first) => {
                     let more = (1..self.lanes()).map(|_| self.extra_sftp());
                     try_join(self.first_sftp(first), try_join_all(more)).await.map(drop)
@@ -52,7 +50,7 @@ impl Upload<'_> {
                 None => {
                     plain::make(self.handle, self.remote).await?;
                     try_join_all((0..self.lanes()).map(|_| self.extra_commands())).await?;
-                    // What refused lanes gave back, or the reason why.
+                    // Sends the blocks that refused lanes returned, or reports the error.
                     self.through_commands().await
                 }
             }
@@ -68,8 +66,8 @@ impl Upload<'_> {
         self.fill(sftp.writer(self.remote, true, &self.clock).await?).await
     }
 
-    /// The first lane has made the file long before this one is open. Making it here, when all is
-    /// over, would bring it back.
+    /// The first lane has created the file before. Creating it here could recreate a file that has
+    /// been removed.
     async fn extra_sftp(&self) -> Result<(), TransportError> {
         let Ok(Some(sftp)) = Sftp::open(self.handle, self.clock.patience()).await else { return Ok(()) };
         match Arc::new(sftp).writer(self.remote, false, &self.clock).await {
@@ -84,7 +82,7 @@ impl Upload<'_> {
         sent.and(closed)
     }
 
-    /// Takes blocks until none is left.
+    /// Sends blocks until none is left.
     async fn blocks(&self, file: &mut Writer<'_>) -> Result<(), TransportError> {
         loop {
             self.keep_pace(file).await?;
@@ -94,8 +92,8 @@ impl Upload<'_> {
         }
     }
 
-    /// Waits while more is under way than the line has shown to carry. A narrow line would be full
-    /// for minutes, and commands would wait behind it.
+    /// Waits while more bytes are in flight than the line has carried so far. A slow line would
+    /// otherwise be full for minutes, and commands would wait behind it.
     async fn keep_pace(&self, file: &mut Writer<'_>) -> Result<(), TransportError> {
         loop {
             let acknowledged = self.clock.acknowledged();
@@ -125,9 +123,9 @@ impl Upload<'_> {
         Ok(())
     }
 
-    /// A lane of commands, which the server may refuse: one channel is enough. Nor does a full
-    /// disk end the others in the middle of a command, which would go on there alone and make
-    /// again what is removed here.
+    /// An additional lane of commands, which the server may refuse: one channel is enough. A full
+    /// disk does not end the other lanes in the middle of a command, which would continue on the
+    /// host and recreate files that are removed here.
     async fn extra_commands(&self) -> Result<(), TransportError> {
         match self.through_commands().await {
             Err(e) if !e.kind.is_transient() => Ok(()),
@@ -140,14 +138,14 @@ impl Upload<'_> {
 pub(super) struct Queue(Mutex<PendingBlocks>);
 
 struct PendingBlocks {
-    /// Nobody has taken these yet; the next one is the last.
+    /// Blocks not taken yet; the last element is next.
     left: Vec<Range<u64>>,
-    /// Bytes of those that were.
+    /// Bytes of the blocks taken.
     taken: u64,
 }
 
 impl Queue {
-    /// The blocks of these parts of a file.
+    /// Splits parts of a file into blocks.
     pub(super) fn of(parts: &[Range<u64>]) -> Self {
         let blocks = |part: &Range<u64>| {
             let end = part.end;
