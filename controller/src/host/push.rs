@@ -112,7 +112,7 @@ impl RemoteHost {
         }
         let version: VersionInfo = serde_json::from_slice(&answer.stdout).map_err(|e| {
             let said = clean(&answer.stdout, 120);
-            let message = format!("{}: the worker's `version --json` is not a version document ({e}): {said}", self.name);
+            let message = format!("{}: `version --json` of the worker is not valid ({e}): {said}", self.name);
             HostError::new(HostErrorKind::WorkerVersion, message)
         })?;
         let ours = env!("CARGO_PKG_VERSION");
