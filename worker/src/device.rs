@@ -1,4 +1,4 @@
-//! Devices: what `--devices` means, and what is there.
+//! Devices: parses `--devices` and lists the devices of this machine.
 
 use std::fmt;
 
@@ -12,22 +12,22 @@ use crate::error::{Result, WorkerError};
 
 pub mod gpu;
 
-/// One device that layers are dealt to. Two placements on the CPU are two logical devices over the
-/// same memory.
+/// A device to which layers are assigned. Two placements on the CPU are two logical devices over
+/// the same memory.
 #[derive(Clone, Debug)]
 pub struct Placement {
-    /// As in `--devices`.
+    /// Name as in `--devices`.
     pub name: String,
-    /// Candle's handle; made once, cloned everywhere (two handles of one GPU count as different
-    /// devices).
+    /// Candle's device, created once and cloned (two devices made for one GPU count as different).
     pub device: Device,
 }
 
-/// Opens the devices typed: `cpu`, `cpu:N` (N logical devices), `cuda:I`. None typed: all GPUs, or
-/// the CPU.
+/// Opens devices by name: `cpu`, `cpu:N` (N logical devices), `cuda:I`. Without names: all GPUs,
+/// or the CPU if there are none.
 ///
 /// # Errors
-/// Job: not a device's name. Device: a GPU that is not there or cannot be used; none typed: that GPUs are there, and none can be used.
+/// Job: not a device's name. Device: the GPU is missing or unusable; without names: there are GPUs
+/// and none is usable.
 pub fn open(typed: &[String]) -> Result<Vec<Placement>> {
     if typed.is_empty() {
         let opened = gpu::find().open_all()?.into_iter().map(|(index, device)| cuda(index, device));
@@ -67,13 +67,12 @@ fn cuda(index: usize, device: Device) -> Placement {
     Placement { name: format!("cuda:{index}"), device }
 }
 
-/// How many devices hold their weights and work in the same memory: all on the CPU do, every GPU
-/// has its own.
+/// Number of devices that share one memory: all devices on the CPU; a GPU shares with none.
 pub fn sharing_memory(devices: &[Placement]) -> usize {
     devices.iter().filter(|placement| placement.device.is_cpu()).count().max(1)
 }
 
-/// Whether one of them is a GPU.
+/// Whether one of the devices is a GPU.
 pub fn has_gpu(devices: &[Placement]) -> bool {
     devices.iter().any(|placement| !placement.device.is_cpu())
 }
@@ -89,7 +88,7 @@ pub fn compute_dtype(precision: Precision, devices: &[Placement]) -> DType {
     }
 }
 
-/// CPU model and memory of this machine, as far as the system tells.
+/// CPU model and memory of this machine, as reported by the system.
 #[derive(Clone, Debug, Default)]
 pub struct MachineInfo {
     /// CPU model name.
@@ -98,16 +97,16 @@ pub struct MachineInfo {
     pub memory_bytes: Option<u64>,
 }
 
-/// Asks the system.
+/// Reads them from the system.
 pub fn machine() -> MachineInfo {
     let Ok(system) = System::new_all() else { return MachineInfo::default() };
     let cpu = system.cpus().first().map_or_else(String::new, |cpu| cpu.brand().trim().to_owned());
     MachineInfo { cpu, memory_bytes: Some(system.total_memory()) }
 }
 
-/// Provenance of the devices.
+/// Describes the devices for `metadata.json`.
 pub fn describe(devices: &[Placement], machine: &MachineInfo) -> Vec<DeviceInfo> {
-    // Whoever uses the CPU alone has nothing to ask of a driver.
+    // The GPU driver is queried only if a GPU is used.
     let gpus = if has_gpu(devices) { gpu::find().describe() } else { Vec::new() };
     let one = |d: &Placement| {
         let gpu = gpus.iter().find(|gpu| gpu.name == d.name).cloned();
@@ -120,22 +119,22 @@ pub fn describe(devices: &[Placement], machine: &MachineInfo) -> Vec<DeviceInfo>
     devices.iter().map(one).collect()
 }
 
-/// What this machine has.
+/// Devices of this machine.
 #[derive(Clone, Debug, Serialize)]
 pub struct Devices {
     /// The CPU first.
     pub devices: Vec<DeviceStatus>,
-    /// Why no GPU serves, where none does.
+    /// Why no GPU is usable; `None` if one is.
     pub why_no_gpu: Option<String>,
 }
 
-/// A device, and whether it serves.
+/// A device and whether it is usable.
 #[derive(Clone, Debug, Serialize)]
 pub struct DeviceStatus {
-    /// Its name as in `--devices`, and what it is.
+    /// Name as in `--devices`, and description.
     #[serde(flatten)]
     pub device: DeviceInfo,
-    /// Why it does not serve; `None`: it does.
+    /// Why it is unusable; `None` if it is usable.
     pub unfit: Option<String>,
 }
 
@@ -155,7 +154,7 @@ impl fmt::Display for Devices {
             if let Some(bytes) = device.memory_bytes {
                 write!(f, ", {:.1} GiB", bytes as f64 / (1u64 << 30) as f64)?;
             }
-            writeln!(f, "{}", unfit.as_ref().map_or_else(String::new, |why| format!(" (does not serve: {why})")))?;
+            writeln!(f, "{}", unfit.as_ref().map_or_else(String::new, |why| format!(" (unusable: {why})")))?;
         }
         self.why_no_gpu.as_ref().map_or(Ok(()), |why| writeln!(f, "no GPU: {why}"))
     }

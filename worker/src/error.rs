@@ -1,17 +1,18 @@
-//! What can go wrong, in the words of the protocol: every error says what, where, and what to do.
+//! Errors with the failure kinds of the protocol. Every error states what failed, where, and what
+//! to do.
 
 use std::io;
 use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind};
 
-/// Result of everything in this crate.
+/// Result with this crate's error.
 pub type Result<T, E = WorkerError> = std::result::Result<T, E>;
 
-/// Characters of a message or a hint.
+/// Maximum characters of a message or a hint.
 const LONGEST: usize = 4000;
 
-/// A failure that ends a run: its kind for programs, its message and hint for people.
+/// A failure that ends a run: a kind for programs, a message and a hint for people.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct WorkerError {
@@ -20,7 +21,7 @@ pub struct WorkerError {
     hint: Option<String>,
 }
 
-/// One constructor per kind, so that call sites read as sentences.
+/// One constructor per kind.
 macro_rules! constructors {
     ($($(#[$doc:meta])* $name:ident => $kind:ident),* $(,)?) => {
         $($(#[$doc])* pub fn $name(message: impl Into<String>) -> Self { Self::new(FailureKind::$kind, message) })*
@@ -40,7 +41,7 @@ impl WorkerError {
         model_not_found => ModelNotFound,
         /// The hub wants a token, or the token has no access.
         model_gated => ModelGated,
-        /// The architecture, or something in it, is not known.
+        /// The architecture, or a setting of it, is unsupported.
         unsupported => Unsupported,
         /// Files missing, damaged, or not what the architecture expects.
         checkpoint => Checkpoint,
@@ -50,7 +51,7 @@ impl WorkerError {
         device => Device,
         /// Disk full or unreadable.
         storage => Storage,
-        /// The hub could not be reached or answered with errors.
+        /// The hub is unreachable or answered with errors.
         network => Network,
         /// A broken invariant of this program.
         internal => Internal,
@@ -68,7 +69,7 @@ impl WorkerError {
         }
     }
 
-    /// Adds what to do about it, replacing an earlier hint.
+    /// Adds a hint, replacing an earlier one.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(printable(&hint.into(), LONGEST));
@@ -82,25 +83,24 @@ impl WorkerError {
         self
     }
 
-    /// For programs.
+    /// Kind of the failure, for programs.
     pub fn kind(&self) -> FailureKind {
         self.kind
     }
 
-    /// What went wrong, and where.
+    /// The message: what went wrong, and where.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// What to do about it, where that is known.
+    /// The hint: what to do about it, if known.
     pub fn hint_text(&self) -> Option<&str> {
         self.hint.as_deref()
     }
 }
 
-/// What a stranger wrote (a server, a configuration), fit for a sentence: at most `limit`
-/// characters, none that steers a terminal or turns the direction of the text; white space is a
-/// space.
+/// Sanitises text from a server or a file for a message: at most `limit` characters, no control
+/// characters for terminals or text direction, white space as a space.
 pub fn printable(text: &str, limit: usize) -> String {
     let turns = |c| matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let plain = text.chars().map(|c| if c.is_whitespace() { ' ' } else { c }).filter(|&c| !c.is_control() && !turns(c));
@@ -112,7 +112,7 @@ pub fn printable(text: &str, limit: usize) -> String {
     out
 }
 
-/// Names in a sentence: the first five, and how many more there are.
+/// The first five names, and how many more there are.
 pub fn listed(names: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
     const SHOWN: usize = 5;
     let names: Vec<String> = names.into_iter().map(|name| name.to_string()).collect();
@@ -123,23 +123,23 @@ pub fn listed(names: impl IntoIterator<Item = impl std::fmt::Display>) -> String
     }
 }
 
-/// As the manifest carries it.
+/// The failure as stored in the manifest.
 impl From<WorkerError> for Failure {
     fn from(error: WorkerError) -> Self {
         Self { kind: error.kind, message: error.message, hint: error.hint }
     }
 }
 
-/// For input and output without a path of its own (pipes, standard output); else
-/// [`WorkerError::io`] names the file.
+/// For input and output without a path (pipes, standard output). With a path, use
+/// [`WorkerError::io`].
 impl From<io::Error> for WorkerError {
     fn from(error: io::Error) -> Self {
         Self::storage(error.to_string())
     }
 }
 
-/// Candle fails where an allocation, a kernel or a shape fails: the first two are the device's,
-/// the last is ours.
+/// Candle fails if an allocation, a kernel or a shape fails. The first two are device errors, the
+/// last is internal.
 impl From<candle_core::Error> for WorkerError {
     fn from(error: candle_core::Error) -> Self {
         use candle_core::Error as E;
@@ -152,7 +152,7 @@ impl From<candle_core::Error> for WorkerError {
     }
 }
 
-/// Adds an action and a path to results of `std::io`.
+/// Adds an action and a path to `std::io` errors.
 pub trait IoContext<T> {
     /// `cannot {action} {path}: ...`, kind `Storage`.
     fn at(self, action: &str, path: impl AsRef<Path>) -> Result<T>;

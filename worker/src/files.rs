@@ -1,5 +1,4 @@
-//! Files that appear whole or not at all, and files of others, of which no more is read than they
-//! may have.
+//! Atomic writes, and reads of untrusted files with a size limit.
 
 use std::fs::{self, File, Metadata};
 use std::io::{self, Read, Write};
@@ -10,15 +9,15 @@ use rustix::fs::OFlags;
 
 use crate::error::{IoContext, Result};
 
-/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe
-/// already waits when it is opened.
+/// Opens a regular file. A pipe or a device is refused: reading it may never end, and opening a
+/// pipe may block.
 ///
 /// # Errors
-/// It is something else, or cannot be opened.
+/// It is not a regular file, or cannot be opened.
 pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
-    // Before as well: there are devices on which opening has an effect.
+    // Checked before opening as well, since opening some devices has an effect.
     regular(&fs::metadata(path)?)?;
-    // Waits for nobody, should a pipe have taken the file's place.
+    // `O_NONBLOCK` prevents blocking if a pipe has replaced the file.
     let file = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     regular(&file.metadata()?)?;
     Ok(file)
@@ -28,10 +27,10 @@ fn regular(metadata: &Metadata) -> io::Result<()> {
     if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// The bytes of a regular file of at most `most` bytes.
+/// Reads a regular file of at most `most` bytes.
 ///
 /// # Errors
-/// It is something else, is longer, or cannot be read.
+/// It is not a regular file, is too long, or cannot be read.
 pub(crate) fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
     let file = open_regular(path)?;
@@ -40,12 +39,12 @@ pub(crate) fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
         return too_long(format!("{bytes} bytes"));
     }
     let mut content = Vec::with_capacity(bytes as usize);
-    // Some tell no size, some grow meanwhile.
+    // Some files report no size, and some grow during the read.
     file.take(most + 1).read_to_end(&mut content)?;
     if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
 }
 
-/// The text of a regular file of at most `most` bytes.
+/// Reads a regular UTF-8 file of at most `most` bytes.
 ///
 /// # Errors
 /// As [`read_small`], or it is not UTF-8.
@@ -54,17 +53,17 @@ pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
-/// `x.json` -> `x.json.part`, in the same folder so that the rename is atomic.
+/// `x.json` -> `x.json.part`, in the same folder, so that the rename is atomic.
 pub(crate) fn part_path(target: &Path) -> PathBuf {
     let mut name = target.as_os_str().to_owned();
     name.push(".part");
     PathBuf::from(name)
 }
 
-/// Writes `bytes` as `target`: to a temporary name, synced to disk, renamed.
+/// Writes `bytes` to `target` through a temporary file, synced and renamed.
 ///
 /// # Errors
-/// Kind `Storage`, naming the file.
+/// Kind `Storage`, with the path.
 pub fn write_atomic(target: &Path, bytes: &[u8]) -> Result<()> {
     let part = part_path(target);
     let mut file = File::create(&part).at("create", &part)?;
@@ -72,19 +71,19 @@ pub fn write_atomic(target: &Path, bytes: &[u8]) -> Result<()> {
     put_in_place(&file, &part, target)
 }
 
-/// Syncs a finished temporary file and gives it its name.
+/// Syncs a finished temporary file and renames it to `target`.
 pub(crate) fn put_in_place(file: &File, part: &Path, target: &Path) -> Result<()> {
     file.sync_all().at("sync", part)?;
     fs::rename(part, target).at("rename to", target)?;
     sync_folder(target)
 }
 
-/// Lower-case hexadecimal.
+/// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// Makes the name itself durable.
+/// Syncs the folder, so that the rename is durable.
 fn sync_folder(target: &Path) -> Result<()> {
     let folder = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,

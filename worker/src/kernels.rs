@@ -1,6 +1,5 @@
-//! The operations that blocks are made of, on the CPU and on a GPU: elementwise work in one pass
-//! ([`fused`]) and hidden states times weights ([`product`]). [`tap`] and [`taps`] sum what enters
-//! these products.
+//! The operations that blocks use, on the CPU and on a GPU: fused elementwise work ([`fused`]) and
+//! products with weights ([`product`]). [`tap`] and [`taps`] sum the inputs of these products.
 
 pub mod fused;
 pub mod product;

@@ -1,23 +1,23 @@
 //! The worker: streams a decoder-only language model over text, one layer's weights at a time, and
 //! counts outlier features.
 //!
-//! Its rooms, which use each other in no circle:
+//! Its rooms, without circular dependencies:
 //!
-//! - [`model`]: what a model is. [`arch`](model::arch) turns a configuration into a
+//! - [`model`]: descriptions of models. [`arch`](model::arch) turns a configuration into a
 //!   [`decoder`](model::decoder) spec.
-//! - [`checkpoint`]: weight files. They come from a [`source`](checkpoint::source) or the
-//!   [`hub`](checkpoint::hub), every tensor is compared with the spec, and
-//!   [`dtype`](checkpoint::dtype) decodes them.
+//! - [`checkpoint`]: weight files, from a [`source`](checkpoint::source) or the
+//!   [`hub`](checkpoint::hub). Every tensor is checked against the spec, and
+//!   [`dtype`](checkpoint::dtype) decodes it.
 //! - [`device`]: CPUs and GPUs.
 //! - [`kernels`]: the operations that blocks are made of.
 //! - [`blocks`]: the parts of a layer.
 //! - [`corpus`]: documents to token ids.
-//! - [`stats`]: counting and judging.
-//! - [`pass`]: all tokens through one layer's weights after the other.
-//! - [`run`]: one run from job to files.
-//! - [`commands`]: what was typed, and which command does it.
+//! - [`stats`]: counts and results.
+//! - [`pass`]: the forward pass, layer by layer over all tokens.
+//! - [`run`]: executes a job and writes its files.
+//! - [`commands`]: the command line.
 //!
-//! Beside them lie helpers that every room may use.
+//! The other modules are helpers for all rooms.
 
 pub mod blocks;
 mod caught;

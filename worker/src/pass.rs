@@ -1,7 +1,7 @@
-//! The pass: all tokens through one layer's weights after the other. [`stream`] runs it, [`loader`]
-//! reads weights ahead within a [`budget`], [`savepoint`] lets it go on after its process died, and
-//! [`ablation`] adds copies of the tokens without some features. [`progress`], [`meter`] and
-//! [`trace`] tell how far it is and where its time goes.
+//! The forward pass, layer by layer over all tokens. [`stream`] runs it, [`loader`] reads weights
+//! ahead within a [`budget`], [`savepoint`] stores its state so that another process can resume
+//! it, and [`ablation`] adds arms without some features. [`progress`], [`meter`] and [`trace`]
+//! report progress and times.
 
 pub mod ablation;
 pub mod budget;

@@ -1,4 +1,4 @@
-//! NVIDIA's GPUs, where this program was built for them and there are some.
+//! NVIDIA GPUs, if this program was built with CUDA.
 
 #[cfg(feature = "cuda")]
 mod activation;
@@ -60,18 +60,18 @@ pub struct Gpu {
     pub name: String,
     /// All of its memory, in bytes.
     pub memory_bytes: u64,
-    /// Why it does not serve; `None`: it does.
+    /// Why it is unusable; `None` if it is usable.
     pub unfit: Option<String>,
 }
 
-/// What was found of GPUs.
+/// Result of GPU detection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpus {
-    /// By the driver's index.
+    /// GPUs by the driver's index.
     pub gpus: Vec<Gpu>,
-    /// Why none serves, where none does.
+    /// Why none is usable; `None` if one is.
     pub why_none: Option<String>,
-    /// There are some all the same, which somebody pays for perhaps.
+    /// Whether there are GPUs although none is usable: their rent is wasted.
     pub wasted: bool,
 }
 
@@ -99,7 +99,7 @@ pub fn find() -> Gpus {
     Gpus { gpus: Vec::new(), why_none, wasted: false }
 }
 
-/// The oldest CUDA that a driver may serve, for a program that uses GPUs.
+/// Minimum CUDA version of the driver, for a program that uses GPUs.
 pub fn oldest_driver() -> Option<String> {
     #[cfg(feature = "cuda")]
     return Some(outliers_cuda::OLDEST.to_string());
@@ -108,11 +108,11 @@ pub fn oldest_driver() -> Option<String> {
 }
 
 impl Gpus {
-    /// Opens one, with a stream of its own: on the per-thread default stream, loader and compute
+    /// Opens a GPU with a separate stream. On the per-thread default stream, loader and compute
     /// thread would be unordered.
     ///
     /// # Errors
-    /// Device: it is not there, or does not serve.
+    /// Device: it is missing or unusable.
     pub fn open(&self, index: usize) -> Result<Device> {
         let unusable =
             |why: &str| WorkerError::device(format!("cuda:{index} cannot be used: {why}")).hint("use --devices cpu");
@@ -131,15 +131,15 @@ impl Gpus {
         Ok(device)
     }
 
-    /// Opens all that serve.
+    /// Opens all usable GPUs.
     ///
     /// # Errors
-    /// Device: there are some, but none serves, or one that should does not open.
+    /// Device: there are GPUs and none is usable, or a usable one does not open.
     pub fn open_all(&self) -> Result<Vec<(usize, Device)>> {
         let fit = self.gpus.iter().enumerate().filter(|(_, gpu)| gpu.unfit.is_none()).map(|(index, _)| index);
         let mut asked: Vec<usize> = fit.collect();
         if asked.is_empty() && (self.wasted || !self.gpus.is_empty()) {
-            // It says why not.
+            // Opening the first GPU returns the reason.
             asked.push(0);
         }
         let open = |index: usize| -> Result<(usize, Device)> { Ok((index, self.open(index)?)) };
@@ -148,7 +148,7 @@ impl Gpus {
         opened.into_iter().collect()
     }
 
-    /// As provenance, under the names of `--devices`.
+    /// Descriptions for `metadata.json`, with names as in `--devices`.
     pub fn describe(&self) -> Vec<DeviceInfo> {
         let one = |(index, gpu): (usize, &Gpu)| DeviceInfo {
             name: format!("cuda:{index}"),
@@ -159,14 +159,14 @@ impl Gpus {
     }
 }
 
-/// Bytes that are free on a GPU now; `None` for the CPU, and where the driver does not tell.
+/// Free memory of a GPU in bytes; `None` for the CPU, and if the driver does not report it.
 #[cfg(feature = "cuda")]
 pub fn free_memory(device: &Device) -> Option<u64> {
     let context = device.as_cuda_device().ok()?.cuda_stream().context().clone();
     context.mem_get_info().ok().map(|(free, _)| free as u64)
 }
 
-/// Bytes that are free on a GPU now; `None` for the CPU, and where the driver does not tell.
+/// Free memory of a GPU in bytes; always `None` without CUDA.
 #[cfg(not(feature = "cuda"))]
 pub fn free_memory(_device: &Device) -> Option<u64> {
     None
@@ -188,51 +188,50 @@ pub struct FusedAttention<'a> {
 /// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.
 #[derive(Clone, Copy, Debug)]
 pub struct Positions {
-    /// The token that the first row is.
+    /// Index of the first row's token.
     pub first_token: usize,
     /// Tokens of a sequence.
     pub tokens: usize,
 }
 
-/// What one expert was sent, as a GPU sums it up. Sums are exact: windows of 32 exponents `w`, each
-/// with a whole number of 2^(32 w - 1075).
+/// Tokens routed to one expert, as summed on a GPU. Sums are exact: each is a list of windows of
+/// 32 exponents `w` with a multiple of 2^(32 w - 1075).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
-    /// Those at position 0.
+    /// Number of tokens at position 0.
     pub tokens_at_position_0: u64,
-    /// The sum of the weights of all of them.
+    /// Sum of the gate weights.
     pub mass: Vec<(u16, i128)>,
-    /// The sum of the weights of those at position 0.
+    /// Sum of the gate weights at position 0.
     pub mass_at_position_0: Vec<(u16, i128)>,
 }
 
-/// Whether a GPU has done all that it was asked to compute; `None` for the CPU, and where the
-/// driver does not tell.
+/// Whether a GPU has finished all work; `None` for the CPU, and if the driver does not report it.
 #[cfg(feature = "cuda")]
 pub fn is_idle(device: &Device) -> Option<bool> {
     outliers_cuda::is_idle(&device.as_cuda_device().ok()?.cuda_stream())
 }
 
-/// Whether a GPU has done all that it was asked to compute; `None`: there is none.
+/// Whether a GPU has finished all work; always `None` without CUDA.
 #[cfg(not(feature = "cuda"))]
 pub fn is_idle(_device: &Device) -> Option<bool> {
     None
 }
 
-/// Bytes per second of copies between pinned memory and a GPU alone, there and back; `None` for the
-/// CPU.
+/// Measured rates of copies from pinned memory to a GPU and back in bytes per second; `None` for
+/// the CPU.
 ///
 /// # Errors
-/// Device: the driver's.
+/// Errors of the driver.
 #[cfg(feature = "cuda")]
 pub fn copy_rates(device: &Device, rounds: usize) -> Result<Option<[f64; 2]>> {
     let Device::Cuda(device) = device else { return Ok(None) };
     Ok(Some(outliers_cuda::copy_rates(&device.cuda_stream(), rounds)?))
 }
 
-/// Bytes per second of copies between pinned memory and a GPU alone; `None`: there is none.
+/// Measured rates of copies; always `None` without CUDA.
 ///
 /// # Errors
 /// None.
@@ -241,7 +240,7 @@ pub fn copy_rates(_device: &Device, _rounds: usize) -> Result<Option<[f64; 2]>> 
     Ok(None)
 }
 
-/// Bytes that were copied between the host and all GPUs.
+/// Bytes copied between the host and all GPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
     /// From the host to GPUs.
@@ -251,20 +250,20 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// What was copied after an earlier count.
+    /// Bytes copied since `earlier`.
     pub fn since(self, earlier: Self) -> Self {
         Self { to_gpus: self.to_gpus - earlier.to_gpus, from_gpus: self.from_gpus - earlier.from_gpus }
     }
 }
 
-/// What this process has copied so far.
+/// Bytes copied by this process so far.
 #[cfg(feature = "cuda")]
 pub fn traffic() -> Traffic {
     let outliers_cuda::Traffic { to_gpus, from_gpus } = outliers_cuda::traffic();
     Traffic { to_gpus, from_gpus }
 }
 
-/// What this process has copied so far: nothing.
+/// Bytes copied by this process: 0 without CUDA.
 #[cfg(not(feature = "cuda"))]
 pub fn traffic() -> Traffic {
     Traffic::default()

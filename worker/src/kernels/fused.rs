@@ -1,7 +1,7 @@
-//! Elementwise work that a tensor library does in many passes, done in one.
+//! Fused elementwise operations: one pass over memory instead of several.
 //!
-//! Each operation has a loop for CPUs and a kernel for GPUs (`cuda/kernels/fused.cu`), which do the
-//! same in the same order: their results are the same bits. Arithmetic is f32 inside; results are
+//! Each operation has a loop for CPUs and a kernel for GPUs (`cuda/kernels/fused.cu`) with the
+//! same order of arithmetic, so that results are bit-identical. Arithmetic is in f32. Results are
 //! rounded to the tensors' dtype where the reference implementation rounds.
 
 use std::ops::Range;
@@ -25,23 +25,23 @@ use crate::model::rope::{Pairing, RopeTable};
 
 static COMPOSED: AtomicBool = AtomicBool::new(false);
 
-/// From now on this process computes by the tensor library's operations what has loops of our own
-/// but no kernel, as on GPUs: the rows of experts and the delta rule. Slower, to be compared.
+/// Disables the CPU loops of this crate that have no GPU kernel (rows of experts, the delta rule):
+/// this process then uses the tensor library's operations, as on GPUs. Slower; for comparison.
 pub fn compose_all() {
     COMPOSED.store(true, Ordering::Relaxed);
 }
 
-/// Whether work on `x` that has no kernel is done by our own loops.
+/// Whether operations on `x` without a kernel use this crate's CPU loops.
 pub(crate) fn has_loops(x: &Tensor) -> bool {
     has_loops_on(x.device())
 }
 
-/// Whether work on this device is.
+/// Whether operations on this device without a kernel use the CPU loops.
 pub(crate) fn has_loops_on(device: &Device) -> bool {
     device.is_cpu() && !COMPOSED.load(Ordering::Relaxed)
 }
 
-/// A stored float that computes as f32.
+/// A stored float type that is computed in f32.
 pub(crate) trait Real: Copy + Send + Sync {
     fn wide(self) -> f32;
     fn narrow(value: f32) -> Self;
@@ -58,7 +58,7 @@ impl Real for f32 {
     }
 }
 
-/// Without branches, so that loops vectorise.
+/// Branch-free, so that loops vectorise.
 impl Real for bf16 {
     #[inline(always)]
     fn wide(self) -> f32 {
@@ -83,7 +83,7 @@ impl Real for f16 {
     }
 }
 
-/// What a layout says of a storage's values.
+/// The slice of a storage that a layout covers.
 pub(crate) fn part<'a, T>(data: &'a [T], layout: &Layout) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
@@ -98,20 +98,20 @@ fn part_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
     }
 }
 
-/// An operation that puts its result in the place of its first argument.
+/// An operation that overwrites its first argument with its result.
 trait Overwrite {
     const NAME: &'static str;
 
     fn run<T: Real>(&self, x: &mut [T], y: &[T]);
 
-    /// The same by a kernel, where there is one.
+    /// Runs the GPU kernel, if the operation has one.
     #[cfg(feature = "cuda")]
     fn launch(&self, _: &mut CudaStorage, _: &Layout, _: kernels::Read<'_>) -> Result<()> {
         bail!("{}: there is no kernel", Self::NAME)
     }
 }
 
-/// The same, over tensors of any float.
+/// Applies the operation to tensors of any float dtype.
 struct InPlace<O>(O);
 
 impl<O: Overwrite> InplaceOp2 for InPlace<O> {
@@ -135,7 +135,7 @@ impl<O: Overwrite> InplaceOp2 for InPlace<O> {
     }
 }
 
-/// Has `see` read a tensor on a CPU, if there is one, beside the storages that an operation has.
+/// Passes an optional CPU tensor's storage to `see`, beside the storages of an operation.
 pub(crate) fn reading<R>(
     tensor: Option<&Tensor>,
     see: impl FnOnce(Option<(&CpuStorage, &Layout)>) -> Result<R>,
@@ -148,12 +148,12 @@ pub(crate) fn reading<R>(
     }
 }
 
-/// Rows handed to one task: enough work to pay for the hand-over.
+/// Rows per parallel task: enough work to pay for the overhead.
 fn rows_per_task(width: usize) -> usize {
     (16_384 / width.max(1)).max(1)
 }
 
-/// Sum in sixteen lanes: it vectorises, and its rounding error is a sixteenth of one running sum's.
+/// Sums in sixteen lanes: it vectorises, and its rounding error is a sixteenth of a running sum's.
 #[inline(always)]
 pub(crate) fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
     let mut lanes = [0f32; 16];
@@ -167,7 +167,7 @@ pub(crate) fn lane_sum<T: Copy>(x: &[T], term: impl Fn(T) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-/// The largest value, in sixteen lanes; minus infinity if there is none. NaNs are passed over.
+/// Maximum in sixteen lanes; minus infinity for no values. NaN is ignored.
 #[inline(always)]
 fn lane_max<T: Copy>(x: &[T], value: impl Fn(T) -> f32) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
@@ -185,7 +185,7 @@ fn lane_max<T: Copy>(x: &[T], value: impl Fn(T) -> f32) -> f32 {
 /// e^x for x <= 0 to within 2 units in the last place, in a form that vectorises.
 #[inline(always)]
 fn exp_negative(x: f32) -> f32 {
-    // Below -87 the true value is under the least normal f32: nothing in a softmax.
+    // Below -87 the true value is below the smallest normal f32, negligible in a softmax.
     let x = x.max(-87.0);
     const ROUND: f32 = 12_582_912.0;
     let n = (x * std::f32::consts::LOG2_E + ROUND) - ROUND;
@@ -279,7 +279,7 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32, residual: None })
 }
 
-/// The same, then `+ residual` `[.., width]`, contiguous: as if by [`sum`].
+/// As [`rms_norm`], then `+ residual` `[.., width]`, contiguous, as by [`sum`].
 pub fn rms_norm_onto(residual: &Tensor, x: &Tensor, gain: &Tensor, eps: f64) -> Result<Tensor> {
     x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32, residual: Some(residual) })
 }
@@ -463,21 +463,21 @@ pub fn rope(x: Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -
 
 // ---------------------------------------------------------------------------------------------------- causal softmax
 
-/// Which queries and keys a block of scores stands for.
+/// Queries and keys of a block of scores.
 #[derive(Clone, Copy, Debug)]
 pub struct ScoreBlock {
     /// Position of the first query.
     pub first_query: usize,
-    /// Queries, one position after another.
+    /// Number of queries, at consecutive positions.
     pub queries: usize,
     /// Position of the first key.
     pub first_key: usize,
-    /// Which of the keys up to its own position a query sees.
+    /// Which keys up to its position a query sees.
     pub window: Window,
 }
 
 impl ScoreBlock {
-    /// Columns of the keys that a row's query sees.
+    /// Columns of the keys that a query sees.
     fn seen(&self, query: usize, keys: usize) -> Range<usize> {
         let position = self.first_query + query;
         let column = |key: usize| key.saturating_sub(self.first_key).min(keys);
@@ -485,12 +485,12 @@ impl ScoreBlock {
     }
 }
 
-/// A logit for each head that takes part unscaled in maximum and denominator and has no value.
+/// One logit per head that enters the maximum and the denominator unscaled and has no value.
 #[derive(Clone, Copy, Debug)]
 pub struct Sinks<'a> {
     /// `[heads]` in f32, on the device of the scores.
     pub logits: &'a Tensor,
-    /// The head of the first rows; after the last head comes the first one of the next sequence.
+    /// Head of the first row. The last head is followed by the first head of the next sequence.
     pub first_head: usize,
 }
 
@@ -526,7 +526,8 @@ impl CausalSoftmax<'_> {
     }
 }
 
-/// Softmax of `scores * scale`; `sink` is one more logit, whose share nobody gets.
+/// Softmax of `scores * scale`. `sink` is an additional logit that takes part in the denominator
+/// only.
 #[inline(always)]
 fn softmax<T: Real>(scores: &mut [T], scale: f32, sink: f32) {
     let top = (lane_max(scores, |v| v.wide()) * scale).max(sink);
@@ -579,8 +580,8 @@ impl InplaceOp1 for CausalSoftmax<'_> {
     }
 }
 
-/// Softmax of `scores * scale` over the keys a query sees. `scores` `[.., keys]`, freshly computed
-/// (its storage is overwritten): rows of the block's queries, one head after another.
+/// Softmax of `scores * scale` over the keys that a query sees. `scores` `[.., keys]` is freshly
+/// computed (its storage is overwritten): rows of the block's queries, head by head.
 pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Option<Sinks<'_>>) -> Result<Tensor> {
     let keys = scores.dim(D::Minus1)?;
     scores.inplace_op1(&CausalSoftmax { block, keys, scale: scale as f32, sinks })?;
@@ -590,7 +591,7 @@ pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Opti
 // ----------------------------------------------------------------------------------------------------
 // logits
 
-/// The largest value and the sum of `exp(value - largest)`: the parts of a log-sum-exp.
+/// The largest value and the sum of `exp(value - largest)`, the parts of a log-sum-exp.
 fn exp_sum<T: Real>(values: &[T]) -> (f32, f32) {
     vectorized(
         #[inline(always)]
@@ -606,7 +607,7 @@ struct LogitParts<'a> {
 }
 
 impl LogitParts<'_> {
-    /// Rows and columns.
+    /// Number of rows and columns.
     fn shape(&self, layout: &Layout) -> Result<(usize, usize)> {
         let (rows, width) = layout.shape().dims2()?;
         if rows != self.targets.len() {
@@ -651,17 +652,16 @@ impl CustomOp1 for LogitParts<'_> {
     }
 }
 
-/// What the likelihood of each row's target takes of a block of logits `[rows, block]`, as
-/// `[rows, 3]` in f32 on the same device. Of each row the largest logit, the sum of
-/// `exp(logit - largest)`, and the logit at its target's column, which means nothing without a
-/// target in the block.
+/// Parts of the log-likelihood of each row's target over a block of logits `[rows, block]`:
+/// `[rows, 3]` in f32 on the same device. The columns are the largest logit, the sum of `exp(logit
+/// - largest)`, and the target's logit, which is undefined if the target is outside the block.
 pub fn logit_parts(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
     logits.contiguous()?.apply_op1_no_bwd(&LogitParts { targets })
 }
 
 // -------------------------------------------------------------------------------------------------------------- gates
 
-/// How a gate opens the way for `up`.
+/// How a gate is applied to `up`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Gate {
     /// `silu(gate) * up`.
@@ -673,7 +673,7 @@ pub enum Gate {
     /// `(clamp(up, -limit, limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`
     /// (gpt-oss).
     Clamped {
-        /// Largest magnitude.
+        /// Limit of the magnitude.
         limit: f32,
         /// Slope inside the sigmoid.
         alpha: f32,
@@ -683,7 +683,7 @@ pub enum Gate {
 /// `1 / (1 + exp(-x))`.
 #[inline(always)]
 pub(crate) fn sigmoid(x: f32) -> f32 {
-    // By the exponential of -|x|: never overflows, and one form for both signs.
+    // Computed from -|x|, which never overflows and has one form for both signs.
     let e = exp_negative(-x.abs());
     (if x >= 0.0 { 1.0 } else { e }) / (1.0 + e)
 }
@@ -695,14 +695,14 @@ fn gelu_tanh(x: f32) -> f32 {
     x * sigmoid(TWICE * (x + 0.044_715 * x * x * x))
 }
 
-/// The smaller one; NaN is preserved.
+/// The minimum of both; NaN is preserved.
 #[inline(always)]
 fn at_most(x: f32, limit: f32) -> f32 {
     if x > limit { limit } else { x }
 }
 
 impl Gate {
-    /// As the kernel is told.
+    /// The kernel's code for the gate.
     #[cfg(feature = "cuda")]
     fn told(self) -> kernels::Gate {
         let (kind, limit, alpha) = match self {
@@ -714,8 +714,8 @@ impl Gate {
         kernels::Gate { kind, limit, alpha }
     }
 
-    /// Puts what comes through in the gate's place. (One loop for each kind: where a loop has to
-    /// choose it does not vectorise.)
+    /// Overwrites the gate with its product with `up`. Each kind has its own loop, since a loop
+    /// with a choice inside does not vectorise.
     #[inline(always)]
     fn open<T: Real>(self, gate: &mut [T], up: &[T]) {
         match self {
@@ -760,7 +760,7 @@ impl Overwrite for Gated {
     }
 }
 
-/// `gate` applied to `up`, elementwise. `gate` is freshly computed: its storage is overwritten.
+/// Applies `gate` to `up`, elementwise. `gate` is freshly computed: its storage is overwritten.
 pub fn gated(gate: Tensor, up: &Tensor, how: Gate) -> Result<Tensor> {
     let gate = gate.contiguous()?;
     gate.inplace_op2(up, &InPlace(Gated(how)))?;
@@ -799,8 +799,8 @@ impl GatedJoined {
         out
     }
 
-    /// Of gates and what they open for beside each other. They are parted first: arithmetic on
-    /// every other value does not vectorise.
+    /// Gates interleaved values with their neighbours. They are separated first, since arithmetic
+    /// on every other value does not vectorise.
     #[inline(always)]
     fn open_pairs<T: Real>(&self, out: &mut [T], pairs: &[T]) {
         const SOME: usize = 64;
@@ -836,8 +836,8 @@ impl CustomOp1 for GatedJoined {
     }
 }
 
-/// The same where gate and up came from one product: `joined` `[rows, 2 * inner]`, in halves or
-/// interleaved (even columns gate).
+/// As [`gated`] where gate and up come from one product: `joined` `[rows, 2 * inner]`, in halves
+/// or interleaved (even columns gate).
 pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Tensor> {
     let inner = joined.dim(D::Minus1)? / 2;
     joined.apply_op1_no_bwd(&GatedJoined { how, interleaved, inner })
@@ -845,19 +845,19 @@ pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Ten
 
 // -------------------------------------------------------------------------------------------------------- activations
 
-/// What happens at the inner width of a feed-forward without a gate. NaN is preserved.
+/// The activation at the inner width of a feed-forward without a gate. NaN is preserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// `max(x, 0)`.
     Relu,
-    /// Its square (Nemotron-H).
+    /// `max(x, 0)^2` (Nemotron-H).
     ReluSquared,
     /// `gelu(x)` in its tanh form.
     GeluTanh,
 }
 
 impl Activation {
-    /// One loop for each kind.
+    /// Each kind has its own loop.
     #[inline(always)]
     fn run<T: Real>(self, x: &mut [T]) {
         match self {
@@ -915,7 +915,7 @@ impl InplaceOp1 for Activation {
     }
 }
 
-/// An activation of `x`, elementwise. `x` is freshly computed: its storage is overwritten.
+/// Applies an activation to `x`, elementwise. `x` is freshly computed: its storage is overwritten.
 pub fn activated(x: Tensor, how: Activation) -> Result<Tensor> {
     let x = x.contiguous()?;
     x.inplace_op1(&how)?;
@@ -957,7 +957,7 @@ fn add<T: Real>(x: &mut [T], y: &[T]) {
     }
 }
 
-/// `x + y`: `x` `[.., width]`, freshly computed (its storage is overwritten), and `y` of the same
+/// `x + y`. `x` `[.., width]` is freshly computed (its storage is overwritten); `y` has the same
 /// shape or `[width]`.
 pub fn sum(x: Tensor, y: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() && x.dims().last() != Some(&y.elem_count()) {
@@ -980,7 +980,7 @@ impl Overwrite for ScatterAdd<'_> {
     const NAME: &'static str = "scatter-add";
 
     fn run<T: Real>(&self, out: &mut [T], values: &[T]) {
-        // Rows of one expert are distinct and few; the memory is the limit, not the core.
+        // The rows of an expert are distinct and few. Memory is the limit, not the core.
         for ((row, weight), value) in self.rows.iter().zip(self.weights).zip(values.chunks_exact(self.width)) {
             let weight = T::narrow(*weight).wide();
             let at = *row as usize * self.width;
@@ -1029,12 +1029,12 @@ mod tests {
         assert!(worst <= tolerance, "differ by {worst}");
     }
 
-    /// Its rows in f64.
+    /// Rows of a tensor in f64.
     fn rows(x: &Tensor) -> Vec<Vec<f64>> {
         x.flatten_to(D::Minus2).unwrap().to_dtype(DType::F64).unwrap().to_vec2().unwrap()
     }
 
-    /// Each value is what `want` says of its row and column.
+    /// Compares every value with `want(row, column)`.
     fn assert_each(got: &Tensor, tolerance: f64, want: impl Fn(usize, usize) -> f64) {
         for (r, row) in rows(got).iter().enumerate() {
             for (c, value) in row.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! Hidden states times weights.
+//! Products of hidden states and weights.
 
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::bf16;
@@ -8,26 +8,26 @@ use crate::device::{Placement, gpu};
 use crate::kernels::fused;
 use crate::kernels::tap::Tap;
 
-/// Whether products on this device take weights of bf16 whatever the dtype of the pass: exactly,
-/// and faster than any others.
+/// Whether products on this device take bf16 weights for any dtype of the pass: the product is
+/// exact and the fastest.
 pub fn takes_bf16(device: &Device) -> bool {
     unit(device).is_some()
 }
 
-/// What a plan of memory has to know of how devices compute. The default is what GPUs do.
+/// How devices compute, as far as memory plans depend on it. The default is a GPU's.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Arithmetic {
-    /// Products [take weights of bf16](takes_bf16).
+    /// Products [take bf16 weights](takes_bf16).
     pub takes_bf16: bool,
-    /// Products make f32 of all that they multiply, each time.
+    /// Products convert both operands to f32, each time.
     pub widens: bool,
-    /// Rows of experts are gathered and added by our own loops, where they are, and attention is to
-    /// one sequence after another: the device is a CPU.
+    /// The device is a CPU: experts' rows are gathered and added in place by CPU loops, and
+    /// attention processes one sequence at a time.
     pub in_place: bool,
 }
 
 impl Arithmetic {
-    /// Of all these devices, in a pass of that dtype.
+    /// The arithmetic of `devices` in a pass of dtype `compute`.
     pub fn of(devices: &[Placement], compute: DType) -> Self {
         let all =
             |is: fn(&Device) -> bool| !devices.is_empty() && devices.iter().all(|placement| is(&placement.device));
@@ -37,32 +37,32 @@ impl Arithmetic {
     }
 }
 
-/// A matrix `[out, in]` and perhaps a bias `[out]`.
+/// A linear layer: a matrix `[out, in]` and an optional bias `[out]`.
 pub struct Linear {
-    /// `[out, in]`, of the dtype of the pass or of bf16; a transposed view where the checkpoint
+    /// Shape `[out, in]`, in the dtype of the pass or in bf16; a transposed view if the checkpoint
     /// stores `[in, out]`.
     pub weight: Tensor,
-    /// `[out]`.
+    /// Shape `[out]`.
     pub bias: Option<Tensor>,
-    /// What sees the input, if anything does.
+    /// Observer of the input, if there is one.
     pub tap: Option<Tap>,
 }
 
 impl Linear {
-    /// Seen by nothing.
+    /// A layer without an observer.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { weight, bias, tap: None }
     }
 
-    /// Shows an input `[rows, in]` that is multiplied elsewhere.
+    /// Passes an input `[rows, in]` to the observer where the product is computed elsewhere.
     ///
     /// # Errors
-    /// The device's.
+    /// Errors of the device.
     pub fn see(&self, x: &Tensor) -> Result<()> {
         self.tap.as_ref().map_or(Ok(()), |tap| tap.see(x))
     }
 
-    /// `x W^T + b` for `x` `[rows, in]`.
+    /// Computes `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         self.see(x)?;
         let product = product(x, &self.weight)?;
@@ -116,8 +116,8 @@ fn unit(device: &Device) -> Option<Unit> {
     fused::has_loops_on(device).then(Unit::find).flatten()
 }
 
-/// `x W^T`. `x` `[.., rows, in]`; `weight` `[.., out, in]`, of the same dtype or of bf16, each
-/// matrix perhaps a transposed view. There may be one matrix of each, or as many.
+/// Computes `x W^T` for `x` `[.., rows, in]` and `weight` `[.., out, in]`, of the same dtype or in
+/// bf16; a matrix may be a transposed view. `weight` has one matrix, or the same number as `x`.
 pub fn product(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     if weight.dtype() == DType::BF16
         && matches!(x.dtype(), DType::F32 | DType::BF16)
@@ -154,7 +154,7 @@ impl CustomOp2 for ByUnit {
     }
 }
 
-/// How many matrices there are, and their rows and columns.
+/// Number of matrices, and their rows and columns.
 fn matrices(dims: &[usize]) -> Result<(usize, [usize; 2])> {
     match *dims {
         [rows, columns] => Ok((1, [rows, columns])),
@@ -163,7 +163,7 @@ fn matrices(dims: &[usize]) -> Result<(usize, [usize; 2])> {
     }
 }
 
-/// Matrices `[n, k]`, at equal distances.
+/// Matrices `[n, k]` at equal distances in memory.
 struct Weights<'a> {
     values: &'a [bf16],
     order: Order,
@@ -179,7 +179,7 @@ impl<'a> Weights<'a> {
         let (batch, [n, k]) = matrices(layout.dims())?;
         let (of_batch, of_matrix) = layout.stride().split_at(layout.dims().len() - 2);
         let order = match *of_matrix {
-            // A stride of what there is but one of says nothing.
+            // The stride of a dimension of size 1 is arbitrary.
             [row, column] if (column == 1 || k == 1) && (row == k || n == 1) => Order::Rows,
             [row, column] if (row == 1 || n == 1) && (column == n || k == 1) => Order::Columns,
             _ => bail!("product-by-unit: weights {:?} with strides {:?}", layout.shape(), layout.stride()),
@@ -188,7 +188,7 @@ impl<'a> Weights<'a> {
         Ok(Self { values: &values[layout.start_offset()..], order, batch, distance, n, k })
     }
 
-    /// Of this many matrices, each of this many rows.
+    /// The products with this many matrices of `rows` rows each.
     fn multiply<A: Real>(&self, unit: Unit, x: &[A], rows: usize) -> Vec<A> {
         let mut out = Vec::with_capacity(self.batch * rows * self.n);
         for index in 0..self.batch {

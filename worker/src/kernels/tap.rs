@@ -1,4 +1,4 @@
-//! Sums by column over what enters a matrix.
+//! Sums per column over the inputs of a matrix.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -9,17 +9,18 @@ use outliers_scan::simd::vectorized;
 
 /// Columns that are summed together.
 const STRIPE: usize = 256;
-/// Sums beside each other over a row.
+/// Parallel sums over a row.
 const LANES: usize = 16;
-/// Values that a GPU makes f32 of at a time, since plans have no room for all of a micro-batch's.
+/// Maximum values that a GPU converts to f32 at once, since memory plans do not include a copy of
+/// a micro-batch.
 const PART: usize = 16 << 20;
 
-/// Sums over rows, each `[width]`; empty before the first row.
+/// Sums over rows, each of shape `[width]`; empty before the first row.
 ///
-/// Rows are added in their order, one after another, so that it does not matter how they were cut.
+/// Rows are added in order, one at a time, so that the result does not depend on micro-batches.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct InputSums {
-    /// Rows.
+    /// Number of rows.
     pub rows: u64,
     /// Sum of x^2.
     pub squares: Vec<f64>,
@@ -57,8 +58,8 @@ impl InputSums {
         });
     }
 
-    /// Adds sums that were made in f32 on the device of `x` `[rows, width]`, each of rows with at
-    /// most so many values.
+    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most `most`
+    /// values.
     fn add_from(&mut self, x: &Tensor, most: usize) -> Result<()> {
         let (mut sums, width) = (Vec::new(), self.largest.len());
         for part in parts(x, most)? {
@@ -67,7 +68,7 @@ impl InputSums {
             sums.push(part.sum(0)?);
             sums.push(part.abs()?.max(0)?);
         }
-        // All of them together: a GPU is waited for once.
+        // All sums are copied together, so that the host waits for the GPU once.
         on_host(&Tensor::stack(&sums, 0)?, |sums| {
             for sums in sums.chunks_exact(3 * width) {
                 let (squares, sums) = sums.split_at(width);
@@ -80,15 +81,15 @@ impl InputSums {
     }
 }
 
-/// Sees what enters a matrix; its clones add to the same sums.
+/// An observer of a matrix's input. Clones add to the same sums.
 #[derive(Clone, Debug, Default)]
 pub struct Tap(Arc<Mutex<InputSums>>);
 
 impl Tap {
-    /// Adds `x` `[.., width]`, whose rows follow those before.
+    /// Adds `x` `[.., width]`, whose rows follow the earlier ones.
     ///
     /// # Errors
-    /// Another width than before; the device's.
+    /// The width differs from that of earlier inputs. Errors of the device.
     pub fn see(&self, x: &Tensor) -> Result<()> {
         let width = x.dim(D::Minus1)?;
         let x = x.reshape(((), width))?;
@@ -103,7 +104,7 @@ impl Tap {
         if x.device().is_cpu() { on_host(&x, |x| sums.add(x)) } else { sums.add_from(&x, PART) }
     }
 
-    /// The sums so far, which begin anew.
+    /// Returns the sums and resets them.
     pub fn take(&self) -> InputSums {
         std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -112,7 +113,7 @@ impl Tap {
 /// Euclidean norms of the rows of `x` `[rows, width]`.
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub fn row_norms(x: &Tensor) -> Result<Vec<f64>> {
     if !x.device().is_cpu() {
         let norms = |part: &Tensor| part.to_dtype(DType::F32)?.sqr()?.sum(1)?.sqrt();
@@ -131,10 +132,10 @@ fn norm(row: &[f32]) -> f64 {
     lanes.iter().sum::<f64>().sqrt()
 }
 
-/// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
+/// Passes a tensor's values to `see` as f32, without a copy if it is f32 on the CPU.
 ///
 /// # Errors
-/// The device's.
+/// Errors of the device.
 pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     if x.device().is_cpu() || x.dtype() == DType::F32 {
         return moved(x, see);
@@ -146,7 +147,7 @@ pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     Ok(see(&values))
 }
 
-/// Views of `x`, each of as many of its rows as have at most so many values, or of one.
+/// Views of `x` with whole rows, each of at most `most` values or of one row.
 fn parts(x: &Tensor, most: usize) -> Result<Vec<Tensor>> {
     let rows = x.dims().first().copied().unwrap_or(1);
     let each = (most * rows / x.elem_count().max(1)).max(1);
@@ -156,7 +157,7 @@ fn parts(x: &Tensor, most: usize) -> Result<Vec<Tensor>> {
     (0..rows).step_by(each).map(|first| x.narrow(0, first, each.min(rows - first))).collect()
 }
 
-/// Shows all of a tensor, which takes as much memory in f32 where it is.
+/// Copies all of a tensor to the host as f32, which takes as much memory on its device.
 fn moved<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     let x = x.to_dtype(DType::F32)?.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = x.storage_and_layout();
@@ -207,7 +208,7 @@ mod tests {
                 prop_assert!((whole.values[column] - all().map(|x| f64::from(*x)).sum::<f64>()).abs() < 1e-9);
                 prop_assert_eq!(whole.largest[column], all().fold(0f32, |most, x| most.max(x.abs())));
             }
-            // As on another device: sums of f32, over all rows and over two at a time.
+            // As on a GPU: sums in f32, over all rows and over two at a time.
             for most in [PART, 2 * width] {
                 let mut made_there = InputSums::of_width(width);
                 made_there.add_from(&tensor(&x, width), most).unwrap();

@@ -1,4 +1,5 @@
-//! The inputs of a layer's matrices, each seen once however many matrices read it.
+//! Observers of the inputs of a layer's matrices. An input that several matrices read is observed
+//! once.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -9,18 +10,18 @@ use serde::{Deserialize, Serialize};
 use crate::kernels::tap::{InputSums, Tap};
 use crate::model::decoder::Role;
 
-/// What enters matrices of a layer.
+/// An input of matrices of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Input {
-    /// What the matrix of this role reads; it stands for all that read the same.
+    /// The input of the matrix with this role and of all that read the same.
     Of(Role),
-    /// The queries of latent attention, which a key's matrix reads where it is multiplied into
-    /// them.
+    /// The queries of latent attention, the input of `kv_b_proj`'s keys where these are multiplied
+    /// into the queries.
     Queries,
 }
 
 impl Input {
-    /// What the matrix of a role reads.
+    /// The input of the matrix with this role.
     pub fn of(role: Role) -> Self {
         Self::Of(match role {
             Role::KProj
@@ -46,10 +47,10 @@ impl Input {
     }
 }
 
-/// An input, and whose it is where experts have one each.
+/// An input, with the expert's index if each expert has a separate one.
 pub type Place = (Input, Option<usize>);
 
-/// The taps of one layer; clones are the same.
+/// The taps of one layer. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Taps(Arc<Mutex<BTreeMap<Place, Tap>>>);
 
@@ -58,7 +59,7 @@ impl Taps {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A tap for a matrix, if none that reads the same has one.
+    /// The tap for a matrix; `None` if another matrix with the same input has it.
     pub fn of(&self, role: Role, expert: Option<usize>) -> Option<Tap> {
         match self.all().entry((Input::of(role), expert)) {
             Entry::Occupied(_) => None,
@@ -71,7 +72,7 @@ impl Taps {
         self.all().entry((Input::Queries, None)).or_default().clone()
     }
 
-    /// What all of them have seen; they begin anew.
+    /// Returns the sums of all taps and resets them.
     pub fn take(&self) -> impl Iterator<Item = (Place, InputSums)> + use<> {
         std::mem::take(&mut *self.all()).into_iter().map(|(place, tap)| (place, tap.take()))
     }

@@ -1,5 +1,5 @@
-//! The model without some of its features (LLM.int8(), section 4.2): copies of the tokens that
-//! pass beside the whole ones, in which every norm's output is 0 at those features.
+//! Ablation of features (LLM.int8(), section 4.2): additional copies of the tokens in which every
+//! norm output is 0 at the ablated features.
 
 use std::collections::BTreeMap;
 
@@ -11,27 +11,28 @@ use crate::error::{Result, WorkerError};
 use crate::noise;
 use crate::pass::stream::Predicted;
 
-/// The copies of the tokens, by what is taken away from each. The first is whole, and the only one
-/// without an ablation.
+/// The copies of the tokens (arms), by ablated features. The first is the whole model, and the
+/// only one without an ablation.
 #[derive(Clone, Debug)]
 pub struct Arms {
     hidden: usize,
     removed: Vec<(Removed, Vec<usize>)>,
 }
 
-/// [`TopShares`] of each arm, by layer. One that is not there has no softmax.
+/// [`TopShares`] of each arm, by layer. Layers without softmax attention have no entry.
 pub type Sharpness = BTreeMap<usize, Vec<TopShares>>;
 
 impl Arms {
-    /// The whole tokens alone.
+    /// Only the whole model.
     pub fn whole() -> Self {
         Self { hidden: 0, removed: vec![(Removed::Nothing, Vec::new())] }
     }
 
-    /// Those of a job, over a model of width `hidden` and sequences of `tokens`.
+    /// The arms of a job, for a model of width `hidden` and sequences of `tokens`.
     ///
     /// # Errors
-    /// Job: features that the model does not have, none, or so many that not as many others are left; sequences without predictions.
+    /// Job: a feature outside the model, no features, more than half of the features, or sequences
+    /// of one token.
     pub fn of(ablation: Option<&Ablation>, hidden: usize, tokens: usize) -> Result<Self> {
         let Some(Ablation { features, seed }) = ablation else { return Ok(Self::whole()) };
         let wrong = |why: String, hint: &str| Err(WorkerError::job(why).hint(hint));
@@ -40,11 +41,11 @@ impl Arms {
         }
         if let Some(feature) = features.iter().find(|feature| **feature >= hidden) {
             let why = format!("there is no feature {feature} in a model of {hidden}");
-            return wrong(why, "they are counted from 0; those of another model's results are not this one's");
+            return wrong(why, "features are counted from 0; use the results of the same model");
         }
         if 2 * features.len() > hidden {
-            let why = format!("{} features of {hidden} to take away: there are not as many others", features.len());
-            return wrong(why, "take away half of them at most");
+            let why = format!("an ablation of {} of {hidden} features leaves too few for the random arm", features.len());
+            return wrong(why, "ablate at most half of the features");
         }
         if tokens < 2 {
             return wrong("an ablation of sequences of one token, which predict nothing".to_owned(), "use longer ones");
@@ -58,12 +59,12 @@ impl Arms {
         Ok(Self { hidden, removed })
     }
 
-    /// How many.
+    /// Number of arms.
     pub fn count(&self) -> usize {
         self.removed.len()
     }
 
-    /// What the norms' outputs of each arm but the first are multiplied by, `[hidden]`.
+    /// Factors of the norm outputs for each arm but the first, `[hidden]`.
     pub(crate) fn masks(&self, compute: DType, device: &Device) -> Result<Vec<Tensor>> {
         let mask = |(_, features): &(Removed, Vec<usize>)| {
             let mut kept = vec![1f32; self.hidden];
@@ -73,7 +74,7 @@ impl Arms {
         self.removed[1..].iter().map(mask).collect()
     }
 
-    /// What was measured, one entry per arm; nothing without an ablation.
+    /// Results per arm; empty without an ablation.
     pub fn report(&self, layers: usize, predicted: &[Predicted], sharpness: &Sharpness) -> Vec<AblationArm> {
         if self.count() == 1 {
             return Vec::new();

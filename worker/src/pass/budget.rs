@@ -1,35 +1,35 @@
-//! How much memory weights may take while they stream.
+//! Memory budget of streamed weights.
 
 use candle_core::DType;
 use sysinfo::System;
 
-/// Values decoded per group of experts, where nobody asked for another budget: 256 MiB in f32.
+/// Default number of values decoded per group of experts: 256 MiB in f32.
 pub const GROUP_ELEMENTS: u64 = 64 << 20;
-/// Bounds of the budget that is taken from what is free.
+/// Limits of a budget derived from free memory.
 const LEAST: u64 = 256 << 20;
 const MOST: u64 = 4 << 30;
-/// Where the system does not tell what is free.
+/// Budget where the system does not report free memory.
 const USUAL: u64 = 1 << 30;
 
 /// Bytes for weights in one memory: a quarter for the groups of experts in use, a quarter for
-/// those being decoded, half for stored bytes on their way. Devices that share the memory share
-/// the quarters evenly.
+/// those being decoded, half for stored bytes in transit. Devices that share the memory share the
+/// quarters evenly.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct StreamBudget {
     bytes: u64,
-    /// Asked for, not found.
+    /// Whether the user set the budget.
     asked: bool,
 }
 
 impl StreamBudget {
-    /// As asked for; else a quarter of the memory that is free now.
+    /// The requested budget, or a quarter of the memory that is free now.
     pub fn new(asked: Option<u64>) -> Self {
         let free = || free_memory().map_or(USUAL, |free| (free / 4).clamp(LEAST, MOST));
         Self { bytes: asked.unwrap_or_else(free), asked: asked.is_some() }
     }
 
-    /// As asked for; else what a machine with enough memory takes. For plans, which are not made
-    /// for this machine.
+    /// The requested budget, or the default on a machine with enough memory. For plans, which are
+    /// for another machine.
     pub fn planned(asked: Option<u64>) -> Self {
         Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
     }
@@ -47,21 +47,21 @@ impl StreamBudget {
         if self.asked { elements } else { elements.min(GROUP_ELEMENTS) }
     }
 
-    /// Bytes that may be held until the hash of their file reaches them, where a run needs
-    /// `needed` bytes of the same memory beside: as much as a quarter of what was asked for; else
-    /// half of what is free beyond that.
+    /// Bytes of a file that may be held until it is hashed up to them, if a run needs `needed`
+    /// bytes of the same memory besides: up to a quarter of a requested budget, or half of the
+    /// memory that is free beyond `needed`.
     pub fn hash_memory(self, needed: u64) -> u64 {
         if self.asked { self.bytes / 4 } else { free_memory().unwrap_or(USUAL).saturating_sub(needed) / 2 }
     }
 
-    /// Bytes that may be on their way from the hub, or wait to be decoded.
+    /// Bytes that may be in transit from the hub or wait to be decoded.
     pub fn read_ahead(self) -> u64 {
         self.bytes / 2
     }
 }
 
-/// Bytes that this process may still take, by the machine and by its control group; `None` where
-/// the system does not tell.
+/// Bytes that this process may still allocate, by the machine and by its control group; `None` if
+/// the system does not report them.
 pub fn free_memory() -> Option<u64> {
     let system = System::new_all().ok()?;
     let group = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);

@@ -1,6 +1,5 @@
-//! From a source's bytes to tensors, in memory that is used again: a fresh buffer costs more than
-//! decoding into it, since the system clears and maps its pages, and what the allocator keeps of
-//! the old ones comes on top.
+//! Reads and decodes tensors into reused memory. A new buffer costs more than decoding into it,
+//! since the system clears and maps its pages, and the allocator keeps part of the old ones.
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -19,13 +18,13 @@ use crate::kernels::product;
 use crate::model::decoder::Need;
 use crate::pass::meter::{Clock, Subject, Work};
 
-/// Reads and decodes tensors of one model, one after the other.
+/// Reads and decodes tensors of one model, one at a time.
 pub struct Loader<'a> {
     model: &'a Model<'a>,
     compute: DType,
     device: &'a Device,
     pool: &'a TensorPool,
-    /// To a GPU.
+    /// Set for a GPU.
     host_to_device: Option<HostToDevice>,
     clock: Clock<'a>,
     subject: Subject,
@@ -34,28 +33,28 @@ pub struct Loader<'a> {
     beside: Vec<u8>,
 }
 
-/// A unit's tensors, and the memory that is free once nothing uses them any more.
+/// A unit's tensors, and the memory to return once nothing uses them.
 pub struct LoadedUnit {
-    /// By role and expert.
+    /// Tensors by role and expert.
     pub tensors: UnitTensors,
-    /// For [`TensorPool::give_back`].
+    /// Memory for [`TensorPool::give_back`].
     pub memory: Vec<Tensor>,
 }
 
-/// Something whose values may still be on their way to a GPU.
+/// A value whose tensors may still be being uploaded to a GPU.
 #[must_use]
 pub struct OnItsWay<T> {
-    // Dropped first: what arrives must not be given back before it has.
+    // Dropped first: memory must not be released before the upload into it is complete.
     upload_fence: Option<UploadFence>,
     value: T,
 }
 
 impl<T> OnItsWay<T> {
-    /// What its device is asked for from now on is done after the fence, for which this waits.
+    /// Waits for the upload. GPU work submitted afterwards sees the values.
     ///
     /// # Errors
-    /// Checkpoint: a value that was decoded on a GPU does not fit its dtype, by name. Device: the
-    /// driver's.
+    /// Checkpoint: a value decoded on a GPU does not fit its dtype; the message names the tensor.
+    /// Errors of the driver.
     pub fn arrived(self) -> Result<T> {
         let Self { upload_fence, value } = self;
         upload_fence.map(UploadFence::wait).transpose()?;
@@ -64,11 +63,11 @@ impl<T> OnItsWay<T> {
 }
 
 impl<'a> Loader<'a> {
-    /// Decodes for a pass in `compute` on `device`, into memory from `pool` where there is some;
-    /// `clock` is told how long everything takes.
+    /// Decodes for a pass in `compute` on `device`, into memory from `pool` if it has some.
+    /// `clock` measures the times.
     ///
     /// # Errors
-    /// Device: a GPU that cannot be used.
+    /// Device: the GPU is unusable.
     pub fn new(
         model: &'a Model<'a>,
         compute: DType,
@@ -81,12 +80,12 @@ impl<'a> Loader<'a> {
         Ok(Self { model, compute, device, pool, host_to_device, clock, subject, values, scales, beside })
     }
 
-    /// What the clock is told that all loading from now on is about.
+    /// Sets the subject of the times that are measured from now on.
     pub fn about(&mut self, subject: Subject) {
         self.subject = subject;
     }
 
-    /// Tensors of a layer.
+    /// Loads tensors of a layer.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
@@ -99,16 +98,16 @@ impl<'a> Loader<'a> {
             tensors.insert((need.role, need.expert), decoded.out_by_in()?);
             Ok(())
         });
-        // Also of what came before an error.
+        // The fence also covers tensors decoded before an error.
         let unit = self.on_its_way(LoadedUnit { tensors: UnitTensors::new(tensors), memory })?;
         loaded.map(|()| unit)
     }
 
-    /// One tensor. One that is stored `[in, out]` comes as a transposed view, since products take
-    /// either order: nothing is moved.
+    /// Loads one tensor. A tensor stored as `[in, out]` is returned as a transposed view, since
+    /// products accept either order.
     ///
     /// # Errors
-    /// The source's; a value that is not finite, by name.
+    /// Errors of the source; a value is not finite; the message names the tensor.
     pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<OnItsWay<Tensor>> {
         let tensor = self.decoded(layer, need)?.out_by_in()?;
         self.on_its_way(tensor)
@@ -143,7 +142,7 @@ impl<'a> Loader<'a> {
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
 
-    /// Some rows of a stored matrix of plain floats.
+    /// Loads some rows of a stored matrix of plain floats.
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
@@ -155,10 +154,10 @@ impl<'a> Loader<'a> {
         decoded
     }
 
-    /// The same from bytes that were read before.
+    /// As [`rows`](Self::rows), from bytes that were read before.
     ///
     /// # Errors
-    /// A value that is not finite, by name.
+    /// A value is not finite; the message names the tensor.
     pub fn decode_rows(
         &mut self,
         stored: &StoredTensor<'_>,
@@ -175,7 +174,7 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// How decoded values come to where they are computed with.
+/// The path of decoded values to their device.
 struct Way<'a> {
     host_to_device: Option<&'a mut HostToDevice>,
     pool: &'a TensorPool,
@@ -191,7 +190,7 @@ impl Way<'_> {
     }
 }
 
-/// A tensor as it is stored.
+/// A tensor in its stored shape.
 struct Decoded {
     tensor: Tensor,
     input_major: bool,
@@ -203,7 +202,7 @@ impl Decoded {
     }
 }
 
-/// Some rows of a stored matrix, as stored.
+/// Byte ranges of some rows of a stored matrix.
 pub fn rows_of<'a>(stored: &StoredTensor<'a>, rows: &Range<usize>) -> TensorRange<'a> {
     let entry = stored.values.entry;
     let row_bytes = entry.len / entry.shape[0];
@@ -213,13 +212,13 @@ pub fn rows_of<'a>(stored: &StoredTensor<'a>, rows: &Range<usize>) -> TensorRang
 /// Fills `into` with the bytes of a piece.
 ///
 /// # Errors
-/// The source's.
+/// Errors of the source.
 pub fn read(source: &dyn WeightSource, piece: &TensorRange<'_>, into: &mut Vec<u8>) -> Result<()> {
     into.resize((piece.range.end - piece.range.start) as usize, 0);
     source.read(piece.entry, piece.range.clone(), into)
 }
 
-/// The bytes of a tensor's pieces, as what they are.
+/// The bytes of a tensor's pieces in their stored format.
 fn encoded<'b>(
     stored: &'b StoredTensor<'_>,
     [values, scales, beside]: [&'b [u8]; 3],
@@ -245,10 +244,9 @@ fn encoded<'b>(
     })
 }
 
-/// Refuses packed integers whose stored shape, two whole numbers, is another than the one
-/// expected.
+/// Checks the stored shape of packed integers, two whole numbers, against the expected one.
 fn check_shape(stored: &StoredTensor<'_>, bytes: &[u8], shape: &[usize]) -> Result<()> {
-    // As I32 or as I64.
+    // The shape is stored as I32 or I64.
     let found: Vec<u64> = if bytes.len() == 2 * size_of::<u64>() {
         bytes.as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
     } else {
@@ -262,25 +260,24 @@ fn check_shape(stored: &StoredTensor<'_>, bytes: &[u8], shape: &[usize]) -> Resu
         .hint("the checkpoint is damaged: fetch it again, or report it to its authors"))
 }
 
-/// Memory of matrices on the CPU that no computation needs any more.
+/// Reusable memory of matrices on the CPU.
 #[derive(Default)]
 pub struct TensorPool {
-    /// Most bytes of matrices, in use and free together; when there are more, free ones are
-    /// dropped.
+    /// Maximum bytes of matrices, in use and free together. Above it free ones are dropped.
     limit: u64,
     matrices: Mutex<Matrices>,
 }
 
 #[derive(Default)]
 struct Matrices {
-    /// The longest unused first.
+    /// Free matrices, the longest unused first.
     free: VecDeque<Tensor>,
     free_bytes: u64,
     used_bytes: u64,
 }
 
 impl TensorPool {
-    /// Keeps `limit` bytes at most, those in use included.
+    /// A pool of at most `limit` bytes, matrices in use included.
     pub fn new(limit: u64) -> Self {
         Self { limit, matrices: Mutex::default() }
     }
@@ -289,7 +286,7 @@ impl TensorPool {
         self.matrices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a tensor's memory is worth keeping. Vectors may live on in blocks that hold them.
+    /// Whether a tensor's memory can be reused. Vectors may be kept by blocks.
     fn takes(tensor: &Tensor) -> bool {
         tensor.device().is_cpu() && tensor.rank() == 2
     }
@@ -309,7 +306,7 @@ impl TensorPool {
         }
     }
 
-    /// A free matrix; without one, room is made for a new one.
+    /// A free matrix of this shape; `None` after making room for a new one.
     fn take(&self, shape: &[usize], compute: DType) -> Option<Tensor> {
         let mut matrices = self.lock();
         let bytes = (shape[0] * shape[1] * compute.size_in_bytes()) as u64;
@@ -323,8 +320,8 @@ impl TensorPool {
         None
     }
 
-    /// Takes back what [`LoadedUnit::memory`] names. None of it may still be in use, nor any view
-    /// of it: it will be overwritten.
+    /// Takes back [`LoadedUnit::memory`]. Neither it nor a view of it may be in use: it will be
+    /// overwritten.
     pub fn give_back(&self, memory: impl IntoIterator<Item = Tensor>) {
         let mut matrices = self.lock();
         for tensor in memory.into_iter().filter(Self::takes) {

@@ -1,5 +1,5 @@
-//! Measures the time of a pass: how long each kind of work took. On request also when each piece of
-//! work began and ended, per thread.
+//! Measures how long each kind of work in a pass takes. On request it also records the start and
+//! end of each piece of work, per thread.
 
 use std::cell::{Cell, RefCell};
 use std::ops::Range;
@@ -7,26 +7,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What a thread of a pass is busy with.
+/// Kinds of work of the threads of a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
-    /// A loader: bytes from the source, waiting for the network included.
+    /// Loader: reads bytes from the source, waiting for the network included.
     Reading,
-    /// A loader: bytes to tensors.
+    /// Loader: decodes bytes to tensors.
     Decoding,
-    /// A device: nothing to do until weights are loaded, or hidden states come from another device.
+    /// Device: waits for weights, or for hidden states from another device.
     Waiting,
-    /// A device: token ids to hidden states.
+    /// Device: embeds token ids.
     Embedding,
     /// A device: norm and token mixer.
     Mixer,
     /// A device: norm and feed-forward, router and experts.
     FeedForward,
-    /// A device: statistics of what it computed.
+    /// Device: computes statistics.
     Statistics,
-    /// A device: final norm, logits, likelihoods.
+    /// Device: final norm, logits, likelihoods.
     Head,
-    /// A device: a save point.
+    /// Device: writes a save point.
     Saving,
 }
 
@@ -44,7 +44,7 @@ impl Work {
         Self::Saving,
     ];
 
-    /// In one word, for time lines.
+    /// One word for time lines.
     pub fn word(self) -> &'static str {
         match self {
             Self::Reading => "read",
@@ -60,47 +60,47 @@ impl Work {
     }
 }
 
-/// What a piece of work is about, as far as it is about something.
+/// Layer and micro-batches of a piece of work, where it has them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Subject {
     /// Layer, from 0.
     pub layer: Option<usize>,
-    /// Numbers of the micro-batches, from 0.
+    /// Indices of the micro-batches, from 0.
     pub micro_batches: Option<Range<usize>>,
 }
 
-/// One of the two threads that every device has.
+/// One of the two threads of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Thread {
-    /// The one that computes, by the device's number.
+    /// The computing thread, by the device's index.
     Device(usize),
-    /// The one that loads its weights.
+    /// The thread that loads its weights.
     Loader(usize),
 }
 
-/// A piece of work from its beginning to its end, or to where it was interrupted.
+/// A piece of work without interruption.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Span {
-    /// Who did it.
+    /// Thread that did it.
     pub thread: Thread,
-    /// What kind of work it was.
+    /// Kind of work.
     pub work: Work,
-    /// What it was about.
+    /// Subject of the work.
     pub subject: Subject,
-    /// Since the meter was made.
+    /// Start, since the meter was created.
     pub start: Duration,
-    /// Since the meter was made.
+    /// End, since the meter was created.
     pub end: Duration,
 }
 
-/// Adds up what all threads of a pass report.
+/// Sums the times of all threads of a pass.
 #[derive(Debug)]
 pub struct Meter {
     began: Instant,
     nanoseconds: [AtomicU64; Work::ALL.len()],
-    /// One bit for each of the first devices: whether it waits now.
+    /// One bit for each of the first 64 devices: whether it waits now.
     waiting: AtomicU64,
-    /// `None`: only sums are kept.
+    /// `None`: only sums are recorded.
     spans: Option<Mutex<Vec<Span>>>,
 }
 
@@ -111,13 +111,13 @@ impl Default for Meter {
 }
 
 impl Meter {
-    /// One that also keeps every span: about 100 bytes for each tensor that is loaded and for each
-    /// step of a micro-batch.
+    /// A meter that also records every span: about 100 bytes per loaded tensor and per step of a
+    /// micro-batch.
     pub fn with_spans() -> Self {
         Self { spans: Some(Mutex::default()), ..Self::default() }
     }
 
-    /// The clock of one thread.
+    /// Creates the clock of one thread.
     pub fn clock(&self, thread: Thread) -> Clock<'_> {
         Clock {
             meter: self,
@@ -128,17 +128,17 @@ impl Meter {
         }
     }
 
-    /// Seconds that all threads together spent on a kind of work, without what interrupted it.
+    /// Seconds of all threads on a kind of work, without interruptions.
     pub fn seconds(&self, work: Work) -> f64 {
         Duration::from_nanos(self.nanoseconds[work as usize].load(Ordering::Relaxed)).as_secs_f64()
     }
 
-    /// Whether a device's thread waits now: for weights, or for hidden states of another device.
+    /// Whether a device's thread waits now, for weights or for hidden states from another device.
     pub fn is_waiting(&self, device: usize) -> bool {
         self.waiting.load(Ordering::Relaxed) & bit(device) != 0
     }
 
-    /// What was kept of the clocks that are gone, thread by thread in order of time.
+    /// Spans of dropped clocks, by thread and time.
     pub fn spans(&self) -> Vec<Span> {
         let Some(spans) = &self.spans else { return Vec::new() };
         let mut spans = spans.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -147,24 +147,24 @@ impl Meter {
     }
 }
 
-/// Of a device among those that wait; none of the 65th.
+/// The bit of a device; 0 from the 65th on.
 fn bit(device: usize) -> u64 {
     1u64.checked_shl(device as u32).unwrap_or(0)
 }
 
-/// Measures what one thread does, one thing at a time: work within other work interrupts it, so
-/// that times add up and spans never overlap.
+/// Measures one thread. Nested work interrupts the outer work, so that times add up and spans
+/// never overlap.
 pub struct Clock<'m> {
     meter: &'m Meter,
     thread: Thread,
     now: RefCell<Option<(Work, Subject)>>,
     since: Cell<Instant>,
-    /// Given to the meter in the end: threads do not wait for each other.
+    /// Passed to the meter on drop, so that threads do not wait for each other.
     spans: RefCell<Vec<Span>>,
 }
 
 impl Clock<'_> {
-    /// Does something about `subject`.
+    /// Measures `what` as work on `subject`.
     pub fn time_about<R>(&self, work: Work, subject: Subject, what: impl FnOnce() -> R) -> R {
         let outer = self.turn_to(Some((work, subject)));
         let result = what();
@@ -172,7 +172,7 @@ impl Clock<'_> {
         result
     }
 
-    /// Does something about the same as the work that it interrupts.
+    /// Measures `what` with the subject of the work it interrupts.
     pub fn time<R>(&self, work: Work, what: impl FnOnce() -> R) -> R {
         let subject = self.now.borrow().as_ref().map(|(_, subject)| subject.clone());
         self.time_about(work, subject.unwrap_or_default(), what)

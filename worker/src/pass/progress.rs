@@ -1,5 +1,4 @@
-//! What the worker says while it runs: `progress.jsonl` for programs, a bar or plain lines for
-//! people.
+//! Reports progress: `progress.jsonl` for programs, a bar or plain lines for people.
 
 use std::fs::File;
 use std::io::{IsTerminal, Write};
@@ -13,9 +12,9 @@ use outliers_protocol::{Phase, Progress, SCHEMA};
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::Unit;
 
-/// Longest silence in `progress.jsonl`: a follower takes a longer one for a hang.
+/// Maximum pause between lines of `progress.jsonl`: a follower takes a longer one for a hang.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Least time between two lines of the same phase, so that thousands of small units do not make
+/// Minimum time between two lines of the same phase, so that thousands of small units do not write
 /// thousands of lines.
 const QUIET: Duration = Duration::from_millis(200);
 
@@ -43,14 +42,14 @@ struct State {
     tokens: usize,
     phase_began: Instant,
     seconds: Vec<(Phase, f64)>,
-    /// Whether anybody is talked to, by bar or by lines.
+    /// Whether progress is shown to people, as a bar or as lines.
     talk: bool,
     bar: Option<ProgressBar>,
     stopping: bool,
 }
 
 impl ProgressSink {
-    /// Appends to `file` if one is given; talks to people on standard error if `talk`.
+    /// Appends to `file` if one is given; writes to standard error if `talk`.
     ///
     /// # Errors
     /// Storage: the file cannot be created.
@@ -92,12 +91,12 @@ impl ProgressSink {
         Ok(Self { shared, heart })
     }
 
-    /// A sink that says nothing.
+    /// A sink without output.
     pub fn silent() -> Self {
         Self::new(None, false).expect("without a file nothing can fail")
     }
 
-    /// The size of the work, once it is known.
+    /// Sets the size of the work, once it is known.
     pub fn work(&self, layers: usize, bytes_total: u64, tokens: usize) {
         let mut state = self.shared.lock();
         state.last.layers = layers;
@@ -105,7 +104,7 @@ impl ProgressSink {
         state.tokens = tokens;
     }
 
-    /// A new phase begins.
+    /// Starts a phase.
     pub fn phase(&self, phase: Phase) {
         let mut state = self.shared.lock();
         let (ended, seconds) = (state.last.phase, state.phase_began.elapsed().as_secs_f64());
@@ -119,12 +118,12 @@ impl ProgressSink {
         state.write();
     }
 
-    /// A sentence for people, and for followers, that they should not overlook.
+    /// Reports an important message to people and followers.
     pub fn warn(&self, message: impl Into<String>) {
         self.tell(message.into(), true);
     }
 
-    /// A sentence for people, and for followers.
+    /// Reports a message to people and followers.
     pub fn say(&self, message: impl Into<String>) {
         self.tell(message.into(), false);
     }
@@ -142,14 +141,14 @@ impl ProgressSink {
         state.write();
     }
 
-    /// Weight bytes read so far.
+    /// Sets the number of weight bytes read.
     pub fn bytes(&self, read: u64) {
         let mut state = self.shared.lock();
         state.last.bytes_read = read;
         state.write_unless_just_written();
     }
 
-    /// A streaming unit has passed all tokens.
+    /// Reports that all tokens have passed a streaming unit.
     pub fn unit_done(&self, unit: &Unit, ends_layer: bool, bytes_read: u64) {
         let mut state = self.shared.lock();
         state.last.bytes_read = bytes_read;
@@ -167,8 +166,7 @@ impl ProgressSink {
         state.write_unless_just_written();
     }
 
-    /// So many of the parts of a phase that has no layers are done: `3 of 38 parts of the
-    /// vocabulary`.
+    /// Reports parts of a phase without layers: `3 of 38 parts of the vocabulary`.
     pub fn part_done(&self, done: usize, all: usize, what: &str, bytes_read: u64) {
         let mut state = self.shared.lock();
         state.last.bytes_read = bytes_read;
@@ -178,7 +176,7 @@ impl ProgressSink {
         if done == all { state.write() } else { state.write_unless_just_written() }
     }
 
-    /// Seconds spent in each phase so far.
+    /// Seconds in each phase so far.
     pub fn seconds(&self) -> Vec<(Phase, f64)> {
         let state = self.shared.lock();
         let mut seconds = state.seconds.clone();
@@ -198,7 +196,7 @@ impl Drop for ProgressSink {
         }
         self.shared.stop.notify_all();
         if let Some(heart) = self.heart.take() {
-            // The heart only sleeps and writes; if it panicked there is nothing to save.
+            // The heartbeat thread only sleeps and writes. A panic in it is ignored.
             let _ = heart.join();
         }
     }
@@ -236,8 +234,8 @@ impl State {
         let Some(file) = &mut self.file else { return };
         let mut line = serde_json::to_vec(&self.last).expect("progress is plain data");
         line.push(b'\n');
-        // One write per line, so that a reader never sees half of one. A full disk must not end a
-        // run that only wants to say how far it is.
+        // One write per line, so that a reader never sees a part of it. A full disk must not end a
+        // run because of its progress file.
         if let Err(error) = file.write_all(&line) {
             tracing::warn!("progress cannot be written: {error}");
             self.file = None;

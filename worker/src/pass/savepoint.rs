@@ -1,9 +1,9 @@
-//! Where a pass can go on after its process died: hidden states and everything observed, after
-//! some layer, in one file.
+//! Save points: the state of a pass after a layer (hidden states and observations) in one file,
+//! from which a new process continues.
 //!
-//! The file is a line of JSON (which run, which layer, lengths, SHA-256 of the rest) and then the
-//! bytes. It is written to a temporary name, synced and renamed, so that there is always a whole
-//! one; one that is damaged or of another run is not used.
+//! The file is a line of JSON (run, layer, lengths, SHA-256 of the rest) followed by the bytes. It
+//! is written to a temporary name, synced and renamed, so that a complete one always exists. A
+//! damaged one, or that of another run, is not used.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,12 +18,12 @@ use sha2::{Digest, Sha256};
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{open_regular, part_path, put_in_place};
 
-/// Version of the file; another is not read.
+/// Version of the file format. Other versions are not read.
 const SCHEMA: u32 = 7;
-/// Longest first line of a file of ours, bytes.
+/// Maximum bytes of the first line.
 const MAX_HEADER: u64 = 1 << 20;
 
-/// A run's save point.
+/// The save point of a run.
 pub struct SavePoints {
     path: PathBuf,
     run: String,
@@ -31,22 +31,21 @@ pub struct SavePoints {
     last: Instant,
 }
 
-/// What was saved.
+/// A loaded save point.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SavePoint {
-    /// The first layer that is still to be computed.
+    /// The next layer to compute.
     pub next_layer: usize,
-    /// Hidden states `[tokens, hidden]` of each micro-batch, little-endian in the dtype of the
-    /// forward pass.
+    /// Hidden states `[tokens, hidden]` per micro-batch, little-endian in the dtype of the pass.
     pub hidden: Vec<Vec<u8>>,
-    /// What the observer has seen.
+    /// State of the observer.
     pub observed: Vec<u8>,
-    /// Names of the weight files that had been verified.
+    /// Names of the weight files verified so far.
     pub verified: Vec<String>,
 }
 
-/// Gives a part of what is to be saved. Asked twice, for its hash and for its bytes, so that one
-/// part at a time is in memory.
+/// Serialises a part of the state. Called twice, for the hash and for the bytes, so that one part
+/// at a time is in memory.
 pub type Give<'a> = Box<dyn Fn() -> Result<Vec<u8>> + 'a>;
 
 #[derive(Serialize, Deserialize)]
@@ -54,32 +53,31 @@ struct Header {
     schema: u32,
     run: String,
     next_layer: usize,
-    /// Bytes of each micro-batch's hidden states.
+    /// Bytes of the hidden states per micro-batch.
     hidden: Vec<u64>,
-    /// Bytes of what the observer has seen; after the others.
+    /// Bytes of the observer's state, which comes last.
     observed: u64,
-    /// Weight files that had been verified.
+    /// Names of the weight files verified so far.
     verified: Vec<String>,
     sha256: String,
 }
 
 impl SavePoints {
-    /// In the file `path`. `run` names everything that the numbers depend on: a save point of
-    /// another run is not used.
+    /// A save point in the file `path`. `run` identifies everything that the numbers depend on: a
+    /// save point of another run is not used.
     pub fn new(path: PathBuf, run: String, every: Duration) -> Self {
         Self { path, run, every, last: Instant::now() }
     }
 
-    /// Whether enough time has passed since the last one to pay for another.
+    /// Whether `every` has passed since the last save.
     pub fn is_due(&self) -> bool {
         self.last.elapsed() >= self.every
     }
 
-    /// Writes one in place of the last. `verified` are the names of the weight files that have
-    /// been verified.
+    /// Replaces the save point. `verified` are the names of the weight files verified so far.
     ///
     /// # Errors
-    /// Storage; what a part gives.
+    /// Storage; errors of a part.
     pub fn save(
         &mut self,
         next_layer: usize,
@@ -110,10 +108,10 @@ impl SavePoints {
         Ok(())
     }
 
-    /// The save point of this run; `None` if there is none.
+    /// Loads the save point of this run; `None` if there is none.
     ///
     /// # Errors
-    /// Why the one that is there cannot be used, in words.
+    /// The reason, as text, why the file cannot be used.
     pub fn load(&self) -> std::result::Result<Option<SavePoint>, String> {
         let mut file = match open_regular(&self.path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -125,7 +123,7 @@ impl SavePoints {
         if header.schema != SCHEMA || header.run != self.run {
             return Err("it belongs to another run".to_owned());
         }
-        // Lengths are a claim: no more is read than the file has.
+        // Lengths are untrusted: no more is read than the file contains.
         let mut hash = Hash::new(header.next_layer, &header.verified);
         let mut part = |length: &u64| -> std::result::Result<Vec<u8>, String> {
             let mut bytes = Vec::new();
@@ -142,7 +140,7 @@ impl SavePoints {
         Ok(Some(SavePoint { next_layer, hidden, observed, verified }))
     }
 
-    /// Takes it away: the run is complete.
+    /// Removes the save point of a complete run.
     ///
     /// # Errors
     /// Storage.
@@ -154,7 +152,7 @@ impl SavePoints {
     }
 }
 
-/// SHA-256 over the next layer's number, and the names of verified files and all parts with their
+/// SHA-256 over the next layer's index, and the names of verified files and all parts with their
 /// lengths.
 struct Hash(Sha256);
 
@@ -167,7 +165,7 @@ impl Hash {
         hash
     }
 
-    /// Adds a part; gives its length.
+    /// Adds a part. Returns its length.
     fn add(&mut self, part: &[u8]) -> u64 {
         let length = part.len() as u64;
         self.0.update(length.to_le_bytes());
@@ -180,7 +178,7 @@ impl Hash {
     }
 }
 
-/// A tensor's values, little-endian in its own dtype.
+/// The values of a tensor, little-endian in its dtype.
 ///
 /// # Errors
 /// Device.
@@ -197,7 +195,7 @@ pub fn to_bytes(x: &Tensor) -> Result<Vec<u8>> {
 /// The reverse of [`to_bytes`].
 ///
 /// # Errors
-/// Internal: the bytes are of another number than the shape says. Device.
+/// Internal: the number of bytes does not match the shape. Device.
 pub fn from_bytes(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) -> Result<Tensor> {
     if bytes.len() != shape.iter().product::<usize>() * dtype.size_in_bytes() {
         return Err(WorkerError::internal(format!("{} bytes are no {dtype:?} {shape:?}", bytes.len())));
@@ -265,8 +263,8 @@ mod tests {
             let mut bytes = whole.clone();
             bytes[at] ^= 0x20;
             fs::write(&path, &bytes).unwrap();
-            // A change in the header may be without consequence (white space); never may it give
-            // other numbers.
+            // A change of white space in the header may have no effect. Other changes must not
+            // yield other numbers.
             if let Ok(loaded) = points(folder.path(), "a").load() {
                 assert_eq!(loaded, Some(point(7)), "byte {at}");
             }

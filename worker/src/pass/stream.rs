@@ -1,9 +1,9 @@
-//! The forward pass, layer-major: all tokens pass a streaming unit while its weights are there,
-//! and each weight byte is read once, whatever the number of tokens.
+//! The forward pass, layer-major: all tokens pass a streaming unit while its weights are loaded.
+//! Each weight byte is read once for any number of tokens.
 //!
-//! Layers are dealt to the devices in turn ([`wavefront`]). While a unit computes, the next are
-//! read and decoded by a second thread; no more are alive than the two largest take, so that peak
-//! memory does not grow with depth.
+//! Layers are assigned to the devices in turn ([`wavefront`]). While a unit computes, a second
+//! thread reads and decodes the next ones. At most the bytes of the two largest units are held, so
+//! that peak memory does not grow with depth.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -33,7 +33,7 @@ use crate::pass::progress::ProgressSink;
 use crate::pass::savepoint::{self, Give, SavePoint, SavePoints};
 use crate::stats::Observer;
 
-/// Vocabulary rows per block of embedding and head.
+/// Rows of the vocabulary per block of embedding and head.
 pub const VOCAB_BLOCK: usize = 4096;
 
 /// One pass of a model over tokens.
@@ -42,59 +42,57 @@ pub struct Pass<'a> {
     pub model: &'a Model<'a>,
     /// Token ids.
     pub tokens: &'a Tokens,
-    /// Copies of the tokens, by what is taken away from them. The observer sees the whole ones
-    /// alone.
+    /// Copies of the tokens, by ablated features. Only the whole model is observed.
     pub arms: &'a Arms,
     /// Dtype of the forward pass.
     pub compute: DType,
     /// Layer `i` runs on device `i % devices`, embedding and head on the first.
     pub devices: &'a [Placement],
-    /// Tokens computed together, rounded down to whole sequences, one at least.
+    /// Tokens computed together, rounded down to whole sequences, at least one.
     pub micro_batch_tokens: usize,
-    /// Whether to go on to final norm, head and negative log-likelihoods.
+    /// Whether to compute final norm, head and negative log-likelihoods.
     pub with_head: bool,
-    /// Values decoded per group of experts: bounds memory, changes no number.
+    /// Values decoded per group of experts: bounds memory, changes no result.
     pub group_elements: u64,
-    /// Bytes of weights that may be held until the hash of their file reaches them.
+    /// Bytes of weights that may be held until their file is hashed up to them.
     pub hash_memory: u64,
-    /// Whether units are loaded while others compute. Without, a device holds one at a time; no
-    /// number changes.
+    /// Whether units are loaded while others compute. If false, a device holds one unit at a time;
+    /// results are the same.
     pub read_ahead: bool,
-    /// Told of every step.
+    /// Receives every step.
     pub progress: &'a ProgressSink,
-    /// Told how long each kind of work takes.
+    /// Receives the time of each kind of work.
     pub meter: &'a Meter,
 }
 
-/// What a pass gives beside what its observer saw.
+/// Results of a pass besides the observations.
 pub struct Passed {
-    /// What each arm predicted, the whole first, if asked to go on to the head.
+    /// Predictions of each arm, the whole model first, if `with_head`.
     pub predicted: Option<Vec<Predicted>>,
-    /// The layer at which it took an earlier pass up.
+    /// The layer at which an earlier pass was resumed.
     pub resumed_at_layer: Option<usize>,
-    /// Names of the weight files that the earlier pass had read to their end without verifying
-    /// them.
+    /// Names of the weight files that the earlier pass read completely without verifying them.
     pub unverified_before: Vec<String>,
 }
 
 impl Passed {
-    /// What the whole model predicted.
+    /// Predictions of the whole model.
     pub fn whole(&self) -> Option<&Predicted> {
         self.predicted.as_ref()?.first()
     }
 }
 
-/// How well the tokens that follow were predicted.
+/// Likelihoods of the following tokens.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Predicted {
-    /// Negative log-likelihood of every predicted token `[sequences, tokens - 1]`, nats.
+    /// Negative log-likelihood of every predicted token in nats, `[sequences, tokens - 1]`.
     pub nll: Vec<f32>,
-    /// Mean over them of the largest probability.
+    /// Mean of the largest probability per predicted token.
     pub top_probability: f64,
 }
 
 impl Predicted {
-    /// `None` without predictions: a token by itself predicts nothing.
+    /// Perplexity; `None` without predictions (sequences of one token).
     pub fn perplexity(&self) -> Option<Perplexity> {
         let mean_nll = mean(&self.nll)?;
         Some(Perplexity { perplexity: mean_nll.exp(), mean_nll, predicted_tokens: self.nll.len() as u64 })
@@ -107,22 +105,22 @@ impl Predicted {
     }
 }
 
-/// Summed in f64; `None` of nothing.
+/// Mean, summed in f64; `None` for no values.
 fn mean(values: &[f32]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().map(|v| f64::from(*v)).sum::<f64>() / values.len() as f64)
 }
 
-/// Whole sequences that are computed together, and what is kept of them between units.
+/// Whole sequences computed together, and their state between units.
 struct MicroBatch {
     arm: usize,
     first_token: usize,
-    /// The residual stream on its way to another GPU, dropped before what it is copied from.
+    /// The residual stream being copied to another GPU. Dropped before its source.
     passing: Option<Passing>,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
-    /// The norm's output that the feed-forward shares with the mixer, between the two.
+    /// The norm output that the feed-forward shares with the mixer, between the two.
     shared_norm: Option<Tensor>,
-    /// Between a mixture's router and its last group of experts.
+    /// State between a mixture's router and its last group of experts.
     mixture: Option<Mixture>,
 }
 
@@ -131,7 +129,7 @@ impl MicroBatch {
         Self { arm, first_token, passing: None, hidden, shared_norm: None, mixture: None }
     }
 
-    /// On the thread of the device where it is. Between GPUs it is on its way when this returns.
+    /// Called on the thread of the current device. Between GPUs it only starts the copy.
     fn leave_for(&mut self, device: &Device) -> Result<()> {
         self.hidden = self.hidden.contiguous()?;
         self.passing = Passing::start(&self.hidden, device)?;
@@ -141,7 +139,7 @@ impl MicroBatch {
         Ok(())
     }
 
-    /// On the thread of the device where it is to be.
+    /// Called on the thread of the new device.
     fn arrive_on(&mut self, device: &Device) -> Result<()> {
         self.hidden = match self.passing.take() {
             Some(passing) => passing.arrive(device)?,
@@ -151,29 +149,27 @@ impl MicroBatch {
     }
 }
 
-/// Micro-batches of a wave, if an arm has that many.
+/// Micro-batches per wave, for an arm with `batches`.
 pub(crate) fn batches_per_wave(batches: usize) -> usize {
     batches.div_ceil(WAVES).max(1)
 }
 
-/// Micro-batches of an arm that travel together. An expert's rows are gathered across them, and
-/// which rows a product is over decides how it is rounded: the cut is the job's, or by default
-/// what GPUs have memory for.
+/// Micro-batches of an arm that move together. An expert's rows are gathered across them, and the
+/// rows of a product affect its rounding, so the job sets the micro-batches; the default is what
+/// fits a GPU's memory.
 struct Wave {
-    /// From 0, in the order of the sequences.
+    /// Index from 0, in the order of the sequences.
     number: usize,
     first_batch: usize,
     batches: Vec<MicroBatch>,
 }
 
-/// As many waves of an arm as it has micro-batches, up to this: so many devices have something to
-/// do at the same time, and as few of a micro-batch's rows as go to one expert come together from
-/// others.
+/// Maximum waves per arm; fewer if the arm has fewer micro-batches. This many devices can work at
+/// the same time. More waves would gather an expert's rows from fewer micro-batches.
 pub(crate) const WAVES: usize = 4;
 
 impl Wave {
-    /// Of micro-batches arm by arm: one that passes beside others is rounded as one that passes
-    /// alone.
+    /// Divides micro-batches into waves arm by arm, so that an arm is rounded as if it ran alone.
     fn all(batches: Vec<MicroBatch>) -> Vec<Self> {
         let mut waves: Vec<Self> = Vec::new();
         let of_arm = batches.iter().filter(|batch| batch.arm == 0).count();
@@ -187,12 +183,12 @@ impl Wave {
         waves
     }
 
-    /// Numbers of the micro-batches.
+    /// Indices of its micro-batches.
     fn micro_batches(&self) -> Range<usize> {
         self.first_batch..self.first_batch + self.batches.len()
     }
 
-    /// On the thread of the device where it is, which alone may touch what is there.
+    /// Called on the thread of the current device, which alone may touch its memory.
     fn leave_for(&mut self, device: &Device) -> Result<()> {
         self.batches.iter_mut().try_for_each(|batch| batch.leave_for(device))
     }
@@ -200,21 +196,21 @@ impl Wave {
 
 struct Mixture {
     routed: Routed,
-    /// What a dense MLP beside the experts made of it.
+    /// Output of a dense MLP beside the experts.
     beside: Option<Tensor>,
 }
 
-/// Bytes of the embedding, kept from the embedding pass if the head is the same matrix.
+/// Bytes of the embedding, kept for a tied head.
 type KeptBlocks = Option<Vec<(Range<usize>, Vec<u8>)>>;
 
 impl Pass<'_> {
-    /// Runs it; `observer` sees every site that it wants to see.
+    /// Runs the pass. `observer` receives every site it wants.
     ///
-    /// With `save`, what has been computed is saved now and then, and a pass that finds its save
-    /// point goes on from there, on whatever devices it has now.
+    /// With `save`, the state is saved from time to time. A pass that finds its save point resumes
+    /// there, on any devices.
     ///
     /// # Errors
-    /// Reading or decoding weights, the device, the observer.
+    /// Errors from reading or decoding weights, the device, or the observer.
     pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<Passed> {
         let found = save.as_ref().and_then(|points| {
             points.load().unwrap_or_else(|why| {
@@ -228,7 +224,7 @@ impl Pass<'_> {
         self.model.source.announce(&order, self.hash_memory);
         let (batches, kept) = match found {
             Some(point) => {
-                self.progress.say(format!("going on at layer {}", point.next_layer));
+                self.progress.say(format!("resuming at layer {}", point.next_layer));
                 (self.restore(point, observer)?, None)
             }
             None => {
@@ -253,8 +249,7 @@ impl Pass<'_> {
         Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
     }
 
-    /// Files that are read before a save point and not after it, unless they had been verified
-    /// there.
+    /// Files that were read only before the save point, unless they were verified then.
     fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
         let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
         let (before, after) = (files(&self.reading_order(None)), files(after));
@@ -268,8 +263,8 @@ impl Pass<'_> {
         (0..self.arms.count()).flat_map(of_arm).collect()
     }
 
-    /// Hidden states and observer as they were, in micro-batches of this pass: a GPU with another
-    /// memory computes another number of tokens together.
+    /// Restores hidden states and observer, in micro-batches of this pass: another GPU may have
+    /// another micro-batch size.
     fn restore(&self, point: SavePoint, observer: &mut impl Observer) -> Result<Vec<MicroBatch>> {
         observer.restore(&point.observed)?;
         let (width, rows) = (self.spec().hidden, self.batch_rows());
@@ -296,7 +291,7 @@ impl Pass<'_> {
         Ok(batches)
     }
 
-    /// Saves what there is before a layer. A disk that refuses costs the save point, not the run.
+    /// Saves the state before a layer. A failed write is reported and does not end the run.
     fn save(&self, points: &mut SavePoints, next_layer: usize, waves: &[Wave], observer: &impl Observer) {
         let batches = waves.iter().flat_map(|wave| &wave.batches);
         let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as Give<'_>).collect();
@@ -319,18 +314,18 @@ impl Pass<'_> {
         reading_order(self.model, self.group_elements, self.with_head, resumed_at_layer)
     }
 
-    /// Where a layer runs; after the last one, where the head does.
+    /// The device of a layer; after the last layer, the device of the head.
     fn placement(&self, layer: usize) -> &Placement {
         let device = if layer < self.spec().layers.len() { layer % self.devices.len() } else { 0 };
         &self.devices[device]
     }
 
-    /// The units of the layers from `first` on.
+    /// Units of the layers from `first` on.
     fn units(&self, first: usize) -> Vec<Unit> {
         units(self.spec(), self.group_elements, first)
     }
 
-    /// For the thread that loads a device's weights.
+    /// The loader of a device's weights.
     fn loader<'l>(&'l self, device: usize, pool: &'l TensorPool) -> Result<Loader<'l>> {
         let clock = self.meter.clock(Thread::Loader(device));
         Loader::new(self.model, self.compute, &self.devices[device].device, pool, clock)
@@ -341,7 +336,7 @@ fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<Unit> {
     spec.units(group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
 }
 
-/// Every byte that a pass will read, in the order in which it will.
+/// All bytes that a pass reads, in its order.
 pub(crate) fn reading_order(
     model: &Model<'_>,
     group_elements: u64,
@@ -368,7 +363,7 @@ pub(crate) fn reading_order(
     order.wanted
 }
 
-/// What a pass will read, as it is put together.
+/// The reading order of a pass, under construction.
 struct ReadingOrder<'a> {
     model: &'a Model<'a>,
     wanted: Vec<Wanted>,
@@ -380,8 +375,8 @@ impl<'a> ReadingOrder<'a> {
         Self { model, wanted: Vec::new(), units: 0 }
     }
 
-    /// Tensors that are loaded together. `beside` is the layer whose small tensors they may be
-    /// fetched with.
+    /// Adds tensors that are loaded together. `beside` is the layer whose small tensors they may
+    /// be fetched with.
     fn unit(&mut self, layer: usize, beside: usize, needs: &[Need]) {
         for need in needs {
             self.model.stored(layer, need).pieces().for_each(|piece| self.piece(piece, beside));
@@ -389,7 +384,7 @@ impl<'a> ReadingOrder<'a> {
         self.units += 1;
     }
 
-    /// A table in blocks of rows.
+    /// Adds a table in blocks of rows.
     fn blocks(&mut self, beside: usize, table: &Need) {
         let stored = self.model.stored(0, table);
         for rows in vocab_blocks(table.shape[0], VOCAB_BLOCK) {
@@ -409,8 +404,8 @@ fn vocab_blocks(vocab: usize, size: usize) -> Vec<Range<usize>> {
     (0..vocab).step_by(size).map(|first| first..(first + size).min(vocab)).collect()
 }
 
-/// Loads items in order on a second thread while earlier ones are consumed here. At most one is
-/// waiting and one in use.
+/// Loads items in order on a second thread while earlier ones are consumed. At most one waits and
+/// one is in use.
 fn pipeline<I: Send, T: Send>(
     clock: &Clock<'_>,
     work: Work,
@@ -424,7 +419,7 @@ fn pipeline<I: Send, T: Send>(
             for item in items {
                 let loaded = load(&item).map(|value| (item, value));
                 let failed = loaded.is_err();
-                // The receiver is gone when the consumer failed: nothing more is wanted.
+                // The receiver is gone if the consumer failed.
                 if send.send(loaded).is_err() || failed {
                     return;
                 }

@@ -1,6 +1,6 @@
-//! A pass's time line in the Trace Event Format of Chrome, which `chrome://tracing` and
-//! <https://ui.perfetto.dev> show: a row per device and one per loader, complete events (`ph: X`)
-//! with layer and micro-batches among their arguments, microseconds since the pass began.
+//! Writes a pass's time line in Chrome's Trace Event Format, for `chrome://tracing` and
+//! <https://ui.perfetto.dev>: one row per device and per loader, complete events (`ph: X`) with
+//! layer and micro-batches as arguments, and times in microseconds since the start of the pass.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ struct TraceFile<'a> {
 #[derive(Serialize)]
 #[serde(tag = "ph")]
 enum Event<'a> {
-    /// What a row is called.
+    /// Name of a row.
     M { name: &'static str, pid: u32, tid: usize, args: Name },
     /// A piece of work.
     X { name: &'static str, pid: u32, tid: usize, ts: f64, dur: f64, args: About<'a> },
@@ -47,7 +47,7 @@ impl Serialize for About<'_> {
     }
 }
 
-/// All rows are of one process.
+/// Process id of all rows.
 const PROCESS: u32 = 1;
 
 /// Writes the time line of a pass over `devices`.
@@ -77,7 +77,7 @@ pub fn write(path: &Path, spans: &[Span], devices: &[Placement]) -> Result<()> {
     write_atomic(path, &text.map_err(|e| WorkerError::internal(format!("the time line cannot be written: {e}")))?)
 }
 
-/// A device's row above its loader's.
+/// Index of a thread's row: a device's row is above its loader's.
 fn row(thread: Thread) -> usize {
     match thread {
         Thread::Device(device) => 2 * device,

@@ -1,4 +1,4 @@
-//! Activations on a GPU, as the kernels of statistics read them.
+//! Activations on a GPU as inputs of the statistics kernels.
 
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{DType, Storage, Tensor};
@@ -7,23 +7,23 @@ use outliers_cuda::{Activation, Stored};
 
 use crate::error::{Result, WorkerError};
 
-/// What was asked of activations on a GPU, on its way to the host.
+/// Pending statistics of an activation on a GPU.
 pub struct Look {
     look: outliers_cuda::Look,
-    /// `[rows, width]`, contiguous, in a dtype that kernels know.
+    /// Shape `[rows, width]`, contiguous, in a dtype that the kernels support.
     x: Tensor,
-    /// Rows of a sequence.
+    /// Rows per sequence.
     tokens: usize,
 }
 
 impl Look {
-    /// Asks for rows and magnitudes of a tensor `[rows, width]`, rows of whole sequences of
-    /// `tokens` each; for columns, where a value exceeds whose |x| >= `threshold`; and for
-    /// medians. Nothing is waited for. The tensor must not be overwritten before the look is
-    /// dropped.
+    /// Starts the statistics of a tensor `[rows, width]` with whole sequences of `tokens` rows:
+    /// per row and magnitude; with `threshold`, positions of |x| >= threshold for columns; with
+    /// `medians`, medians. Returns without waiting. The tensor must not be overwritten before this
+    /// value is dropped.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn at(x: &Tensor, tokens: usize, threshold: Option<f32>, medians: bool) -> Result<Self> {
         let x = match x.dtype() {
             DType::F32 | DType::BF16 | DType::F16 => x.contiguous()?,
@@ -33,29 +33,29 @@ impl Look {
         Ok(Self { look, x, tokens })
     }
 
-    /// Whether all of it is there, so that nobody would wait for it.
+    /// Whether the results have arrived, so that reading them does not block.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn is_there(&self) -> Result<bool> {
         Ok(self.look.is_there()?)
     }
 
-    /// The tensor, in the dtype in which it was looked at.
+    /// The tensor, in the dtype in which it was read.
     pub fn tensor(&self) -> &Tensor {
         &self.x
     }
 
-    /// Shows what was found, for which whoever reads it waits.
+    /// Waits for the results and passes them to `see`.
     ///
     /// # Errors
-    /// Device: the driver's. Those of `see`.
+    /// Errors of the driver and of `see`.
     pub fn show<T>(&self, see: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
         with_activation(&self.x, self.tokens, |activation| see(&self.look.seen(activation)?))
     }
 }
 
-/// Shows a tensor's values where they lie.
+/// Passes the tensor's values to `see` without a copy.
 fn with_activation<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Activation<'_>) -> Result<T>) -> Result<T> {
     let width = x.dim(1)?;
     let (storage, layout) = x.storage_and_layout();

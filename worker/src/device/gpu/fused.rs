@@ -1,5 +1,4 @@
-//! The kernels beside our own loops ([`crate::kernels::fused`]), over the tensor library's
-//! storages.
+//! GPU kernels of [`crate::kernels::fused`] over the tensor library's storages.
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaView, CudaViewMut};
@@ -14,7 +13,7 @@ use super::MOST_VALUES;
 /// A tensor that is read.
 pub(crate) type Read<'a> = (&'a CudaStorage, &'a Layout);
 
-/// Of the storage's dtype, calls a function of that type.
+/// Calls a function with the type of the storage's dtype.
 macro_rules! in_dtype {
     ($storage:expr, $function:ident($($argument:expr),*)) => {
         match $storage.dtype() {
@@ -51,12 +50,12 @@ fn view_mut<'a, T: CudaDType>(storage: &'a mut CudaStorage, layout: &Layout) -> 
     Ok(storage.as_cuda_slice_mut::<T>()?.slice_mut(start..end))
 }
 
-/// The size of the last dimension, 1 of a number.
+/// Size of the last dimension; 1 for a scalar.
 fn width(layout: &Layout) -> usize {
     layout.dims().last().copied().unwrap_or(1)
 }
 
-/// Has `see` read a tensor, if there is one, beside the storages that an operation is given.
+/// Passes an optional tensor's storage to `see`, beside the storages of an operation.
 fn reading<R>(tensor: Option<&Tensor>, see: impl FnOnce(Option<Read<'_>>) -> Result<R>) -> Result<R> {
     let Some(tensor) = tensor else { return see(None) };
     let (storage, layout) = tensor.storage_and_layout();
@@ -121,7 +120,7 @@ pub(crate) fn softmax(x: &mut CudaStorage, layout: &Layout, scores: Scores, sink
     reading(sinks, |sinks| in_dtype!(x, of(x, layout, scores, sinks)))
 }
 
-/// As [`crate::kernels::fused::logit_parts`], without a target as beyond all columns.
+/// As [`crate::kernels::fused::logit_parts`]. A target beyond all columns means none.
 pub(crate) fn logit_parts(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
     fn of<T: CudaDType + Real>(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
         let out = kernels::logit_parts(&x.0.device.cuda_stream(), &view::<T>(x)?, targets).w()?;

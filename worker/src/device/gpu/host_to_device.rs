@@ -1,5 +1,5 @@
-//! Weights on their way to a GPU: stored bytes go through pinned memory, and are decoded where they
-//! arrive, while the GPU computes.
+//! Uploads weights to a GPU: stored bytes pass through pinned memory and are decoded on the GPU
+//! while it computes.
 
 use candle_core::cuda_backend::cudarc::driver::DriverError;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
@@ -23,30 +23,30 @@ pub struct HostToDevice {
 }
 
 impl HostToDevice {
-    /// To a GPU; the CPU needs none.
+    /// A path to `device`; `None` for the CPU.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn to(device: &Device) -> Result<Option<Self>> {
         let Device::Cuda(device) = device else { return Ok(None) };
         let staging = Staging::new(device.cuda_stream())?;
         Ok(Some(Self { staging, device: device.clone() }))
     }
 
-    /// Of all that was decoded so far.
+    /// The fence of all tensors decoded so far.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn upload_fence(&mut self) -> Result<UploadFence> {
         Ok(UploadFence(self.staging.upload_fence()?))
     }
 
-    /// As [`dtype::decode`], on this GPU. The values are on their way when this returns: the tensor
-    /// must neither be used nor dropped before their [fence](Self::upload_fence). The fence reports
-    /// values that do not fit.
+    /// As [`dtype::decode`], on this GPU. Returns before the values are there: the tensor must
+    /// neither be used nor dropped before its [fence](Self::upload_fence). The fence reports
+    /// values that do not fit the dtype.
     ///
     /// # Errors
-    /// As [`dtype::check`]. Device: the driver's.
+    /// As [`dtype::check`]. Errors of the driver.
     pub fn decode(&mut self, stored: &Encoded<'_>, shape: &[usize], compute: DType, tensor: &str) -> Result<Tensor> {
         dtype::check(stored, shape, tensor)?;
         let stored = as_told(stored)?;
@@ -70,12 +70,12 @@ impl HostToDevice {
     }
 }
 
-/// A stored tensor as its kernel's arguments describe it.
+/// A stored tensor as the kernel's arguments.
 fn as_told<'a>(stored: &Encoded<'a>) -> Result<StoredTensor<'a>> {
     let (form, codes, scales): (_, &'a [u8], &'a [u8]) = match *stored {
         Encoded::Plain { dtype, bytes } => (Form::Plain(number(dtype)?), bytes, &[]),
         Encoded::Fp8Blocks { bytes, scales, scale_dtype, shape, block } => {
-            // A tile larger than the matrix is the matrix.
+            // A tile larger than the matrix is clipped to it.
             let tile = [block[0].min(shape[0]).max(1), block[1].min(shape[1]).max(1)];
             (Form::Tiles { scales: number(scale_dtype)?, columns: shape[1], tile }, bytes, scales)
         }
@@ -105,25 +105,27 @@ fn number(dtype: &StoredDtype) -> Result<Number> {
     })
 }
 
-/// When what was decoded is there.
+/// Signals that decoded tensors are complete.
 #[must_use]
 pub struct UploadFence(outliers_cuda::UploadFence);
 
 impl UploadFence {
-    /// What the GPU is asked for from now on is done after the fence, for which this waits.
+    /// Waits for the fence. GPU work submitted afterwards sees the decoded values.
     ///
     /// # Errors
-    /// Checkpoint: a value that does not fit its dtype, by name. Device: the driver's.
+    /// Checkpoint: a value does not fit its dtype; the message names the tensor. Errors of the
+    /// driver.
     pub fn wait(self) -> Result<()> {
         let misfit = self.0.wait()?;
         misfit.map_or(Ok(()), |misfit| Err(dtype::misfit(&misfit.tensor, misfit.at, misfit.value, misfit.dtype)))
     }
 }
 
-/// When the memory is free again of all that was dropped so far; the CPU's is at once.
+/// A fence after which all memory dropped so far is free; `None` for the CPU, where it is free at
+/// once.
 ///
 /// # Errors
-/// Device: the driver's.
+/// Errors of the driver.
 pub fn release_fence(device: &Device) -> Result<Option<ReleaseFence>> {
     let Device::Cuda(device) = device else { return Ok(None) };
     Ok(Some(ReleaseFence::from(&device.cuda_stream())?))

@@ -1,4 +1,4 @@
-//! Where no GPUs are used.
+//! Replaces `activation` in builds without CUDA.
 
 use std::convert::Infallible;
 use std::marker::PhantomData;
@@ -8,14 +8,14 @@ use outliers_scan::{Columns, Large, Scan};
 
 use crate::error::{Result, WorkerError};
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct Look(Infallible);
 
 impl Look {
-    /// Never called.
+    /// Always fails.
     ///
     /// # Errors
-    /// Internal: always.
+    /// Internal: the tensor is on a GPU.
     pub fn at(_: &Tensor, _: usize, _: Option<f32>, _: bool) -> Result<Self> {
         Err(WorkerError::internal("a tensor is on a GPU, which this worker was built without"))
     }
@@ -42,7 +42,7 @@ impl Look {
     }
 }
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct Seen<'a>(Infallible, PhantomData<&'a ()>);
 
 impl Seen<'_> {

@@ -1,4 +1,4 @@
-//! Where no GPUs are used.
+//! Replaces `host_to_device` in builds without CUDA.
 
 use std::convert::Infallible;
 
@@ -7,11 +7,11 @@ use candle_core::{DType, Device, Tensor};
 use crate::checkpoint::dtype::Encoded;
 use crate::error::Result;
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct HostToDevice(Infallible);
 
 impl HostToDevice {
-    /// None.
+    /// Always `None`.
     ///
     /// # Errors
     /// None.
@@ -36,7 +36,7 @@ impl HostToDevice {
     }
 }
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct UploadFence(Infallible);
 
 impl UploadFence {
@@ -49,7 +49,7 @@ impl UploadFence {
     }
 }
 
-/// When the memory is free again of all that was dropped so far: at once.
+/// Always `None`: memory of the CPU is free at once.
 ///
 /// # Errors
 /// None.
@@ -57,7 +57,7 @@ pub fn release_fence(_device: &Device) -> Result<Option<ReleaseFence>> {
     Ok(None)
 }
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct ReleaseFence(Infallible);
 
 impl ReleaseFence {

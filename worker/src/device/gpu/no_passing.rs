@@ -1,4 +1,4 @@
-//! Where no GPUs are used.
+//! Replaces `passing` in builds without CUDA.
 
 use std::convert::Infallible;
 
@@ -6,11 +6,11 @@ use candle_core::{Device, Tensor};
 
 use crate::error::Result;
 
-/// There is none.
+/// Cannot exist without CUDA.
 pub struct Passing(Infallible);
 
 impl Passing {
-    /// None.
+    /// Always `None`.
     ///
     /// # Errors
     /// None.

@@ -1,4 +1,4 @@
-//! Where no GPUs are used.
+//! Replaces `routing` in builds without CUDA.
 
 use std::convert::Infallible;
 use std::ops::Range;
@@ -8,21 +8,21 @@ use candle_core::{Result, Tensor, bail};
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
 
-/// Never called.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// The logits are on a GPU.
 pub fn choose_experts(_: RouterSpec, _: usize, _: &Tensor, _: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
     bail!("logits are on a GPU, which this worker was built without")
 }
 
-/// There are none.
+/// Cannot exist without CUDA.
 pub struct SortedPairs(Infallible);
 
-/// Never called.
+/// Always fails.
 ///
 /// # Errors
-/// Always.
+/// The choices are on a GPU.
 pub fn sort_pairs(_: &Tensor, _: &Tensor, _: usize, _: Option<Positions>) -> Result<SortedPairs> {
     bail!("choices are on a GPU, which this worker was built without")
 }

@@ -1,4 +1,4 @@
-//! Hidden states on their way from one GPU to another.
+//! Copies hidden states from one GPU to another.
 
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
 use candle_core::op::BackpropOp;
@@ -8,8 +8,8 @@ use outliers_cuda::Stored;
 
 use crate::error::{Result, WorkerError};
 
-/// A tensor that is copied to another GPU. What it is copied from must be kept until this has
-/// arrived or was dropped.
+/// A tensor that is being copied to another GPU. Its source must live until this has arrived or
+/// was dropped.
 pub struct Passing {
     passing: outliers_cuda::Passing,
     shape: Vec<usize>,
@@ -17,11 +17,11 @@ pub struct Passing {
 }
 
 impl Passing {
-    /// Has a contiguous tensor copied to another GPU, while both compute. `None`: they are not two
-    /// GPUs, or the dtype is none of a pass.
+    /// Starts the copy of a contiguous tensor to another GPU while both compute. `None` if the
+    /// devices are not two GPUs, or for a dtype that no pass uses.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn start(x: &Tensor, to: &Device) -> Result<Option<Self>> {
         if x.device().same_device(to) {
             return Ok(None);
@@ -40,10 +40,10 @@ impl Passing {
         Ok(Some(Self { passing, shape: x.dims().to_vec(), dtype: x.dtype() }))
     }
 
-    /// The tensor on the GPU to which it was sent.
+    /// The tensor on the GPU to which it was copied.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn arrive(self, device: &Device) -> Result<Tensor> {
         let Device::Cuda(device) = device else {
             return Err(WorkerError::internal("a tensor arrives elsewhere than on the GPU it was sent to"));

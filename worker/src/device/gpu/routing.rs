@@ -1,5 +1,5 @@
-//! Routers on a GPU: the kernels beside the CPU's forms ([`crate::blocks::ffn`]), over the tensor
-//! library's tensors.
+//! Routing on a GPU: kernels with the same results as the CPU code in [`crate::blocks::ffn`], over
+//! the tensor library's tensors.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -16,10 +16,11 @@ use outliers_cuda::routing::{self as kernels, Arriving, Kind, Rule};
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
 
-/// Chooses for each row of `logits` `[rows, experts]` in f32: experts and weights `[rows, top_k]`.
+/// Chooses experts for each row of `logits` `[rows, experts]` in f32. Returns experts and weights
+/// `[rows, top_k]`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 pub fn choose_experts(
     spec: RouterSpec,
     top_k: usize,
@@ -56,26 +57,25 @@ fn rule(spec: RouterSpec) -> Rule {
     }
 }
 
-/// Pairs of token and expert on a GPU, in the order of experts.
+/// Pairs of token and expert on a GPU, sorted by expert.
 pub struct SortedPairs {
-    /// `[pairs]`: ascending within an expert.
+    /// `[pairs]`: token indices, ascending within an expert.
     tokens: Tensor,
-    /// `[pairs]`, in the same order, in f32.
+    /// `[pairs]`: gate weights in f32, in the same order.
     weights: Tensor,
-    /// Until [`arrive`](Self::arrive).
+    /// Counts being copied, until [`arrive`](Self::arrive).
     arriving: Option<Arriving>,
-    /// After it: where each expert's pairs begin, and after the last expert where they end.
+    /// Set by `arrive`: the index of each expert's first pair, then the number of pairs.
     firsts: Vec<usize>,
-    /// Tokens and weights, once somebody asked for them.
+    /// Tokens and weights, copied on first use.
     on_host: OnceLock<(Vec<u32>, Vec<f32>)>,
 }
 
-/// Sorts the choices `[rows, top_k]` among `experts` by expert. What each was sent is summed up
-/// too, if it is to be told which rows are at position 0. The counts are on their way to the host
-/// when this returns.
+/// Sorts the choices `[rows, top_k]` among `experts` by expert. With `positions` it also sums the
+/// gate weights per expert. The counts are still being copied to the host when this returns.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the driver.
 pub fn sort_pairs(
     chosen: &Tensor,
     weights: &Tensor,
@@ -98,11 +98,11 @@ pub fn sort_pairs(
 }
 
 impl SortedPairs {
-    /// Waits for the counts, the first time, and gives what each expert was sent, if that was
-    /// summed up.
+    /// Waits for the counts on the first call. Returns the sums per expert if `positions` was
+    /// given.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     pub fn arrive(&mut self) -> Result<Vec<Load>> {
         let Some(arriving) = self.arriving.take() else { return Ok(Vec::new()) };
         let (firsts, loads) = arriving.wait().w()?;
@@ -117,17 +117,17 @@ impl SortedPairs {
         Ok(loads)
     }
 
-    /// Where the pairs of some experts are; after [`arrive`](Self::arrive).
+    /// Indices of the pairs of a group of experts; after [`arrive`](Self::arrive).
     pub fn range(&self, experts: &Range<usize>) -> Range<usize> {
         self.firsts[experts.start]..self.firsts[experts.end]
     }
 
-    /// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `all`
-    /// `[rows, width]`, each expert's to the rows from its one of `places` on, multiplied by their
-    /// weights if `scaled`.
+    /// Copies the rows of `x` `[tokens, width]` of a group of experts to `all` `[rows, width]`.
+    /// Each expert's rows start at its entry of `places`; they are multiplied by their weights if
+    /// `scaled`.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     pub fn gather(
         &self,
         all: &Tensor,
@@ -141,21 +141,21 @@ impl SortedPairs {
         all.inplace_op3(x, &self.tokens, &RowsOfPairs { weights, gathered: Some([firsts, places]) })
     }
 
-    /// Adds `made` `[pairs, width]`, what one expert made of all that went to it, to `out`
-    /// `[tokens, width]` in its place, multiplied by weights if `scaled`.
+    /// Adds `made` `[pairs, width]`, an expert's output for all its tokens, to the tokens' rows of
+    /// `out` `[tokens, width]` in place, multiplied by the weights if `scaled`.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     pub fn add(&self, out: &Tensor, made: &Tensor, pairs: &Range<usize>, scaled: bool) -> Result<()> {
         let part = |all: &Tensor| all.narrow(0, pairs.start, pairs.len());
         let weights = if scaled { Some(part(&self.weights)?) } else { None };
         out.inplace_op3(made, &part(&self.tokens)?, &RowsOfPairs { weights, gathered: None })
     }
 
-    /// Tokens and weights of some pairs. All are copied, the first time.
+    /// Tokens and weights of some pairs. The first call copies all of them.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the driver.
     pub fn on_host(&self, pairs: &Range<usize>) -> Result<(&[u32], &[f32])> {
         let (tokens, weights) = match self.on_host.get() {
             Some(copied) => copied,
@@ -168,10 +168,10 @@ impl SortedPairs {
     }
 }
 
-/// Adds rows to those of their tokens, or gathers them.
+/// Adds an expert's rows to their tokens' rows, or gathers them.
 struct RowsOfPairs {
     weights: Option<Tensor>,
-    /// Where pairs of each expert begin, and where they are gathered.
+    /// For gathering: the first pair of each expert, and the first row of its output.
     gathered: Option<[Vec<usize>; 2]>,
 }
 

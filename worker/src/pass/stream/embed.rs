@@ -1,4 +1,4 @@
-//! Token ids to hidden states.
+//! Embeds token ids as hidden states.
 
 use std::ops::Range;
 
@@ -75,7 +75,7 @@ impl Pass<'_> {
         Ok((clock.time(Work::Embedding, embed)?, kept))
     }
 
-    /// The learned vectors of a sequence's positions, `[tokens, hidden]`.
+    /// Learned position embeddings of a sequence, `[tokens, hidden]`.
     fn position_rows(&self, table: &Tensor) -> Result<Tensor> {
         let learned = self.spec().embedding.positions.expect("read because the spec has them");
         let (n, most) = (self.tokens.tokens, learned.rows.saturating_sub(learned.offset));

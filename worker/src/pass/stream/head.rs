@@ -1,4 +1,4 @@
-//! Hidden states to the likelihood of every token that follows.
+//! Computes the likelihood of every following token from the hidden states.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use crate::pass::meter::{Thread, Work};
 use crate::stats::{Observer, with_f32};
 
 impl Pass<'_> {
-    /// Final norm, and the matrix that leads out to the head's width.
+    /// Applies the final norm, and the projection to the head's width if the model has one.
     fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
         let mut output =
             self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
@@ -38,7 +38,8 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// Final norm, then the head in blocks of the vocabulary, each read once and met by all tokens.
+    /// Applies the final norm, then the head in blocks of the vocabulary. Each block is read once
+    /// and used for all tokens.
     pub(super) fn head(
         &self,
         mut batches: Vec<MicroBatch>,
@@ -73,7 +74,7 @@ impl Pass<'_> {
                     logits = fused::sum(logits, bias)?;
                 }
                 if let Some(cap) = self.spec().head.softcap {
-                    // One after the other: no more than two of them are held.
+                    // Separate statements: at most two copies are alive.
                     logits = (logits / cap)?;
                     logits = logits.tanh()?;
                     logits = (logits * cap)?;
@@ -85,7 +86,7 @@ impl Pass<'_> {
                 parts.push(fused::logit_parts(&logits, &following)?);
                 targets.push(following);
             }
-            // Of all micro-batches together: a GPU is waited for once a block.
+            // All micro-batches are copied together, so that the host waits once per block.
             with_f32(&Tensor::cat(&parts, 0)?, |values| {
                 let mut parts = values.as_chunks::<3>().0;
                 for (batch, targets) in batches.iter().zip(&targets) {
@@ -104,7 +105,7 @@ impl Pass<'_> {
     }
 }
 
-/// Negative log-likelihoods gathered block by block of the vocabulary.
+/// Negative log-likelihoods, summed over blocks of the vocabulary.
 #[derive(Clone)]
 struct Likelihoods<'a> {
     tokens: &'a Tokens,
@@ -125,8 +126,8 @@ impl<'a> Likelihoods<'a> {
         Self { tokens, rows: vec![empty; tokens.ids.len()] }
     }
 
-    /// Of the tokens from `first_token` on, the columns in a block of the tokens that follow;
-    /// `None` where that is in another block, and where none follows.
+    /// Target columns in a block, for the tokens from `first_token` on; `None` if the target is in
+    /// another block or there is none.
     fn targets(&self, first_token: usize, rows: usize, block: &Range<usize>) -> Vec<Option<u32>> {
         let (n, ids) = (self.tokens.tokens, &self.tokens.ids);
         let column = |token: usize| {
@@ -136,7 +137,8 @@ impl<'a> Likelihoods<'a> {
         (first_token..first_token + rows).map(column).collect()
     }
 
-    /// [Parts](fused::logit_parts) of a block's logits, of the tokens from `first_token` on.
+    /// Adds the [parts](fused::logit_parts) of a block's logits for the tokens from `first_token`
+    /// on.
     fn add(&mut self, first_token: usize, targets: &[Option<u32>], parts: &[[f32; 3]]) {
         let rows = self.rows[first_token..].par_iter_mut().zip(targets).zip(parts);
         rows.for_each(|((row, target), [top, sum, at_target])| {
@@ -153,7 +155,7 @@ impl<'a> Likelihoods<'a> {
         let rows = || self.rows.chunks(self.tokens.tokens).flat_map(|rows| &rows[..rows.len() - 1]);
         let nll: Vec<f32> =
             rows().map(|row| (row.sum.ln() + f64::from(row.top) - f64::from(row.target)) as f32).collect();
-        // The largest probability: exp(top - top) over the sum.
+        // The largest probability is exp(top - top) divided by the sum.
         let top_probability = rows().map(|row| 1.0 / row.sum).sum::<f64>() / nll.len().max(1) as f64;
         Predicted { nll, top_probability }
     }

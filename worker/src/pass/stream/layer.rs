@@ -1,4 +1,4 @@
-//! What the units of a layer do to the hidden states.
+//! Applies the units of a layer to the hidden states.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,13 +23,13 @@ use crate::model::rope::{RopeSpec, RopeTable};
 use crate::pass::meter::{Clock, Subject, Work};
 use crate::stats::{LayerObserver, Site};
 
-/// A unit's weights, ready for any number of micro-batches.
+/// A unit's weights, usable for any number of micro-batches.
 pub(super) enum Block {
-    /// Of [`Part::Mixer`].
+    /// Weights of [`Part::Mixer`].
     Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>>, after: Option<Norm> },
-    /// Of [`Part::Dense`].
+    /// Weights of [`Part::Dense`].
     Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
-    /// Of [`Part::Router`].
+    /// Weights of [`Part::Router`].
     Router {
         norm: Option<Norm>,
         router: Router,
@@ -37,17 +37,17 @@ pub(super) enum Block {
         beside: Option<Beside>,
         latent: Option<Linear>,
     },
-    /// Of [`Part::Experts`].
+    /// Weights of [`Part::Experts`].
     Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
 }
 
-/// What ends a layer, after its feed-forward.
+/// Operations that end a layer, after its feed-forward.
 pub(super) struct Closing {
-    /// Of what experts add up to, before the MLP beside them is added.
+    /// Norm of the experts' sum, before the MLP beside them is added.
     experts: Option<Norm>,
-    /// Out of the experts' space, before what is beside them is added.
+    /// Projection out of the experts' latent space, before the output beside them is added.
     latent: Option<Linear>,
-    /// Of the feed-forward's output.
+    /// Norm of the feed-forward's output.
     output: Option<Norm>,
     /// Multiplies the residual stream, `[1]`.
     scalar: Option<Tensor>,
@@ -64,7 +64,7 @@ impl Closing {
     }
 }
 
-/// A norm's output, or what there is without one.
+/// The norm's output; `x` itself without a norm.
 fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
     match norm {
         Some(norm) => Ok(norm.apply(&x)?),
@@ -72,23 +72,23 @@ fn normed(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
     }
 }
 
-/// A layer on its device, and who looks on.
+/// A layer on its device, with its observer.
 pub(super) struct LayerContext<'a, L> {
     pub(super) layer: usize,
     pub(super) spec: &'a LayerSpec,
     pub(super) device: &'a Device,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub(super) tokens: usize,
-    /// Rows of a whole micro-batch.
+    /// Rows of a full micro-batch.
     pub(super) batch_rows: usize,
-    /// What the norms' outputs of each arm but the first are multiplied by.
+    /// Factors of the norm outputs for each arm but the first.
     pub(super) masks: &'a [Tensor],
     pub(super) seen: &'a mut L,
     pub(super) clock: &'a Clock<'a>,
 }
 
 impl<'a, L: LayerObserver> LayerContext<'a, L> {
-    /// Takes a unit's weights out of its tensors, and shows the gains among them.
+    /// Takes a unit's weights out of its tensors, and passes their gains to the observer.
     pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
         let tensors = &mut tensors.seen_by(self.seen.taps());
         Ok(match (&unit.part, &self.spec.ffn) {
@@ -118,7 +118,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         })
     }
 
-    /// A wave through a unit.
+    /// Applies a unit to a wave.
     pub(super) fn pass(&mut self, block: &Block, wave: &mut Wave) -> Result<()> {
         match block {
             Block::Mixer { norm, weights, table, after } => self.each(Work::Mixer, wave, |at, batch| {
@@ -149,7 +149,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                         of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
                     }
                     let positions = Positions { first_token: batch.first_token, tokens: at.tokens };
-                    // Other arms than the first are not looked at.
+                    // Only the first arm is observed.
                     let positions = (batch.arm == 0).then_some(positions);
                     let routed = Routed::new(x, choices, moe.experts, out, positions)?;
                     batch.mixture = Some(Mixture { routed, beside: of_beside });
@@ -166,7 +166,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
     }
 
-    /// Does the same to each micro-batch of a wave.
+    /// Applies a function to each micro-batch of a wave.
     fn each(
         &mut self,
         work: Work,
@@ -181,12 +181,12 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(())
     }
 
-    /// Whether values at a site concern anybody.
+    /// Whether the observer wants values of a site.
     fn shows(&self, point: Point, batch: &MicroBatch) -> bool {
         batch.arm == 0 && self.seen.wants(Site { layer: self.layer, point })
     }
 
-    /// Values at a site, to whom they concern.
+    /// Passes values of a site to the observer if it wants them.
     fn show(&mut self, point: Point, batch: &MicroBatch, x: &Tensor) -> Result<()> {
         if !self.shows(point, batch) {
             return Ok(());
@@ -195,8 +195,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         self.clock.time(Work::Statistics, || self.seen.observe(site, batch.first_token, x))
     }
 
-    /// The residual stream with what a block made of it, after its outer norm. That is computed
-    /// together with the sum unless somebody looks at it.
+    /// Adds a block's output to the residual stream, after its outer norm. The norm is fused with
+    /// the sum unless the observer wants its output.
     fn added(&mut self, point: Point, batch: &MicroBatch, after: Option<&Norm>, out: Tensor) -> Result<Tensor> {
         if let (Some(norm), false) = (after, self.shows(point, batch)) {
             return Ok(norm.apply_onto(&batch.hidden, &out)?);
@@ -206,7 +206,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         Ok(fused::sum(out, &batch.hidden)?)
     }
 
-    /// A norm's output with what its arm takes away.
+    /// A norm output with the ablation of its arm.
     fn in_arm(&self, arm: usize, x: Tensor) -> Result<Tensor> {
         match arm.checked_sub(1) {
             None => Ok(x),
@@ -225,7 +225,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
 
     // ----------------------------------------------------------------------------------------------------- mixer
 
-    /// Adds what the mixer makes of a micro-batch to its residual stream.
+    /// Adds the mixer's output for a micro-batch to its residual stream.
     fn mix(
         &mut self,
         batch: &mut MicroBatch,
@@ -251,9 +251,8 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         if self.spec.has_ffn() { Ok(()) } else { self.show(Point::Residual, batch, &batch.hidden) }
     }
 
-    /// What the mixer makes of an arm's input. Of the whole input it is also looked at what
-    /// attention gives to the first key, and how sharp it is, here and with what each arm takes
-    /// away from it.
+    /// The mixer's output for an arm's input. For the whole model it also measures attention to
+    /// the first key, and the sharpness of attention, here and with the ablation of each arm.
     fn mixed(
         &mut self,
         batch: &MicroBatch,
@@ -289,7 +288,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         table: Option<&RopeTable>,
         x: &Tensor,
     ) -> Result<TopShares> {
-        // The embedding is no norm's output.
+        // The embedding is not a norm output.
         let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
         let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
         let shares = Watching::new(true, false);
@@ -320,7 +319,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
 
     // ---------------------------------------------------------------------------------------------- feed-forward
 
-    /// The feed-forward's norm, where it has one of its own.
+    /// The feed-forward's norm, unless it shares the mixer's.
     fn ffn_norm(&mut self, tensors: &mut UnitTensors) -> Result<Option<Norm>> {
         if self.spec.order == NormOrder::Shared {
             return Ok(None);
@@ -346,7 +345,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
     }
 
-    /// Adds the feed-forward's output, which ends the layer.
+    /// Adds the feed-forward's output and ends the layer.
     fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
         batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
@@ -369,7 +368,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         }
     }
 
-    /// Waits for a micro-batch's choices, and shows them.
+    /// Waits for a micro-batch's choices, and passes them to the observer.
     fn routed(&mut self, batch: &mut MicroBatch) -> Result<()> {
         let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.arrive()?;
         if batch.arm > 0 {
@@ -478,14 +477,14 @@ fn early() -> WorkerError {
     WorkerError::internal("experts before their router")
 }
 
-/// Rotation tables, one per kind of rotation in the model and device.
+/// Rotation tables, one per kind of rotation and device.
 pub(super) struct RopeTables {
     positions: usize,
     made: Mutex<Vec<(RopeSpec, Arc<RopeTable>)>>,
 }
 
 impl RopeTables {
-    /// For sequences of `positions` tokens.
+    /// Tables for sequences of `positions` tokens.
     pub(super) fn new(positions: usize) -> Self {
         Self { positions, made: Mutex::default() }
     }

@@ -1,12 +1,12 @@
-//! The layers of a pass, dealt to its devices: while one works on the last hidden states of a
-//! layer, the next is at the first ones of the layer after it.
+//! Schedules the layers on the devices: while one computes the last hidden states of a layer, the
+//! next computes the first ones of the following layer.
 //!
-//! Every device has two threads: one loads the units of its own layers, in their order and as far
-//! ahead as its memory for weights goes; the other takes the waves through them as both come. It
-//! always works on the earliest unit that a wave waits for, so that weights are dropped soon, and
-//! waves pass each unit in their order, whatever thread is fast or slow: no number depends on the
-//! schedule. The earliest unfinished layer never waits for a later one, so nothing can wait in a
-//! circle.
+//! Every device has two threads. The loader loads the units of the device's layers, in order and
+//! as far ahead as its memory for weights allows. The computing thread applies units to waves as
+//! both arrive. It always chooses the earliest unit that a wave waits for, so that weights are
+//! dropped soon. Waves pass each unit in order, whatever the speed of the threads: no result
+//! depends on the schedule. The earliest unfinished layer never waits for a later one, so there is
+//! no deadlock.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -28,9 +28,9 @@ use crate::pass::meter::{Clock, Subject, Thread, Work};
 use crate::pass::savepoint::SavePoints;
 use crate::stats::{LayerObserver, Observer};
 
-/// What a device waits for.
+/// Events that a device waits for.
 enum Event {
-    /// The next unit of its layers, or why there are no more.
+    /// The next unit of its layers, or the error that ended loading.
     Loaded(Result<OnItsWay<LoadedUnit>>),
     /// A wave, at the first unit of a layer.
     Arrived(usize, Wave),
@@ -38,23 +38,23 @@ enum Event {
     Stop,
 }
 
-/// Memory that nothing needs any more.
+/// Memory that is no longer needed.
 struct Freed {
     bytes: u64,
-    /// When it can be had again: a GPU may be far behind what it was asked for.
+    /// Signals when it is free: a GPU may lag far behind the commands it was given.
     release_fence: Option<ReleaseFence>,
 }
 
-/// What all threads share.
+/// State shared by all threads.
 pub(super) struct Wavefront<'p, O> {
     pass: &'p Pass<'p>,
-    /// Units of all layers in their order.
+    /// Units of all layers in order.
     units: Vec<Unit>,
     waves: usize,
     observer: Mutex<&'p mut O>,
     save: Mutex<Option<&'p mut SavePoints>>,
     tables: RopeTables,
-    /// Of each device.
+    /// Masks of each device.
     masks: Vec<Vec<Tensor>>,
     inboxes: Vec<Sender<Event>>,
     arrived: Mutex<Vec<Wave>>,
@@ -66,10 +66,10 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Takes `waves` through the layers from `first` on, and gives them back at the end.
+/// Moves `waves` through the layers from `first` on, and returns them.
 ///
 /// # Errors
-/// The first of any thread, with the unit and the device that it happened on; all others end soon.
+/// The first error of any thread, with its unit and device. The other threads stop soon.
 pub(super) fn run<O: Observer>(
     pass: &Pass<'_>,
     first: usize,
@@ -107,7 +107,7 @@ pub(super) fn run<O: Observer>(
     failed.map_or_else(|| Ok(std::mem::take(&mut *lock(&wavefront.arrived))), Err)
 }
 
-/// Tells the others when a thread ends by a panic.
+/// Reports a panic of a thread to the others.
 struct Alarm<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
 
 impl<O: Observer> Drop for Alarm<'_, '_, O> {
@@ -119,7 +119,7 @@ impl<O: Observer> Drop for Alarm<'_, '_, O> {
 }
 
 impl<O: Observer> Wavefront<'_, O> {
-    /// Does a thread's work; if it fails, all end.
+    /// Runs a thread's work. An error stops all threads.
     fn watched(&self, work: impl FnOnce() -> Result<()>) {
         let _alarm = Alarm(self);
         if let Err(error) = work() {
@@ -131,7 +131,7 @@ impl<O: Observer> Wavefront<'_, O> {
         lock(&self.failed).get_or_insert(error);
         self.stopped.store(true, Ordering::Relaxed);
         for inbox in &self.inboxes {
-            // A device whose work is done has gone.
+            // The receiver is gone if the device has finished.
             let _ = inbox.send(Event::Stop);
         }
     }
@@ -144,33 +144,33 @@ impl<O: Observer> Wavefront<'_, O> {
         &self.pass.devices[device]
     }
 
-    /// A device's units, with their numbers among all.
+    /// A device's units, with their indices among all.
     fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &Unit)> {
         self.units.iter().enumerate().filter(move |(_, unit)| self.device_of(unit.layer) == device)
     }
 
-    /// Bytes of decoded weights on a device: its two largest units, one in use and one on its way,
-    /// or more smaller ones.
+    /// Bytes for decoded weights on a device: its two largest units, one in use and one being
+    /// loaded, or more smaller ones.
     fn room(&self, device: usize) -> u64 {
         let mut sizes: Vec<u64> = self.units_of(device).map(|(_, unit)| self.bytes(unit)).collect();
         sizes.sort_unstable_by(|a, b| b.cmp(a));
         sizes.iter().take(2).sum()
     }
 
-    /// Of a unit, decoded.
+    /// Decoded bytes of a unit.
     fn bytes(&self, unit: &Unit) -> u64 {
         let device = &self.placement(self.device_of(unit.layer)).device;
         self.pass.model.kept_bytes(unit.layer, &unit.needs, self.pass.compute, product::takes_bf16(device))
     }
 
-    /// Sends a wave to the device of unit `number`, or home if that was the last.
+    /// Sends a wave to the device of unit `number`, or to the results after the last unit.
     fn send_on(&self, number: usize, wave: Wave) {
         let Some(unit) = self.units.get(number) else { return lock(&self.arrived).push(wave) };
-        // Gone only if it has failed: then nobody waits for the wave.
+        // The receiver is gone only after a failure.
         let _ = self.inboxes[self.device_of(unit.layer)].send(Event::Arrived(number, wave));
     }
 
-    /// The loader of a device; `room` tells what is free again.
+    /// Runs the loader of a device. `room` receives freed memory.
     fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<Freed>) -> Result<()> {
         let mut loader = self.pass.loader(device, pool)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
@@ -178,7 +178,7 @@ impl<O: Observer> Wavefront<'_, O> {
         for (_, unit) in self.units_of(device) {
             let bytes = self.bytes(unit);
             while held > 0 && held + bytes > limit {
-                // The device has gone: it failed, and said so.
+                // The device's thread has ended and reported its error.
                 let Ok(Freed { bytes, release_fence }) = room.recv() else { return Ok(()) };
                 release_fence.map(ReleaseFence::wait).transpose()?;
                 held -= bytes;
@@ -198,7 +198,7 @@ impl<O: Observer> Wavefront<'_, O> {
         Ok(())
     }
 
-    /// Where it happened. With a single device, the unit states it.
+    /// Adds the location to an error. With a single device it is the unit.
     fn locate(&self, error: WorkerError, unit: &Unit, device: usize) -> WorkerError {
         match self.pass.devices.len() {
             1 => error.context(unit),
@@ -210,29 +210,30 @@ impl<O: Observer> Wavefront<'_, O> {
 /// A unit whose weights are on the device.
 struct Held {
     number: usize,
-    /// An error counts when a wave comes to it: what is before it may still be computed and saved.
+    /// An error is reported when a wave needs the unit. Work before it can still be computed and
+    /// saved.
     block: Result<Block>,
     memory: Vec<Tensor>,
-    /// Waves that have passed it.
+    /// Number of waves that have passed it.
     passed: usize,
 }
 
-/// What the computing thread of a device knows.
+/// State of a device's computing thread.
 struct DeviceWorker<'a, 'p, O: Observer> {
     front: &'a Wavefront<'p, O>,
     device: usize,
     clock: Clock<'a>,
     pool: &'a TensorPool,
     freed: Sender<Freed>,
-    /// Numbers of the units that are still to be loaded.
+    /// Indices of the units still to be loaded.
     coming: VecDeque<usize>,
-    /// In their order.
+    /// Loaded units, in order.
     held: VecDeque<Held>,
-    /// Waves by the number of the unit that they wait for, in their order.
+    /// Waiting waves by the index of their next unit, in order.
     ready: BTreeMap<usize, VecDeque<Wave>>,
-    /// What was seen of the layers that have begun.
+    /// Observations of the layers that have begun.
     seen: BTreeMap<usize, O::Layer>,
-    /// Waves that are held together before a unit, for a save point.
+    /// Waves that wait together before a unit for a save point.
     gate: Option<(usize, Vec<Wave>)>,
 }
 
@@ -319,8 +320,8 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         lock(&self.front.save).as_ref().is_some_and(|points| points.is_due())
     }
 
-    /// All waves stand before `layer`, so that all before it has been joined and nothing of it has
-    /// begun.
+    /// Saves the state while all waves wait before `layer`: all earlier layers have been joined,
+    /// and none of it has begun.
     fn save(&self, layer: usize, waves: &[Wave]) {
         let (mut save, observer) = (lock(&self.front.save), lock(&self.front.observer));
         if let Some(points) = save.as_deref_mut() {
@@ -328,7 +329,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         }
     }
 
-    /// The next wave through a held unit.
+    /// Moves the next wave through a loaded unit.
     fn step(&mut self, at: usize) -> Result<()> {
         let front = self.front;
         let mut held = self.held.remove(at).ok_or_else(|| WorkerError::internal("a unit that is not there"))?;
@@ -355,28 +356,28 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         Ok(())
     }
 
-    /// All waves have passed a unit.
+    /// Releases a unit that all waves have passed.
     fn let_go(&mut self, Held { number, block, memory, .. }: Held) -> Result<()> {
         let front = self.front;
         let unit = &front.units[number];
-        // Views of the memory that will be used again.
+        // These are views of memory that will be reused.
         drop(block);
         self.pool.give_back(memory);
         let release_fence = gpu::release_fence(&front.placement(self.device).device)?;
-        // The loader has gone when there is nothing more to load.
+        // The loader is gone if there is nothing more to load.
         let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
             let settled = self.clock.time(Work::Statistics, || LayerObserver::settle(&mut seen));
             settled.map_err(|error| front.locate(error, unit, self.device))?;
-            // Before the last wave goes on to the next layer, which therefore is joined later.
+            // Joined before the last wave moves on, so that the next layer is joined later.
             lock(&front.observer).join(seen);
         }
         front.pass.progress.unit_done(unit, ends_layer, front.pass.model.source.bytes_read());
         Ok(())
     }
 
-    /// Runs a function on a unit's layer. An error states where.
+    /// Runs a function on a unit's layer, with the location added to errors.
     fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
