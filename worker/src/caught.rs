@@ -1,5 +1,4 @@
-//! Libraries that panic over what a stranger's file holds: what they said becomes an error, and
-//! nothing is printed.
+//! Turns panics of libraries on malformed files into errors, without printing them.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -11,7 +10,8 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `work` gives; if it panics, what it said. Whatever `work` changed is not to be used then.
+/// The result of `work`, or the message of its panic. After a panic, values that `work` changed
+/// must not be used.
 pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {

@@ -1,5 +1,5 @@
-//! What was typed ([`cli`]) and which command does it ([`app`]). [`bench`] measures this machine,
-//! and [`demo`] makes a checkpoint with planted features.
+//! The command line: arguments ([`cli`]) and commands ([`app`]). [`bench`] measures this machine,
+//! and [`demo`] writes a checkpoint with planted features.
 
 pub mod app;
 pub mod bench;

@@ -1,4 +1,4 @@
-//! `outliers-worker`: arguments to job to run; errors to exit codes.
+//! The program `outliers-worker`.
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
-//! What a model is, as data. [`arch`] reads a published configuration into a [`decoder`] spec:
-//! shapes and switches of every block, and which tensors they need. [`rope`] holds the frequencies
-//! of rotary position embeddings. Nothing here computes with weights.
+//! Descriptions of models. [`arch`] reads a published configuration into a [`decoder`] spec:
+//! shapes and switches of every block, and the tensors they need. [`rope`] computes the
+//! frequencies of rotary position embeddings. No module here computes with weights.
 
 pub mod arch;
 pub mod decoder;

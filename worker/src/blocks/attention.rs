@@ -19,9 +19,9 @@ use crate::model::rope::RopeTable;
 #[cfg(test)]
 pub(crate) mod naive;
 
-/// Queries per block, at most.
+/// Maximum queries per block.
 pub const QUERY_BLOCK: usize = 256;
-/// Scores held at a time, at most: heads are taken in turns where there are many.
+/// Maximum scores held at a time. Heads are processed in groups if there are more.
 pub const SCORE_VALUES: usize = 64 << 20;
 /// Tokens of a sequence from which on attention on a GPU is one kernel: in bf16, for heads of
 /// widths that have one. Otherwise each score crosses the GPU's memory four times, in 2 bytes. On
@@ -32,22 +32,22 @@ pub const FUSED_FROM: usize = 1024;
 
 /// An attention layer's tensors on one device.
 pub struct AttentionWeights {
-    /// To queries, keys and values.
+    /// Projections to queries, keys and values.
     pub projections: Projections,
     /// `[hidden, heads * head_dim]`.
     pub output: Linear,
-    /// Norms of queries and keys that have gains.
+    /// Norms of queries and keys, if they have gains.
     pub qk_norm: Option<(Norm, Norm)>,
-    /// One logit per query head.
+    /// One attention sink logit per query head.
     pub sinks: Option<Tensor>,
-    /// To gates of the mixed values, where they have a matrix of their own.
+    /// Projection to the output gate, if it has a separate matrix.
     pub gate: Option<Linear>,
 }
 
-/// Matrices that lead to queries (`heads * head_dim` rows, twice as many with an output gate),
-/// keys and values (`kv_heads * head_dim`).
+/// Projections to queries (`heads * head_dim` rows, twice as many with an output gate), keys and
+/// values (`kv_heads * head_dim` rows each).
 pub enum Projections {
-    /// One each.
+    /// Separate matrices.
     Separate {
         /// Projection to queries.
         query: Linear,
@@ -56,13 +56,13 @@ pub enum Projections {
         /// Projection to values.
         value: Linear,
     },
-    /// All rows in one matrix, one kind after another.
+    /// One matrix with the rows of queries, keys and values, in this order.
     Fused(Linear),
-    /// Keys are values too.
+    /// One matrix gives keys and values.
     KeyIsValue {
         /// Projection to queries.
         query: Linear,
-        /// Keys and values.
+        /// Projection to keys, which are also the values.
         key: Linear,
     },
 }
@@ -74,7 +74,7 @@ impl Projections {
             Self::Separate { query, key, value } => Ok([query.apply(x)?, key.apply(x)?, value.apply(x)?]),
             Self::KeyIsValue { query, key } => {
                 let key = key.apply(x)?;
-                // A copy: a rotation takes the place of what it rotates.
+                // Copied, since a rotation overwrites its input.
                 let value = key.copy()?;
                 Ok([query.apply(x)?, key, value])
             }
@@ -89,12 +89,12 @@ impl Projections {
     }
 }
 
-/// The largest share that each query of each head gives to one key, added up.
+/// Sum of the largest attention weight of each query in each head.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TopShares {
-    /// Sum of the shares.
+    /// Sum of the weights.
     pub sum: f64,
-    /// How many: queries x heads.
+    /// Number of weights: queries x heads.
     pub count: u64,
 }
 
@@ -104,30 +104,30 @@ impl TopShares {
         Self { sum: top.iter().map(|share| f64::from(*share)).sum(), count: top.len() as u64 }
     }
 
-    /// Both together.
+    /// The sum of both.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self { sum: self.sum + other.sum, count: self.count + other.count }
     }
 
-    /// `None` of nothing.
+    /// The mean; `None` for no weights.
     pub fn mean(self) -> Option<f64> {
         (self.count > 0).then(|| self.sum / self.count as f64)
     }
 }
 
-/// The shares that a head's queries give to the first key of their sequence, added up. Queries
-/// count that see it, but for the first one, which sees nothing else.
+/// Sum of the attention weights that a head's queries give to the first key of their sequence.
+/// Counts queries that see it, except the first query, which sees no other key.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FirstKey {
-    /// Sum of the shares in units of 2^-32: the same in any order.
+    /// Sum in units of 2^-32, independent of the order of addition.
     sum: u64,
-    /// Queries.
+    /// Number of queries.
     queries: u64,
 }
 
 impl FirstKey {
-    /// Units of 1.
+    /// Units per 1.
     const UNIT: f64 = (1u64 << 32) as f64;
 
     fn add(&mut self, share: f32) {
@@ -135,50 +135,49 @@ impl FirstKey {
         self.queries += 1;
     }
 
-    /// Both together.
+    /// The sum of both.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self { sum: self.sum + other.sum, queries: self.queries + other.queries }
     }
 
-    /// `None` without queries.
+    /// The mean; `None` without queries.
     pub fn mean(self) -> Option<f64> {
         (self.queries > 0).then(|| self.sum as f64 / Self::UNIT / self.queries as f64)
     }
 }
 
-/// What is kept of a softmax's shares.
+/// Measurements of attention weights.
 #[derive(Debug, Default)]
 pub struct Watching {
     top: Option<Cell<TopShares>>,
-    /// By sequence and head.
+    /// Per sequence and head.
     first_key: Option<RefCell<Vec<Vec<FirstKey>>>>,
     sequence: Cell<usize>,
 }
 
 impl Watching {
-    /// Keeps the largest shares, those of the first key, or both.
+    /// Measures the largest weights, those of the first key, or both.
     pub fn new(top: bool, first_key: bool) -> Self {
         Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default), sequence: Cell::default() }
     }
 
-    /// What follows is of this sequence, counted from 0, and those after it.
+    /// Sets the index of the first sequence that is processed next, from 0.
     pub fn at_sequence(&self, sequence: usize) {
         self.sequence.set(sequence);
     }
 
-    /// The largest shares; none unless they were to be kept.
+    /// The largest weights; zero unless they are measured.
     pub fn top(&self) -> TopShares {
         self.top.as_ref().map(Cell::get).unwrap_or_default()
     }
 
-    /// The first key's shares by sequence and head; none unless they were to be kept.
+    /// Weights of the first key per sequence and head; empty unless they are measured.
     pub fn first_key(&self) -> Vec<Vec<FirstKey>> {
         self.first_key.as_ref().map(|sequences| sequences.borrow().clone()).unwrap_or_default()
     }
 
-    /// Takes a block of `shares` `[kv_heads, groups * queries, keys]`, rows of one head after
-    /// another.
+    /// Adds a block of `shares` `[kv_heads, groups * queries, keys]`, rows head by head.
     fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
         let on_host = |shares: Tensor| shares.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         if self.top.is_some() {
@@ -228,22 +227,22 @@ impl Watching {
     }
 }
 
-/// Which heads some rows are of, where heads of one sequence follow those of another.
+/// The heads of a block of rows, sequence by sequence.
 #[derive(Clone, Copy, Debug)]
 struct Counted {
-    /// Heads before them.
+    /// Heads before the block.
     before: usize,
-    /// Heads of a sequence.
+    /// Heads per sequence.
     per_sequence: usize,
-    /// Number of the first of these.
+    /// Index of the first head in the measured sequence.
     first: usize,
 }
 
 /// Receives attention weights; `None` if no measurement needs them.
 pub type Watched<'a> = Option<&'a Watching>;
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
-/// before the residual addition. `table` is there if the spec has a rotation.
+/// Attention of `x` `[sequences * positions, hidden]` (whole sequences), with an output of the
+/// same shape, before the residual addition. `table` is required if the spec has a rotation.
 pub fn attention(
     spec: &AttentionSpec,
     weights: &AttentionWeights,
@@ -287,7 +286,7 @@ pub fn attention(
     weights.output.apply(&mixed)
 }
 
-/// Queries `[rows, heads * head_dim]`, and gates of the same shape where each head's rows are
+/// Splits queries `[rows, heads * head_dim]` and gates of the same shape, if each head's rows are
 /// [query | gate].
 fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Tensor>)> {
     if spec.output_gate != OutputGate::WithQuery {
@@ -299,7 +298,7 @@ fn split_gate(spec: &AttentionSpec, query: Tensor) -> Result<(Tensor, Option<Ten
     Ok((part(0)?, Some(part(1)?)))
 }
 
-/// Over the whole of each row, or over each head in it.
+/// Normalises each row, or each head of a row.
 fn normalise(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
     match spec.qk_norm {
         QkNorm::WholeProjection(_) => norm.apply(x),
@@ -308,20 +307,20 @@ fn normalise(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Over each head.
+/// Normalises each head.
 fn normalise_heads(spec: &AttentionSpec, norm: &Norm, x: &Tensor) -> Result<Tensor> {
     norm.apply(&x.reshape((x.elem_count() / spec.head_dim, spec.head_dim))?)?.reshape(x.shape())
 }
 
-/// A norm of heads like `x` without a gain.
+/// Normalises heads like `x` without a gain.
 fn without_gain(spec: &AttentionSpec, eps: f64, x: &Tensor) -> Result<Norm> {
     Norm::new(NormSpec::rms(eps), Tensor::ones(spec.head_dim, x.dtype(), x.device())?, None)
 }
 
-/// Queries `[sequences * positions, width]`, each multiplied by its position's factor.
+/// Multiplies queries `[sequences * positions, width]` by the temperature of their position.
 fn temper(temperature: &Temperature, query: Tensor, positions: usize) -> Result<Tensor> {
     let factors: Vec<f32> = (0..positions).map(|position| temperature.factor(position)).collect();
-    // Below the floor, which is thousands of positions in published models, nothing grows.
+    // Below the floor, thousands of positions in published models, all factors are 1.
     if factors.iter().all(|&factor| factor == 1.0) {
         return Ok(query);
     }
@@ -331,8 +330,8 @@ fn temper(temperature: &Temperature, query: Tensor, positions: usize) -> Result<
     wide.broadcast_mul(&factors)?.reshape((rows, width))?.to_dtype(query.dtype())
 }
 
-/// Queries, keys and values of whole sequences, `[sequences * positions, heads of the kind *
-/// head_dim]`, to `[.., heads * head_dim]`.
+/// Attention over whole sequences: queries, keys and values `[sequences * positions, heads of the
+/// kind * head_dim]` to `[.., heads * head_dim]`.
 fn mix_sequences(
     spec: &AttentionSpec,
     weights: &AttentionWeights,
@@ -359,13 +358,13 @@ fn mix_sequences(
     Tensor::cat(&mixed, 0)
 }
 
-/// How many of so many sequences are attended to together: on a GPU all, so that it is asked for
-/// few and large products; on a CPU one, which takes less memory.
+/// Number of sequences that attention processes together. On a GPU all, for few and large
+/// products; on a CPU one, to save memory.
 pub(crate) fn sequences_at_once(device: &Device, sequences: usize) -> usize {
     if device.is_cpu() { 1 } else { sequences.max(1) }
 }
 
-/// Softmax attention within sequences: what it needs beside queries, keys and values.
+/// Parameters of softmax attention besides queries, keys and values.
 #[derive(Clone, Copy)]
 pub struct Mixing<'a> {
     scale: f64,
@@ -379,8 +378,8 @@ pub struct Mixing<'a> {
 }
 
 impl<'a> Mixing<'a> {
-    /// `scale` multiplies the scores; `sinks` are logits in f32, one per query head, that join the
-    /// denominator.
+    /// `scale` multiplies the scores. `sinks` are f32 logits, one per query head, that are added
+    /// to the denominator.
     pub fn new(scale: f64, window: Window, sinks: Option<&'a Tensor>) -> Self {
         let (query_block, score_values, fused_from) = (QUERY_BLOCK, SCORE_VALUES, FUSED_FROM);
         Self { scale, window, sinks, query_block, score_values, fused_from, watched: None, first_head: 0 }
@@ -397,14 +396,14 @@ impl<'a> Mixing<'a> {
         Self { watched, ..self }
     }
 
-    /// The same for heads that are counted from `first_head` on.
+    /// Sets the index of the first head.
     pub fn at_head(self, first_head: usize) -> Self {
         Self { first_head, ..self }
     }
 
-    /// `query` `[sequences, n, heads, d]`, `key` `[sequences * kv_heads, n, d]` and `value`
-    /// `[sequences * kv_heads, n, v]`, both contiguous, to `[sequences * n, heads * v]`. Key head
-    /// j of a sequence serves query heads `j * heads / kv_heads ..` of the same.
+    /// Attends with `query` `[sequences, n, heads, d]`, `key` `[sequences * kv_heads, n, d]` and
+    /// `value` `[sequences * kv_heads, n, v]`, the latter two contiguous. Returns `[sequences * n,
+    /// heads * v]`. Key head j of a sequence serves its query heads `j * heads / kv_heads ..`.
     pub fn mix(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (sequences, n, heads, _) = query.dims4()?;
         if n >= self.fused_from && gpu::attends(query, value) {
@@ -441,7 +440,7 @@ impl<'a> Mixing<'a> {
         let (sequences, queries, heads, d) = query.dims4()?;
         let (all_kv_heads, _, v) = value.dims3()?;
         let groups = sequences * heads / all_kv_heads;
-        // No query of the block sees a key before this one.
+        // The first key that any query of the block sees.
         let first_key = self.window.first_key(first);
         let keys = first + queries - first_key;
         let block = ScoreBlock { first_query: first, queries, first_key, window: self.window };
@@ -460,7 +459,7 @@ impl<'a> Mixing<'a> {
             product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
         let mixed = (0..all_kv_heads).step_by(at_once).map(some_heads).collect::<Result<Vec<_>>>()?;
-        // A plan has no room for a copy of the queries beside both.
+        // Memory plans do not include a copy of the queries.
         drop(query);
         Tensor::cat(&mixed, 0)
     }
@@ -475,7 +474,7 @@ mod tests {
     use crate::model::decoder::NormKind;
     use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
 
-    /// The plainest attention: 3 query heads on 1 key head, 6 wide.
+    /// Attention without options: 3 query heads on 1 key head, 6 wide.
     fn plain() -> AttentionSpec {
         AttentionSpec::plain(3, 1, 6)
     }
@@ -546,8 +545,8 @@ mod tests {
                 check(&AttentionSpec { rope: Some(rope(dims, pairing)), ..plain() }, 2, 13);
             }
         }
-        // Wide enough that the order of norm and rotation shows: a rotation changes no norm of a
-        // whole head, but of a part.
+        // Wide enough to show the order of norm and rotation: a rotation preserves the norm of a
+        // whole head, not of a part.
         let after = QkNorm::AfterRope { eps: 0.5 };
         check(&AttentionSpec { qk_norm: after, rope: Some(rope(6, Pairing::Interleaved)), ..plain() }, 2, 13);
         for window in [1, 2, 5, 12, 13, 40].into_iter().flat_map(|n| [Window::Sliding(n), Window::Chunked(n)]) {
@@ -654,8 +653,8 @@ mod tests {
             let whole = Mixing::new(0.7, window, Some(&sinks));
             let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
             let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
-            // Products of one row sum in another order than those of many: some 1e-7 of values
-            // near 1, and averages have an RMS of a tenth.
+            // Products of one row are summed in another order than those of many: differences of
+            // some 1e-7 for values near 1, and averages have an RMS of a tenth.
             naive::assert_close(&blocked.mix(&query, &key, &value).unwrap(), &expected, 4e-6);
         }
 
@@ -705,7 +704,7 @@ mod tests {
         let mut random = Random::new(5);
         let (query, key, value) =
             (random.tensor(&[1, 12, 2, 3]), random.tensor(&[1, 12, 3]), random.tensor(&[1, 12, 3]));
-        // Whatever is multiplied by a NaN shows it, hidden or not.
+        // Every value that is multiplied by a NaN becomes NaN, also if its weight is 0.
         let spoil = |t: Tensor| {
             let nan = Tensor::full(f32::NAN, (1, 2, 3), &Device::Cpu).unwrap();
             Tensor::cat(&[nan, t.narrow(1, 2, 10).unwrap()], 1).unwrap()

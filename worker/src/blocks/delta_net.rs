@@ -1,6 +1,6 @@
-//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) as Qwen3-Next, Qwen3.5 and Kimi Linear have
-//! it: a short convolution mixes neighbouring tokens, then each value head writes to and reads
-//! from a matrix of its own, its state, by a gated delta rule ([`recurrence`]).
+//! Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464) in the form of Qwen3-Next, Qwen3.5 and Kimi
+//! Linear. A short convolution mixes neighbouring tokens. Each value head then writes to and reads
+//! from its state, a matrix, by a gated delta rule ([`recurrence`]).
 
 use candle_core::{DType, Result, Tensor};
 
@@ -17,19 +17,19 @@ pub use convolution::Convolution;
 use recurrence::Heads;
 pub use triangle::inverse;
 
-/// Added to the sum of squares of a query or key; fixed in the reference implementation.
+/// Added to the sum of squares of a query or key. The reference implementation fixes it.
 const UNIT_EPS: f32 = 1e-6;
 
 /// A DeltaNet's tensors on one device. Names of the published tensors in brackets.
 pub struct DeltaNetWeights {
-    /// To queries, keys, values, gates, write strengths and steps.
+    /// Projections to queries, keys, values, gates, write strengths and steps.
     pub projections: DeltaProjections,
     /// `[channels, 1, kernel]` (`conv1d`, or `q_conv1d`, `k_conv1d` and `v_conv1d` one after
     /// another).
     pub convolution: Tensor,
     /// `[value_heads]` (`A_log`).
     pub decay: Tensor,
-    /// As many as steps (`dt_bias`).
+    /// Same shape as a token's steps (`dt_bias`).
     pub step_bias: Tensor,
     /// Over `value_dim`, before the gate.
     pub norm: Norm,
@@ -37,7 +37,7 @@ pub struct DeltaNetWeights {
     pub output: Linear,
 }
 
-/// The matrices that lead in, as they are stored.
+/// Input projections, as stored.
 pub enum DeltaProjections {
     /// Rows grouped by key head.
     ByKeyHead {
@@ -46,7 +46,7 @@ pub enum DeltaProjections {
         /// Per key head [write strengths | steps] (`in_proj_ba`).
         ba: Linear,
     },
-    /// One kind after another, the heads within it.
+    /// Rows grouped by kind, head by head.
     ByKind {
         /// Queries, keys, values (`in_proj_qkv`).
         qkv: Linear,
@@ -57,7 +57,7 @@ pub enum DeltaProjections {
         /// Steps (`in_proj_a`).
         steps: Linear,
     },
-    /// Each kind under a matrix of its own, or two through a bottleneck.
+    /// A separate matrix per kind, two of the kinds through a bottleneck.
     Apart {
         /// Queries (`q_proj`).
         query: Linear,
@@ -69,13 +69,13 @@ pub enum DeltaProjections {
         gates: [Linear; 2],
         /// Write strengths (`b_proj`).
         strengths: Linear,
-        /// Steps of each channel of a key (`f_a_proj`, `f_b_proj`).
+        /// Steps per channel of a key (`f_a_proj`, `f_b_proj`).
         steps: [Linear; 2],
     },
 }
 
 impl DeltaProjections {
-    /// Of `x` `[rows, hidden]`.
+    /// Projects `x` `[rows, hidden]`.
     fn apply(&self, x: &Tensor) -> Result<Projected> {
         Ok(match self {
             Self::ByKeyHead { qkvz, ba } => Projected::ByKeyHead { qkvz: qkvz.apply(x)?, ba: ba.apply(x)? },
@@ -100,14 +100,14 @@ impl DeltaProjections {
     }
 }
 
-/// What the projections make of tokens: their columns are in the order of the matrices' rows.
+/// Projections of tokens. Columns are in the order of the matrices' rows.
 enum Projected {
     ByKeyHead { qkvz: Tensor, ba: Tensor },
     ByKind { qkv: Tensor, gates: Tensor, strengths: Tensor, steps: Tensor },
     Apart { query: Tensor, key: Tensor, value: Tensor, gates: Tensor, strengths: Tensor, steps: Tensor },
 }
 
-/// What is projected to.
+/// Kinds of projections.
 #[derive(Clone, Copy)]
 enum Projection {
     Query,
@@ -119,7 +119,7 @@ enum Projection {
 }
 
 impl Projected {
-    /// One kind, `[rows, heads * width]`: the heads one after another.
+    /// One kind, `[rows, heads * width]`, head by head.
     fn columns(&self, spec: &DeltaNetSpec, kind: Projection) -> Result<Tensor> {
         let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
         let (keys, values, served) = (key_heads * key_dim, value_heads * value_dim, value_heads / key_heads);
@@ -165,9 +165,9 @@ fn of_groups(projected: &Tensor, groups: usize, first: usize, width: usize) -> R
     grouped.narrow(2, first, width)?.contiguous()?.reshape((rows, groups * width))
 }
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
-/// before the residual addition. Between the projections everything but the gated norm is f32,
-/// whatever the dtype of `x`.
+/// DeltaNet of `x` `[sequences * positions, hidden]` (whole sequences), with an output of the same
+/// shape, before the residual addition. Between the projections all values except the gated norm
+/// are f32, whatever the dtype of `x`.
 pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
     let (rows, values) = (x.dim(0)?, spec.value_heads * spec.value_dim);
     let projected = weights.projections.apply(x)?;
@@ -209,9 +209,9 @@ fn heads(spec: &DeltaNetSpec, weights: &DeltaNetWeights, projected: &Projected, 
     })
 }
 
-/// Per value head and token, each `[sequences * value_heads, positions]`: the logarithm of what
-/// the state is multiplied by, never positive (with one more dimension, `key_dim`, where each of
-/// its rows has its own), and how much of a write is done, in (0, 1).
+/// Log decays and write strengths per value head and token, each `[sequences * value_heads,
+/// positions]`. Log decays are <= 0 (with an additional dimension `key_dim` if each row of the
+/// state has a separate one); strengths are in (0, 1).
 fn gates(
     spec: &DeltaNetSpec,
     weights: &DeltaNetWeights,
@@ -222,7 +222,7 @@ fn gates(
     let strength = (wide(Projection::Strength)?.neg()?.exp()? + 1.0)?.recip()?;
     let step = softplus(&wide(Projection::Step)?.broadcast_add(&weights.step_bias.to_dtype(DType::F32)?)?)?;
     let rate = weights.decay.to_dtype(DType::F32)?.exp()?.neg()?.reshape((1, spec.value_heads, 1))?;
-    // A step for each head, or for each channel of its key.
+    // One step per head, or per channel of its key.
     let by_head = |t: Tensor| {
         let (rows, columns) = t.dims2()?;
         t.reshape((rows, spec.value_heads, columns / spec.value_heads))
@@ -238,7 +238,7 @@ fn gates(
     Ok((decay, heads_first(by_head(strength)?)?.squeeze(2)?))
 }
 
-/// `ln(1 + e^x)`, as `max(x, 0) + ln(1 + e^-|x|)`: never overflows.
+/// `ln(1 + e^x)` as `max(x, 0) + ln(1 + e^-|x|)`, which never overflows.
 pub(crate) fn softplus(x: &Tensor) -> Result<Tensor> {
     x.relu()? + (x.abs()?.neg()?.exp()? + 1.0)?.log()?
 }

@@ -1,4 +1,4 @@
-//! Feed-forward blocks: MLPs, and routed experts over all tokens of a micro-batch.
+//! Feed-forward blocks: MLPs, and mixtures of routed experts.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -14,26 +14,26 @@ use crate::model::decoder::{GateUp, MlpKind, MoeSpec, RouterSpec};
 
 /// A feed-forward's tensors on one device.
 pub struct MlpWeights {
-    /// What happens at the inner width.
+    /// Gating and activation.
     pub kind: MlpKind,
-    /// `hidden` to `intermediate`.
+    /// Projections from `hidden` to `intermediate`.
     pub gate_up: GateUpProj,
     /// `[hidden, intermediate]`.
     pub down: Linear,
 }
 
-/// The matrices that lead to the inner width.
+/// Projections to the inner width.
 pub enum GateUpProj {
-    /// `[intermediate, hidden]`.
+    /// Only `up_proj`, `[intermediate, hidden]`.
     Up(Linear),
-    /// Two of `[intermediate, hidden]`.
+    /// `gate_proj` and `up_proj`, `[intermediate, hidden]` each.
     Separate {
         /// The gate projection.
         gate: Linear,
         /// The up projection.
         up: Linear,
     },
-    /// `[2 * intermediate, hidden]`.
+    /// Both in one matrix, `[2 * intermediate, hidden]`.
     Joined(Linear),
 }
 
@@ -48,7 +48,7 @@ impl GateUpProj {
 }
 
 impl MlpWeights {
-    /// `x` `[rows, hidden]` to the same shape.
+    /// Applies the MLP to `x` `[rows, hidden]`; same output shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         apply_each(&[self], x, &[x.dim(0)?])
     }
@@ -97,12 +97,12 @@ impl MlpWeights {
 pub struct SharedWeights {
     /// Its feed-forward.
     pub mlp: MlpWeights,
-    /// `[1, hidden]`: what opens it, where it is not always open.
+    /// Shape `[1, hidden]`: the expert's gate, if it has one.
     pub gate: Option<Linear>,
 }
 
 impl SharedWeights {
-    /// `x` `[rows, hidden]` to the same shape.
+    /// Applies the expert to `x` `[rows, hidden]`; same output shape.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
         let out = self.mlp.apply(x)?;
         let Some(gate) = &self.gate else { return Ok(out) };
@@ -116,10 +116,9 @@ impl SharedWeights {
 pub struct Router {
     /// `[experts, hidden]`.
     pub logits: Linear,
-    /// Normalises and scales its input, in f32.
+    /// Norm of its input, in f32.
     pub input: Option<Norm>,
-    /// `[experts]` in f32: added to the scores for the choice alone, or what multiplies the
-    /// weights.
+    /// Shape `[experts]` in f32: added to the scores for the choice, or a factor of the weights.
     pub per_expert: Option<Tensor>,
 }
 
@@ -127,13 +126,13 @@ pub struct Router {
 pub struct Beside {
     /// The MLP.
     pub mlp: MlpWeights,
-    /// Of its output.
+    /// Norm of its output.
     pub norm: Norm,
-    /// Of the experts' input.
+    /// Norm of the experts' input.
     pub experts: Norm,
 }
 
-/// Which experts each token goes to, where that is known.
+/// Chosen experts of each token.
 #[derive(Clone, Debug)]
 pub enum Choices {
     /// On the host.
@@ -142,21 +141,21 @@ pub enum Choices {
     Gpu(GpuRouting),
 }
 
-/// Which experts each token goes to, on a GPU.
+/// Chosen experts of each token, on a GPU.
 #[derive(Clone, Debug)]
 pub struct GpuRouting {
-    /// As of [`Routing`], `[rows, top_k]`.
+    /// As in [`Routing`], `[rows, top_k]`.
     pub experts: Tensor,
-    /// As of [`Routing`], `[rows, top_k]`.
+    /// As in [`Routing`], `[rows, top_k]`.
     pub weights: Tensor,
-    /// As of [`Routing`].
+    /// As in [`Routing`].
     pub scales_input: bool,
-    /// What each expert was sent, if that is to be seen, from [`Routed::arrive`] on.
+    /// Statistics per expert, if they are observed; filled by [`Routed::arrive`].
     pub loads: Vec<Load>,
 }
 
 impl Choices {
-    /// The weights multiply the experts' inputs instead of their outputs.
+    /// Whether the weights multiply the experts' inputs instead of their outputs.
     pub fn scales_input(&self) -> bool {
         match self {
             Self::Host(routing) => routing.scales_input,
@@ -164,10 +163,10 @@ impl Choices {
         }
     }
 
-    /// On the host, whereto a GPU's are copied.
+    /// The choices on the host; a GPU's are copied.
     ///
     /// # Errors
-    /// The device's.
+    /// Errors of the device.
     pub fn on_host(&self) -> Result<Cow<'_, Routing>> {
         let GpuRouting { experts, weights, scales_input, .. } = match self {
             Self::Host(routing) => return Ok(Cow::Borrowed(routing)),
@@ -182,21 +181,21 @@ impl Choices {
     }
 }
 
-/// Which experts each token goes to, and with what weight.
+/// Chosen experts of each token, with their weights.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Routing {
     /// Experts per token.
     pub top_k: usize,
-    /// `[rows, top_k]`, ascending expert number within a row.
+    /// Shape `[rows, top_k]`: expert indices, ascending within a row.
     pub experts: Vec<u32>,
-    /// `[rows, top_k]`, in the same order: what multiplies the expert's output, or its input.
+    /// Shape `[rows, top_k]`, in the same order: factors of the expert's output, or of its input.
     pub weights: Vec<f32>,
-    /// The weights multiply the experts' inputs (Llama 4) instead of their outputs.
+    /// Whether the weights multiply the experts' inputs (Llama 4) instead of their outputs.
     pub scales_input: bool,
 }
 
 impl Routing {
-    /// The same by expert, of which there are `experts`.
+    /// The pairs of token and expert sorted by expert, of `experts` in total.
     pub fn by_expert(&self, experts: usize) -> ByExpert {
         let mut firsts = vec![0; experts + 1];
         for expert in &self.experts {
@@ -218,27 +217,27 @@ impl Routing {
     }
 }
 
-/// Pairs of token and expert, sorted once by expert.
+/// Pairs of token and expert, sorted by expert.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ByExpert {
-    /// Where each expert's pairs begin, and after the last expert where they end.
+    /// Index of each expert's first pair, then the number of pairs.
     firsts: Vec<usize>,
-    /// Tokens, ascending within an expert.
+    /// Token indices, ascending within an expert.
     rows: Vec<u32>,
-    /// In the same order.
+    /// Gate weights, in the same order.
     weights: Vec<f32>,
-    /// As of [`Routing`].
+    /// As in [`Routing`].
     scales_input: bool,
 }
 
 impl ByExpert {
-    /// Rows sent to one expert, ascending, with their weights.
+    /// Rows routed to one expert, ascending, with their weights.
     pub fn of(&self, expert: usize) -> (&[u32], &[f32]) {
         let range = self.range(&(expert..expert + 1));
         (&self.rows[range.clone()], &self.weights[range])
     }
 
-    /// Where the pairs of some experts are.
+    /// Indices of the pairs of some experts.
     fn range(&self, experts: &Range<usize>) -> Range<usize> {
         self.firsts[experts.start]..self.firsts[experts.end]
     }
@@ -255,7 +254,7 @@ pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Res
     choices(spec, top_k, &logits, router.per_expert.as_ref())
 }
 
-/// Chooses experts by `logits` `[rows, experts]` in f32, where they are; `per_expert` as of
+/// Chooses experts by `logits` `[rows, experts]` in f32, on their device. `per_expert` as in
 /// [`Router`].
 pub fn choices(spec: RouterSpec, top_k: usize, logits: &Tensor, per_expert: Option<&Tensor>) -> Result<Choices> {
     let scales_input = spec == RouterSpec::SigmoidOfInput;
@@ -274,7 +273,7 @@ pub fn choices(spec: RouterSpec, top_k: usize, logits: &Tensor, per_expert: Opti
     Ok(Choices::Host(routing))
 }
 
-/// One row: `experts` and `weights` are filled, in ascending order of experts.
+/// Chooses for one row: fills `experts` and `weights`, in ascending order of experts.
 fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u32], weights: &mut [f32]) {
     let sigmoid = |x: f32| 1.0 / (1.0 + exp(-x));
     match spec {
@@ -329,8 +328,8 @@ fn choose(spec: RouterSpec, logits: &[f32], per_expert: &[f32], experts: &mut [u
     }
 }
 
-/// e^x, by operations of f64 that give the same bits on a GPU (`route.cu`), rounded in the end: as
-/// 2^(k / 32) times a polynomial, which is how C libraries compute it too.
+/// e^x by f64 operations that give the same bits on a GPU (`route.cu`), rounded at the end: 2^(k /
+/// 32) times a polynomial, as in C libraries.
 fn exp(x: f32) -> f32 {
     const SHIFT: f64 = 6_755_399_441_055_744.0;
     /// 2^(1 / 32), and its squares.
@@ -346,7 +345,7 @@ fn exp(x: f32) -> f32 {
         return f32::INFINITY;
     }
     let z = f64::from(x) * 46.16624130844683;
-    // Its last bits are those of the nearest whole number.
+    // Its last bits are those of the nearest integer.
     let shifted = z + SHIFT;
     let k = shifted.to_bits() as u32 as i32;
     let r = z - (shifted - SHIFT);
@@ -357,7 +356,7 @@ fn exp(x: f32) -> f32 {
     ((high * (r * r) + low) * scale) as f32
 }
 
-/// The key that orders scores. NaN of either sign is larger than all numbers.
+/// Sort key of scores. NaN of either sign is larger than all numbers.
 fn key(score: f32) -> u32 {
     let bits = score.to_bits();
     match score.is_nan() {
@@ -367,7 +366,7 @@ fn key(score: f32) -> u32 {
     }
 }
 
-/// Shares of all experts.
+/// Softmax over all experts.
 fn softmax(logits: &[f32]) -> Vec<f32> {
     let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut shares: Vec<f32> = logits.iter().map(|l| exp(l - top)).collect();
@@ -376,8 +375,8 @@ fn softmax(logits: &[f32]) -> Vec<f32> {
     shares
 }
 
-/// The experts of the best scores, ascending; ties go to the lower number. NaN is
-/// chosen first, so that it shows in the output.
+/// The experts with the best scores, ascending; ties go to the lower index. NaN is chosen first,
+/// so that it shows in the output.
 fn top_k(scores: &[f32], experts: &mut [u32]) {
     let mut order: Vec<u32> = (0..scores.len() as u32).collect();
     let best_first = |a: &u32, b: &u32| key(scores[*b as usize]).cmp(&key(scores[*a as usize])).then(a.cmp(b));
@@ -405,7 +404,7 @@ fn best(group: &[f32]) -> f32 {
     group.iter().copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
-/// The sum of its two best.
+/// The sum of its two best scores.
 fn best_two(group: &[f32]) -> f32 {
     let (first, second) = group
         .iter()
@@ -413,7 +412,7 @@ fn best_two(group: &[f32]) -> f32 {
     if group.len() > 1 { first + second } else { first }
 }
 
-/// Takes the experts outside the `top_groups` best groups out of the choice.
+/// Excludes the experts outside the `top_groups` best groups.
 fn exclude_groups(biased: &mut [f32], groups: usize, top_groups: usize, judge: fn(&[f32]) -> f32) {
     let size = biased.len() / groups;
     let judged: Vec<f32> = biased.chunks(size).map(judge).collect();
@@ -456,28 +455,28 @@ pub fn runs(rows: &[usize], most: usize) -> Vec<Range<usize>> {
 
 /// A micro-batch on its way through the experts of a layer.
 ///
-/// On a CPU, each expert's rows are gathered on their own. On a GPU, starting an operation costs
-/// more than the rows of an expert do: all rows of a group of experts are gathered at once. Both
-/// add to a token in ascending order of its experts, and round alike.
+/// On a CPU the rows of each expert are gathered separately. On a GPU, where starting an operation
+/// costs more than an expert's rows, all rows of a group of experts are gathered at once. Both add
+/// to a token in ascending order of its experts, and round in the same way.
 pub struct Routed {
     /// `[tokens, width]`.
     x: Tensor,
     choices: Choices,
     pairs: Pairs,
-    /// `[tokens, width]`: what is beside the experts, and the sum of those that came so far.
+    /// Shape `[tokens, width]`: the output beside the experts plus the experts so far.
     out: Tensor,
 }
 
-/// Pairs of token and expert, sorted once by expert.
+/// Pairs of token and expert, sorted by expert.
 enum Pairs {
     Host(ByExpert),
     Gpu(SortedPairs),
 }
 
 impl Routed {
-    /// `x` `[tokens, width]` by the choices among so many experts, whose outputs are added to `out`
-    /// `[tokens, width]` (its storage is overwritten). What each expert is sent is to be seen if
-    /// there are `positions`.
+    /// Routes `x` `[tokens, width]` to `experts` by `choices`. Outputs are added to `out`
+    /// `[tokens, width]` (its storage is overwritten). Statistics per expert are collected if
+    /// `positions` is given.
     pub fn new(x: Tensor, choices: Choices, experts: usize, out: Tensor, positions: Option<Positions>) -> Result<Self> {
         let pairs = match &choices {
             Choices::Host(routing) => Pairs::Host(routing.by_expert(experts)),
@@ -486,8 +485,8 @@ impl Routed {
         Ok(Self { x, choices, pairs, out })
     }
 
-    /// Waits until it is known how many rows go to each expert, before the first of them, and gives
-    /// what was chosen.
+    /// Waits until the number of rows per expert is known. Returns the choices. Call it before the
+    /// first expert.
     pub fn arrive(&mut self) -> Result<&Choices> {
         if let (Pairs::Gpu(pairs), Choices::Gpu(routing)) = (&mut self.pairs, &mut self.choices) {
             routing.loads = pairs.arrive()?;
@@ -495,7 +494,7 @@ impl Routed {
         Ok(&self.choices)
     }
 
-    /// Rows that go to an expert; after [`arrive`](Self::arrive).
+    /// Number of rows routed to an expert; after [`arrive`](Self::arrive).
     pub fn sent(&self, expert: usize) -> usize {
         let expert = expert..expert + 1;
         match &self.pairs {
@@ -504,7 +503,7 @@ impl Routed {
         }
     }
 
-    /// What an expert made of all that went to it, `[rows, width]`, with its rows, to be seen.
+    /// An expert's output for its rows, `[rows, width]`, with the rows, for the observer.
     pub fn rows(&self, expert: usize, out: &Tensor) -> Result<ExpertRows> {
         let (rows, weights) = match &self.pairs {
             Pairs::Host(pairs) => pairs.of(expert),
@@ -513,7 +512,7 @@ impl Routed {
         Ok(ExpertRows { out: out.clone(), rows: rows.to_vec(), weights: weights.to_vec() })
     }
 
-    /// Adds what an expert made of all that went to it. Experts come in ascending order.
+    /// Adds an expert's output. Experts come in ascending order.
     pub fn add(&mut self, expert: usize, made: &Tensor) -> Result<()> {
         let scaled = !self.choices.scales_input();
         match &self.pairs {
@@ -529,19 +528,19 @@ impl Routed {
     }
 }
 
-/// What a group of experts is sent of the micro-batches of a wave.
+/// Inputs of a group of experts from the micro-batches of a wave.
 pub struct Inputs {
-    /// On a GPU, `[rows, width]`: one expert after the other, each with the rows of one micro-batch
-    /// after the other.
+    /// On a GPU, `[rows, width]`, expert by expert, and within an expert micro-batch by
+    /// micro-batch.
     all: Option<Tensor>,
-    /// The first expert.
+    /// Index of the first expert.
     first: usize,
-    /// Of each expert, where the rows of each micro-batch begin.
+    /// Per expert, the first row of each micro-batch.
     places: Vec<Vec<usize>>,
 }
 
 impl Inputs {
-    /// Gathers them on a GPU. On a CPU, each expert's are gathered on their own.
+    /// Gathers the inputs on a GPU. On a CPU each expert's inputs are gathered separately.
     pub fn new(wave: &[&Routed], group: &Range<usize>) -> Result<Self> {
         let (mut places, mut rows) = (Vec::with_capacity(group.len()), 0);
         for expert in group.clone() {
@@ -588,8 +587,8 @@ impl Inputs {
     }
 }
 
-/// Gathers the rows of `x` `[all rows, hidden]` that go to an expert, multiplied by their weights
-/// where those are of the input.
+/// Gathers the rows of `x` `[all rows, hidden]` that are routed to an expert, multiplied by their
+/// weights if these are applied to the input.
 fn gather(x: &Tensor, pairs: &ByExpert, expert: usize) -> Result<Tensor> {
     let (rows, weights) = pairs.of(expert);
     let index = Tensor::from_slice(rows, rows.len(), x.device())?;
@@ -688,13 +687,13 @@ pub fn together(pieces: &[Piece], most: usize) -> impl Iterator<Item = &[Piece]>
     })
 }
 
-/// What an expert made of its rows of a micro-batch.
+/// An expert's output for its rows of a micro-batch.
 pub struct ExpertRows {
-    /// `[rows, hidden]`, before an output weight.
+    /// Shape `[rows, hidden]`, before multiplication by the output weight.
     pub out: Tensor,
-    /// Rows of the micro-batch, ascending.
+    /// Row indices in the micro-batch, ascending.
     pub rows: Vec<u32>,
-    /// Their weights.
+    /// Gate weights of the rows.
     pub weights: Vec<f32>,
 }
 
@@ -762,7 +761,7 @@ mod tests {
 
     #[test]
     fn experts_outside_the_best_groups_are_excluded() {
-        // Group 0 holds the best single expert, groups 1 and 2 the best pairs.
+        // Group 0 has the best single expert, groups 1 and 2 the best pairs.
         let logits = [4.0, -9.0, 2.0, 2.0, 1.0, 3.0, -9.0, -9.0];
         let spec = |top_groups| RouterSpec::SigmoidGroups { groups: 4, top_groups, normalise: false, scale: 1.0 };
         assert_eq!(routed(spec(2), &logits, &[0.0; 8], 2).0, [2, 5]);
@@ -777,7 +776,7 @@ mod tests {
         let logits = [3.0f32, -1.0, 2.0, 2.0, 2.5, -2.0];
         let sum: f32 = logits.iter().map(|l| l.exp()).sum();
         let spec = |top_groups| RouterSpec::SoftmaxGroups { groups: 3, top_groups, scale: 4.0 };
-        // By the sums of their shares the second group would come before the third.
+        // By the sums of their softmax values the second group would come before the third.
         let (experts, weights) = routed(spec(2), &logits, &[], 2);
         assert_eq!(experts, [0, 4]);
         assert!((weights[1] - 4.0 * 2.5f32.exp() / sum).abs() < 1e-6);

@@ -1,15 +1,15 @@
-//! Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) as Nemotron-H has it: a short convolution mixes
-//! neighbouring tokens, then each head writes to and reads from a matrix of its own, its state.
+//! Mamba-2 (Dao and Gu 2024, arXiv 2405.21060) in the form of Nemotron-H. A short convolution
+//! mixes neighbouring tokens. Each head then writes to and reads from its state, a matrix.
 //!
-//! Per head, with state `S` `[state, head_dim]`, zero before a sequence, and per token a step `d`,
-//! a decay `a = exp(-exp(A_log) d)`, a write `b`, a read `c` and a value `x`:
+//! Per head, the state `S` `[state, head_dim]` is zero before a sequence. Each token has a step
+//! `d`, a decay `a = exp(-exp(A_log) d)`, a write `b`, a read `c` and a value `x`:
 //!
 //! ```text
 //! S <- a S + d b x^T      out = S^T c + D x
 //! ```
 //!
-//! Over a chunk of tokens that is attention without a softmax, weighted by what is left of each
-//! write, and what is left of the state before.
+//! Over a chunk of tokens this is attention without a softmax, weighted by the remaining decay of
+//! each write, plus the remaining previous state.
 
 use candle_core::{DType, Result, Tensor};
 
@@ -18,7 +18,7 @@ use crate::kernels::fused::{self, Gate};
 use crate::kernels::product::Linear;
 use crate::model::decoder::MambaSpec;
 
-/// Tokens that are computed together.
+/// Tokens per chunk.
 const CHUNK: usize = 64;
 
 /// A Mamba's tensors on one device. Names of the published tensors in brackets.
@@ -35,17 +35,17 @@ pub struct MambaWeights {
     pub step_bias: Tensor,
     /// `[heads]` (`D`).
     pub skip: Tensor,
-    /// Of the norm, `[heads * head_dim]`.
+    /// Gain of the norm, `[heads * head_dim]`.
     pub gain: Tensor,
     /// `[hidden, heads * head_dim]` (`out_proj`).
     pub output: Linear,
 }
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
-/// before the residual addition. Between the projections everything is f32.
+/// Mamba of `x` `[sequences * positions, hidden]` (whole sequences), with an output of the same
+/// shape, before the residual addition. Between the projections all values are f32.
 ///
 /// # Errors
-/// The tensor library's.
+/// Errors of the tensor library.
 pub fn mamba(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: usize) -> Result<Tensor> {
     let (rows, inner, channels) = (x.dim(0)?, spec.inner(), spec.channels());
     let projected = weights.input.apply(x)?;
@@ -62,7 +62,7 @@ pub fn mamba(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: us
     weights.output.apply(&normed.to_dtype(x.dtype())?)
 }
 
-/// The convolution and SiLU of `x` `[rows, values | writes | reads]`, of each head or group: values
+/// Convolution and SiLU of `x` `[rows, values | writes | reads]`, per head or group: values
 /// `[sequences * heads, positions, head_dim]`, writes and reads `[sequences * groups, positions,
 /// state]`, all f32.
 fn convolved(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: usize) -> Result<[Tensor; 3]> {
@@ -77,8 +77,8 @@ fn convolved(spec: &MambaSpec, weights: &MambaWeights, x: &Tensor, positions: us
     Ok([part(heads, head_dim, 0)?, part(groups, state, writes)?, part(groups, state, writes + groups * state)?])
 }
 
-/// What the heads read, `[rows, heads * head_dim]`: of what was [`convolved`] and of `step` `[rows,
-/// heads]`.
+/// Results of the heads, `[rows, heads * head_dim]`, from the [`convolved`] values and `step`
+/// `[rows, heads]`.
 fn scan(
     spec: &MambaSpec,
     weights: &MambaWeights,

@@ -1,5 +1,6 @@
-//! Multi-head latent attention: per head, queries and keys are [without position | rotated], the
-//! rotated key is one for all heads, and keys and values come out of one narrow vector per token.
+//! Multi-head latent attention. A head's queries and keys are [part without position | rotated
+//! part]; all heads share the rotated key; keys and values are projected from one low-rank vector
+//! per token.
 
 use std::ops::Range;
 
@@ -15,38 +16,38 @@ use crate::model::rope::RopeTable;
 
 /// A latent attention's tensors on one device.
 pub struct LatentWeights {
-    /// To the queries.
+    /// Projection to the queries.
     pub query: LatentQuery,
-    /// `[kv_rank + rope_dim, hidden]`: the bottleneck of keys and values, then the rotated key
-    /// part.
+    /// Shape `[kv_rank + rope_dim, hidden]`: the low-rank vector of keys and values, then the
+    /// rotated part of the key.
     pub kv_down: Linear,
-    /// Inside the bottleneck.
+    /// Norm of the low-rank vector.
     pub kv_norm: Norm,
-    /// `[heads * (nope_dim + value_dim), kv_rank]`, per head [key without position | value].
+    /// Shape `[heads * (nope_dim + value_dim), kv_rank]`, per head [key without position | value].
     pub kv_up: Linear,
     /// `[hidden, heads * value_dim]`.
     pub output: Linear,
-    /// What sees the queries `[rows, heads * (nope_dim + rope_dim)]`, if anything does.
+    /// Observer of the queries `[rows, heads * (nope_dim + rope_dim)]`, if there is one.
     pub queries: Option<Tap>,
 }
 
-/// The way to the queries `[rows, heads * (nope_dim + rope_dim)]`.
+/// Projection to the queries `[rows, heads * (nope_dim + rope_dim)]`.
 pub enum LatentQuery {
     /// One matrix.
     Direct(Linear),
-    /// Through a bottleneck.
+    /// Low-rank.
     LowRank {
-        /// Into it.
+        /// Projection to the low-rank vector.
         down: Linear,
-        /// Inside it.
+        /// Norm of the low-rank vector.
         norm: Norm,
-        /// Out of it.
+        /// Projection to the queries.
         up: Linear,
     },
 }
 
-/// Values of keys and values expanded at a time, at most: heads are taken in turns where there are
-/// many.
+/// Maximum expanded keys and values held at a time, in values. Heads are processed in groups if
+/// there are more.
 const EXPANDED_VALUES: usize = 64 << 20;
 
 impl LatentQuery {
@@ -59,8 +60,8 @@ impl LatentQuery {
     }
 }
 
-/// `x` `[sequences * positions, hidden]` (whole sequences, one after another) to the same shape,
-/// before the residual addition.
+/// Latent attention of `x` `[sequences * positions, hidden]` (whole sequences), with an output of
+/// the same shape, before the residual addition.
 pub fn latent_attention(
     spec: &LatentSpec,
     weights: &LatentWeights,
@@ -77,7 +78,7 @@ pub fn latent_attention(
     let query = rotate(weights.query.apply(x)?, head_dim, spec.nope_dim)?;
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
-    // Multiplied below, some heads at a time.
+    // The product itself follows below, some heads at a time.
     weights.kv_up.see(&latent)?;
     weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
@@ -95,19 +96,19 @@ pub fn latent_attention(
     weights.output.apply(&Tensor::cat(&mixed, 0)?)
 }
 
-/// Keys and values of whole sequences of n tokens before they are expanded to heads.
+/// Low-rank keys and values of whole sequences of n tokens.
 struct Narrow {
     sequences: usize,
     /// `[sequences * n, kv_rank]`.
     latent: Tensor,
-    /// Of all heads' keys `[sequences * n, rope_dim]`.
+    /// The rotated key of all heads, `[sequences * n, rope_dim]`.
     rotated: Tensor,
 }
 
 impl Narrow {
-    /// `query` `[sequences, n, heads, nope_dim + rope_dim]` to `[sequences * n, heads *
-    /// value_dim]`, as many heads together as have `values_at_once` values in their keys and
-    /// values, one at least.
+    /// Attends with `query` `[sequences, n, heads, nope_dim + rope_dim]`. Returns `[sequences * n,
+    /// heads * value_dim]`. Heads are processed in groups of at most `values_at_once` expanded
+    /// keys and values, at least one head.
     fn mix(
         &self,
         spec: &LatentSpec,

@@ -13,7 +13,7 @@ pub struct Norm {
 }
 
 impl Norm {
-    /// `weight` as stored, `[width]`; `bias` `[width]` for the kinds that have one.
+    /// `weight` `[width]` as stored; `bias` `[width]` for kinds that have one.
     pub fn new(spec: NormSpec, weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
         let gain = match spec.kind {
             NormKind::RmsZeroCentred => (weight + 1.0)?,
@@ -22,7 +22,7 @@ impl Norm {
         Ok(Self { spec, gain, bias })
     }
 
-    /// What multiplies the normalised values, `[width]`.
+    /// Factors of the normalised values, `[width]`.
     pub fn gain(&self) -> &Tensor {
         &self.gain
     }
@@ -35,7 +35,7 @@ impl Norm {
         }
     }
 
-    /// Adds what [`apply`](Self::apply) makes of `x` to `residual`, of the same shape.
+    /// Computes `residual + apply(x)`, both of the same shape.
     pub fn apply_onto(&self, residual: &Tensor, x: &Tensor) -> Result<Tensor> {
         match &self.bias {
             None => fused::rms_norm_onto(residual, x, &self.gain, self.spec.eps),

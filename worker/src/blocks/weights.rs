@@ -1,4 +1,4 @@
-//! From a unit's decoded tensors to the weights of its blocks.
+//! Builds the weights of blocks from a unit's decoded tensors.
 
 use std::collections::HashMap;
 
@@ -20,19 +20,19 @@ use crate::model::decoder::{
 
 /// A mixer's tensors on one device.
 pub enum MixerWeights {
-    /// Of [`MixerSpec::Attention`].
+    /// Weights of [`MixerSpec::Attention`].
     Attention(AttentionWeights),
-    /// Of [`MixerSpec::Latent`].
+    /// Weights of [`MixerSpec::Latent`].
     Latent(LatentWeights),
-    /// Of [`MixerSpec::DeltaNet`].
+    /// Weights of [`MixerSpec::DeltaNet`].
     DeltaNet(DeltaNetWeights),
-    /// Of [`MixerSpec::Mamba`].
+    /// Weights of [`MixerSpec::Mamba`].
     Mamba(MambaWeights),
 }
 
-/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once; one that
-/// is missing means that a spec's needs and the block that uses them disagree, which is an error
-/// and not a panic, since a run costs money.
+/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once. A
+/// missing one means that a spec and the block that uses it disagree; this is an error instead of
+/// a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
     taps: Option<Taps>,
@@ -44,7 +44,7 @@ impl UnitTensors {
         Self { tensors, taps: None }
     }
 
-    /// What enters the matrices that are taken from now on is seen by the taps of their layer.
+    /// Attaches the layer's taps to the matrices that are taken from now on.
     #[must_use]
     pub fn seen_by(self, taps: Option<Taps>) -> Self {
         Self { taps, ..self }
@@ -53,7 +53,7 @@ impl UnitTensors {
     /// Removes one tensor.
     ///
     /// # Errors
-    /// It is not there.
+    /// The tensor is missing.
     pub fn take(&mut self, role: Role) -> Result<Tensor> {
         self.take_for(role, None)
     }
@@ -76,25 +76,25 @@ impl UnitTensors {
         self.taps.as_ref()?.of(weight, expert)
     }
 
-    /// A matrix without bias, if it is there.
+    /// Takes a matrix without bias; `None` if there is none.
     pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
         let weight = self.tensors.remove(&(role, None))?;
         Some(Linear { weight, bias: None, tap: self.tap(role, None) })
     }
 
-    /// A norm.
+    /// Takes a norm's tensors.
     ///
     /// # Errors
-    /// Its gain is not there.
+    /// The gain is missing.
     pub fn norm(&mut self, spec: NormSpec, gain: Role, bias: Role) -> Result<Norm> {
         let bias = self.tensors.remove(&(bias, None));
         Norm::new(spec, self.take(gain)?, bias)
     }
 
-    /// A mixer's tensors.
+    /// Takes a mixer's tensors.
     ///
     /// # Errors
-    /// One is not there.
+    /// A tensor is missing.
     pub fn mixer(&mut self, spec: &MixerSpec) -> Result<MixerWeights> {
         Ok(match spec {
             MixerSpec::Attention(spec) => MixerWeights::Attention(self.attention(spec)?),
@@ -215,26 +215,26 @@ impl UnitTensors {
         Ok(MlpWeights { kind: spec.kind, gate_up, down: self.linear(roles.down, roles.down_bias, expert)? })
     }
 
-    /// A dense feed-forward's tensors.
+    /// Takes a dense feed-forward's tensors.
     ///
     /// # Errors
-    /// One is not there.
+    /// A tensor is missing.
     pub fn dense(&mut self, spec: MlpSpec) -> Result<MlpWeights> {
         self.mlp(spec, &MlpRoles::DENSE, None)
     }
 
-    /// One expert's tensors.
+    /// Takes one expert's tensors.
     ///
     /// # Errors
-    /// One is not there.
+    /// A tensor is missing.
     pub fn expert(&mut self, spec: MlpSpec, expert: usize) -> Result<MlpWeights> {
         self.mlp(spec, &MlpRoles::EXPERT, Some(expert))
     }
 
-    /// The router, and the shared expert.
+    /// Takes the tensors of the router and the shared expert.
     ///
     /// # Errors
-    /// One of their tensors is not there.
+    /// A tensor is missing.
     pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
         let mut numbers = |role| self.take(role)?.to_dtype(DType::F32);
         let per_expert = match spec.router {
@@ -255,10 +255,11 @@ impl UnitTensors {
         Ok((router, shared))
     }
 
-    /// The dense MLP beside a mixture, if it has one. `norm` is that of the layer.
+    /// Takes the tensors of the dense MLP beside a mixture; `None` if there is none. `norm` is the
+    /// layer's kind of norm.
     ///
     /// # Errors
-    /// One of their tensors is not there.
+    /// A tensor is missing.
     pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<Beside>> {
         let Some(mlp) = spec.beside else { return Ok(None) };
         Ok(Some(Beside {
@@ -268,15 +269,15 @@ impl UnitTensors {
         }))
     }
 
-    /// A norm without a bias, if it is there.
+    /// Takes a norm without bias; `None` if there is none.
     ///
     /// # Errors
-    /// The tensor library's.
+    /// Errors of the tensor library.
     pub fn norm_if_there(&mut self, spec: NormSpec, gain: Role) -> Result<Option<Norm>> {
         self.tensors.remove(&(gain, None)).map(|gain| Norm::new(spec, gain, None)).transpose()
     }
 
-    /// One tensor, if it is there.
+    /// Takes one tensor; `None` if there is none.
     pub fn take_if_there(&mut self, role: Role) -> Option<Tensor> {
         self.tensors.remove(&(role, None))
     }
@@ -292,14 +293,14 @@ pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
     Tensor::zeros(x.shape(), x.dtype(), x.device())
 }
 
-/// Makes a tensor ready for [`on`] on another thread's device: unless it stays where it is, it
-/// goes to host memory. Between two GPUs [`Passing`](crate::device::gpu::Passing) does it without
-/// a wait: the library's copy fails where they do not reach each other (huggingface/candle#3524).
+/// Prepares a tensor for [`on`] on another thread's device: copies it to host memory if the device
+/// changes. Between two GPUs [`Passing`](crate::device::gpu::Passing) copies without waiting; the
+/// library's copy fails if the GPUs cannot access each other (huggingface/candle#3524).
 pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
 }
 
-/// Moves a tensor unless it is there already.
+/// Copies a tensor to `device` unless it is there.
 pub fn on(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(device) }
 }

@@ -1,4 +1,4 @@
-//! From arguments to an exit code.
+//! Runs a command and returns its exit code.
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -29,12 +29,12 @@ use crate::run::inspect::{self, PlannedRun};
 use crate::stats::study;
 use crate::{corpus, run};
 
-/// Longest file that holds a token, bytes.
+/// Maximum bytes of a token file.
 const MOST_TOKEN: u64 = 64 << 10;
 
-/// Parses arguments, does what they say, prints the outcome.
+/// Parses the arguments, runs the command and prints its result.
 ///
-/// Exit code 0: done; 1: it failed; 2: the arguments or the job are wrong.
+/// Exit codes: 0 success, 1 failure, 2 wrong arguments or job.
 pub fn main_impl() -> ExitCode {
     let cli = Cli::parse();
     start_log(cli.verbose);
@@ -48,8 +48,8 @@ pub fn main_impl() -> ExitCode {
     }
 }
 
-/// `HF_TOKEN`, else the file that `hf auth login` leaves. Never an argument: everybody on the
-/// machine sees those.
+/// `HF_TOKEN`, else the token file of `hf auth login`. Never an argument, since all users of a
+/// machine see arguments.
 fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
     let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();
@@ -144,7 +144,7 @@ fn dispatch(cli: Cli) -> Result<()> {
     Ok(())
 }
 
-/// Limits this process's memory to this many bytes: beyond that it aborts.
+/// Limits this process's memory to `bytes`. It aborts if it exceeds them.
 fn limit_memory(bytes: u64) -> Result<()> {
     let allowed = getrlimit(Resource::Data).maximum.map_or(bytes, |allowed| allowed.min(bytes));
     let limit = Rlimit { current: Some(allowed), maximum: Some(allowed) };
@@ -181,13 +181,13 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         micro_batch_tokens: job.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS),
         group_elements,
         measured: study::measured_bytes(&job, &model.spec, sequences) + export::memory(&job, &model.spec),
-        // A plan that names no devices is for GPUs.
+        // A plan without `--devices` is for GPUs.
         arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
         with_head: job.layers.is_none(),
         devices: sharing,
     };
     let mut inspection = inspect::inspect(&job, &checkpoint, &model, run);
-    // Without devices' names a plan without a GPU here is for one that is elsewhere.
+    // A plan without `--devices`, on a machine without GPUs, is for another machine.
     if !job.devices.is_empty() || device::has_gpu(&devices) {
         let chosen = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, run, &devices);
         inspection.plan.micro_batch_tokens = Some(chosen);
@@ -198,14 +198,14 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
 fn bench_run(options: JobArgs, hub: &Hub) -> Result<RunTable> {
     let mut job = options.job()?;
     if job.trace.is_some() || job.ablation.is_some() {
-        let error = WorkerError::job("bench run writes no time line and takes no features away");
+        let error = WorkerError::job("bench run supports neither --trace nor --ablate");
         return Err(error.hint("`outliers-worker run` does"));
     }
     job.weights.get_or_insert(Weights::Synthetic { seed: 1 });
     let sequences = job.corpus.num_sequences.unwrap_or(4);
     let tokens = job.corpus.sequence_length.unwrap_or(512);
     if sequences == 0 || tokens == 0 {
-        return Err(WorkerError::job("a run needs a sequence and a token at least"));
+        return Err(WorkerError::job("a run needs at least one sequence and one token"));
     }
     bench::run::run(&job, sequences, tokens, hub)
 }
@@ -288,7 +288,7 @@ fn print_inspection(i: &Inspection) {
     }
     match p.micro_batch_tokens {
         Some(tokens) => println!("{tokens} tokens are computed together"),
-        None => println!("as many tokens are computed together as fit on the GPU"),
+        None => println!("the micro-batch is the largest that fits on the GPU"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Measurements of the worker on this machine.
+//! Measures the worker on this machine.
 //!
 //! [`memory()`] starts a process for each run, since peak memory is a process's; [`attention`],
 //! [`decode`] and [`run`] measure within this one.
@@ -24,12 +24,12 @@ use crate::error::{Result, WorkerError};
 use crate::files::read_small;
 use crate::model::arch::{self, Architecture};
 
-/// Thousand millions per second.
+/// Rate in units of 10^9 per second.
 fn giga(amount: usize, seconds: f64) -> f64 {
     amount as f64 / seconds / 1e9
 }
 
-/// Seconds of the fastest round, after one that warms up.
+/// Seconds of the fastest round, after one for warm-up.
 fn fastest(rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     work()?;
     let mut best = f64::INFINITY;
@@ -41,14 +41,14 @@ fn fastest(rounds: usize, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
     Ok(best)
 }
 
-/// What [`memory`] measured.
+/// Result of [`memory`].
 #[derive(Clone, Debug, Serialize)]
 pub struct MemoryTable {
     /// One row per run.
     pub rows: Vec<MemoryRow>,
-    /// Largest peak over smallest, among the runs that differ in depth alone.
+    /// Largest over smallest peak memory, among the runs that differ only in depth.
     pub peak_ratio_over_depth: f64,
-    /// Weight bytes read at 16 times the tokens, over those at one time.
+    /// Weight bytes read with 16 times the tokens, over those with one time.
     pub bytes_ratio_over_tokens: f64,
 }
 
@@ -90,11 +90,12 @@ impl fmt::Display for MemoryTable {
     }
 }
 
-/// Runs made-up Llama models of one width and several depths, then the shallowest with 16 times
+/// Runs synthetic Llama models of one width and several depths, then the shallowest with 16 times
 /// the tokens.
 ///
 /// # Errors
-/// Storage: no room for the checkpoints (they are removed again). Internal: a run failed, or this system does not tell peak memory.
+/// Storage: no room for the checkpoints (which are removed again). Internal: a run failed, or the
+/// system does not report peak memory.
 pub fn memory(hidden: usize, layers: &[usize]) -> Result<MemoryTable> {
     let scratch = Scratch::create()?;
     let mut rows = Vec::new();
@@ -115,7 +116,7 @@ pub fn memory(hidden: usize, layers: &[usize]) -> Result<MemoryTable> {
     Ok(MemoryTable { rows, peak_ratio_over_depth: ratio, bytes_ratio_over_tokens })
 }
 
-/// A folder that goes when the measurement ends, however it ends.
+/// A folder that is removed when the measurement ends, also by an error.
 struct Scratch(PathBuf);
 
 impl Scratch {
@@ -193,7 +194,7 @@ fn llama(folder: &Path, hidden: usize, layers: usize) -> Result<()> {
     writer.finish()
 }
 
-/// Uniform values around 0 (around 1 for gains), sized so that activations stay near 1.
+/// Uniform values around 0 (around 1 for gains), scaled so that activations stay near 1.
 fn noise(seed: u64, shape: &[u64]) -> Vec<u8> {
     let gain = shape.len() == 1;
     let scale = if gain { 0.1 } else { 1.7 / (shape[1] as f32).sqrt() };

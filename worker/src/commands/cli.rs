@@ -1,4 +1,4 @@
-//! Arguments, and what they mean.
+//! Command-line arguments.
 
 use std::path::{Path, PathBuf};
 
@@ -21,49 +21,49 @@ pub struct Cli {
     /// The Hugging Face hub.
     #[command(flatten)]
     pub hub: HubArgs,
-    /// Compute by the tensor library's operations what has no kernel of ours, as on GPUs.
+    /// Compute with the tensor library's operations where no GPU kernel exists, as on GPUs. For
+    /// comparison.
     #[arg(long, global = true, hide = true)]
     pub composed: bool,
-    /// Print the result, or the failure, as JSON on standard output.
+    /// Print the result or the failure as JSON on standard output.
     #[arg(long, global = true)]
     pub json: bool,
-    /// Say more on standard error.
+    /// Print more to standard error.
     #[arg(short, long, global = true)]
     pub verbose: bool,
 }
 
-/// Where the hub is and where its files are kept.
+/// Address of the hub and folders of its cache.
 #[derive(Args, Debug)]
 pub struct HubArgs {
     /// Address of the Hugging Face hub.
     #[arg(long, global = true, env = "HF_ENDPOINT", default_value = crate::checkpoint::hub::DEFAULT_ENDPOINT, hide = true)]
     pub hf_endpoint: String,
-    /// Home of the Hugging Face cache.
+    /// Folder of Hugging Face's settings and cache.
     #[arg(long, global = true, env = "HF_HOME", hide = true)]
     pub hf_home: Option<PathBuf>,
-    /// The Hugging Face cache itself.
+    /// Folder of the Hugging Face model cache.
     #[arg(long, global = true, env = "HF_HUB_CACHE", hide = true)]
     pub hf_hub_cache: Option<PathBuf>,
-    /// Most requests to the hub in five minutes: this program's share of what its limits leave to
-    /// all runs together.
+    /// Maximum requests to the hub in five minutes: this run's share of the hub's limits.
     #[arg(long, global = true, env = outliers_protocol::HUB_REQUESTS, default_value_t = crate::checkpoint::hub::DEFAULT_REQUESTS, hide = true)]
     pub hub_requests: usize,
 }
 
 impl HubArgs {
-    /// `HF_HOME`, by default `~/.cache/huggingface`.
+    /// `HF_HOME`; default `~/.cache/huggingface`.
     pub fn home(&self) -> Option<PathBuf> {
         self.hf_home.clone().or_else(|| Some(std::env::home_dir()?.join(".cache/huggingface")))
     }
 
-    /// `HF_HUB_CACHE`, by default `hub` below the home.
+    /// `HF_HUB_CACHE`; default `hub` in [`Self::home`].
     ///
     /// # Errors
-    /// Job: neither is set and the user has no home folder.
+    /// Job: neither is set, and the user has no home folder.
     pub fn cache(&self) -> Result<PathBuf> {
         let below_home = || self.home().map(|home| home.join("hub"));
         self.hf_hub_cache.clone().or_else(below_home).ok_or_else(|| {
-            WorkerError::job("no place for the model cache: there is no home folder").hint("set HF_HOME")
+            WorkerError::job("there is no folder for the model cache: the user has no home folder").hint("set HF_HOME")
         })
     }
 }
@@ -71,9 +71,9 @@ impl HubArgs {
 /// The worker's commands.
 #[derive(Subcommand, Debug)]
 pub enum Command {
-    /// Run a job into a folder.
+    /// Run a job and write its files to a folder.
     Run {
-        /// The job as a JSON or TOML file, instead of options.
+        /// Job file (JSON or TOML), instead of options.
         #[arg(value_name = "JOB", conflicts_with_all = ["model", "corpus", "token_ids"])]
         job: Option<PathBuf>,
         /// The job as options.
@@ -98,11 +98,10 @@ pub enum Command {
         /// The job to plan for.
         #[command(flatten)]
         options: Box<JobArgs>,
-        /// Also cut the text into sequences, so that one that does not fit the model is refused
-        /// now.
+        /// Also cut the text into sequences, to find text that does not fit the model.
         #[arg(long)]
         check_text: bool,
-        /// Memory limit; beyond it the process is ended.
+        /// Memory limit. The process aborts if it exceeds it.
         #[arg(long, value_name = "BYTES")]
         memory_limit: Option<ByteSize>,
     },
@@ -111,7 +110,7 @@ pub enum Command {
         /// Folder for the checkpoint and `planted.json`.
         #[arg(short, long, value_name = "DIR")]
         output: PathBuf,
-        /// Seed of its weights.
+        /// Seed of the weights.
         #[arg(long, default_value_t = 1, value_parser = whole::<u64>, allow_negative_numbers = true)]
         seed: u64,
     },
@@ -130,22 +129,22 @@ pub enum Command {
 /// Measurements.
 #[derive(Subcommand, Debug)]
 pub enum Bench {
-    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read at 1x and 16x
+    /// Peak memory at 4, 16 and 64 layers of the same width, and weight bytes read with 1x and 16x
     /// the tokens.
     Memory {
-        /// Width of the made-up models.
+        /// Width of the synthetic models.
         #[arg(long, default_value_t = 1024, value_parser = whole::<usize>, allow_negative_numbers = true)]
         hidden: usize,
-        /// Layers to compare.
+        /// Numbers of layers to compare.
         #[arg(long, value_delimiter = ',', default_values_t = [4, 16, 64])]
         layers: Vec<usize>,
     },
-    /// A whole run over made-up token ids and, unless --weights says otherwise, made-up weights,
-    /// beside what this machine can do at best in each kind of work. Needs nothing of the model
-    /// but its config.json.
+    /// Time a run over synthetic token ids and compare each kind of work with the best rate of
+    /// this machine. Weights are synthetic unless --weights is given; of the model only
+    /// config.json is needed.
     Run {
-        /// The job; of the text only --num-sequences [default: 4] and --sequence-length [default:
-        /// 512].
+        /// The job. Of the text options only --num-sequences [default: 4] and --sequence-length
+        /// [default: 512] apply.
         #[command(flatten)]
         options: Box<JobArgs>,
     },
@@ -179,12 +178,11 @@ pub enum Bench {
     },
     /// Decoding rate of each stored format, beside copying and reading the same memory.
     ///
-    /// Decoding is done where it approaches the speed of a copy: no arithmetic can be faster than
-    /// the memory it reads and writes. A new tensor costs more than a reused one because the
-    /// system has to clear and map its pages. Measures the program as it was built: use a release
-    /// build, and an idle machine.
+    /// A decoder that is as fast as a copy is limited by memory. A new tensor costs more than a
+    /// reused one, since the system clears and maps its pages. Use a release build on an idle
+    /// machine.
     Decode {
-        /// Values of the made-up tensor, rounded up to rows of 4096.
+        /// Values of the synthetic tensor, rounded up to rows of 4096.
         #[arg(
             long,
             value_name = "N",
@@ -193,7 +191,7 @@ pub enum Bench {
             allow_negative_numbers = true
         )]
         values: usize,
-        /// Repetitions, of which the fastest counts.
+        /// Repetitions. The fastest counts.
         #[arg(
             long,
             value_name = "N",
@@ -202,8 +200,7 @@ pub enum Bench {
             allow_negative_numbers = true
         )]
         rounds: usize,
-        /// Where the values are wanted: cpu, or a GPU such as cuda:0, to which stored bytes are
-        /// brought first.
+        /// Device of the decoded values: cpu, or a GPU such as cuda:0, including the upload.
         #[arg(long, value_name = "DEVICE", default_value = "cpu")]
         device: String,
     },
@@ -224,7 +221,7 @@ pub struct JobArgs {
 }
 
 impl JobArgs {
-    /// The job these options describe.
+    /// The job that these options describe.
     ///
     /// # Errors
     /// Job: no model, or one that is neither a folder nor a hub id.
@@ -237,7 +234,7 @@ impl JobArgs {
     }
 }
 
-/// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
+/// An existing folder, or a string that looks like a path, is a folder; `owner/name` is a hub id.
 fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
     let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
     if path_like || Path::new(model).is_dir() {
@@ -252,10 +249,10 @@ fn model_source(model: &str, revision: &str) -> Result<ModelSource> {
     }
 }
 
-/// Reads a job file, TOML by its ending, else JSON.
+/// Reads a job file: TOML by its extension, else JSON.
 ///
 /// # Errors
-/// Storage: unreadable. Job: not a job; the message says where.
+/// Storage: the file cannot be read. Job: it is not a valid job; the message says where.
 pub fn read_job(path: &Path) -> Result<JobSpec> {
     let text = read_text(path, MAX_JSON_BYTES).at("read", path)?;
     let toml = path.extension().is_some_and(|e| e == "toml");

@@ -1,12 +1,11 @@
-//! A small OLMoE checkpoint with known outlier features: what the demo runs, and a truth to hold
-//! the results against.
+//! Writes a small OLMoE checkpoint with known outlier features, for the demo and for tests of the
+//! results.
 //!
-//! The weights are noise, made by a counter so that every machine gets the same bytes: no state,
-//! no transcendental function, only integer arithmetic and correctly rounded float operations.
-//! Outlier features are then *planted* without changing what the model computes: the gain of
-//! feature d of a norm is multiplied by a power of two, and the columns d of every matrix that
-//! reads this norm are divided by it. Both are exact in bf16, so the logits stay the same bit by
-//! bit.
+//! The weights are noise from a counter, by integer arithmetic and correctly rounded float
+//! operations only, so that every machine gets the same bytes. Outlier features are then *planted*
+//! without changing what the model computes: the gain of feature d of a norm is multiplied by a
+//! power of two, and the columns d of every matrix that reads this norm are divided by it. Both
+//! are exact in bf16, so the logits are bit-identical.
 
 mod plant;
 mod tokenizer;
@@ -23,7 +22,7 @@ use crate::checkpoint::source::{CONFIG_FILE, INDEX_FILE, TOKENIZER_CONFIG_FILE, 
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::write_atomic;
 
-/// Name of the file with the truth, beside config.json.
+/// Name of the file with the planted features, beside config.json.
 pub const PLANTED_FILE: &str = "planted.json";
 
 const HIDDEN: usize = 128;
@@ -33,14 +32,14 @@ const EXPERTS: usize = 16;
 const EXPERTS_PER_TOKEN: usize = 4;
 const INTERMEDIATE: usize = 64;
 const MAX_POSITIONS: usize = 4096;
-/// Rows of the embedding: a little more than the tokenizer knows, as in the published model.
+/// Rows of the embedding: slightly more than the tokenizer's entries, as in the published model.
 const VOCAB: usize = tokenizer::ENTRIES + 64;
 
-/// Writes the checkpoint with its planted features into `folder`: about 8 MB in two shards, with
+/// Writes the checkpoint with planted features into `folder`: about 8 MB in two shards, with
 /// tokenizer.
 ///
 /// # Errors
-/// Kind `Job` when the folder holds something else; `Storage` when it cannot be written.
+/// Kind `Job` if the folder contains other files; `Storage` if it cannot be written.
 pub fn make(folder: &Path, seed: u64) -> Result<Planted> {
     let planted = Planted::plan();
     write_checkpoint(folder, seed, &planted)?;
@@ -57,11 +56,11 @@ fn write_checkpoint(folder: &Path, seed: u64, planted: &Planted) -> Result<()> {
     write_json("generation_config.json", &generation_config())?;
     write_json(INDEX_FILE, &weights::write(folder, seed, planted)?)?;
     write_json(PLANTED_FILE, &serde_json::to_value(planted).map_err(|e| WorkerError::internal(e.to_string()))?)?;
-    // Last: a folder without config.json is not a model.
+    // Written last, since a folder without config.json is not a model.
     write_json(CONFIG_FILE, &config())
 }
 
-/// Makes the folder; one that holds anything but an earlier demo is left alone.
+/// Creates the folder. A folder with files other than an earlier demo's is refused.
 fn claim(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).at("create", folder)?;
     let empty = fs::read_dir(folder).at("list", folder)?.next().is_none();
@@ -72,7 +71,7 @@ fn claim(folder: &Path) -> Result<()> {
     Err(WorkerError::job(message).hint("name a new folder for the demo model"))
 }
 
-/// The published OLMoE configuration with smaller numbers.
+/// The published OLMoE configuration with smaller sizes.
 fn config() -> Value {
     json!({
         "architectures": ["OlmoeForCausalLM"],

@@ -1,7 +1,7 @@
-//! The registry of architectures: Hugging Face's name for each, and how to read its `config.json`.
+//! The registry of architectures, by Hugging Face's names, and how to read their `config.json`.
 //!
-//! A family is one file of data below `arch/`: configuration keys to [`DecoderSpec`], and
-//! published tensor names. It computes nothing.
+//! A family is one data file in `arch/`: it maps configuration keys to a [`DecoderSpec`], and
+//! lists the published tensor names.
 
 use outliers_protocol::{ConfigReading, FailureKind};
 use serde_json::{Map, Value};
@@ -25,19 +25,19 @@ use config::unused::Unused;
 pub struct Family {
     /// `architectures[0]` of config.json.
     pub architecture: &'static str,
-    /// `model_type` of config.json; the first is that of transformers' class.
+    /// `model_type` of config.json; the first is that of the transformers class.
     pub model_types: &'static [&'static str],
-    /// The configuration class of transformers that says what an absent key means.
+    /// The configuration class of transformers with the defaults of absent keys.
     pub class: &'static str,
-    /// The class of the whole file, where the settings of the text model lie below `text_config`.
+    /// The class of the whole file, if the text model's settings are in `text_config`.
     pub wrapper: Option<&'static str>,
     /// Reads the configuration.
     pub spec: fn(&Config<'_>) -> Result<DecoderSpec>,
-    /// Keys that change nothing, beside those of every family.
+    /// Keys without effect, beside those of every family.
     pub unused: &'static [Unused],
     /// Published tensor names.
     pub names: &'static Names,
-    /// The same in checkpoints that hold tensors of each expert, where `names` has them stacked.
+    /// Names in checkpoints with a tensor per expert, if `names` has stacked ones.
     pub unstacked: Option<&'static Names>,
 }
 
@@ -63,7 +63,7 @@ macro_rules! families {
     };
 }
 
-// One line each.
+// One line per module.
 families! {
     afmoe,
     bailing_moe_v2,
@@ -96,58 +96,58 @@ families! {
     qwen3_next,
 }
 
-/// Published names of a family's tensors.
+/// Published tensor names of a family.
 ///
-/// Templates hold `{base}` (one of `bases`), `{layer}` and `{expert}`. A tensor that is needed per
-/// expert but whose name has no `{expert}` is stored stacked, experts first.
+/// Templates contain `{base}` (one of `bases`), `{layer}` and `{expert}`. A per-expert tensor
+/// whose name has no `{expert}` is stored stacked, experts first.
 pub struct Names {
-    /// Template per role, in tables of which the first that knows a role counts.
+    /// Template per role, in tables. The first table with the role counts.
     pub tensors: &'static [&'static [(Role, &'static str)]],
-    /// What `{base}` may stand for; a checkpoint uses one of them.
+    /// Possible values of `{base}`. A checkpoint uses one of them.
     pub bases: &'static [&'static str],
     /// Matrices stored `[in, out]`; all others are `[out, in]`.
     pub input_major: &'static [Role],
-    /// Tensors on disk that a text-only pass of the main stack does not use.
+    /// Stored tensors that a text-only pass of the main stack does not use.
     pub ignored: &'static [Ignored],
 }
 
-/// Tensors known and deliberately left unread.
+/// Known tensors that are not read.
 pub struct Ignored {
-    /// The tensors that it is about.
+    /// Names of the tensors.
     pub names: Pattern,
-    /// What they are.
+    /// Description of the tensors.
     pub why: &'static str,
 }
 
-/// Names of tensors.
+/// A pattern of tensor names.
 pub enum Pattern {
-    /// Those that start so.
+    /// Names with this prefix.
     Prefix(&'static str),
-    /// Those that end so.
+    /// Names with this suffix.
     Suffix(&'static str),
-    /// Those that hold this.
+    /// Names that contain this.
     Within(&'static str),
-    /// Those of layers past the configuration's last.
+    /// Tensors of layers past the configuration's last.
     LayersPastLast,
 }
 
-/// Rotary frequencies, which the configuration determines, stored by early conversions.
+/// Rotary frequencies, stored by early conversions. The configuration determines them.
 const ROTARY_BUFFERS: Ignored =
     Ignored { names: Pattern::Suffix(".rotary_emb.inv_freq"), why: "rotary frequencies (a buffer)" };
-/// Layers that predict the token after next, stored behind the main stack.
+/// Layers for multi-token prediction, stored after the main stack.
 const NEXT_TOKEN_LAYERS: Ignored = Ignored { names: Pattern::LayersPastLast, why: "multi-token prediction" };
 
-/// What chooses keys in sparse attention.
+/// The indexer of sparse attention, which selects keys.
 const INDEXER: Ignored = Ignored {
     names: Pattern::Within(".self_attn.indexer."),
     why: "sparse indexer: it selects every key of sequences of up to index_topk tokens, and longer ones are refused",
 };
 
-/// How matrices are stored, where not as plain floats.
+/// Quantised storage of matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Quantisation {
-    /// FP8 e4m3 with a scale per tile in `*_scale_inv` (DeepSeek). What is stored as plain floats
-    /// stays so.
+    /// FP8 e4m3 with a scale per tile in `*_scale_inv` (DeepSeek). Tensors stored as plain floats
+    /// are read as such.
     Fp8Blocks {
         /// Rows and columns of a tile.
         block: [usize; 2],
@@ -155,27 +155,27 @@ pub enum Quantisation {
     /// The experts' matrices as e2m1 in `*_blocks` with a shared exponent per 32 inputs in
     /// `*_scales` (gpt-oss), `[out, in]`.
     Mxfp4,
-    /// Matrices as integers of 4 bits in `*_packed`, a scale per group of inputs in `*_scale`,
-    /// their shape in `*_shape` (compressed-tensors). What is stored as plain floats stays so.
+    /// Matrices as 4-bit integers in `*_packed`, a scale per group of inputs in `*_scale`, their
+    /// shape in `*_shape` (compressed-tensors). Tensors stored as plain floats are read as such.
     Int4 {
         /// Inputs that share a scale, a multiple of 8.
         group: usize,
     },
-    /// Matrices as e2m1, a scale in e4m3 per 16 inputs in `*_scale`, and one number for all of it.
-    /// What is stored as plain floats stays so.
+    /// Matrices as e2m1, an e4m3 scale per 16 inputs in `*_scale`, and one scale per tensor.
+    /// Tensors stored as plain floats are read as such.
     Nvfp4(Nvfp4Layout),
 }
 
 /// Names of the parts of an NVFP4 tensor, per publisher.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nvfp4Layout {
-    /// Codes under the plain name, the number in `*_scale_2`: it multiplies.
+    /// Codes under the plain name; the tensor's scale `*_scale_2` multiplies.
     ModelOpt,
-    /// Codes in `*_packed`, the number in `*_global_scale`: it divides.
+    /// Codes in `*_packed`; the tensor's scale `*_global_scale` divides.
     CompressedTensors,
 }
 
-/// Tensors that only programs need that quantise activations, too.
+/// Tensors for programs that quantise activations.
 const OF_ACTIVATIONS: &[Ignored] = &[
     Ignored { names: Pattern::Suffix(".input_scale"), why: "scales of activations" },
     Ignored { names: Pattern::Suffix(".input_global_scale"), why: "scales of activations" },
@@ -201,17 +201,17 @@ impl Names {
         expert.map_or(name.clone(), |e| name.replace("{expert}", &e.to_string()))
     }
 
-    /// The published names of a role in all layers, with `{layer}` in them.
+    /// The published names of a role in all layers, with a `{layer}` placeholder.
     pub fn pattern(&self, base: &str, role: Role) -> String {
         self.template(role).replace("{base}", base)
     }
 
-    /// Whether the experts of a role lie in one tensor.
+    /// Whether the experts of a role are stored in one tensor.
     pub fn is_stacked(&self, role: Role) -> bool {
         !self.template(role).contains("{expert}")
     }
 
-    /// Why a tensor on disk is deliberately left unread; `None` if it is not known.
+    /// Why a stored tensor is not read; `None` if it is unknown.
     pub fn ignores(&self, name: &str, base: &str, layers: usize) -> Option<&'static str> {
         let past_last = || {
             let rest = name.strip_prefix(base)?.strip_prefix("layers.")?;
@@ -229,7 +229,7 @@ impl Names {
     }
 }
 
-/// The names that Hugging Face gave Llama's parts, and most families after it kept.
+/// Llama's tensor names, which most later families keep.
 const LIKE_LLAMA: &[(Role, &str)] = &[
     (Role::Embedding, "{base}embed_tokens.weight"),
     (Role::FinalNorm, "{base}norm.weight"),
@@ -254,7 +254,7 @@ const LIKE_LLAMA: &[(Role, &str)] = &[
     (Role::DownProjBias, "{base}layers.{layer}.mlp.down_proj.bias"),
 ];
 
-/// Names of router and experts in most mixtures that build on Llama's names.
+/// Names of router and experts in most mixtures with Llama's names.
 const SEPARATE_EXPERTS: &[(Role, &str)] = &[
     (Role::Router, "{base}layers.{layer}.mlp.gate.weight"),
     (Role::ExpertGate, "{base}layers.{layer}.mlp.experts.{expert}.gate_proj.weight"),
@@ -262,7 +262,7 @@ const SEPARATE_EXPERTS: &[(Role, &str)] = &[
     (Role::ExpertDown, "{base}layers.{layer}.mlp.experts.{expert}.down_proj.weight"),
 ];
 
-/// Names of correction bias and shared expert after DeepSeek-V3.
+/// Names of correction bias and shared expert as in DeepSeek-V3.
 const SHARED_EXPERTS: &[(Role, &str)] = &[
     (Role::CorrectionBias, "{base}layers.{layer}.mlp.gate.e_score_correction_bias"),
     (Role::SharedGate, "{base}layers.{layer}.mlp.shared_experts.gate_proj.weight"),
@@ -270,14 +270,14 @@ const SHARED_EXPERTS: &[(Role, &str)] = &[
     (Role::SharedDown, "{base}layers.{layer}.mlp.shared_experts.down_proj.weight"),
 ];
 
-/// Keys that most families after Llama kept: grouped heads with rotary positions, without norms of
-/// queries and keys.
+/// Attention by Llama's keys: grouped heads with rotary positions, without norms of queries and
+/// keys.
 fn attention_like_llama(config: &Config<'_>) -> Result<AttentionSpec> {
     let attention = attention_without_positions(config)?;
     Ok(AttentionSpec { rope: Some(config.rope(attention.head_dim)?), ..attention })
 }
 
-/// The same but for the rotation.
+/// As [`attention_like_llama`], without the rotation.
 fn attention_without_positions(config: &Config<'_>) -> Result<AttentionSpec> {
     let heads = config.count("num_attention_heads")?;
     let hidden = config.count("hidden_size")?;
@@ -290,17 +290,17 @@ fn attention_without_positions(config: &Config<'_>) -> Result<AttentionSpec> {
     })
 }
 
-/// Layers that do not see all keys.
+/// Layers with limited attention.
 struct Windowed {
-    /// What `layer_types` calls them.
+    /// Their name in `layer_types`.
     kind: &'static str,
-    /// The key that says how much they see.
+    /// The key with the size of the window.
     key: &'static str,
-    /// How much that is; `None` where it is null or switched off.
+    /// The window; `None` if it is null or switched off.
     window: Option<Window>,
 }
 
-/// The window of each layer by its kind: all keys where it is `full_attention`.
+/// The window of each layer by its kind: all keys for `full_attention`.
 fn windows(kinds: Vec<&str>, windowed: &Windowed) -> Result<Vec<Window>> {
     let Windowed { kind: limited, key, window } = windowed;
     let of = |(index, kind): (usize, &str)| match kind {
@@ -313,8 +313,8 @@ fn windows(kinds: Vec<&str>, windowed: &Windowed) -> Result<Vec<Window>> {
     kinds.into_iter().enumerate().map(of).collect()
 }
 
-/// The window of each layer of a dense Qwen: what `layer_types` says, else from layer
-/// `max_window_layers` on where switched on.
+/// The window of each layer of a dense Qwen: by `layer_types`, else from layer `max_window_layers`
+/// on if switched on.
 fn qwen_windows(config: &Config<'_>) -> Result<Vec<Window>> {
     let (first, sliding) = (config.count("max_window_layers")?, qwen_window(config)?);
     match config.layer_types()? {
@@ -326,27 +326,27 @@ fn qwen_windows(config: &Config<'_>) -> Result<Vec<Window>> {
     }
 }
 
-/// The window of a Qwen's layers that have one; `None` where it is switched off.
+/// The window of a Qwen's windowed layers; `None` if it is switched off.
 fn qwen_window(config: &Config<'_>) -> Result<Option<Window>> {
     let (used, size) = (config.flag("use_sliding_window")?, config.count_opt("sliding_window")?);
     Ok(size.filter(|_| used).map(Window::Sliding))
 }
 
-/// Which layers of a Qwen mixture have experts: every `decoder_sparse_step`-th but those listed.
+/// Layers of a Qwen mixture with experts: every `decoder_sparse_step`-th except those listed.
 fn sparse_layers(config: &Config<'_>) -> Result<Vec<bool>> {
     let step = config.divisor("decoder_sparse_step")?;
     let dense = config.counts_opt("mlp_only_layers")?.unwrap_or_default();
     Ok((0..config.layers()?).map(|layer| (layer + 1).is_multiple_of(step) && !dense.contains(&layer)).collect())
 }
 
-/// Which layers have experts: all but the first `first_k_dense_replace`.
+/// Layers with experts: all but the first `first_k_dense_replace`.
 fn sparse_after_first(config: &Config<'_>) -> Result<Vec<bool>> {
     let dense = config.count("first_k_dense_replace")?;
     Ok((0..config.layers()?).map(|layer| layer >= dense).collect())
 }
 
-/// Which layers have experts: those that `mlp_layer_types` calls sparse; `None` where the class
-/// derives them.
+/// Layers with experts: those that `mlp_layer_types` calls sparse; `None` if the class derives
+/// them.
 fn sparse_by_types(config: &Config<'_>) -> Result<Option<Vec<bool>>> {
     let is_sparse = |(index, kind): (usize, &str)| match kind {
         "sparse" => Ok(true),
@@ -357,8 +357,8 @@ fn sparse_by_types(config: &Config<'_>) -> Result<Option<Vec<bool>>> {
     kinds.map(|kinds| kinds.into_iter().enumerate().map(is_sparse).collect()).transpose()
 }
 
-/// The feed-forward of a layer by DeepSeek-V3's keys: dense, or sigmoid routing with group limits,
-/// and a shared expert as wide as `n_shared_experts` routed ones.
+/// The feed-forward of a layer by DeepSeek-V3's keys: dense, or sigmoid routing with group limits
+/// and a shared expert with the width of `n_shared_experts` routed ones.
 fn ffn_like_deepseek(config: &Config<'_>, sparse: bool) -> Result<FfnSpec> {
     config.expect("scoring_func", &["sigmoid".into()])?;
     config.expect("topk_method", &["noaux_tc".into()])?;
@@ -389,7 +389,7 @@ fn pre_norm(norm: NormSpec, mixer: MixerSpec, ffn: FfnSpec) -> LayerSpec {
     LayerSpec { norm, order: NormOrder::Before, mixer, ffn, scalar: false }
 }
 
-/// A decoder by the same keys: embedding and head as wide as the residual stream, a last norm like
+/// A decoder by Llama's keys: embedding and head as wide as the residual stream, a final norm like
 /// the layers'.
 fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
     let hidden = config.count("hidden_size")?;
@@ -405,12 +405,12 @@ fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<Dec
     })
 }
 
-/// Architectures the worker knows.
+/// Supported architectures.
 pub fn known() -> impl Iterator<Item = &'static str> {
     FAMILIES.iter().map(|family| family.architecture)
 }
 
-/// What a `config.json` describes.
+/// The model that a `config.json` describes.
 pub struct Architecture {
     /// Its family.
     pub family: &'static Family,
@@ -418,15 +418,15 @@ pub struct Architecture {
     pub names: &'static Names,
     /// What to compute.
     pub spec: DecoderSpec,
-    /// How its matrices are stored.
+    /// Quantised storage of its matrices.
     pub quantisation: Option<Quantisation>,
-    /// What the file leaves out, and what in it is not known.
+    /// Assumed defaults and unknown keys of the file.
     pub reading: ConfigReading,
 }
 
 impl Architecture {
-    /// As its experts are stored, where the family has names for both ways, by what a checkpoint
-    /// holds.
+    /// Selects the names of experts, per expert or stacked, by the tensors of a checkpoint, if the
+    /// family has both.
     #[must_use]
     pub fn as_stored(self, holds: impl Fn(&str) -> bool) -> Self {
         let Some(unstacked) = self.family.unstacked else { return self };
@@ -437,7 +437,7 @@ impl Architecture {
         if apart || has(self.family.names) { self.with_experts(apart) } else { self }
     }
 
-    /// With tensors of each expert, or of all together.
+    /// Selects names per expert (`apart`) or stacked.
     fn with_experts(mut self, apart: bool) -> Self {
         let Some(unstacked) = self.family.unstacked else { return self };
         self.names = if apart { unstacked } else { self.family.names };
@@ -455,8 +455,8 @@ impl Architecture {
 /// Reads a `config.json`.
 ///
 /// # Errors
-/// [`FailureKind::Unsupported`] for an unknown architecture (the known ones are listed) or a setting that a known one does not compute;
-/// [`FailureKind::Checkpoint`] for a key that is missing, null or ill-typed.
+/// [`FailureKind::Unsupported`]: an unknown architecture (the message lists the known ones), or an
+/// unsupported setting. [`FailureKind::Checkpoint`]: a key is missing, null or of a wrong type.
 pub fn read(config: &Value) -> Result<Architecture> {
     let values = config.as_object().ok_or_else(|| WorkerError::checkpoint("config.json is not a JSON object"))?;
     let family = family(values)?;
@@ -471,21 +471,21 @@ pub fn read(config: &Value) -> Result<Architecture> {
     let text = Config::new(top.object(TEXT_CONFIG)?, Class::of(family.class), "text_config.");
     text.raw("architectures");
     text.raw("model_type");
-    // Kimi-K2.5 has it there.
+    // Kimi-K2.5 has the key in `text_config`.
     quantisation = quantisation.or(text.quantisation()?);
     let (mut spec, mut reading) = finish(&text, family)?;
-    // In transformers the class of the whole ties, unless the family says otherwise.
+    // In transformers the outer class decides on tying, unless the family differs.
     const TIED: &str = "tie_word_embeddings";
     if top.knows(TIED) && config::unused::reason(TIED, family.unused).is_none() {
         spec.head.tied = top.flag(TIED)?;
     }
     reading.unknown.extend(top.finish(family.unused)?.unknown);
-    // Who quantises them stores them apart.
+    // Quantised checkpoints store experts separately.
     let apart = quantisation.is_some();
     Ok(Architecture { family, names: family.names, spec, quantisation, reading }.with_experts(apart))
 }
 
-/// Where multimodal configurations keep the settings of their text model.
+/// The key of the text model's settings in multimodal configurations.
 const TEXT_CONFIG: &str = "text_config";
 
 fn finish(config: &Config<'_>, family: &Family) -> Result<(DecoderSpec, ConfigReading)> {
@@ -498,7 +498,7 @@ fn finish(config: &Config<'_>, family: &Family) -> Result<(DecoderSpec, ConfigRe
     Ok((spec, reading))
 }
 
-/// Architectures that are known and not computed: how their names begin, and what is lacking.
+/// Unsupported architectures: prefix of the name, and what is not implemented.
 const LACKING: &[(&str, &str)] = &[
     ("Dbrx", "LayerNorm without bias around experts that are stored as three tall matrices"),
     ("DeepseekV4", "four residual streams that are mixed between sublayers, and attention to compressed keys"),
@@ -509,7 +509,7 @@ const LACKING: &[(&str, &str)] = &[
     ("Qwen4Exp", "a table of n-grams beside the embedding, and attention to selected keys"),
 ];
 
-/// The family that `architectures[0]` names, else `model_type`, which must agree with it.
+/// The family of `architectures[0]`, else of `model_type`. Both must agree.
 fn family(values: &Map<String, Value>) -> Result<&'static Family> {
     let null = &Value::Null;
     let named = |key: &str| values.get(key).unwrap_or(null);
@@ -538,10 +538,10 @@ fn family(values: &Map<String, Value>) -> Result<&'static Family> {
     }
 }
 
-/// Of all layers together: Kimi-K2 has 23 thousand.
+/// Maximum number of experts in all layers. Kimi-K2 has 23 thousand.
 const MOST_EXPERTS: usize = 1 << 20;
 
-/// Numbers that would divide by zero or index out of range later.
+/// Refuses numbers that would later divide by zero or index out of range.
 fn check(spec: &DecoderSpec) -> Result<()> {
     let bad = |what: String| Err(WorkerError::new(FailureKind::Checkpoint, format!("config.json: {what}")));
     if spec.hidden == 0 || spec.vocab == 0 || spec.layers.is_empty() {
@@ -562,7 +562,7 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     }
 }
 
-/// What cannot be about a mixer.
+/// Describes an invalid mixer; `None` if it is valid.
 fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
     let rotates = |rope: Option<&RopeSpec>, most: usize| {
         rope.is_none_or(|rope| rope.dims > 0 && rope.dims.is_multiple_of(2) && rope.dims <= most)
@@ -601,7 +601,7 @@ fn unsound_mixer(mixer: &MixerSpec) -> Option<String> {
     }
 }
 
-/// What cannot be about a feed-forward.
+/// Describes an invalid feed-forward; `None` if it is valid.
 fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
     let widths = match ffn {
         FfnSpec::Dense(mlp) => [Some(mlp), None, None],
@@ -631,7 +631,7 @@ mod tests {
     use super::*;
     use crate::model::decoder::Need;
 
-    /// Families that have no biases, most of them with names of their own for the widths of heads.
+    /// Families without biases, most of which have their own keys for head widths.
     const LATENT: [&str; 8] = [
         "DeepseekV2ForCausalLM",
         "DeepseekV3ForCausalLM",
@@ -643,7 +643,7 @@ mod tests {
         "NemotronHForCausalLM",
     ];
 
-    /// Keys of all families, with switches that ask for as many tensors as a family knows.
+    /// Keys of all families, with switches that require the maximum set of tensors.
     fn config(architecture: &str) -> Value {
         let latent = LATENT.contains(&architecture);
         let mut config = json!({
@@ -702,7 +702,7 @@ mod tests {
             let stacked =
                 |(_, need): &&(usize, Need)| need.expert.is_some_and(|e| e > 0) && table.is_stacked(need.role);
             assert_eq!(names.len(), needs.len() - needs.iter().filter(stacked).count(), "{name}");
-            // A tied model still may store the head; its name is asked for.
+            // A tied model may still store the head, and its name is used.
             assert!(!table.of("", 0, Role::Head, None).is_empty());
         }
     }
@@ -722,7 +722,7 @@ mod tests {
             assert_eq!(error.kind(), FailureKind::Unsupported);
             assert!(error.message().contains(name) && error.message().contains(lacking), "{error}");
         }
-        // Nobody knows it.
+        // An unknown architecture.
         let error = read(&json!({"architectures": ["FalconForCausalLM"]})).map(|_| ()).unwrap_err();
         assert!(error.message().ends_with("is not supported"), "{error}");
     }

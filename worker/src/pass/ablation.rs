@@ -44,7 +44,7 @@ impl Arms {
             return wrong(why, "features are counted from 0; use the results of the same model");
         }
         if 2 * features.len() > hidden {
-            let why = format!("an ablation of {} of {hidden} features leaves too few for the random arm", features.len());
+            let why = format!("{} ablated features of {hidden} leave too few for the random arm", features.len());
             return wrong(why, "ablate at most half of the features");
         }
         if tokens < 2 {

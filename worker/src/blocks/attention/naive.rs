@@ -1,5 +1,5 @@
-//! Attention as its definition reads, in f64, one number after another: what the fast forms are
-//! held against.
+//! Attention by its definition, in f64 and one number at a time: the reference for the fast
+//! implementations.
 
 use candle_core::{DType, Device, Tensor};
 
@@ -12,7 +12,7 @@ use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
 /// One vector per row.
 pub(crate) type Rows = Vec<Vec<f64>>;
 
-/// A stream of numbers in -1..1.
+/// Random numbers in -1..1.
 pub(crate) struct Random(u64);
 
 impl Random {
@@ -39,7 +39,7 @@ fn vector(x: &Tensor) -> Vec<f64> {
     x.to_dtype(DType::F64).unwrap().to_vec1().unwrap()
 }
 
-/// Every value within `tolerance` times the root mean square of all.
+/// Asserts that every value is within `tolerance` times the root mean square of all.
 pub(crate) fn assert_close(got: &Tensor, expected: &Rows, tolerance: f64) {
     let got = rows(got);
     assert_eq!((got.len(), got[0].len()), (expected.len(), expected[0].len()));
@@ -65,7 +65,7 @@ fn unit_rms(x: &[f64], eps: f64) -> Vec<f64> {
     x.iter().map(|v| v / rms).collect()
 }
 
-/// An RMSNorm; its gain is as it multiplies.
+/// RMSNorm; the gain is the factor itself.
 pub(crate) fn rms_norm(x: &[f64], norm: &Norm, spec: NormSpec) -> Vec<f64> {
     assert_ne!(spec.kind, NormKind::Layer);
     unit_rms(x, spec.eps).iter().zip(vector(norm.gain())).map(|(v, gain)| v * gain).collect()
@@ -96,7 +96,7 @@ fn sees(window: Window, query: usize, key: usize) -> bool {
         }
 }
 
-/// One head over one sequence: a query, a key and a value per position.
+/// Attention of one head over one sequence: a query, a key and a value per position.
 pub(crate) fn mix(query: &Rows, key: &Rows, value: &Rows, scale: f64, window: Window, sink: Option<f64>) -> Rows {
     let one = |(position, query): (usize, &Vec<f64>)| {
         let seen: Vec<usize> = (0..=position).filter(|&k| sees(window, position, k)).collect();
@@ -109,7 +109,7 @@ pub(crate) fn mix(query: &Rows, key: &Rows, value: &Rows, scale: f64, window: Wi
     query.iter().enumerate().map(one).collect()
 }
 
-/// Columns of every row.
+/// Columns `from..from + width` of every row.
 pub(crate) fn columns(x: &Rows, from: usize, width: usize) -> Rows {
     x.iter().map(|row| row[from..from + width].to_vec()).collect()
 }
@@ -119,7 +119,7 @@ pub(crate) fn side_by_side(parts: &[Rows]) -> Rows {
     (0..parts[0].len()).map(|row| parts.iter().flat_map(|part| part[row].clone()).collect()).collect()
 }
 
-/// What [`super::attention`] computes.
+/// The result of [`super::attention`].
 pub(crate) fn attention(spec: &AttentionSpec, weights: &AttentionWeights, x: &Tensor, positions: usize) -> Rows {
     let mixed: Rows =
         rows(x).chunks(positions).flat_map(|sequence| one_sequence(spec, weights, &sequence.to_vec())).collect();

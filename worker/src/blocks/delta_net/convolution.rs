@@ -1,4 +1,4 @@
-//! The causal depthwise convolution of DeltaNets and Mamba, and what follows it channel by channel.
+//! The causal depthwise convolution of DeltaNet and Mamba, with bias and activation.
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
@@ -11,25 +11,26 @@ use super::UNIT_EPS;
 use crate::device::gpu::fused as kernels;
 use crate::kernels::fused::{Real, lane_sum, part, reading, sigmoid};
 
-/// One of what is convolved: which channels these are, and what follows.
+/// A convolution of some channels, and what follows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Convolution<'a> {
-    /// Heads, their columns one after another.
+    /// Number of heads; their columns are consecutive.
     pub heads: usize,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub positions: usize,
     /// Channel of the first head's first column; the others follow.
     pub first_channel: usize,
-    /// Length to which the vector of each head is scaled in the end; `None`: left as it is.
+    /// Length to which each head's vector is scaled; `None`: no scaling.
     pub length: Option<f32>,
-    /// What is added to each channel before SiLU, `[channels]` in f32.
+    /// Bias per channel before SiLU, `[channels]` in f32.
     pub bias: Option<&'a Tensor>,
 }
 
 impl Convolution<'_> {
-    /// Convolves, adds the bias and applies SiLU. `x` `[sequences * positions, heads * width]` and
-    /// `taps` `[channels, kernel]` in f32, both contiguous, to `[sequences * heads, positions,
-    /// width]` in f32. The last tap is for the current token; before a sequence there are zeros.
+    /// Convolves, adds the bias and applies SiLU. `x` is `[sequences * positions, heads * width]`,
+    /// `taps` `[channels, kernel]` in f32, both contiguous; the result is `[sequences * heads,
+    /// positions, width]` in f32. The last tap applies to the current token; tokens before a
+    /// sequence are zeros.
     pub fn apply(&self, x: &Tensor, taps: &Tensor) -> Result<Tensor> {
         x.apply_op2_no_bwd(taps, self)
     }
@@ -69,14 +70,14 @@ impl Convolution<'_> {
         out
     }
 
-    /// A head's taps `[kernel, width]`: in the order in which a row of tokens meets them.
+    /// A head's taps as `[kernel, width]`, in the order of a row's tokens.
     fn taps_of(&self, head: usize, width: usize, taps: &[f32], kernel: usize) -> Vec<f32> {
         let first = self.first_channel + head * width;
         let channels = taps[first * kernel..].chunks_exact(kernel).take(width);
         (0..kernel).flat_map(|tap| channels.clone().map(move |channel| channel[tap])).collect()
     }
 
-    /// Rows, channels of a head and taps of each.
+    /// Rows, channels per head and taps per channel.
     fn sizes(&self, x: &Layout, taps: &Layout) -> Result<[usize; 3]> {
         let ((rows, columns), (_, kernel)) = (x.shape().dims2()?, taps.shape().dims2()?);
         if !rows.is_multiple_of(self.positions) || !columns.is_multiple_of(self.heads) {
@@ -85,7 +86,7 @@ impl Convolution<'_> {
         Ok([rows, columns / self.heads, kernel])
     }
 
-    /// Of the output.
+    /// Shape of the output.
     fn shape(&self, rows: usize, width: usize) -> Shape {
         Shape::from((rows / self.positions * self.heads, self.positions, width))
     }

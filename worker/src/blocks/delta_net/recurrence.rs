@@ -1,14 +1,15 @@
 //! The gated delta rule, a chunk of tokens at a time.
 //!
-//! Per value head, with state `S` `[key_dim, value_dim]`, zero before a sequence, and per token a decay `a`, a write strength `b`, a
-//! unit key `k`, a value `v` and a query `q`:
+//! Per value head, the state `S` `[key_dim, value_dim]` is zero before a sequence. Each token has
+//! a decay `a`, a write strength `b`, a unit key `k`, a value `v` and a query `q`:
 //!
 //! ```text
 //! S <- a S      u = b (v - S^T k)      S <- S + k u^T      out = S^T q
 //! ```
 //!
-//! Token by token that is a chain of products with one vector. Over a chunk, with `S` before it and `d(i, j) = a_(j+1) ... a_i` what is
-//! left at token i of what token j wrote (`d(i)`: of `S` itself), it reads
+//! Token by token this is a chain of products with one vector. For a chunk, let `S` be the state
+//! before it and `d(i, j) = a_(j+1) ... a_i` the factor that remains at token i of token j's write
+//! (`d(i)`: of `S`). Then
 //!
 //! ```text
 //! u_i   = b_i (v_i - d(i) S^T k_i - sum over j < i of d(i, j) (k_j . k_i) u_j)
@@ -16,12 +17,12 @@
 //! S     <- d(n) S + sum over j of d(n, j) k_j u_j^T
 //! ```
 //!
-//! Products with `S`, and of keys and queries with keys, are products of matrices; what remains is a system with a unit lower triangle
-//! (the WY representation of Yang et al. 2024, arXiv 2406.06484, solved for the writes at once, `S` included).
+//! Products with `S`, and of keys and queries with keys, are matrix products. What remains is a
+//! system with a unit lower triangular matrix (the WY representation of Yang et al. 2024, arXiv
+//! 2406.06484), solved for all writes at once.
 //!
-//! Where each row of `S` has a decay of its own (Kimi Delta Attention, arXiv 2510.26692), a is a
-//! vector and products of keys and queries with keys are weighted channel by channel
-//! ([`by_channel`]).
+//! If each row of `S` has a separate decay (Kimi Delta Attention, arXiv 2510.26692), a is a
+//! vector, and products of keys and queries with keys are weighted per channel ([`by_channel`]).
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
@@ -36,29 +37,29 @@ pub(super) use batched::bytes;
 /// Tokens whose writes are solved for together.
 pub(super) const CHUNK: usize = 64;
 
-/// Columns that are summed in registers; rows of the solver are padded to a multiple.
+/// Columns summed in registers. Rows of the solver are padded to a multiple.
 const LANES: usize = 16;
 
-/// What the recurrence runs over, all f32 and contiguous: the tokens of each head of each sequence.
+/// Inputs of the recurrence, all f32 and contiguous, per head of each sequence.
 #[derive(Clone)]
 pub(super) struct Heads {
-    /// `[key heads, positions, key_dim]`; each key head serves equally many value heads,
-    /// neighbours.
+    /// Shape `[key heads, positions, key_dim]`. Each key head serves the same number of adjacent
+    /// value heads.
     pub(super) query: Tensor,
     /// `[key heads, positions, key_dim]`.
     pub(super) key: Tensor,
     /// `[value heads, positions, value_dim]`.
     pub(super) value: Tensor,
-    /// Logarithms of the decays, never positive: `[value heads, positions]`, or `[value heads,
-    /// positions, key_dim]` where each row of the state has its own. Then each value head has a
-    /// key head.
+    /// Logarithms of the decays, <= 0: `[value heads, positions]`, or `[value heads, positions,
+    /// key_dim]` if each row of the state has a separate one. Then each value head has its own key
+    /// head.
     pub(super) decay: Tensor,
     /// Write strengths `[value heads, positions]`.
     pub(super) strength: Tensor,
 }
 
 impl Heads {
-    /// What the queries read, `[value heads, positions, value_dim]`.
+    /// Results of the queries, `[value heads, positions, value_dim]`.
     pub(super) fn delta_rule(&self) -> Result<Tensor> {
         if !has_loops(&self.value) {
             return batched::delta_rule(self);
@@ -77,7 +78,7 @@ impl Heads {
         Ok(self.value.dim(0)? / self.key.dim(0)?)
     }
 
-    /// One value head and the key head that serves it.
+    /// One value head with its key head.
     fn of(&self, head: usize) -> Result<Self> {
         let key_head = head / self.served()?;
         Ok(Self {
@@ -130,25 +131,25 @@ struct Chunk {
     decay: Tensor,
     /// `[heads, n]`.
     strength: Tensor,
-    /// Keys, then queries, against keys: `[heads, 2 n, n]`.
+    /// Products of keys, then queries, with keys: `[heads, 2 n, n]`.
     scores: Tensor,
-    /// The state's answers to keys, then to queries: `[heads, 2 n, value_dim]`.
+    /// Products of keys, then queries, with the state: `[heads, 2 n, value_dim]`.
     answers: Tensor,
 }
 
-/// What a chunk does.
+/// Result of a chunk.
 struct Solved {
-    /// What its queries read, `[heads, n, value_dim]`.
+    /// Results of its queries, `[heads, n, value_dim]`.
     out: Tensor,
-    /// What is left of its writes in the end, `[heads, n, value_dim]`.
+    /// Writes as they remain at its end, `[heads, n, value_dim]`.
     writes: Tensor,
     /// What is left of the state before.
     left: f32,
 }
 
-/// A chunk of one head on a CPU: forward substitution, reads on the way. Decays between two tokens
-/// are exponentials of sums, never quotients: after a strong decay a difference of running sums
-/// would have lost the weak ones.
+/// Solves a chunk of one head on a CPU by forward substitution. Decays between two tokens are
+/// exponentials of sums, not quotients: after a strong decay, differences of running sums would
+/// lose weak ones.
 fn solve(chunk: &Chunk) -> Result<Solved> {
     let (_, n, width) = chunk.value.dims3()?;
     let host = |t: &Tensor| t.flatten_all()?.to_vec1::<f32>();
@@ -156,7 +157,7 @@ fn solve(chunk: &Chunk) -> Result<Solved> {
     let (decay, strength) = (host(&chunk.decay)?, host(&chunk.strength)?);
     let stride = width.next_multiple_of(LANES);
     let (mut writes, mut out) = (vec![0.0; n * stride], vec![0.0; n * stride]);
-    // Logarithms of what is left of each write, and of the state before the chunk.
+    // Logarithms of the remaining factors of each write and of the state before the chunk.
     let (mut left, mut left_before) = (vec![0_f32; n], 0_f32);
     let (mut to_key, mut to_query) = (vec![0_f32; n], vec![0_f32; n]);
     for i in 0..n {
@@ -184,7 +185,7 @@ fn solve(chunk: &Chunk) -> Result<Solved> {
     Ok(Solved { out: rows(out, n)?, writes: rows(writes, n)?, left: left_before.exp() })
 }
 
-/// `sum += factors[j] * rows[j]` over all rows, as wide as `sum`: a multiple of [`LANES`].
+/// `sum += factors[j] * rows[j]` over all rows. The width of `sum` is a multiple of [`LANES`].
 fn add_rows(rows: &[f32], factors: &[f32], sum: &mut [f32]) {
     let stride = sum.len();
     for (tile, sum) in sum.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
@@ -256,8 +257,8 @@ mod tests {
         }
     }
 
-    /// One key over and over, written in full: powers of such a system grow like binomials, its
-    /// inverse does not.
+    /// One key repeated with full writes: powers of such a system grow like binomials, its inverse
+    /// does not.
     #[test]
     fn both_forms_are_stable_on_a_repeated_token() {
         let varied = heads(150, 0.0);
@@ -269,8 +270,7 @@ mod tests {
         close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
     }
 
-    /// Differences of running sums in f32 would leave nothing of the weak decays after the strong
-    /// one.
+    /// Differences of running sums in f32 would lose the weak decays after the strong one.
     #[test]
     fn weak_decay_is_exact_after_a_strong_one() {
         let mut heads = heads(100, 0.0);

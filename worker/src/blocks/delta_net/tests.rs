@@ -20,7 +20,7 @@ fn floats(t: &Tensor) -> Vec<f64> {
     t.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Shapes are equal, and values within `tolerance` of the root mean square of `want`.
+/// Asserts equal shapes, and values within `tolerance` times the root mean square of `want`.
 pub(super) fn close(got: &Tensor, want: &Tensor, tolerance: f64) {
     assert_eq!(got.dims(), want.dims());
     assert_close(&floats(got), &floats(want), tolerance);
@@ -29,7 +29,7 @@ pub(super) fn close(got: &Tensor, want: &Tensor, tolerance: f64) {
 fn assert_close(got: &[f64], want: &[f64], tolerance: f64) {
     assert_eq!(got.len(), want.len());
     let rms = (want.iter().map(|v| v * v).sum::<f64>() / want.len() as f64).sqrt();
-    // Not a maximum of differences: that would let NaN pass.
+    // A maximum of differences would ignore NaN.
     let near = |a: &f64, b: &f64| (a - b).abs() <= tolerance * rms.max(1e-12);
     let far = got.iter().zip(want).position(|(a, b)| !near(a, b));
     if let Some(at) = far {
@@ -78,7 +78,7 @@ impl Block {
         (qkvz, ba)
     }
 
-    /// The same function with its rows in the other order.
+    /// The same block with its rows grouped by kind.
     fn by_kind(mut self) -> Self {
         let (qkvz, ba) = self.by_key_head();
         let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = self.spec;
@@ -110,9 +110,9 @@ impl Block {
         delta_net(&self.spec, &self.weights, x, positions).unwrap()
     }
 
-    /// The definition, token by token in f64; and how much of a rounding each token's norms make,
-    /// at most. Where a query meets almost nothing of the state, what is read is the difference of
-    /// much larger numbers, and the norm makes it as large as any other.
+    /// The definition, token by token in f64, and an upper bound of how much each token's norms
+    /// magnify rounding errors. Where a query reads almost nothing, the result is a difference of
+    /// much larger numbers, and the norm scales it up.
     fn naive(&self, x: &Tensor, positions: usize) -> (Vec<f64>, Vec<f64>) {
         let width = self.hidden;
         let sequences = floats(x);
@@ -135,8 +135,8 @@ impl Block {
         (values, (0..rows).map(|t| magnified.iter().map(|head| head[t]).fold(1.0, f64::max)).collect())
     }
 
-    /// One value head of one sequence, `[rows, value_dim]`, ready for the output projection; and
-    /// what its norm multiplies a usual value by beyond its usual factor.
+    /// One value head of one sequence, `[rows, value_dim]`, ready for the output projection, with
+    /// the magnification by its norm.
     fn naive_head(&self, head: usize, qkvz: &[f64], ba: &[f64], rows: usize) -> (Vec<f64>, Vec<f64>) {
         let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, kernel, .. } = self.spec;
         let served = value_heads / key_heads;
@@ -179,17 +179,17 @@ impl Block {
     }
 }
 
-/// What one token brings to one head.
+/// Inputs of one token for one head.
 pub(super) struct Token {
     pub(super) query: Vec<f64>,
     pub(super) key: Vec<f64>,
     pub(super) value: Vec<f64>,
-    /// Of each row of the state.
+    /// Decay of each row of the state.
     pub(super) decay: Vec<f64>,
     pub(super) strength: f64,
 }
 
-/// The gated delta rule by its definition: what each token reads, one after another.
+/// The gated delta rule by its definition, token by token.
 pub(super) fn recurrence(tokens: impl Iterator<Item = Token>) -> Vec<f64> {
     let mut state: Vec<Vec<f64>> = Vec::new();
     let read = |state: &[Vec<f64>], by: &[f64], column: usize| -> f64 {
@@ -274,7 +274,7 @@ fn outputs_are_causal() {
     close(&block.run(&x, 100).narrow(0, 0, 67).unwrap(), &short, 1e-6);
 }
 
-/// Qwen3-Next's block against its own recurrence run token by token, in tensor operations over all
+/// Times Qwen3-Next's block against a token-by-token recurrence in tensor operations over all
 /// heads.
 #[test]
 #[ignore = "a measurement: run it optimised, alone and with --nocapture"]

@@ -1,4 +1,4 @@
-//! How fast stored bytes become values, against how fast this machine copies and reads memory.
+//! Measures how fast stored bytes are decoded, compared with copying and reading memory.
 
 use std::fmt;
 use std::hint::black_box;
@@ -14,13 +14,13 @@ use crate::checkpoint::safetensors::StoredDtype;
 use crate::device::gpu::HostToDevice;
 use crate::error::{Result, WorkerError};
 
-/// Columns of the made-up matrix.
+/// Columns of the synthetic matrix.
 const COLUMNS: usize = 4096;
 
-/// Bytes a thread copies or reads at a time.
+/// Bytes that a thread copies or reads at a time.
 const PIECE: usize = 1 << 18;
 
-/// What [`decode`] measured.
+/// Result of [`decode`].
 #[derive(Clone, Debug, Serialize)]
 pub struct DecodeTable {
     /// Values decoded.
@@ -35,21 +35,21 @@ pub struct DecodeTable {
     pub rows: Vec<DecodeRow>,
 }
 
-/// One format on its way to one dtype.
+/// A format decoded to a dtype.
 #[derive(Clone, Debug, Serialize)]
 pub struct DecodeRow {
     /// Name of the format.
     pub stored: &'static str,
     /// Name of the dtype.
     pub into: &'static str,
-    /// 10^9 values per second into a tensor that is there; on a GPU into a new one, stored bytes
-    /// being brought first.
+    /// 10^9 values per second into an existing tensor; on a GPU into a new one, including the
+    /// upload of the stored bytes.
     pub g_values_per_second: f64,
     /// GB/s of stored bytes.
     pub stored_gb_per_second: f64,
     /// Bytes read and written per second, over those of a copy.
     pub of_copy: f64,
-    /// 10^9 values per second into a tensor made for them.
+    /// 10^9 values per second into a new tensor.
     pub new_tensor_g_values_per_second: f64,
 }
 
@@ -81,17 +81,16 @@ impl fmt::Display for DecodeTable {
     }
 }
 
-/// Decodes a made-up matrix of `values` (rounded up to whole rows) in every format to f32 and bf16
-/// on `device`, the fastest of `rounds` each.
+/// Decodes a synthetic matrix of `values` (rounded up to whole rows) from every format to f32 and
+/// bf16 on `device`. The fastest of `rounds` counts.
 ///
 /// # Errors
-/// Job: more values than memory can be asked for. Internal: a decoder refused what is valid.
-/// Device: the driver's.
+/// Job: `values` exceeds memory. Internal: a decoder refused valid input. Errors of the driver.
 pub fn decode(values: usize, rounds: usize, device: &Device) -> Result<DecodeTable> {
     decode_some(values, rounds, device, |_, _| true)
 }
 
-/// [`decode`] of the wanted formats, by name, to the wanted dtypes alone.
+/// As [`decode`], for the named formats and dtypes only.
 ///
 /// # Errors
 /// As [`decode`].
@@ -106,7 +105,7 @@ pub fn decode_some(
     let values = shape[0].checked_mul(4 * COLUMNS).map(|bytes| bytes / 4).ok_or_else(too_many)?;
     let (copy_gb_per_second, read_gb_per_second) = ceilings(4 * values, rounds);
     let (mut rows, mut host_to_device) = (Vec::new(), HostToDevice::to(device)?);
-    // One at a time: together they would not fit small machines.
+    // One sample at a time, to fit small machines.
     for stored in STORED.into_iter().map(|kind| sample(kind, values)) {
         let dtypes = [("f32", DType::F32), ("bf16", DType::BF16)];
         for (into, compute) in dtypes.into_iter().filter(|(_, compute)| is_wanted(stored.name, *compute)) {
@@ -133,10 +132,10 @@ pub fn decode_some(
     Ok(DecodeTable { values, threads, copy_gb_per_second, read_gb_per_second, rows })
 }
 
-/// Name of the made-up matrix.
+/// Name of the synthetic matrix.
 const NAME: &str = "made up";
 
-/// Seconds of decoding into a tensor that is there, and into a new one.
+/// Seconds of decoding into an existing tensor, and into a new one.
 fn on_cpu(encoded: &Encoded<'_>, shape: [usize; 2], compute: DType, rounds: usize) -> Result<(f64, f64)> {
     let reused = Tensor::ones(&shape, compute, &Device::Cpu)?;
     let there = fastest(rounds, || dtype::decode_into(encoded, &reused, NAME))?;
@@ -144,7 +143,7 @@ fn on_cpu(encoded: &Encoded<'_>, shape: [usize; 2], compute: DType, rounds: usiz
     Ok((there, fastest(rounds, new)?))
 }
 
-/// Decodes on a GPU, and waits for it.
+/// Decodes on a GPU and waits for the result.
 fn bring(way: &mut HostToDevice, encoded: &Encoded<'_>, shape: [usize; 2], compute: DType) -> Result<()> {
     let tensor = way.decode(encoded, &shape, compute, NAME)?;
     way.upload_fence()?.wait()?;
@@ -152,8 +151,8 @@ fn bring(way: &mut HostToDevice, encoded: &Encoded<'_>, shape: [usize; 2], compu
     Ok(())
 }
 
-/// GB/s of copying `bytes` (read and written) and of reading them, with all threads and in memory
-/// that is there.
+/// GB/s of copying `bytes` (read and written) and of reading them, with all threads in allocated
+/// memory.
 fn ceilings(bytes: usize, rounds: usize) -> (f64, f64) {
     let from = vec![1u8; bytes];
     let mut to = vec![2u8; bytes];
@@ -181,15 +180,15 @@ struct Sample {
     scales: Vec<u8>,
 }
 
-/// How a sample is stored.
+/// Stored format of a sample.
 #[derive(Clone, Copy)]
 enum StoredAs {
     F32,
     F16,
     Bf16,
-    /// In tiles of these rows and columns, with scales in F32.
+    /// In tiles of these rows and columns, with F32 scales.
     Fp8,
-    /// The same with scales in E8M0.
+    /// In tiles, with E8M0 scales.
     Fp8Powers,
     Mxfp4,
     Int4,
@@ -234,15 +233,15 @@ const STORED: [StoredAs; 8] = [
     StoredAs::Nvfp4,
 ];
 
-/// `values` values, whole rows of them, in a format.
+/// A sample of `values` values, rounded up to whole rows.
 fn sample(kind: StoredAs, values: usize) -> Sample {
-    // One row repeats: what the numbers are changes no decoder's speed.
+    // One row is repeated. The numbers do not affect a decoder's speed.
     let floats = |bytes: fn(f32) -> Vec<u8>| {
         let row: Vec<u8> = noise().take(COLUMNS).flat_map(|byte| bytes(f32::from(byte) / 64.0 - 1.9)).collect();
         (row.repeat(values / COLUMNS), Vec::new())
     };
     let tiles = |block: [usize; 2]| (values / COLUMNS).div_ceil(block[0]) * COLUMNS.div_ceil(block[1]);
-    // The code of NaN has all bits below the sign.
+    // The code of NaN has all bits set below the sign.
     let numbers = |count: usize| noise().take(count).map(|code| code & 0xbf).collect();
     let nibbles = || noise().take(values / 2).collect();
     let powers = |count: usize| noise().take(count).map(|byte| 118 + byte % 8).collect();

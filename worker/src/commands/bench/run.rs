@@ -1,5 +1,5 @@
-//! A whole run over made-up weights, beside what this machine can do at best: where it falls
-//! short, the table says in which kind of work.
+//! Measures a whole run over synthetic weights, and compares each kind of work with the best rate
+//! of this machine.
 
 use std::fmt;
 use std::hint::black_box;
@@ -32,29 +32,28 @@ use crate::run;
 use crate::run::inspect::{self, Flops, PlannedRun};
 use crate::stats::{LayerObserver, Observer, Scope, Site, Study};
 
-/// Rows and columns of the matrices that show what products can reach: larger ones where a product
-/// is over so soon that its start counts.
+/// Sizes of the square matrices that measure the maximum rate of products. Larger ones are used if
+/// a product is so short that its start counts.
 const SQUARES: [usize; 3] = [2048, 4096, 8192];
-/// Seconds of a product whose start does not count.
+/// Minimum seconds of a product for its start to be negligible.
 const LONG: f64 = 2e-3;
-/// Seconds of products: threads take a while until each has a processor of its own, and a GPU
-/// until it has its speed.
+/// Seconds of products before the measurement: threads and GPUs take time to reach full speed.
 const PRODUCTS: f64 = 0.5;
-/// Values decoded to show what decoding can reach.
+/// Values decoded to measure the maximum rate of decoding.
 const DECODED: usize = 1 << 24;
-/// Bytes read to show what the source can reach.
+/// Bytes read to measure the maximum rate of the source.
 const READ: u64 = 256 << 20;
-/// Bytes of it at a time.
+/// Bytes per read.
 const READ_AT_ONCE: u64 = 4 << 20;
-/// Repetitions of everything that shows a ceiling.
+/// Repetitions of each measurement of a maximum rate.
 const ROUNDS: usize = 3;
-/// How long GPUs are left alone before they are asked again whether they have anything to do.
+/// Interval of the queries whether GPUs are idle.
 const SAMPLED_EVERY: Duration = Duration::from_millis(1);
 
-/// What [`run`](fn@run) measured.
+/// Result of [`run`](fn@run).
 #[derive(Clone, Debug, Serialize)]
 pub struct RunTable {
-    /// As typed.
+    /// Model as given.
     pub model: String,
     /// Layers run.
     pub layers: usize,
@@ -64,60 +63,58 @@ pub struct RunTable {
     pub compute: String,
     /// Devices.
     pub devices: usize,
-    /// Threads that they share on the CPU.
+    /// CPU threads that the devices share.
     pub threads: usize,
-    /// Stored bytes that were read.
+    /// Stored bytes read.
     pub weight_bytes: u64,
-    /// Floating-point operations, by count.
+    /// Number of floating-point operations.
     pub flops: f64,
     /// Wall seconds.
     pub seconds: f64,
-    /// Seconds in which devices had nothing to do, waiting for weights or for each other; of all
-    /// of them together.
+    /// Seconds that all devices together waited for weights or for each other.
     pub waiting_seconds: f64,
-    /// When GPUs had nothing to do; `None` on CPUs.
+    /// Idle time of GPUs; `None` on CPUs.
     pub idle: Option<Idle>,
-    /// What a plan says that the run takes, bytes.
+    /// Planned memory of the run in bytes.
     pub planned_memory_bytes: u64,
-    /// Peak resident memory of this process so far, bytes.
+    /// Peak resident memory of this process so far in bytes.
     pub peak_memory_bytes: Option<u64>,
     /// Bytes copied from the host to GPUs; `None` on CPUs.
     pub host_to_device_bytes: Option<u64>,
     /// Bytes copied from GPUs to the host; `None` on CPUs.
     pub device_to_host_bytes: Option<u64>,
-    /// Kinds of work, and all of it.
+    /// Kinds of work, and their total.
     pub rows: Vec<RunRow>,
 }
 
-/// Shares of the time in which GPUs had nothing to do, of all of them together, as they were found
-/// every millisecond.
+/// Shares of the time in which GPUs were idle, over all GPUs, sampled every millisecond.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Idle {
-    /// While the host waited for weights, or for hidden states of another GPU.
+    /// Share while the host waited for weights, or for hidden states of another GPU.
     pub for_weights: f64,
-    /// While the host did something else: it had not asked for the next kernels yet.
+    /// Share while the host did other work and had not queued the next kernels.
     pub for_host: f64,
 }
 
 /// One kind of work.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunRow {
-    /// Which.
+    /// Name of the work.
     pub work: &'static str,
-    /// Of the rates: GB/s or GFLOP/s.
+    /// Unit of the rates: GB/s or GFLOP/s.
     pub unit: &'static str,
-    /// Seconds spent on it, by all devices together. Reading and decoding happen beside computing.
+    /// Seconds spent by all devices together. Reading and decoding overlap with computing.
     pub seconds: f64,
-    /// Rate reached in the run.
+    /// Rate in the run.
     pub achieved: f64,
     /// Rate of the same work alone.
     pub ceiling: f64,
-    /// One over the other.
+    /// `achieved / ceiling`.
     pub share: f64,
 }
 
 impl RunRow {
-    /// `amount` in 10^9 of the unit.
+    /// A row for `amount` in 10^9 of the unit.
     fn new(work: &'static str, unit: &'static str, amount: f64, seconds: f64, ceiling: f64) -> Self {
         let achieved = amount / seconds.max(1e-9);
         Self { work, unit, seconds, achieved, ceiling, share: achieved / ceiling }
@@ -160,23 +157,23 @@ impl fmt::Display for RunTable {
     }
 }
 
-/// Three significant digits, or all before the point.
+/// Three significant digits, or all digits before the point.
 fn significant(value: f64) -> String {
     let digits = (2 - value.abs().max(1e-3).log10().floor() as i32).max(0) as usize;
     format!("{value:.digits$}")
 }
 
-/// With the prefix that leaves one to three digits before the point.
+/// Formats with the prefix that leaves one to three digits before the point.
 fn scaled(value: f64, unit: &str) -> String {
     const PREFIXES: [(f64, &str); 5] = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
     let (size, prefix) = PREFIXES.into_iter().find(|(size, _)| value >= *size).unwrap_or((1.0, ""));
     format!("{} {prefix}{unit}", significant(value / size))
 }
 
-/// Runs `job`'s model over made-up token ids, then measures each kind of work alone.
+/// Runs `job`'s model over synthetic token ids, then measures each kind of work alone.
 ///
 /// # Errors
-/// The model's, the source's, the device's.
+/// Errors of the model, the source or the device.
 pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<RunTable> {
     let devices = device::open(&job.devices)?;
     let compute = device::compute_dtype(job.precision, &devices);
@@ -244,7 +241,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
     ];
     if let (Some(copied), Some([there, back])) = (copied, gpu::copy_rates(&devices[0].device, ROUNDS)?) {
-        // Copies go on beside everything else, so that their time is the run's.
+        // Copies overlap with all other work, so their time is the run's.
         let row = |work, bytes: u64, alone: f64| RunRow::new(work, "GB/s", bytes as f64 / 1e9, seconds, alone / 1e9);
         rows.extend([row("host to device", copied.to_gpus, there), row("device to host", copied.from_gpus, back)]);
     }
@@ -269,9 +266,9 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     })
 }
 
-/// Does something while it is noted when GPUs have nothing to do, and what the host does then.
+/// Runs `work` while sampling whether GPUs are idle and what the host does.
 fn watching_for_idle_gpus<R>(devices: &[Placement], meter: &Meter, work: impl FnOnce() -> R) -> (R, Option<Idle>) {
-    /// However the work ends.
+    /// Ends the sampling when dropped, also by an error.
     struct Ends<'a>(&'a AtomicBool);
     impl Drop for Ends<'_> {
         fn drop(&mut self) {
@@ -308,11 +305,11 @@ fn watching_for_idle_gpus<R>(devices: &[Placement], meter: &Meter, work: impl Fn
     })
 }
 
-/// Ids from all over the vocabulary.
+/// Token ids from the whole vocabulary.
 fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
     let ids = (0..sequences * tokens).map(|i| (i.wrapping_mul(7919) % vocab) as i64).collect();
     let provenance = CorpusProvenance {
-        source: "made-up token ids".to_owned(),
+        source: "synthetic token ids".to_owned(),
         sha256: String::new(),
         token_ids_sha256: String::new(),
         sequences,
@@ -322,14 +319,14 @@ fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
     Tokens { ids, sequences, tokens, provenance, tokenizer: None }
 }
 
-/// A study, and how many bytes it has seen.
+/// A study that counts the bytes it observed.
 struct Watched {
     study: Study,
     bytes: u64,
 }
 
 impl Watched {
-    /// GB/s of the same statistics with nothing beside them.
+    /// GB/s of the same statistics alone.
     fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
         let x = random([tokens.tokens, hidden], compute, device)?;
         let site = self.study.outliers().sites()[0];
@@ -384,13 +381,13 @@ impl Observer for Watched {
     }
 }
 
-/// Numbers as they come. Made on the host: a GPU's machine need not have the library that draws
-/// them there.
+/// Random numbers, made on the host: a machine with GPUs may lack the library that draws them
+/// there.
 fn random(shape: [usize; 2], dtype: DType, device: &Device) -> Result<Tensor> {
     Ok(Tensor::randn(0f32, 1f32, &shape, &Device::Cpu)?.to_dtype(dtype)?.to_device(device)?)
 }
 
-/// GFLOP/s of products of large square matrices of the dtypes that most of the model's have.
+/// GFLOP/s of products of large square matrices in the most common dtypes of the model.
 fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
     let takes_bf16 = product::takes_bf16(device);
     let is_kept = |layer, need: &Need| model.stored(layer, need).kept_as(compute, takes_bf16) == compute;
@@ -416,10 +413,10 @@ fn products(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
     Ok(best)
 }
 
-/// GB/s of the source, read in the order of the pass into memory that is used again.
+/// GB/s of the source, read in the order of the pass into reused memory.
 fn reading_alone(model: &Model<'_>) -> Result<f64> {
     let needs = model.spec.needs();
-    // Touched, so that the system has given it.
+    // Initialised, so that the system allocates it.
     let mut bytes = vec![1; READ_AT_ONCE as usize];
     let (mut read, start) = (0, Instant::now());
     for (layer, need) in &needs {
@@ -438,8 +435,7 @@ fn reading_alone(model: &Model<'_>) -> Result<f64> {
     Ok(giga(read as usize, start.elapsed().as_secs_f64()))
 }
 
-/// GB/s of stored bytes of the model's formats, each by its share of the bytes; on a GPU, of
-/// bringing and decoding them.
+/// GB/s of decoding the model's formats, weighted by their bytes; on a GPU including the upload.
 fn decoding_alone(model: &Model<'_>, compute: DType, device: &Device) -> Result<f64> {
     let into = if compute == DType::F32 { DType::F32 } else { DType::BF16 };
     let format = |dtype: &str| match StoredDtype::from_name(dtype) {

@@ -1,16 +1,16 @@
-//! Which features are planted where.
+//! The features that the demo plants.
 
 use serde::{Deserialize, Serialize};
 
 use super::LAYERS;
 
-/// The truth about a demo checkpoint, `planted.json`.
+/// The planted features of a demo checkpoint, `planted.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Planted {
     /// Document version.
     pub schema: u32,
-    /// Features that are systematic over layers: in at least a quarter of the layers, at far more
-    /// than 6 % of positions.
+    /// Systematic features: in at least a quarter of the layers, at far more than 6 % of the
+    /// positions.
     pub systematic: Vec<PlantedFeature>,
     /// Features with outliers that are not systematic.
     pub decoys: Vec<Decoy>,
@@ -21,19 +21,19 @@ pub struct Planted {
 pub struct PlantedFeature {
     /// Index into the hidden dimension.
     pub dim: usize,
-    /// What the gain was multiplied by: a power of two.
+    /// Factor of the gain, a power of two.
     pub factor: f32,
-    /// `[layer, site]`; site 0 is the norm before attention, 1 the one before the experts.
+    /// `[layer, site]`; site 0 is the norm before attention, 1 the norm before the experts.
     pub sites: Vec<[usize; 2]>,
 }
 
-/// A planted feature that must not be called systematic.
+/// A planted feature that is not systematic.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Decoy {
-    /// What was planted.
+    /// The feature.
     #[serde(flatten)]
     pub feature: PlantedFeature,
-    /// Why it is not systematic.
+    /// The reason, for people.
     pub why: String,
 }
 
@@ -41,9 +41,9 @@ pub struct Decoy {
 pub(super) const RARE_DIM: usize = 120;
 
 impl Planted {
-    /// What the demo plants: one feature everywhere, one that only the attention reads, one that
-    /// only the experts read, one in exactly a quarter of the layers; one in too few layers, one
-    /// at too few positions.
+    /// The demo's features: one at all sites, one that only attention reads, one that only the
+    /// experts read, and one in exactly a quarter of the layers; decoys: one in too few layers,
+    /// one at too few positions.
     pub(super) fn plan() -> Self {
         let everywhere = (0..LAYERS).flat_map(|layer| [[layer, 0], [layer, 1]]).collect();
         let plant = |dim, factor, sites| PlantedFeature { dim, factor, sites };

@@ -9,8 +9,7 @@ use crate::checkpoint::source::Checkpoint;
 use crate::corpus;
 use crate::model::decoder::Longest;
 
-/// OLMoE written down once more, in plain loops over f32: slow, obvious, and independent of the
-/// worker's own layers.
+/// OLMoE in plain loops over f32, independent of the worker's blocks.
 struct Reference {
     weights: BTreeMap<String, Vec<f32>>,
 }
@@ -217,7 +216,7 @@ fn planted_features_are_written_beside_the_model() {
     let planted = make(dir.path(), 0).unwrap();
     let text = fs::read_to_string(dir.path().join(PLANTED_FILE)).unwrap();
     assert_eq!(serde_json::from_str::<Planted>(&text).unwrap(), planted);
-    // A demo may be made anew where one is already.
+    // An earlier demo may be overwritten.
     make(dir.path(), 1).unwrap();
 }
 

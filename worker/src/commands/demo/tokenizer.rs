@@ -1,6 +1,5 @@
-//! The demo's tokenizer: byte-level BPE of the published model's kind, trained on the shipped text
-//! when it is needed. Training breaks ties by token number, so it gives the same tokenizer on
-//! every machine.
+//! The demo's tokenizer: byte-level BPE like the published model's, trained on the included text
+//! on demand. Training breaks ties by token id, so every machine gets the same tokenizer.
 
 use serde_json::{Value, json};
 use tokenizers::models::TrainerWrapper;
@@ -12,7 +11,7 @@ use tokenizers::{AddedToken, Tokenizer};
 use crate::corpus::SHAKESPEARE;
 use crate::error::{Result, WorkerError};
 
-/// Entries, special tokens included.
+/// Number of entries, special tokens included.
 pub(super) const ENTRIES: usize = 1024;
 /// Id of the padding token.
 pub(super) const PADDING: usize = 0;
@@ -22,7 +21,7 @@ pub(super) const END_OF_TEXT: usize = ENTRIES - 1;
 const PADDING_TOKEN: &str = "<|padding|>";
 const END_OF_TEXT_TOKEN: &str = "<|endoftext|>";
 
-/// The text of tokenizer.json.
+/// Trains the tokenizer. Returns the text of tokenizer.json.
 pub(super) fn train() -> Result<String> {
     let failed = |error: tokenizers::Error| WorkerError::internal(format!("the demo's tokenizer: {error}"));
     let special = |content: &str| AddedToken::from(content, true).normalized(false);
@@ -44,7 +43,7 @@ pub(super) fn train() -> Result<String> {
     tokenizer.to_string(true).map_err(failed)
 }
 
-/// tokenizer_config.json.
+/// Content of tokenizer_config.json.
 pub(super) fn config(max_positions: usize) -> Value {
     json!({
         "add_bos_token": false,
@@ -58,7 +57,7 @@ pub(super) fn config(max_positions: usize) -> Value {
     })
 }
 
-/// special_tokens_map.json.
+/// Content of special_tokens_map.json.
 pub(super) fn special_tokens() -> Value {
     json!({"eos_token": END_OF_TEXT_TOKEN, "pad_token": PADDING_TOKEN})
 }

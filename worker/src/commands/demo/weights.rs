@@ -1,4 +1,4 @@
-//! The demo's tensors: noise by counter, in the published names and layout.
+//! The demo's tensors: noise from a counter, in the published names and layout.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,19 +12,19 @@ use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::error::Result;
 use crate::noise::{mix, name_hash};
 
-/// Standard deviations. The embedding outweighs what the layers add to it, so that every hidden
-/// state keeps the embedding's short tails: no value comes near the threshold by itself.
+/// Standard deviations. The embedding is larger than what the layers add, so that all hidden
+/// states keep its short tails and no value comes near the threshold by itself.
 const EMBEDDING_STD: f32 = 0.5;
 const MATRIX_STD: f32 = 0.05;
 const ROUTER_STD: f32 = 0.1;
 const GAIN_STD: f32 = 0.03;
 
-/// What a tensor holds, and how planting changes it.
+/// Kind of a tensor, which decides how planting changes it.
 enum TensorKind {
     Embedding,
-    /// A norm's gain; planted ones are multiplied.
+    /// A norm's gain. Planting multiplies it.
     Gain(Option<[usize; 2]>),
-    /// A matrix `[out, in]`; the columns of features planted in the norm that it reads are divided.
+    /// A matrix `[out, in]`. Planting divides the columns of the norm's planted features.
     Matrix {
         std: f32,
         reads: Option<[usize; 2]>,
@@ -40,7 +40,7 @@ struct Plan {
 
 impl Plan {
     fn gain(name: String, site: Option<[usize; 2]>) -> Self {
-        // One row: `spec` drops the first dimension.
+        // One row, since `spec` drops the first dimension.
         Self { name, shape: [1, HIDDEN], role: TensorKind::Gain(site) }
     }
 
@@ -54,7 +54,7 @@ impl Plan {
         TensorSpec::new(&self.name, StoredDtype::BF16, shape)
     }
 
-    /// The values as stored, little-endian.
+    /// The stored values, little-endian.
     fn bytes(&self, seed: u64, planted: &Planted) -> Vec<u8> {
         let key = mix(seed) ^ name_hash(&self.name);
         let [rows, columns] = self.shape;
@@ -70,8 +70,7 @@ impl Plan {
         values.into_iter().flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect()
     }
 
-    /// The value before planting. Rounded to bf16 here already, so that planting scales the very
-    /// number that is stored.
+    /// The value before planting, rounded to bf16, so that planting scales the stored number.
     fn base(&self, key: u64, index: usize) -> f32 {
         let noise = gaussian(key, index as u64);
         let value = match self.role {
@@ -85,14 +84,14 @@ impl Plan {
 }
 
 /// The feature at few positions: two standard deviations for some of the rarer tokens (later
-/// entries of a trained vocabulary are rarer), next to nothing for all others.
+/// entries of a trained vocabulary are rarer), almost 0 for all others.
 fn rare(token: usize, noise: f32) -> f32 {
     let is_rare = token >= VOCAB / 2 && token % 8 == 5;
     if is_rare { 2.0_f32.copysign(noise) } else { noise / 8.0 }
 }
 
-/// Nearly normal, variance 1, never beyond 3.47: the sum of four uniform 16-bit numbers.
-/// Logarithms and cosines would make a better bell, but differ between mathematics libraries in
+/// Approximately normal with variance 1, at most 3.47: the sum of four uniform 16-bit numbers.
+/// Logarithms and cosines would be closer to normal, but differ between mathematics libraries in
 /// the last bit.
 fn gaussian(key: u64, index: u64) -> f32 {
     const MEAN: i32 = 2 * 65_535;
@@ -155,7 +154,7 @@ pub(super) fn write(folder: &Path, seed: u64, planted: &Planted) -> Result<Value
     Ok(json!({"metadata": {"total_size": total}, "weight_map": weight_map}))
 }
 
-/// Returns the bytes of its tensors.
+/// Writes a shard. Returns the bytes of its tensors.
 fn write_shard(path: &Path, plans: &[Plan], seed: u64, planted: &Planted) -> Result<usize> {
     let specs: Vec<TensorSpec> = plans.iter().map(Plan::spec).collect();
     let writer = Writer::create(path, &specs, &BTreeMap::from([("format".to_owned(), "pt".to_owned())]))?;

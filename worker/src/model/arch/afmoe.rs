@@ -1,5 +1,5 @@
-//! Trinity (Arcee 2025-26): norms before and after each sublayer, a gate of its own on attention,
-//! three windowed layers with rotation to one that sees all without positions. Hugging Face
+//! Trinity (Arcee 2025-26): norms before and after each sublayer, a separate gate on attention,
+//! and three windowed layers with rotation per global layer without positions. Hugging Face
 //! `AfmoeForCausalLM`.
 
 use super::{
@@ -39,7 +39,7 @@ const NAMES: Names = Names {
     ignored: &[],
 };
 
-/// Settings of the published code that transformers has no attribute for.
+/// Checks settings of the published code that transformers' class does not have.
 fn expect_published(config: &Config<'_>) -> Result<()> {
     config.expect("score_func", &["sigmoid".into()])?;
     config.expect_flag("route_norm", true)?;

@@ -1,6 +1,6 @@
-//! Ling 2.0 (inclusionAI 2025): DeepSeek's routing over grouped-query attention with one matrix
-//! for queries, keys and values, norms of queries and keys, partial rotation. Hugging Face
-//! `BailingMoeV2ForCausalLM`, which is published code: transformers has no such class.
+//! Ling 2.0 (inclusionAI 2025): DeepSeek's routing over grouped-query attention with a fused
+//! matrix for queries, keys and values, norms of queries and keys, and partial rotation. Hugging
+//! Face `BailingMoeV2ForCausalLM`, which is code of the model's repository, not of transformers.
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS,

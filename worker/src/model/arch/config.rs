@@ -1,6 +1,6 @@
-//! `config.json`, read as transformers reads it: an absent key is the default of the family's
-//! configuration class, null is what the class takes it for, and a key that changes the
-//! computation is read or refused by name.
+//! Reads `config.json` with the semantics of transformers: absent keys have the default of the
+//! family's configuration class, null has the class's meaning, and every key that changes the
+//! computation is either read or refused by name.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,24 +17,23 @@ use crate::error::{Result, WorkerError};
 use class::Class;
 use unused::Unused;
 
-/// More than any model has; a damaged or hostile configuration must not make us allocate by its
-/// word.
+/// More layers than any model has. Limits what a damaged or hostile configuration can allocate.
 const MOST_LAYERS: usize = 4096;
 const MOST: u64 = 1 << 31;
-/// Settings of single layers, which every class of transformers takes.
+/// Settings of single layers, an attribute of every class of transformers.
 const PER_LAYER: &str = "per_layer_config";
 
-/// A `config.json`, or its part about the text model. It notes which keys were asked for.
+/// A `config.json`, or its text model's part. It records which keys are read.
 pub struct Config<'a> {
     values: &'a Map<String, Value>,
     class: &'static Class,
-    /// `text_config.` where the settings are nested.
+    /// `text_config.` if the settings are nested.
     prefix: &'static str,
-    /// Keys that were asked for.
+    /// Keys that were read.
     read: RefCell<BTreeSet<String>>,
-    /// Those that were absent, with the class's defaults.
+    /// Absent keys that were read, with the class's defaults.
     assumed: RefCell<BTreeMap<String, Value>>,
-    /// Keys that are neither the class's nor known here.
+    /// Keys that neither the class nor this program has.
     unknown: RefCell<BTreeSet<String>>,
 }
 
@@ -44,12 +43,12 @@ impl<'a> Config<'a> {
         Self { values, class, prefix, read, assumed, unknown }
     }
 
-    /// A key as it is called from the top of the file.
+    /// Full name of a key from the top of the file.
     fn name(&self, key: &str) -> String {
         format!("{}{key}", self.prefix)
     }
 
-    /// A key of the file as it stands there, null included; no default.
+    /// The value of a key in the file, null included, without a default.
     pub(super) fn raw(&self, key: &str) -> Option<&'a Value> {
         self.read.borrow_mut().insert(key.to_owned());
         self.values.get(key)
@@ -60,26 +59,26 @@ impl<'a> Config<'a> {
         self.raw(key).is_some()
     }
 
-    /// An object of the file.
+    /// The value of a key that is an object.
     ///
     /// # Errors
-    /// There is none of that name.
+    /// The key is missing or not an object.
     pub(super) fn object(&self, key: &str) -> Result<&'a Map<String, Value>> {
         let value = self.raw(key).unwrap_or(&Value::Null);
         value.as_object().ok_or_else(|| ill_typed(&self.name(key), "an object", value))
     }
 
-    /// Whether the class has such an attribute.
+    /// Whether the class has this attribute.
     pub fn knows(&self, key: &str) -> bool {
         self.class.default_of(key).is_some()
     }
 
-    /// Notes that a default stands in for an absent key.
+    /// Records that a default is used for an absent key.
     pub(super) fn assume(&self, key: &str, default: &Value) {
         self.assumed.borrow_mut().insert(self.name(key), default.clone());
     }
 
-    /// The value of a setting, under any of its names; `None` for null, and for an absent key
+    /// The value of a setting under any of its names; `None` for null, and for an absent key
     /// without a default.
     fn get(&self, key: &str) -> Result<Option<&'a Value>> {
         self.read.borrow_mut().insert(key.to_owned());
@@ -102,13 +101,13 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// A null that the class does not take.
+    /// The error for a null that the class refuses.
     fn null(&self, key: &str) -> WorkerError {
         let message = format!("config.json: {:?} is null, which {} does not take", self.name(key), self.class.name);
         WorkerError::checkpoint(message).hint("remove the key, so that its default counts, or give it a value")
     }
 
-    /// A setting that must have a value.
+    /// The value, or an error if it is missing.
     fn required<T>(&self, key: &str, wanted: &str, value: Option<T>) -> Result<T> {
         value.ok_or_else(|| ill_typed(&self.name(key), wanted, &Value::Null))
     }
@@ -118,7 +117,7 @@ impl<'a> Config<'a> {
         self.layers_under("num_hidden_layers")
     }
 
-    /// The same under a family's own key.
+    /// The number of layers under another key.
     pub fn layers_under(&self, key: &str) -> Result<usize> {
         let layers = self.count(key)?;
         if layers <= MOST_LAYERS {
@@ -150,7 +149,8 @@ impl<'a> Config<'a> {
         self.get(key)?.map(number).transpose()
     }
 
-    /// A whole number, or where it is null or absent without a default, what the class derives.
+    /// A whole number. If it is null, or absent without a default, the class derives it as
+    /// `derived`.
     pub fn count_or(&self, key: &str, derived: usize) -> Result<usize> {
         let count = self.count_opt(key)?;
         if count.is_none() {
@@ -159,7 +159,7 @@ impl<'a> Config<'a> {
         Ok(count.unwrap_or(derived))
     }
 
-    /// A whole number that something is divided by.
+    /// A positive whole number.
     pub fn divisor(&self, key: &str) -> Result<usize> {
         match self.count(key)? {
             0 => Err(ill_typed(&self.name(key), "a positive whole number", &0.into())),
@@ -178,8 +178,8 @@ impl<'a> Config<'a> {
         self.get(key)?.map(number).transpose()
     }
 
-    /// A switch. Whole numbers stand for one as in Python (`attn_temperature_tuning: 4`), and so
-    /// does null where the class takes it.
+    /// A boolean. Whole numbers count as in Python (`attn_temperature_tuning: 4`), and so does
+    /// null if the class accepts it.
     pub fn flag(&self, key: &str) -> Result<bool> {
         match self.get(key)? {
             None => Ok(false),
@@ -200,13 +200,13 @@ impl<'a> Config<'a> {
         numbers.ok_or_else(wrong).map(Some)
     }
 
-    /// A word.
+    /// A string.
     pub fn word(&self, key: &str) -> Result<&'a str> {
         let value = self.required(key, "a word", self.get(key)?)?;
         value.as_str().ok_or_else(|| ill_typed(&self.name(key), "a word", value))
     }
 
-    /// A list with one word per layer; absent or null is `None`.
+    /// A list with one string per layer; `None` if absent or null.
     pub fn words_opt(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
         let Some(value) = self.get(key)? else { return Ok(None) };
         let words: Option<Vec<&str>> = value.as_array().and_then(|list| list.iter().map(Value::as_str).collect());
@@ -214,7 +214,7 @@ impl<'a> Config<'a> {
         self.one_per_layer(key, words).map(Some)
     }
 
-    /// `layer_types`, in the names of transformers 5; `None` where the class derives them.
+    /// `layer_types` in the names of transformers 5; `None` if the class derives them.
     pub fn layer_types(&self) -> Result<Option<Vec<&'a str>>> {
         let renamed = |kind: &'a str| match kind {
             "attention" => "full_attention",
@@ -224,8 +224,7 @@ impl<'a> Config<'a> {
         Ok(self.words_opt("layer_types")?.map(|kinds| kinds.into_iter().map(renamed).collect()))
     }
 
-    /// Refuses a switch of another value than the one the family's blocks compute. Keys that the
-    /// class does not know may be null.
+    /// Refuses a boolean other than `wanted`. Keys that the class does not have may be null.
     pub fn expect_flag(&self, key: &str, wanted: bool) -> Result<()> {
         if !self.knows(key) && self.raw(key).is_none_or(Value::is_null) {
             return Ok(());
@@ -233,8 +232,7 @@ impl<'a> Config<'a> {
         if self.flag(key)? == wanted { Ok(()) } else { Err(unsupported(format!("{key} {}", !wanted))) }
     }
 
-    /// Refuses a value other than those the family's blocks compute. Keys that the class does not
-    /// know may be absent or null.
+    /// Refuses a value outside `wanted`. Keys that the class does not have may be absent or null.
     pub fn expect(&self, key: &str, wanted: &[Value]) -> Result<()> {
         if !self.knows(key) && self.raw(key).is_none_or(Value::is_null) {
             return Ok(());
@@ -248,15 +246,16 @@ impl<'a> Config<'a> {
         }
     }
 
-    /// Refuses another activation than SiLU.
+    /// Refuses an activation other than SiLU.
     pub fn expect_silu(&self) -> Result<()> {
         self.expect("hidden_act", &["silu".into(), "swish".into()])
     }
 
-    /// What was found beside the settings, once the family has asked for all that it reads.
+    /// Checks all keys that the family did not read, and returns the defaults and unknown keys.
     ///
     /// # Errors
-    /// An attribute of the class that is neither read nor known to change nothing, and not at its default; a null that the class refuses.
+    /// An attribute of the class that is neither read nor without effect, and not at its default;
+    /// a null that the class refuses.
     pub(super) fn finish(&self, family: &[Unused]) -> Result<ConfigReading> {
         let read = self.read.borrow();
         let is_read = |key: &str| self.class.names(key).any(|name| read.contains(name));
@@ -287,7 +286,7 @@ impl<'a> Config<'a> {
         })
     }
 
-    /// How matrices are stored, by `quantization_config`.
+    /// The quantised storage by `quantization_config`.
     pub(super) fn quantisation(&self) -> Result<Option<Quantisation>> {
         let key = "quantization_config";
         let Some(value) = self.raw(key).filter(|value| !value.is_null()) else { return Ok(None) };
@@ -311,7 +310,7 @@ impl<'a> Config<'a> {
     }
 }
 
-/// Tiles of `FineGrainedFP8Config`, 128 x 128 where nothing is said.
+/// Tiles of `FineGrainedFP8Config`; default 128 x 128.
 fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
     let refuse = |key: &str, value: &Value, known: &str| {
         Err(unsupported(format!("quantization_config.{key} {value} (known: {known})")))
@@ -333,7 +332,7 @@ fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
     }
 }
 
-/// Formats of compressed-tensors, of which all groups of layers must have the same one.
+/// Formats of compressed-tensors. All groups of layers must have the same one.
 fn compressed_tensors(values: &Map<String, Value>) -> Result<Quantisation> {
     const KEY: &str = "quantization_config";
     let format = values.get("format").and_then(Value::as_str).unwrap_or("?");
@@ -378,18 +377,18 @@ fn compressed_tensors(values: &Map<String, Value>) -> Result<Quantisation> {
     }
 }
 
-/// A value of the file in a sentence.
+/// A value of the file as text for a message.
 fn shown(value: Option<&Value>) -> String {
     value.map_or_else(|| "nothing".to_owned(), |value| value.to_string().chars().take(60).collect())
 }
 
-/// A key of another type than it should have.
+/// The error for a key of a wrong type.
 pub(super) fn ill_typed(key: &str, wanted: &str, found: &Value) -> WorkerError {
     let found = if found.is_null() { "nothing".to_owned() } else { found.to_string().chars().take(60).collect() };
     WorkerError::new(FailureKind::Checkpoint, format!("config.json: {key:?} should be {wanted}, found {found}"))
 }
 
-/// A setting that asks for another computation than the family's.
+/// The error for an unsupported setting.
 pub(super) fn unsupported(what: String) -> WorkerError {
     WorkerError::new(FailureKind::Unsupported, format!("config.json asks for {what}, which is not supported"))
 }

@@ -1,4 +1,4 @@
-//! The delta rule where each row of the state has a decay of its own.
+//! The delta rule with a separate decay for each row of the state.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;

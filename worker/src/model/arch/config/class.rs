@@ -1,7 +1,7 @@
-//! The configuration classes of transformers, as data: what an absent key means, which keys may be
-//! null, which names are one setting.
+//! The configuration classes of transformers as data: defaults of absent keys, nullable keys, and
+//! aliases.
 //!
-//! `tests/oracle.py classes` makes the data from transformers itself, and says when the two differ.
+//! `tests/oracle.py classes` generates the data from transformers, and reports differences.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -26,21 +26,21 @@ pub(in crate::model::arch) struct Class {
     attributes: Map<String, Value>,
     /// Attributes that may be null.
     nullable: Vec<String>,
-    /// `attribute_map`: two names of one attribute, of which either may be the attribute's own.
+    /// `attribute_map`: pairs of names of one attribute.
     #[serde(default)]
     aliases: BTreeMap<String, String>,
-    /// `rope_parameters` of a configuration that says nothing about the rotation.
+    /// `rope_parameters` of a configuration without rotation settings.
     #[serde(default, rename = "rope_parameters")]
     pub(in crate::model::arch) rope: Map<String, Value>,
 }
 
 impl Class {
-    /// A class by its name in transformers.
+    /// The class with this transformers name.
     pub(in crate::model::arch) fn of(name: &str) -> &'static Self {
         CLASSES.get(name).expect("a family names a class of the data: tested for each")
     }
 
-    /// What all classes have.
+    /// Attributes of all classes.
     fn base() -> &'static Self {
         Self::of("PreTrainedConfig")
     }

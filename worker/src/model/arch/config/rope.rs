@@ -1,4 +1,5 @@
-//! The rotation, as transformers' `RotaryEmbeddingConfigMixin` reads it (`modeling_rope_utils.py`).
+//! Reads rotation settings as transformers' `RotaryEmbeddingConfigMixin` does
+//! (`modeling_rope_utils.py`).
 
 use std::borrow::Cow;
 
@@ -8,7 +9,7 @@ use super::{Config, ill_typed, unsupported};
 use crate::error::Result;
 use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
 
-/// Keys of the settings that some kind of rotation reads.
+/// Keys that some kind of rotation reads.
 const KNOWN: [&str; 16] = [
     "rope_type",
     "type",
@@ -24,15 +25,15 @@ const KNOWN: [&str; 16] = [
     "mscale_all_dim",
     "truncate",
     "attention_factor",
-    // Which pairs turn by which of three positions, all of which are equal for text.
+    // Assigns pairs to three positions, which are equal for text.
     "mrope_section",
     "mrope_interleaved",
 ];
-/// Share of a head that rotates.
+/// The key of the rotating share of a head.
 const PARTIAL: &str = "partial_rotary_factor";
 
-/// The object that describes the rotation: `rope_scaling`, transformers 5's `rope_parameters`, or
-/// the class's own.
+/// The rotation settings: `rope_scaling`, transformers 5's `rope_parameters`, or the class's
+/// default.
 pub(in crate::model::arch) struct RopeSettings<'a> {
     key: &'static str,
     values: Cow<'a, Map<String, Value>>,
@@ -43,18 +44,18 @@ impl RopeSettings<'_> {
         format!("{}.{key}", self.key)
     }
 
-    /// A number; null is absent.
+    /// A number; `None` if null or absent.
     pub(in crate::model::arch) fn number_opt(&self, key: &str) -> Result<Option<f64>> {
         let number = |value: &Value| value.as_f64().ok_or_else(|| ill_typed(&self.name(key), "a number", value));
         self.values.get(key).filter(|value| !value.is_null()).map(number).transpose()
     }
 
-    /// A number that must be there.
+    /// A required number.
     pub(in crate::model::arch) fn number(&self, key: &str) -> Result<f64> {
         self.number_opt(key)?.ok_or_else(|| ill_typed(&self.name(key), "a number", &Value::Null))
     }
 
-    /// A number that is neither absent, null nor 0: what Python takes for true.
+    /// A number; `None` if absent, null or 0, as Python's truth value.
     pub(in crate::model::arch) fn nonzero(&self, key: &str) -> Result<Option<f64>> {
         Ok(self.number_opt(key)?.filter(|number| *number != 0.0))
     }
@@ -68,7 +69,7 @@ impl RopeSettings<'_> {
         value.as_str().ok_or_else(|| ill_typed(&self.name(key), "a word", value))
     }
 
-    /// Python's truth of a switch that is true where it is absent.
+    /// The truth value of a switch that is true by default.
     fn truncates(&self) -> Result<bool> {
         match self.values.get("truncate") {
             None => Ok(true),
@@ -78,15 +79,15 @@ impl RopeSettings<'_> {
     }
 }
 
-/// One kind of layers, where each has a rotation of its own.
+/// A kind of layers, if each kind has a separate rotation.
 pub(in crate::model::arch) struct RopeKind {
-    /// What `layer_types` calls it.
+    /// Its name in `layer_types`.
     pub(in crate::model::arch) kind: &'static str,
-    /// Where its settings are.
+    /// The key of its settings.
     pub(in crate::model::arch) key: &'static str,
-    /// The key of older files for the base of its frequencies.
+    /// The key of the frequency base in older files.
     pub(in crate::model::arch) theta: &'static str,
-    /// `rope_scaling` of older files is about it.
+    /// Whether `rope_scaling` of older files applies to it.
     pub(in crate::model::arch) is_scaled: bool,
 }
 
@@ -130,7 +131,7 @@ impl<'a> Config<'a> {
         Ok(RopeSpec { theta, dims: head_dim, pairing: Pairing::Halves, scaling })
     }
 
-    /// The settings of the rotation. `rope_scaling` counts before `rope_parameters` unless it is
+    /// The rotation settings. `rope_scaling` has priority over `rope_parameters` unless it is
     /// empty.
     pub(in crate::model::arch) fn rope_settings(&self) -> Result<RopeSettings<'a>> {
         let object = |key: &'static str| match self.raw(key) {
@@ -144,7 +145,7 @@ impl<'a> Config<'a> {
             return Ok(settings);
         }
         let mut values = self.class.rope.clone();
-        // These two come from the configuration even where the rest is the class's.
+        // These two are read from the configuration even if the rest is the class's default.
         values.retain(|key, _| key != "rope_theta" && key != PARTIAL);
         Ok(RopeSettings { key: "rope_parameters", values: Cow::Owned(values) })
     }
@@ -158,16 +159,17 @@ impl<'a> Config<'a> {
         Ok(())
     }
 
-    /// Rotary embedding of heads of width `head_dim`, halves paired.
+    /// Rotary embedding of heads of width `head_dim`, pairing halves.
     ///
     /// # Errors
-    /// A setting that is missing or of another type, by name; an unknown kind of rotation.
+    /// A setting is missing or of a wrong type (the message names it); an unknown kind of
+    /// rotation.
     pub fn rope(&self, head_dim: usize) -> Result<RopeSpec> {
         self.rope_of_part(head_dim, self.class.rope.get(PARTIAL).and_then(Value::as_f64))
     }
 
-    /// The same where `part` of a head rotates unless the settings say another; `None`: it is
-    /// always the whole head.
+    /// As [`rope`](Self::rope), if `part` of a head rotates by default; `None`: the whole head,
+    /// always.
     ///
     /// # Errors
     /// As [`rope`](Self::rope).
@@ -180,7 +182,7 @@ impl<'a> Config<'a> {
 
     fn rope_scaling(&self, settings: &RopeSettings<'_>) -> Result<RopeScaling> {
         Ok(match settings.kind()? {
-            // Stretches only beyond `max_position_embeddings`, which no sequence here exceeds.
+            // These extrapolate only beyond `max_position_embeddings`, which no sequence exceeds.
             "default" | "dynamic" => RopeScaling::None,
             "linear" => RopeScaling::Linear { factor: settings.number("factor")? },
             "llama3" => RopeScaling::Llama3 {
@@ -203,8 +205,8 @@ impl<'a> Config<'a> {
             Some(Value::Null) => self.count("max_position_embeddings")? as f64 / original_positions,
             _ => settings.number("factor")?,
         };
-        // Of the paper's section 3.4; DeepSeek's two keys divide it out again, for its softmax has
-        // it.
+        // The factor is from the paper's section 3.4. DeepSeek's two keys cancel it, since its
+        // softmax includes it.
         let by_paper = match (settings.nonzero("mscale")?, settings.nonzero("mscale_all_dim")?) {
             (Some(own), Some(all)) => yarn_magnitude(factor, own) / yarn_magnitude(factor, all),
             _ => yarn_magnitude(factor, 1.0),
@@ -264,7 +266,7 @@ impl<'a> Config<'a> {
     }
 }
 
-/// By how much YaRN grows queries and keys together: `0.1 * mscale * ln(factor) + 1`.
+/// YaRN's factor of queries and keys: `0.1 * mscale * ln(factor) + 1`.
 pub(in crate::model::arch) fn yarn_magnitude(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
