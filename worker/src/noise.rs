@@ -1,6 +1,7 @@
-//! Numbers that look random and are the same on every machine: made from a counter, so that any of them can be had without those before it.
+//! Reproducible noise, computed from a counter so that any number is available without its
+//! predecessors.
 
-/// splitmix64's output function.
+/// The output function of splitmix64.
 pub(crate) fn mix(counter: u64) -> u64 {
     let mut z = counter.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x9E37_79B9_7F4A_7C15);
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -8,7 +9,7 @@ pub(crate) fn mix(counter: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// What sets the numbers of one name apart from those of another. FNV-1a.
+/// FNV-1a hash of a name, which separates the numbers of different names.
 pub(crate) fn name_hash(name: &str) -> u64 {
     name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }

@@ -1,17 +1,16 @@
-//! Counting outlier features while activations pass by, and judging them afterwards.
+//! Counts outlier features in passing activations, and derives the results.
 //!
-//! Definitions are LLM.int8()'s (Dettmers et al. 2022, section 4.1), read as
-//! [`outliers_protocol::Results`] says. Counting needs only the magnitude threshold; the shares of
+//! Definitions are those of LLM.int8() (Dettmers et al. 2022, section 4.1), read as in
+//! [`outliers_protocol::Results`]. Counting needs only the magnitude threshold. The shares of
 //! layers and positions are applied last, to the stored counts.
 //!
-//! [`study`] measures more in the same pass: every row's moments and median ([`rows`]), the
-//! largest values ([`top`]), massive activations ([`massive`]), routers and experts ([`mixture`]);
-//! their definitions stand with the fields of [`outliers_protocol`] that carry them. Nothing here
-//! depends on the number of threads or on how the tokens are cut into micro-batches. What one pass
-//! over activations finds is found where they lie ([`Values`]): by `outliers_scan` on the CPU, by
-//! kernels of the same results on a GPU.
+//! [`study`] also measures, in the same pass, every row's moments and median ([`rows`]), the
+//! largest values ([`top`]), massive activations ([`massive`]), routers and experts ([`mixture`]).
+//! Their definitions are documented at the fields of [`outliers_protocol`]. No result depends on
+//! the number of threads or on the micro-batches. Activations are scanned on their device
+//! ([`Values`]): by `outliers_scan` on the CPU, by kernels with the same results on a GPU.
 //!
-//! This module never knows which architecture ran.
+//! This module is independent of architectures.
 
 use candle_core::Tensor;
 pub use outliers_scan::Column;
@@ -46,111 +45,110 @@ pub use study::{Report, Scope, Study};
 pub use summary::Summary;
 pub use values::Values;
 
-/// Sees one layer, on the thread that computes it. Asked first, so that nothing is copied off a
-/// device for nobody.
+/// Observes one layer, on the thread that computes it. [`Self::wants`] is called first, so that
+/// unneeded values are not copied from the device.
 pub trait LayerObserver: Send {
-    /// Whether this site is of interest.
+    /// Whether values of this site are wanted.
     fn wants(&self, site: Site) -> bool;
 
-    /// Values at a site: `x` `[rows, hidden]`, row `r` being token `first_token + r`
-    /// (sequence-major); whole sequences, in their order.
+    /// Receives the values of a site: `x` `[rows, hidden]`, row `r` is token `first_token + r`
+    /// (sequence-major). Calls contain whole sequences, in order.
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()>;
 
-    /// The gain of the norm whose output is `site`, `[hidden]`.
+    /// Receives the gain of the norm with output `site`, `[hidden]`.
     fn gain(&mut self, _site: Site, _gain: &Tensor) -> Result<()> {
         Ok(())
     }
 
-    /// What a routed expert's down projection made of its rows, if
-    /// [`Point::ExpertOut`](outliers_protocol::Point::ExpertOut) is wanted of that layer. Row `r`
+    /// Receives a routed expert's down projection of its rows, if
+    /// [`Point::ExpertOut`](outliers_protocol::Point::ExpertOut) of the layer is wanted. Row `r`
     /// belongs to token `first_token + rows.rows[r]`.
     fn expert(&mut self, _layer: usize, _expert: usize, _first_token: usize, _rows: &ExpertRows) -> Result<()> {
         Ok(())
     }
 
-    /// How sharp a layer's softmax is in each arm of an ablation, over some of the tokens; only
-    /// with one.
+    /// Receives the sharpness of a layer's softmax in each arm over some tokens; called only in an
+    /// ablation.
     fn attention(&mut self, _layer: usize, _arms: &[TopShares]) -> Result<()> {
         Ok(())
     }
 
-    /// Whether it is of interest what attention gives to the first key.
+    /// Whether attention to the first key is wanted.
     fn wants_first_key(&self) -> bool {
         false
     }
 
-    /// What the heads of a layer gave to the first key, by sequence and head, from the sequence on
-    /// that begins at `first_token`; only if it is wanted.
+    /// Receives each head's attention to the first key, by sequence and head; the first sequence
+    /// begins at `first_token`. Called only if it is wanted.
     fn first_key(&mut self, _layer: usize, _first_token: usize, _sequences: &[Vec<FirstKey>]) -> Result<()> {
         Ok(())
     }
 
-    /// What sees the inputs of the layer's matrices, if their sums are wanted.
+    /// Observers of the inputs of the layer's matrices, if their sums are wanted.
     fn taps(&self) -> Option<Taps> {
         None
     }
 
-    /// A mixture's choices at a layer.
+    /// Receives a mixture's choices at a layer.
     fn routing(&mut self, _layer: usize, _first_token: usize, _choices: &Choices) -> Result<()> {
         Ok(())
     }
 
-    /// Waits for what a GPU still owes of all that was seen. Called when all tokens have passed the
-    /// layer, before [`Observer::join`].
+    /// Waits for all pending results of a GPU. Called when all tokens have passed the layer,
+    /// before [`Observer::join`].
     fn settle(&mut self) -> Result<()> {
         Ok(())
     }
 }
 
-/// Something that wants to see a pass. Several layers are computed at the same time, each seen by
-/// an observer of its own; what they saw is joined in the order of the layers, so that no number
-/// depends on which thread was first.
+/// Observes a pass. Several layers are computed at the same time, each with its own observer. They
+/// are joined in the order of the layers, so that no result depends on the speed of threads.
 pub trait Observer: Send {
-    /// What sees a single layer.
+    /// Observer of a single layer.
     type Layer: LayerObserver;
 
-    /// Begins to see a layer.
+    /// Creates the observer of a layer.
     fn layer(&self, layer: usize) -> Self::Layer;
 
-    /// Takes what was seen of a layer, once all tokens have passed it. Layers come in their order.
+    /// Adds the observations of a layer that all tokens have passed. Layers come in order.
     fn join(&mut self, seen: Self::Layer);
 
-    /// What has been joined so far, for [`Self::restore`]. Nothing, for an observer that keeps
-    /// nothing.
+    /// The state of everything joined so far, for [`Self::restore`]. Empty for an observer without
+    /// state.
     fn state(&self) -> Result<Vec<u8>> {
         Ok(Vec::new())
     }
 
-    /// Continues from a [`Self::state`], in a process that starts in the middle of the pass.
+    /// Continues from a [`Self::state`] in a process that resumes the pass.
     fn restore(&mut self, _state: &[u8]) -> Result<()> {
         Ok(())
     }
 
-    /// Output of the last norm, `[rows, hidden]`.
+    /// Receives the output of the final norm, `[rows, hidden]`.
     fn final_norm(&mut self, _first_token: usize, _x: &Tensor) -> Result<()> {
         Ok(())
     }
 
-    /// Logits of a block of the vocabulary, `[rows, block]`, the first of which is token id
+    /// Receives logits of a block of the vocabulary, `[rows, block]`; the first column is token id
     /// `first_id`.
     fn logits(&mut self, _first_token: usize, _first_id: usize, _x: &Tensor) -> Result<()> {
         Ok(())
     }
 }
 
-/// Features in one stripe: as many as fit one word of a bit set.
+/// Features per stripe: the bits of one word.
 const STRIPE: usize = 64;
 
-/// Sixty-four features at one site.
+/// Counts of 64 features at one site.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Stripe {
     #[serde(with = "array")]
     columns: [Column; STRIPE],
-    /// Per sequence: the features with an occurrence in it.
+    /// Per sequence: the features with an occurrence.
     hits: Vec<u64>,
 }
 
-/// Arrays longer than serde's own limit of 32.
+/// Serialises arrays longer than serde's limit of 32.
 mod array {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -170,8 +168,8 @@ mod array {
     }
 }
 
-/// Positions of sixty-four features, all sites together: per feature one bit per (sequence,
-/// position), allocated at the first occurrence.
+/// Positions of 64 features over all sites: per feature one bit per (sequence, position),
+/// allocated at the first occurrence.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Positions {
     bits: Vec<Option<Box<[u64]>>>,
@@ -179,8 +177,8 @@ struct Positions {
 
 /// Counts of a run over a fixed set of sites and sequences.
 ///
-/// Size: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus tokens bits per
-/// feature that ever exceeds.
+/// Memory: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus one bit per token
+/// for each feature that ever exceeds.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct OutlierStats {
     threshold: f32,
@@ -188,14 +186,14 @@ pub struct OutlierStats {
     hidden: usize,
     sequences: usize,
     tokens: usize,
-    /// `[sites][stripes]`.
+    /// Shape `[sites][stripes]`.
     stripes: Vec<Vec<Stripe>>,
-    /// `[stripes]`.
+    /// Shape `[stripes]`.
     positions: Vec<Positions>,
 }
 
 impl OutlierStats {
-    /// Nothing counted yet. `tokens` per sequence; `threshold` T > 0.
+    /// Empty counts. `tokens` is per sequence; `threshold` T > 0.
     pub fn new(sites: Vec<Site>, hidden: usize, sequences: usize, tokens: usize, threshold: f32) -> Self {
         let n = hidden.div_ceil(STRIPE);
         let stripe = Stripe { columns: [Column::EMPTY; STRIPE], hits: vec![0; sequences] };
@@ -215,17 +213,17 @@ impl OutlierStats {
         &self.sites
     }
 
-    /// T: a value counts where |x| >= T.
+    /// T: a value is an occurrence if |x| >= T.
     pub fn threshold(&self) -> f32 {
         self.threshold
     }
 
-    /// Features.
+    /// Number of features.
     pub fn hidden(&self) -> usize {
         self.hidden
     }
 
-    /// Sequences.
+    /// Number of sequences.
     pub fn sequences(&self) -> usize {
         self.sequences
     }
@@ -235,17 +233,17 @@ impl OutlierStats {
         self.tokens
     }
 
-    /// What is kept for feature `dim` at the site of index `site`.
+    /// Counts of feature `dim` at the site with index `site`.
     pub fn column(&self, site: usize, dim: usize) -> &Column {
         &self.stripes[site][dim / STRIPE].columns[dim % STRIPE]
     }
 
-    /// Whether `dim` exceeds anywhere in `sequence` at the site of index `site`.
+    /// Whether `dim` exceeds anywhere in `sequence` at the site with index `site`.
     pub fn hit(&self, site: usize, sequence: usize, dim: usize) -> bool {
         self.stripes[site][dim / STRIPE].hits[sequence] >> (dim % STRIPE) & 1 == 1
     }
 
-    /// Distinct positions of `sequence` at which `dim` exceeds at any site.
+    /// Number of distinct positions of `sequence` at which `dim` exceeds at any site.
     pub fn positions_in(&self, sequence: usize, dim: usize) -> u64 {
         let words = self.words();
         let bits = self.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
@@ -261,12 +259,12 @@ impl OutlierStats {
         self.tokens.div_ceil(64)
     }
 
-    /// Counts `x` `[rows, hidden]` at a site, whole sequences of which the first begins at
+    /// Counts `x` `[rows, hidden]` at a site. The first of the whole sequences begins at
     /// `first_token`.
     ///
     /// # Errors
-    /// Internal: a value is NaN or infinite, so that no comparison means anything any more; the
-    /// message names the site. Device: the driver's.
+    /// Internal: a value is NaN or infinite, so that comparisons are meaningless; the message
+    /// names the site. Errors of the driver.
     pub fn count(&mut self, site: Site, first_token: usize, x: &Values<'_>) -> Result<()> {
         let index = self.index_of(site);
         for (s, found) in x.columns(self.threshold)?.iter().enumerate() {
@@ -293,8 +291,8 @@ impl OutlierStats {
         }
     }
 
-    /// Adds another run over the same sequences and the same sites or some of them: counts of
-    /// disjoint parts of the corpus, in any order and grouping.
+    /// Adds a run over other tokens with the same sites or some of them. Order and grouping do not
+    /// matter.
     pub fn merge(&mut self, other: &Self) {
         debug_assert_eq!((self.hidden, self.sequences, self.tokens), (other.hidden, other.sequences, other.tokens));
         for (site, theirs) in other.sites.iter().zip(&other.stripes) {
@@ -315,12 +313,12 @@ impl OutlierStats {
     }
 }
 
-/// Shows a tensor's values as f32, without a copy where it is f32 on the CPU already.
+/// Passes a tensor's values to `see` as f32, without a copy if it is f32 on the CPU.
 pub fn with_f32<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
     on_host(x, see)?
 }
 
-/// The error that names the first value of `x` that is NaN or infinite.
+/// The error for the first value of `x` that is NaN or infinite.
 fn not_finite(site: Site, first_token: usize, x: &Values<'_>) -> Result<WorkerError> {
     let asked: Vec<(usize, u32)> = (0..x.rows()).map(|row| (row, f32::INFINITY.to_bits())).collect();
     let (row, dim) = x.large(&asked)?.first().map_or((0, 0), |at| (at.row, at.dim));

@@ -1,8 +1,7 @@
-//! What a decoder is, as data: shapes and switches of every block, and which tensors they need.
+//! Descriptions of decoders: shapes and switches of every block, and the tensors they need.
 //!
-//! Blocks read these records; they never see `config.json` nor a tensor's published name. An
-//! architecture that needs something these records cannot say gets a new field here, not an `if`
-//! in a block.
+//! Blocks read these records, never `config.json` or a tensor's published name. An architecture
+//! that these records cannot describe gets a new field here, not an `if` in a block.
 
 use std::fmt;
 use std::ops::Range;
@@ -18,39 +17,39 @@ mod needs;
 pub(crate) use needs::MlpRoles;
 pub use needs::{Need, Role};
 
-/// A whole decoder-only model.
+/// A decoder-only model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderSpec {
     /// Width of the residual stream: the number of features.
     pub hidden: usize,
     /// Rows of the embedding, columns of the logits.
     pub vocab: usize,
-    /// Longest sequence the configuration allows.
+    /// Maximum sequence length by the configuration.
     pub max_positions: Option<usize>,
-    /// Keys that an indexer selects for each query. It is not computed: up to as many tokens it
-    /// selects all.
+    /// Number of keys that a sparse indexer selects per query. The indexer is not computed:
+    /// sequences of up to this many tokens attend to all keys.
     pub selected_keys: Option<usize>,
-    /// Token ids to the residual stream.
+    /// Embedding of token ids.
     pub embedding: EmbeddingSpec,
-    /// From the input on.
+    /// Layers, from the input on.
     pub layers: Vec<LayerSpec>,
-    /// After the last layer; post-norm decoders have none.
+    /// Norm after the last layer; `None` in post-norm decoders.
     pub final_norm: Option<NormSpec>,
-    /// The residual stream to logits.
+    /// Projection to the logits.
     pub head: HeadSpec,
 }
 
-/// The longest sequence that is computed, in tokens.
+/// The maximum supported sequence length, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Longest {
-    /// There are no more positions.
+    /// Limited by the model's positions.
     Positions(usize),
-    /// Beyond, attention is to the keys that an indexer selects, which is not computed.
+    /// Limited by the selection of keys, which is not computed.
     SelectedKeys(usize),
 }
 
 impl Longest {
-    /// The number of tokens.
+    /// The limit in tokens.
     pub fn tokens(self) -> usize {
         match self {
             Self::Positions(tokens) | Self::SelectedKeys(tokens) => tokens,
@@ -58,29 +57,29 @@ impl Longest {
     }
 }
 
-/// How token ids enter.
+/// The embedding of token ids.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingSpec {
-    /// Columns of the table. Where it is not the hidden size, a matrix without bias leads in, and
-    /// one leads out before the head (OPT-350m).
+    /// Columns of the table. If this is not the hidden size, matrices without bias project to it
+    /// after the table and from it before the head (OPT-350m).
     pub width: usize,
-    /// Learned vectors added by position, where rotations do not say it.
+    /// Learned vectors added by position, if the model has them.
     pub positions: Option<LearnedPositions>,
-    /// What multiplies the rows of the table.
+    /// Factor of the table's rows.
     pub scale: Option<EmbeddingScale>,
 }
 
-/// What multiplies embeddings.
+/// A factor of embeddings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EmbeddingScale {
-    /// As the configuration says it.
+    /// Value in the configuration.
     pub factor: f64,
-    /// The factor itself is rounded to the dtype of the pass (Gemma).
+    /// Whether the factor is rounded to the dtype of the pass (Gemma).
     pub rounded: bool,
 }
 
 impl EmbeddingScale {
-    /// What multiplies the embeddings of a pass in `compute`.
+    /// The factor in a pass in `compute`.
     pub fn in_dtype(self, compute: DType) -> f32 {
         let factor = self.factor as f32;
         match compute {
@@ -91,7 +90,7 @@ impl EmbeddingScale {
     }
 }
 
-/// A table of position vectors.
+/// A table of learned positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LearnedPositions {
     /// Rows of the table.
@@ -100,15 +99,15 @@ pub struct LearnedPositions {
     pub offset: usize,
 }
 
-/// How logits leave.
+/// The projection to logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadSpec {
-    /// The head's matrix is the embedding.
+    /// Whether the head's matrix is the embedding.
     pub tied: bool,
-    /// The head is read from where it is stored, although the configuration ties it to the
-    /// embedding: it counts as no parameters.
+    /// Whether a tied head is stored separately and read from there. It does not count as
+    /// parameters.
     pub stored: bool,
-    /// One number per token id is added (GPT-J).
+    /// Whether a bias per token id is added (GPT-J).
     pub bias: bool,
     /// Logits become `cap * tanh(logits / cap)` (Gemma).
     pub softcap: Option<f64>,
@@ -118,19 +117,19 @@ pub struct HeadSpec {
 /// stream.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
-    /// Both norms of the layer.
+    /// Kind of both norms.
     pub norm: NormSpec,
-    /// Where they stand.
+    /// Position of the norms.
     pub order: NormOrder,
-    /// Mixes tokens.
+    /// Mixer of tokens.
     pub mixer: MixerSpec,
-    /// Works on each token alone.
+    /// Feed-forward of each token.
     pub ffn: FfnSpec,
-    /// One stored number multiplies the residual stream after the layer (Gemma 4).
+    /// Whether a stored scalar multiplies the residual stream after the layer (Gemma 4).
     pub scalar: bool,
 }
 
-/// Where a layer's norms stand. Their outputs are the studied sites.
+/// Position of a layer's norms. Their outputs are the studied sites.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormOrder {
     /// `x += mixer(norm(x))`, then `x += ffn(norm(x))`: [`Point::BeforeAttention`] and
@@ -139,18 +138,18 @@ pub enum NormOrder {
     /// `x = norm(x + mixer(x))`, then `x = norm(x + ffn(x))` (OPT-350m): [`Point::AfterAttention`]
     /// and [`Point::AfterMlp`].
     After,
-    /// `n = norm(x)`, then `x += mixer(n) + ffn(n)` (GPT-J): [`Point::BeforeAttention`] alone.
+    /// `n = norm(x)`, then `x += mixer(n) + ffn(n)` (GPT-J): [`Point::BeforeAttention`] only.
     Shared,
     /// `x += norm(mixer(norm(x)))`, then `x += norm(ffn(norm(x)))` (Gemma, Trinity):
-    /// [`Point::BeforeAttention`] and [`Point::BeforeMlp`]. The outer norms are not studied:
-    /// nothing is projected from their outputs.
+    /// [`Point::BeforeAttention`] and [`Point::BeforeMlp`]. The outer norms are not studied, since
+    /// no projection reads their outputs.
     Sandwich,
 }
 
 /// A norm over the last dimension, computed in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormSpec {
-    /// Which formula it follows.
+    /// Formula of the norm.
     pub kind: NormKind,
     /// Added to the mean square or variance.
     pub eps: f64,
@@ -161,7 +160,7 @@ pub struct NormSpec {
 pub enum NormKind {
     /// `x / sqrt(mean(x^2) + eps) * gain` (Zhang and Sennrich 2019).
     Rms,
-    /// The same with `gain = 1 + stored weight` (Qwen3-Next).
+    /// As `Rms` with `gain = 1 + stored weight` (Qwen3-Next).
     RmsZeroCentred,
     /// `(x - mean) / sqrt(variance + eps) * gain + bias` (Ba et al. 2016).
     Layer,
@@ -179,7 +178,7 @@ impl NormSpec {
     }
 }
 
-/// How tokens see each other.
+/// How tokens are mixed.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MixerSpec {
     /// Softmax attention with grouped heads.
@@ -190,7 +189,7 @@ pub enum MixerSpec {
     DeltaNet(DeltaNetSpec),
     /// Mamba-2.
     Mamba(MambaSpec),
-    /// The layer is a feed-forward alone (Nemotron-H).
+    /// None: the layer is only a feed-forward (Nemotron-H).
     None,
 }
 
@@ -201,79 +200,79 @@ pub struct AttentionSpec {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head. Its own number: not always hidden / heads.
+    /// Width of one head; not always hidden / heads.
     pub head_dim: usize,
-    /// q, k and v are one matrix, their rows one after another (GPT-2).
+    /// Whether q, k and v are one matrix, with their rows in this order (GPT-2).
     pub fused_qkv: bool,
-    /// Norm of queries and keys.
+    /// Norms of queries and keys.
     pub qk_norm: QkNorm,
-    /// q, k and v have a bias.
+    /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
-    /// The output projection has a bias.
+    /// Whether the output projection has a bias.
     pub output_bias: bool,
-    /// q, k, v clamped to [-c, c] after their norms (OLMoE's `clip_qkv`).
+    /// Clamps q, k, v to [-c, c] after their norms (OLMoE's `clip_qkv`).
     pub clip_qkv: Option<f64>,
-    /// Rotary positions; `None` where positions are learned, or not told at all (NoPE).
+    /// Rotary positions; `None` if positions are learned or absent (NoPE).
     pub rope: Option<RopeSpec>,
     /// Which keys a query sees.
     pub window: Window,
-    /// One learned logit per head joins the softmax's denominator and contributes no value
+    /// Whether a learned logit per head is added to the softmax's denominator, without a value
     /// (gpt-oss).
     pub sinks: bool,
-    /// What opens the mixed values.
+    /// Gate of the attention output.
     pub output_gate: OutputGate,
-    /// What multiplies the scores, where not the root of 1 / head_dim (Gemma).
+    /// Factor of the scores; `None`: `1 / sqrt(head_dim)`.
     pub scale: Option<f64>,
-    /// Values are normalised, each head by itself and without a gain (Gemma 4): added to the mean
-    /// square.
+    /// Epsilon of a norm of each head's values without a gain (Gemma 4); `None`: no norm.
     pub value_norm: Option<f64>,
-    /// Keys are values too, before their norm and rotation (Gemma 4).
+    /// Whether the values are the keys before norm and rotation (Gemma 4).
     pub key_is_value: bool,
-    /// Queries grow with their position (Llama 4's layers without rotation).
+    /// Scaling of queries by position (Llama 4's layers without rotation).
     pub temperature: Option<Temperature>,
 }
 
-/// What the mixed values of each head are multiplied by before the output projection.
+/// The gate that multiplies each head's output before the output projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputGate {
-    /// Nothing.
+    /// No gate.
     None,
-    /// sigmoid(gate). The query matrix has twice the rows, per head [query | gate] (Qwen3-Next).
+    /// sigmoid(gate). The query matrix has twice as many rows, per head [query | gate]
+    /// (Qwen3-Next).
     WithQuery,
-    /// sigmoid(gate), under a matrix of its own (Trinity).
+    /// sigmoid(gate) from a separate matrix (Trinity).
     Separate,
 }
 
-/// How queries and keys are normalised.
+/// Norms of queries and keys.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum QkNorm {
-    /// Not at all.
+    /// None.
     None,
-    /// Before the rotation, over the whole projected vector, all heads together (OLMoE).
+    /// Before the rotation, over the whole projection, all heads together (OLMoE).
     WholeProjection(NormSpec),
-    /// Before the rotation, each head by itself, one gain for all heads (Qwen3).
+    /// Before the rotation, per head, one gain for all heads (Qwen3).
     PerHead(NormSpec),
-    /// After the rotation, each head by itself, without a gain (Llama 4).
+    /// After the rotation, per head, without a gain (Llama 4).
     AfterRope {
         /// Added to the mean square.
         eps: f64,
     },
 }
 
-/// Which of the keys up to its own position a query sees.
+/// Which keys up to its own position a query sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Window {
     /// All keys up to the query.
     Full,
-    /// The last N keys, its own included.
+    /// The last N keys, including the query's own.
     Sliding(usize),
-    /// Those in its own chunk: positions with the same `position / chunk`.
+    /// Keys of the query's chunk: positions with the same `position / chunk`.
     Chunked(usize),
 }
 
 impl Window {
-    /// The first key that the query at `position` sees. A width of 0 counts as 1: nothing is blind
-    /// to itself.
+    /// The first key that the query at `position` sees. A width of 0 counts as 1, so that every
+    /// query sees its own key.
     pub fn first_key(self, position: usize) -> usize {
         match self {
             Self::Full => 0,
@@ -293,36 +292,34 @@ pub struct Temperature {
 }
 
 impl Temperature {
-    /// What multiplies the query at `position`; every step rounded to f32, as the reference rounds
-    /// it.
+    /// The factor of the query at `position`. Every step is rounded to f32, as in the reference.
     pub fn factor(self, position: usize) -> f32 {
         let steps = ((position as f32 + 1.0) / self.floor as f32).floor();
         steps.ln_1p() * self.scale as f32 + 1.0
     }
 }
 
-/// Multi-head latent attention (DeepSeek-V2, 2024): queries and keys/values through low-rank
-/// bottlenecks, positions in a part of each head of their own; one rotated key part serves all
-/// heads.
+/// Multi-head latent attention (DeepSeek-V2, 2024): low-rank queries and low-rank keys and values.
+/// Positions are in a separate part of each head, and all heads share one rotated key part.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LatentSpec {
     /// Number of heads.
     pub heads: usize,
-    /// Width of the queries' bottleneck; `None`: one full matrix.
+    /// Rank of the queries; `None`: one full matrix.
     pub query_rank: Option<usize>,
-    /// Width of the keys' and values' bottleneck.
+    /// Rank of the keys and values.
     pub kv_rank: usize,
-    /// Part of a head's query and key without position.
+    /// Width of a head's query and key without position.
     pub nope_dim: usize,
-    /// Part of a head's query and key that rotates; after the other.
+    /// Width of the rotated part, after the part without position.
     pub rope_dim: usize,
     /// Width of a head's value.
     pub value_dim: usize,
-    /// Norm inside both bottlenecks.
+    /// Kind of the norms of both low-rank vectors.
     pub norm: NormSpec,
-    /// What multiplies the scores.
+    /// Factor of the scores.
     pub scale: f64,
-    /// Rotation of the `rope_dim` part; `None` where it stays as it is (Kimi Linear).
+    /// Rotation of the `rope_dim` part; `None`: not rotated (Kimi Linear).
     pub rope: Option<RopeSpec>,
 }
 
@@ -340,9 +337,9 @@ pub struct DeltaNetSpec {
     pub value_dim: usize,
     /// Taps of the causal depthwise convolution, the last on the current token.
     pub kernel: usize,
-    /// How the matrices that lead in are stored.
+    /// Storage of the input projections.
     pub stored: DeltaStored,
-    /// Norm of the mixed values, per value head, before the gate.
+    /// Norm of the output per value head, before the gate.
     pub norm: NormSpec,
 }
 
@@ -353,44 +350,42 @@ pub struct MambaSpec {
     pub heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Groups of neighbouring heads that share what writes to and reads from their states; also of
-    /// the norm.
+    /// Groups of adjacent heads that share writes and reads; also the groups of the norm.
     pub groups: usize,
     /// Rows of a head's state.
     pub state: usize,
     /// Taps of the causal depthwise convolution, the last on the current token.
     pub kernel: usize,
-    /// The convolution has a bias.
+    /// Whether the convolution has a bias.
     pub convolution_bias: bool,
-    /// The shortest step.
+    /// Minimum step.
     pub shortest_step: f64,
     /// Norm of the gated values, per group.
     pub norm: NormSpec,
 }
 
-/// How the matrices that lead into a DeltaNet are stored.
+/// Storage of a DeltaNet's input projections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeltaStored {
-    /// Two, their rows grouped by key head: [q | k | values | gates] and [write strengths | steps]
-    /// (Qwen3-Next).
+    /// Two matrices with rows grouped by key head: [q | k | values | gates] and [write strengths |
+    /// steps] (Qwen3-Next).
     ByKeyHead,
-    /// One for queries, keys and values, all rows of a kind one after another, and one each for
-    /// gates, write strengths and steps (Qwen3.5).
+    /// One matrix for queries, keys and values, in this order, and one each for gates, write
+    /// strengths and steps (Qwen3.5).
     ByKind,
-    /// One of each kind, gates and steps through a bottleneck as wide as a value. There is a step,
-    /// and thereby a decay, for each channel of a key, and gates open by their sigmoid
-    /// (Kimi Linear).
+    /// One matrix of each kind; gates and steps are low-rank with the width of a value. Each
+    /// channel of a key has a step and so a decay, and gates use a sigmoid (Kimi Linear).
     Apart,
 }
 
 /// A feed-forward block.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FfnSpec {
-    /// One for all tokens.
+    /// A dense MLP.
     Dense(MlpSpec),
-    /// Routed experts.
+    /// A mixture of routed experts.
     Moe(MoeSpec),
-    /// The layer is a mixer alone (Nemotron-H).
+    /// None: the layer is only a mixer (Nemotron-H).
     None,
 }
 
@@ -399,13 +394,13 @@ pub enum FfnSpec {
 pub struct MlpSpec {
     /// Inner width.
     pub intermediate: usize,
-    /// What happens at the inner width.
+    /// Gating and activation.
     pub kind: MlpKind,
-    /// All projections have a bias.
+    /// Whether all projections have a bias.
     pub bias: bool,
 }
 
-/// What happens at a feed-forward's inner width.
+/// Gating and activation of a feed-forward.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum MlpKind {
     /// `down(relu(up x))`.
@@ -421,33 +416,33 @@ pub enum MlpKind {
     /// gpt-oss: `gate = min(gate, limit)`, `up = clamp(up, -limit, limit)`, `down((up + 1) * gate
     /// * sigmoid(alpha * gate))`.
     ClampedSwiglu {
-        /// Where gate and up lie.
+        /// Storage of gate and up.
         stored: GateUp,
-        /// Largest magnitude.
+        /// Limit of the magnitude.
         limit: f64,
         /// Slope inside the sigmoid.
         alpha: f64,
     },
 }
 
-/// Where the gate's and the up projection's rows lie.
+/// Storage of the gate and up projections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateUp {
     /// Two matrices.
     Separate,
-    /// One matrix: all of gate, then all of up.
+    /// One matrix: all rows of gate, then all rows of up.
     Halves,
     /// One matrix: even rows gate, odd rows up.
     Interleaved,
 }
 
 impl MlpSpec {
-    /// `down(silu(gate x) * up x)` from three matrices without bias: what most families have.
+    /// `down(silu(gate x) * up x)` from three matrices without bias, as in most families.
     pub fn swiglu(intermediate: usize) -> Self {
         Self { intermediate, kind: MlpKind::Swiglu(GateUp::Separate), bias: false }
     }
 
-    /// Where gate and up lie, for gated kinds.
+    /// Storage of gate and up, for gated kinds.
     pub fn gate_up(&self) -> Option<GateUp> {
         match self.kind {
             MlpKind::Relu | MlpKind::ReluSquared | MlpKind::GeluTanh => None,
@@ -459,22 +454,22 @@ impl MlpSpec {
 /// A mixture of experts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MoeSpec {
-    /// Routed experts.
+    /// Number of routed experts.
     pub experts: usize,
     /// Experts per token.
     pub top_k: usize,
     /// Shape of each expert.
     pub expert: MlpSpec,
-    /// How tokens find their experts.
+    /// How experts are chosen and weighted.
     pub router: RouterSpec,
-    /// An expert that every token visits.
+    /// An expert for every token, if there is one.
     pub shared: Option<SharedSpec>,
-    /// A dense MLP beside the mixture (Gemma 4). It reads the layer's norm; router and experts
-    /// read the residual stream, the experts under a norm of their own. Both outputs have norms
+    /// A dense MLP beside the mixture (Gemma 4). It reads the layer's norm. Router and experts
+    /// read the residual stream, the experts through a separate norm. Both outputs are normalised
     /// before they are added.
     pub beside: Option<MlpSpec>,
-    /// Width of the space in which the experts work, between two matrices. Router and shared
-    /// expert read the layer's norm all the same (Nemotron 3 Super).
+    /// Width of the latent space of the experts, between two matrices. Router and shared expert
+    /// still read the layer's norm (Nemotron 3 Super).
     pub latent: Option<usize>,
 }
 
@@ -497,11 +492,11 @@ impl MoeSpec {
 pub struct SharedSpec {
     /// Its shape.
     pub mlp: MlpSpec,
-    /// Its output is multiplied by sigmoid(w x) (Qwen3-Next); else it is added as it is.
+    /// Whether its output is multiplied by sigmoid(w x) (Qwen3-Next).
     pub gate: bool,
 }
 
-/// How router logits become expert weights. All of it in f32.
+/// How router logits become expert weights, in f32.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RouterSpec {
     /// Softmax over all experts, then the top k; divided by their sum if `normalise`.
@@ -514,30 +509,30 @@ pub enum RouterSpec {
     /// Sigmoid scores; experts are chosen by score + correction bias among the best groups,
     /// weighted by the score alone (DeepSeek-V3).
     SigmoidGroups {
-        /// Equal groups of neighbouring experts, each judged by the sum of its two best biased
-        /// scores.
+        /// Number of equal groups of adjacent experts. A group's score is the sum of its two best
+        /// biased scores.
         groups: usize,
-        /// Groups an expert may be chosen from.
+        /// Number of groups from which experts are chosen.
         top_groups: usize,
         /// Divide the chosen scores by their sum.
         normalise: bool,
-        /// What multiplies the weights in the end.
+        /// Final factor of the weights.
         scale: f64,
     },
     /// The top k logits; the sigmoid of each multiplies the expert's INPUT (Llama 4).
     SigmoidOfInput,
-    /// Softmax over all experts, then the top k of the best groups, weighted by their shares
-    /// (DeepSeek-V2).
+    /// Softmax over all experts, then the top k of the best groups, weighted by their softmax
+    /// values (DeepSeek-V2).
     SoftmaxGroups {
-        /// Equal groups of neighbouring experts, each judged by its best share.
+        /// Number of equal groups of adjacent experts. A group's score is its best softmax value.
         groups: usize,
-        /// Groups an expert may be chosen from.
+        /// Number of groups from which experts are chosen.
         top_groups: usize,
-        /// What multiplies the weights in the end.
+        /// Final factor of the weights.
         scale: f64,
     },
-    /// The input is normalised and scaled; softmax over all experts, the top k divided by their
-    /// sum, each times a number of its expert (Gemma 4).
+    /// Normalises and scales the input; softmax over all experts; the top k divided by their sum,
+    /// times a factor per expert (Gemma 4).
     NormedSoftmax {
         /// Added to the mean square.
         eps: f64,
@@ -545,31 +540,30 @@ pub enum RouterSpec {
 }
 
 impl RouterSpec {
-    /// Logits have a bias.
+    /// Whether logits have a bias.
     pub fn bias(&self) -> bool {
         matches!(self, Self::TopKSoftmax)
     }
 
-    /// Scores have a correction bias that takes part in choosing only.
+    /// Whether scores have a correction bias, used for the choice only.
     pub fn correction(&self) -> bool {
         matches!(self, Self::SigmoidGroups { .. })
     }
 
-    /// Its input and its weights have stored scales.
+    /// Whether its input and its weights have stored scales.
     pub fn scales(&self) -> bool {
         matches!(self, Self::NormedSoftmax { .. })
     }
 }
 
-/// Tensors that are fetched together, used by all tokens, and dropped together: the grain of
-/// streaming.
+/// A streaming unit: tensors that are loaded, used by all tokens, and dropped together.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Unit {
     /// Layer, from 0.
     pub layer: usize,
-    /// Which part of the layer.
+    /// Part of the layer.
     pub part: Part,
-    /// What it needs.
+    /// Tensors of the unit.
     pub needs: Vec<Need>,
 }
 
@@ -582,7 +576,7 @@ pub enum Part {
     Dense,
     /// Norm, router and shared expert of a mixture.
     Router,
-    /// A group of its experts; the last group ends the layer.
+    /// A group of experts; the last group ends the layer.
     Experts(Range<usize>),
 }
 
@@ -597,8 +591,8 @@ impl fmt::Display for Unit {
     }
 }
 
-/// Norms over the residual stream's width whose outputs nothing is projected from, and of the
-/// experts' own input.
+/// Norms of the residual stream's width that are not studied: no projection reads their output, or
+/// they are the experts' input.
 const UNSTUDIED: [Role; 5] =
     [Role::MixerPostNorm, Role::FfnPostNorm, Role::BesidePostNorm, Role::ExpertsNorm, Role::ExpertsPostNorm];
 
@@ -607,14 +601,14 @@ const UNSTUDIED: [Role; 5] =
 pub struct Site {
     /// Layer, from 0.
     pub layer: usize,
-    /// Where in the layer.
+    /// Point in the layer.
     pub point: Point,
 }
 
 impl Site {
-    /// Whose input a norm output is: the layer, and [`Point::BeforeAttention`] or
+    /// The consumer of a norm output: the layer, and [`Point::BeforeAttention`] or
     /// [`Point::BeforeMlp`]. In a post-norm layer the norm after attention feeds the MLP, and the
-    /// norm after the MLP the next layer's attention (or, after the last layer, the head).
+    /// norm after the MLP feeds the next layer's attention (or, after the last layer, the head).
     pub fn feeds(self) -> Option<(usize, Point)> {
         match self.point {
             Point::BeforeAttention | Point::BeforeMlp => Some((self.layer, self.point)),
@@ -633,7 +627,7 @@ impl DecoderSpec {
         UNSTUDIED.into_iter().filter(has).collect()
     }
 
-    /// The longest sequence that is computed; `None`: any.
+    /// The maximum supported sequence length; `None`: unlimited.
     pub fn longest(&self) -> Option<Longest> {
         let (positions, keys) = (self.max_positions.map(Longest::Positions), self.selected_keys);
         positions.into_iter().chain(keys.map(Longest::SelectedKeys)).min_by_key(|longest| longest.tokens())
@@ -665,7 +659,7 @@ impl NormOrder {
 }
 
 impl LayerSpec {
-    /// In words.
+    /// A description for people.
     pub fn describe(&self) -> String {
         match (self.has_mixer(), self.has_ffn()) {
             (true, false) => self.mixer.describe(),
@@ -674,17 +668,17 @@ impl LayerSpec {
         }
     }
 
-    /// Tokens are mixed.
+    /// Whether the layer has a mixer.
     pub fn has_mixer(&self) -> bool {
         self.mixer != MixerSpec::None
     }
 
-    /// There is a feed-forward.
+    /// Whether the layer has a feed-forward.
     pub fn has_ffn(&self) -> bool {
         self.ffn != FfnSpec::None
     }
 
-    /// Routed experts, 0 in a dense layer.
+    /// Number of routed experts, 0 in a dense layer.
     pub fn experts(&self) -> usize {
         match &self.ffn {
             FfnSpec::Dense(_) | FfnSpec::None => 0,
@@ -694,8 +688,7 @@ impl LayerSpec {
 }
 
 impl AttentionSpec {
-    /// Every token sees all before it, with nothing around it: no positions, norms, biases or
-    /// gates.
+    /// Full attention without positions, norms, biases and gates.
     pub fn plain(heads: usize, kv_heads: usize, head_dim: usize) -> Self {
         Self {
             heads,
@@ -728,8 +721,8 @@ impl MixerSpec {
         }
     }
 
-    /// Multiply-adds per pair of a token and one it sees; a DeltaNet has none, its state does not
-    /// grow.
+    /// Multiply-adds per pair of a token and a visible token; 0 for a DeltaNet, whose state has a
+    /// fixed size.
     pub fn pair_values(&self) -> usize {
         match self {
             Self::Attention(a) => 2 * a.heads * a.head_dim,
@@ -738,7 +731,7 @@ impl MixerSpec {
         }
     }
 
-    /// Heads for which scores are held.
+    /// Heads with attention scores.
     pub fn score_heads(&self) -> usize {
         match self {
             Self::Attention(a) => a.heads,
@@ -747,8 +740,8 @@ impl MixerSpec {
         }
     }
 
-    /// Bytes per token that are alive between the projections in and out, in a pass whose values
-    /// have `value` bytes.
+    /// Bytes per token between the input and output projections, in a pass whose values have
+    /// `value` bytes.
     pub fn projected_bytes(&self, value: usize) -> usize {
         match self {
             Self::Attention(a) => {
@@ -758,14 +751,14 @@ impl MixerSpec {
             Self::Latent(l) => l.heads * (3 * (l.nope_dim + l.rope_dim) + 2 * l.value_dim) * value,
             Self::None => 0,
             Self::Mamba(m) => {
-                // f32 inside: convolved channels twice, and what writes and reads for each head.
+                // f32 values: convolved channels twice, and writes and reads per head.
                 let repeated = 2 * m.heads * m.state;
                 (2 * m.inner() + m.channels()) * value
                     + (2 * m.channels() + repeated + 4 * m.inner()) * size_of::<f32>()
             }
             Self::DeltaNet(d) => {
-                // f32 inside: convolved channels, queries and keys repeated for each value head,
-                // what was read twice.
+                // f32 values: convolved channels, queries and keys repeated per value head, and
+                // results twice.
                 let (values, repeated) = (d.value_heads * d.value_dim, 2 * d.value_heads * d.key_dim);
                 // Steps and decays.
                 let steps = if d.decays_channels() { 2 * d.value_heads * d.key_dim } else { 0 };
@@ -774,8 +767,8 @@ impl MixerSpec {
         }
     }
 
-    /// Bytes per token that are alive beside those where all sequences of a micro-batch are mixed
-    /// together: keys and values by head, and what comes out of each block of queries.
+    /// Additional bytes per token if all sequences of a micro-batch are mixed together: keys and
+    /// values by head, and the output of each block of queries.
     pub fn mixed_bytes(&self, value: usize) -> usize {
         match self {
             Self::Attention(a) => (a.heads + 2 * a.kv_heads) * a.head_dim * value,

@@ -2,20 +2,20 @@
 
 use candle_core::{Device, Result, Tensor};
 
-/// Which rotation, over which part of a head.
+/// A rotation of a part of a head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeSpec {
     /// Base of the frequencies.
     pub theta: f64,
     /// Leading dimensions of a head that rotate; even.
     pub dims: usize,
-    /// Which two of them rotate together.
+    /// Which dimensions form a pair.
     pub pairing: Pairing,
-    /// Stretching for longer contexts.
+    /// Scaling for longer contexts.
     pub scaling: RopeScaling,
 }
 
-/// Which dimensions rotate together.
+/// Which dimensions form a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pairing {
     /// `(i, i + dims / 2)` (Llama, GPT-NeoX).
@@ -24,22 +24,22 @@ pub enum Pairing {
     Interleaved,
 }
 
-/// How frequencies are stretched.
+/// Scaling of frequencies.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// As they are.
+    /// None.
     None,
-    /// The first `part` of the pairs turn as in a whole head, the others do not (Gemma 4).
+    /// The first `part` of the pairs rotate as in a whole head, the others do not (Gemma 4).
     Proportional {
         /// Share of the pairs.
         part: f64,
     },
     /// All divided by `factor`.
     Linear {
-        /// What positions are divided by.
+        /// Divisor of positions.
         factor: f64,
     },
-    /// Llama 3.1: long wavelengths divided by `factor`, short ones kept, a ramp between.
+    /// Llama 3.1: long wavelengths are divided by `factor`, short ones kept, with a ramp between.
     Llama3 {
         /// Divisor of the long wavelengths.
         factor: f64,
@@ -47,23 +47,23 @@ pub enum RopeScaling {
         low_freq_factor: f64,
         /// Wavelengths below `original_positions / high_freq_factor` are short.
         high_freq_factor: f64,
-        /// Context of the pre-training.
+        /// Context length of the pre-training.
         original_positions: f64,
     },
-    /// YaRN (Peng et al. 2023): pairs that turn often within the original context are kept, those
-    /// that turn rarely divided, a ramp over the pair's index between.
+    /// YaRN (Peng et al. 2023): pairs that turn often within the original context are kept, pairs
+    /// that turn rarely are divided, with a ramp over the pair's index between.
     Yarn {
         /// Divisor of the slow pairs.
         factor: f64,
-        /// Context of the pre-training.
+        /// Context length of the pre-training.
         original_positions: f64,
-        /// Turns within it from which on a pair is kept.
+        /// Minimum number of turns within the context for a pair to be kept.
         beta_fast: f64,
-        /// Turns up to which it is divided.
+        /// Maximum number of turns for a pair to be divided.
         beta_slow: f64,
-        /// The ramp's ends are rounded outwards to whole pairs.
+        /// Whether the ramp's ends are rounded outwards to whole pairs.
         truncate: bool,
-        /// What multiplies cos and sin.
+        /// Factor of cos and sin.
         attention_factor: f64,
     },
 }
@@ -73,15 +73,15 @@ pub enum RopeScaling {
 pub struct RopeTable {
     /// `[2, positions, dims / 2]` in f32: the cosine of each position and pair, then the sine.
     pub angles: Tensor,
-    /// `dims / 2`.
+    /// Number of pairs, `dims / 2`.
     pub pairs: usize,
-    /// Which two dimensions a pair is.
+    /// Which dimensions form a pair.
     pub pairing: Pairing,
 }
 
 impl RopeSpec {
-    /// Rotation per position of each pair, radians; every step rounded to f32, as the reference
-    /// rounds it.
+    /// Rotation per position of each pair, in radians. Every step is rounded to f32, as in the
+    /// reference.
     fn frequencies(&self) -> Vec<f32> {
         let period = |pair: usize| {
             let exponent = (2 * pair) as f32 / self.dims as f32;
@@ -110,10 +110,10 @@ impl RopeSpec {
         }
     }
 
-    /// The table for positions `0..positions`.
+    /// Computes the table for positions `0..positions`.
     ///
     /// # Errors
-    /// The device's.
+    /// Errors of the device.
     pub fn table(&self, positions: usize, device: &Device) -> Result<RopeTable> {
         let pairs = self.dims / 2;
         let (cos, sin) = self.turns(positions);
@@ -123,8 +123,8 @@ impl RopeSpec {
 
     /// cos and sin of positions `0..positions`, each `[positions, dims / 2]`, row-major.
     fn turns(&self, positions: usize) -> (Vec<f32>, Vec<f32>) {
-        // The reference rounds frequency and angle to f32; at position 100,000 that is visible in
-        // the fourth digit.
+        // The reference rounds frequency and angle to f32. At position 100,000 this changes the
+        // fourth digit.
         let frequencies = self.frequencies();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| f64::from(p as f32 * f)));
         let factor = match self.scaling {
@@ -140,7 +140,7 @@ impl RopeSpec {
 
 fn llama3(frequency: f32, factor: f32, low: f32, high: f32, original_positions: f32) -> f32 {
     let wavelength = frequency.recip() * std::f32::consts::TAU;
-    // Selected, not blended: some published configs have low == high, where the ramp divides by
+    // Selected, not blended: if low == high, as in some published configs, the ramp divides by
     // zero.
     if wavelength > original_positions / low {
         frequency / factor
@@ -152,7 +152,7 @@ fn llama3(frequency: f32, factor: f32, low: f32, high: f32, original_positions: 
     }
 }
 
-/// YaRN's way from pairs that are kept (0) to pairs that are divided (1), over the pair's index.
+/// YaRN's ramp over the pair's index, from kept pairs (0) to divided ones (1).
 struct Ramp {
     low: f32,
     width: f32,
@@ -168,7 +168,7 @@ impl Ramp {
             (low, high) = (low.floor(), high.ceil());
         }
         (low, high) = (low.max(0.0), high.min(dims - 1.0));
-        // As in the reference: a step must not divide by zero.
+        // As in the reference: prevents division by zero.
         let width = if low == high { 0.001 } else { high - low };
         Self { low: low as f32, width: width as f32 }
     }
@@ -195,12 +195,12 @@ mod tests {
         RopeScaling::Yarn { factor, original_positions: 4096.0, beta_fast, beta_slow, truncate, attention_factor }
     }
 
-    /// Values of transformers' own functions, as (pair, radians per position).
+    /// Compares with values of transformers' functions, as (pair, radians per position).
     fn assert_frequencies(spec: &RopeSpec, expected: &[(usize, f64)]) {
         let frequencies = spec.frequencies();
         assert_eq!(frequencies.len(), spec.dims / 2);
         for &(pair, want) in expected {
-            // Powers may differ in the last place; what is computed from them, a little more.
+            // Powers may differ in the last place, and derived values slightly more.
             let got = f64::from(frequencies[pair]);
             assert!(
                 (got / want - 1.0).abs() <= 4.0 * f64::from(f32::EPSILON),
@@ -209,12 +209,12 @@ mod tests {
         }
     }
 
-    /// Of pair `pair` at position 4095: transformers' cos and sin.
+    /// Compares cos and sin of pair `pair` at position 4095 with those of transformers.
     fn assert_rotation(spec: &RopeSpec, pair: usize, cos: f64, sin: f64) {
         let (of_cos, of_sin) = spec.turns(4096);
         let at = 4095 * spec.dims / 2 + pair;
-        // A frequency that is off by one unit in the last place turns this much more in 4095
-        // positions.
+        // The rotation error after 4095 positions of a frequency that is off by one unit in the
+        // last place.
         let slack = f64::from(4095.0 * spec.frequencies()[pair] * 4.0 * f32::EPSILON) + 1e-6;
         assert!((f64::from(of_cos[at]) - cos).abs() < slack, "cos of pair {pair}: {}, expected {cos}", of_cos[at]);
         assert!((f64::from(of_sin[at]) - sin).abs() < slack, "sin of pair {pair}: {}, expected {sin}", of_sin[at]);

@@ -1,5 +1,5 @@
-//! Attention on the first key and the size of hidden states (arXiv 2505.06708); the definitions
-//! are [`AttentionSinks`]'.
+//! Attention to the first key and the size of hidden states (arXiv 2505.06708), as defined by
+//! [`AttentionSinks`].
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::blocks::attention::FirstKey;
 const RULE: &str = "share of attention on the first key of the sequence, over queries that see it but for the first; \
                     largest |x| of a token's residual stream";
 
-/// Numbers, and their sum.
+/// Sum and number of values.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Mean {
     count: u64,
@@ -37,26 +37,26 @@ impl Mean {
     }
 }
 
-/// Adds means to those of the same layers or sequences.
+/// Adds means of the same layers or sequences.
 fn merge(mine: &mut BTreeMap<usize, Mean>, theirs: &BTreeMap<usize, Mean>) {
     theirs.iter().for_each(|(index, mean)| mine.entry(*index).or_default().merge(mean));
 }
 
-/// Sums by layer and by sequence.
+/// Sums per layer and per sequence.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct FirstKeys {
-    /// By layer and head.
+    /// Per layer and head.
     shares: BTreeMap<usize, Vec<FirstKey>>,
-    /// By sequence, over layers: a layer's mean over heads.
+    /// Per sequence, over layers: a layer's mean over heads.
     shares_of_sequences: BTreeMap<usize, Mean>,
-    /// Tokens' largest |x| by layer.
+    /// Per layer: each token's largest |x|.
     largest: BTreeMap<usize, Mean>,
-    /// The same by sequence, over layers.
+    /// Per sequence, over layers: each token's largest |x|.
     largest_of_sequences: BTreeMap<usize, Mean>,
 }
 
 impl FirstKeys {
-    /// Takes what each head of a layer gave to the first key of a sequence.
+    /// Adds each head's attention to the first key in a sequence.
     pub fn add(&mut self, layer: usize, sequence: usize, heads: &[FirstKey]) {
         self.add_heads(layer, heads);
         if let Some(share) = mean(&means(heads)) {
@@ -72,7 +72,7 @@ impl FirstKeys {
         mine.iter_mut().zip(heads).for_each(|(mine, more)| *mine = mine.and(*more));
     }
 
-    /// Takes the residual stream of a sequence after a layer.
+    /// Adds the residual stream of a sequence after a layer.
     pub fn add_residual(&mut self, layer: usize, sequence: usize, scan: &Scan) {
         let mut largest = Mean::default();
         scan.rows.iter().for_each(|row| largest.add(f64::from(row.max_abs())));
@@ -80,7 +80,7 @@ impl FirstKeys {
         self.largest_of_sequences.entry(sequence).or_default().merge(&largest);
     }
 
-    /// Adds what was seen of other layers or other sequences.
+    /// Adds sums of other layers or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (layer, heads) in &other.shares {
             self.add_heads(*layer, heads);
@@ -90,7 +90,7 @@ impl FirstKeys {
         merge(&mut self.largest_of_sequences, &other.largest_of_sequences);
     }
 
-    /// As reports have it.
+    /// The result for reports.
     pub fn summary(&self) -> AttentionSinks {
         let layer = |(layer, largest): (&usize, &Mean)| {
             let heads = self.shares.get(layer).map(|heads| means(heads)).unwrap_or_default();
@@ -110,12 +110,12 @@ impl FirstKeys {
     }
 }
 
-/// Of the heads with queries.
+/// Means of the heads with queries.
 fn means(heads: &[FirstKey]) -> Vec<f64> {
     heads.iter().filter_map(|head| head.mean()).collect()
 }
 
-/// `None` of nothing.
+/// The mean; `None` for no values.
 fn mean(values: &[f64]) -> Option<f64> {
     (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
@@ -131,7 +131,7 @@ mod tests {
         let mut all = FirstKeys::default();
         for (layer, sequence, value) in [(1, 1, 3u8), (0, 0, 1), (1, 0, 2), (0, 1, 4)] {
             let mut one = FirstKeys::default();
-            // Eighths of 2^32.
+            // In eighths of 2^32.
             let head: FirstKey = serde_json::from_value(json!({"sum": u64::from(value) << 29, "queries": 1})).unwrap();
             one.add(layer, sequence, &[head, head]);
             let value = f32::from(value);

@@ -1,12 +1,12 @@
-//! Sums that do not depend on the order of their terms.
+//! Sums that are independent of the order of terms.
 
 use serde::{Deserialize, Serialize};
 
-/// An exact sum of finite f64 values: however the terms are ordered or grouped, the result is the
-/// same bit by bit, so that neither threads nor the cutting of the corpus show in a report.
+/// An exact sum of finite f64 values. The result is bit-identical for any order or grouping, so
+/// that neither threads nor micro-batches affect a report.
 ///
-/// A term is an integer times a power of two. Windows of 32 exponents have a 128-bit integer each,
-/// which takes 2^42 terms.
+/// A term is an integer times a power of two. Each window of 32 exponents has a 128-bit integer,
+/// which can hold 2^42 terms.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExactSum {
     /// `(window, integer)`, ascending; most sums touch two or three windows.
@@ -22,7 +22,8 @@ impl ExactSum {
         debug_assert!(term.is_finite(), "{term} cannot be summed");
         let bits = term.to_bits();
         let (stored, fraction) = ((bits >> 52 & 0x7ff) as u32, bits & ((1 << 52) - 1));
-        // Subnormal numbers have the exponent of the smallest normal ones, and no leading one.
+        // Subnormal numbers have the exponent of the smallest normal ones, and no implicit leading
+        // one.
         let (exponent, integer) = (stored.max(1), fraction | u64::from(stored > 0) << 52);
         if integer == 0 {
             return;
@@ -38,12 +39,12 @@ impl ExactSum {
         }
     }
 
-    /// Adds another sum's terms.
+    /// Adds the terms of another sum.
     pub fn merge(&mut self, other: &Self) {
         self.add_windows(&other.windows);
     }
 
-    /// Adds whole numbers of 2^(32 w - 1075), each with its window `w`.
+    /// Adds multiples of 2^(32 w - 1075), each with its window `w`.
     pub fn add_windows(&mut self, windows: &[(u16, i128)]) {
         windows.iter().for_each(|(window, integer)| self.add_integer(*window, *integer));
     }
@@ -51,8 +52,8 @@ impl ExactSum {
     /// The sum, rounded once per window.
     pub fn value(&self) -> f64 {
         let part = |(window, integer): &(u16, i128)| {
-            // The unit of window 0 is 2^-1075; in two steps, because that alone is below the range
-            // of f64.
+            // The unit of window 0 is 2^-1075, below the range of f64, so it is applied in two
+            // steps.
             *integer as f64 * 2f64.powi(-75) * 2f64.powi(i32::from(*window) * WINDOW as i32 - 1000)
         };
         self.windows.iter().map(part).sum()

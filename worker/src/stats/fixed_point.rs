@@ -1,20 +1,20 @@
-//! Sums of numbers from -1 to 1 as integers: the same in any order.
+//! Fixed-point sums of numbers from -1 to 1, independent of order.
 
-/// Units of 1.
+/// Units per 1.
 const UNIT: f64 = (1u64 << 40) as f64;
-/// Numbers near it are 2^-40 apart.
+/// Adjacent floats near it are 2^-40 apart.
 const CENTRE: f64 = 6144.0;
 
 /// Rounds a number to a multiple of 2^-40, ties to even. Sums of up to 2^22 of them fit into 64
 /// bits.
 ///
-/// The addition rounds: no call, no branch, and loops over it vectorise.
+/// The addition rounds without a call or a branch, so that loops vectorise.
 #[inline(always)]
 pub(super) fn from_f64(value: f64) -> i64 {
     (value + CENTRE).to_bits() as i64 - CENTRE.to_bits() as i64
 }
 
-/// The number that an integer of [`from_f64`] or a sum of them stands for.
+/// Converts an integer of [`from_f64`], or a sum of them, to a number.
 pub(super) fn to_f64(fixed: i64) -> f64 {
     fixed as f64 / UNIT
 }

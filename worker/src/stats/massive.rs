@@ -1,5 +1,5 @@
-//! Massive activations of the residual stream (Sun et al. 2024); the definitions are
-//! [`MassiveActivations`]'.
+//! Massive activations of the residual stream (Sun et al. 2024), as defined by
+//! [`MassiveActivations`].
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,29 +14,29 @@ use super::top::{Top, TopValue};
 use super::values::Values;
 use crate::error::Result;
 
-/// |x| must be above this.
+/// Exclusive lower bound of |x|.
 const MAGNITUDE: f32 = 100.0;
 /// Minimum ratio of abs(x) to the median magnitude.
 const TIMES_MEDIAN: f64 = 1000.0;
 /// The rule, for reports.
 const RULE: &str =
     "|x| > 100 and |x| >= 1000 x median |x| of the sequence's hidden state after that layer (Sun et al. 2024)";
-/// Largest magnitudes of a sequence that are averaged.
+/// Number of largest magnitudes of a sequence that are averaged.
 const TOP_MAGNITUDES: usize = 3;
 
-/// Whether a magnitude is massive where the median is `median`.
+/// Whether a magnitude is massive for the median `median`.
 fn is_massive(magnitude: f32, median: f32) -> bool {
     magnitude > MAGNITUDE && f64::from(magnitude) >= TIMES_MEDIAN * f64::from(median)
 }
 
-/// Bits of a magnitude that no massive one is below where the median is `median`.
+/// Bits of a lower bound of massive magnitudes for the median `median`.
 fn least_massive(median: f32) -> u32 {
     let least = (TIMES_MEDIAN * f64::from(median)) as f32;
-    // It may have been rounded up.
+    // The product may have been rounded up.
     MAGNITUDE.max(least.next_down()).to_bits()
 }
 
-/// A massive activation with both medians; ordered as [`TopValue`].
+/// A massive activation by either median, ordered as [`TopValue`].
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 struct Hit {
     found: TopValue,
@@ -95,7 +95,7 @@ struct Dim {
 }
 
 /// Counts massive activations. Memory: one bit per token, [`MASSIVE_RECORDS`] records per layer,
-/// one entry per dimension that ever has one.
+/// one entry per dimension with one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Massive {
     tokens: usize,
@@ -106,17 +106,17 @@ pub struct Massive {
 }
 
 impl Massive {
-    /// None yet, over sequences of `tokens` tokens.
+    /// Empty counts for sequences of `tokens` tokens.
     pub fn new(sequences: usize, tokens: usize) -> Self {
         let marked = vec![0; (sequences * tokens).div_ceil(64)];
         Self { tokens, layers: BTreeMap::new(), dims: BTreeMap::new(), marked }
     }
 
-    /// Takes the residual stream `x` of whole sequences after a layer, of which `scans` are; the
-    /// first begins at `first_token`.
+    /// Adds the residual stream `x` of whole sequences after a layer, with their `scans`. The
+    /// first sequence begins at `first_token`.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn add(&mut self, layer: usize, first_token: usize, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
         let medians = x.medians(scans)?;
         let mut asked = Vec::new();
@@ -143,7 +143,7 @@ impl Massive {
         Ok(())
     }
 
-    /// Adds the medians and the largest magnitudes of a sequence, which are among `large`.
+    /// Adds the medians and the largest magnitudes of a sequence, which are contained in `large`.
     fn add_sequence(&mut self, layer: usize, large: &[Large], median: f32) {
         let entry = self.layers.entry(layer).or_insert_with(Layer::new);
         entry.sequences += 1;
@@ -155,7 +155,7 @@ impl Massive {
         }
     }
 
-    /// Adds what is massive of a row, by either median; whatever is is among `values`.
+    /// Adds a row's massive activations by either median, which are contained in `values`.
     fn add_row(&mut self, layer: usize, token: usize, values: &[Large], [sequence_median, token_median]: [f32; 2]) {
         let entry = self.layers.get_mut(&layer).expect("made by the caller");
         let (values_before, by_token_before) = (entry.values, entry.values_by_token_median);
@@ -183,7 +183,7 @@ impl Massive {
         }
     }
 
-    /// Adds what was counted over other sequences of the same corpus.
+    /// Adds counts of other sequences of the same corpus.
     pub fn merge(&mut self, other: &Self) {
         for (layer, theirs) in &other.layers {
             let mine = self.layers.entry(*layer).or_insert_with(Layer::new);
@@ -202,7 +202,7 @@ impl Massive {
         self.marked.iter_mut().zip(&other.marked).for_each(|(a, b)| *a |= b);
     }
 
-    /// As reports have it. `ids` are the token ids `[sequences, tokens]`.
+    /// The result for reports. `ids` are the token ids `[sequences, tokens]`.
     pub fn summary(&self, ids: &[i64]) -> MassiveActivations {
         let is_marked = |token: usize| self.marked[token / 64] >> (token % 64) & 1 == 1;
         let marked: Vec<usize> = (0..ids.len()).filter(|t| is_marked(*t)).collect();
@@ -281,7 +281,7 @@ mod tests {
 
     const HIDDEN: usize = 6;
 
-    /// A corpus of residual streams: `[layer][sequence]` of `[tokens, HIDDEN]`.
+    /// Residual streams of a corpus: `[layer][sequence]` of `[tokens, HIDDEN]`.
     type Streams = Vec<Vec<Vec<f32>>>;
 
     fn count(streams: &Streams, tokens: usize, order: &[usize]) -> Massive {
@@ -301,7 +301,7 @@ mod tests {
         magnitudes[(x.len() - 1) / 2]
     }
 
-    /// (layer, token, dim) by the rule as written, with the median of the sequence or of the token.
+    /// (layer, token, dim) by the definition, with the median of the sequence or of the token.
     fn naive(streams: &Streams, tokens: usize, of_token: bool) -> Vec<(usize, usize, usize)> {
         let mut hits = Vec::new();
         for (layer, sequences) in streams.iter().enumerate() {
@@ -318,7 +318,7 @@ mod tests {
     }
 
     prop_compose! {
-        /// Small values among which some are near the rule's bounds.
+        /// Small values, some of them near the rule's bounds.
         fn streams(tokens: usize)(
             layers in 1usize..4, sequences in 1usize..4,
         )(
@@ -395,7 +395,7 @@ mod tests {
 
     #[test]
     fn first_token_spike_layers_are_found() {
-        // Two sequences of three tokens; from layer 2 on, dimension 4 of each first token is
+        // Two sequences of three tokens. From layer 2 on, dimension 4 of each first token is
         // massive.
         let sequence = |value: f32| {
             let mut x = vec![0.1f32; 3 * HIDDEN];

@@ -1,4 +1,4 @@
-//! Routers and experts: load, gate mass, the largest outputs of down projections; super-expert
+//! Routers and experts: load, gate mass, largest outputs of down projections, super-expert
 //! candidates.
 
 use std::collections::BTreeMap;
@@ -15,12 +15,12 @@ use crate::blocks::ffn::{GpuRouting, Routing};
 use crate::device::gpu::Load;
 use crate::error::{Result, WorkerError};
 
-/// What one expert was sent.
+/// Tokens routed to one expert.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ExpertLoad {
-    /// Tokens.
+    /// Number of tokens.
     pub tokens: u64,
-    /// Those at position 0.
+    /// Number of tokens at position 0.
     pub tokens_at_position_0: u64,
     mass: ExactSum,
     mass_at_position_0: ExactSum,
@@ -52,7 +52,7 @@ impl ExpertLoad {
     }
 }
 
-/// A router's choices at one layer.
+/// Statistics of a router.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterStats {
     /// One per expert.
@@ -63,12 +63,12 @@ pub struct RouterStats {
 }
 
 impl RouterStats {
-    /// Nothing routed yet.
+    /// Empty statistics.
     pub fn new(experts: usize) -> Self {
         Self { loads: vec![ExpertLoad::default(); experts], experts_per_token: 0, tokens: 0, tokens_at_position_0: 0 }
     }
 
-    /// Adds choices, the first row being token `first_token` of sequences of `tokens` tokens.
+    /// Adds choices. The first row is token `first_token`, in sequences of `tokens` tokens.
     pub fn add(&mut self, first_token: usize, tokens: usize, routing: &Routing) {
         self.experts_per_token = routing.top_k;
         let rows = routing.experts.chunks_exact(routing.top_k).zip(routing.weights.chunks_exact(routing.top_k));
@@ -88,10 +88,10 @@ impl RouterStats {
         }
     }
 
-    /// As [`add`](Self::add), of choices on a GPU, which summed up what each expert was sent.
+    /// As [`add`](Self::add), for choices on a GPU with their sums per expert.
     ///
     /// # Errors
-    /// Internal: it did not.
+    /// Internal: the GPU did not sum them.
     pub fn add_loads(&mut self, first_token: usize, tokens: usize, routing: &GpuRouting) -> Result<()> {
         let (rows, top_k) = routing.experts.dims2()?;
         if routing.loads.len() != self.loads.len() {
@@ -105,7 +105,7 @@ impl RouterStats {
         Ok(())
     }
 
-    /// Adds the choices for other tokens.
+    /// Adds statistics of other tokens.
     pub fn merge(&mut self, other: &Self) {
         self.experts_per_token = self.experts_per_token.max(other.experts_per_token);
         self.tokens += other.tokens;
@@ -113,7 +113,7 @@ impl RouterStats {
         self.loads.iter_mut().zip(&other.loads).for_each(|(a, b)| a.merge(b));
     }
 
-    /// As reports have it.
+    /// The result for reports.
     pub fn summary(&self, layer: usize) -> RouterSummary {
         let pairs: u64 = self.loads.iter().map(|load| load.tokens).sum();
         let experts = self.loads.len();
@@ -143,7 +143,7 @@ impl RouterStats {
         }
     }
 
-    /// 1 for a single expert, which cannot be uneven.
+    /// 1 for a single expert.
     fn normalised_entropy(&self, pairs: f64) -> f64 {
         let shares = self.loads.iter().map(|load| load.tokens as f64 / pairs).filter(|share| *share > 0.0);
         let entropy: f64 = shares.map(|share| -share * share.ln()).sum();
@@ -151,12 +151,12 @@ impl RouterStats {
     }
 }
 
-/// Index of the largest value, the first of several.
+/// Index of the largest value, the first if several are equal.
 fn first_largest(values: impl Iterator<Item = f64>) -> usize {
     values.enumerate().fold((0, f64::NEG_INFINITY), |best, (i, v)| if v > best.1 { (i, v) } else { best }).0
 }
 
-/// The value of largest magnitude each expert of a layer put out.
+/// The value of largest magnitude in the output of each expert of a layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ExpertPeaks {
     /// One per expert; `None` before its first token.
@@ -164,16 +164,16 @@ pub struct ExpertPeaks {
 }
 
 impl ExpertPeaks {
-    /// Nothing seen yet.
+    /// Empty.
     pub fn new(experts: usize) -> Self {
         Self { peaks: vec![None; experts] }
     }
 
-    /// Takes the values `x` of one expert, of which `scans` are; `found` says where a value stands
-    /// by row and dimension.
+    /// Adds the values `x` of one expert, with their `scans`. `found` gives the location of a
+    /// value by row and dimension.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn add(
         &mut self,
         expert: usize,
@@ -191,24 +191,24 @@ impl ExpertPeaks {
         self.peaks[expert] = self.peaks[expert].max(found);
     }
 
-    /// Adds what was seen of other tokens.
+    /// Adds the peaks of other tokens.
     pub fn merge(&mut self, other: &Self) {
         other.peaks.iter().enumerate().for_each(|(expert, found)| self.offer(expert, *found));
     }
 }
 
-/// Share of the layers, from the first on, in which experts are considered.
+/// Share of the layers, from the first on, whose experts are candidates.
 const LAYERS_CONSIDERED: f64 = 0.75;
-/// Percentile of the peaks a candidate is over.
+/// Percentile of the peaks that a candidate exceeds.
 const PERCENTILE: f64 = 99.5;
-/// Part of the largest peak a candidate is over.
+/// Fraction of the largest peak that a candidate exceeds.
 const PART_OF_MAX: f64 = 0.1;
 /// The rule, for reports.
 const RULE: &str = "max |down_proj output| over the 99.5th percentile and over 0.1 x the maximum of all routed experts with a token in the first 75 % of \
                     the layers (Su et al. 2025, as their code has it; shared experts are left out)";
 
-/// Judges the experts' peaks of a model of `layers` layers. `None` if none of the layers
-/// considered has seen an expert.
+/// Finds super experts by the peaks in a model of `layers` layers. `None` if no expert of the
+/// layers considered has a peak.
 pub fn super_experts(
     layers: usize,
     peaks: &BTreeMap<usize, ExpertPeaks>,
@@ -230,7 +230,7 @@ pub fn super_experts(
         let tokens = found.expert.and_then(|expert| Some(loads.get(&found.layer)?.loads.get(expert)?.tokens));
         ExpertPeak { at: record(found), tokens: tokens.unwrap_or_default() }
     };
-    // Sorted: candidates are a prefix.
+    // Peaks are sorted, so candidates are a prefix.
     let candidates = considered.partition_point(is_candidate);
     Some(SuperExperts {
         rule: RULE.to_owned(),
@@ -243,7 +243,7 @@ pub fn super_experts(
     })
 }
 
-/// Interpolated linearly between the two nearest ranks. `ascending` is not empty.
+/// Percentile by linear interpolation between the nearest ranks. `ascending` must not be empty.
 fn percentile(ascending: &[f64], percent: f64) -> f64 {
     let at = percent / 100.0 * (ascending.len() - 1) as f64;
     let (low, part) = (at.floor() as usize, at.fract());
@@ -341,8 +341,7 @@ mod tests {
 
     #[test]
     fn at_most_half_a_percent_are_candidates() {
-        // A handful of experts: the largest alone is over the percentile, and only if it stands
-        // alone.
+        // With few experts only the largest exceeds the percentile, and only if it is unique.
         let few = judged(1, &[&[Some(3.0), Some(-8.0), Some(2.0)]]).unwrap();
         assert_eq!(few.candidates.iter().map(|c| c.at.value).collect::<Vec<_>>(), [-8.0]);
         assert!((few.percentile_99_5 - 7.95).abs() < 1e-9, "numpy.percentile([3, 8, 2], 99.5) = 7.95");

@@ -1,5 +1,5 @@
-//! What outliers cost in few bits (arXiv 2509.23202, 2603.08713, 2604.17789); the definitions are
-//! [`QuantizationErrors`]'.
+//! Quantisation errors with outliers (arXiv 2509.23202, 2603.08713, 2604.17789), as defined by
+//! [`QuantizationErrors`].
 
 use std::collections::BTreeMap;
 
@@ -14,31 +14,31 @@ use super::Site;
 use super::exact::ExactSum;
 use crate::noise;
 
-/// Dimensions that are rotated together; 0: none are.
+/// Dimensions per rotated block; 0: no rotation.
 const ROTATIONS: [usize; 4] = [0, 16, 32, 128];
-/// Rotations times formats.
+/// Combinations of rotations and formats.
 const WAYS: usize = ROTATIONS.len() * NumberFormat::ALL.len();
 /// Largest magnitudes of E4M3 and E2M1.
 const E4M3_MAX: f32 = 448.0;
 const E2M1_MAX: f32 = 6.0;
 
-/// Every rotation with every format, in the order in which costs are kept.
+/// All combinations, in the order of costs.
 fn ways() -> impl Iterator<Item = (usize, NumberFormat)> {
     ROTATIONS.into_iter().flat_map(|rotation| NumberFormat::ALL.into_iter().map(move |format| (rotation, format)))
 }
 
-/// What one row loses in one way.
+/// Error of one row in one combination.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Loss {
     /// Relative squared error.
     error: f64,
-    /// The part of it that is in outlier blocks.
+    /// Part of the error in outlier blocks.
     in_outlier_blocks: f64,
     blocks: u64,
     outlier_blocks: u64,
 }
 
-/// Losses of some rows in one way.
+/// Sum of errors over rows in one combination.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Cost {
     rows: u64,
@@ -86,32 +86,32 @@ fn merge(mine: &mut [Cost], theirs: &[Cost]) {
     mine.iter_mut().zip(theirs).for_each(|(mine, theirs)| mine.merge(theirs));
 }
 
-/// Costs at every studied site. Memory: about 5 KiB per site and per sequence.
+/// Errors at every studied site. Memory: about 5 KiB per site and per sequence.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Quantization {
     threshold: f32,
     sequences: usize,
     tokens: usize,
     sites: BTreeMap<Site, Vec<Cost>>,
-    /// Of all norm outputs, by sequence.
+    /// Sums over all norm outputs, per sequence.
     norm_outputs: BTreeMap<usize, Vec<Cost>>,
 }
 
 impl Quantization {
-    /// Nothing quantised yet, over sequences of `tokens` tokens; a block is an outlier block with
-    /// a value of |x| >= `threshold`.
+    /// Empty, for sequences of `tokens` tokens. An outlier block contains a value with |x| >=
+    /// `threshold`.
     pub fn new(sequences: usize, tokens: usize, threshold: f32) -> Self {
         Self { threshold, sequences, tokens, sites: BTreeMap::new(), norm_outputs: BTreeMap::new() }
     }
 
-    /// Whether a token's rows are quantised: all of a short corpus, else each by a draw of its
-    /// own, the same at every site and on every machine.
+    /// Whether a token's rows are quantised: all tokens of a short corpus, else a pseudo-random
+    /// sample that is the same at every site and on every machine.
     fn is_sampled(&self, token: usize) -> bool {
         let all = (self.sequences * self.tokens) as u64;
         all <= QUANTIZED_ROWS as u64 || noise::mix(token as u64) < u64::MAX / all * QUANTIZED_ROWS as u64
     }
 
-    /// Quantises the sampled rows among `x` `[rows, hidden]`; `token` says whose a row is.
+    /// Quantises the sampled rows of `x` `[rows, hidden]`. `token` gives the token of a row.
     pub fn add(&mut self, site: Site, x: &[f32], hidden: usize, token: impl Fn(usize) -> usize) {
         let rows = x.chunks_exact(hidden).enumerate().map(|(row, x)| (token(row), x));
         let sampled: Vec<(usize, &[f32])> = rows.filter(|(token, _)| self.is_sampled(*token)).collect();
@@ -128,7 +128,7 @@ impl Quantization {
         }
     }
 
-    /// Adds what was quantised of other sites or other sequences.
+    /// Adds errors of other sites or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (site, theirs) in &other.sites {
             merge(self.sites.entry(*site).or_insert_with(none), theirs);
@@ -138,7 +138,7 @@ impl Quantization {
         }
     }
 
-    /// As reports have it.
+    /// The result for reports.
     pub fn summary(&self) -> QuantizationErrors {
         let site = |(site, costs): (&Site, &Vec<Cost>)| SiteQuantization {
             layer: site.layer,
@@ -165,34 +165,34 @@ impl Quantization {
     }
 }
 
-/// Values that are worked on together: those of the shortest block.
+/// Values processed together: the shortest block.
 const LANES: usize = 16;
 type Lanes = [f32; LANES];
 
-/// One row while it is quantised in every way; used again for the next, so that no row allocates.
+/// Buffers of one row, reused so that rows do not allocate.
 ///
-/// Every block is a whole number of [`LANES`] values. Zeros fill up the last ones: they are no
-/// largest value and have no error.
+/// Every block is a multiple of [`LANES`] values. Zeros pad the last block; they change neither
+/// the maximum nor the error.
 #[derive(Default)]
 struct QuantizedRow {
     /// Number of values.
     len: usize,
-    /// As it was.
+    /// The original values.
     plain: Vec<Lanes>,
-    /// Its blocks times Sylvester's matrices of the size so far.
+    /// Blocks multiplied by Sylvester's matrix of the current size.
     sums: Vec<Lanes>,
-    /// As it is quantised: rotated.
+    /// The rotated values that are quantised.
     rotated: Vec<Lanes>,
-    /// Largest |x| of each of `rotated`.
+    /// Largest |x| per element of `rotated`.
     largest: Vec<f32>,
-    /// Whether each of `plain` holds an outlier.
+    /// Whether each element of `plain` contains an outlier.
     outliers: Vec<bool>,
     /// Sum of x^2.
     squares: f64,
 }
 
 impl QuantizedRow {
-    /// Losses of a row of finite values in every way; `None` of zeros.
+    /// Errors of a row of finite values in all combinations; `None` for a row of zeros.
     fn losses(&mut self, x: &[f32], threshold: f32) -> Option<[Loss; WAYS]> {
         vectorized(
             #[inline(always)]
@@ -238,8 +238,8 @@ impl QuantizedRow {
         self.squares = sum_of_squares(&self.plain);
     }
 
-    /// Each whole block of `size` values times the orthonormal Hadamard matrix; 0: none is. Sizes
-    /// are taken in turn: `smaller` is the one before.
+    /// Multiplies each whole block of `size` values by the orthonormal Hadamard matrix; 0: no
+    /// rotation. Sizes ascend: `smaller` is the previous one.
     #[inline(always)]
     fn rotate(&mut self, smaller: usize, size: usize) {
         let whole = self.len / size.max(1) * size / LANES;
@@ -272,7 +272,7 @@ impl QuantizedRow {
         }
     }
 
-    /// The loss where a format's blocks have a scale by their largest |x| each.
+    /// The error with one scale per block, from its largest |x|.
     #[inline(always)]
     fn loss_of_blocks(
         &self,
@@ -301,8 +301,8 @@ impl QuantizedRow {
     }
 }
 
-/// Each block of `size` values times Sylvester's matrix of ones and minus ones. Blocks of `smaller`
-/// values already are, if that is not 0; both sizes are powers of two.
+/// Multiplies each block of `size` values by Sylvester's matrix of ones and minus ones. Blocks of
+/// `smaller` values are already multiplied, unless it is 0. Both sizes are powers of two.
 #[inline(always)]
 fn hadamard(blocks: &mut [Lanes], smaller: usize, size: usize) {
     if smaller < LANES {
@@ -325,7 +325,7 @@ fn hadamard(blocks: &mut [Lanes], smaller: usize, size: usize) {
     }
 }
 
-/// Sum and difference of all values that are `HALF` apart.
+/// Sums and differences of values at distance `HALF`.
 #[inline(always)]
 fn butterflies<const HALF: usize>(lanes: &mut Lanes) {
     let before = *lanes;
@@ -335,12 +335,11 @@ fn butterflies<const HALF: usize>(lanes: &mut Lanes) {
     }
 }
 
-/// Sum of (Q(x) - x)^2 of values under one scale; they become zeros where it is too small for a
-/// number.
+/// Sum of (Q(x) - x)^2 with one scale. If the scale is too small for a number, Q(x) is 0.
 #[inline(always)]
 fn squared_error(values: &[Lanes], scale: f32, round: impl Fn(f32) -> f32) -> f64 {
     if scale > 0.0 {
-        // In units of the scale, where f32 neither overflows nor loses what counts.
+        // In units of the scale, so that f32 neither overflows nor loses precision.
         let mut sums = [0f32; LANES];
         for lanes in values {
             for (sum, v) in sums.iter_mut().zip(lanes) {
@@ -366,7 +365,7 @@ fn sum_of_squares(values: &[Lanes]) -> f64 {
     sums.iter().sum()
 }
 
-/// Numbers and 0 in one, always in the same order.
+/// Reduces the lanes and 0 to one value, always in the same order.
 #[inline(always)]
 fn folded(lanes: &Lanes, fold: impl Fn(f32, f32) -> f32) -> f32 {
     let mut four = [0f32; 4];
@@ -378,13 +377,13 @@ fn folded(lanes: &Lanes, fold: impl Fn(f32, f32) -> f32) -> f32 {
     fold(fold(four[0], four[2]), fold(four[1], four[3]))
 }
 
-/// The larger of two numbers, in one instruction.
+/// The maximum of two numbers, in one instruction.
 #[inline(always)]
 fn larger(a: f32, b: f32) -> f32 {
     if a > b { a } else { b }
 }
 
-/// The largest of numbers >= 0.
+/// The maximum of numbers >= 0.
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
     let mut largest = 0.0;
@@ -397,7 +396,7 @@ fn largest(x: &[f32]) -> f32 {
 /// The nearest integer to v >= 0, at most 127.
 #[inline(always)]
 fn int8(v: f32) -> f32 {
-    // From 2^23 on f32 holds integers alone: the addition rounds.
+    // From 2^23 on f32 contains only integers: the addition rounds.
     const INTEGERS: f32 = (1 << 23) as f32;
     let nearest = (v + INTEGERS) - INTEGERS;
     if nearest < 127.0 { nearest } else { 127.0 }
@@ -415,19 +414,19 @@ fn e2m1(v: f32) -> f32 {
     rounded(v, 1.0, 1, E2M1_MAX)
 }
 
-/// The nearest number to v >= 0 with so many bits of mantissa, ties to even; below `least`, a
-/// power of two, all steps are the same. What is not below `most` becomes `most`.
+/// Rounds v >= 0 to `mantissa_bits` of mantissa, ties to even. Below `least`, a power of two, the
+/// step is constant. Values of at least `most` become `most`.
 #[inline(always)]
 fn rounded(v: f32, least: f32, mantissa_bits: u32, most: f32) -> f32 {
     const EXPONENT: u32 = 0xff << 23;
     let magnitude = if v < most { v } else { most };
-    // From 2^23 steps on f32 holds whole steps alone: the addition rounds.
+    // From 2^23 steps on f32 contains only whole steps: the addition rounds.
     let power = larger(magnitude, least).to_bits() & EXPONENT;
     let steps = f32::from_bits(power + ((23 - mantissa_bits) << 23));
     (magnitude + steps) - steps
 }
 
-/// floor(log2 v) of v > 0 that is not subnormal.
+/// floor(log2 v) for normal v > 0.
 fn exponent(v: f32) -> i32 {
     (v.to_bits() >> 23) as i32 - 127
 }
@@ -443,7 +442,7 @@ mod tests {
 
     use super::*;
 
-    /// The definitions, word by word.
+    /// Implementation by the definitions.
     mod defined {
         use super::*;
 
@@ -523,7 +522,7 @@ mod tests {
             ((magnitude / step).round_ties_even() * step).copysign(v)
         }
 
-        /// All numbers >= 0 of a format.
+        /// All numbers >= 0 of a format, ascending.
         pub(super) fn numbers(mantissa_bits: i32, least: i32, most: f32) -> Vec<f32> {
             let (steps, mut power) = (1 << mantissa_bits, least);
             let mut numbers: Vec<f32> = (0..steps).map(|i| i as f32 * 2f32.powi(least - mantissa_bits)).collect();
@@ -535,7 +534,8 @@ mod tests {
             numbers
         }
 
-        /// By search; of two the one with an even mantissa, which stands at an even place.
+        /// Nearest number by search. Of two equally near, the one with an even mantissa, which has
+        /// an even index.
         pub(super) fn nearest(v: f32, numbers: &[f32]) -> f32 {
             let distance = |number: f32| (f64::from(number) - f64::from(v)).abs();
             let better = |best: (usize, f32), (at, number): (usize, f32)| {
@@ -546,7 +546,7 @@ mod tests {
         }
     }
 
-    /// The fast form and the definition lose the same.
+    /// Asserts that the fast implementation and the definition give the same errors.
     #[track_caller]
     fn losses_are_as_defined(row: &mut QuantizedRow, x: &[f32], threshold: f32) {
         let (got, want) = (row.losses(x, threshold), defined::losses(x, threshold));
@@ -574,7 +574,7 @@ mod tests {
             let mut gaps = values.clone();
             gaps.chunks_mut(20).skip(1).step_by(2).for_each(|gap| gap.fill(0.0));
             losses_are_as_defined(&mut row, &gaps, 1.9);
-            // Subnormal, and with the smallest f32 alone: no scale of it is a number.
+            // Subnormal values, and only the smallest f32: no scale of it is representable.
             let subnormal: Vec<f32> = values.iter().map(|v| v * 1e-40).collect();
             losses_are_as_defined(&mut row, &subnormal, 1e-40);
             let mut smallest = vec![0.0; len];

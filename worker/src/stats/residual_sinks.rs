@@ -1,5 +1,5 @@
-//! Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966); the
-//! definitions are [`ResidualSinks`]'.
+//! Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966), as defined
+//! by [`ResidualSinks`].
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -15,14 +15,14 @@ use serde::{Deserialize, Serialize};
 
 use super::fixed_point;
 
-/// Share of the tokens from which on a dimension is a sink.
+/// Minimum share of the tokens for a sink.
 const MOST: f64 = 0.5;
 /// Dimensions per task.
 const CHUNK: usize = 256;
 
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 struct Dim {
-    /// Tokens at which it is large.
+    /// Number of tokens at which it is large.
     tokens: u64,
     /// Sum over tokens of its share of the token's sum of x^2, in fixed point.
     squares: i64,
@@ -39,11 +39,11 @@ impl Dim {
 struct Layer {
     tokens: u64,
     dims: Vec<Dim>,
-    /// The dimensions with the largest shares within each sequence, and these: a sequence's tokens
-    /// and its sums of shares in fixed point.
+    /// Per sequence: the number of tokens, and the dimensions with the largest shares with their
+    /// sums in fixed point.
     sequences: BTreeMap<usize, (u64, Vec<(u32, i64)>)>,
-    /// Some dimensions of the first sequence with their values, as [`ResidualMap`] has them; empty
-    /// until it is seen.
+    /// Some dimensions of the first sequence with their values, as in [`ResidualMap`]; empty until
+    /// it is observed.
     first: Vec<(usize, Vec<f32>)>,
 }
 
@@ -65,7 +65,7 @@ impl Layer {
         self.dims[dim].tokens as f64 / self.tokens as f64 >= MOST
     }
 
-    /// The share that each sequence has in the sinks.
+    /// The share of the sinks in each sequence.
     fn per_sequence(&self) -> Vec<f64> {
         let share = |(tokens, dims): &(u64, Vec<(u32, i64)>)| {
             let sinks = dims.iter().filter(|(dim, _)| self.is_sink(*dim as usize));
@@ -84,8 +84,8 @@ impl Layer {
     }
 }
 
-/// The values of dimensions with the largest shares and of some others, over the RMS of their
-/// rows.
+/// Values of the dimensions with the largest shares and of some others, divided by the RMS of
+/// their rows.
 fn excerpt(largest: &[(u32, i64)], x: &[f32], scan: &Scan) -> Vec<(usize, Vec<f32>)> {
     let hidden = x.len() / scan.rows.len();
     let mut dims: Vec<usize> = largest.iter().take(MAPPED_DIMS).map(|(dim, _)| *dim as usize).collect();
@@ -103,8 +103,8 @@ fn excerpt(largest: &[(u32, i64)], x: &[f32], scan: &Scan) -> Vec<(usize, Vec<f3
     dims.into_iter().map(|dim| (dim, rows().map(|row| value(row, dim)).collect())).collect()
 }
 
-/// Fills up to [`CHUNK`] neighbouring dimensions. `x` begins with the first of them of the first
-/// row; a value is large if its square is at least `times` the row's sum of squares.
+/// Fills up to [`CHUNK`] adjacent dimensions. `x` begins with the first of them in the first row.
+/// A value is large if its square is at least `times` the row's sum of squares.
 #[inline(always)]
 fn count(dims: &mut [Dim], rows: &[Row], x: &[f32], hidden: usize, times: f64) {
     let (mut tokens, mut squares) = ([0u64; CHUNK], [0i64; CHUNK]);
@@ -123,7 +123,7 @@ fn count(dims: &mut [Dim], rows: &[Row], x: &[f32], hidden: usize, times: f64) {
     }
 }
 
-/// Counts by layer. Memory: 16 bytes per layer and dimension, as much per layer, sequence and
+/// Counts per layer. Memory: 16 bytes per layer and dimension, the same per layer, sequence and
 /// [`RESIDUAL_SINKS`], and 4 KiB per layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Sinks {
@@ -132,12 +132,12 @@ pub struct Sinks {
 }
 
 impl Sinks {
-    /// None yet; |x| is large from `threshold` x RMS on.
+    /// Empty counts. |x| is large from `threshold` x RMS on.
     pub fn new(threshold: f32) -> Self {
         Self { threshold, layers: BTreeMap::new() }
     }
 
-    /// Takes the residual stream `x` `[rows, hidden]` of a whole sequence after a layer.
+    /// Adds the residual stream `x` `[rows, hidden]` of a whole sequence after a layer.
     pub fn add(&mut self, layer: usize, sequence: usize, x: &[f32], scan: &Scan) {
         let hidden = x.len() / scan.rows.len();
         let mut seen = Layer::new(hidden);
@@ -160,14 +160,15 @@ impl Sinks {
         self.layers.entry(layer).or_insert_with(|| Layer::new(hidden)).merge(&seen);
     }
 
-    /// Adds what was counted of other layers or other sequences.
+    /// Adds counts of other layers or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (layer, theirs) in &other.layers {
             self.layers.entry(*layer).or_insert_with(|| Layer::new(theirs.dims.len())).merge(theirs);
         }
     }
 
-    /// As reports have it. `gains` gives those of the norm that reads the stream after a layer.
+    /// The result for reports. `gains` returns the gains of the norm that reads the stream after a
+    /// layer.
     pub fn summary<'a>(&self, gains: impl Fn(usize) -> Option<&'a [f32]>) -> ResidualSinks {
         let layer = |(index, layer): (&usize, &Layer)| {
             let gains = gains(*index);

@@ -1,5 +1,4 @@
-//! Statistics over the rows of a site: of each token's vector, its largest value, median and
-//! moments.
+//! Statistics over the rows of a site: each token's largest value, median and moments.
 
 use outliers_protocol::{MagnitudeQuantiles, RowSpread, RowStatistics};
 use outliers_scan::{Histogram, Scan};
@@ -8,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::exact::ExactSum;
 
-/// A number per row, over rows.
+/// Distribution of one number per row.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct RowDistribution {
     rows: u64,
@@ -43,8 +42,8 @@ impl RowDistribution {
     }
 }
 
-/// Statistics over the rows of one site: about 10 KiB, whatever the number of rows. Merging is
-/// exact, associative and commutative.
+/// Statistics over the rows of one site, about 10 KiB for any number of rows. Merging is exact,
+/// associative and commutative.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RowStats {
     rows: u64,
@@ -68,7 +67,7 @@ impl RowStats {
         }
     }
 
-    /// Adds another's rows.
+    /// Adds the rows of another.
     pub fn merge(&mut self, other: &Self) {
         self.rows += other.rows;
         self.max_bits = self.max_bits.max(other.max_bits);
@@ -88,7 +87,7 @@ impl RowStats {
         (self.squares.value() / (self.rows.max(1) * hidden as u64) as f64).sqrt()
     }
 
-    /// As reports have it.
+    /// The result for reports.
     pub fn summary(&self) -> RowStatistics {
         let quantile = |p| self.magnitudes.quantile(p).min(f64::from(self.max_abs()));
         RowStatistics {

@@ -1,5 +1,5 @@
-//! Layers in which the first token's spike starts and ends (arXiv 2603.05498). The definitions are
-//! [`SpikeLife`]'.
+//! Layers in which the first token's spike starts and ends (arXiv 2603.05498), as defined by
+//! [`SpikeLife`].
 
 use std::collections::BTreeMap;
 
@@ -12,19 +12,19 @@ use super::fixed_point;
 use super::top::TopValue;
 use outliers_scan::{Row, Scan};
 
-/// How many times the others' mean magnitude a spike is.
+/// Minimum ratio of a spike to the mean magnitude of other tokens.
 const TIMES: f64 = 10.0;
 
-/// First tokens and the others at one site.
+/// Magnitudes of first tokens and of other tokens at one site.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Magnitudes {
     first: u64,
     others: u64,
     first_sum: ExactSum,
     others_sum: ExactSum,
-    /// The largest value of first tokens.
+    /// Largest value of first tokens.
     peak: Option<TopValue>,
-    /// Largest |x| of the others.
+    /// Largest |x| of other tokens.
     others_max: f32,
 }
 
@@ -47,25 +47,26 @@ impl Magnitudes {
     }
 }
 
-/// First tokens by site and layer. Memory: 8 bytes per layer and dimension, and 16 per layer and
-/// sequence.
+/// Statistics of first tokens per site and layer. Memory: 8 bytes per layer and dimension, and 16
+/// per layer and sequence.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Spikes {
     sites: BTreeMap<Site, Magnitudes>,
-    /// Sum over sequences of the first token's row as a unit vector, in fixed point, by layer.
+    /// Per layer: sum over sequences of the first token's row, scaled to a unit vector, in fixed
+    /// point.
     directions: BTreeMap<usize, Vec<i64>>,
-    /// By layer and first token: what [`SpikeLayer::margins`] has.
+    /// Per layer and first token: [`SpikeLayer::margins`].
     margins: BTreeMap<usize, BTreeMap<usize, f32>>,
 }
 
 impl Spikes {
-    /// Whether it takes the values of such sites: the residual stream and what is added to it.
+    /// Whether values of a site are used: the residual stream and what is added to it.
     pub fn is_seen(point: Point) -> bool {
         matches!(point, Point::Residual | Point::AttentionOut | Point::MlpOut)
     }
 
-    /// Takes the values `x` `[tokens, hidden]` of the sequence that begins at `first_token`, at a
-    /// site that [`Spikes::is_seen`] names.
+    /// Adds the values `x` `[tokens, hidden]` of the sequence that begins at `first_token`, at a
+    /// site accepted by [`Spikes::is_seen`].
     pub fn add(&mut self, site: Site, first_token: usize, x: &[f32], scan: &Scan) {
         let Some((first, others)) = scan.rows.split_first() else { return };
         let row = &x[..x.len() / scan.rows.len()];
@@ -88,7 +89,7 @@ impl Spikes {
         }
     }
 
-    /// Adds what was seen of other layers or other sequences.
+    /// Adds statistics of other layers or other sequences.
     pub fn merge(&mut self, other: &Self) {
         for (site, theirs) in &other.sites {
             self.sites.entry(*site).or_default().merge(theirs);
@@ -102,7 +103,7 @@ impl Spikes {
         }
     }
 
-    /// As reports have it. `record` names a place.
+    /// The result for reports. `record` converts a value with its location.
     pub fn summary(&self, record: impl Fn(&TopValue) -> Record) -> SpikeLife {
         let residual = self.sites.iter().filter(|(site, _)| site.point == Point::Residual);
         let residual: Vec<(usize, &Magnitudes)> = residual.map(|(site, seen)| (site.layer, seen)).collect();
@@ -150,7 +151,7 @@ fn product(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// `None` if either is zero.
+/// Cosine of the angle; `None` if either vector is zero.
 fn cosine(a: &[f64], b: &[f64]) -> Option<f64> {
     let lengths = (product(a, a) * product(b, b)).sqrt();
     (lengths > 0.0).then(|| product(a, b) / lengths)
@@ -162,8 +163,8 @@ mod tests {
 
     const HIDDEN: usize = 4;
 
-    /// Two sequences of three tokens; the first tokens' dimension 2 is `value` after each layer,
-    /// all else is 1.
+    /// Two sequences of three tokens. Dimension 2 of the first tokens is `value` after each layer;
+    /// all other values are 1.
     fn spikes(values: &[f32]) -> SpikeLife {
         let mut all = Spikes::default();
         for (layer, value) in values.iter().enumerate() {

@@ -1,7 +1,7 @@
-//! Everything a run measures, in one observer, so that values leave their device once.
+//! All measurements of a run in one observer, so that values leave their device once.
 //!
-//! On a GPU it is asked for when values are seen, and added in the same order when it has come, so
-//! that the GPU goes on meanwhile.
+//! On a GPU, statistics are requested when values are observed and added in the same order when
+//! they arrive, so that the GPU keeps computing.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -32,30 +32,29 @@ use crate::device::gpu::Look;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
-/// What is studied of a model over a corpus.
+/// What is measured of a model over a corpus.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Scope {
     /// Norm outputs, in order of computation.
     pub norms: Vec<Site>,
     /// Other sites, in order of layers.
     pub others: Vec<Site>,
-    /// Routed experts per layer, 0 in dense ones.
+    /// Number of routed experts per layer, 0 in dense ones.
     pub experts: Vec<usize>,
-    /// What is measured beside.
+    /// Optional measurements.
     pub measure: BTreeSet<Measurement>,
-    /// Features.
+    /// Number of features.
     pub hidden: usize,
-    /// Values of a row of an expert's output: `hidden`, or fewer where experts work in a space of
-    /// their own.
+    /// Row width of an expert's output: `hidden`, or less if experts work in a latent space.
     pub expert_width: usize,
-    /// Sequences.
+    /// Number of sequences.
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens: usize,
 }
 
 impl Scope {
-    /// What a job asks to study.
+    /// The scope of a job.
     pub fn new(job: &JobSpec, spec: &DecoderSpec, tokens: &Tokens) -> Self {
         let experts = spec.layers.iter().map(|layer| layer.experts()).collect();
         let latent = |layer: &LayerSpec| if let FfnSpec::Moe(moe) = &layer.ffn { moe.latent } else { None };
@@ -81,12 +80,12 @@ impl Scope {
         }
     }
 
-    /// Values of a row at a site.
+    /// Width of a row at a site.
     fn width(&self, point: Point) -> usize {
         if point == Point::ExpertOut { self.expert_width } else { self.hidden }
     }
 
-    /// The part of it that is in one layer.
+    /// The part of the scope in one layer.
     fn of_layer(&self, layer: usize) -> Self {
         let sites = |all: &[Site]| all.iter().filter(|site| site.layer == layer).copied().collect();
         let experts = self.experts.iter().enumerate().map(|(at, experts)| if at == layer { *experts } else { 0 });
@@ -102,8 +101,8 @@ impl Scope {
 
 /// All statistics of a run.
 ///
-/// Size: that of [`OutlierStats`], and about 50 KiB per site, 100 records per kind of site, 100
-/// bytes per expert, one gain vector per norm (as [`bytes`] adds up).
+/// Memory: that of [`OutlierStats`], plus about 50 KiB per site, 100 records per kind of site, 100
+/// bytes per expert, and one gain vector per norm (see [`bytes`]).
 #[derive(Serialize, Deserialize)]
 pub struct Study {
     scope: Scope,
@@ -118,31 +117,30 @@ pub struct Study {
     residual_sinks: Option<Sinks>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
-    /// What GPUs were asked for and is not added yet, oldest first. None of a layer that has
-    /// settled.
+    /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
     #[serde(skip)]
     coming: VecDeque<(Shown, Look)>,
 }
 
-/// How many activations are held on a GPU at most until their statistics have come.
+/// Maximum activations held on a GPU until their statistics arrive.
 pub const HELD: usize = 4;
 
-/// Values that were shown.
+/// Observed values and their site.
 struct Shown {
     site: Site,
     whose: Whose,
 }
 
-/// What the rows of values are.
+/// The tokens of rows.
 enum Whose {
-    /// Whole sequences, from this token on.
+    /// Whole sequences, beginning at this token.
     Sequences { first_token: usize },
-    /// What an expert made of tokens, by their number among all.
+    /// Rows of an expert, with their token indices in the corpus.
     Expert { expert: usize, tokens: Vec<usize> },
 }
 
 impl Shown {
-    /// The token of a row.
+    /// The token index of a row.
     fn token(&self, row: usize) -> usize {
         match &self.whose {
             Whose::Sequences { first_token } => first_token + row,
@@ -150,7 +148,7 @@ impl Shown {
         }
     }
 
-    /// Where a value stands.
+    /// A value with its location.
     fn found(&self, row: usize, dim: usize, value: f32) -> TopValue {
         let expert = match self.whose {
             Whose::Sequences { .. } => None,
@@ -160,20 +158,20 @@ impl Shown {
     }
 }
 
-/// Memory of a study of `norms` norm outputs at the end of the pass, bytes, without the bitmaps of
-/// features over the threshold.
+/// Memory of a study of `norms` norm outputs at the end of the pass in bytes, without the bitmaps
+/// of features over the threshold.
 pub fn bytes(norms: usize, hidden: usize) -> u64 {
     const ROWS: usize = 50 << 10;
     (norms * (hidden * (size_of::<Column>() + size_of::<f32>()) + ROWS)) as u64
 }
 
-/// Memory of a job's `--measure` at the end of the pass over `sequences` sequences, bytes.
+/// Memory of a job's `--measure` at the end of the pass over `sequences` sequences, in bytes.
 pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u64 {
-    // Of a site's or a sequence's costs, and of a layer's heads.
+    // Per site or sequence, and per head of a layer.
     const COSTS: usize = 5 << 10;
-    // Of a sequence's sums.
+    // Per sequence.
     const SUMS: usize = 256;
-    // Of a layer's map.
+    // Per layer.
     const MAP: usize = 5 << 10;
     let (layers, norms, hidden) = (spec.layers.len(), spec.sites().len(), spec.hidden);
     let of = |measurement: &Measurement| match measurement {
@@ -185,7 +183,7 @@ pub fn measured_bytes(job: &JobSpec, spec: &DecoderSpec, sequences: usize) -> u6
     job.measure.iter().map(of).sum::<usize>() as u64
 }
 
-/// The parts of [`outliers_protocol::Results`] that a study gives.
+/// The parts of [`outliers_protocol::Results`] from a study.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
     /// Outlier features.
@@ -200,7 +198,7 @@ pub struct Report {
     pub routers: Vec<RouterSummary>,
     /// `None` unless experts' outputs were studied and there are any.
     pub super_experts: Option<SuperExperts>,
-    /// This and the rest: `None` unless asked for.
+    /// As the following fields, `None` unless requested.
     pub quantization_error: Option<QuantizationErrors>,
     /// Dimensions that are large at most tokens.
     pub residual_sinks: Option<ResidualSinks>,
@@ -210,7 +208,7 @@ pub struct Report {
     pub attention_sinks: Option<AttentionSinks>,
 }
 
-/// Adds one measurement to another, where there are both.
+/// Merges two measurements if both exist.
 fn merge<T>(mine: &mut Option<T>, theirs: Option<&T>, add: impl Fn(&mut T, &T)) {
     if let (Some(mine), Some(theirs)) = (mine, theirs) {
         add(mine, theirs);
@@ -218,7 +216,7 @@ fn merge<T>(mine: &mut Option<T>, theirs: Option<&T>, add: impl Fn(&mut T, &T)) 
 }
 
 impl Study {
-    /// Nothing seen yet; a feature exceeds where |x| >= `threshold`.
+    /// An empty study. A feature exceeds if |x| >= `threshold`.
     pub fn new(scope: Scope, threshold: f32) -> Self {
         let (sequences, tokens) = (scope.sequences, scope.tokens);
         let outliers = OutlierStats::new(scope.norms.clone(), scope.hidden, sequences, tokens, threshold);
@@ -249,7 +247,7 @@ impl Study {
         &self.outliers
     }
 
-    /// Gains of the norm whose output is `site`, `[hidden]`, once it was told.
+    /// Gains of the norm with output `site`, `[hidden]`, once received.
     pub fn gain_of(&self, site: Site) -> Option<&[f32]> {
         self.gains.get(&site).map(Vec::as_slice)
     }
@@ -259,12 +257,12 @@ impl Study {
         &self.routers
     }
 
-    /// Experts' largest outputs by layer; empty unless they were studied.
+    /// Experts' largest outputs by layer; empty unless studied.
     pub fn expert_peaks(&self) -> &BTreeMap<usize, ExpertPeaks> {
         &self.experts
     }
 
-    /// Sees values: on the host at once, on a GPU when they have been looked at.
+    /// Adds values: immediately on the host, on a GPU after its statistics arrive.
     fn show(&mut self, shown: Shown, x: &Tensor) -> Result<()> {
         let tokens = match shown.whose {
             Whose::Sequences { .. } => self.scope.tokens,
@@ -275,8 +273,8 @@ impl Study {
         }
         let point = shown.site.point;
         let threshold = point.is_norm_output().then(|| self.outliers.threshold());
-        // The sum overwrites what is added to the residual stream. What an expert made is only
-        // read, and is often a part of a tensor: a copy would be of the whole.
+        // The sum overwrites its input. An expert's output is only read, and is often a slice of a
+        // tensor, whose copy would be of the whole.
         let is_added = matches!(point, Point::AttentionOut | Point::MlpOut);
         let copied;
         let x = if is_added {
@@ -289,8 +287,7 @@ impl Study {
         self.add_what_came(HELD)
     }
 
-    /// Adds what has come, in the order in which it was asked for, and waits while more than `held`
-    /// are still to come.
+    /// Adds arrived statistics in the order of requests. Waits while more than `held` are pending.
     fn add_what_came(&mut self, held: usize) -> Result<()> {
         while let Some((shown, look)) = self.coming.pop_front() {
             if self.coming.len() < held && !look.is_there()? {
@@ -331,7 +328,7 @@ impl Study {
         }
     }
 
-    /// What is measured of whole sequences only where a job asks for it: on the host.
+    /// Optional measurements over whole sequences, on the host.
     fn measure(&mut self, site: Site, first_token: usize, scans: &[Scan], x: &HostValues<'_>) -> Result<()> {
         let (tokens, hidden) = (self.scope.tokens, self.scope.hidden);
         let is_residual = site.point == Point::Residual;
@@ -356,7 +353,7 @@ impl Study {
         })
     }
 
-    /// What is done with the rows of any site.
+    /// Measurements over the rows of any site.
     fn add(&mut self, shown: &Shown, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
         let mut first = 0;
         for scan in scans {
@@ -371,7 +368,7 @@ impl Study {
         top.offer_values(x, scans, |row, dim, value| shown.found(row, dim, value))
     }
 
-    /// Adds a study of the same scope, or of single layers of it, over other sequences: in any
+    /// Adds a study of the same scope, or of single layers of it, over other sequences, in any
     /// order and grouping.
     pub fn merge(&mut self, other: &Self) {
         debug_assert!(other.coming.is_empty(), "a layer that has not settled");
@@ -555,7 +552,7 @@ mod tests {
     const SEQUENCES: usize = 4;
     const EXPERTS: usize = 3;
 
-    /// Two layers, the second a mixture, with every kind of site.
+    /// Two layers, the second a mixture, with all kinds of sites.
     fn scope() -> Scope {
         let site = |layer, point| Site { layer, point };
         let norms = [Point::BeforeAttention, Point::BeforeMlp];
@@ -575,8 +572,7 @@ mod tests {
         }
     }
 
-    /// What a model would show of each sequence: values per site, and one expert per token with
-    /// its output.
+    /// Values of one sequence: per site, and one expert per token with its output.
     #[derive(Clone, Debug)]
     struct Shown {
         values: Vec<Vec<f32>>,
@@ -604,7 +600,7 @@ mod tests {
         (0..HIDDEN).map(|dim| (dim as f32 - 1.0) * (1.0 + site.layer as f32)).collect()
     }
 
-    /// Shows sequences `place..place + shown.len()` together, as one micro-batch.
+    /// Observes sequences `place..place + shown.len()` as one micro-batch.
     fn show(study: &mut Study, place: usize, shown: &[Shown]) {
         let first = place * TOKENS;
         let sites: Vec<Site> = scope().norms.into_iter().chain(scope().others).collect();
@@ -647,8 +643,8 @@ mod tests {
         study
     }
 
-    /// Pooled moments are plain sums of f64: equal up to rounding only, where sequences come in
-    /// another order.
+    /// Removes pooled moments: they are plain f64 sums, equal only up to rounding for another
+    /// order of sequences.
     fn without_pooled(mut report: Report) -> Report {
         for site in &mut report.judged.sites {
             (site.rms, site.kurtosis) = (0.0, 0.0);
@@ -695,7 +691,7 @@ mod tests {
             prop_assert_eq!(a.routers, b.routers);
             let (mut a_sinks, mut b_sinks) = (a.residual_sinks.unwrap(), b.residual_sinks.unwrap());
             b_sinks.per_sequence.reverse();
-            // Of the first sequence.
+            // Values of the first sequence.
             (a_sinks.map, b_sinks.map) = (None, None);
             prop_assert_eq!(a_sinks, b_sinks);
             let (a_life, b_life) = (a.spike_life.unwrap(), b.spike_life.unwrap());

@@ -1,4 +1,4 @@
-//! From stored counts to verdicts: which features are systematic, read in several ways, each labelled.
+//! Derives the systematic features from stored counts, in several labelled readings.
 
 use outliers_protocol::{Axis, Feature, Point, Reading, SequenceSummary, Sided, SiteSummary, Thresholds, Verdict};
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use super::exact::ExactSum;
 /// The parts of [`outliers_protocol::Results`] that follow from counts and thresholds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// The counts, side by side.
+    /// The count of each reading.
     pub verdicts: Vec<Verdict>,
     /// Features with an occurrence, ascending.
     pub features: Vec<Feature>,
@@ -23,7 +23,7 @@ pub struct Summary {
     pub max_abs: f32,
 }
 
-/// Where a feature exceeds within some set of sequences.
+/// Where a feature exceeds within some sequences.
 #[derive(Clone, Copy, Default)]
 struct Extent {
     layers: usize,
@@ -31,26 +31,26 @@ struct Extent {
     positions: u64,
 }
 
-/// A feature judged systematic, with the shares that made it so.
+/// Shares of layers and positions of a systematic feature.
 #[derive(Clone, Copy)]
 struct SystematicShares {
     share: f64,
     positions: f64,
 }
 
-/// One feature over the corpus and within each sequence.
+/// Counts of one feature over the corpus and per sequence.
 struct FeatureCounts {
     feature: Option<Feature>,
     corpus: [Option<SystematicShares>; 2],
     sequences: Vec<PerSequence>,
 }
 
-/// One feature within one sequence.
+/// Counts of one feature in one sequence.
 #[derive(Clone, Copy)]
 struct PerSequence {
-    /// It exceeds somewhere.
+    /// Whether it exceeds anywhere.
     any: bool,
-    /// The verdict by each axis.
+    /// Shares by each axis, if systematic.
     by: [Option<SystematicShares>; 2],
 }
 
@@ -64,13 +64,14 @@ impl OutlierStats {
         layers
     }
 
-    /// Layers and sites at which `dim` exceeds within one sequence.
+    /// Number of layers and sites at which `dim` exceeds within one sequence.
     pub fn spread_in(&self, sequence: usize, dim: usize) -> (usize, usize) {
         let spread = self.spread(dim, sequence..sequence + 1);
         (spread.layers, spread.sites)
     }
 
-    /// Applies the shares of layers and positions to the stored counts. Changing them needs no new run.
+    /// Applies the shares of layers and positions to the stored counts. Other shares need no new
+    /// run.
     pub fn judge(&self, thresholds: &Thresholds) -> Summary {
         let layers = self.layers();
         let rows: Vec<FeatureCounts> =
@@ -91,7 +92,7 @@ impl OutlierStats {
     }
 
     fn row(&self, dim: usize, layers: &[usize], thresholds: &Thresholds) -> FeatureCounts {
-        // Exactly the comparisons of the definition: a share equal to its threshold counts.
+        // As in the definition: a share equal to its threshold counts.
         let judge = |spread: Extent, tokens: usize| {
             let positions = spread.positions as f64 / tokens as f64;
             let by = |part: usize, whole: usize| {
@@ -165,7 +166,7 @@ impl OutlierStats {
             max: all.max,
             min: all.min,
             max_abs: all.max_abs(),
-            // Gains are not counts: whoever knows them says.
+            // Filled in by the caller, who has the gains.
             peak: None,
             systematic_by_layers: corpus[0].is_some(),
             systematic_by_sites: corpus[1].is_some(),
@@ -211,7 +212,7 @@ fn summarise(sequence: usize, rows: &[FeatureCounts]) -> SequenceSummary {
     }
 }
 
-/// Every reading on both axes, the paper's first.
+/// All readings on both axes, the paper's first.
 fn verdicts(rows: &[FeatureCounts], sequences: usize) -> Vec<Verdict> {
     let mut verdicts = Vec::with_capacity(6);
     for (axis_index, axis) in AXES.into_iter().enumerate() {

@@ -1,4 +1,4 @@
-//! The fused pass against a plain reading of the definitions.
+//! Compares the fused pass with an implementation by the definitions.
 
 use std::collections::BTreeSet;
 
@@ -58,7 +58,7 @@ impl Case {
             .collect()
     }
 
-    /// By the definitions, with sets.
+    /// By the definition, with sets.
     fn systematic(&self, dim: usize, sequences: std::ops::Range<usize>, axis: Axis) -> bool {
         let n = sequences.len() * self.tokens;
         let triples = self.triples(dim, sequences);
@@ -75,7 +75,8 @@ prop_compose! {
     fn cases()(layers in 1usize..5, hidden in 1usize..150, sequences in 1usize..4, tokens in 1usize..70, seed in any::<u64>()) -> Case {
         let mut state = seed;
         let mut next = move || { state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1); (state >> 33) as f32 / 2f32.powi(31) };
-        // Some features are wild, some calm, some wild at few sites only; exact thresholds occur.
+        // Some features are large everywhere, some nowhere, some at few sites. Exact thresholds
+        // occur.
         let wild: Vec<f32> = (0..hidden).map(|_| next()).collect();
         let values = (0..2 * layers).map(|_| {
             let quiet: Vec<bool> = (0..hidden).map(|_| next() < 0.5).collect();

@@ -1,4 +1,4 @@
-//! The largest few of many.
+//! The largest values of many.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::BinaryHeap;
@@ -11,30 +11,29 @@ use serde::{Deserialize, Serialize, Serializer};
 use super::values::Values;
 use crate::error::Result;
 
-/// One value and where it stands. Ordered by magnitude; among equal ones the earlier place is the
-/// greater, so that of any set of values the greatest few are the same few, whatever the order
-/// they came in.
+/// One value with its location. Ordered by magnitude; of equal ones the earlier location is
+/// greater, so that the greatest values of a set do not depend on their order.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TopValue {
     /// Layer.
     pub layer: usize,
-    /// Token, counted through all sequences.
+    /// Token index in the corpus.
     pub token: usize,
-    /// Expert whose output it is.
+    /// Expert, for an expert's output.
     pub expert: Option<usize>,
-    /// Hidden dimension.
+    /// Feature.
     pub dim: usize,
-    /// The value, signed; finite.
+    /// The signed, finite value.
     pub value: f32,
 }
 
 impl TopValue {
-    /// Bits of |value|: in the order of magnitudes.
+    /// Bits of |value|, ordered as magnitudes.
     fn bits(&self) -> u32 {
         self.value.abs().to_bits()
     }
 
-    /// As reports have it. `ids` are the token ids `[sequences, tokens]`.
+    /// The record for reports. `ids` are the token ids `[sequences, tokens]`.
     pub fn record(&self, ids: &[i64], tokens: usize) -> Record {
         Record {
             layer: self.layer,
@@ -63,7 +62,7 @@ impl PartialOrd for TopValue {
     }
 }
 
-/// The `limit` greatest of the items offered.
+/// The `limit` greatest of all offered items.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(bound(deserialize = "T: Ord + Deserialize<'de>"))]
 #[serde(bound(serialize = "T: Ord + Clone + Serialize"))]
@@ -73,7 +72,7 @@ pub struct Top<T> {
     least_first: BinaryHeap<Reverse<T>>,
 }
 
-/// The same items are the same bytes, whatever the order they came in; a heap's own order is not.
+/// Serialises in sorted order, since a heap's order depends on that of the items.
 fn sorted<T, S>(heap: &BinaryHeap<Reverse<T>>, serializer: S) -> std::result::Result<S::Ok, S::Error>
 where
     T: Ord + Clone + Serialize,
@@ -83,12 +82,12 @@ where
 }
 
 impl<T: Ord + Clone> Top<T> {
-    /// None yet. `limit` > 0.
+    /// Empty. `limit` > 0.
     pub fn new(limit: usize) -> Self {
         Self { limit, least_first: BinaryHeap::with_capacity(limit) }
     }
 
-    /// Keeps the item if it is among the greatest.
+    /// Keeps the item if it is among the `limit` greatest.
     pub fn offer(&mut self, item: T) {
         if self.least_first.len() < self.limit {
             self.least_first.push(Reverse(item));
@@ -98,17 +97,17 @@ impl<T: Ord + Clone> Top<T> {
         }
     }
 
-    /// The least item kept, once as many are kept as may be.
+    /// The smallest kept item, once `limit` items are kept.
     fn floor(&self) -> Option<&T> {
         self.least_first.peek().filter(|_| self.least_first.len() == self.limit).map(|least| &least.0)
     }
 
-    /// Offers another's items.
+    /// Offers the items of another.
     pub fn merge(&mut self, other: &Self) {
         other.least_first.iter().for_each(|item| self.offer(item.0.clone()));
     }
 
-    /// What was kept, greatest first.
+    /// The kept items, greatest first.
     pub fn descending(&self) -> Vec<T> {
         let mut items: Vec<T> = self.least_first.iter().map(|item| item.0.clone()).collect();
         items.sort_unstable_by(|a, b| b.cmp(a));
@@ -117,11 +116,11 @@ impl<T: Ord + Clone> Top<T> {
 }
 
 impl Top<TopValue> {
-    /// Offers all values `x`, of which `scans` are; `found` makes a candidate of a row, a
-    /// dimension and a value. Those that are not large enough are not looked at.
+    /// Offers all values `x`, with their `scans`. `found` makes a candidate of a row, a dimension
+    /// and a value. Values that are too small are skipped.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn offer_values(
         &mut self,
         x: &Values<'_>,

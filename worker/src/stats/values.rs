@@ -1,4 +1,4 @@
-//! Activations where they lie, and what one pass over them finds there.
+//! Activations on their device, and scans of them.
 
 use candle_core::Tensor;
 use outliers_scan::{Columns, Large, Rows, Scan};
@@ -7,34 +7,35 @@ use super::with_f32;
 use crate::device::gpu::Seen;
 use crate::error::Result;
 
-/// Activations `[rows, width]`, rows of whole sequences: each operation has a form for the CPU and
-/// one for GPUs, of the same results.
+/// Activations `[rows, width]` of whole sequences. Each operation has a CPU and a GPU
+/// implementation with the same results.
 pub enum Values<'a> {
     /// On the host.
     Host(Rows<'a>),
-    /// On a GPU that has looked at them.
+    /// On a GPU, with their requested statistics.
     Gpu(&'a Seen<'a>),
 }
 
-/// Shows a tensor's values `[rows, width]` on the host, rows of whole sequences of `tokens` each.
+/// Passes a tensor's values `[rows, width]` to `see` on the host, as whole sequences of `tokens`
+/// rows.
 pub(super) fn on_the_host<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Values<'_>) -> Result<T>) -> Result<T> {
     let width = x.dim(1)?;
     with_f32(x, |x| see(&Values::Host(Rows { x, width, tokens })))
 }
 
-/// Activations that may have to be copied to the host before they can be read there.
+/// Activations that are copied to the host when they are read.
 pub(super) struct HostValues<'a> {
-    /// Where they lie.
+    /// The tensor on its device.
     pub tensor: &'a Tensor,
-    /// The same, as the host or a GPU sees them.
+    /// The same values on the host or a GPU.
     pub values: &'a Values<'a>,
 }
 
 impl HostValues<'_> {
-    /// Shows them as f32: without a copy where they are on the host.
+    /// Passes the values to `see` as f32, without a copy if they are on the host.
     ///
     /// # Errors
-    /// The device's, and those of `see`.
+    /// Errors of the device and of `see`.
     pub(super) fn see<T>(&self, see: impl FnOnce(&[f32]) -> Result<T>) -> Result<T> {
         match self.values {
             Values::Host(rows) => see(rows.x),
@@ -44,7 +45,7 @@ impl HostValues<'_> {
 }
 
 impl Values<'_> {
-    /// Rows.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         match self {
             Self::Host(x) => x.rows(),
@@ -52,10 +53,10 @@ impl Values<'_> {
         }
     }
 
-    /// Rows and magnitudes of each sequence.
+    /// Statistics per row and magnitude, for each sequence.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn scan(&self) -> Result<Vec<Scan>> {
         match self {
             Self::Host(x) => Ok(x.scan()),
@@ -63,10 +64,10 @@ impl Values<'_> {
         }
     }
 
-    /// Columns of each sequence; a value exceeds where |x| >= `threshold` > 0.
+    /// Statistics per column, for each sequence. A value exceeds if |x| >= `threshold` > 0.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>> {
         match self {
             Self::Host(x) => Ok(x.columns(threshold)),
@@ -74,11 +75,11 @@ impl Values<'_> {
         }
     }
 
-    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are
-    /// theirs.
+    /// The exact median |x| of each sequence, the lower of the two middle values. `scans` are
+    /// those of the sequences.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn medians(&self, scans: &[Scan]) -> Result<Vec<f32>> {
         match self {
             Self::Host(x) => Ok(x.medians(scans)),
@@ -86,11 +87,11 @@ impl Values<'_> {
         }
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
-    /// of rows and columns.
+    /// Values of some rows with |x| bits of at least the row's bound, in order of rows and
+    /// columns.
     ///
     /// # Errors
-    /// Device: the driver's.
+    /// Errors of the driver.
     pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>> {
         match self {
             Self::Host(x) => Ok(x.large(asked)),

@@ -1,5 +1,5 @@
-//! DeepSeek-V2 and V2-Lite (2024): latent attention, softmax routing that is not renormalised,
-//! limited to the best groups or not. Hugging Face `DeepseekV2ForCausalLM`.
+//! DeepSeek-V2 and V2-Lite (2024): latent attention, softmax routing without renormalisation, with
+//! or without group limits. Hugging Face `DeepseekV2ForCausalLM`.
 
 use super::{
     Config, Family, Names, ROTARY_BUFFERS, decoder_like_llama, deepseek_v3, pre_norm, sparse_after_first, unsupported,
@@ -47,7 +47,7 @@ fn router(config: &Config<'_>) -> Result<RouterSpec> {
     match config.word("topk_method")? {
         "greedy" => Ok(RouterSpec::SoftmaxGroups { groups: 1, top_groups: 1, scale }),
         "group_limited_greedy" => {
-            // Of none, nothing could be chosen: that is refused with the numbers.
+            // 0 groups are refused later, with the numbers.
             let (groups, top_groups) = (groups.unwrap_or(0), top_groups.unwrap_or(0));
             Ok(RouterSpec::SoftmaxGroups { groups, top_groups, scale })
         }

@@ -1,6 +1,6 @@
 //! DeepSeek-V3 (2024), V3.1, Kimi-K2 and Moonlight (2025): latent attention, sigmoid routing with
 //! a correction bias and group limits, FP8 tiles. Hugging Face `DeepseekV3ForCausalLM`; the code
-//! that `auto_map` names is not needed.
+//! of `auto_map` is not needed.
 
 use super::{
     Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, ROTARY_BUFFERS, SEPARATE_EXPERTS, SHARED_EXPERTS,
@@ -17,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
 
 const NAMES: Names = Names { ignored: &[NEXT_TOKEN_LAYERS, ROTARY_BUFFERS], ..Names::new(TENSORS, &["model.", ""]) };
 
-/// Also of the families that build on this one.
+/// Also used by the families that build on this one.
 pub(super) const TENSORS: &[&[(Role, &str)]] = &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS, LATENT];
 
 /// Names of latent attention.
@@ -30,7 +30,7 @@ pub(super) const LATENT: &[(Role, &str)] = &[
     (Role::KvBProj, "{base}layers.{layer}.self_attn.kv_b_proj.weight"),
 ];
 
-/// Of the norms inside the bottlenecks; not in the configuration.
+/// Epsilon of the norms of the low-rank vectors; not in the configuration.
 const INNER_EPS: f64 = 1e-6;
 
 pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
@@ -43,7 +43,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder(config, pairing, sparse_after_first(config)?)
 }
 
-/// A decoder by this family's keys, of which the layers marked have experts.
+/// A decoder by this family's keys. `sparse` marks the layers with experts.
 pub(super) fn decoder(config: &Config<'_>, pairing: Pairing, sparse: Vec<bool>) -> Result<DecoderSpec> {
     config.expect_silu()?;
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
@@ -55,7 +55,7 @@ pub(super) fn decoder(config: &Config<'_>, pairing: Pairing, sparse: Vec<bool>) 
 /// Latent attention by this family's keys.
 pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec> {
     let latent = latent_without_rotation(config)?;
-    // YaRN's growth of queries and keys, here in the softmax.
+    // YaRN's factor of queries and keys, applied in the softmax.
     let rotation = config.rope_settings()?;
     let magnitude = match rotation.nonzero("mscale_all_dim")? {
         Some(all) if rotation.kind()? != "default" => yarn_magnitude(rotation.number("factor")?, all),
@@ -68,7 +68,7 @@ pub(super) fn latent(config: &Config<'_>, pairing: Pairing) -> Result<LatentSpec
     })
 }
 
-/// The same but for the rotation.
+/// As [`latent`], without the rotation.
 pub(super) fn latent_without_rotation(config: &Config<'_>) -> Result<LatentSpec> {
     config.expect_flag("attention_bias", false)?;
     let (nope_dim, rope_dim) = (config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?);

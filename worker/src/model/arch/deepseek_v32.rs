@@ -1,5 +1,5 @@
-//! DeepSeek-V3.2 (2025): DeepSeek-V3 whose attention is sparse beyond `index_topk` tokens. Up to
-//! as many its indexer selects every key, so that it is DeepSeek-V3. Hugging Face
+//! DeepSeek-V3.2 (2025): DeepSeek-V3 with sparse attention beyond `index_topk` tokens. Up to that
+//! length its indexer selects every key, which is DeepSeek-V3. Hugging Face
 //! `DeepseekV32ForCausalLM`.
 
 use super::{
@@ -19,16 +19,16 @@ pub(super) const FAMILY: Family = Family {
     ..Family::new("DeepseekV32ForCausalLM", &["deepseek_v32"], "DeepseekV32Config", spec, &NAMES)
 };
 
-/// Of this family and those that build on it.
+/// Names of this family and of those that build on it.
 pub(super) const NAMES: Names = Names {
     tensors: deepseek_v3::TENSORS,
     bases: &["model.", ""],
     input_major: &[],
-    // The first that knows a tensor says why: a layer past the last has an indexer too.
+    // The first match gives the reason; a layer past the last has an indexer, too.
     ignored: &[NEXT_TOKEN_LAYERS, INDEXER],
 };
 
-/// The class overwrites the one; the other is the sum of two.
+/// The class overwrites `head_dim`; `qk_head_dim` is a sum of two others.
 pub(super) const NOT_OF_THE_HEADS: Unused = ("the widths of a head's parts say it", &["head_dim", "qk_head_dim"]);
 
 pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {

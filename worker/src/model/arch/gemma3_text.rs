@@ -1,5 +1,5 @@
-//! Gemma 3 (Google 2025), text only: norms before and after each sublayer, five windowed layers to
-//! one that sees all, each kind with a rotation of its own, gated GELU. Hugging Face
+//! Gemma 3 (Google 2025), text only: norms before and after each sublayer, five windowed layers
+//! per global one, a separate rotation for each kind, gated GELU. Hugging Face
 //! `Gemma3ForCausalLM`.
 
 use super::{
@@ -26,7 +26,7 @@ pub(super) const SANDWICH: &[(Role, &str)] = &[
 
 pub(super) const UNUSED: &[Unused] = &[("it says how Python runs the model", &["cache_implementation"])];
 
-/// Layers that see all, and layers with a window.
+/// Rotations of global layers and of windowed layers.
 pub(super) const FULL: RopeKind =
     RopeKind { kind: "full_attention", key: "rope_parameters.full_attention", theta: "rope_theta", is_scaled: true };
 pub(super) const SLIDING: RopeKind = RopeKind {
@@ -64,7 +64,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder(config, window_of_each(config, every)?.into_iter().map(layer).collect())
 }
 
-/// The window of each layer: those of `layer_types`, else all keys in every n-th layer.
+/// The window of each layer: by `layer_types`, else every n-th layer is global.
 pub(super) fn window_of_each(config: &Config<'_>, every: usize) -> Result<Vec<Window>> {
     let by_interval = |layer: usize| if layer.is_multiple_of(every) { FULL.kind } else { SLIDING.kind };
     let kinds = match config.layer_types()? {
@@ -75,7 +75,8 @@ pub(super) fn window_of_each(config: &Config<'_>, every: usize) -> Result<Vec<Wi
     windows(kinds, &Windowed { kind: SLIDING.kind, key: "sliding_window", window })
 }
 
-/// A decoder of these layers: the embedding grows by the root of its width, logits may be capped.
+/// A decoder of these layers. The embedding is scaled by the root of its width, and logits may
+/// have a softcap.
 pub(super) fn decoder(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
     let decoder = decoder_like_llama(config, layers)?;
     let scale = Some(EmbeddingScale { factor: (decoder.hidden as f64).sqrt(), rounded: true });

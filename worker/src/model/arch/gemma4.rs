@@ -1,5 +1,5 @@
-//! Gemma 4 (Google 2026), the text part: Gemma 3 with wider heads whose keys are values where a
-//! layer sees all, and in mixtures a dense MLP beside the experts. Hugging Face
+//! Gemma 4 (Google 2026), the text part: Gemma 3 with wider heads and keys as values in global
+//! layers, and a dense MLP beside the experts of mixtures. Hugging Face
 //! `Gemma4ForConditionalGeneration`.
 
 use super::{Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, attention_without_positions, gemma3_text};
@@ -52,7 +52,7 @@ const UNUSED: &[Unused] = &[
     ("only layers with inputs of their own use it", &["vocab_size_per_layer_input"]),
 ];
 
-/// Width of a head where a layer sees all. No attribute of the class.
+/// Head width of global layers. Not an attribute of the class.
 const GLOBAL_HEAD_DIM: usize = 512;
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
@@ -87,7 +87,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         FfnSpec::Dense(mlp)
     };
     let mut windows = gemma3_text::window_of_each(config, 6)?;
-    // Whatever is said of it.
+    // The last layer is global whatever the configuration says.
     if let Some(last) = windows.last_mut() {
         *last = Window::Full;
     }
@@ -103,13 +103,13 @@ fn geglu(intermediate: usize, stored: GateUp) -> MlpSpec {
     MlpSpec { intermediate, kind: MlpKind::Geglu(stored), bias: false }
 }
 
-/// Attention with a window.
+/// Windowed attention.
 fn sliding(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
     let rope = config.rope_of_kind(&gemma3_text::SLIDING, attention.head_dim)?;
     Ok(AttentionSpec { rope: Some(rope), ..attention.clone() })
 }
 
-/// Attention that sees all: heads of another width, and keys that are values.
+/// Global attention: heads of another width, and keys as values.
 fn full(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
     const HEAD_DIM: &str = "global_head_dim";
     const KV_HEADS: &str = "num_global_key_value_heads";

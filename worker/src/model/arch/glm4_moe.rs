@@ -22,7 +22,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let qk_norm = if config.flag("use_qk_norm")? { QkNorm::PerHead(norm) } else { QkNorm::None };
     let attention = attention_like_llama(config)?;
-    // `attention_bias` is about q, k and v alone.
+    // `attention_bias` applies to q, k and v only.
     let mixer = MixerSpec::Attention(AttentionSpec { qk_norm, output_bias: false, ..attention });
     let layer = |sparse| Ok(pre_norm(norm, mixer.clone(), ffn_like_deepseek(config, sparse)?));
     decoder_like_llama(config, sparse_after_first(config)?.into_iter().map(layer).collect::<Result<_>>()?)

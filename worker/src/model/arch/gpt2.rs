@@ -46,7 +46,7 @@ const UNUSED: &[Unused] = &[
     ("the length of the table of positions says it", &["n_ctx"]),
     ("transformers has no such attribute", &["n_special", "output_past", "predict_special_tokens"]),
 ];
-/// Of a head that no causal language model has.
+/// Keys of a head that causal language models do not have.
 const SUMMARY: &[&str] =
     &["summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"];
 

@@ -27,7 +27,7 @@ const NAMES: Names = Names {
         ],
     ],
     bases: &["model.", ""],
-    // As plain floats. Their MXFP4 form is output-major.
+    // Applies to plain floats. MXFP4 tensors are output-major.
     input_major: &[Role::ExpertGateUp, Role::ExpertDown],
     ignored: &[],
 };

@@ -1,5 +1,5 @@
-//! Kimi-K2.5 and K2.6 (2026), the text part: Kimi-K2 below a prefix, experts as integers of four
-//! bits. Hugging Face `KimiK25ForConditionalGeneration`.
+//! Kimi-K2.5 and K2.6 (2026), the text part: Kimi-K2 under a prefix, with 4-bit integer experts.
+//! Hugging Face `KimiK25ForConditionalGeneration`.
 
 use super::{Family, Ignored, NEXT_TOKEN_LAYERS, Names, Pattern, ROTARY_BUFFERS, Unused, deepseek_v3};
 use crate::model::decoder::Role;

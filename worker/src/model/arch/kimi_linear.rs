@@ -1,6 +1,6 @@
-//! Kimi Linear (Moonshot 2025): three layers of a DeltaNet whose keys decay channel by channel to
-//! one of latent attention without rotation, DeepSeek-V3's routing under Mixtral's names. Hugging
-//! Face `KimiLinearForCausalLM`; the code that `auto_map` names is not needed.
+//! Kimi Linear (Moonshot 2025): three DeltaNet layers with a decay per key channel for each layer
+//! of latent attention without rotation, and DeepSeek-V3's routing under Mixtral's names. Hugging
+//! Face `KimiLinearForCausalLM`; the code of `auto_map` is not needed.
 
 use serde_json::{Value, json};
 
@@ -68,10 +68,10 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder_like_llama(config, kinds.map(layer).collect())
 }
 
-/// The published code's settings of the DeltaNet, which count before those of the class.
+/// The published code's settings of the DeltaNet, with priority over the class's.
 const OF_DELTA_NET: &str = "linear_attn_config";
 
-/// One of them; `None` where there is none of that name.
+/// One of these settings; `None` if it is missing.
 fn of_delta_net<'a>(config: &Config<'a>, key: &str) -> Result<Option<&'a Value>> {
     if !config.has(OF_DELTA_NET) {
         config.assume(OF_DELTA_NET, &json!({}));
@@ -103,8 +103,8 @@ fn delta_net(config: &Config<'_>, eps: f64) -> Result<DeltaNetSpec> {
     })
 }
 
-/// Which layers have latent attention: what `layer_types` says, else the published lists, which
-/// count from 1.
+/// Layers with latent attention: by `layer_types`, else by the published lists, which count from
+/// 1.
 fn sees_all(config: &Config<'_>) -> Result<Vec<bool>> {
     let layers = config.layers()?;
     if let Some(kinds) = config.layer_types()? {
@@ -133,7 +133,7 @@ fn sees_all(config: &Config<'_>) -> Result<Vec<bool>> {
     all.ok_or_else(|| wrong(LISTS[1], &wanted(), linear))
 }
 
-/// Which layers have experts: what `mlp_layer_types` says, else all but the first.
+/// Layers with experts: by `mlp_layer_types`, else all but the first.
 fn sparse(config: &Config<'_>) -> Result<Vec<bool>> {
     const DENSE: &str = "first_k_dense_replace";
     let dense = if config.has(DENSE) { config.count(DENSE)? } else { 1 };

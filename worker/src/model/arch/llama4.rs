@@ -1,6 +1,6 @@
 //! Llama 4 Scout and Maverick (Meta 2025), the text part: chunked attention with interleaved
-//! rotation, every fourth layer without either, experts whose input is scaled by the router, a
-//! shared expert. Hugging Face `Llama4ForConditionalGeneration`.
+//! rotation, every fourth layer without either, experts with inputs scaled by the router, a shared
+//! expert. Hugging Face `Llama4ForConditionalGeneration`.
 
 use super::{
     Config, Family, Ignored, Names, Pattern, Unused, Windowed, attention_like_llama, decoder_like_llama, pre_norm,
@@ -71,7 +71,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder_like_llama(config, windows.into_iter().zip(rotated).zip(sparse).map(layer).collect())
 }
 
-/// Which layers rotate: those that `no_rope_layers` marks with 1 (!), else all but every
+/// Layers with rotation: those with a 1 in `no_rope_layers` (despite its name), else all but every
 /// `no_rope_layer_interval`-th.
 fn rotated_layers(config: &Config<'_>) -> Result<Vec<bool>> {
     let interval = config.divisor("no_rope_layer_interval")?;
@@ -81,8 +81,7 @@ fn rotated_layers(config: &Config<'_>) -> Result<Vec<bool>> {
     }
 }
 
-/// Which layers have experts: those that `moe_layers` lists, else every
-/// `interleave_moe_layer_step`-th.
+/// Layers with experts: by `moe_layers`, else every `interleave_moe_layer_step`-th.
 fn sparse_layers(config: &Config<'_>) -> Result<Vec<bool>> {
     let step = config.divisor("interleave_moe_layer_step")?;
     let listed = config.counts_opt("moe_layers")?;

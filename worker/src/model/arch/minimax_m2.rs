@@ -1,5 +1,5 @@
 //! MiniMax-M2, M2.5 and M2.7 (2025-26): q/k norm over the whole projection, partial rotation under
-//! a key of its own, sigmoid routing with a correction bias, FP8 tiles under Mixtral's names.
+//! a separate key, sigmoid routing with a correction bias, FP8 tiles under Mixtral's names.
 //! Hugging Face `MiniMaxM2ForCausalLM`.
 
 use serde_json::Value;
@@ -32,14 +32,14 @@ const NAMES: Names = Names {
     ignored: &[NEXT_TOKEN_LAYERS],
 };
 
-/// Settings of the published code that transformers has no attribute for.
+/// Checks settings of the published code that transformers' class does not have.
 fn expect_published(config: &Config<'_>) -> Result<()> {
     config.expect("scoring_func", &["sigmoid".into()])?;
     config.expect("qk_norm_type", &["per_layer".into()])?;
     config.expect("shared_intermediate_size", &[0.into()])?;
     config.expect_flag("use_qk_norm", true)?;
     config.expect_flag("use_routing_bias", true)?;
-    // 1 is softmax attention, 0 was a linear one in MiniMax-01.
+    // 1 is softmax attention; 0 was linear attention in MiniMax-01.
     match config.raw("attn_type_list") {
         Some(Value::Array(kinds)) if kinds.iter().any(|kind| *kind != 1) => {
             Err(unsupported("attn_type_list with layers of another kind than 1".to_owned()))

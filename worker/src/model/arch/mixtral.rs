@@ -11,7 +11,7 @@ pub(super) const FAMILY: Family = Family::new("MixtralForCausalLM", &["mixtral"]
 
 const NAMES: Names = Names::new(&[LIKE_LLAMA, EXPERTS], &["model.", ""]);
 
-/// Names of router and experts, which other families took over.
+/// Names of router and experts, also used by later families.
 pub(super) const EXPERTS: &[(Role, &str)] = &[
     (Role::Router, "{base}layers.{layer}.block_sparse_moe.gate.weight"),
     (Role::ExpertGate, "{base}layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight"),

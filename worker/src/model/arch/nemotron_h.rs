@@ -1,5 +1,5 @@
-//! Nemotron-H (NVIDIA 2025) as Nemotron 3 has it: a layer is one norm and one block, of Mamba-2,
-//! attention without positions, a mixture or an MLP. Hugging Face `NemotronHForCausalLM`.
+//! Nemotron-H (NVIDIA 2025) in the form of Nemotron 3: a layer is one norm and one block (Mamba-2,
+//! attention without positions, a mixture or an MLP). Hugging Face `NemotronHForCausalLM`.
 
 use serde_json::Value;
 
@@ -71,7 +71,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect("mlp_hidden_act", &["relu2".into()])?;
     config.expect("mamba_hidden_act", &["silu".into()])?;
     config.expect("sliding_window", &[Value::Null])?;
-    // Older names of settings, which the class takes over.
+    // Older names of settings that the class also reads.
     for key in ["mamba_n_groups", "mamba_d_conv", "mamba_dt_min", "mamba_conv_bias"] {
         if config.has(key) {
             return Err(unsupported(format!("a setting under its older name {key}")));
@@ -102,7 +102,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder_like_llama(config, kinds(config)?.into_iter().map(layer).collect())
 }
 
-/// What a layer is.
+/// Kinds of layers.
 #[derive(Clone, Copy)]
 enum LayerKind {
     Mamba,
@@ -111,7 +111,7 @@ enum LayerKind {
     Mlp,
 }
 
-/// What the layers are: a list of words, else a letter for each.
+/// The kinds of all layers: a list of words, else a letter per layer.
 fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
     const PATTERN: &str = "hybrid_override_pattern";
     let listed = ["layers_block_type", "layer_types"].into_iter().find_map(|key| {

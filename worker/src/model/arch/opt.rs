@@ -42,7 +42,7 @@ const NAMES: Names = Names {
     ignored: &[],
 };
 
-/// Rows of the position table that stand for no position.
+/// Unused rows at the start of the position table.
 const POSITION_OFFSET: usize = 2;
 /// PyTorch's default; not in the configuration.
 const NORM_EPS: f64 = 1e-5;

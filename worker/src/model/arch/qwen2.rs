@@ -1,4 +1,4 @@
-//! Qwen2 and Qwen2.5 (2024), dense: biases on queries, keys and values alone. Hugging Face
+//! Qwen2 and Qwen2.5 (2024), dense: biases on queries, keys and values only. Hugging Face
 //! `Qwen2ForCausalLM`.
 
 use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, qwen_windows};

@@ -1,6 +1,6 @@
-//! Qwen3.5 and 3.6 mixtures (2026), the text part: Qwen3-Next with DeltaNet's projections apart
-//! and weights that are always renormalised. Experts are stacked, or apart where they are FP8.
-//! Hugging Face `Qwen3_5MoeForConditionalGeneration`.
+//! Qwen3.5 and 3.6 mixtures (2026), the text part: Qwen3-Next with separate DeltaNet projections
+//! and weights that are always renormalised. Experts are stacked, or separate in FP8. Hugging Face
+//! `Qwen3_5MoeForConditionalGeneration`.
 
 use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, qwen3_5, qwen3_next};
 use crate::error::Result;

@@ -1,5 +1,5 @@
-//! Qwen3-Next (2025): three layers of gated DeltaNet to one of gated attention, zero-centred
-//! norms, a gated shared expert. Hugging Face `Qwen3NextForCausalLM`.
+//! Qwen3-Next (2025): three gated DeltaNet layers per gated attention layer, zero-centred norms, a
+//! gated shared expert. Hugging Face `Qwen3NextForCausalLM`.
 
 use super::{
     Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama,
@@ -32,7 +32,7 @@ const NAMES: Names = Names {
     ignored: &[NEXT_TOKENS],
 };
 
-/// Names of DeltaNet's parts behind its projections.
+/// Names of DeltaNet's tensors after its projections.
 pub(super) const DELTA_NET: &[(Role, &str)] = &[
     (Role::DeltaConvolution, "{base}layers.{layer}.linear_attn.conv1d.weight"),
     (Role::DeltaDecay, "{base}layers.{layer}.linear_attn.A_log"),
@@ -41,7 +41,7 @@ pub(super) const DELTA_NET: &[(Role, &str)] = &[
     (Role::DeltaOutput, "{base}layers.{layer}.linear_attn.out_proj.weight"),
 ];
 
-/// Names of the shared expert and what opens it.
+/// Names of the shared expert and its gate.
 pub(super) const SHARED_EXPERT: &[(Role, &str)] = &[
     (Role::SharedGate, "{base}layers.{layer}.mlp.shared_expert.gate_proj.weight"),
     (Role::SharedUp, "{base}layers.{layer}.mlp.shared_expert.up_proj.weight"),
@@ -49,11 +49,10 @@ pub(super) const SHARED_EXPERT: &[(Role, &str)] = &[
     (Role::SharedExpertGate, "{base}layers.{layer}.mlp.shared_expert_gate.weight"),
 ];
 
-/// Layers that predict later tokens.
+/// Layers for multi-token prediction.
 pub(super) const NEXT_TOKENS: Ignored = Ignored { names: Pattern::Prefix("mtp."), why: "multi-token prediction" };
 
-/// Every n-th layer has full attention where `layer_types` says nothing. No attribute of the
-/// class.
+/// Every n-th layer has full attention if `layer_types` is absent. Not an attribute of the class.
 fn full_attention_interval(config: &Config<'_>) -> Result<usize> {
     const KEY: &str = "full_attention_interval";
     Ok(if config.has(KEY) { config.divisor(KEY)? } else { 4 })
@@ -66,7 +65,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     decoder(config, DeltaStored::ByKeyHead, sparse_layers(config)?.into_iter().map(ffn).collect())
 }
 
-/// A decoder by this family's keys with these feed-forwards.
+/// A decoder by this family's keys with the given feed-forwards.
 pub(super) fn decoder(config: &Config<'_>, stored: DeltaStored, ffns: Vec<FfnSpec>) -> Result<DecoderSpec> {
     config.expect_silu()?;
     let eps = config.number("rms_norm_eps")?;

@@ -1,5 +1,4 @@
-//! Which tensors a decoder needs, with their shapes, grouped into the units in which they are
-//! streamed.
+//! The tensors of a decoder with their shapes, grouped into streaming units.
 
 use std::ops::Range;
 
@@ -10,43 +9,43 @@ use super::{
     MixerSpec, MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
 };
 
-/// What a tensor is for. An architecture's name table maps each to a published name.
+/// Role of a tensor. An architecture's name table maps each role to a published name.
 ///
-/// Matrices are `[out, in]` whatever their order on disk.
+/// Shapes of matrices are `[out, in]`, whatever their order on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Role {
     /// Token embedding `[vocab, width]`.
     Embedding,
     /// Learned positions `[rows, hidden]`.
     Positions,
-    /// Embedding width to hidden `[hidden, width]`.
+    /// Projection of the embedding to the hidden size, `[hidden, width]`.
     ProjectIn,
-    /// Hidden to embedding width `[width, hidden]`.
+    /// Projection to the embedding width before the head, `[width, hidden]`.
     ProjectOut,
     /// Gain of the last norm `[hidden]`.
     FinalNorm,
-    /// Its bias.
+    /// Bias of the last norm.
     FinalNormBias,
     /// Head `[vocab, width]`.
     Head,
-    /// `[vocab]`.
+    /// Bias of the head `[vocab]`.
     HeadBias,
 
     /// Gain of the mixer's norm `[hidden]`.
     MixerNorm,
-    /// Its bias.
+    /// Bias of the mixer's norm.
     MixerNormBias,
     /// Gain of the norm of the mixer's output `[hidden]`.
     MixerPostNorm,
-    /// Projection `[heads * head_dim, hidden]`, twice the rows with an output gate.
+    /// `q_proj` `[heads * head_dim, hidden]`, twice as many rows with an output gate.
     QProj,
-    /// Projection `[kv_heads * head_dim, hidden]`.
+    /// `k_proj` `[kv_heads * head_dim, hidden]`.
     KProj,
-    /// Projection `[kv_heads * head_dim, hidden]`.
+    /// `v_proj` `[kv_heads * head_dim, hidden]`.
     VProj,
-    /// All three in one.
+    /// Queries, keys and values in one matrix.
     QkvProj,
-    /// Projection `[hidden, heads * value width]`.
+    /// `o_proj` `[hidden, heads * value width]`.
     OProj,
     /// Bias of `QProj`.
     QProjBias,
@@ -62,23 +61,23 @@ pub enum Role {
     QNorm,
     /// Gain of the keys' norm.
     KNorm,
-    /// One logit per head `[heads]`.
+    /// Attention sink logits `[heads]`.
     Sinks,
-    /// Gates of the mixed values `[heads * head_dim, hidden]`.
+    /// Output gate `[heads * head_dim, hidden]`.
     OutputGate,
 
-    /// Queries' bottleneck `[query_rank, hidden]`.
+    /// Queries' down projection `[query_rank, hidden]`.
     QAProj,
-    /// Gain of the norm in it.
+    /// Gain of the norm of the low-rank queries.
     QANorm,
-    /// Out of the bottleneck `[heads * (nope + rope), query_rank]`.
+    /// Queries' up projection `[heads * (nope + rope), query_rank]`.
     QBProj,
-    /// Keys' and values' bottleneck, and the rotated key part `[kv_rank + rope, hidden]`.
+    /// Down projection of keys and values, and the rotated key part `[kv_rank + rope, hidden]`.
     KvAProj,
-    /// Gain of the norm in it.
+    /// Gain of the norm of the low-rank keys and values.
     KvANorm,
-    /// Out of the bottleneck, per head [key without position | value] `[heads * (nope + value),
-    /// kv_rank]`.
+    /// Up projection of keys and values, per head [key without position | value] `[heads * (nope +
+    /// value), kv_rank]`.
     KvBProj,
 
     /// DeltaNet's projection, per key head [q | k | values | gates].
@@ -93,36 +92,36 @@ pub enum Role {
     DeltaStrength,
     /// DeltaNet's projection to steps `[value_heads, hidden]`.
     DeltaStep,
-    /// Gates' bottleneck `[value_dim, hidden]`.
+    /// Gates' down projection `[value_dim, hidden]`.
     DeltaGateDown,
-    /// Out of it `[value_heads * value_dim, value_dim]`.
+    /// Gates' up projection `[value_heads * value_dim, value_dim]`.
     DeltaGateUp,
-    /// Steps' bottleneck `[value_dim, hidden]`.
+    /// Steps' down projection `[value_dim, hidden]`.
     DeltaStepDown,
-    /// Out of it `[value_heads * key_dim, value_dim]`.
+    /// Steps' up projection `[value_heads * key_dim, value_dim]`.
     DeltaStepUp,
     /// Convolution `[channels, 1, kernel]`.
     DeltaConvolution,
-    /// The same of queries alone.
+    /// Convolution of queries only.
     DeltaQueryConvolution,
-    /// The same of keys alone.
+    /// Convolution of keys only.
     DeltaKeyConvolution,
-    /// The same of values alone.
+    /// Convolution of values only.
     DeltaValueConvolution,
     /// `A_log` `[value_heads]`, or `[1, 1, value_heads, 1]`.
     DeltaDecay,
-    /// `dt_bias`, as many as steps.
+    /// `dt_bias`, in the shape of a token's steps.
     DeltaStepBias,
     /// Gain of the gated norm `[value_dim]`.
     DeltaNorm,
-    /// DeltaNet's projection out `[hidden, value_heads * value_dim]`.
+    /// DeltaNet's output projection `[hidden, value_heads * value_dim]`.
     DeltaOutput,
 
     /// Mamba's projection [gates | values | writes | reads | steps].
     MambaInput,
     /// Convolution `[channels, 1, kernel]`.
     MambaConvolution,
-    /// Its bias `[channels]`.
+    /// Bias of the convolution `[channels]`.
     MambaConvolutionBias,
     /// `A_log` `[heads]`.
     MambaDecay,
@@ -132,24 +131,24 @@ pub enum Role {
     MambaSkip,
     /// Gain of the norm of the gated values `[heads * head_dim]`.
     MambaNorm,
-    /// Mamba's projection out `[hidden, heads * head_dim]`.
+    /// Mamba's output projection `[hidden, heads * head_dim]`.
     MambaOutput,
 
     /// Gain of the feed-forward's norm `[hidden]`.
     FfnNorm,
-    /// Its bias.
+    /// Bias of the feed-forward's norm.
     FfnNormBias,
     /// Gain of the norm of the feed-forward's output `[hidden]`.
     FfnPostNorm,
-    /// What multiplies the residual stream after the layer `[1]`.
+    /// Scalar of the residual stream after the layer `[1]`.
     LayerScalar,
-    /// Projection `[intermediate, hidden]`.
+    /// `gate_proj` `[intermediate, hidden]`.
     GateProj,
-    /// Projection `[intermediate, hidden]`.
+    /// `up_proj` `[intermediate, hidden]`.
     UpProj,
-    /// Both in one `[2 * intermediate, hidden]`.
+    /// Gate and up in one matrix `[2 * intermediate, hidden]`.
     GateUpProj,
-    /// Projection `[hidden, intermediate]`.
+    /// `down_proj` `[hidden, intermediate]`.
     DownProj,
     /// Bias of `GateProj`.
     GateProjBias,
@@ -162,27 +161,27 @@ pub enum Role {
 
     /// Router `[experts, hidden]`.
     Router,
-    /// Bias of its logits `[experts]`.
+    /// Bias of the logits `[experts]`.
     RouterBias,
-    /// Added to its scores for the choice alone `[experts]`.
+    /// Correction bias of the scores for the choice `[experts]`.
     CorrectionBias,
-    /// Gain of the norm of its input `[hidden]`.
+    /// Gain of the norm of the router's input `[hidden]`.
     RouterScale,
-    /// What multiplies the weights `[experts]`.
+    /// Factor of the weights `[experts]`.
     ExpertScale,
-    /// Gain of the norm of the experts' input `[hidden]`, where it is not the feed-forward's.
+    /// Gain of the norm of the experts' input `[hidden]`, if it is not the feed-forward's.
     ExpertsNorm,
-    /// Gain of the norm of what the experts add up to `[hidden]`.
+    /// Gain of the norm of the experts' sum `[hidden]`.
     ExpertsPostNorm,
-    /// Gain of the norm of the output of the MLP beside them `[hidden]`.
+    /// Gain of the norm of the output of the MLP beside the experts `[hidden]`.
     BesidePostNorm,
-    /// An expert's projection `[intermediate, hidden]`.
+    /// An expert's `gate_proj` `[intermediate, hidden]`.
     ExpertGate,
-    /// An expert's projection `[intermediate, hidden]`.
+    /// An expert's `up_proj` `[intermediate, hidden]`.
     ExpertUp,
-    /// Both in one `[2 * intermediate, hidden]`.
+    /// An expert's gate and up in one matrix `[2 * intermediate, hidden]`.
     ExpertGateUp,
-    /// An expert's projection `[hidden, intermediate]`.
+    /// An expert's `down_proj` `[hidden, intermediate]`.
     ExpertDown,
     /// Bias of `ExpertGate`.
     ExpertGateBias,
@@ -192,13 +191,13 @@ pub enum Role {
     ExpertGateUpBias,
     /// Bias of `ExpertDown`.
     ExpertDownBias,
-    /// The shared expert's projection.
+    /// The shared expert's `gate_proj`.
     SharedGate,
-    /// The shared expert's projection.
+    /// The shared expert's `up_proj`.
     SharedUp,
-    /// Both in one.
+    /// The shared expert's gate and up in one matrix.
     SharedGateUp,
-    /// The shared expert's projection.
+    /// The shared expert's `down_proj`.
     SharedDown,
     /// Bias of `SharedGate`.
     SharedGateBias,
@@ -208,22 +207,22 @@ pub enum Role {
     SharedGateUpBias,
     /// Bias of `SharedDown`.
     SharedDownBias,
-    /// What opens the shared expert `[1, hidden]`.
+    /// Gate of the shared expert `[1, hidden]`.
     SharedExpertGate,
-    /// Into the experts' space `[latent, hidden]`.
+    /// Projection to the experts' latent space `[latent, hidden]`.
     LatentDown,
-    /// Out of it `[hidden, latent]`.
+    /// Projection from the experts' latent space `[hidden, latent]`.
     LatentUp,
 }
 
-/// One tensor a model needs.
+/// A tensor that a model needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
-    /// What for.
+    /// Its role.
     pub role: Role,
-    /// Which expert, for the `Expert*` roles.
+    /// Expert index, for the `Expert*` roles.
     pub expert: Option<usize>,
-    /// Shape it must have.
+    /// Required shape.
     pub shape: Vec<usize>,
 }
 
@@ -232,12 +231,12 @@ impl Need {
         Self { role, expert: None, shape: shape.to_vec() }
     }
 
-    /// Values in the tensor.
+    /// Number of values.
     pub fn elements(&self) -> u64 {
         self.shape.iter().map(|&n| n as u64).product()
     }
 
-    /// Whether it is a matrix, which something is multiplied by.
+    /// Whether the tensor is the matrix of a product.
     pub fn is_matrix(&self) -> bool {
         self.shape.len() == 2
     }
@@ -294,14 +293,14 @@ impl DecoderSpec {
         Need::new(Role::Embedding, &[self.vocab, self.embedding.width])
     }
 
-    /// What else turns token ids into the residual stream: positions, and the matrix that leads in.
+    /// The other tensors of the input: positions, and the input projection.
     pub fn input_needs(&self) -> Vec<Need> {
         let positions = self.embedding.positions.map(|p| Need::new(Role::Positions, &[p.rows, self.hidden]));
         let lead_in = self.is_projected().then(|| Need::new(Role::ProjectIn, &[self.hidden, self.embedding.width]));
         positions.into_iter().chain(lead_in).collect()
     }
 
-    /// What stands between the last layer and the head: final norm, and the matrix that leads out.
+    /// The tensors between the last layer and the head: final norm, and the output projection.
     pub fn output_needs(&self) -> Vec<Need> {
         let mut needs = Vec::new();
         if let Some(norm) = &self.final_norm {
@@ -313,7 +312,7 @@ impl DecoderSpec {
         needs
     }
 
-    /// The head's matrix: the embedding, if they are tied.
+    /// The head's matrix: the embedding, if it is tied.
     pub fn head_need(&self) -> Need {
         if self.head.tied { self.embedding_need() } else { Need::new(Role::Head, &[self.vocab, self.embedding.width]) }
     }
@@ -323,7 +322,7 @@ impl DecoderSpec {
         self.head.bias.then(|| Need::new(Role::HeadBias, &[self.vocab]))
     }
 
-    /// What a pass reads after the last layer.
+    /// The tensors that a pass reads after the last layer.
     pub fn head_needs(&self) -> Vec<Need> {
         let head = (!self.head.tied).then(|| self.head_need());
         self.output_needs().into_iter().chain(head).chain(self.head_bias_need()).collect()
@@ -336,8 +335,8 @@ impl DecoderSpec {
         outside.map(|need| (0, need)).chain(inside).collect()
     }
 
-    /// The units of all layers in order. Experts are grouped so that a group stays within
-    /// `group_elements` values, one expert at least.
+    /// The units of all layers in order. A group of experts has at most `group_elements` values,
+    /// or one expert.
     pub fn units(&self, group_elements: u64) -> Vec<Unit> {
         self.layers.iter().enumerate().flat_map(|(i, layer)| layer.units(i, self.hidden, group_elements)).collect()
     }
@@ -381,7 +380,7 @@ impl LayerSpec {
         units
     }
 
-    /// Norm and mixer.
+    /// Tensors of norm and mixer.
     fn mixer_needs(&self, hidden: usize) -> Vec<Need> {
         let mut mixer = Vec::new();
         self.norm.needs(hidden, Role::MixerNorm, Role::MixerNormBias, &mut mixer);
@@ -390,7 +389,7 @@ impl LayerSpec {
         mixer
     }
 
-    /// What ends the layer, after its feed-forward.
+    /// Tensors of the layer's end, after its feed-forward.
     fn closing_needs(&self, hidden: usize) -> Vec<Need> {
         let has_beside = matches!(&self.ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
         let norms = [(has_beside, Role::ExpertsPostNorm), (self.order == NormOrder::Sandwich, Role::FfnPostNorm)];
@@ -475,12 +474,12 @@ impl LatentSpec {
 }
 
 impl DeltaNetSpec {
-    /// Channels of the convolution: all queries, all keys, all values.
+    /// Channels of the convolution: queries, keys, values.
     pub fn channels(&self) -> usize {
         2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
     }
 
-    /// There is a decay for each channel of a key, not for each head.
+    /// Whether each channel of a key has a decay, instead of each head.
     pub fn decays_channels(&self) -> bool {
         self.stored == DeltaStored::Apart
     }

@@ -8,7 +8,7 @@ use crate::model::decoder::{AttentionSpec, FfnSpec, MixerSpec, MlpKind, RouterSp
 use crate::model::rope::RopeSpec;
 use crate::model::rope::{Pairing, RopeScaling};
 
-/// A configuration of the architecture that says nothing but this.
+/// A configuration of the architecture with only these settings.
 fn with(architecture: &str, settings: Value) -> Value {
     let mut config = json!({"architectures": [architecture]});
     let nested = FAMILIES.iter().any(|family| family.architecture == architecture && family.wrapper.is_some());
@@ -28,8 +28,8 @@ fn refused(architecture: &str, settings: Value) -> WorkerError {
     read(&with(architecture, settings.clone())).map(|_| panic!("{settings} was read")).unwrap_err()
 }
 
-/// What classes leave open or say otherwise, and all published models say: the width of GLM's
-/// heads, how many experts DeepSeek-V2 chooses, that Gemma 4's layers have no inputs of their own.
+/// Settings that classes leave open or default otherwise, as in all published models: the width of
+/// GLM's heads, DeepSeek-V2's experts per token, Gemma 4's layers without inputs of their own.
 fn published() -> Value {
     json!({"head_dim": 64, "num_experts_per_tok": 2, "hidden_size_per_layer_input": 0})
 }
@@ -72,7 +72,7 @@ fn every_class_attribute_is_read_or_known_irrelevant() {
         let read = config.read.borrow();
         let settled = |key: &str| {
             let is_read = class.names(key).any(|name| read.contains(name));
-            // The last is refused where it is true.
+            // The last one is refused if true.
             let described = ["architectures", "model_type", "is_encoder_decoder"].contains(&key);
             is_read || described || unused::reason(key, family.unused).is_some()
         };
@@ -108,7 +108,7 @@ fn null_or_mistyped_keys_are_named() {
     {
         assert!(refused(architecture, json!({key: null})).message().contains(key));
     }
-    // Where the class takes null, it is what the class makes of it.
+    // Null has the class's meaning if the class accepts it.
     let llama =
         attention("LlamaForCausalLM", json!({"num_key_value_heads": null, "head_dim": null, "hidden_size": 64}), 0);
     assert_eq!((llama.kv_heads, llama.head_dim), (32, 2));
@@ -276,7 +276,7 @@ fn minimax_rotary_dim_sets_the_rotated_part_of_a_head() {
     };
     assert_eq!(dims(json!({})), (128, 5e6));
     assert_eq!(dims(json!({"rotary_dim": 64, "rope_theta": 1e4})), (64, 1e4));
-    // As transformers 5 saves it.
+    // As saved by transformers 5.
     let saved = json!({"rotary_dim": 64, "rope_parameters": {"rope_theta": 7.0, "partial_rotary_factor": 0.25}});
     assert_eq!(dims(saved), (32, 7.0));
     assert!(refused("MiniMaxM2ForCausalLM", json!({"attn_type_list": [1, 0]})).message().contains("attn_type_list"));
@@ -289,7 +289,7 @@ fn each_layer_type_has_the_rope_of_its_class() {
         (rope.theta, rope.dims, rope.scaling)
     };
     let gemma3 = "Gemma3ForCausalLM";
-    // Windowed, and the sixth sees all.
+    // Windowed; the sixth layer is global.
     assert_eq!(rope(gemma3, json!({}), 0), (1e4, 256, RopeScaling::None));
     assert_eq!(rope(gemma3, json!({}), 5), (1e6, 256, RopeScaling::None));
     let old = json!({
@@ -311,7 +311,7 @@ fn each_layer_type_has_the_rope_of_its_class() {
     assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4, 0), (1e4, 256, RopeScaling::None));
     let error = refused("Gemma4ForConditionalGeneration", json!({}));
     assert!(error.message().contains("hidden_size_per_layer_input"), "{error}");
-    // Trinity turns nothing where it sees all.
+    // Trinity's global layers are not rotated.
     assert!(attention("AfmoeForCausalLM", json!({}), 3).rope.is_none());
     assert!(attention("AfmoeForCausalLM", json!({}), 2).rope.is_some());
 }
@@ -324,7 +324,7 @@ fn kimi_linear_layer_lists_are_one_based_and_checked() {
     };
     let lists = |full: Value, linear: Value| kinds(json!({"full_attn_layers": full, "kda_layers": linear}));
     assert_eq!(lists(json!([2]), json!([1, 3])).unwrap(), [false, true, false]);
-    // Without both lists, what the class derives.
+    // Without both lists the class derives the kinds.
     assert_eq!(kinds(json!({"full_attn_layers": [1]})).unwrap(), [false; 3]);
     for (full, linear) in [(json!([0]), json!([1, 3])), (json!([4]), json!([1, 2, 3])), (json!([2]), json!([1]))] {
         let error = lists(full, linear).unwrap_err();

@@ -1,9 +1,9 @@
-//! Keys that change nothing in a forward pass over whole sequences, with the reason.
+//! Keys without effect on a forward pass over whole sequences, with the reason.
 
-/// Keys, and why they change nothing here.
+/// Keys, and why they have no effect.
 pub(in crate::model::arch) type Unused = (&'static str, &'static [&'static str]);
 
-/// Of every family.
+/// Keys of every family.
 pub(in crate::model::arch) const COMMON: &[Unused] = &[
     (
         "training alone uses it",
@@ -83,7 +83,7 @@ pub(in crate::model::arch) const COMMON: &[Unused] = &[
     ),
 ];
 
-/// Why a key changes nothing; `None` if it may.
+/// Why a key has no effect; `None` if it may have one.
 pub(in crate::model::arch) fn reason(key: &str, family: &[Unused]) -> Option<&'static str> {
     COMMON.iter().chain(family).find(|(_, keys)| keys.contains(&key)).map(|(why, _)| *why)
 }
