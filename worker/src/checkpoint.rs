@@ -1,5 +1,4 @@
-//! A checkpoint that has been compared, tensor by tensor, with what its architecture expects. No
-//! weight byte is read for that.
+//! Checks a checkpoint tensor by tensor against its architecture. No weights are read.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -21,7 +20,7 @@ pub mod source;
 pub mod stand_in;
 pub mod torch;
 
-/// Problems listed in one error; the rest are counted.
+/// Maximum problems listed in one error; the others are counted.
 const LISTED: usize = 5;
 /// Inputs that share an exponent in MXFP4, two per byte.
 pub(crate) const MXFP4_BLOCK: usize = 32;
@@ -36,24 +35,24 @@ pub struct Model<'a> {
     pub names: &'static Names,
     /// The architecture to compute.
     pub spec: DecoderSpec,
-    /// Where the bytes are.
+    /// Source of the bytes.
     pub source: &'a dyn WeightSource,
-    /// Tensors on disk that are known and left unread, by reason.
+    /// Known stored tensors that are not read, by reason.
     pub ignored: Vec<IgnoredTensors>,
-    /// Tensors on disk that the architecture does not explain.
+    /// Stored tensors that the architecture does not explain.
     pub unexplained: Vec<String>,
     /// Keys that config.json omits, and keys of it that are unknown.
     pub config: ConfigReading,
     /// Differences between the stored tensors and config.json.
     notes: Vec<String>,
     quantisation: Option<Quantisation>,
-    /// What `{base}` stands for in this checkpoint's names.
+    /// Value of `{base}` in this checkpoint's names.
     base: &'static str,
-    /// Where the embedding is: [`Role::Head`] if it is tied and the head alone is stored.
+    /// Role of the embedding: [`Role::Head`] if it is tied and only the head is stored.
     embedding: Role,
 }
 
-/// Where the bytes of a needed tensor are, and how they are stored.
+/// Location and format of a needed tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredTensor<'a> {
     /// Its values.
@@ -62,75 +61,76 @@ pub struct StoredTensor<'a> {
     pub scales: Option<TensorRange<'a>>,
     /// Additional tensor: the shape for [`Format::Int4`], the global scale for [`Format::Nvfp4`].
     pub beside: Option<TensorRange<'a>>,
-    /// How to decode both.
+    /// Format of values and scales.
     pub format: Format,
-    /// Stored `[in, out]` instead of `[out, in]`.
+    /// Whether the tensor is stored as `[in, out]` instead of `[out, in]`.
     pub input_major: bool,
 }
 
-/// Bytes of a stored tensor: all, or one expert's.
+/// A byte range of a stored tensor: all of it, or one expert's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorRange<'a> {
     /// The stored tensor.
     pub entry: &'a TensorEntry,
-    /// Which of its bytes.
+    /// Byte range within the tensor.
     pub range: Range<u64>,
 }
 
-/// How a tensor's values are stored.
+/// Format of a tensor's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// Floats of the entry's dtype.
     Plain,
-    /// FP8 e4m3, a scale per tile of these rows and columns.
+    /// FP8 e4m3 with a scale per tile.
     Fp8Blocks {
-        /// Rows and columns.
+        /// Rows and columns of a tile.
         block: [usize; 2],
     },
-    /// e2m1, an exponent per 32 inputs.
+    /// e2m1 with an exponent per 32 inputs.
     Mxfp4,
-    /// Integers of 4 bits, a scale per group of inputs.
+    /// 4-bit integers with a scale per group of inputs.
     Int4 {
-        /// Inputs of a group.
+        /// Inputs per group.
         group: usize,
     },
-    /// e2m1, a scale in e4m3 per 16 inputs, and an f32 for all of it.
+    /// e2m1 with an e4m3 scale per 16 inputs and an f32 scale per tensor.
     Nvfp4 {
-        /// The f32 divides the scales; else it multiplies them.
+        /// Whether the f32 divides the scales instead of multiplying them.
         divided: bool,
     },
 }
 
 impl<'a> StoredTensor<'a> {
-    /// The dtype in which a pass in `compute` has a matrix of these values: of
-    /// [bf16](crate::kernels::product::takes_bf16) where products take that and nothing is lost by
-    /// it.
+    /// The dtype of such a matrix in a pass in `compute`:
+    /// [bf16](crate::kernels::product::takes_bf16) if products take bf16 weights and the
+    /// conversion is exact.
     pub fn kept_as(&self, compute: DType, takes_bf16: bool) -> DType {
         let is_bf16 = self.format == Format::Mxfp4 || self.values.entry.dtype == StoredDtype::BF16;
         if takes_bf16 && is_bf16 { DType::BF16 } else { compute }
     }
 
-    /// All pieces.
+    /// All byte ranges.
     pub fn pieces(&self) -> impl Iterator<Item = &TensorRange<'a>> {
         std::iter::once(&self.values).chain(&self.scales).chain(&self.beside)
     }
 
-    /// Bytes of all pieces.
+    /// Total bytes.
     pub fn bytes(&self) -> u64 {
         self.pieces().map(|piece| piece.range.end - piece.range.start).sum()
     }
 }
 
 impl<'a> Model<'a> {
-    /// Reads the configuration and checks the headers against it. `layers`: only the first of
-    /// them.
+    /// Reads the configuration and checks the headers against it. `layers` limits the model to its
+    /// first layers.
     ///
     /// # Errors
-    /// Unsupported architectures and switches; missing tensors, wrong shapes and dtypes by name; more layers asked for than there are.
+    /// Unsupported architectures and settings; missing tensors, wrong shapes and dtypes, by name;
+    /// `layers` exceeds the model's.
     pub fn open(config: &Value, source: &'a dyn WeightSource, layers: Option<usize>) -> Result<Self> {
         let architecture = arch::read(config)?.as_stored(|name| source.entry(name).is_some());
         let Architecture { family, names, spec, quantisation, reading: config } = architecture;
-        // Every family has this norm, whatever is tied.
+        // Every family has this norm, with or without tied embeddings.
         let has = |base: &&&str| source.entry(&names.of(base, 0, Role::MixerNorm, None)).is_some();
         let base = names.bases.iter().find(has).unwrap_or(&names.bases[0]);
         let (ignored, unexplained, notes) = Default::default();
@@ -145,9 +145,9 @@ impl<'a> Model<'a> {
         Ok(model)
     }
 
-    /// A tied head may also be stored. As in transformers, the stored tensors count: a head that is
-    /// stored beside the embedding is
-    /// used, and one that is stored without it is the embedding.
+    /// Decides which tensor is the head if it is tied. As in transformers, stored tensors have
+    /// priority: a head stored beside the embedding is used, and a head stored without it is the
+    /// embedding.
     fn settle_head(&mut self) {
         if !self.spec.head.tied {
             return;
@@ -183,7 +183,7 @@ impl<'a> Model<'a> {
             match self.locate(layer, &need) {
                 Ok(stored) => used
                     .extend(stored.pieces().map(|piece| piece.entry).map(|entry: &'a TensorEntry| entry.name.as_str())),
-                // Experts of one stacked tensor have one problem between them.
+                // All experts of a stacked tensor report the same problem.
                 Err(problem) if problems.contains(&problem) => {}
                 Err(problem) => problems.push(problem),
             }
@@ -204,11 +204,11 @@ impl<'a> Model<'a> {
         })
     }
 
-    /// Tensors on disk that are not used: ignored by reason, and unexplained.
+    /// Stored tensors that are not used: ignored by reason, and unexplained.
     fn left_over(&self, used: &BTreeSet<&str>) -> (Vec<IgnoredTensors>, Vec<String>) {
         let mut ignored: BTreeMap<&str, IgnoredTensors> = BTreeMap::new();
         let mut unexplained = Vec::new();
-        // Files of PyTorch name it twice where it is tied.
+        // PyTorch files name a tied tensor twice.
         let tied_copy = self.spec.head.tied.then(|| self.name(0, Role::Head));
         for name in self.source.names().filter(|name| !used.contains(name)) {
             let tied = tied_copy.as_deref() == Some(name);
@@ -246,18 +246,18 @@ impl<'a> Model<'a> {
         self.spec.unstudied_norms().into_iter().map(|role| self.names.pattern(self.base, role)).collect()
     }
 
-    /// The published name of a tensor outside the experts.
+    /// Published name of a tensor outside the experts.
     pub fn name(&self, layer: usize, role: Role) -> String {
         self.names.of(self.base, layer, role, None)
     }
 
-    /// The published name of a needed tensor, without what quantisation appends. Stacked experts
+    /// Published name of a needed tensor, without the suffix of its quantisation. Stacked experts
     /// share one.
     pub fn name_of(&self, layer: usize, need: &Need) -> String {
         self.names.of(self.base, layer, need.role, need.expert)
     }
 
-    /// The location of a tensor that was found when the model was opened.
+    /// Location of a tensor, found when the model was opened.
     pub fn stored(&self, layer: usize, need: &Need) -> StoredTensor<'a> {
         self.locate(layer, need)
             .unwrap_or_else(|problem| unreachable!("checked when the model was opened: {}", problem.what))
@@ -270,7 +270,7 @@ impl<'a> Model<'a> {
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|e| (e, self.spec.layers[layer].experts()));
         let is_packed = self.quantisation == Some(Quantisation::Mxfp4)
             && matches!(need.role, Role::ExpertGateUp | Role::ExpertDown)
-            // The setting outlives the format where a model was saved again as plain floats.
+            // A model saved again as plain floats may keep the setting of its quantisation.
             && (self.source.entry(&name).is_none() || self.source.entry(&format!("{name}_blocks")).is_some());
         if is_packed {
             return self.locate_mxfp4(&name, &need.shape, stack);
@@ -372,7 +372,7 @@ impl<'a> Model<'a> {
         let values = self.piece_of(codes, &[rows, inputs / 2], &[StoredDtype::U8])?;
         let scales = self.piece_of(&format!("{name}_scale"), &[rows, inputs / NVFP4_BLOCK], &[StoredDtype::F8E4M3])?;
         let number = format!("{name}{number}");
-        // Of no dimension or one.
+        // Of rank 0, or of one value.
         let is_scalar = self.source.entry(&number).is_some_and(|entry| entry.shape.is_empty());
         let one: &[usize] = if is_scalar { &[] } else { &[1] };
         let beside = self.piece_of(&number, one, &[StoredDtype::F32])?;
@@ -380,7 +380,7 @@ impl<'a> Model<'a> {
         Ok(StoredTensor { values, scales: Some(scales), beside: Some(beside), format, input_major: false })
     }
 
-    /// A stored tensor of one of these dtypes.
+    /// Byte range of a stored tensor of one of these dtypes.
     fn piece_of(
         &self,
         name: &str,
@@ -391,8 +391,8 @@ impl<'a> Model<'a> {
         if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(TensorProblem::dtype(piece.entry)) }
     }
 
-    /// A stored tensor of `shape`, or the slice `stack.0` of one that holds `stack.1` of that
-    /// shape.
+    /// Byte range of a stored tensor of `shape`, or of slice `stack.0` of a tensor with `stack.1`
+    /// slices of that shape.
     fn piece(
         &self,
         name: &str,
@@ -410,8 +410,8 @@ impl<'a> Model<'a> {
         Ok(TensorRange { entry, range: index * part..(index + 1) * part })
     }
 
-    /// Bytes of some tensors of a layer as a pass in `compute` has them, where products take bf16
-    /// or not.
+    /// Bytes of some tensors of a layer in a pass in `compute`, if products take bf16 weights or
+    /// not.
     pub fn kept_bytes(&self, layer: usize, needs: &[Need], compute: DType, takes_bf16: bool) -> u64 {
         let bytes = |need: &Need| {
             let dtype = self.stored(layer, need).kept_as(compute, takes_bf16 && need.is_matrix());
@@ -441,7 +441,7 @@ impl<'a> Model<'a> {
         dtypes
     }
 
-    /// Number of values of the used tensors, without the scales of quantised ones.
+    /// Number of values of the used tensors, without quantisation scales.
     pub fn parameters(&self) -> u64 {
         let counts = |need: &&Need| need.role != Role::Head || !self.spec.head.stored;
         self.spec.needs().iter().map(|(_, need)| need).filter(counts).map(Need::elements).sum()
@@ -451,7 +451,7 @@ impl<'a> Model<'a> {
 #[derive(Debug, PartialEq, Eq)]
 struct TensorProblem {
     what: String,
-    /// Only the dtype is wrong.
+    /// Whether only the dtype is wrong.
     dtype: bool,
 }
 
@@ -468,7 +468,7 @@ impl TensorProblem {
     }
 }
 
-/// Refuses a packed matrix whose rows are not whole groups.
+/// Refuses a packed matrix with rows that are not whole groups.
 fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), TensorProblem> {
     if inputs.is_multiple_of(group) {
         return Ok(());

@@ -1,9 +1,9 @@
-//! Text to token ids: what the model is fed, exactly, and where it came from.
+//! Turns text into the model's input token ids, and records their origin.
 //!
-//! A text is tokenised once, as a whole, and cut into windows; nothing is decoded and encoded
-//! again, so the ids that are hashed are the ids that are run. Cutting a text before tokenising it
-//! would be faster for huge files, but no cut is safe for every tokenizer (some merge across
-//! spaces), so there is a limit on size instead.
+//! A text is tokenised once, as a whole, and cut into windows. Nothing is decoded and encoded
+//! again, so the hashed ids are the ones that are run. Cutting a text before tokenising would be
+//! faster for huge files, but no cut is safe for every tokenizer (some merge across spaces), so
+//! the size is limited instead.
 
 mod array;
 mod cutter;
@@ -36,31 +36,31 @@ use documents::{Document, Documents};
 use file::{LocalFile, MAX_TEXT_BYTES, RangedFile, read_whole};
 use tokenizer::TextTokenizer;
 
-/// The English text that ships with the worker, see `assets/README.md`.
+/// The English text included in the worker, see `assets/README.md`.
 pub const SHAKESPEARE: &str = include_str!("../assets/shakespeare.txt");
 
-/// Sequences taken from a text when nothing else is asked for.
+/// Default number of sequences.
 pub const DEFAULT_SEQUENCES: usize = 16;
-/// Tokens per sequence taken from a text when nothing else is asked for and the model allows it.
+/// Default tokens per sequence, if the model allows it.
 pub const DEFAULT_TOKENS: usize = 2048;
-/// Fewest tokens per sequence: the second is the first that can be predicted.
+/// Minimum tokens per sequence: the second token is the first that can be predicted.
 const FEWEST_TOKENS: usize = 2;
-/// Files of a dataset that describe it: the hub and its programs write them.
+/// Files of a dataset that describe it, written by the hub and its programs.
 const DESCRIPTIONS: [&str; 5] =
     ["config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"];
 
 /// The token ids of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tokens {
-    /// `[sequences, tokens]`, row by row; every id is below the vocabulary's size.
+    /// Shape `[sequences, tokens]`, row by row; every id is below the vocabulary's size.
     pub ids: Vec<i64>,
     /// Number of sequences.
     pub sequences: usize,
     /// Tokens per row, prefix included.
     pub tokens: usize,
-    /// Where they came from.
+    /// Origin of the ids.
     pub provenance: CorpusProvenance,
-    /// What made them; `None` for ready token ids.
+    /// The tokenizer; `None` for ready token ids.
     pub tokenizer: Option<TokenizerProvenance>,
 }
 
@@ -71,7 +71,7 @@ impl Tokens {
     }
 }
 
-/// What the model can be fed.
+/// Limits of the model's input.
 #[derive(Clone, Copy)]
 struct Limits {
     vocab: usize,
@@ -79,13 +79,13 @@ struct Limits {
 }
 
 /// The token ids that `spec` describes, for a model with `vocab` embedding rows and sequences of
-/// at most `longest` tokens. `model_folder` is where the tokenizer lies; ready token ids do
-/// without. `hub` is where datasets are.
+/// at most `longest` tokens. `model_folder` contains the tokenizer; ready token ids do not need
+/// it. `hub` is used for datasets.
 ///
 /// # Errors
-/// Kind `Corpus` for a text or token-id file that is missing, empty, too short, not UTF-8, not tokenisable or does not fit
-/// the model; `Job` for options that cannot be met; `Checkpoint` for a damaged tokenizer; `Storage` for unreadable files; as the hub answers
-/// for datasets.
+/// Kind `Corpus` for a text or token-id file that is missing, empty, too short, not UTF-8, not
+/// tokenisable or does not fit the model; `Job` for options that cannot be met; `Checkpoint` for a
+/// damaged tokenizer; `Storage` for unreadable files; the hub's errors for datasets.
 pub fn load(
     spec: &CorpusSpec,
     model_folder: Option<&Path>,
@@ -110,11 +110,11 @@ pub fn load(
     }
 }
 
-/// A text, as it is read.
+/// A text while it is read.
 struct Text {
     source: String,
     documents: Documents,
-    /// There may be far more than is needed: what is not needed is not read.
+    /// Whether the text may continue: only the needed part is read.
     lasts: bool,
 }
 
@@ -131,8 +131,8 @@ fn hub_text(spec: &CorpusSpec, dataset: &Dataset, hub: &Hub) -> Result<Text> {
         let message = format!("dataset {dataset} has no .parquet, .jsonl, .ndjson, .json, .csv or .tsv files there");
         return Err(WorkerError::corpus(message).hint("name a folder of it, as in owner/name@main:folder"));
     }
-    // Beside files that are read by ranges, others are the same packed, or say something about
-    // them.
+    // Besides files that are read by ranges, a repository's other files are packed copies or
+    // descriptions.
     if found.files.iter().any(|file| by_ranges(file.name())) {
         found.files.retain(|file| by_ranges(file.name()));
     }
@@ -141,14 +141,14 @@ fn hub_text(spec: &CorpusSpec, dataset: &Dataset, hub: &Hub) -> Result<Text> {
     Ok(Text { source: at.to_string(), documents: Documents::new(files, spec), lasts: true })
 }
 
-/// Whether a file of a dataset's repository is one of those that were asked for.
+/// Whether a file of a dataset's repository is one of the requested ones.
 fn holds_documents(dataset: &Dataset, name: &str) -> bool {
     let below = dataset.path.is_empty() || name.strip_prefix(&dataset.path).is_some_and(|rest| rest.starts_with('/'));
     let describes = name.rsplit('/').next().is_some_and(|file| DESCRIPTIONS.contains(&file));
     content(name) != CorpusContent::Text && (name == dataset.path || below && !describes)
 }
 
-/// Whether no more of a file is read than is needed.
+/// Whether only the needed part of a file is read.
 fn by_ranges(name: &str) -> bool {
     let CorpusFormat { content, compression } = CorpusFormat::of(name);
     compression.is_none() && matches!(content, CorpusContent::Parquet | CorpusContent::JsonLines)
@@ -191,7 +191,7 @@ fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limit
     Ok(Tokens { ids, sequences, tokens: length, provenance, tokenizer: Some(tokenizer.provenance) })
 }
 
-/// Which documents were read.
+/// Describes which documents were read.
 fn which(spec: &CorpusSpec, read: usize) -> String {
     let order = spec.shuffle_seed.map_or("as stored".to_owned(), |seed| format!("shuffled with seed {seed}"));
     format!(" (field {}, {read} documents after {}, {order})", shown(&spec.text_field), spec.skip_documents)
@@ -243,7 +243,7 @@ pub fn token_ids_sha256(ids: &[i64]) -> String {
     format!("{:x}", hash.finalize())
 }
 
-/// Tokens per sequence: as asked, else the default within the model's limit.
+/// Tokens per sequence: as requested, else the default within the model's limit.
 fn text_length(spec: &CorpusSpec, limits: Limits) -> Result<usize> {
     let default = limits.longest.map_or(DEFAULT_TOKENS, |most| most.tokens().min(DEFAULT_TOKENS));
     let length = spec.sequence_length.unwrap_or(default);
@@ -259,10 +259,10 @@ fn check_length(length: usize, limits: Limits) -> Result<()> {
     limits.longest.map_or(Ok(()), |longest| fits(length, longest))
 }
 
-/// Refuses sequences that are longer than what is computed.
+/// Refuses sequences beyond the supported length.
 ///
 /// # Errors
-/// Kind `Job`: they are; the largest length that works is named.
+/// Kind `Job`: they are too long; the message names the limit.
 pub fn fits(length: usize, longest: Longest) -> Result<()> {
     let most = longest.tokens();
     if length <= most {
@@ -278,8 +278,8 @@ pub fn fits(length: usize, longest: Longest) -> Result<()> {
     Err(WorkerError::job(message).hint(format!("use a sequence length of at most {most}")))
 }
 
-/// Number of windows to run. A requested number must be available. A default is cut to what is
-/// available.
+/// Number of windows to run. A requested number must be available. The default is limited to what
+/// is available.
 fn choose(spec: &CorpusSpec, windows: usize, available: usize, length: usize) -> Result<usize> {
     let hint = "use more text, a shorter sequence length, or fewer sequences";
     if windows == 0 {

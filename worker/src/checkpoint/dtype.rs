@@ -1,15 +1,13 @@
-//! Stored bytes to tensors: every format a checkpoint may use, straight to the dtype of the
+//! Decodes stored bytes to tensors: from every supported format directly to the dtype of the
 //! forward pass.
 //!
-//! A format says what its values are (`plain`, `fp8`, `int4`, `mxfp4`, `nvfp4`); `convert` knows
-//! the dtypes they become; this file checks sizes, shares the work between threads, and turns a
-//! value that is not finite into an error that names it. Each value is computed in f32 exactly as
-//! its format defines it and rounded once to the dtype asked for, so results are the same bits on
-//! every machine.
+//! The modules `plain`, `fp8`, `int4`, `mxfp4` and `nvfp4` define the values of their format;
+//! `convert` defines the dtypes of a pass. This module checks sizes, distributes the work over
+//! threads, and reports values that are not finite. Each value is computed in f32 by the format's
+//! definition and rounded once, so that results are bit-identical on every machine.
 //!
-//! Formats of few bits are decoded by table: the whole product of code and scale, rounding
-//! included, is looked up, and nothing has to be checked per value but what the table cannot rule
-//! out.
+//! Low-bit formats are decoded by tables of the rounded products of code and scale. Values are
+//! checked only where a table cannot exclude overflow.
 
 mod convert;
 mod fp8;
@@ -28,24 +26,23 @@ use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::{Result, WorkerError};
 pub use convert::Compute;
 
-/// Values per task of the thread pool, where the format does not say otherwise. A multiple of
-/// every block length.
+/// Default number of values per task of the thread pool, a multiple of every block length.
 const TASK: usize = 1 << 16;
 
-/// A matrix, or some leading part of a tensor (one expert of a stack, some rows of a table), as a
-/// checkpoint stores it. Numbers are little-endian, rows contiguous.
+/// A matrix, or the leading part of a tensor (one expert of a stack, some rows of a table), as
+/// stored. Numbers are little-endian, rows contiguous.
 #[derive(Clone, Copy, Debug)]
 pub enum Encoded<'a> {
-    /// One number after the other.
+    /// One number after another.
     Plain {
         /// F32, F16 or BF16.
         dtype: &'a StoredDtype,
         /// The numbers.
         bytes: &'a [u8],
     },
-    /// FP8 (e4m3fn) under a grid of scales: a value is its code times the scale of its tile
-    /// (DeepSeek's `weight_scale_inv`, which despite its name multiplies). Tiles start at the
-    /// origin; the last of each direction may be short.
+    /// FP8 (e4m3fn) with a grid of scales: a value is its code times the scale of its tile
+    /// (DeepSeek's `weight_scale_inv`, which is a factor despite its name). Tiles start at the
+    /// origin; the last one in each direction may be shorter.
     Fp8Blocks {
         /// `rows * columns` codes.
         bytes: &'a [u8],
@@ -58,17 +55,16 @@ pub enum Encoded<'a> {
         /// Rows and columns of a tile.
         block: [usize; 2],
     },
-    /// MXFP4: blocks of 32 values of 4 bits (e2m1, the low half of a byte first) under one power
-    /// of two each.
+    /// MXFP4: blocks of 32 e2m1 values (4 bits, low half of a byte first) with a power of two as
+    /// scale.
     Mxfp4 {
         /// 16 bytes per block.
         blocks: &'a [u8],
-        /// One byte per block: 2^(scale - 127). 255 would be NaN.
+        /// One byte per block: 2^(scale - 127); 255 is NaN.
         scales: &'a [u8],
     },
-    /// Integers of 4 bits (the low half of a byte first) in groups under one scale each: a value
-    /// is its code less 8, times the scale. compressed-tensors packs eight into a little-endian
-    /// word.
+    /// 4-bit integers (low half of a byte first) in groups with one scale each: a value is (code -
+    /// 8) times the scale. compressed-tensors packs eight codes into a little-endian word.
     Int4 {
         /// Two codes per byte.
         codes: &'a [u8],
@@ -76,38 +72,38 @@ pub enum Encoded<'a> {
         scales: &'a [u8],
         /// F32, F16 or BF16.
         scale_dtype: &'a StoredDtype,
-        /// Values of a group, an even number.
+        /// Values per group, an even number.
         group: usize,
     },
-    /// NVFP4: blocks of 16 values of 4 bits (e2m1, the low half of a byte first) under an e4m3
-    /// scale each, which is first multiplied by one number.
+    /// NVFP4: blocks of 16 e2m1 values (4 bits, low half of a byte first) with an e4m3 scale each,
+    /// which is multiplied by one number per tensor.
     Nvfp4 {
         /// 8 bytes per block.
         blocks: &'a [u8],
         /// One code per block.
         scales: &'a [u8],
-        /// What multiplies all scales.
+        /// Factor of all scales.
         whole: f32,
     },
 }
 
-/// Whether scales of FP8 blocks that are stored so can be decoded.
+/// Whether scales of FP8 tiles in this dtype can be decoded.
 pub fn can_scale(stored: &StoredDtype) -> bool {
     fp8::scale_size(stored).is_some()
 }
 
-/// Whether numbers stored so, without scales of their own, can be decoded.
+/// Whether numbers in this dtype, without scales, can be decoded.
 pub fn can_decode(stored: &StoredDtype) -> bool {
     matches!(stored, StoredDtype::F32 | StoredDtype::F16 | StoredDtype::BF16)
 }
 
-/// Decodes to a tensor of `shape` and dtype `compute` (f32, bf16 or f16) on `device`, with all
-/// threads. `tensor` is its name.
+/// Decodes to a tensor of `shape` and dtype `compute` (f32, bf16 or f16) on `device`, on all
+/// threads. `tensor` is its name in errors.
 ///
 /// # Errors
-/// Checkpoint: lengths that do not fit `shape`; a scale that is not finite; a value that is NaN, infinite, or too large for
-/// `compute` (which would silently change the model). The message names the tensor and the first such element, counted from
-/// the start of `stored`. Unsupported: the stored dtype.
+/// Checkpoint: lengths that do not match `shape`; a scale that is not finite; a value that is NaN,
+/// infinite, or too large for `compute` (which would change the model). The message names the
+/// tensor and the index of the first such element of `stored`. Unsupported: the stored dtype.
 pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &Device, tensor: &str) -> Result<Tensor> {
     stored.check(shape, tensor)?;
     let tensor_of = match compute {
@@ -119,10 +115,10 @@ pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &De
     tensor_of(stored, shape, device, tensor)
 }
 
-/// Decodes into the memory of `into`, a contiguous tensor on the CPU, with all threads. Saves what
-/// a new tensor costs: the system clears and maps its pages, which takes longer than decoding.
-/// Clones of `into` share its memory and change too, so none may still be in use. After an error
-/// the content of `into` is unspecified.
+/// Decodes into the memory of `into`, a contiguous tensor on the CPU, on all threads. This saves
+/// the clearing and mapping of pages for a new tensor, which takes longer than decoding. Clones of
+/// `into` share its memory, so none may be in use. After an error the content of `into` is
+/// unspecified.
 ///
 /// # Errors
 /// As [`decode`]. Internal: `into` is on another device, not contiguous, or of a dtype without a forward pass.
@@ -136,11 +132,11 @@ pub fn decode_into(stored: &Encoded<'_>, into: &Tensor, tensor: &str) -> Result<
     op.outcome.into_inner()
 }
 
-/// Checks what can be known of a stored tensor without its values, for who decodes it elsewhere:
-/// lengths and scales.
+/// Checks the lengths and scales of a stored tensor, without its values, before it is decoded
+/// elsewhere.
 ///
 /// # Errors
-/// As [`decode`], but for those about values.
+/// As [`decode`], except those for values.
 pub fn check(stored: &Encoded<'_>, shape: &[usize], tensor: &str) -> Result<()> {
     stored.check(shape, tensor)?;
     match *stored {
@@ -155,8 +151,7 @@ pub fn check(stored: &Encoded<'_>, shape: &[usize], tensor: &str) -> Result<()> 
     }
 }
 
-/// The error about the first value of a tensor, its element `at`, that the dtype of that name does
-/// not hold.
+/// The error for the value at index `at`, the first of a tensor that the dtype cannot represent.
 pub fn misfit(tensor: &str, at: usize, value: f32, dtype: &str) -> WorkerError {
     if value.is_finite() {
         return WorkerError::checkpoint(format!("tensor {tensor}: {value} at element {at} does not fit {dtype}"))
@@ -166,8 +161,8 @@ pub fn misfit(tensor: &str, at: usize, value: f32, dtype: &str) -> WorkerError {
         .hint("the checkpoint is damaged: fetch it again, or report it to its authors")
 }
 
-/// The operation behind [`decode_into`]. Its outcome travels beside candle's own, which would
-/// flatten it to text.
+/// The operation behind [`decode_into`]. Its error is returned separately, since candle would
+/// convert it to text.
 struct DecodeInto<'a> {
     stored: &'a Encoded<'a>,
     tensor: &'a str,
@@ -195,7 +190,7 @@ impl InplaceOp1 for DecodeInto<'_> {
 }
 
 impl Encoded<'_> {
-    /// Whether the lengths of all parts follow from `shape`.
+    /// Checks that the lengths of all parts match `shape`.
     fn check(&self, shape: &[usize], tensor: &str) -> Result<()> {
         let values = product(shape);
         let fits = |what: &str, found: usize, expected: Option<usize>| {
@@ -285,7 +280,7 @@ fn fresh<T: Compute>(stored: &Encoded<'_>, shape: &[usize], device: &Device, ten
     Ok(Tensor::from_vec(T::from_bits(out), shape, device)?)
 }
 
-/// Decodes what was [checked](Encoded::check) to fill `out`.
+/// Decodes [checked](Encoded::check) bytes into `out`.
 fn fill<T: Compute>(stored: &Encoded<'_>, out: &mut [T::Bits], tensor: &str) -> Result<()> {
     match *stored {
         Encoded::Plain { dtype, bytes } => match dtype {
@@ -309,23 +304,23 @@ fn fill<T: Compute>(stored: &Encoded<'_>, out: &mut [T::Bits], tensor: &str) -> 
     }
 }
 
-/// How one stored format becomes values of one dtype.
+/// Decoding of a stored format to a dtype.
 trait Format<T: Compute>: Sync {
     /// Values per task of the thread pool.
     fn task(&self) -> usize {
         TASK
     }
 
-    /// Decodes the values from `start`, a multiple of [`Self::task`], on. Whether all of them are
-    /// finite in `T`.
+    /// Decodes the values from `start`, a multiple of [`Self::task`]. Returns whether all of them
+    /// are finite in `T`.
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool;
 
     /// One value before it is rounded to `T`.
     fn value(&self, index: usize) -> f32;
 }
 
-/// Fills `out` in tasks; on a value that does not fit finds the first, wherever the threads met
-/// one.
+/// Fills `out` in tasks. If a value does not fit, reports the first one, whatever the order of
+/// threads.
 fn all<T: Compute>(format: &impl Format<T>, out: &mut [T::Bits], tensor: &str) -> Result<()> {
     let task = format.task().max(1);
     let failed = out.par_chunks_mut(task).enumerate().filter_map(|(i, out)| {

@@ -1,10 +1,10 @@
-//! The Hugging Face hub: what a repository holds, and its files, checked.
+//! The Hugging Face hub: repository listings, and verified downloads.
 //!
-//! Files go into the cache that the other tools of the hub use
-//! (`models--owner--name/{blobs,refs,snapshots}`, laid out by hf-hub), but not by hf-hub's client:
-//! that one was seen to store error pages as files, ignores `Retry-After`, compares no hash and
-//! waits for ever on a silent connection. Here every file is compared with the size and hash that
-//! the repository lists before it gets its name.
+//! Files are stored in the cache that other tools of the hub use
+//! (`models--owner--name/{blobs,refs,snapshots}`, the layout of hf-hub), but not with hf-hub's
+//! client: it can store error pages as files, ignores `Retry-After`, verifies no hash and waits
+//! forever on a silent connection. Here every file is compared with the repository's size and hash
+//! before it is renamed into place.
 
 mod answer;
 mod cache;
@@ -47,36 +47,35 @@ pub(crate) use streamed::held_for_hashes;
 /// The public hub.
 pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 
-/// What the hub lets a free account ask of its API in five minutes; addresses of files it gives
-/// five times as often.
+/// Default request limit: what the hub allows a free account on its API in five minutes. Requests
+/// for file addresses have five times this limit.
 pub const DEFAULT_REQUESTS: usize = 1000;
 
-/// Files fetched into the cache at the same time.
+/// Concurrent downloads into the cache.
 const PARALLEL_FILES: usize = 4;
-/// Headers read at the same time: each is one short answer, and models have up to 163.
+/// Concurrent reads of headers. Each is one short answer, and models have up to 163.
 const PARALLEL_HEADERS: usize = 16;
-/// Bytes of a weight file asked for in the hope that they hold the whole header (or pickle): true
-/// of every surveyed model but the one-file-per-model ones.
+/// Bytes of a weight file requested first, which mostly contain the whole header (or pickle).
+/// Models in a single file may need more.
 const LIKELY_HEADER: u64 = 1 << 20;
 
-/// Where the hub is and what to bring along. Nothing in here is read from the environment.
+/// Options of a hub client. None is read from the environment.
 #[derive(Clone, Debug)]
 pub struct HubOptions {
     /// `https://huggingface.co` or a mirror of it.
     pub endpoint: String,
-    /// For gated and private repositories.
+    /// Token for gated and private repositories.
     pub token: Option<Token>,
     /// The hub's cache folder (`$HF_HOME/hub`).
     pub cache: PathBuf,
-    /// How long to try.
+    /// Timeouts and retries.
     pub timeouts: Timeouts,
-    /// Most requests in five minutes, those for ranges of files whose address is known not among
-    /// them.
+    /// Maximum requests in five minutes. Range requests to known file addresses do not count.
     pub requests: usize,
 }
 
 impl HubOptions {
-    /// The public hub without a token.
+    /// Options for the public hub without a token.
     pub fn new(cache: impl Into<PathBuf>) -> Self {
         let endpoint = DEFAULT_ENDPOINT.to_owned();
         let (timeouts, requests) = (Timeouts::default(), DEFAULT_REQUESTS);
@@ -84,16 +83,16 @@ impl HubOptions {
     }
 }
 
-/// How far a download is.
+/// Progress of a download.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FetchProgress {
-    /// Bytes of all files that are in the cache or on their way into it.
+    /// Bytes of all files that are in the cache or being downloaded.
     pub bytes_done: u64,
     /// Bytes of all files.
     pub bytes_total: u64,
-    /// Files that are whole.
+    /// Number of complete files.
     pub files_done: usize,
-    /// All files.
+    /// Number of all files.
     pub files_total: usize,
 }
 
@@ -104,26 +103,27 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Opens no connection.
+    /// Creates a client without opening a connection.
     ///
     /// # Errors
-    /// Kind `Job`: the endpoint is not an http(s) address, or the token would travel unencrypted.
+    /// Kind `Job`: the endpoint is not an http(s) address, or the token would be sent unencrypted.
     pub fn new(options: HubOptions) -> Result<Self> {
         let client = Client::new(&options)?;
         Ok(Self { client: Arc::new(client), cache: Cache::new(options.cache) })
     }
 
-    /// Commit and files of `id` (`owner/name`) at `revision` (branch, tag or commit).
+    /// Lists commit and files of `id` (`owner/name`) at `revision` (branch, tag or commit).
     ///
     /// # Errors
-    /// Kind `Job` for an impossible id or revision; `ModelNotFound`, `ModelGated` or `Network` as the hub answers.
+    /// Kind `Job` for an invalid id or revision; `ModelNotFound`, `ModelGated` or `Network` by the
+    /// hub's answer.
     pub fn resolve(&self, id: &str, revision: &str) -> Result<RepoListing> {
         let listing = listing::fetch(&self.client, RepoKind::Model, id, revision)?;
         self.cache.remember(id, revision, &listing.commit)?;
         Ok(listing)
     }
 
-    /// Configuration, tokenizer, index and the headers of the weight files: all that is needed to
+    /// Fetches configuration, tokenizer, index and the headers of the weight files: enough to
     /// plan, no weights.
     ///
     /// # Errors
@@ -135,9 +135,9 @@ impl Hub {
         Ok(self.described(&listing)?.with(HeadersOnly { index }))
     }
 
-    /// A checkpoint whose weights come over the network as they are read, at most `read_ahead`
-    /// bytes before that: none of them is written to disk. Pickled ones are, since their records
-    /// can only be found by reading all of them: `progress` is for those.
+    /// A checkpoint with weights streamed over the network as they are read, with up to
+    /// `read_ahead` bytes in advance. They are not written to disk, except pickled ones: finding
+    /// their records requires reading all of them. `progress` reports those downloads.
     ///
     /// # Errors
     /// As [`fetch_metadata`](Hub::fetch_metadata) and [`fetch_all`](Hub::fetch_all).
@@ -169,7 +169,7 @@ impl Hub {
         Ok((TensorIndex::of(&shards.weights, found).map_err(|e| e.context(id))?, files))
     }
 
-    /// Configuration and tokenizer alone.
+    /// Fetches configuration and tokenizer only.
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve); kind `Checkpoint` for a repository without config.json.
@@ -183,12 +183,13 @@ impl Hub {
         Described::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
     }
 
-    /// Everything a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the weight files
-    /// into the cache. `progress` is called from several threads, at most once per MiB.
+    /// Fetches everything that a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the
+    /// weight files into the cache. `progress` is called from several threads, at most once per
+    /// MiB.
     ///
     /// # Errors
-    /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`]; `Storage` when the disk is full. What is whole stays
-    /// in the cache, what is not is resumed by the next call.
+    /// As [`resolve`](Hub::resolve) and [`Checkpoint::open_folder`]; `Storage` if the disk is
+    /// full. Complete files stay in the cache, and the next call resumes incomplete ones.
     pub fn fetch_all(&self, id: &str, revision: &str, progress: &(dyn Fn(FetchProgress) + Sync)) -> Result<Checkpoint> {
         let listing = self.resolve(id, revision)?;
         let shards = self.fetch_small(&listing)?;
@@ -215,13 +216,13 @@ impl Hub {
         Ok(self.described(listing)?.with(weights))
     }
 
-    /// Fetches what is not weights, and returns which files are.
+    /// Fetches all files except weights. Returns the names of the weight files.
     fn fetch_small(&self, listing: &RepoListing) -> Result<Shards> {
         self.fetch_description(listing)?;
         let snapshot = self.cache.snapshot(listing);
         let has = |name: &str| listing.file(name).is_some();
         let read = |name: &str| {
-            // The configuration is there already.
+            // The configuration has already been fetched.
             if name != CONFIG_FILE {
                 self.fetch_file(listing, name)?;
             }
@@ -248,7 +249,7 @@ impl Hub {
         Ok(())
     }
 
-    /// Fetches a file of bounded size into the cache, if the repository has it.
+    /// Fetches a file of limited size into the cache, if the repository has it.
     fn fetch_file(&self, listing: &RepoListing, name: &str) -> Result<()> {
         let Some(file) = listing.file(name) else { return Ok(()) };
         let file = self.sized(listing, file)?;
@@ -259,8 +260,8 @@ impl Hub {
         self.cache.fetch(&self.client, listing, &file, &|_| ()).map(drop)
     }
 
-    /// Some mirrors list names only: size and hash are then in the answer to a request for the
-    /// file.
+    /// Completes a listing without sizes and hashes, as of some mirrors, from the headers of a
+    /// request for the file.
     fn sized(&self, listing: &RepoListing, file: &RepoFile) -> Result<RepoFile> {
         if file.size.is_some() && file.digest.is_some() {
             return Ok(file.clone());
@@ -274,7 +275,7 @@ impl Hub {
     }
 }
 
-/// The checked tensors of a weight file, by ranged requests.
+/// Reads the checked tensors of a weight file by range requests.
 fn tensors(file: &RemoteFile, container: Container) -> Result<(FileBytes, Vec<HeaderTensor>)> {
     let bytes = file.size();
     let read = || match container {
@@ -305,7 +306,7 @@ struct Shards {
     files: Vec<RepoFile>,
 }
 
-/// Tensors whose bytes were never fetched.
+/// Tensors whose bytes are not available.
 struct HeadersOnly {
     index: TensorIndex,
 }
@@ -324,7 +325,7 @@ impl WeightSource for HeadersOnly {
     }
 }
 
-/// Adds up what several threads fetch.
+/// Sums the progress of several threads.
 struct Counter<'a> {
     done: AtomicU64,
     files_done: AtomicUsize,
@@ -342,7 +343,7 @@ impl<'a> Counter<'a> {
         counter
     }
 
-    /// Negative when a damaged file is started again.
+    /// Adds bytes; negative if a damaged file is restarted.
     fn add(&self, bytes: i64) {
         self.done.fetch_add(bytes as u64, Ordering::Relaxed);
         self.tell();
@@ -363,8 +364,8 @@ impl<'a> Counter<'a> {
     }
 }
 
-/// Applies `work` to all `items`, `parallel` at a time, results in order. After an error no
-/// further item is begun.
+/// Applies `work` to all `items`, `parallel` at a time. Results are in order. After an error no
+/// further item is started.
 fn in_parallel<T: Sync, R: Send>(
     parallel: usize,
     items: &[T],

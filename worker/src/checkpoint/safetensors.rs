@@ -1,9 +1,8 @@
-//! The safetensors format, read as hostile input and written in place.
+//! Reads safetensors as untrusted input, and writes it in any order.
 //!
-//! A file is 8 bytes (little-endian length of the header), a JSON object, and the tensors' bytes
-//! one after another. Stricter than the format's text and as strict as its reference library: the
-//! tensors must tile the rest of the file without a gap or an overlap, since a file that does not
-//! is damaged or made to deceive.
+//! A file is an 8-byte little-endian header length, a JSON object, and the bytes of the tensors.
+//! As in the reference library, the tensors must cover the rest of the file without gaps or
+//! overlaps. Other files are damaged or malicious.
 
 mod header;
 mod writer;
@@ -11,8 +10,8 @@ mod writer;
 pub use header::{Header, HeaderTensor, MAX_HEADER_BYTES, read_header};
 pub use writer::{TensorSpec, Writer};
 
-/// How values are stored. Types that this program computes with or meets on disk have a variant,
-/// all others keep their name.
+/// Dtype of stored values. Types that are computed with or published have a variant; others keep
+/// their name.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum StoredDtype {
     /// 64-bit floats.
@@ -47,14 +46,14 @@ pub enum StoredDtype {
     U8,
     /// One byte per truth value.
     Bool,
-    /// A type this program does not know, under the name the file gives it, or values that do not
-    /// lie one after another. Its size is unknown: such tensors are listed, and can be ignored by
-    /// name, but not decoded.
+    /// A type with the file's name for it that this program does not support, or values that are
+    /// not contiguous. Its size is unknown: such tensors are listed and can be ignored by name,
+    /// but not decoded.
     Other(String),
 }
 
 impl StoredDtype {
-    /// All known types with their names in the format and their size in bytes.
+    /// All supported types with their names in the format and their size in bytes.
     const KNOWN: [(Self, &'static str, u64); 16] = [
         (Self::F64, "F64", 8),
         (Self::F32, "F32", 4),
@@ -74,14 +73,14 @@ impl StoredDtype {
         (Self::Bool, "BOOL", 1),
     ];
 
-    /// From the format's name.
+    /// The type with the format's name `name`.
     pub fn from_name(name: &str) -> Self {
         let known = Self::KNOWN.into_iter().find(|(_, known, _)| *known == name);
         known.map_or_else(|| Self::Other(name.to_owned()), |(dtype, _, _)| dtype)
     }
 
-    /// Values of type `dtype` that are spread over memory, as views and broadcast buffers are: so
-    /// many values from one index to the next, per dimension.
+    /// Values of type `dtype` with strides, as of views and broadcast buffers. `strides` are
+    /// numbers of values between indices, per dimension.
     pub fn strided(dtype: &Self, strides: &[u64]) -> Self {
         Self::Other(format!("{dtype} with strides {strides:?}"))
     }
@@ -94,7 +93,7 @@ impl StoredDtype {
         }
     }
 
-    /// Bytes per value; `None` for types this program does not know.
+    /// Bytes per value; `None` for unsupported types.
     pub fn size(&self) -> Option<u64> {
         self.row().map(|(_, _, size)| *size)
     }
@@ -110,13 +109,12 @@ impl std::fmt::Display for StoredDtype {
     }
 }
 
-/// Values of a shape; `None` when the number does not fit 64 bits.
+/// Number of values of a shape; `None` if it exceeds 64 bits.
 pub fn element_count(shape: &[u64]) -> Option<u64> {
     shape.iter().try_fold(1_u64, |product, dim| product.checked_mul(*dim))
 }
 
-/// A name from a file, made fit for a message: quoted, control characters escaped, cut to a
-/// readable length.
+/// A name from a file, sanitised for a message: quoted, control characters escaped, shortened.
 pub fn shown(name: &str) -> String {
     const LONGEST: usize = 160;
     match name.char_indices().nth(LONGEST) {

@@ -1,9 +1,7 @@
-//! Where weights come from: a checkpoint's files, its tensors by name, and byte ranges of them on
-//! request.
+//! Sources of weights: a checkpoint's files, its tensors by name, and byte ranges of them.
 //!
-//! Everything downstream sees [`WeightSource`]: the unit of reading is a byte range of one tensor,
-//! so that one expert of a stacked tensor, or one block of rows, can be asked for without its
-//! neighbours.
+//! All other modules use [`WeightSource`]. It reads byte ranges of tensors, so that one expert of
+//! a stacked tensor, or one block of rows, is read alone.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -33,16 +31,16 @@ use crate::checkpoint::stand_in;
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::files::{self, open_regular};
 
-/// Longest configuration or index file accepted, bytes; the largest published index (Kimi-K2) has
-/// 10 MB.
+/// Maximum bytes of a configuration or index file. The largest published index (Kimi-K2) has 10
+/// MB.
 pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
-/// Characters of a note in the log.
+/// Maximum characters of a note in the log.
 const LONGEST_NOTE: usize = 2000;
 
 /// One stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorEntry {
-    /// The file's name.
+    /// Name in the file.
     pub name: String,
     /// Stored type.
     pub dtype: StoredDtype,
@@ -50,12 +48,12 @@ pub struct TensorEntry {
     pub shape: Vec<u64>,
     /// Index into [`WeightSource::files`].
     pub file: usize,
-    /// Values from one index to the next, per dimension, where they do not lie in row-major order
-    /// without gaps.
+    /// Number of values between indices, per dimension, if they are not contiguous in row-major
+    /// order.
     pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
-    /// Bytes of its values in row-major order, wherever they lie.
+    /// Bytes of its values in row-major order, contiguous in the file or not.
     pub len: u64,
 }
 
@@ -66,7 +64,7 @@ impl TensorEntry {
     }
 }
 
-/// All tensors of a checkpoint by name, and the files they are in.
+/// All tensors of a checkpoint by name, with their files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TensorIndex {
     entries: BTreeMap<String, TensorEntry>,
@@ -74,19 +72,20 @@ pub struct TensorIndex {
     notes: Vec<String>,
 }
 
-/// A tensor that one file held before another.
+/// A tensor in two files.
 struct Twice {
     name: String,
-    /// Both, as indices into the files.
+    /// Both file indices.
     files: [usize; 2],
 }
 
 impl TensorIndex {
-    /// Puts the checked headers of all weight files together, and against the index where there is
-    /// one. Of a tensor in several files the last counts, as in transformers.
+    /// Combines the checked headers of all weight files, and checks them against the index if
+    /// there is one. If a tensor is in several files, the last counts, as in transformers.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: a tensor that the index names and no file holds, or one in two files that no index names.
+    /// Kind `Checkpoint`: a tensor of the index that no file contains, or one in two files without
+    /// an index entry.
     pub fn assemble(shards: Vec<(FileBytes, Vec<HeaderTensor>)>, weight_map: Option<&WeightMap>) -> Result<Self> {
         let mut index = Self::default();
         let mut twice = Vec::new();
@@ -101,7 +100,7 @@ impl TensorIndex {
         Ok(index)
     }
 
-    /// The same of files that were found, with what there is to say of the choice.
+    /// As [`assemble`](Self::assemble) for the chosen files, with notes on the choice.
     pub(crate) fn of(weights: &WeightFiles, shards: Vec<(FileBytes, Vec<HeaderTensor>)>) -> Result<Self> {
         let mut index = Self::assemble(shards, weights.map.as_ref())?;
         index.notes.extend_from_slice(&weights.notes);
@@ -130,8 +129,8 @@ impl TensorIndex {
         Err(WorkerError::checkpoint(message).hint("remove the file that does not belong there"))
     }
 
-    /// Every tensor the index names must be somewhere. Tensors it does not name are no harm: they
-    /// stay usable by name.
+    /// Checks that every tensor of the index exists. Additional tensors are allowed and usable by
+    /// name.
     fn check_against(&mut self, map: &WeightMap) -> Result<()> {
         let (index, mut missing, mut elsewhere) = (map.index_file(), Vec::new(), Vec::new());
         for (name, file) in map.tensors() {
@@ -162,57 +161,56 @@ impl TensorIndex {
 pub struct Wanted {
     /// Index into [`WeightSource::files`].
     pub file: usize,
-    /// Counted from the start of the file.
+    /// Byte range from the start of the file.
     pub bytes: Range<u64>,
-    /// Number of the layer: what is small may be fetched together with the rest of its layer.
+    /// Layer index: small tensors may be fetched together with others of their layer.
     pub layer: usize,
-    /// Number of the streaming unit: what is large may be fetched together with the rest of its
+    /// Index of the streaming unit: large tensors may be fetched together with others of their
     /// unit.
     pub unit: usize,
 }
 
-/// Gives out the bytes of tensors. Implementations count what they read: each weight byte is to be
-/// read once per run.
+/// Reads bytes of tensors. Implementations count the bytes, since each weight byte should be read
+/// once per run.
 pub trait WeightSource: Send + Sync {
     /// All tensors and files.
     fn index(&self) -> &TensorIndex;
 
-    /// Fills `into` with the bytes `range` of the tensor, counted from its first byte;
+    /// Fills `into` with the bytes `range` of the tensor, relative to its first byte,
     /// little-endian as stored.
     ///
     /// # Errors
-    /// Kind `Internal` when the range is not inside the tensor, has another length than `into`, or cuts a value of a
-    /// tensor with strides; else the source's own.
+    /// Kind `Internal` if the range is outside the tensor, differs in length from `into`, or
+    /// splits a value of a tensor with strides; else errors of the source.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
 
-    /// Says what will be read, in that order, so that a source that is far away can begin to fetch
-    /// it. Other reads stay possible. Up to `hash_memory` bytes may be held until the hash of
-    /// their file reaches them.
+    /// Announces what will be read, in order, so that a remote source can prefetch it. Other reads
+    /// remain possible. Up to `hash_memory` bytes may be held until their file is hashed up to
+    /// them.
     fn announce(&self, _order: &[Wanted], _hash_memory: u64) {}
 
-    /// Names of the files whose bytes, as far as they were read, have been found to have the hash
-    /// that the hub lists.
+    /// Names of the files whose bytes were completely read and match the hub's hash.
     fn verified(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// Whether a file has been found that is not the one that the hub lists.
+    /// Whether a file's hash differs from the hub's.
     fn is_damaged(&self) -> bool {
         false
     }
 
-    /// Waits for the hashes of everything that was announced. `None`: there are no files.
+    /// Waits for the hashes of all announced bytes. `None`: there are no files.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: a file is not the one that the hub lists.
+    /// Kind `Checkpoint`: a file's hash differs from the hub's.
     fn verify(&self) -> Result<Option<WeightVerification>> {
         Ok(None)
     }
 
-    /// Weight bytes read so far, each counted as often as it was read.
+    /// Weight bytes read so far, repeated reads included.
     fn bytes_read(&self) -> u64;
 
-    /// The tensor called `name`.
+    /// The tensor with this name.
     fn entry(&self, name: &str) -> Option<&TensorEntry> {
         self.index().entries.get(name)
     }
@@ -227,13 +225,13 @@ pub trait WeightSource: Send + Sync {
         &self.index().files
     }
 
-    /// What readers of the results should know of how these weights were chosen.
+    /// Notes on the choice of these weights, for readers of the results.
     fn notes(&self) -> &[String] {
         &self.index().notes
     }
 }
 
-/// The contract of [`WeightSource::read`], shared by its implementations.
+/// Checks the contract of [`WeightSource::read`] for its implementations.
 pub(crate) fn check_range(entry: &TensorEntry, range: &Range<u64>, into: &[u8]) -> Result<()> {
     let fits = range.start <= range.end && range.end <= entry.len && range.end - range.start == into.len() as u64;
     let (name, len, room) = (&entry.name, entry.len, into.len());
@@ -241,7 +239,7 @@ pub(crate) fn check_range(entry: &TensorEntry, range: &Range<u64>, into: &[u8]) 
     if fits { Ok(()) } else { Err(wrong()) }
 }
 
-/// Weight files in a folder, read with positioned reads on files kept open.
+/// Weight files in a folder, read with positioned reads from open files.
 pub struct LocalSource {
     index: TensorIndex,
     folder: PathBuf,
@@ -251,11 +249,11 @@ pub struct LocalSource {
 }
 
 impl LocalSource {
-    /// Opens the weight files of `folder` and checks their headers and the index: one set of files
-    /// is used, the one that transformers reads; others that lie beside it are not looked at.
+    /// Opens the weight files of `folder` and checks their headers and the index. The set of files
+    /// is the one that transformers reads; other files are ignored.
     ///
     /// # Errors
-    /// Kind `Checkpoint` or `Storage` for what is in it.
+    /// Kind `Checkpoint` or `Storage` for the content of the folder.
     pub fn open(folder: &Path) -> Result<Self> {
         let weights = weight_files(folder)?;
         let mut verification = WeightVerification::default();
@@ -263,7 +261,7 @@ impl LocalSource {
         Self::open_files(folder, &weights, verification)
     }
 
-    /// The same for files that were chosen and compared with their listing already.
+    /// As [`open`](Self::open) for chosen files that have been verified.
     pub(crate) fn open_files(folder: &Path, weights: &WeightFiles, verification: WeightVerification) -> Result<Self> {
         let mut shards = Vec::with_capacity(weights.names.len());
         let mut files = Vec::with_capacity(weights.names.len());
@@ -317,8 +315,8 @@ impl WeightSource for LocalSource {
     }
 }
 
-/// Whether `name` can only be a file directly inside a folder: no separators, no `.` or `..`,
-/// nothing invisible.
+/// Whether `name` denotes a file directly in a folder: no separators, no `.` or `..`, no invisible
+/// characters.
 pub fn is_plain_name(name: &str) -> bool {
     let visible = !name.chars().any(|c| c.is_control() || matches!(c, '/' | '\\'));
     visible && !matches!(name, "" | "." | "..") && name.len() <= 255
@@ -339,10 +337,10 @@ pub struct Described {
 }
 
 impl Described {
-    /// The configuration in `folder`, which is `revision` of a hub model.
+    /// Reads the configuration in `folder`, which is `revision` of a hub model.
     ///
     /// # Errors
-    /// Kind `Job` when there is no such folder; `Checkpoint` or `Storage` for its config.json.
+    /// Kind `Job` if the folder does not exist; `Checkpoint` or `Storage` for its config.json.
     pub fn read(folder: &Path, revision: Option<String>) -> Result<Self> {
         if !folder.is_dir() {
             let message = format!("there is no folder {}", folder.display());
@@ -354,7 +352,7 @@ impl Described {
         Ok(Self { folder: folder.to_owned(), revision, config, config_sha256 })
     }
 
-    /// config.json.
+    /// The content of config.json.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -369,14 +367,14 @@ impl Described {
     }
 }
 
-/// A model's files, before any weight is read.
+/// A model's files, without its weights in memory.
 #[derive(Clone)]
 pub struct Checkpoint {
     /// Folder of configuration and tokenizer.
     pub folder: PathBuf,
     /// Commit on the hub; `None` for a folder.
     pub revision: Option<String>,
-    /// config.json.
+    /// The content of config.json.
     pub config: Value,
     /// SHA-256 of config.json, lower-case hexadecimal.
     pub config_sha256: String,
@@ -393,8 +391,8 @@ impl Checkpoint {
         Ok(Described::read(folder, None)?.with(LocalSource::open(folder)?))
     }
 
-    /// The files beside the weights that are read, with their sizes: configuration, tokenizer and
-    /// index, as far as they are there.
+    /// The other files that are used, with their sizes: configuration, tokenizer and index, as far
+    /// as they exist.
     pub fn description(&self) -> Vec<FileBytes> {
         let tokenizer = self.tokenizer().map_or(&[][..], TokenizerFiles::names);
         let is_read = |name: &String| {
@@ -405,7 +403,7 @@ impl Checkpoint {
         let sized = |entry: io::Result<std::fs::DirEntry>| {
             let entry = entry.ok()?;
             let name = entry.file_name().into_string().ok().filter(is_read)?;
-            // In a cache it is a link to the file.
+            // In a cache the entry is a link to the file.
             let file = std::fs::metadata(entry.path()).ok().filter(std::fs::Metadata::is_file)?;
             Some(FileBytes { name, bytes: file.len() })
         };
@@ -415,7 +413,7 @@ impl Checkpoint {
         files
     }
 
-    /// The tokenizer's files that are used, if the checkpoint has any that this program can read.
+    /// The tokenizer files to use, if the checkpoint has supported ones.
     pub fn tokenizer(&self) -> Option<TokenizerFiles> {
         TokenizerFiles::choose(|name| self.folder.join(name).exists())
     }
@@ -442,8 +440,8 @@ fn weight_files(folder: &Path) -> Result<WeightFiles> {
     WeightFiles::find(&Location { name: &folder.display(), has: &has, read: &read })
 }
 
-/// Where several processes wrote their slices of the tensors, transformers reads those before all
-/// other files.
+/// Refuses files with the slices of several processes, which transformers would read before all
+/// others.
 fn refuse_distributed(folder: &Path) -> Result<()> {
     let entries = std::fs::read_dir(folder).at("list", folder)?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -454,7 +452,7 @@ fn refuse_distributed(folder: &Path) -> Result<()> {
     Err(WorkerError::unsupported(message).hint(hint))
 }
 
-/// The bytes of a JSON or tokenizer file of bounded size; `None` when it does not exist.
+/// Reads a JSON or tokenizer file of limited size; `None` if it does not exist.
 pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
     let metadata = match path.metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

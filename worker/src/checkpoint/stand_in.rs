@@ -1,19 +1,19 @@
-//! What lies under the name of a file without being it: a pointer that Git LFS left, a page of a
-//! website, nothing at all.
+//! Detects files that are not what their name says: a Git LFS pointer, a web page, an empty file.
 
 use crate::error::{Result, WorkerError};
 
-/// How every Git LFS pointer begins.
+/// Start of a Git LFS pointer.
 const LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
-/// How pages begin, in lower case.
+/// Starts of web pages, in lower case.
 const PAGES: [&[u8]; 2] = [b"<!doctype html", b"<html"];
-/// Bytes from the start of a file that are enough to tell; a page may begin with white space.
+/// Bytes from the start of a file that suffice. A page may begin with white space.
 pub const ENOUGH: usize = 64;
 
-/// Refuses the start of a file that is none of a model's.
+/// Refuses a file that cannot be a model's by its start.
 ///
 /// # Errors
-/// Kind `Checkpoint`: nothing, a Git LFS pointer or an HTML page. The file's name is the caller's to add.
+/// Kind `Checkpoint`: an empty file, a Git LFS pointer or an HTML page. The caller adds the file's
+/// name.
 pub fn refuse(start: &[u8]) -> Result<()> {
     let text = start.strip_prefix(b"\xef\xbb\xbf").unwrap_or(start).trim_ascii_start();
     let begins = |page: &&[u8]| text.get(..page.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(page));

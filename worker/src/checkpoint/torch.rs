@@ -1,12 +1,11 @@
-//! `pytorch_model.bin`, as OPT and GPT-J are published: a zip archive with a pickle of names,
-//! shapes and strides (`data.pkl`), and one uncompressed record of raw values per storage
-//! (`data/0`, `data/1`, ...).
+//! Reads `pytorch_model.bin`, the published format of OPT and GPT-J: a zip archive with a pickle
+//! of names, shapes and strides (`data.pkl`), and one uncompressed record of raw values per
+//! storage (`data/0`, `data/1`, ...).
 //!
-//! Such files are programs in general; here they are read as data. The pickle reader is ours
-//! because the file is hostile input: candle's panics on short argument lists and copies whatever
-//! is remembered, so that a few bytes make gigabytes. All it needs of a file are byte ranges,
-//! which a disk and a hub can give alike, and it asks for few: the end of the file, its directory,
-//! the pickle.
+//! Such files are programs in general; here they are read as data. The pickle reader is part of
+//! this program because files are untrusted: candle's panics on short argument lists and copies
+//! memoised values, so that a few bytes become gigabytes. Only byte ranges of a file are read,
+//! from a disk or a hub alike, and few of them: its end, its directory, the pickle.
 
 mod bytes;
 mod pickle;
@@ -24,42 +23,42 @@ use crate::files::open_regular;
 use pickle::View;
 use zip::{Archive, ArchiveEntry};
 
-/// Gives the bytes of a range of one file, the whole range or an error.
+/// Reads a range of a file completely, or fails.
 pub type ReadRange<'a> = &'a dyn Fn(Range<u64>) -> Result<Vec<u8>>;
 
-/// Longest pickle accepted, bytes: dozens of times that of any published shard, and at most half a
-/// gigabyte unpickled.
+/// Maximum bytes of a pickle: dozens of times a published shard's, and at most half a gigabyte
+/// when unpickled.
 const MAX_PICKLE_BYTES: u64 = 8 << 20;
-/// Largest tensor that repeats the values of a smaller record, bytes.
+/// Maximum bytes of a tensor that repeats values of a smaller record.
 const MAX_REPEATED_BYTES: u64 = 1 << 30;
-/// Most tensors in one file.
+/// Maximum number of tensors in one file.
 const MAX_TENSORS: usize = 1 << 20;
-/// How the format before the archives begins: a pickled magic number.
+/// Start of the older format without archives: a pickled magic number.
 const LEGACY_MAGIC: &[u8] = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19";
 
-/// What a file says about its tensors: every claim checked against the archive's directory.
+/// The tensors of a file, checked against the archive's directory.
 pub struct Contents {
     archive: Archive,
     tensors: Vec<Placed>,
 }
 
-/// A tensor, and where in which record its values begin.
+/// A tensor, its record, and its offset there.
 struct Placed {
     tensor: HeaderTensor,
     record: usize,
 }
 
 impl Contents {
-    /// Reads what a file of `file_len` bytes holds; no weight is read.
+    /// Reads the tensors of a file of `file_len` bytes, without weights.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: not such an archive, damaged, or a pickle that wants more than tensors; `Unsupported` for the
-    /// format of PyTorch before 1.6. The file's name is the caller's to add.
+    /// Kind `Checkpoint`: not such an archive, damaged, or a pickle that needs more than tensors;
+    /// `Unsupported` for the format of PyTorch before 1.6. The caller adds the file's name.
     pub fn read(file_len: u64, read: ReadRange<'_>) -> Result<Self> {
         let archive = Archive::read(file_len, read).map_err(|error| explained(file_len, read).unwrap_or(error))?;
         let (folder, pickle) = the_pickle(&archive)?;
         let program = archive.contents(pickle, MAX_PICKLE_BYTES, read)?;
-        // It lies right behind the pickle, where a reader that reads ahead has been already.
+        // The record follows the pickle, where read-ahead has fetched it.
         refuse_big_endian(&archive, folder, read)?;
         let views = pickle::state_dict(&program)?;
         let tensors = views.iter().map(|view| place(view, folder, &archive)).collect::<Result<Vec<_>>>()?;
@@ -71,7 +70,7 @@ impl Contents {
     /// tied weights do.
     ///
     /// # Errors
-    /// Kind `Checkpoint` when a record is not where the directory says.
+    /// Kind `Checkpoint` if a record is not where the directory says.
     pub fn located(self, read: ReadRange<'_>) -> Result<Vec<HeaderTensor>> {
         let mut starts: Vec<Option<u64>> = vec![None; self.archive.records().len()];
         let locate = |Placed { mut tensor, record }| {
@@ -85,9 +84,9 @@ impl Contents {
         self.tensors.into_iter().map(locate).collect()
     }
 
-    /// The tensors without their places: `offset` counts from the beginning of the record's
-    /// header, since asking a hub for the length of each of hundreds of headers would take longer
-    /// than everything else.
+    /// The tensors without file offsets: `offset` is relative to the beginning of the record's
+    /// header. Requesting the header lengths of hundreds of records from a hub would take too
+    /// long.
     pub fn outlined(self) -> Vec<HeaderTensor> {
         let outline = |Placed { mut tensor, record }| {
             tensor.offset += self.archive.records()[record].header;
@@ -97,16 +96,15 @@ impl Contents {
     }
 }
 
-/// The tensors of a file on disk; only the directory and the pickle are read.
+/// The tensors of a file on disk. Only the directory and the pickle are read.
 ///
 /// # Errors
-/// Kind `Storage` when the file cannot be read, else as [`Contents::read`]; both name the file.
+/// Kind `Storage` if the file cannot be read, else as [`Contents::read`]; both name the file.
 pub fn read_tensors(path: &Path) -> Result<Vec<HeaderTensor>> {
     let file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let read = |range: Range<u64>| {
-        // Whoever asks has compared the range with the size of the file, and its length with a
-        // limit.
+        // Callers have checked the range against the file's size, and its length against a limit.
         let mut bytes = vec![0; (range.end - range.start) as usize];
         file.read_exact_at(&mut bytes, range.start).at("read", path)?;
         Ok(bytes)
@@ -119,8 +117,7 @@ fn damaged(message: impl Into<String>) -> WorkerError {
     WorkerError::checkpoint(message).hint("the file is damaged or incomplete: fetch it again")
 }
 
-/// The better explanation of a file that is no archive: something else under its name, or the
-/// format from before them.
+/// The specific error of a file that is not an archive: another kind of file, or the older format.
 fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
     let start = read(0..file_len.min(stand_in::ENOUGH as u64)).ok()?;
     if let Err(error) = stand_in::refuse(&start) {
@@ -131,7 +128,7 @@ fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
     start.starts_with(LEGACY_MAGIC).then(|| WorkerError::unsupported(message).hint(hint))
 }
 
-/// No known checkpoint is big-endian. A file that declares it must not be read as little-endian.
+/// Known checkpoints are little-endian. A file that declares big-endian values is refused.
 fn refuse_big_endian(archive: &Archive, folder: &str, read: ReadRange<'_>) -> Result<()> {
     let Some((_, record)) = archive.find(&format!("{folder}/byteorder")) else { return Ok(()) };
     if archive.contents(record, 16, read)? == b"little" {
@@ -141,7 +138,7 @@ fn refuse_big_endian(archive: &Archive, folder: &str, read: ReadRange<'_>) -> Re
         .hint("save it again on a common machine, as safetensors"))
 }
 
-/// The archive's one folder, and the pickle in it.
+/// The archive's single folder, and the pickle in it.
 fn the_pickle(archive: &Archive) -> Result<(&str, &ArchiveEntry)> {
     let folder = |record: &'_ ArchiveEntry| record.name.strip_suffix("/data.pkl").is_some_and(|f| !f.contains('/'));
     let mut found = archive.records().iter().filter(|record| folder(record));
@@ -153,7 +150,7 @@ fn the_pickle(archive: &Archive) -> Result<(&str, &ArchiveEntry)> {
     }
 }
 
-/// Compares a tensor with the record that its storage is.
+/// Checks a tensor against the record of its storage.
 fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
     let wrong = |what: String| damaged(format!("tensor {}: {what}", shown(view.name)));
     let pickle::Storage { element, key, values } = view.storage;
@@ -178,8 +175,7 @@ fn place(view: &View<'_>, folder: &str, archive: &Archive) -> Result<Placed> {
         return Err(wrong(what));
     };
     let spread = !view.is_contiguous();
-    // What overlaps itself may be larger than its record, but not by any factor that a file likes
-    // to state.
+    // A tensor that overlaps itself may exceed its record, up to a limit.
     let most = values.max(MAX_REPEATED_BYTES / element.size);
     let dtype = match element.dtype() {
         dtype if view.altered => StoredDtype::Other(format!("{dtype}, negated or conjugated")),

@@ -1,4 +1,4 @@
-//! A JSON array of rows, in a file that is held as a whole.
+//! Reads a JSON array of rows from a file held in memory.
 
 use serde_json::{Deserializer, Value};
 
@@ -9,10 +9,10 @@ use super::rows::{Fault, Rows};
 use super::text::decode;
 use crate::error::Result;
 
-/// Bytes in which a file begins with something.
+/// Bytes within which a file's first character is expected.
 const BEGINNING: u64 = 64 << 10;
 
-/// Whether a `.json` file is an array; otherwise it can only be JSON Lines.
+/// Whether a `.json` file is an array. Otherwise it can only be JSON Lines.
 pub(super) fn is_array(file: &dyn RangedFile) -> Result<bool> {
     let bytes = head(file, BEGINNING)?;
     foreign::refuse(file.name(), &bytes)?;
@@ -46,18 +46,18 @@ pub(super) fn read(file: &dyn RangedFile, field: &str) -> Result<Vec<Document>> 
     Ok(documents)
 }
 
-/// The elements of an array, one after another.
+/// Iterates over the elements of an array.
 struct Elements<'a> {
     bytes: &'a [u8],
-    /// What was read.
+    /// Number of bytes read.
     at: usize,
-    /// Of the last element: its number, from 1 on, and where it begins.
+    /// Number of the last element, from 1, and its first byte.
     number: usize,
     begin: usize,
 }
 
 impl<'a> Elements<'a> {
-    /// Of a text that begins with a bracket.
+    /// Elements of a text that begins with a bracket.
     fn of(text: &'a str) -> Self {
         let bytes = text.as_bytes();
         let at = text.find('[').map_or(bytes.len(), |at| at + 1);
@@ -82,14 +82,14 @@ impl<'a> Elements<'a> {
         value.map(Some).map_err(|error| Fault::syntax(rest, &error))
     }
 
-    /// The next byte that is not blank.
+    /// The next byte that is not white space.
     fn peek(&mut self) -> Option<u8> {
         let blank = self.bytes[self.at..].iter().take_while(|byte| byte.is_ascii_whitespace()).count();
         self.at += blank;
         self.bytes.get(self.at).copied()
     }
 
-    /// Nothing follows the array.
+    /// Checks that nothing follows the array.
     fn end(&mut self) -> Result<Option<Value>, Fault> {
         self.at += 1;
         match self.peek() {

@@ -1,4 +1,4 @@
-//! Documents to windows of token ids.
+//! Cuts documents into windows of token ids.
 
 use outliers_protocol::Packing;
 
@@ -6,28 +6,28 @@ use super::documents::Document;
 use super::tokenizer::TextTokenizer;
 use crate::error::{Result, WorkerError};
 
-/// Takes documents, gives windows of one length.
+/// Collects documents and returns windows of one length.
 pub(super) struct Cutter<'a> {
     tokenizer: &'a TextTokenizer,
-    /// Ids of a window that are not its prefix.
+    /// Ids of a window without its prefix.
     body: usize,
     cut: Cut,
-    /// Ids of all documents; an estimate where windows overlap.
+    /// Ids of all documents; an estimate for overlapping windows.
     pub(super) tokens: usize,
 }
 
-/// What was taken in, by the way it is cut.
+/// Collected input, by packing.
 enum Cut {
-    /// Ids, one after another.
+    /// Concatenated ids.
     Packed(Vec<u32>),
-    /// Windows' worth of ids, of each document.
+    /// Ids of each document, in whole windows.
     Separate(Vec<Vec<u32>>),
     /// Text, joined by spaces.
     Overlapping(String),
 }
 
 impl<'a> Cutter<'a> {
-    /// For windows of `length` ids, each with the tokenizer's prefix.
+    /// Windows of `length` ids, each with the tokenizer's prefix.
     pub(super) fn new(tokenizer: &'a TextTokenizer, length: usize, packing: Packing) -> Result<Self> {
         let body = length.checked_sub(tokenizer.prefix.len()).filter(|body| *body > 0);
         let Some(body) = body else {
@@ -43,7 +43,7 @@ impl<'a> Cutter<'a> {
         Ok(Self { tokenizer, body, cut, tokens: 0 })
     }
 
-    /// Takes in a document.
+    /// Adds a document.
     pub(super) fn add(&mut self, document: &Document) -> Result<()> {
         let ids = self.tokenizer.encode(document)?;
         self.tokens += ids.len();
@@ -60,14 +60,14 @@ impl<'a> Cutter<'a> {
         Ok(())
     }
 
-    /// Whether what was taken in makes at least this many windows.
+    /// Whether the documents give at least this many windows.
     pub(super) fn has(&self, windows: usize) -> bool {
         match &self.cut {
             Cut::Packed(ids) => ids.len() / self.body >= windows,
             Cut::Separate(cut) => cut.len() >= windows,
             Cut::Overlapping(_) => {
                 let needed = self.body + windows.saturating_sub(1) * self.step();
-                // Joined, the documents may have other ids at their seams.
+                // Joined documents may have other ids at their boundaries.
                 self.tokens >= needed + needed / 32 + 64
             }
         }
@@ -77,7 +77,7 @@ impl<'a> Cutter<'a> {
         (self.body / 2).max(1)
     }
 
-    /// All windows, and the ids they were cut from; what does not fill a window is dropped.
+    /// All windows, and the number of ids they were cut from. An incomplete window is dropped.
     pub(super) fn finish(self) -> Result<(Vec<Vec<u32>>, usize)> {
         let (body, step, prefix) = (self.body, self.step(), &self.tokenizer.prefix);
         let window = |ids: &[u32]| [prefix, ids].concat();

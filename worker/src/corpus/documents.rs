@@ -1,4 +1,4 @@
-//! Documents in the order in which they are asked for, from files of which no more is read than that takes.
+//! Iterates over documents in the requested order, reading only the needed parts of files.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -13,14 +13,14 @@ use super::{array, table, text};
 use crate::error::{Result, WorkerError};
 use crate::noise::{mix, name_hash};
 
-/// A text under its name.
+/// A text with its name.
 pub(super) struct Document {
     pub(super) name: String,
     pub(super) text: Cow<'static, str>,
 }
 
 impl Document {
-    /// From bytes that should be UTF-8.
+    /// Decodes UTF-8 bytes.
     pub(super) fn of(name: String, bytes: Vec<u8>) -> Result<Self> {
         let text = String::from_utf8(bytes).map_err(|error| {
             let at = error.utf8_error().valid_up_to();
@@ -31,25 +31,25 @@ impl Document {
     }
 }
 
-/// The documents of some files, one after another.
+/// The documents of some files, in order.
 pub(super) struct Documents {
     files: VecDeque<Box<dyn RangedFile>>,
     field: String,
     shuffle: Option<u64>,
-    /// To be passed over.
+    /// Number of documents still to skip.
     skip: usize,
     open: Option<OpenFile>,
     ready: VecDeque<Document>,
 }
 
-/// An open file, and those of its blocks that were not read.
+/// An open file, with its blocks that are not read yet.
 struct OpenFile {
     file: Box<dyn RangedFile>,
     content: Content,
     left: VecDeque<usize>,
 }
 
-/// How the documents of a file are read; with `field` as a whole.
+/// How a file's documents are read; the formats with `field` are read as a whole.
 enum Content {
     Text,
     Array { field: String },
@@ -105,12 +105,12 @@ impl Documents {
         }
     }
 
-    /// One document that is at hand.
+    /// A single document in memory.
     pub(super) fn one(document: Document, spec: &CorpusSpec) -> Self {
         Self { ready: VecDeque::from([document]), ..Self::new(Vec::new(), spec) }
     }
 
-    /// Reads the next block; false at the end of the last file.
+    /// Reads the next block; `false` at the end of the last file.
     fn read_on(&mut self) -> Result<bool> {
         loop {
             if let Some(open) = &mut self.open
@@ -165,7 +165,7 @@ impl OpenFile {
     }
 }
 
-/// The same order for the same seed, everywhere (Fisher and Yates).
+/// Shuffles reproducibly by the seed (Fisher and Yates).
 fn shuffle<T>(items: &mut [T], seed: u64) {
     for last in (1..items.len()).rev() {
         items.swap(last, (mix(seed.wrapping_add(last as u64)) % (last as u64 + 1)) as usize);

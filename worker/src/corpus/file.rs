@@ -1,4 +1,4 @@
-//! Files that are read by ranges, here or on the hub.
+//! Files that are read by ranges, local or on the hub.
 
 use std::fs::{File, Metadata};
 use std::ops::Range;
@@ -9,27 +9,27 @@ use crate::checkpoint::hub::DatasetFile;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 
-/// Longest text, bytes: tokenising needs some 50 times that in memory.
+/// Maximum bytes of a text. Tokenising needs about 50 times that in memory.
 pub(super) const MAX_TEXT_BYTES: u64 = 256 << 20;
-/// Longest file of documents that is held as a whole, unpacked, bytes.
+/// Maximum bytes of a file of documents held in memory, uncompressed.
 pub(super) const MAX_HELD_BYTES: u64 = 1 << 30;
-/// Bytes that are counted through to name a line by its number.
+/// Maximum bytes that are searched to find a line's number.
 const MOST_COUNTED: u64 = 1 << 30;
-/// Counted at a time.
+/// Bytes searched at a time.
 const COUNTED: u64 = 16 << 20;
-/// The mark that some programs put before UTF-8.
+/// Byte order mark of UTF-8.
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
-/// What to do about a text in another encoding.
+/// Hint for a text in another encoding.
 pub(super) const CONVERT: &str = "convert it to UTF-8, for example with `iconv -t utf-8`";
 
 /// A file that is read by ranges.
 pub(super) trait RangedFile {
-    /// For messages.
+    /// Name in messages.
     fn name(&self) -> &str;
     /// Size in bytes.
     fn size(&self) -> u64;
-    /// The bytes of a range inside it.
+    /// Reads a range of the file.
     fn read(&self, range: Range<u64>) -> Result<Vec<u8>>;
 }
 
@@ -47,7 +47,7 @@ impl RangedFile for DatasetFile {
     }
 }
 
-/// A file of this machine.
+/// A local file.
 pub(super) struct LocalFile {
     name: String,
     file: File,
@@ -77,7 +77,7 @@ impl RangedFile for LocalFile {
     }
 }
 
-/// A corpus file that is there.
+/// Checks that a corpus file exists and is regular.
 fn look_at(path: &Path) -> Result<Metadata> {
     let metadata = path.metadata().map_err(|error| match error.kind() {
         std::io::ErrorKind::NotFound => {
@@ -92,7 +92,7 @@ fn look_at(path: &Path) -> Result<Metadata> {
     Err(WorkerError::corpus(format!("{} is not a regular file", path.display())).hint("name the text files one by one"))
 }
 
-/// The bytes of a file of at most this size.
+/// Reads a file of at most `most` bytes.
 pub(super) fn read_whole(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
     let (name, bytes) = (file.name(), file.size());
     if bytes > most {
@@ -101,29 +101,29 @@ pub(super) fn read_whole(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
     file.read(0..bytes)
 }
 
-/// The refusal of a file that is held as a whole.
+/// The error for a file that is too long to hold in memory.
 pub(super) fn too_long(what: String, most: u64) -> WorkerError {
     let message = format!("{what}, over the limit of {most}");
     WorkerError::corpus(message).hint("cut it into several files; .jsonl and .parquet files may have any length")
 }
 
-/// The first bytes of a file, at most this many.
+/// The first bytes of a file, at most `most`.
 pub(super) fn head(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
     file.read(0..file.size().min(most))
 }
 
-/// How many bytes before a text are none of it.
+/// Bytes of a byte order mark before the text.
 pub(super) fn bom(bytes: &[u8]) -> usize {
     if bytes.starts_with(BOM) { BOM.len() } else { 0 }
 }
 
-/// The number of the line that holds the byte after these, from 1 on.
+/// Number of the line that contains the byte after `bytes`, from 1.
 pub(super) fn line_after(bytes: &[u8]) -> usize {
     1 + bytes.iter().filter(|byte| **byte == b'\n').count()
 }
 
-/// What the line that begins at a byte is called in messages.
-/// The lines before it are counted only here, after an error.
+/// Description of the line that begins at a byte, for errors. Only here are the lines before it
+/// counted.
 pub(super) fn line_at(file: &dyn RangedFile, at: u64) -> String {
     match (at <= MOST_COUNTED).then(|| number_at(file, at)) {
         Some(Ok(number)) => format!("line {number} of {}", file.name()),

@@ -1,18 +1,18 @@
-//! Files that are no text, told by their first bytes: whoever hands one over hears what it is.
+//! Detects files that are not text by their first bytes, to say what they are.
 
 use super::file::{RangedFile, head};
 use crate::error::{Result, WorkerError};
 
-/// Bytes at the beginning of a file that tell.
+/// Bytes at the start of a file that are examined.
 pub(super) const HEAD: u64 = 512;
 
-/// A format that is no text by itself.
+/// A format that is not text.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Foreign {
-    /// Where its mark is.
+    /// Offset of its signature.
     at: usize,
     mark: &'static [u8],
-    /// What a file of it is.
+    /// Description of such a file.
     pub(super) name: &'static str,
     hint: &'static str,
 }
@@ -42,7 +42,7 @@ pub(super) static ZSTD: Foreign =
 /// <https://parquet.apache.org/docs/file-format/>
 pub(super) static PARQUET: Foreign = foreign(0, b"PAR1", "a Parquet file", "let its name end in .parquet");
 
-/// A mark that begins another stands after it.
+/// A signature that is a prefix of another comes after it.
 static OTHERS: [Foreign; 22] = [
     foreign(4, b"1AY&SY", "a bzip2 file", UNPACK),
     foreign(0, b"\xfd7zXZ\0", "an xz file", UNPACK),
@@ -73,27 +73,27 @@ static OTHERS: [Foreign; 22] = [
     foreign(0, b"\xfe\xff", "text in UTF-16", FROM_UTF16),
 ];
 
-/// The header's length, which is far below 2^40, and the brace that opens it.
+/// The high bytes of the header's length, which is far below 2^40, and the opening brace.
 static SAFETENSORS: Foreign =
     foreign(5, b"\0\0\0{", "a safetensors file", "ready token ids go to --token-ids, weights to --model");
 
-/// What a file with these first bytes is.
+/// The format of a file with these first bytes.
 pub(super) fn of(head: &[u8]) -> Option<&'static Foreign> {
     let is = |format: &&Foreign| head.get(format.at..).is_some_and(|rest| rest.starts_with(format.mark));
     [&GZIP, &ZSTD, &PARQUET].into_iter().chain(&OTHERS).chain([&SAFETENSORS]).find(is)
 }
 
-/// Refuses what is no text.
+/// Refuses a file that is not text.
 pub(super) fn refuse(name: &str, head: &[u8]) -> Result<()> {
     of(head).map_or(Ok(()), |found| Err(found.refusal(name)))
 }
 
-/// What a file is, where that is something else than it was taken for.
+/// The format of a file, if it differs from `taken_for`.
 pub(super) fn other(file: &dyn RangedFile, taken_for: Option<&Foreign>) -> Option<&'static Foreign> {
     of(&head(file, HEAD).ok()?).filter(|found| Some(*found) != taken_for)
 }
 
-/// The error of a file that could not be read: what the file is instead, where that is known.
+/// The error for a file that cannot be read, with its actual format if known.
 pub(super) fn explain(file: &dyn RangedFile, taken_for: Option<&Foreign>, error: WorkerError) -> WorkerError {
     other(file, taken_for).map_or(error, |found| found.refusal(file.name()))
 }

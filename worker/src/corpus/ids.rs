@@ -1,24 +1,24 @@
-//! Ready token ids: a safetensors file with `input_ids`, or a JSON list of lists.
+//! Reads ready token ids: a safetensors file with `input_ids`, or a JSON list of lists.
 
 use super::file::bom;
 use super::foreign;
 use crate::checkpoint::safetensors::{Header, StoredDtype};
 use crate::error::{Result, WorkerError};
 
-/// The tensor that holds the ids.
+/// Name of the tensor with the ids.
 const TENSOR: &str = "input_ids";
 
 /// Rows of equal length.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Rows {
-    /// Row by row; never empty.
+    /// The ids, row by row; never empty.
     pub(super) ids: Vec<i64>,
     pub(super) sequences: usize,
     pub(super) tokens: usize,
 }
 
-/// Tells the two formats apart: after 8 bytes of length, a safetensors file opens a brace, where
-/// JSON lists of numbers have none.
+/// Parses either format. After an 8-byte length a safetensors file has a brace, where a JSON list
+/// of numbers has none.
 pub(super) fn parse(bytes: &[u8]) -> Result<Rows> {
     if bytes.get(8) == Some(&b'{') {
         return from_safetensors(bytes);
@@ -72,7 +72,7 @@ fn from_safetensors(bytes: &[u8]) -> Result<Rows> {
     if sequences == 0 || tokens == 0 {
         return Err(empty());
     }
-    // Checked by the header: the tensor lies inside the file, so its numbers fit memory.
+    // The header check ensures that the tensor is inside the file.
     let data = &bytes[tensor.offset as usize..][..tensor.len as usize];
     let ids = data.as_chunks::<8>().0.iter().map(|id| i64::from_le_bytes(*id)).collect();
     Ok(Rows { ids, sequences: sequences as usize, tokens: tokens as usize })

@@ -1,5 +1,5 @@
-//! JSON Lines: one row per line. Read in blocks, of which each holds the lines that begin in it,
-//! so that any of them can be had without those before it.
+//! JSON Lines: one row per line. A block contains the lines that begin in it, so that blocks can
+//! be read independently.
 
 use std::ops::Range;
 
@@ -11,19 +11,19 @@ use super::foreign;
 use super::rows::{Fault, Rows};
 use crate::error::{Result, WorkerError};
 
-/// Bytes of a block.
+/// Bytes per block.
 const BLOCK: u64 = 4 << 20;
-/// Read at a time for the end of a block's last line.
+/// Bytes read at a time to find the end of a block's last line.
 const MORE: u64 = 1 << 20;
-/// Longest line, bytes.
+/// Maximum bytes of a line.
 const LONGEST: u64 = 256 << 20;
-/// Blocks that are read without a row that has the field, until the file is refused.
+/// Maximum blocks read without a row that has the field, before the file is refused.
 const MOST_WITHOUT: usize = 16;
 
 /// The lines of a file.
 pub(super) struct Lines {
     blocks: usize,
-    /// Blocks that were read.
+    /// Number of blocks read.
     read: usize,
     rows: Rows,
 }
@@ -37,7 +37,7 @@ impl Lines {
         self.blocks
     }
 
-    /// The texts of the lines that begin in a block, each of which is read once.
+    /// The texts of the lines that begin in a block. Each block is read once.
     pub(super) fn read(&mut self, file: &dyn RangedFile, block: usize) -> Result<Vec<Document>> {
         let start = block as u64 * BLOCK;
         let (mut at, lines) = lines_in(file, start..(start + BLOCK).min(file.size()))?;
@@ -64,15 +64,15 @@ impl Lines {
     }
 }
 
-/// What is wrong with the line that begins at a byte, or with the file.
+/// The error for the line that begins at a byte, or for the file.
 fn wrong(file: &dyn RangedFile, at: u64, fault: Fault) -> WorkerError {
     foreign::explain(file, None, fault.at(line_at(file, at)))
 }
 
-/// Where the first line that begins in a range begins, and the bytes of all of them.
+/// Offset of the first line that begins in a range, and the bytes of all lines that do.
 fn lines_in(file: &dyn RangedFile, range: Range<u64>) -> Result<(u64, Vec<u8>)> {
     let mut end = range.end;
-    // A line begins here if the byte before it ends one.
+    // A line begins here if the previous byte is a line feed.
     let from = range.start.saturating_sub(1);
     let mut bytes = file.read(from..end)?;
     let newline = bytes.iter().position(|byte| *byte == b'\n');

@@ -1,4 +1,4 @@
-//! Files that are packed as a whole: unpacked into memory, up to a limit.
+//! Decompresses whole files into memory, up to a limit.
 
 use std::io::{self, Cursor, Read};
 use std::ops::Range;
@@ -11,17 +11,17 @@ use super::foreign;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Packed bytes read at a time.
+/// Compressed bytes read at a time.
 const PIECE: u64 = 16 << 20;
 
-/// What was in a packed file.
+/// The content of a compressed file.
 pub(super) struct Unpacked {
     name: String,
     bytes: Vec<u8>,
 }
 
 impl Unpacked {
-    /// Unpacks a file into at most this many bytes.
+    /// Decompresses a file of at most `most` bytes.
     pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();
@@ -33,7 +33,7 @@ impl Unpacked {
     }
 }
 
-/// What was wrong with the file, or on the way to it.
+/// The error of a damaged file, or of reading it.
 fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Error) -> WorkerError {
     let (said, wanted) = match compression {
         CorpusCompression::Gzip => ("gzip", &foreign::GZIP),
@@ -49,7 +49,7 @@ fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Err
     WorkerError::corpus(message).hint("the file is damaged, not all there, or has the ending of another format")
 }
 
-/// Takes no more than one byte over the limit.
+/// Decompresses at most one byte more than the limit.
 fn unpack(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
     match compression {
         CorpusCompression::Gzip => MultiGzDecoder::new(from).take(most + 1).read_to_end(into),
@@ -71,7 +71,7 @@ impl RangedFile for Unpacked {
     }
 }
 
-/// A file from its beginning to its end.
+/// A file from start to end.
 struct Pieces<'a> {
     file: &'a dyn RangedFile,
     read: u64,

@@ -1,5 +1,5 @@
-//! A column of text in a Parquet file (<https://parquet.apache.org/docs/file-format/>), read by
-//! ranges: the footer, then the chunks of that column alone.
+//! Reads a column of text in a Parquet file (<https://parquet.apache.org/docs/file-format/>) by
+//! ranges: the footer, then the chunks of that column only.
 
 use std::io::Read;
 use std::sync::Arc;
@@ -20,26 +20,25 @@ use crate::caught::caught;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Bytes at the end of a file, asked for in the hope that they hold the whole footer.
+/// Bytes at the end of a file that are read first, which mostly contain the whole footer.
 const LIKELY_FOOTER: u64 = 64 << 10;
-/// What the file ends with: the footer's length and the format's name.
+/// Bytes at the end of a file: the footer's length and the format's signature.
 const TAIL: usize = 8;
 const MAGIC: &[u8] = b"PAR1";
-/// More than any footer or chunk of text has; a damaged or hostile file must not make us allocate
-/// by its word.
+/// Maximum bytes of a footer or chunk. Limits what a damaged or malicious file can allocate.
 const MOST_FOOTER: u64 = 256 << 20;
 const MOST_CHUNK: i64 = 1 << 30;
 /// Rows decoded at a time.
 const BATCH: usize = 1024;
 
-/// Where the texts of a file are.
+/// Location of the texts of a file.
 pub(super) struct TextColumn {
     metadata: ParquetMetaData,
     column: usize,
 }
 
 impl TextColumn {
-    /// Reads the footer, and finds the column `field` in it.
+    /// Reads the footer and finds the column `field`.
     pub(super) fn open(file: &dyn RangedFile, field: &str) -> Result<Self> {
         let footer = footer(file)?;
         let metadata = guarded(file, || ParquetMetaDataReader::decode_metadata(&footer))?;
@@ -56,12 +55,12 @@ impl TextColumn {
         Ok(Self { metadata, column })
     }
 
-    /// Blocks of rows, each of which is read as a whole.
+    /// Number of row groups, each of which is read as a whole.
     pub(super) fn blocks(&self) -> usize {
         self.metadata.num_row_groups()
     }
 
-    /// The texts of a block; rows without one are left out.
+    /// The texts of a row group. Rows without text are left out.
     pub(super) fn read(&self, file: &dyn RangedFile, block: usize) -> Result<Vec<Document>> {
         let rows_before: i64 = self.metadata.row_groups()[..block].iter().map(|group| group.num_rows()).sum();
         let piece = self.fetch(file, block)?;
@@ -93,7 +92,7 @@ impl TextColumn {
         Ok(FileBytes { start: range.start, bytes: file.read(range)?.into() })
     }
 
-    /// The rows of a block, missing ones too.
+    /// The rows of a row group, missing ones included.
     fn decode(&self, piece: FileBytes, block: usize) -> ParquetResult<Vec<Option<ByteArray>>> {
         let group = self.metadata.row_group(block);
         let rows = usize::try_from(group.num_rows())?;
@@ -116,7 +115,7 @@ impl TextColumn {
     }
 }
 
-/// The bytes of the footer, without what follows it.
+/// The bytes of the footer, without the tail.
 fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
     let size = file.size();
     let damaged = |what: &str| {
@@ -141,7 +140,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
     }
 }
 
-/// Damaged files make the library fail, and now and then panic.
+/// Runs the library, which fails and sometimes panics on damaged files.
 fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) -> Result<T> {
     let why = match caught(read) {
         Ok(Ok(value)) => return Ok(value),
@@ -151,7 +150,7 @@ fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) ->
     Err(WorkerError::corpus(format!("{} cannot be read: {why}", file.name())).hint("the file is damaged"))
 }
 
-/// Some bytes of a file, at their place in it.
+/// Some bytes of a file, with their offset.
 struct FileBytes {
     start: u64,
     bytes: Bytes,

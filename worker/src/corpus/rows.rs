@@ -1,4 +1,4 @@
-//! Rows of JSON: objects of which one field is the text, or texts by themselves.
+//! JSON rows: objects with a text field, or strings.
 
 use std::fmt;
 
@@ -8,22 +8,22 @@ use super::file::CONVERT;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Names told in a message.
+/// Maximum names listed in a message.
 const NAMES: usize = 20;
 const LAYOUTS: &str = "a .jsonl or .ndjson file has one JSON object per line; a .json file has the same, or an array of \
                        objects or of strings";
 
-/// Takes the texts out of the rows of a file.
+/// Extracts the texts of a file's rows.
 pub(super) struct Rows {
     field: String,
     read: usize,
-    /// Some row has the field.
+    /// Whether some row has the field.
     found: bool,
-    /// Fields of the rows, as long as none has the one that is looked for.
+    /// Fields of the rows, until one has the wanted field.
     others: Vec<String>,
 }
 
-/// What is wrong with a row.
+/// An error in a row.
 pub(super) struct Fault {
     what: String,
     hint: String,
@@ -34,7 +34,7 @@ impl Rows {
         Self { field: field.to_owned(), read: 0, found: false, others: Vec::new() }
     }
 
-    /// The text of a row; none if it is null or missing.
+    /// The text of a row; `None` if it is null or missing.
     pub(super) fn text(&mut self, row: Value) -> Result<Option<String>, Fault> {
         self.read += 1;
         let mut fields = match row {
@@ -74,7 +74,7 @@ impl Rows {
         }
     }
 
-    /// Refuses a file no row of which has the field.
+    /// Refuses a file without a row that has the field.
     pub(super) fn check(&self, file: &str) -> Result<()> {
         if self.found || self.read == 0 {
             return Ok(());
@@ -85,7 +85,7 @@ impl Rows {
     }
 }
 
-/// As in a message.
+/// Quoted names for a message.
 fn names<'a>(names: impl Iterator<Item = &'a String>) -> String {
     let names: Vec<String> = names.take(NAMES).map(|name| shown(name)).collect();
     if names.is_empty() { "no field".to_owned() } else { names.join(", ") }
@@ -107,12 +107,12 @@ impl Fault {
         Self { what: what.into(), hint: hint.into() }
     }
 
-    /// Of bytes that should have been JSON.
+    /// An error of layout: bytes that are not the expected JSON.
     pub(super) fn layout(what: impl Into<String>) -> Self {
         Self::new(what, LAYOUTS)
     }
 
-    /// Of a row that is not JSON.
+    /// The error of a row that is not valid JSON.
     pub(super) fn syntax(row: &[u8], error: &serde_json::Error) -> Self {
         if let Err(error) = std::str::from_utf8(row) {
             return Self::new(format!("is not UTF-8 from its byte {} on", error.valid_up_to() + 1), CONVERT);
@@ -126,7 +126,7 @@ impl Fault {
         Self::layout(format!("is not JSON: {}, at {line}column {}", shown(why), error.column()))
     }
 
-    /// The error, with the place of the row.
+    /// Adds the location of the row.
     pub(super) fn at(self, place: impl fmt::Display) -> WorkerError {
         WorkerError::corpus(format!("{place} {}", self.what)).hint(self.hint)
     }

@@ -1,4 +1,4 @@
-//! Tables of text with a header row: columns separated by commas (RFC 4180) or tabs.
+//! Reads tables with a header row: columns separated by commas (RFC 4180) or tabs.
 
 use csv::{ErrorKind, ReaderBuilder, StringRecord};
 
@@ -8,10 +8,10 @@ use super::text::decode;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Columns told in a message.
+/// Maximum columns listed in a message.
 const NAMES: usize = 20;
 
-/// The texts of a column. An empty cell is an empty text; a blank line is no row.
+/// The texts of a column. An empty cell is an empty text; blank lines are skipped.
 pub(super) fn read(file: &dyn RangedFile, delimiter: u8, field: &str) -> Result<Vec<Document>> {
     let text = decode(file.name(), read_whole(file, MAX_HELD_BYTES)?)?;
     if let Some(at) = stray_quote(text.as_bytes(), delimiter) {
@@ -30,7 +30,7 @@ pub(super) fn read(file: &dyn RangedFile, delimiter: u8, field: &str) -> Result<
     reader.records().enumerate().map(document).collect()
 }
 
-/// The refusal of a table without the column that was asked for.
+/// The error for a missing column.
 fn missing(file: &str, header: &StringRecord, field: &str) -> WorkerError {
     let names = header.iter().take(NAMES).map(shown).collect::<Vec<_>>().join(", ");
     let message = format!("{file} has no column {}: its first line names {names}", shown(field));
@@ -40,9 +40,9 @@ fn missing(file: &str, header: &StringRecord, field: &str) -> WorkerError {
     )
 }
 
-/// The refusal of a row with more or fewer cells than the header has.
+/// The error for a row with another number of cells than the header.
 fn unequal(file: &str, text: &str, error: &csv::Error) -> WorkerError {
-    // A row is said to begin with what ends the line before it, and with blank lines.
+    // The row's position includes the preceding line end and blank lines.
     let begin = error.position().map_or(0, |position| position.byte() as usize).min(text.len());
     let blank = text.as_bytes()[begin..].iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
     let line = line_after(&text.as_bytes()[..begin + blank]);
@@ -56,8 +56,8 @@ fn unequal(file: &str, text: &str, error: &csv::Error) -> WorkerError {
         .hint("put quotes around cells that hold the separator or line breaks")
 }
 
-/// The start of a quoted cell that is not closed or has text after its closing quote.
-/// The reader takes such cells without a word, and joins cells and rows.
+/// Offset of a quoted cell that is not closed or has text after its closing quote. The CSV reader
+/// accepts such cells silently, and merges cells and rows.
 fn stray_quote(text: &[u8], delimiter: u8) -> Option<usize> {
     enum In {
         Start,

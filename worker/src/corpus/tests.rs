@@ -18,7 +18,7 @@ use crate::checkpoint::source::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 
 mod formats;
 
-/// A hub that nothing is asked of.
+/// A hub that receives no requests.
 fn nowhere() -> Hub {
     Hub::new(HubOptions::new("/nowhere")).unwrap()
 }
@@ -47,7 +47,7 @@ impl Model {
             "pair": [piece(&"A")], "special_tokens": specials.iter().enumerate().map(special).collect::<BTreeMap<_, _>>()});
         let tokenizer = json!({
             "version": "1.0",
-            // Both must be ignored: they would cut and lengthen the text.
+            // Both must be ignored: they would truncate and pad the text.
             "truncation": {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0},
             "padding": {"strategy": {"Fixed": 8}, "direction": "Right", "pad_to_multiple_of": null,
                         "pad_id": 2, "pad_type_id": 0, "pad_token": "<unk>"},
@@ -167,7 +167,7 @@ fn default_sequence_count_shrinks_and_a_requested_one_does_not() {
     let model = Model::plain();
     let text = model.write("t.txt", "w1 ".repeat(200));
     let tokens = model.load(&files(&[&text], None, None)).unwrap();
-    // 64 positions are the model's limit; 200 tokens fill three windows of it.
+    // The model is limited to 64 positions; 200 tokens fill three windows.
     assert_eq!((tokens.sequences, tokens.tokens), (3, 64));
     let many = model.write("many.txt", "w1 ".repeat(2000));
     assert_eq!(model.load(&files(&[&many], None, None)).unwrap().sequences, 16);
@@ -290,8 +290,8 @@ fn shipped_text_has_its_recorded_hash() {
     assert_eq!(hash, "178a4e9397563009e36554fe7b304afdcf8b93d5ef00a6284262db82c1a5d3c2");
 }
 
-/// Documents of four words each, from `w{from}` on; the last word of one is not the first of the
-/// next.
+/// Documents of four words each, from `w{from}` on. The last word of one differs from the first of
+/// the next.
 fn documents(from: usize, to: usize) -> Vec<String> {
     (from..to).map(|i| (0..4).map(|j| format!("w{} ", (4 * i + j) % 100)).collect()).collect()
 }
@@ -304,7 +304,7 @@ impl Model {
         )
     }
 
-    /// A Parquet file with this many rows in a block, as `codec` packs them.
+    /// A Parquet file with `rows` rows per row group, compressed by `codec`.
     fn parquet(&self, name: &str, documents: &[String], rows: usize, codec: Compression) -> String {
         use ::parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
         let schema = "message m { required int64 id; optional binary text (UTF8); }";
@@ -320,7 +320,7 @@ impl Model {
             ids.typed::<Int64Type>().write_batch(&numbers, None, None).unwrap();
             ids.close().unwrap();
             let mut texts = group.next_column().unwrap().unwrap();
-            // An empty text stands for none.
+            // An empty text stands for a missing one.
             let levels: Vec<i16> = block.iter().map(|text| i16::from(!text.is_empty())).collect();
             let values: Vec<ByteArray> =
                 block.iter().filter(|text| !text.is_empty()).map(|text| text.as_str().into()).collect();
@@ -353,7 +353,7 @@ fn windows_do_not_depend_on_the_file_format() {
         assert_eq!(expected.sequences, 9);
         for file in &stored {
             let tokens = model.load(&CorpusSpec { packing, ..files(&[file], Some(9), Some(length)) }).unwrap();
-            // An empty line of text is a document too: joined, it is a second space.
+            // An empty line of text is a document: joined, it adds a space.
             assert_eq!(tokens.ids, expected.ids, "{file} {packing:?}");
             assert!(tokens.provenance.source.contains("field \"text\""), "{}", tokens.provenance.source);
         }
@@ -398,7 +398,7 @@ fn documents_are_skipped_and_shuffled_by_number() {
 #[test]
 fn lines_across_block_boundaries_are_read_once() {
     let model = Model::plain();
-    // Some 12 MB: three blocks of lines of very different lengths.
+    // About 12 MB: three blocks of lines with very different lengths.
     let long = |i: usize| format!("w{} ", i % 100) + &" ".repeat(if i.is_multiple_of(7) { 300_000 } else { i % 50 });
     let all: Vec<String> = (0..280).map(long).collect();
     let file = model.lines("a.jsonl", &all);

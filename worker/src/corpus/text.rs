@@ -1,4 +1,4 @@
-//! Text: a file that is one document, and how bytes become it.
+//! Reads a text file as one document.
 
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
@@ -8,7 +8,7 @@ use super::file::{CONVERT, MAX_TEXT_BYTES, RangedFile, bom, line_after, read_who
 use super::foreign;
 use crate::error::{Result, WorkerError};
 
-/// The text of a file that is one.
+/// Reads a text file.
 pub(super) fn read(file: &dyn RangedFile) -> Result<Document> {
     let text = decode(file.name(), read_whole(file, MAX_TEXT_BYTES)?)?;
     if holds_json(&text) {
@@ -20,7 +20,7 @@ pub(super) fn read(file: &dyn RangedFile) -> Result<Document> {
     Ok(Document { name: file.name().to_owned(), text: text.into() })
 }
 
-/// A file's bytes as text, without a byte order mark.
+/// Decodes a file's bytes as text, without a byte order mark.
 pub(super) fn decode(name: &str, mut bytes: Vec<u8>) -> Result<String> {
     foreign::refuse(name, &bytes)?;
     if let Some(at) = bytes.iter().position(|byte| *byte == 0) {

@@ -1,4 +1,4 @@
-//! The checkpoint's tokenizer, in whichever form it is published, and what it puts before a text.
+//! The checkpoint's tokenizer in any published format, and the prefix of sequences.
 
 mod growth;
 mod library;
@@ -19,10 +19,10 @@ use library::Library;
 use python::PythonConfig;
 use ranks::RankTokenizer;
 
-/// A checkpoint's tokenizer, and what it puts before a text.
+/// A checkpoint's tokenizer with the prefix of sequences.
 pub(super) struct TextTokenizer {
     encoder: Encoder,
-    /// Ids before each window: none, the BOS token, or (GLM) two special tokens.
+    /// Ids before each window: none, the BOS token, or two special tokens (GLM).
     pub(super) prefix: Vec<u32>,
     pub(super) provenance: TokenizerProvenance,
 }
@@ -55,7 +55,7 @@ impl TextTokenizer {
         Ok(Self { encoder, prefix, provenance })
     }
 
-    /// The ids of a text, nothing added.
+    /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, document: &Document) -> Result<Vec<u32>> {
         self.encoder.encode(&document.text).map_err(|error| {
             let message = format!("{} cannot be tokenised: {}", document.name, shown(&error.to_string()));
@@ -68,12 +68,12 @@ impl TextTokenizer {
 enum Encoder {
     /// The `tokenizers` library.
     Library(Box<Library>),
-    /// Ranks without merges.
+    /// Ranks without merges (tiktoken).
     Ranks(Box<RankTokenizer>),
 }
 
 impl Encoder {
-    /// From the contents of `files`, in their order.
+    /// Creates an encoder from the contents of `files`, in their order.
     fn new(files: TokenizerFiles, contents: &[Vec<u8>], python: &PythonConfig) -> Result<Self> {
         let library = |json: &[u8]| Ok(Self::Library(Box::new(Library::open(json, files)?)));
         match (files, contents) {
@@ -98,7 +98,7 @@ impl Encoder {
         }
     }
 
-    /// Entries, special tokens included.
+    /// Number of entries, special tokens included.
     fn vocab(&self) -> usize {
         match self {
             Self::Library(library) => library.tokenizer.get_vocab_size(true),
@@ -106,8 +106,8 @@ impl Encoder {
         }
     }
 
-    /// Special tokens that the tokenizer's own template puts before a text; only `tokenizer.json`
-    /// has templates.
+    /// Special tokens that the tokenizer's template puts before a text. Only `tokenizer.json` has
+    /// templates.
     fn template_prefix(&self) -> Result<Vec<u32>> {
         match self {
             Self::Library(library) => library.template_prefix(),
@@ -116,8 +116,8 @@ impl Encoder {
     }
 }
 
-/// What the family's own tokenizer puts before plain text: the template of tokenizer.json, or what
-/// its Python class adds although the template does not (DeepSeek, OPT).
+/// The prefix of the family's tokenizer: by the template of tokenizer.json, or by its Python class
+/// if the template lacks it (DeepSeek, OPT).
 fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     let template = encoder.template_prefix()?;
     if template.is_empty() && python.add_bos_token {
@@ -126,7 +126,7 @@ fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     Ok(template)
 }
 
-/// A prefix in any case.
+/// The prefix, with the BOS token if there is no other.
 fn some_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     let template = encoder.template_prefix()?;
     if template.is_empty() { Ok(vec![python.bos(encoder)?]) } else { Ok(template) }

@@ -1,4 +1,4 @@
-//! The dtypes a forward pass computes in: how an f32 is rounded to them, in forms that vectorise.
+//! The dtypes of a forward pass, and rounding to them in loops that vectorise.
 
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
@@ -7,31 +7,30 @@ use half::{bf16, f16};
 
 /// A dtype of the forward pass.
 pub trait Compute: WithDType {
-    /// What is written: a type whose zeros the system hands out without being asked to write them.
+    /// The type that is written. The system provides its zeros without a write.
     type Bits: Copy + Default + Send + Sync + std::fmt::Debug + PartialEq;
 
-    /// For messages.
+    /// Name in messages.
     const NAME: &'static str;
 
-    /// Magnitude bits of the largest f32 that does not round to infinity.
+    /// Magnitude bits of the largest f32 that rounds to a finite value.
     const LIMIT: u32;
 
-    /// Rounded to nearest, ties to even. Unspecified for what this type does not
+    /// Rounds to nearest, ties to even. Unspecified for values that this type does not
     /// [hold](Self::holds).
     fn narrow(value: f32) -> Self::Bits;
 
-    /// Whether `value` is finite, and finite in this type too.
+    /// Whether `value` is finite in f32 and in this type.
     #[inline(always)]
     fn holds(value: f32) -> bool {
-        // Without the sign, the order of floats is that of their bits, with infinities and NaN on
-        // top.
+        // Without the sign, floats are ordered as their bits, with infinities and NaN last.
         value.to_bits() & 0x7fff_ffff <= Self::LIMIT
     }
 
-    /// The values whose bits these are.
+    /// Values from their bits.
     fn from_bits(bits: Vec<Self::Bits>) -> Vec<Self>;
 
-    /// The bits of these values.
+    /// Bits of these values.
     fn bits_mut(values: &mut [Self]) -> &mut [Self::Bits];
 }
 
@@ -57,8 +56,8 @@ impl Compute for f32 {
 impl Compute for bf16 {
     type Bits = u16;
     const NAME: &str = "bf16";
-    /// Just below the middle between the largest bf16 and the power of two above it; the middle
-    /// itself rounds up, to even.
+    /// Just below the midpoint between the largest bf16 and the next power of two. The midpoint
+    /// rounds up, to even.
     const LIMIT: u32 = 0x7f7f_7fff;
 
     #[inline(always)]
@@ -80,15 +79,16 @@ impl Compute for bf16 {
 impl Compute for f16 {
     type Bits = u16;
     const NAME: &str = "f16";
-    /// Just below 65,520, the middle between the largest f16 and the power of two above it.
+    /// Just below 65,520, the midpoint between the largest f16 and the next power of two.
     const LIMIT: u32 = 65_520f32.to_bits() - 1;
 
     #[inline(always)]
     fn narrow(value: f32) -> u16 {
         const LEAST_NORMAL: u32 = 113 << 23;
-        /// At 0.5 the last place of an f32 is that of a subnormal f16: adding rounds to it.
+        /// The last place of an f32 at 0.5 is that of a subnormal f16, so the addition rounds to
+        /// it.
         const HALF: u32 = 126 << 23;
-        /// From the exponent bias of f32 to that of f16.
+        /// Difference of the exponent biases of f32 and f16.
         const REBIAS: u32 = 112 << 23;
         let magnitude = value.to_bits() & 0x7fff_ffff;
         let subnormal = (f32::from_bits(magnitude) + f32::from_bits(HALF)).to_bits().wrapping_sub(HALF);
@@ -107,8 +107,8 @@ impl Compute for f16 {
     }
 }
 
-/// An f16 as f32, exact. (`half` asks for the processor's instructions at every value, which keeps
-/// loops from vectorising.)
+/// Converts an f16 to f32 exactly. (`half` tests for processor instructions at every value, which
+/// prevents vectorisation.)
 #[inline(always)]
 pub(super) fn widen_f16(bits: u16) -> f32 {
     const INFINITE: u32 = 0x7c00 << 13;
@@ -118,8 +118,8 @@ pub(super) fn widen_f16(bits: u16) -> f32 {
     let bits = u32::from(bits);
     let magnitude = (bits & 0x7fff) << 13;
     let normal = magnitude + REBIAS + if magnitude >= INFINITE { REBIAS } else { 0 };
-    // As the mantissa of the least normal number, less that number: no subnormal is ever computed
-    // with.
+    // Computed as the mantissa of the least normal number minus that number, which avoids
+    // arithmetic on subnormals.
     let subnormal = (f32::from_bits(magnitude + LEAST.to_bits()) - LEAST).to_bits();
     f32::from_bits(if magnitude < LEAST_NORMAL { subnormal } else { normal } | (bits & 0x8000) << 16)
 }
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn rounding_is_to_nearest_even_at_every_boundary() {
-        // Every f16 and bf16, the middle to its neighbour, and one bit around both.
+        // All f16 and bf16, the midpoints to their neighbours, and one bit around both.
         for bits in 0..=u16::MAX {
             let wide = f16::from_bits(bits).to_f32().to_bits();
             for base in [wide, wide.wrapping_add(1 << 12), u32::from(bits) << 16, u32::from(bits) << 16 | 1 << 15] {

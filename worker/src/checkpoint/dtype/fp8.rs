@@ -1,4 +1,4 @@
-//! FP8 e4m3fn under a grid of scales.
+//! FP8 e4m3fn with a grid of scales.
 
 use super::Format;
 use super::convert::Compute;
@@ -8,8 +8,8 @@ use crate::error::{Result, WorkerError};
 /// Largest finite code.
 const MAX: f32 = 448.0;
 
-/// What each code is worth: sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no
-/// infinities, all ones is NaN.
+/// Values of the codes: sign, 4 exponent bits with bias 7, 3 mantissa bits; no infinities, all
+/// ones is NaN.
 pub(super) static CODES: [f32; 256] = {
     let mut codes = [0.0; 256];
     let mut code = 0;
@@ -31,15 +31,15 @@ const fn value(code: u8) -> f32 {
     if code & 0x80 == 0 { magnitude } else { -magnitude }
 }
 
-/// Tile columns decoded together, row by row. Many, since memory wants long runs more than tables
-/// want the nearest cache (twice as fast with 64 as with 8); not all, since a file decides how
-/// many there are.
+/// Tile columns decoded together, row by row. Long runs of memory matter more than tables in the
+/// nearest cache (64 is twice as fast as 8). The number is limited, since a file determines how
+/// many columns there are.
 const TABLES: usize = 64;
 
-/// Values of a tile from which on a table of its 256 products pays.
+/// Minimum values of a tile for a table of its 256 products to pay.
 const TABLE_PAYS: usize = 1024;
 
-/// Bytes of a scale stored so.
+/// Bytes of a scale in this dtype.
 pub(super) fn scale_size(dtype: &StoredDtype) -> Option<usize> {
     match dtype {
         StoredDtype::F32 => Some(4),
@@ -49,8 +49,8 @@ pub(super) fn scale_size(dtype: &StoredDtype) -> Option<usize> {
     }
 }
 
-/// Scales stored as E8M0: `2^(byte - 127)`, of which 255 is NaN (OCP Microscaling Formats 1.0,
-/// section 5.4.1).
+/// Decodes scales in E8M0: `2^(byte - 127)`; 255 is NaN (OCP Microscaling Formats 1.0, section
+/// 5.4.1).
 fn powers(bytes: &[u8], tensor: &str) -> Result<Vec<f32>> {
     if let Some(at) = bytes.iter().position(|byte| *byte == u8::MAX) {
         return Err(WorkerError::checkpoint(format!("tensor {tensor}: scale {at} is NaN")));
@@ -58,12 +58,12 @@ fn powers(bytes: &[u8], tensor: &str) -> Result<Vec<f32>> {
     Ok(bytes.iter().map(|byte| f32::from_bits(power_of_two(*byte))).collect())
 }
 
-/// Bits of `2^(byte - 127)`; the smallest of them is subnormal.
+/// Bits of `2^(byte - 127)`. The smallest is subnormal.
 const fn power_of_two(byte: u8) -> u32 {
     if byte == 0 { 1 << 22 } else { (byte as u32) << 23 }
 }
 
-/// A matrix of codes; a task is one row of tiles.
+/// A matrix of codes. A task is one row of tiles.
 pub(super) struct Fp8Tiles<'a> {
     codes: &'a [u8],
     scales: Vec<f32>,
@@ -89,8 +89,7 @@ impl<'a> Fp8Tiles<'a> {
         if codes.is_empty() {
             return Ok(Self { codes, scales, columns: 1, block: [1, 1] });
         }
-        // A tile larger than the matrix is the matrix: from here on no product of sizes can
-        // overflow.
+        // Tiles are clipped to the matrix, so that products of sizes do not overflow below.
         let block = [block[0].min(shape[0]), block[1].min(shape[1])];
         Ok(Self { codes, scales, columns: shape[1], block })
     }
@@ -133,11 +132,11 @@ impl<T: Compute> Format<T> for Fp8Tiles<'_> {
     }
 }
 
-/// What one scale makes of the codes.
+/// Decoding with one scale.
 enum Tile<T: Compute> {
-    /// All products, rounded; every code that is a number stays finite.
+    /// Rounded products of all codes; all are finite except NaN's.
     Table([T::Bits; 256]),
-    /// The scale, where the tile is too small for a table, or products may overflow.
+    /// The scale, for a small tile, or if products may overflow.
     Scale(f32),
 }
 
@@ -150,7 +149,7 @@ impl<T: Compute> Tile<T> {
         }
     }
 
-    /// Whether all values are finite.
+    /// Decodes codes. Returns whether all values are finite.
     #[inline(always)]
     fn decode(&self, codes: &[u8], out: &mut [T::Bits]) -> bool {
         match self {
@@ -184,7 +183,7 @@ mod tests {
         }
         assert!(CODES[0x7f].is_nan() && CODES[0xff].is_nan());
         assert_eq!(CODES[0x80].to_bits(), (-0f32).to_bits());
-        // In the order of their codes, and as many steps per octave as there are mantissas.
+        // Values ascend with their codes, with a step per mantissa in each octave.
         assert!(CODES[..0x7f].windows(2).all(|pair| pair[0] < pair[1]));
         assert!((8..0x77).all(|code| CODES[code + 8] == 2.0 * CODES[code]));
     }

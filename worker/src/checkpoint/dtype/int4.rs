@@ -1,4 +1,4 @@
-//! Integers of four bits in groups under one scale each, as compressed-tensors packs them.
+//! 4-bit integers in groups with one scale each, as packed by compressed-tensors.
 
 use outliers_scan::simd::vectorized;
 
@@ -7,10 +7,10 @@ use super::convert::Compute;
 use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::Result;
 
-/// What code 0 is worth before its scale.
+/// Value of code 0 before scaling.
 const LEAST: f32 = -8.0;
 
-/// The values of a byte: the low half comes first.
+/// The two values of a byte, low half first.
 #[inline(always)]
 fn pair(byte: u8, scale: f32) -> [f32; 2] {
     [byte & 15, byte >> 4].map(|code| (f32::from(code) + LEAST) * scale)
@@ -24,7 +24,7 @@ pub(super) struct Groups<'a> {
 }
 
 impl<'a> Groups<'a> {
-    /// Of `group` values each, an even number.
+    /// Groups of `group` values, an even number.
     ///
     /// # Errors
     /// Checkpoint: a scale is not finite.
@@ -56,7 +56,7 @@ impl<T: Compute> Format<T> for Groups<'_> {
                     for (out, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
                         *out = pair(*byte, scale).map(T::narrow);
                     }
-                    // Which codes occur matters only where the largest would not fit.
+                    // The codes are checked only if the largest would not fit.
                     let all_fit = T::holds(LEAST * scale);
                     fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
                 }

@@ -1,4 +1,4 @@
-//! MXFP4: blocks of 32 four-bit floats under one power of two.
+//! MXFP4: blocks of 32 4-bit floats with a power of two as scale.
 
 use rayon::prelude::*;
 
@@ -9,11 +9,11 @@ use crate::error::{Result, WorkerError};
 /// Values per scale.
 pub(super) const BLOCK: usize = 32;
 
-/// What each code is worth: sign, 2 bits of exponent with bias 1, 1 bit of mantissa.
+/// Values of the codes: sign, 2 exponent bits with bias 1, 1 mantissa bit.
 pub(super) const CODES: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
-/// The scale that is not a number.
+/// The scale byte for NaN.
 const NAN: u8 = 255;
 
 /// 2^(scale - 127).
@@ -24,15 +24,15 @@ fn power(scale: u8) -> f32 {
     }
 }
 
-/// The values of a byte: the low half comes first.
+/// The two values of a byte, low half first.
 fn pair(byte: u8, scale: u8) -> [f32; 2] {
     [byte & 15, byte >> 4].map(|code| CODES[usize::from(code)] * power(scale))
 }
 
-/// What one scale makes of every byte.
+/// The values of all bytes for one scale.
 struct Table<T: Compute> {
     pairs: [[T::Bits; 2]; 256],
-    /// Which scale that is.
+    /// The scale.
     scale: u8,
     /// Whether the largest code stays finite.
     fits: bool,
@@ -44,7 +44,7 @@ impl<T: Compute> Table<T> {
         Self { pairs, scale, fits: T::holds(CODES[7] * power(scale)) }
     }
 
-    /// Whether all values are finite.
+    /// Decodes a block. Returns whether all values are finite.
     #[inline(always)]
     fn decode(&self, codes: &[u8; BLOCK / 2], out: &mut [T::Bits; BLOCK]) -> bool {
         for (out, byte) in out.as_chunks_mut().0.iter_mut().zip(codes) {
@@ -54,7 +54,7 @@ impl<T: Compute> Table<T> {
     }
 }
 
-/// Blocks with the tables of the scales they use: a handful in a trained model, at most 255.
+/// Blocks with tables for the scales that occur: a few in a trained model, at most 255.
 pub(super) struct Mxfp4Blocks<'a, T: Compute> {
     codes: &'a [[u8; BLOCK / 2]],
     scales: &'a [u8],
@@ -86,7 +86,7 @@ impl<'a, T: Compute> Mxfp4Blocks<'a, T> {
     }
 }
 
-/// Which scales occur.
+/// Marks the scales that occur.
 fn used(scales: &[u8]) -> [bool; 256] {
     let one = |scales: &[u8]| {
         let mut used = [false; 256];

@@ -1,5 +1,4 @@
-//! NVFP4: blocks of 16 four-bit floats under an e4m3 scale each, and one number for the whole
-//! tensor.
+//! NVFP4: blocks of 16 4-bit floats with an e4m3 scale each, and one scale per tensor.
 
 use super::convert::Compute;
 use super::{Format, fp8, mxfp4};
@@ -7,7 +6,7 @@ use super::{Format, fp8, mxfp4};
 /// Values per scale.
 pub(super) const BLOCK: usize = 16;
 
-/// The values of a byte: the low half comes first.
+/// The two values of a byte, low half first.
 fn pair(byte: u8, scale: f32) -> [f32; 2] {
     [byte & 15, byte >> 4].map(|code| mxfp4::CODES[usize::from(code)] * scale)
 }
@@ -24,7 +23,7 @@ impl<'a> Nvfp4Blocks<'a> {
         Self { codes: codes.as_chunks().0, scales, whole }
     }
 
-    /// What multiplies a block's codes, rounded once; NaN where the stored scale is.
+    /// Factor of a block's codes, rounded once; NaN if the stored scale is NaN.
     fn scale(&self, block: usize) -> f32 {
         fp8::CODES[usize::from(self.scales[block])] * self.whole
     }
@@ -41,7 +40,7 @@ impl<T: Compute> Format<T> for Nvfp4Blocks<'_> {
             for (out, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
                 *out = [table[usize::from(byte & 15)], table[usize::from(byte >> 4)]];
             }
-            // Which codes occur matters only where the largest would not fit.
+            // The codes are checked only if the largest would not fit.
             let all_fit = T::holds(mxfp4::CODES[7] * scale);
             fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
         }

@@ -1,4 +1,4 @@
-//! Floats stored one after the other.
+//! Plain floats.
 
 use std::marker::PhantomData;
 
@@ -8,7 +8,7 @@ use outliers_scan::simd::vectorized;
 use super::Format;
 use super::convert::{Compute, widen_f16};
 
-/// A float of `N` bytes as it is stored.
+/// A stored float of `N` bytes.
 pub(super) trait Stored<const N: usize>: Sync {
     /// Its value.
     fn wide(bytes: [u8; N]) -> f32;
@@ -35,7 +35,8 @@ impl Stored<2> for bf16 {
     }
 }
 
-/// Floats `S`. A dtype on its way to itself is rounded too: exact, and as fast as the memory.
+/// Floats `S`. A conversion to the same dtype is rounded as well: it is exact, and as fast as
+/// memory.
 pub(super) struct Wide<'a, S, const N: usize> {
     stored: &'a [[u8; N]],
     dtype: PhantomData<S>,

@@ -1,4 +1,4 @@
-//! Every format against a reference that is slow and obvious.
+//! Compares every format with a simple reference.
 
 use candle_core::Tensor;
 use outliers_protocol::FailureKind;
@@ -32,7 +32,7 @@ fn nibble(codes: &[u8], i: usize) -> u8 {
     if i.is_multiple_of(2) { codes[i / 2] & 15 } else { codes[i / 2] >> 4 }
 }
 
-/// What the format defines, element by element, as f32.
+/// The values by the format's definition, as f32.
 fn reference(stored: &Encoded<'_>) -> Vec<f32> {
     match *stored {
         Encoded::Plain { dtype: StoredDtype::F32, bytes } => {
@@ -82,9 +82,9 @@ fn bits(tensor: &Tensor) -> Vec<u32> {
     }
 }
 
-/// Decodes to every dtype, fresh and in place, and compares bits with the reference; or, where the
-/// reference does not fit a dtype, demands an error that names the tensor and the first such
-/// element.
+/// Decodes to every dtype, to new and existing tensors, and compares bits with the reference. If a
+/// dtype cannot represent the reference, expects an error with the tensor's name and the first
+/// such element.
 fn agrees(stored: &Encoded<'_>, shape: &[usize]) {
     let wide = reference(stored);
     for compute in [DType::F32, DType::BF16, DType::F16] {
@@ -119,7 +119,7 @@ fn f32_bytes(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|v| v.to_le_bytes()).collect()
 }
 
-/// Bytes without a pattern.
+/// Random bytes.
 fn noise(seed: u64, len: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let byte = || {
@@ -129,7 +129,7 @@ fn noise(seed: u64, len: usize) -> Vec<u8> {
     std::iter::repeat_with(byte).take(len).collect()
 }
 
-/// FP8 codes without a pattern, all of them numbers.
+/// Random FP8 codes without NaN.
 fn codes(seed: u64, len: usize) -> Vec<u8> {
     noise(seed, len).into_iter().map(|code| if code & 0x7f == 0x7f { code ^ 1 } else { code }).collect()
 }
@@ -145,7 +145,7 @@ fn every_two_byte_float_decodes() {
     for code in 0..=u16::MAX {
         let bytes = code.to_le_bytes();
         for dtype in [StoredDtype::F16, StoredDtype::BF16] {
-            // One in eight of the ordinary, all that are special.
+            // One in eight of the ordinary values, and all special ones.
             let exponent = if dtype == StoredDtype::F16 { code >> 10 & 31 } else { code >> 7 & 255 };
             if code.is_multiple_of(8) || exponent == 0 || code & 0x7f80 == 0x7f80 {
                 agrees(&Encoded::Plain { dtype: &dtype, bytes: &bytes }, &[1]);
@@ -197,14 +197,14 @@ fn overflow_of_a_narrow_dtype_is_refused_with_advice() {
 
 #[test]
 fn every_fp8_code_decodes_under_every_scale_kind() {
-    // Powers of two over the whole range, the largest and least numbers, and ordinary ones.
+    // Powers of two over the whole range, the largest and smallest numbers, and ordinary ones.
     let powers = (-149..128).map(|e| 2f64.powi(e) as f32);
     let ordinary =
         noise(2, 400).chunks(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3] & 0xbb])).collect::<Vec<_>>();
     let others = [0.0, -0.0, -1.0, f32::MAX, f32::MIN_POSITIVE, 1.0 / 3.0, f32::MAX / 448.0, 65_504.0 / 448.0, 146.25];
     for scale in powers.chain(ordinary).chain(others) {
         let scales = f32_bytes(&[scale]);
-        // As a tile with a table, and code by code.
+        // With a table per tile, and code by code.
         let all: Vec<u8> = (0..=255u8).filter(|code| code & 0x7f != 0x7f).cycle().take(254 * 16).collect();
         agrees(&fp8(&all, &scales, [16, 254], [128, 254]), &[16, 254]);
         agrees(&fp8(&all[..254], &scales, [1, 254], [128, 254]), &[254]);
@@ -257,7 +257,7 @@ fn tile_with_partial_overflow_is_checked_per_value() {
 fn non_finite_scales_are_named() {
     for bad in [f32::NAN, f32::INFINITY] {
         let scales = f32_bytes(&[1.0, 1.0, bad, 1.0]);
-        // Even where all codes are zero.
+        // Also if all codes are zero.
         let error =
             decode(&fp8(&[0; 200 * 130], &scales, [200, 130], [128, 128]), &[200, 130], DType::F32, &Device::Cpu, "w");
         let message = error.unwrap_err().message().to_owned();
@@ -283,7 +283,7 @@ fn every_mxfp4_code_decodes_under_every_scale() {
     let blocks: Vec<u8> = (0..16).map(|i: u8| (i << 4) | (15 - i)).collect();
     for scale in 0..255u8 {
         agrees(&Encoded::Mxfp4 { blocks: &blocks, scales: &[scale] }, &[32]);
-        // Each byte alone, so that not only the first of the values that do not fit is found.
+        // Each byte separately, so that every value that does not fit is found.
         for byte in [0x00, 0x11, 0x72, 0x27, 0x23, 0x34, 0xf0] {
             agrees(&Encoded::Mxfp4 { blocks: &[byte; 16], scales: &[scale] }, &[1, 32]);
         }
@@ -351,7 +351,7 @@ fn every_int4_code_decodes_under_every_scale_kind() {
     for scale in powers.chain(others) {
         let scales = f32_bytes(&[scale]);
         agrees(&int4(&codes, &scales, 32), &[1, 32]);
-        // Zeros fit under any scale.
+        // Zeros fit with any scale.
         agrees(&int4(&[0x88; 16], &scales, 32), &[32]);
     }
 }
@@ -370,7 +370,7 @@ fn f16_group_scales_are_accepted_and_non_finite_ones_named() {
 
 #[test]
 fn packed_words_are_little_endian_in_values() {
-    // As compressed-tensors packs -8, -7 .. -1 and 0, 1 .. 7.
+    // -8, -7 .. -1 and 0, 1 .. 7 as packed by compressed-tensors.
     let words = [0x7654_3210_u32, 0xfedc_ba98];
     let codes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let scales = f32_bytes(&[0.5, 2.0]);

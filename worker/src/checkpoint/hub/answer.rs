@@ -1,4 +1,4 @@
-//! What the hub's answers say: ranges, hashes, pauses, where redirects lead.
+//! Parses the hub's answers: ranges, hashes, retry pauses, redirects.
 
 use std::time::Duration;
 
@@ -8,14 +8,14 @@ use ureq::http::{Response, Uri};
 use super::listing::Digest;
 use crate::error::{Result, WorkerError};
 
-/// Why one try brought nothing.
+/// Reasons of a failed request.
 pub(super) enum RequestFailure {
-    /// Another try may do.
+    /// Another attempt may succeed.
     Retry { why: String, pause: Option<Duration> },
-    /// A signed address serves no longer, or serves something else: another try needs a fresh one
+    /// A signed address has expired or serves another file. The next attempt needs a new address
     /// from the hub.
     Expired(String),
-    /// It will not.
+    /// Further attempts are useless.
     Final(WorkerError),
 }
 
@@ -25,7 +25,7 @@ impl RequestFailure {
     }
 }
 
-/// Whether the endpoint is this machine.
+/// Checks the endpoint. Returns whether it is this machine.
 pub(super) fn check_endpoint(endpoint: &str, with_token: bool) -> Result<bool> {
     let bad = |what: &str| Err(WorkerError::job(format!("the hub's endpoint {what}")).hint("check HF_ENDPOINT"));
     let Ok(uri) = endpoint.parse::<Uri>() else { return bad("is not an address") };
@@ -47,8 +47,8 @@ pub(super) fn same_origin(url: &str, endpoint: &str) -> bool {
     url.strip_prefix(endpoint).is_some_and(|rest| rest.starts_with('/'))
 }
 
-/// Where a redirect leads: absolute addresses as they are, paths on the same host. Never from
-/// https to http.
+/// Target of a redirect: an absolute address, or a path on the same host. Redirects from https to
+/// http are refused.
 pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, RequestFailure> {
     let broken = || RequestFailure::Final(WorkerError::network("the hub redirects to nowhere"));
     let to = header(response, "location").ok_or_else(broken)?;
@@ -65,8 +65,8 @@ pub(super) fn redirect(from: &str, response: &Response<Body>) -> Result<String, 
     }
 }
 
-/// A failure below HTTP. The library's text may hold the address, and signed addresses are
-/// secrets: only its kind is kept.
+/// A failure below HTTP. Only the kind of the library's error is kept, since its text may contain
+/// a signed address, which is a secret.
 pub(super) fn unreachable(error: ureq::Error) -> RequestFailure {
     let why = match error {
         ureq::Error::Timeout(_) => "no answer in time".to_owned(),
@@ -84,7 +84,8 @@ pub(super) fn header<'a>(response: &'a Response<Body>, name: &str) -> Option<&'a
     response.headers().get(name).and_then(|value| value.to_str().ok())
 }
 
-/// `Retry-After: seconds`, or the `t` of the hub's `RateLimit: "resolvers";r=0;t=120`.
+/// The pause of `Retry-After: seconds`, or the `t` of the hub's `RateLimit:
+/// "resolvers";r=0;t=120`.
 pub(super) fn wait_asked_for(response: &Response<Body>) -> Option<Duration> {
     let seconds = header(response, "retry-after").and_then(|text| text.trim().parse().ok()).or_else(|| {
         let limit = header(response, "ratelimit")?;
@@ -93,14 +94,14 @@ pub(super) fn wait_asked_for(response: &Response<Body>) -> Option<Duration> {
     seconds.map(Duration::from_secs)
 }
 
-/// First byte and, where stated, the file's size.
+/// First byte and, if stated, the file's size.
 pub(super) fn content_range(response: &Response<Body>) -> Option<(u64, Option<u64>)> {
     let (range, total) = header(response, "content-range")?.strip_prefix("bytes ")?.split_once('/')?;
     let (start, _) = range.split_once('-')?;
     Some((start.parse().ok()?, total.parse().ok()))
 }
 
-/// The content's hash, where an entity tag is one.
+/// The content's hash, if the entity tag is one.
 pub(super) fn etag(response: &Response<Body>) -> Option<Digest> {
     let tag = header(response, "x-linked-etag").or_else(|| header(response, "etag"))?;
     Digest::from_hex(tag.trim_start_matches("W/").trim_matches('"'))

@@ -1,4 +1,4 @@
-//! The cache folder: blobs named by their hash, snapshots of links to them.
+//! The cache folder: blobs named by their hash, and snapshots of links to them.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -14,20 +14,19 @@ use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{open_regular, part_path, put_in_place, write_atomic};
 use hf_hub::CacheRepo;
 
-/// Bytes between two calls of the progress callback, and of memory per download.
+/// Bytes between two calls of the progress callback; also the buffer per download.
 const CHUNK: usize = 1 << 20;
-/// Blobs up to this size are hashed again before they are believed: other tools were seen to store
-/// error pages here.
+/// Blobs up to this size are hashed before use, since other tools may store error pages as blobs.
 const REHASH_BYTES: u64 = 64 << 20;
 
-/// Told how many bytes came (or, negative, were thrown away).
+/// Called with the number of bytes received, or, negative, discarded.
 pub(super) type OnBytes<'a> = &'a dyn Fn(i64);
 
 pub(super) struct Cache {
     layout: hf_hub::Cache,
 }
 
-/// A file to be fetched, everything about it known.
+/// A file to fetch, with size and hash.
 struct CacheFile<'a> {
     listing: &'a RepoListing,
     name: &'a str,
@@ -50,12 +49,12 @@ impl Cache {
         self.layout.model(id.to_owned())
     }
 
-    /// The folder with the files of one commit.
+    /// Folder with the files of one commit.
     pub(super) fn snapshot(&self, listing: &RepoListing) -> PathBuf {
         self.repo(&listing.id).pointer_path(&listing.commit)
     }
 
-    /// Notes which commit a branch or tag was, for tools that read the cache.
+    /// Stores the commit of a branch or tag, for tools that read the cache.
     pub(super) fn remember(&self, id: &str, revision: &str, commit: &str) -> Result<()> {
         if revision == commit {
             return Ok(());
@@ -66,7 +65,7 @@ impl Cache {
         write_atomic(&refs, commit.as_bytes())
     }
 
-    /// Makes sure that a file is in the cache, whole, and linked into the snapshot. Gives whether
+    /// Ensures that a file is complete in the cache and linked into the snapshot. Returns whether
     /// its hash was compared.
     pub(super) fn fetch(
         &self,
@@ -96,7 +95,7 @@ impl Cache {
         Ok(!there || size <= REHASH_BYTES)
     }
 
-    /// One process at a time per blob, or for the refs; released when the file is dropped.
+    /// Locks a blob, or the refs, against other processes until the returned file is dropped.
     fn lock(&self, id: &str, what: &str) -> Result<File> {
         let path = self.layout.path().join(".locks").join(folder_name(id)).join(format!("{what}.lock"));
         make_parent(&path)?;
@@ -110,7 +109,7 @@ fn folder_name(id: &str) -> String {
     hf_hub::Repo::model(id.to_owned()).folder_name()
 }
 
-/// Whether a blob is what it is called. Large ones are believed by their size.
+/// Whether a blob matches its name. Large ones are checked by size only.
 fn is_whole(blob: &Path, wanted: &CacheFile<'_>) -> Result<bool> {
     match blob.metadata() {
         Ok(metadata) if metadata.len() != wanted.size => Ok(false),
@@ -126,7 +125,7 @@ fn is_whole(blob: &Path, wanted: &CacheFile<'_>) -> Result<bool> {
     }
 }
 
-/// A blob on its way: the bytes so far are in `<blob>.part`, and hashed.
+/// A download in progress. The bytes so far are in `<blob>.part`, and hashed.
 struct Download {
     blob: PathBuf,
     part: PathBuf,
@@ -136,7 +135,7 @@ struct Download {
 }
 
 impl Download {
-    /// Takes up where an earlier try ended.
+    /// Resumes an earlier attempt.
     fn start(blob: &Path, wanted: &CacheFile<'_>) -> Result<Self> {
         let part = part_path(blob);
         let mut file =
@@ -158,8 +157,8 @@ impl Download {
         Ok(())
     }
 
-    /// Fetches, compares, puts in place. A file that differs from its listing is fetched once more
-    /// from the start.
+    /// Downloads, verifies and renames. If the file differs from its listing, it is fetched once
+    /// more from the start.
     fn run(mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         on_bytes(signed(self.have));
         for last in [false, true] {
@@ -172,7 +171,7 @@ impl Download {
             on_bytes(-signed(self.have));
             self.restart(wanted)?;
             if last {
-                // Nothing of it is worth resuming.
+                // No part of it can be resumed.
                 fs::remove_file(&self.part).at("remove", &self.part)?;
             }
         }
@@ -181,8 +180,8 @@ impl Download {
         Err(WorkerError::network(message).hint("something between here and the hub changes files: a proxy or a mirror"))
     }
 
-    /// Asks for what is missing until nothing is. A try that brought bytes does not count as
-    /// failed.
+    /// Requests missing bytes until the file is complete. An attempt that received bytes does not
+    /// count as failed.
     fn fill(&mut self, client: &Client, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<()> {
         let mut failed = 0;
         while self.have < wanted.size {
@@ -192,7 +191,7 @@ impl Download {
                 Err(refusal) => refusal,
                 Ok(opened) => {
                     if opened.start < self.have {
-                        // The server does not know ranges: from the beginning, then.
+                        // The server does not support ranges, so the download restarts.
                         on_bytes(-signed(self.have));
                         self.restart(wanted)?;
                     }
@@ -209,8 +208,8 @@ impl Download {
         Ok(())
     }
 
-    /// Appends what the body brings, at most up to the listed size. Returns why it ended; only the
-    /// disk is an error.
+    /// Appends the body, up to the listed size. Returns why it ended; only disk failures are
+    /// errors.
     fn append(&mut self, body: Box<dyn Read>, wanted: &CacheFile<'_>, on_bytes: OnBytes<'_>) -> Result<String> {
         let mut body = body.take(wanted.size - self.have);
         let mut chunk = vec![0; CHUNK];
@@ -231,7 +230,7 @@ impl Download {
     }
 }
 
-/// Reads until the chunk is full or the body ends; what was read before an error counts.
+/// Reads until the chunk is full or the body ends. Bytes read before an error are kept.
 fn fill_chunk(body: &mut impl Read, chunk: &mut [u8]) -> (usize, Option<io::Result<()>>) {
     let mut filled = 0;
     while filled < chunk.len() {
@@ -245,8 +244,7 @@ fn fill_chunk(body: &mut impl Read, chunk: &mut [u8]) -> (usize, Option<io::Resu
     (filled, None)
 }
 
-/// `snapshots/<commit>/<name>` -> `../../blobs/<hash>`, replaced atomically when it points
-/// elsewhere.
+/// Links `snapshots/<commit>/<name>` -> `../../blobs/<hash>`, atomically replacing another link.
 fn link(name: &Path, blob: &Path) -> Result<()> {
     let target = Path::new("../../blobs").join(blob.file_name().unwrap_or_default());
     if fs::read_link(name).is_ok_and(|old| old == target) {
@@ -266,7 +264,7 @@ fn make_parent(path: &Path) -> Result<()> {
     path.parent().map_or(Ok(()), |folder| fs::create_dir_all(folder).at("create", folder))
 }
 
-/// Sizes of files are far below 2^63.
+/// Signed form of a file size, which is far below 2^63.
 fn signed(bytes: u64) -> i64 {
     i64::try_from(bytes).unwrap_or(i64::MAX)
 }

@@ -1,4 +1,4 @@
-//! Datasets: files of text of which a run needs a few ranges.
+//! Datasets: text files that are read in ranges.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -12,11 +12,11 @@ use crate::error::{Result, WorkerError};
 pub struct Dataset {
     /// Hash of the commit.
     pub commit: String,
-    /// The files that were chosen, by name.
+    /// The chosen files, by name.
     pub files: Vec<DatasetFile>,
 }
 
-/// One of them.
+/// A file of a dataset.
 pub struct DatasetFile(RemoteFile);
 
 impl DatasetFile {
@@ -30,18 +30,18 @@ impl DatasetFile {
         self.0.size()
     }
 
-    /// The bytes of a range inside the file.
+    /// Reads a range of the file.
     ///
     /// # Errors
-    /// Kind `Network` when patience ran out.
+    /// Kind `Network` after the last retry.
     pub fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         self.0.read(range)
     }
 }
 
 impl Hub {
-    /// The files of the dataset `id` at `revision` that `choose` says yes to, in the order of
-    /// their names. None of their bytes is fetched.
+    /// The files of the dataset `id` at `revision` for which `choose` returns true, in order of
+    /// names. No content is fetched.
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve).

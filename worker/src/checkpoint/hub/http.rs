@@ -1,4 +1,4 @@
-//! Requests to the hub: redirects, retries, and what its refusals mean.
+//! Requests to the hub: redirects, retries, and errors.
 
 use std::fmt;
 use std::io::Read;
@@ -20,29 +20,29 @@ use super::listing::{RepoFile, RepoKind, RepoListing};
 use super::rate_limit::{RateLimiter, WINDOW};
 use crate::error::{Result, WorkerError, printable};
 
-/// Redirects followed: relative ones inside the hub, one to where large files lie.
+/// Maximum redirects: relative ones within the hub, and one to the file server.
 const MAX_REDIRECTS: usize = 5;
 
-/// Connections kept open between two requests.
+/// Idle connections kept open.
 pub(super) const MAX_CONNECTIONS: usize = 64;
 
-/// How long to try before giving up.
+/// Timeouts and number of attempts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timeouts {
-    /// For a connection.
+    /// Time limit of a connection.
     pub connect: Duration,
-    /// For the beginning of an answer.
+    /// Time limit of the start of an answer.
     pub response: Duration,
-    /// For the next bytes of a running answer.
+    /// Time limit between bytes of an answer.
     pub silence: Duration,
-    /// How much later than is usual a range of weights may be before it is asked for a second
-    /// time, on another connection.
+    /// Delay beyond the usual time after which a range of weights is requested again, on another
+    /// connection.
     pub late: Duration,
-    /// Tries in a row that brought nothing.
+    /// Maximum consecutive attempts without data.
     pub tries: u32,
-    /// Pause after the first failed try; doubled each time.
+    /// Pause after the first failed attempt. It doubles each time.
     pub pause: Duration,
-    /// Longest pause that a hub may ask for. Its limits are per five minutes.
+    /// Maximum pause that is accepted from a hub. Its limits are per five minutes.
     pub longest_pause: Duration,
 }
 
@@ -60,13 +60,12 @@ impl Default for Timeouts {
     }
 }
 
-/// A secret: never printed.
+/// A token; never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
 impl Token {
-    /// Surrounding white space, as files and shells add it, is dropped; `None` when nothing is
-    /// left.
+    /// Removes surrounding white space from files and shells; `None` if nothing is left.
     pub fn new(secret: &str) -> Option<Self> {
         let secret = secret.trim();
         (!secret.is_empty()).then(|| Self(secret.to_owned()))
@@ -79,7 +78,7 @@ impl fmt::Debug for Token {
     }
 }
 
-/// What a request is about, for messages.
+/// Subject of a request, for messages.
 pub(super) struct Asked<'a> {
     pub(super) kind: RepoKind,
     pub(super) id: &'a str,
@@ -96,14 +95,14 @@ impl fmt::Display for Asked<'_> {
     }
 }
 
-/// An open answer to a request for a file.
+/// An open answer to a file request.
 pub(super) struct OpenBody {
-    /// First byte that the body brings.
+    /// Position of the body's first byte in the file.
     pub(super) start: u64,
     pub(super) body: Box<dyn Read>,
 }
 
-/// An answer to a request for bytes, and where it came from after all redirects.
+/// An answer to a range request, with its address after all redirects.
 pub(super) struct HubResponse {
     pub(super) response: Response<Body>,
     pub(super) url: String,
@@ -114,8 +113,8 @@ pub(super) struct Client {
     endpoint: String,
     token: Option<Token>,
     pub(super) timeouts: Timeouts,
-    /// The hub asked to be left alone until then. It counts all requests of an address together,
-    /// so all of them wait.
+    /// Time until which the hub asked for a pause. It counts all requests of an address together,
+    /// so that all threads wait.
     resting: Mutex<Option<Instant>>,
     rate_limiter: RateLimiter,
 }
@@ -132,11 +131,10 @@ impl Client {
             .timeout_connect(Some(timeouts.connect))
             .timeout_recv_response(Some(timeouts.response))
             .timeout_per_read(Some(timeouts.silence))
-            // Every connection is used again: a fresh one costs two round trips more, and begins
-            // slowly.
+            // Connections are reused: a new one costs two round trips more and starts slowly.
             .max_idle_connections(MAX_CONNECTIONS)
             .max_idle_connections_per_host(MAX_CONNECTIONS)
-            // A compressed body would have neither the listed size nor meaningful ranges.
+            // A compressed body has neither the listed size nor meaningful ranges.
             .accept_encoding("identity")
             .user_agent(concat!("outliers-worker/", env!("CARGO_PKG_VERSION")));
         if loopback {
@@ -146,7 +144,7 @@ impl Client {
         Ok(Self { agent: config.build().into(), endpoint, token, timeouts, resting: Mutex::default(), rate_limiter })
     }
 
-    /// The bytes of a small document, at most `limit`.
+    /// The content of a small document, at most `limit` bytes.
     pub(super) fn read_small(&self, path: &str, asked: &Asked<'_>, limit: u64) -> Result<Vec<u8>> {
         let url = format!("{}{path}", self.endpoint);
         self.persist(asked, || {
@@ -162,8 +160,8 @@ impl Client {
         })
     }
 
-    /// Opens `range` of a file once, without trying again. The body may begin before the range,
-    /// never after it.
+    /// Opens `range` of a file, with one attempt. The body may begin before the range, not after
+    /// it.
     pub(super) fn open(
         &self,
         listing: &RepoListing,
@@ -183,7 +181,7 @@ impl Client {
         }
     }
 
-    /// Size and hash of a file as its download would state them.
+    /// Size and hash of a file by the headers of its download.
     pub(super) fn describe(&self, listing: &RepoListing, file: &str) -> Result<RepoFile> {
         let asked = listing.asked(file);
         self.persist(&asked, || {
@@ -208,7 +206,7 @@ impl Client {
         )
     }
 
-    /// Something that only the hub knows.
+    /// Requests a document from the hub.
     pub(super) fn get(
         &self,
         url: &str,
@@ -218,8 +216,8 @@ impl Client {
         self.follow(url, range, asked, true, &mut |_| ())
     }
 
-    /// Bytes from where they are known to be. A hub that sends its files itself counts no requests
-    /// for them.
+    /// Requests bytes from a known address. A hub that sends files itself does not count such
+    /// requests.
     pub(super) fn get_at(
         &self,
         address: &str,
@@ -229,8 +227,8 @@ impl Client {
         self.follow(address, Some(range), asked, false, &mut |_| ())
     }
 
-    /// A request and its redirects; `see` is shown every answer. The token goes to the hub's own
-    /// address only; what goes there is `counted`, or not.
+    /// Sends a request and follows redirects; `see` receives every answer. The token is sent only
+    /// to the hub's address. `counted` tells whether requests there count against the limit.
     fn follow(
         &self,
         url: &str,
@@ -265,7 +263,7 @@ impl Client {
         Err(RequestFailure::Final(WorkerError::network(format!("{asked}: more than {MAX_REDIRECTS} redirects"))))
     }
 
-    /// Whether an address is the hub's own: it gets the token, and its limits count.
+    /// Whether an address is the hub's: it receives the token, and its limits count.
     pub(super) fn is_hub(&self, url: &str) -> bool {
         same_origin(url, &self.endpoint)
     }
@@ -283,7 +281,7 @@ impl Client {
         *resting = Some(resting.map_or(until, |other| other.max(until)));
     }
 
-    /// Tries until it works, is refused for good, or patience runs out.
+    /// Retries until success, a permanent error, or the last attempt.
     pub(super) fn persist<T>(
         &self,
         asked: &Asked<'_>,
@@ -302,12 +300,12 @@ impl Client {
         }
     }
 
-    /// Waits before the next try, or says that it was the last.
+    /// Waits before the next attempt, or returns the error after the last.
     pub(super) fn pause(&self, failed: u32, refusal: RequestFailure) -> Result<()> {
         let Timeouts { tries, pause, longest_pause, .. } = self.timeouts;
         let (why, asked_for) = match refusal {
             RequestFailure::Final(error) => return Err(error),
-            // A fresh address is a request away.
+            // A new address needs only one request.
             RequestFailure::Expired(why) => (why, (failed == 1).then_some(Duration::ZERO)),
             RequestFailure::Retry { why, pause } => (why, pause),
         };
@@ -330,7 +328,7 @@ impl Client {
         }
     }
 
-    /// What a status other than success means.
+    /// The error of a status other than success.
     fn refused(&self, response: &Response<Body>, asked: &Asked<'_>, from_hub: bool) -> RequestFailure {
         let status = response.status();
         let said =
@@ -346,7 +344,7 @@ impl Client {
             return RequestFailure::Retry { why, pause };
         }
         if !from_hub && status == StatusCode::RANGE_NOT_SATISFIABLE {
-            // Only bytes that the hub has announced are asked for.
+            // Ranges are within the listed size.
             return RequestFailure::Expired(format!(
                 "{why}: its file is shorter than the hub's, it is another version"
             ));

@@ -1,4 +1,4 @@
-//! Names on the hub, and what a repository holds.
+//! Names on the hub, and repository listings.
 
 use std::fmt;
 
@@ -9,10 +9,10 @@ use super::http::{Asked, Client};
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Longest listing accepted, bytes; DeepSeek-V3's has about 60 kB.
+/// Maximum bytes of a listing. DeepSeek-V3's has about 60 kB.
 const MAX_LISTING_BYTES: u64 = 64 << 20;
 
-/// How the hub hashed a file.
+/// A file's hash on the hub.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Digest {
     /// SHA-256 of the content (large files), lower-case hexadecimal.
@@ -22,14 +22,14 @@ pub enum Digest {
 }
 
 impl Digest {
-    /// The hexadecimal form, which is also the name of the blob in the cache.
+    /// Hexadecimal digits, which are also the blob's name in the cache.
     pub fn hex(&self) -> &str {
         match self {
             Self::Sha256(hex) | Self::GitSha1(hex) => hex,
         }
     }
 
-    /// Recognised by its length; anything that is not lower-case hexadecimal is none.
+    /// Distinguishes the kinds by length; `None` for anything but lower-case hexadecimal.
     pub(super) fn from_hex(hex: &str) -> Option<Self> {
         let plain = hex.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
         match (plain, hex.len()) {
@@ -45,13 +45,13 @@ impl Digest {
 pub struct RepoFile {
     /// Path inside the repository.
     pub name: String,
-    /// Bytes, where the hub lists them.
+    /// Size in bytes, if the hub lists it.
     pub size: Option<u64>,
-    /// Hash, where the hub lists one.
+    /// Hash, if the hub lists it.
     pub digest: Option<Digest>,
 }
 
-/// What a repository holds; the hub keeps the names of each kind apart.
+/// Kind of a repository. The hub has separate names for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepoKind {
     /// A model.
@@ -61,7 +61,7 @@ pub enum RepoKind {
 }
 
 impl RepoKind {
-    /// Its part of the hub's interface for programs.
+    /// Path of its API.
     fn interface(self) -> &'static str {
         match self {
             Self::Model => "models",
@@ -69,7 +69,7 @@ impl RepoKind {
         }
     }
 
-    /// What stands before an id in the addresses of pages and files.
+    /// Prefix of ids in the addresses of pages and files.
     pub(super) fn prefix(self) -> &'static str {
         match self {
             Self::Model => "",
@@ -90,26 +90,26 @@ impl fmt::Display for RepoKind {
 /// A repository at one commit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RepoListing {
-    /// What it holds.
+    /// Kind of the repository.
     pub kind: RepoKind,
     /// `owner/name`.
     pub id: String,
-    /// The revision that was asked for.
+    /// The requested revision.
     pub revision: String,
-    /// Commit hash: what is fetched, whatever happens to the branch meanwhile.
+    /// Commit hash, which is fetched even if the branch changes.
     pub commit: String,
     /// Its files.
     pub files: Vec<RepoFile>,
 }
 
 impl RepoListing {
-    /// The file called `name`.
+    /// The file with this name.
     pub fn file(&self, name: &str) -> Option<&RepoFile> {
         self.files.iter().find(|file| file.name == name)
     }
 }
 
-/// The hub's answer, as far as it matters.
+/// The used part of the hub's answer.
 #[derive(Deserialize)]
 struct Wire {
     sha: String,
@@ -134,7 +134,7 @@ struct WireLfs {
 
 impl From<WireFile> for RepoFile {
     fn from(file: WireFile) -> Self {
-        // For large files the git blob is only a pointer: its hash says nothing about the content.
+        // For large files the git blob is a pointer, and its hash does not identify the content.
         let (size, hex) = match file.lfs {
             Some(lfs) => (lfs.size.or(file.size), lfs.sha256),
             None => (file.size, file.blob_id),
@@ -160,8 +160,8 @@ pub(super) fn fetch(client: &Client, kind: RepoKind, id: &str, revision: &str) -
     Ok(RepoListing { kind, id: id.to_owned(), revision: revision.to_owned(), commit: wire.sha, files })
 }
 
-/// `owner/name`, or the bare name of a few old models; the hub's own rules, so that an id is safe
-/// in paths and addresses.
+/// Checks an id: `owner/name`, or the bare name of a few old models, by the hub's rules, so that
+/// it is safe in paths and addresses.
 fn check_id(kind: RepoKind, id: &str) -> Result<()> {
     let fine = |part: &str| {
         let allowed = part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
@@ -175,7 +175,8 @@ fn check_id(kind: RepoKind, id: &str) -> Result<()> {
     Err(WorkerError::job(message).hint("an id looks like `allenai/OLMoE-1B-7B-0125`; a folder must exist"))
 }
 
-/// A branch, tag or commit; the cache makes a file of that name, so it must stay inside its folder.
+/// Checks a branch, tag or commit. The cache creates a file of that name, which must stay in its
+/// folder.
 fn check_revision(revision: &str) -> Result<()> {
     let fine = |part: &str| !matches!(part, "" | "." | "..") && !part.contains("..");
     let visible = !revision.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');

@@ -1,4 +1,4 @@
-//! A few small pieces of a large file, in few requests.
+//! Reads small pieces of a large file with few requests.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -7,11 +7,11 @@ use super::LIKELY_HEADER;
 use super::remote::RemoteFile;
 use crate::error::Result;
 
-/// Reads ranges of one file. Every request asks for what follows too, and its answer is kept: what
-/// describes the tensors lies together.
+/// Reads ranges of one file. Every request also reads what follows and keeps it, since
+/// descriptions of tensors are adjacent.
 pub(super) struct Pieces<'a> {
     file: &'a RemoteFile,
-    /// First byte and bytes of each answer.
+    /// First byte and content of each answer.
     kept: RefCell<Vec<(u64, Vec<u8>)>>,
 }
 
@@ -20,7 +20,7 @@ impl<'a> Pieces<'a> {
         Self { file, kept: RefCell::default() }
     }
 
-    /// The bytes of a range inside the file.
+    /// Reads a range of the file.
     pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         if let Some(bytes) = self.kept.borrow().iter().find_map(|(start, bytes)| part(*start, bytes, &range)) {
             return Ok(bytes.to_vec());
@@ -33,7 +33,7 @@ impl<'a> Pieces<'a> {
     }
 }
 
-/// The bytes `range` of a file, if they are among the `bytes` from `start` on.
+/// The bytes `range` of a file, if `bytes` from `start` contain them.
 fn part<'b>(start: u64, bytes: &'b [u8], range: &Range<u64>) -> Option<&'b [u8]> {
     let (from, to) = (range.start.checked_sub(start)?, range.end.checked_sub(start)?);
     bytes.get(usize::try_from(from).ok()?..usize::try_from(to).ok()?)

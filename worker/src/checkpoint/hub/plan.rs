@@ -1,27 +1,27 @@
-//! From the bytes that a pass will read to the ranges that are asked for: by file and offset, with
-//! small gaps read along.
+//! Plans the range requests for the bytes that a pass reads: ordered by file and offset, with
+//! small gaps included.
 
 use std::ops::Range;
 
 use crate::checkpoint::source::Wanted;
 
-/// Pieces up to this size are fetched together with others of their layer, whichever unit they
-/// belong to: the scales of all experts, norms. Larger ones would hold memory from the first unit
-/// that needs one of them to the last.
+/// Pieces up to this size are fetched together with others of their layer, whatever their unit:
+/// scales of all experts, norms. Larger ones would hold memory from the first unit that needs one
+/// of them to the last.
 const SMALL: u64 = 256 << 10;
-/// Gaps read along are at most one in this many of all bytes.
+/// Included gaps are at most one in this many of all bytes.
 const GAP_SHARE: u64 = 200;
 
-/// A range that is asked for in one request, and kept until all that is wanted of it has been read.
+/// A range that is requested at once, and held until its last wanted byte is read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Part {
-    /// Number of the file.
+    /// File index.
     pub(super) file: usize,
-    /// Bytes of the file.
+    /// Byte range in the file.
     pub(super) range: Range<u64>,
-    /// How many of them will be read.
+    /// Number of bytes that will be read.
     pub(super) wanted: u64,
-    /// Number of the layer that wants them.
+    /// Index of the layer that needs them.
     pub(super) layer: usize,
 }
 
@@ -31,15 +31,14 @@ impl Part {
     }
 }
 
-/// A piece, and its place in the order of reading.
+/// A piece with its index in the reading order.
 #[derive(Clone)]
 struct OrderedRange {
     order: usize,
     wanted: Wanted,
 }
 
-/// The parts, none larger than `largest`, in the order in which they are needed. Parts do not
-/// overlap.
+/// The parts, none larger than `largest`, in the order in which they are needed, without overlap.
 pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
     let pieces = by_place(wanted);
     let gap = bearable_gap(&pieces);
@@ -54,7 +53,7 @@ pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
     parts.into_iter().map(|(_, part)| part).collect()
 }
 
-/// Sorted by place; what is wanted twice counts where it is wanted first.
+/// Pieces sorted by position. A piece that is wanted twice counts at its first use.
 fn by_place(wanted: &[Wanted]) -> Vec<OrderedRange> {
     let mut pieces: Vec<OrderedRange> =
         wanted.iter().enumerate().map(|(order, wanted)| OrderedRange { order, wanted: wanted.clone() }).collect();
@@ -79,7 +78,7 @@ fn gap_between(first: &OrderedRange, second: &OrderedRange) -> Option<u64> {
     close.then(|| b.bytes.start - a.bytes.end)
 }
 
-/// The widest gap such that all gaps up to it are a small share of what is wanted.
+/// The largest gap such that all gaps up to it are a small share of the wanted bytes.
 fn bearable_gap(pieces: &[OrderedRange]) -> u64 {
     let total: u64 = pieces.iter().map(|piece| piece.wanted.bytes.end - piece.wanted.bytes.start).sum();
     let mut gaps: Vec<u64> = pieces.array_windows().filter_map(|[a, b]| gap_between(a, b)).filter(|&g| g > 0).collect();
@@ -89,7 +88,7 @@ fn bearable_gap(pieces: &[OrderedRange]) -> u64 {
     gaps.chunk_by(u64::eq).take_while(fits).last().map_or(0, |same| same[0])
 }
 
-/// How many pieces from the first on make one range.
+/// Number of pieces from the first on that form one range.
 fn run(pieces: &[OrderedRange], gap: u64, largest: u64) -> usize {
     let start = pieces[0].wanted.bytes.start;
     let joins = |[a, b]: &[OrderedRange; 2]| {
@@ -98,7 +97,7 @@ fn run(pieces: &[OrderedRange], gap: u64, largest: u64) -> usize {
     1 + pieces.array_windows().take_while(|pair| joins(pair)).count()
 }
 
-/// One part, or several of about equal size where a single piece is larger than a part may be.
+/// One part, or several of about equal size if a piece is larger than a part may be.
 fn cut(together: &[OrderedRange], largest: u64, parts: &mut Vec<(usize, Part)>) {
     let first = &together[0].wanted;
     let last = &together[together.len() - 1].wanted;
@@ -145,8 +144,8 @@ mod tests {
     fn large_ranges_of_other_units_are_not_buffered() {
         let parts = plan(&[wanted(0, 0, 0, 0..MIB), wanted(0, 0, 1, MIB..2 * MIB)], 8 * MIB);
         assert_eq!(parts.len(), 2);
-        // Small ones are, within their layer: FP8 scales of experts that lie together, far from
-        // what they scale.
+        // Small pieces are, within their layer: FP8 scales of experts are adjacent, far from their
+        // values.
         let scales: Vec<Wanted> = (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
         let parts = plan(&scales, 8 * MIB);
         assert_eq!(ranges(&parts), [(0, 0..256 * 10_752)]);

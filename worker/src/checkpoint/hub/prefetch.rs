@@ -1,14 +1,14 @@
-//! Fetches announced bytes before they are requested: many ranges at a time, in reading order, in
-//! bounded memory.
+//! Fetches announced bytes before they are read: many ranges at the same time, in reading order,
+//! in limited memory.
 //!
-//! Every part is fetched by a thread of its own into a buffer that is used again. What is on the
-//! wire or waits to be read stays within the limit, but for a part that the reader of the earliest
-//! layer is waiting for: readers of later layers, on other devices, wait for room. A part that is
-//! late is asked for a second time, and whichever answer is whole first counts: one slow
-//! connection does not hold up the others.
+//! Each part is fetched by a separate thread into a reused buffer. Bytes in transit or waiting to
+//! be read stay within the limit, except for a part that the reader of the earliest layer waits
+//! for; readers of later layers, on other devices, wait for free memory. A late part is requested
+//! a second time, and the first complete answer is used, so that one slow connection does not
+//! delay the others.
 //!
-//! Files that are verified ([`super::verify`]) are hashed by threads of their own as their parts
-//! arrive, and a part of them is kept until it has been read and hashed.
+//! Verified files ([`super::verify`]) are hashed by separate threads as their parts arrive. A part
+//! of them is held until it is both read and hashed.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -24,30 +24,30 @@ use super::remote::RemoteFile;
 use super::verify::{Hasher, Schedule};
 use crate::error::{Result, WorkerError};
 
-/// How often idle threads look for parts that are late.
+/// Interval at which idle threads look for late parts.
 const LOOK: Duration = Duration::from_millis(100);
-/// Fetches of one part at the same time, the second for one that is late.
+/// Concurrent fetches of one part; the second is for a late one.
 const ATTEMPTS: u32 = 2;
-/// A part is late after this many times its due, and given up (to be resumed on another
-/// connection) after [`HOPELESS`] times.
+/// A part is late after this multiple of its expected time. It is given up, and resumed on another
+/// connection, after [`HOPELESS`] times it.
 const LATE: f64 = 3.0;
 const HOPELESS: f64 = 10.0;
-/// Files hashed at the same time. A pass seldom reads more.
+/// Files hashed at the same time. A pass rarely reads more.
 const HASHERS: usize = 4;
 
-/// Memory and connections.
+/// Limits of memory and connections.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Bytes of buffers.
     pub(super) bytes: u64,
-    /// Requests at the same time.
+    /// Maximum concurrent requests.
     pub(super) connections: usize,
 }
 
-/// A fetch of announced bytes under way; it ends when dropped.
+/// A running prefetch of announced bytes. It ends when dropped.
 pub(super) struct Prefetcher {
     shared: Arc<Shared>,
-    /// Numbers of the parts by file and offset.
+    /// Part indices by file and offset.
     by_place: Vec<usize>,
 }
 
@@ -62,37 +62,37 @@ struct Shared {
 
 struct State {
     status: Vec<Status>,
-    /// The first part that nobody has begun.
+    /// The first part that is not being fetched.
     next: usize,
     /// Parts that are being fetched.
     coming: Vec<usize>,
-    /// The first part that somebody wants and that has not been read.
+    /// The first wanted part that has not been read.
     unread: usize,
-    /// Bytes of parts begun that are still to be read or hashed.
+    /// Bytes of started parts that are not yet read or hashed.
     held: u64,
     /// Parts that readers wait for.
     waiting: Vec<usize>,
     checks: Vec<FileHash>,
-    /// Parts that are still to be hashed.
+    /// Parts that are not yet hashed.
     unhashed: Vec<bool>,
     pool: Pool,
     rate: TransferRate,
     failed: Option<WorkerError>,
-    /// It failed since a file's hash is not the listed one.
+    /// Whether the failure is a wrong hash.
     damaged: bool,
     closed: bool,
 }
 
 enum Status {
     Planned,
-    /// Number of fetches that were `begun` and of those still `running`.
+    /// Numbers of fetches that were `begun` and are still `running`.
     Coming {
         since: Instant,
         begun: u32,
         running: u32,
         settled: Arc<AtomicBool>,
     },
-    /// With the number of bytes that are still to be read; 0: it waits for its hash alone.
+    /// The number of bytes still to be read; 0: the part waits for its hash.
     Here {
         bytes: Arc<Vec<u8>>,
         left: u64,
@@ -100,12 +100,12 @@ enum Status {
     Gone,
 }
 
-/// A file on its way through a hash.
+/// The hash of a file in progress.
 struct FileHash {
     file: usize,
-    /// All its parts, in the order of the file.
+    /// Its parts, in file order.
     parts: Vec<usize>,
-    /// How many of them have been hashed.
+    /// Number of hashed parts.
     hashed: usize,
     /// `None` while a thread hashes the next part, and at the end.
     hasher: Option<Hasher>,
@@ -117,7 +117,7 @@ impl FileHash {
     }
 }
 
-/// A fetch to be done.
+/// A fetch to do.
 struct Task {
     part: usize,
     buffer: Vec<u8>,
@@ -157,8 +157,8 @@ impl Prefetcher {
         let shared = Arc::new(Shared { files, parts, limits, timeouts, state, changed: Condvar::new() });
         for _ in 0..threads {
             let shared = Arc::clone(&shared);
-            // Not joined: one that is blocked on a silent connection must not hold up the end of a
-            // run.
+            // Threads are not joined: one that is blocked on a silent connection must not delay
+            // the end of a run.
             thread::spawn(move || shared.work());
         }
         for _ in 0..hashers {
@@ -168,8 +168,8 @@ impl Prefetcher {
         Self { shared, by_place }
     }
 
-    /// Copies bytes of a file that were announced, waiting for them if need be. `Ok(false)`: some
-    /// were not, or have been read already.
+    /// Copies announced bytes of a file, waiting if necessary. `Ok(false)`: some were not
+    /// announced, or have been read already.
     pub(super) fn read(&self, file: usize, bytes: &Range<u64>, into: &mut [u8]) -> Result<bool> {
         let Some(parts) = self.covering(file, bytes) else { return Ok(false) };
         for part in parts {
@@ -184,20 +184,21 @@ impl Prefetcher {
         Ok(true)
     }
 
-    /// Numbers of the files whose hash has been found to be the listed one.
+    /// Indices of the files whose hash matches the listed one.
     pub(super) fn verified(&self) -> Vec<usize> {
         self.shared.lock().checks.iter().filter(|check| check.is_whole()).map(|check| check.file).collect()
     }
 
-    /// Whether a file's hash is not the listed one.
+    /// Whether a file's hash differs from the listed one.
     pub(super) fn is_damaged(&self) -> bool {
         self.shared.lock().damaged
     }
 
-    /// Waits until all files that are verified have been hashed.
+    /// Waits until all verified files are hashed.
     ///
-    /// # Errors Kind `Checkpoint`: a file is not the one that the hub lists. What failed the
-    /// fetching of a part.
+    /// # Errors
+    /// Kind `Checkpoint`: a file differs from the hub's listing. Errors of fetching a
+    /// part.
     pub(super) fn verify(&self) -> Result<()> {
         let mut state = self.shared.lock();
         loop {
@@ -211,7 +212,7 @@ impl Prefetcher {
         }
     }
 
-    /// The parts that hold all of `bytes`.
+    /// The parts that contain all of `bytes`.
     fn covering(&self, file: usize, bytes: &Range<u64>) -> Option<Vec<usize>> {
         let part = |at: usize| &self.shared.parts[at];
         let first = self.by_place.partition_point(|&at| (part(at).file, part(at).range.end) <= (file, bytes.start));
@@ -245,7 +246,7 @@ impl Shared {
 
     // ------------------------------------------------------------------------------ readers
 
-    /// The bytes of a part; `None` if all that was wanted of it has been read.
+    /// The bytes of a part; `None` if all wanted bytes of it have been read.
     fn wait_for(&self, part: usize) -> Result<Option<Arc<Vec<u8>>>> {
         let mut state = self.lock();
         if let Some(found) = state.found(part) {
@@ -263,7 +264,8 @@ impl Shared {
         }
     }
 
-    /// Notes that `count` bytes of a part were copied. After the last one its buffer is free.
+    /// Records that `count` bytes of a part were copied. After the last one its buffer is
+    /// released.
     fn has_read(&self, part: usize, count: u64, bytes: Arc<Vec<u8>>) {
         drop(bytes);
         let mut state = self.lock();
@@ -280,14 +282,14 @@ impl Shared {
         self.changed.notify_all();
     }
 
-    /// Frees a part if it has been read and hashed.
+    /// Releases a part that has been read and hashed.
     fn release(&self, state: &mut State, part: usize) {
         if state.unhashed[part] || !matches!(state.status[part], Status::Here { left: 0, .. }) {
             return;
         }
         let Status::Here { bytes, .. } = std::mem::replace(&mut state.status[part], Status::Gone) else { return };
         state.held -= self.parts[part].len();
-        // Near the end nobody will use it again.
+        // Near the end buffers are not reused.
         if let Some(buffer) = Arc::into_inner(bytes).filter(|_| state.next < self.parts.len()) {
             state.pool.give_back(buffer);
         }
@@ -295,7 +297,7 @@ impl Shared {
 
     // ------------------------------------------------------------------------------ hashes
 
-    /// What each hashing thread does until nothing is left to hash.
+    /// Main loop of a hashing thread.
     fn hash(&self) {
         let _alarm = Alarm(self);
         let mut state = self.lock();
@@ -328,7 +330,7 @@ impl Shared {
 
     // ------------------------------------------------------------------------------ fetchers
 
-    /// What each thread does until nothing is left to do.
+    /// Main loop of a fetching thread.
     fn work(&self) {
         let _alarm = Alarm(self);
         while let Some(mut task) = self.next_task() {
@@ -344,7 +346,7 @@ impl Shared {
                 return None;
             }
             let late = state.late(&self.parts, self.timeouts.late);
-            // What somebody waits for comes first.
+            // Parts that readers wait for have priority.
             let part = late
                 .filter(|part| state.waiting.iter().any(|waited| waited >= part))
                 .or_else(|| self.may_begin(&state))
@@ -359,15 +361,15 @@ impl Shared {
         }
     }
 
-    /// The next part, if there is room for it or a reader of the earliest layer waits. One that is
-    /// further on has to wait for room: what takes it will be read by those behind, who never wait
-    /// for a later layer.
+    /// The next part, if there is memory for it or a reader of the earliest layer waits. Later
+    /// parts wait for memory: what occupies it will be read by readers of earlier layers, which
+    /// never wait for a later layer.
     fn may_begin(&self, state: &State) -> Option<usize> {
         let part = self.parts.get(state.next)?;
         let earliest = self.parts.get(state.unread).map_or(usize::MAX, |unread| unread.layer);
         let must = |waited: &usize| *waited >= state.next && self.parts[*waited].layer <= earliest;
         let room = state.held + part.len() <= self.limits.bytes;
-        // Hashing makes room by itself.
+        // Hashing frees memory by itself.
         (room || (state.waiting.iter().any(must) && !state.hashing())).then_some(state.next)
     }
 
@@ -394,8 +396,7 @@ impl Shared {
         Task { part, buffer, settled, hopeless_after }
     }
 
-    /// Fills the task's buffer, trying again as long as it helps. `Ok(false)`: it is not needed
-    /// any more.
+    /// Fills the task's buffer, with retries. `Ok(false)`: it is no longer needed.
     fn fetch(&self, task: &mut Task) -> Result<bool> {
         let Part { file, range, .. } = &self.parts[task.part];
         let file = &self.files[*file];
@@ -428,7 +429,7 @@ impl Shared {
         let mut state = self.lock();
         let Task { part, buffer, .. } = task;
         let Status::Coming { since, running, settled, .. } = &mut state.status[part] else {
-            // The other one was faster.
+            // The other fetch was faster.
             state.pool.give_back(buffer);
             return;
         };
@@ -441,7 +442,7 @@ impl Shared {
                 self.release(&mut state, part);
                 state.rate.see(self.parts[part].len(), took);
             }
-            // The other one may still do it.
+            // The other fetch may still succeed.
             _ if *running > 1 => {
                 *running -= 1;
                 state.pool.give_back(buffer);
@@ -453,7 +454,7 @@ impl Shared {
     }
 }
 
-/// Tells readers when a thread that they wait for has panicked.
+/// Reports a panicked thread to the readers that wait for it.
 struct Alarm<'a>(&'a Shared);
 
 impl Drop for Alarm<'_> {
@@ -466,8 +467,8 @@ impl Drop for Alarm<'_> {
 }
 
 impl State {
-    /// What a reader gets, as soon as it is known: the bytes of a part, `None` if all that was
-    /// wanted of it has been read.
+    /// The result for a reader, once known: the bytes of a part; `None` if all wanted bytes of it
+    /// have been read.
     fn found(&self, part: usize) -> Option<Result<Option<Arc<Vec<u8>>>>> {
         match &self.status[part] {
             Status::Here { left: 0, .. } | Status::Gone => Some(Ok(None)),
@@ -476,8 +477,8 @@ impl State {
         }
     }
 
-    /// Of the next part that can be hashed: the check, the part, its bytes and the hash so far,
-    /// which is given back with [`FileHash::hasher`].
+    /// The next part that can be hashed: the index of its file's hash, the part, its bytes, and
+    /// the hash so far, which is returned to [`FileHash::hasher`].
     fn next_to_hash(&mut self) -> Option<(usize, usize, Arc<Vec<u8>>, Hasher)> {
         let Self { checks, status, .. } = self;
         checks.iter_mut().enumerate().find_map(|(number, check)| {
@@ -493,8 +494,7 @@ impl State {
         self.checks.iter().any(|check| check.parts.get(check.hashed).is_some_and(here))
     }
 
-    /// The first part, in the order of reading, that should be here by now and is fetched only
-    /// once.
+    /// The first late part, in reading order, that is fetched only once.
     fn late(&self, parts: &[Part], timeouts: Duration) -> Option<usize> {
         let late = |part: &&usize| match &self.status[**part] {
             Status::Coming { since, begun, .. } if *begun < ATTEMPTS => {
@@ -506,7 +506,7 @@ impl State {
     }
 }
 
-/// Buffers that have been read.
+/// Free buffers.
 #[derive(Default)]
 struct Pool {
     free: VecDeque<Vec<u8>>,
@@ -514,8 +514,8 @@ struct Pool {
 }
 
 impl Pool {
-    /// A buffer of at least `len` bytes, the best fit; what is free beyond `room` bytes is given
-    /// back to the system.
+    /// A buffer of at least `len` bytes, the best fit. Free buffers beyond `room` bytes are
+    /// released to the system.
     fn take(&mut self, len: usize, room: u64) -> Vec<u8> {
         let fits = |at: &usize| (len..=len.saturating_mul(2)).contains(&self.free[*at].capacity());
         let best = (0..self.free.len()).filter(fits).min_by_key(|at| self.free[*at].capacity());
@@ -534,16 +534,16 @@ impl Pool {
     }
 }
 
-/// How long ranges take, by those that came.
+/// Transfer times of ranges, measured.
 #[derive(Default)]
 struct TransferRate {
     seconds_per_byte: Option<f64>,
 }
 
 impl TransferRate {
-    /// Smaller ones tell how far the server is, not how fast it sends.
+    /// Minimum bytes of a measurement. Smaller ranges show latency, not bandwidth.
     const TELLING: u64 = 64 << 10;
-    /// Until one has come: 4 MB/s, a slow connection.
+    /// Seconds per byte before the first measurement: 4 MB/s, a slow connection.
     const ASSUMED: f64 = 1.0 / 4e6;
 
     fn see(&mut self, bytes: u64, took: Duration) {

@@ -1,19 +1,18 @@
-//! How often a hub may be asked: a share of what its limits leave to all runs together.
+//! Limits requests to the hub to this run's share.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The stretch of time for which the hub counts requests:
-/// <https://huggingface.co/docs/hub/rate-limits>.
+/// The window in which the hub counts requests: <https://huggingface.co/docs/hub/rate-limits>.
 pub(super) const WINDOW: Duration = Duration::from_secs(300);
 
-/// A limit on the requests in any window, wherever it begins.
+/// Limits the number of requests in any window.
 pub(super) struct RateLimiter {
     most: usize,
     window: Duration,
-    /// When the latest were made, the earliest first.
+    /// Times of the latest requests, ascending.
     made: Mutex<VecDeque<Instant>>,
 }
 
@@ -22,7 +21,7 @@ impl RateLimiter {
         Self { most: most.max(1), window, made: Mutex::default() }
     }
 
-    /// Waits until one more is allowed, and counts it.
+    /// Waits until another request is allowed, and counts it.
     pub(super) fn take(&self) {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         if made.len() >= self.most
@@ -31,7 +30,7 @@ impl RateLimiter {
             let wait = (first + self.window).saturating_duration_since(Instant::now());
             if wait > Duration::ZERO {
                 tracing::info!(seconds = wait.as_secs_f32(), "its share of requests to the hub is used up; waiting");
-                // Others want one too, and must wait as well: the lock is kept.
+                // The lock is held while waiting, since other threads must wait as well.
                 thread::sleep(wait);
             }
         }

@@ -1,5 +1,5 @@
-//! One large file on the hub: its address is asked for once, then its bytes come in ranges from
-//! wherever the hub keeps them.
+//! A large file on the hub. Its address is requested once, and its bytes are read in ranges from
+//! there.
 
 use std::io::{self, Read};
 use std::ops::Range;
@@ -14,7 +14,7 @@ use super::http::{Asked, Client, HubResponse};
 use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
 
-/// Most bytes that are read and thrown away because a server begins at 0 whatever is asked for.
+/// Maximum bytes skipped from a server that ignores ranges and begins at 0.
 const MOST_SKIPPED: u64 = 4 << 20;
 
 /// A file at one commit.
@@ -27,17 +27,17 @@ pub(super) struct RemoteFile {
     place: Mutex<FileAddress>,
 }
 
-/// What is known of where the bytes are.
+/// The known address of the bytes.
 #[derive(Clone, Default)]
 struct FileAddress {
-    /// Signed, for a limited time; the hub's own where it sends files itself.
+    /// A signed, temporary address, or the hub's own if it sends files itself.
     address: Option<String>,
-    /// The version of the file that its server named first.
+    /// Entity tag of the file in the first answer.
     tag: Option<String>,
 }
 
 impl RemoteFile {
-    /// A file of a size that is known, bytes.
+    /// A file of known size in bytes.
     pub(super) fn new(client: &Arc<Client>, listing: &Arc<RepoListing>, file: &RepoFile, size: u64) -> Self {
         let (client, listing) = (Arc::clone(client), Arc::clone(listing));
         let RepoFile { name, digest, .. } = file.clone();
@@ -52,15 +52,15 @@ impl RemoteFile {
         &self.name
     }
 
-    /// The hash that the hub lists, if it lists one.
+    /// The listed hash; `None` if there is none.
     pub(super) fn digest(&self) -> Option<&Digest> {
         self.digest.as_ref()
     }
 
-    /// Compares the hash of all its bytes, in hexadecimal, with the listed one.
+    /// Compares a hexadecimal hash of the whole file with the listed one.
     ///
     /// # Errors
-    /// Kind `Checkpoint` where they differ.
+    /// Kind `Checkpoint` if they differ.
     pub(super) fn check_hash(&self, found: &str) -> Result<()> {
         let Some(listed) = self.digest.as_ref().map(Digest::hex).filter(|listed| *listed != found) else {
             return Ok(());
@@ -70,12 +70,12 @@ impl RemoteFile {
             .hint("a proxy, a mirror or the network changed it on its way: run it again"))
     }
 
-    /// What it is called in messages.
+    /// Name of the file in messages.
     pub(super) fn asked(&self) -> Asked<'_> {
         self.listing.asked(&self.name)
     }
 
-    /// The bytes of a range inside the file; the whole range or an error.
+    /// Reads a range of the file completely, or fails.
     pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let mut filled = 0;
@@ -88,13 +88,13 @@ impl RemoteFile {
         Ok(bytes)
     }
 
-    /// Waits before the next try, or says that it was the last.
+    /// Waits before the next attempt, or returns the error after the last.
     pub(super) fn wait(&self, failed: u32, refusal: RequestFailure) -> Result<()> {
         self.client.pause(failed, refusal).map_err(|error| error.context(format!("cannot fetch {}", self.asked())))
     }
 
-    /// One request for what is missing of the bytes from `start` on; those that came count,
-    /// however it ends. Stops when `go_on` says so.
+    /// Requests the missing bytes of `into` from `start` on, once. Bytes received before a failure
+    /// are kept. Stops if `go_on` returns false.
     pub(super) fn read_on(
         &self,
         start: u64,
@@ -123,8 +123,7 @@ impl RemoteFile {
         Ok(())
     }
 
-    /// The body of an answer that begins with the range's first byte. It may end before the range
-    /// does.
+    /// A body that begins with the range's first byte. It may end before the range does.
     fn open(&self, range: Range<u64>) -> Result<Box<dyn Read>, RequestFailure> {
         let answer = self.ask(&range)?;
         let skip = self.check(&answer, &range).inspect_err(|_| self.forget(&answer.url))?;
@@ -134,11 +133,11 @@ impl RemoteFile {
         Ok(Box::new(body))
     }
 
-    /// Asks where the bytes were last; else the hub, which tells. One thread asks, the others wait
-    /// for its answer.
+    /// Requests the last known address, or a new one from the hub. One thread requests it while
+    /// the others wait.
     fn ask(&self, range: &Range<u64>) -> Result<HubResponse, RequestFailure> {
         let asked = self.asked();
-        // The lock must not be held while the answer is waited for.
+        // The lock must not be held during the request.
         let known = self.place().address.clone();
         if let Some(address) = known {
             return self.client.get_at(&address, range, &asked).inspect_err(|refusal| {
@@ -161,7 +160,7 @@ impl RemoteFile {
         self.place.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An address that is of no more use, unless another thread has found a new one already.
+    /// Forgets an unusable address, unless another thread has replaced it.
     fn forget(&self, address: &str) {
         let mut place = self.place();
         if place.address.as_deref() == Some(address) {
@@ -169,7 +168,7 @@ impl RemoteFile {
         }
     }
 
-    /// Whether an answer holds these bytes of this file; if so, how many others come before them.
+    /// Checks that an answer contains these bytes. Returns the number of bytes before them.
     fn check(&self, answer: &HubResponse, range: &Range<u64>) -> Result<u64, RequestFailure> {
         let response = &answer.response;
         let skip = if response.status() == StatusCode::PARTIAL_CONTENT {
@@ -192,8 +191,8 @@ impl RemoteFile {
         }
     }
 
-    /// A server that ignores ranges sends the file from its beginning. Error pages come that way
-    /// too.
+    /// Checks the answer of a server that ignores ranges and sends the file from its beginning.
+    /// Error pages look like this, too.
     fn check_whole(&self, response: &Response<Body>, range: &Range<u64>) -> Result<u64, RequestFailure> {
         let length: Option<u64> = header(response, CONTENT_LENGTH.as_str()).and_then(|text| text.parse().ok());
         if length != Some(self.size) {
@@ -209,7 +208,7 @@ impl RemoteFile {
         Ok(range.start)
     }
 
-    /// All ranges must be of one version of the file.
+    /// Checks that all ranges are of one version of the file.
     fn check_tag(&self, response: &Response<Body>) -> Result<(), RequestFailure> {
         let Some(tag) = header(response, "etag") else { return Ok(()) };
         let mut place = self.place();

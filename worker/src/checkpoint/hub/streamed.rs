@@ -1,4 +1,4 @@
-//! Weights straight from the hub, for readers that say in advance what they will read.
+//! Streams weights from the hub in an announced order.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,12 +14,12 @@ use super::verify::{Schedule, Unverifiable};
 use crate::checkpoint::source::{TensorEntry, TensorIndex, Wanted, WeightSource, check_range};
 use crate::error::Result;
 
-/// Largest range asked for in one request, bytes. Less costs round trips, more is lost when a
+/// Maximum bytes per request. Smaller requests cost round trips, larger ones lose more when a
 /// connection breaks.
 const LARGEST_PART: u64 = 16 << 20;
-/// Smallest bound on it, however little memory there is.
+/// Lower limit of that maximum, for machines with little memory.
 const SMALLEST_PART: u64 = 1 << 20;
-/// One connection gets a small share of the bandwidth of the hub's file servers.
+/// Concurrent connections. One gets a small share of the bandwidth of the hub's file servers.
 const CONNECTIONS: usize = 32;
 const _: () = assert!(CONNECTIONS <= MAX_CONNECTIONS);
 
@@ -33,11 +33,11 @@ pub(super) struct HubSource {
     read: AtomicU64,
 }
 
-/// Of what was announced last.
+/// State of the last announcement.
 #[derive(Default)]
 struct Announced {
     prefetcher: Option<Arc<Prefetcher>>,
-    /// Numbers of the files that are not verified.
+    /// Indices of the files that are not verified, with reasons.
     unverified: Vec<(usize, Unverifiable)>,
 }
 
@@ -60,8 +60,8 @@ impl HubSource {
     }
 }
 
-/// Bytes that are to be held at most until the hash of their file reaches them, if all files of
-/// these sizes are verified whose reading order allows it.
+/// Maximum bytes held until their file is hashed up to them, if all files of these sizes are
+/// verified whose reading order allows it.
 pub(crate) fn held_for_hashes(order: &[Wanted], sizes: impl Iterator<Item = u64>) -> u64 {
     let sizes: Vec<Option<u64>> = sizes.map(Some).collect();
     Schedule::new(plan::plan(order, LARGEST_PART), &sizes, LARGEST_PART, u64::MAX).held
@@ -73,8 +73,8 @@ impl WeightSource for HubSource {
     }
 
     fn announce(&self, order: &[Wanted], hash_memory: u64) {
-        // At least one part on every second connection and as many waiting, on a machine with
-        // little memory too.
+        // At least one part for every second connection, and the same number waiting, even on a
+        // machine with little memory.
         let largest = (self.read_ahead / CONNECTIONS as u64).clamp(SMALLEST_PART, LARGEST_PART);
         let sizes: Vec<Option<u64>> = self.files.iter().map(|file| file.digest().map(|_| file.size())).collect();
         let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);

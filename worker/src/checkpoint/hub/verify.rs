@@ -1,14 +1,13 @@
-//! Which files are compared with the hashes that the hub lists while their bytes stream, and in
-//! what order they are hashed.
+//! Decides which streamed files are verified by the hub's hashes, and in which order they are
+//! hashed.
 //!
-//! A hash takes the bytes of a file from the first to the last; a pass reads them layer by layer.
-//! Bytes that arrive before the hash has come to them are held in memory. How many these are at
-//! most is known before anything is fetched. A file is not verified if memory does not suffice, or
-//! if too much would have to be fetched for its hash alone; the reason is part of the results.
+//! A hash reads a file from start to end, and a pass reads it layer by layer. Bytes that arrive
+//! before the hash reaches them are held in memory. The maximum is known in advance. A file is not
+//! verified if memory is insufficient, or if too many bytes would be fetched only for its hash;
+//! the reason is part of the results.
 //!
-//! Hashes of ranges, as the hub's content-defined chunks have (Xet), would need no memory. They
-//! are given out by another service with credentials and a client of its own, which is a second
-//! tree of dependencies for what memory does as well.
+//! Hashes of ranges (the hub's Xet chunks) would need no memory. They come from another service
+//! with its own credentials and client, which would add many dependencies.
 
 use std::ops::Range;
 
@@ -19,36 +18,36 @@ use super::listing::Digest;
 use super::plan::Part;
 use crate::files::hex;
 
-/// What is fetched for hashes alone is at most one in this many of the bytes that are read.
+/// Bytes fetched only for hashes are at most one in this many of the bytes read.
 const EXTRA_SHARE: u64 = 33;
-/// It may be this many bytes in any case.
+/// Bytes that may be fetched for hashes in any case.
 const EXTRA_LEAST: u64 = 16 << 20;
 
-/// A plan of fetching with what hashes need beside what is read.
+/// A fetch plan that includes the bytes needed for hashes.
 pub(super) struct Schedule {
-    /// In the order of fetching; those with `wanted == 0` are fetched for a hash alone.
+    /// Parts in fetching order. Those with `wanted == 0` are fetched for a hash only.
     pub(super) parts: Vec<Part>,
-    /// Files that are verified, each with all its parts in the order of the file.
+    /// Verified files, each with its parts in file order.
     pub(super) verified: Vec<(usize, Vec<usize>)>,
-    /// Files that are read and not verified, and why.
+    /// Files that are read but not verified, with reasons.
     pub(super) unverified: Vec<(usize, Unverifiable)>,
-    /// The most that is held for hashes at a time, bytes.
+    /// Maximum bytes held for hashes at a time.
     pub(super) held: u64,
 }
 
-/// Why a file is not verified.
+/// Reason why a file is not verified.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Unverifiable {
     /// The hub lists no hash of it.
     NoHash,
-    /// Number of its bytes that are not read.
+    /// The run does not read this number of its bytes.
     Unread(u64),
-    /// Number of bytes that would have to be held.
+    /// This number of bytes would have to be held.
     Memory(u64),
 }
 
 impl Unverifiable {
-    /// One reason for both, if they are of one kind.
+    /// One reason for two files, if both have the same kind.
     pub(super) fn and(&self, other: &Self) -> Option<Self> {
         match (self, other) {
             (Self::NoHash, Self::NoHash) => Some(Self::NoHash),
@@ -79,8 +78,8 @@ impl std::fmt::Display for Unverifiable {
 }
 
 impl Schedule {
-    /// Verifies as many files as extra bytes and `memory` (bytes) allow. `sizes` are those of the
-    /// files that the hub lists a hash of. No part is larger than `largest`, bytes.
+    /// Verifies files within the limits of extra bytes and of `memory` (bytes). `sizes` are those
+    /// of the files with a listed hash. No part is larger than `largest` bytes.
     pub(super) fn new(parts: Vec<Part>, sizes: &[Option<u64>], largest: u64, memory: u64) -> Self {
         let (mut chosen, mut unverified) = choose(&parts, sizes);
         loop {
@@ -93,8 +92,7 @@ impl Schedule {
         }
     }
 
-    /// The parts of these files' gaps put where they are fetched: after what is before them in the
-    /// file.
+    /// Inserts the parts of these files' gaps into the plan, after what precedes them in the file.
     fn of(parts: &[Part], chosen: &[Gaps], largest: u64) -> Self {
         let mut extra: Vec<(usize, Part)> = Vec::new();
         for Gaps { file, gaps } in chosen {
@@ -121,14 +119,15 @@ impl Schedule {
         schedule
     }
 
-    /// The file that holds most where more than `memory` is held, and how much is held there.
+    /// The file with the most held bytes at the point where more than `memory` is held, and that
+    /// number.
     fn largest_holder(&self, memory: u64) -> Option<(usize, u64)> {
         let (held, of_files) = self.peak();
         let largest = of_files.iter().enumerate().max_by_key(|(_, held)| **held)?;
         (held > memory).then(|| (self.verified[largest.0].0, held))
     }
 
-    /// The most that is held at a time, bytes, and how much of it is of each verified file.
+    /// Maximum bytes held at a time, and the share of each verified file.
     fn peak(&self) -> (u64, Vec<u64>) {
         let mut of_part = vec![None; self.parts.len()];
         for (number, (_, parts)) in self.verified.iter().enumerate() {
@@ -153,7 +152,7 @@ impl Schedule {
     }
 }
 
-/// What is not read of a file, each range with the part after which it is fetched.
+/// Unread ranges of a file, each with the part after which it is fetched.
 struct Gaps {
     file: usize,
     gaps: Vec<(usize, Range<u64>)>,
@@ -199,14 +198,14 @@ fn choose(parts: &[Part], sizes: &[Option<u64>]) -> (Vec<Gaps>, Vec<(usize, Unve
     (chosen, unverified)
 }
 
-/// The parts of a file, in its order.
+/// The parts of a file, in file order.
 fn in_file(parts: &[Part], file: usize) -> Vec<usize> {
     let mut of_file: Vec<usize> = (0..parts.len()).filter(|part| parts[*part].file == file).collect();
     of_file.sort_by_key(|part| parts[*part].range.start);
     of_file
 }
 
-/// The hash in which the hub lists a file.
+/// The hash algorithm of a listed file.
 #[derive(Clone)]
 pub(super) enum Hasher {
     Sha256(sha2::Sha256),
@@ -214,16 +213,16 @@ pub(super) enum Hasher {
 }
 
 impl Hasher {
-    /// Of a file of `size` bytes, in the algorithm of the listed hash.
+    /// A hasher for a file of `size` bytes with the algorithm of the listed hash.
     pub(super) fn new(listed: &Digest, size: u64) -> Self {
         match listed {
             Digest::Sha256(_) => Self::Sha256(sha2::Sha256::new()),
-            // Git hashes an object with its kind and size before it.
+            // Git hashes an object with a prefix of its kind and size.
             Digest::GitSha1(_) => Self::Sha1(sha1::Sha1::new().chain_update(format!("blob {size}\0"))),
         }
     }
 
-    /// The next bytes of the file.
+    /// Adds the next bytes of the file.
     pub(super) fn add(&mut self, bytes: &[u8]) {
         match self {
             Self::Sha256(hasher) => sha2::Digest::update(hasher, bytes),
@@ -231,7 +230,7 @@ impl Hasher {
         }
     }
 
-    /// Lower-case hexadecimal.
+    /// Lower-case hexadecimal digits.
     pub(super) fn hex(self) -> String {
         match self {
             Self::Sha256(hasher) => hex(&hasher.finalize()),
@@ -295,7 +294,7 @@ mod tests {
         assert_eq!(ranges(&schedule), expected);
         covered(&schedule, &[Some(50), Some(10)]);
         assert!(schedule.unverified.is_empty());
-        // The ten bytes from 30 on wait for all before them.
+        // The ten bytes from 30 on wait for all bytes before them.
         assert_eq!(schedule.held, 10);
     }
 
@@ -308,7 +307,7 @@ mod tests {
 
     #[test]
     fn verification_over_the_memory_limit_drops_largest_files_first() {
-        // File 0 backwards holds three parts, file 1 one.
+        // File 0, read backwards, holds three parts, file 1 one.
         let mut parts: Vec<Part> = (0..4).rev().map(|i| part(0, i * MIB..(i + 1) * MIB)).collect();
         parts.extend([part(1, MIB..2 * MIB), part(1, 0..MIB)]);
         let sizes = [Some(4 * MIB), Some(2 * MIB)];

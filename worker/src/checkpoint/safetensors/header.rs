@@ -1,4 +1,4 @@
-//! Reading the header: every number in it is a claim to be checked.
+//! Parses the header. Every number in it is checked.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
@@ -14,13 +14,13 @@ use crate::checkpoint::stand_in;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 
-/// Longest header accepted, bytes; the reference library's limit.
+/// Maximum bytes of a header, the reference library's limit.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
-/// Bytes before the header: its length.
+/// Bytes of the header length.
 const PREFIX: u64 = 8;
 
-/// Longest name of a dtype; real ones have at most 12 characters.
+/// Maximum characters of a dtype's name. Existing ones have at most 12.
 const MAX_DTYPE_NAME: usize = 32;
 
 /// One tensor of a file.
@@ -32,16 +32,16 @@ pub struct HeaderTensor {
     pub dtype: StoredDtype,
     /// Dimensions, outermost first; empty for a scalar.
     pub shape: Vec<u64>,
-    /// Values from one index to the next, per dimension, where they do not lie in row-major order
-    /// without gaps; never so in safetensors.
+    /// Number of values between indices, per dimension, if they are not contiguous in row-major
+    /// order; always `None` in safetensors.
     pub strides: Option<Vec<u64>>,
     /// First byte, counted from the start of the file.
     pub offset: u64,
-    /// Bytes of its values, wherever they lie.
+    /// Bytes of its values, contiguous or not.
     pub len: u64,
 }
 
-/// A checked header: the tensors tile the file from the end of the header to its last byte.
+/// A checked header: the tensors cover the file from the end of the header to its last byte.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
     /// Tensors in the order of their bytes.
@@ -51,12 +51,12 @@ pub struct Header {
 }
 
 impl Header {
-    /// Bytes that must be read from the start of a file to have its whole header: 8 plus the
-    /// length they state.
+    /// Number of bytes from the start of a file that contain its whole header: 8 plus the stated
+    /// length.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: what [`stand_in::refuse`] knows; fewer than 8 bytes, a length over [`MAX_HEADER_BYTES`], or
-    /// beyond the end of the file.
+    /// Kind `Checkpoint`: a file refused by [`stand_in::refuse`]; fewer than 8 bytes; a length
+    /// over [`MAX_HEADER_BYTES`] or beyond the end of the file.
     pub fn bytes_needed(start: &[u8], file_len: u64) -> Result<u64> {
         stand_in::refuse(start)?;
         let Some(prefix) = start.first_chunk::<8>() else {
@@ -72,11 +72,11 @@ impl Header {
         Ok(PREFIX + len)
     }
 
-    /// Parses and checks the header at the `start` of a file of `file_len` bytes; bytes after the
-    /// header are not looked at.
+    /// Parses and checks the header at the `start` of a file of `file_len` bytes. Bytes after the
+    /// header are ignored.
     ///
     /// # Errors
-    /// Kind `Checkpoint`, saying which claim does not hold. The file's name is the caller's to add.
+    /// Kind `Checkpoint`, with the failed check. The caller adds the file's name.
     pub fn parse(start: &[u8], file_len: u64) -> Result<Self> {
         let data_start = Self::bytes_needed(start, file_len)?;
         let json = usize::try_from(data_start).ok().and_then(|end| start.get(PREFIX as usize..end));
@@ -90,16 +90,17 @@ impl Header {
         Ok(Self { tensors, metadata: raw.metadata })
     }
 
-    /// The tensor called `name`.
+    /// The tensor with this name.
     pub fn tensor(&self, name: &str) -> Option<&HeaderTensor> {
         self.tensors.iter().find(|tensor| tensor.name == name)
     }
 }
 
-/// Reads the header of `path` and next to nothing after it.
+/// Reads the header of the file at `path`.
 ///
 /// # Errors
-/// Kind `Storage` when the file cannot be read, `Checkpoint` when it is not a whole safetensors file; both name the file.
+/// Kind `Storage` if the file cannot be read, `Checkpoint` if it is not a complete safetensors
+/// file; both name the file.
 pub fn read_header(path: &Path) -> Result<Header> {
     let mut file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
@@ -111,7 +112,7 @@ pub fn read_header(path: &Path) -> Result<Header> {
     Header::parse(&start, file_len).map_err(named)
 }
 
-/// Appends at most `count` bytes; memory grows with what is there, not with what was promised.
+/// Appends at most `count` bytes. Memory grows with the bytes read, not with `count`.
 fn read_up_to(file: &mut File, count: u64, into: &mut Vec<u8>) -> std::io::Result<usize> {
     file.take(count).read_to_end(into)
 }
@@ -120,7 +121,7 @@ fn damaged(message: String) -> WorkerError {
     WorkerError::checkpoint(message).hint("the file is damaged or incomplete: fetch it again")
 }
 
-/// No gap, no overlap, nothing left over.
+/// Checks that there are no gaps, no overlaps and no remaining bytes.
 fn check_tiling(tensors: &[HeaderTensor], data_start: u64, file_len: u64) -> Result<()> {
     let mut end = data_start;
     for tensor in tensors {
@@ -172,7 +173,7 @@ impl RawTensor {
         let Some(count) = element_count(&shape) else {
             return Err(wrong(format!("its shape {shape:?} overflows")));
         };
-        // A type of unknown size cannot be checked; nothing reads it either.
+        // The length of an unsupported type cannot be checked, and nothing reads it.
         if let Some(size) = dtype.size()
             && count.checked_mul(size) != Some(len)
         {
@@ -182,7 +183,7 @@ impl RawTensor {
     }
 }
 
-/// The JSON object, duplicates refused: a map would silently keep the last of two claims.
+/// The JSON object. Duplicate keys are refused, since a map would silently keep the last.
 #[derive(Default)]
 struct RawHeader {
     tensors: Vec<RawTensor>,
@@ -197,7 +198,7 @@ impl RawHeader {
     }
 }
 
-/// serde quotes unexpected strings as they are; a hostile one must not reach a terminal.
+/// serde quotes unexpected strings verbatim, so they are sanitised for terminals.
 fn plain(error: &serde_json::Error) -> String {
     error.to_string().chars().filter(|c| !c.is_control()).take(300).collect()
 }

@@ -1,4 +1,4 @@
-//! Writing a file whose shapes are known and whose values arrive in any order.
+//! Writes a safetensors file with known shapes and values that arrive in any order.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use super::{StoredDtype, element_count, shown};
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{part_path, put_in_place};
 
-/// A tensor to be written.
+/// A tensor to write.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
     /// Name, unique in the file.
@@ -24,7 +24,7 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
-    /// A tensor called `name`.
+    /// A tensor with this name.
     pub fn new(name: impl Into<String>, dtype: StoredDtype, shape: &[u64]) -> Self {
         Self { name: name.into(), dtype, shape: shape.to_vec() }
     }
@@ -34,16 +34,16 @@ impl TensorSpec {
     }
 }
 
-/// Where a tensor's bytes go.
+/// Location of a tensor's bytes in the file.
 struct TensorSlot {
     offset: u64,
     len: u64,
     row_bytes: u64,
 }
 
-/// A safetensors file under construction. Values go to their place as they come, from any thread;
-/// memory use does not grow with the file. The file appears under its name only when
-/// [`finish`](Writer::finish) has seen every byte.
+/// A safetensors file under construction. Values are written at their offsets from any thread;
+/// memory does not grow with the file. [`finish`](Writer::finish) renames the file when all bytes
+/// are written.
 pub struct Writer {
     file: File,
     part: PathBuf,
@@ -53,11 +53,12 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Starts `target` with all of `tensors`, laid out by alignment and name as the reference
-    /// library does.
+    /// Creates a temporary file for `target` with all `tensors`, ordered by alignment and name as
+    /// in the reference library.
     ///
     /// # Errors
-    /// Kind `Internal` for a duplicate name, a type of unknown size or an overflowing shape; `Storage` for the file.
+    /// Kind `Internal` for a duplicate name, a type of unknown size or an overflowing shape;
+    /// `Storage` for file errors.
     pub fn create(target: &Path, tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Self> {
         let (header, places, end) = layout(tensors, metadata)?;
         let part = part_path(target);
@@ -70,11 +71,11 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Writes `bytes` (little-endian values) at `offset` bytes into the tensor. Every byte is to
-    /// be written once.
+    /// Writes `bytes` (little-endian values) at byte `offset` of the tensor. Every byte must be
+    /// written exactly once.
     ///
     /// # Errors
-    /// Kind `Internal` for an unknown tensor or bytes beyond its end; `Storage` for the file.
+    /// Kind `Internal` for an unknown tensor or bytes beyond its end; `Storage` for file errors.
     pub fn write(&self, tensor: &str, offset: u64, bytes: &[u8]) -> Result<()> {
         let place = self.place(tensor)?;
         let len = bytes.len() as u64;
@@ -93,7 +94,7 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes whole rows (slices along the first dimension) from row `first` on.
+    /// Writes whole rows (slices along the first dimension) starting at row `first`.
     ///
     /// # Errors
     /// As [`write`](Writer::write).
@@ -102,10 +103,10 @@ impl Writer {
         self.write(tensor, first.saturating_mul(row_bytes), bytes)
     }
 
-    /// Puts the file in its place: synced to disk, then renamed.
+    /// Syncs the file and renames it to its target.
     ///
     /// # Errors
-    /// Kind `Internal` when bytes are missing; `Storage` for the file.
+    /// Kind `Internal` if bytes are missing; `Storage` for file errors.
     pub fn finish(self) -> Result<()> {
         let missing = self.missing.load(Ordering::Relaxed);
         if missing != 0 {
@@ -121,20 +122,19 @@ impl Writer {
     }
 }
 
-/// An abandoned file leaves nothing behind; after the rename there is nothing of that name to
-/// remove.
+/// Removes the temporary file of an abandoned writer. After the rename it no longer exists.
 impl Drop for Writer {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.part);
     }
 }
 
-/// Header bytes (with their length prefix), places by name, and the length of the file.
+/// Header bytes (with length prefix), slots by name, and the length of the file.
 type Layout = (Vec<u8>, BTreeMap<String, TensorSlot>, u64);
 
 fn layout(tensors: &[TensorSpec], metadata: &BTreeMap<String, String>) -> Result<Layout> {
     let mut order: Vec<&TensorSpec> = tensors.iter().collect();
-    // Widest type first keeps every tensor aligned to its type.
+    // Wide types come first, which aligns all tensors.
     order.sort_by(|a, b| (b.dtype.size(), &a.name).cmp(&(a.dtype.size(), &b.name)));
     let mut object = Map::new();
     if !metadata.is_empty() {
@@ -168,7 +168,7 @@ fn span(tensor: &TensorSpec) -> Result<u64> {
     tensor.bytes().ok_or_else(impossible)
 }
 
-/// Length prefix and JSON, padded with spaces so that the data starts on a multiple of 8.
+/// Length prefix and JSON, padded with spaces so that data starts at a multiple of 8.
 fn header_bytes(object: Map<String, Value>) -> Vec<u8> {
     let mut json = Value::Object(object).to_string().into_bytes();
     json.resize(json.len().next_multiple_of(8), b' ');

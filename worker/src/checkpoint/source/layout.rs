@@ -1,7 +1,7 @@
-//! Which files of a repository make the checkpoint. Repositories carry copies in other formats
-//! beside each other (`original/`, TensorFlow, Flax, pickles beside safetensors): exactly one set
-//! of weights and one tokenizer is used, and only they are fetched. The weights are those that
-//! transformers reads, since every result is compared with its own.
+//! Chooses the files of a checkpoint. Repositories contain copies in several formats (`original/`,
+//! TensorFlow, Flax, pickles beside safetensors). Exactly one set of weights and one tokenizer is
+//! used and fetched. The weights are those that transformers reads, since results are compared
+//! with its own.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,25 +17,25 @@ use crate::error::{Result, WorkerError, listed};
 
 /// The configuration of a checkpoint.
 pub const CONFIG_FILE: &str = "config.json";
-/// A whole tokenizer, in the form of the `tokenizers` library.
+/// A complete tokenizer in the format of the `tokenizers` library.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// What the tokenizer's Python class adds to it.
+/// Settings of the tokenizer's Python class.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
-/// Older repositories name their special tokens here.
+/// Special tokens in older repositories.
 pub(crate) const SPECIAL_TOKENS_FILE: &str = "special_tokens_map.json";
-/// Older repositories number here the tokens that are not in their vocabulary.
+/// Tokens outside the vocabulary in older repositories, with their ids.
 pub(crate) const ADDED_TOKENS_FILE: &str = "added_tokens.json";
-/// Files that say how a tokenizer is used; none of them need exist.
+/// Optional files with tokenizer settings.
 pub(crate) const TOKENIZER_SETTINGS: [&str; 3] = [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE];
-/// The list of safetensors shards.
+/// The index of safetensors shards.
 pub const INDEX_FILE: &str = Container::Safetensors.index_file();
-/// The only weight file of a safetensors checkpoint without an index.
+/// The weight file of a safetensors checkpoint without an index.
 pub const SINGLE_FILE: &str = Container::Safetensors.single_file();
 
-/// The configuration's key for the name of the weight file or index.
+/// The configuration's key for the weight file or index.
 const WEIGHTS_KEY: &str = "transformers_weights";
 
-/// How weights are stored.
+/// Container of weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Container {
     /// `model.safetensors`, whole or in shards.
@@ -45,10 +45,10 @@ pub enum Container {
 }
 
 impl Container {
-    /// In the order of preference.
+    /// In order of preference.
     const ALL: [Self; 2] = [Self::Safetensors, Self::Torch];
 
-    /// The list of shards.
+    /// Name of the index of shards.
     pub const fn index_file(self) -> &'static str {
         match self {
             Self::Safetensors => "model.safetensors.index.json",
@@ -56,7 +56,7 @@ impl Container {
         }
     }
 
-    /// The only weight file of a checkpoint without an index.
+    /// Name of the weight file of a checkpoint without an index.
     pub const fn single_file(self) -> &'static str {
         match self {
             Self::Safetensors => "model.safetensors",
@@ -64,12 +64,12 @@ impl Container {
         }
     }
 
-    /// How a file of this name stores weights.
+    /// The container of a file by its name.
     pub(crate) fn of(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|container| name.ends_with(container.extension()))
     }
 
-    /// Ending of its file names.
+    /// Extension of its file names.
     const fn extension(self) -> &'static str {
         match self {
             Self::Safetensors => ".safetensors",
@@ -77,7 +77,7 @@ impl Container {
         }
     }
 
-    /// The checked tensors of one file on disk; no weights are read.
+    /// Reads the checked tensors of a file on disk, without weights.
     pub(super) fn read_tensors(self, path: &Path) -> Result<Vec<HeaderTensor>> {
         match self {
             Self::Safetensors => Ok(read_header(path)?.tensors),
@@ -88,23 +88,23 @@ impl Container {
 
 /// A folder or a repository.
 pub(crate) struct Location<'a> {
-    /// What it is called in messages.
+    /// Its name in messages.
     pub(crate) name: &'a dyn fmt::Display,
     /// Whether it has a file of this name.
     pub(crate) has: &'a dyn Fn(&str) -> bool,
-    /// The bytes of a small file that it has.
+    /// Reads a small file.
     pub(crate) read: &'a dyn Fn(&str) -> Result<Vec<u8>>,
 }
 
-/// The file that decides for a set of weights: an index of shards, or the only file.
+/// The file that determines a set of weights: an index of shards, or a single file.
 struct Chosen {
     container: Container,
     file: String,
 }
 
 impl Chosen {
-    /// What transformers would read: the file that the configuration names, else the first of its
-    /// own that is there.
+    /// The file that transformers would read: the one named in the configuration, else the first
+    /// existing default.
     fn find(place: &Location<'_>) -> Result<Self> {
         match Self::named(place)? {
             Some(named) => Ok(named),
@@ -112,14 +112,15 @@ impl Chosen {
         }
     }
 
-    /// Safetensors before pickles, and of each the only file before the index, whatever that says.
+    /// Safetensors before pickles, and for each the single file before the index, whatever its
+    /// content.
     fn in_order() -> impl Iterator<Item = Self> {
         let files = |container: Container| [container.single_file(), container.index_file()].map(|f| (container, f));
         let all = Container::ALL.into_iter().flat_map(files);
         all.map(|(container, file)| Self { container, file: file.to_owned() })
     }
 
-    /// The file under the configuration's key for it.
+    /// The file named in the configuration.
     fn named(place: &Location<'_>) -> Result<Option<Self>> {
         if !(place.has)(CONFIG_FILE) {
             return Ok(None);
@@ -142,7 +143,7 @@ impl Chosen {
         Ok(Some(Self { container: Container::Safetensors, file: file.to_owned() }))
     }
 
-    /// The index, if the file is one.
+    /// The parsed index, if the file is one.
     fn index(&self, place: &Location<'_>) -> Result<Option<WeightMap>> {
         if !is_index(&self.file) {
             return Ok(None);
@@ -151,13 +152,13 @@ impl Chosen {
         map.map(Some).map_err(|error| error.context(place.name))
     }
 
-    /// Whether all its files are there.
+    /// Whether all its files exist.
     fn is_whole(&self, place: &Location<'_>) -> bool {
         let whole = |map: Option<WeightMap>| map.is_none_or(|map| map.files().iter().all(|file| (place.has)(file)));
         (place.has)(&self.file) && self.index(place).is_ok_and(whole)
     }
 
-    /// What is to be said of an index that lies beside the only file and names others.
+    /// A note about an index that lies beside the single file and names other files.
     fn unread_index(&self, place: &Location<'_>) -> Option<String> {
         let (file, index) = (&self.file, self.container.index_file());
         if file != self.container.single_file() || !(place.has)(index) {
@@ -185,21 +186,22 @@ fn is_index(name: &str) -> bool {
     name.ends_with(".index.json")
 }
 
-/// Whether transformers takes a file of this name for one process's part:
+/// Whether transformers takes a file of this name for one process's slice:
+/// `shard-00000-model-00001-of-00002.safetensors`.
 /// `shard-00000-model-00001-of-00002.safetensors`.
 pub(super) fn is_distributed(name: &str) -> bool {
     let pattern = |byte: u8| if byte.is_ascii_digit() { b'0' } else { byte };
     name.bytes().map(pattern).eq(*b"shard-00000-model-00000-of-00000.safetensors")
 }
 
-/// Nothing to choose from.
+/// The error if there are no weights.
 fn no_weights(place: &Location<'_>) -> WorkerError {
     let files = Container::ALL.map(|c| format!("{} nor {}", c.single_file(), c.index_file()));
     WorkerError::checkpoint(format!("{} has no weights: neither {}", place.name, files.join(" nor ")))
         .hint("choose a revision with safetensors or pytorch_model.bin weights: other formats are not read")
 }
 
-/// Shards that an index names and nobody has.
+/// The error if shards of the index are missing.
 fn missing_shards(place: &Location<'_>, chosen: &Chosen, missing: Vec<&String>) -> WorkerError {
     let index = &chosen.file;
     let message = format!("{index} names files that {} does not have: {}", place.name, listed(missing));
@@ -215,16 +217,16 @@ fn missing_shards(place: &Location<'_>, chosen: &Chosen, missing: Vec<&String>) 
 /// The files of one set of weights.
 pub(crate) struct WeightFiles {
     pub(crate) container: Container,
-    /// Plain names, ascending.
+    /// Plain file names, ascending.
     pub(crate) names: Vec<String>,
-    /// The index, where there is one.
+    /// The index, if there is one.
     pub(crate) map: Option<WeightMap>,
-    /// What whoever reads the results should know of the choice.
+    /// Notes on the choice, for readers of the results.
     pub(crate) notes: Vec<String>,
 }
 
 impl WeightFiles {
-    /// The files that transformers would read, all of them there.
+    /// The files that transformers would read, all of which exist.
     pub(crate) fn find(place: &Location<'_>) -> Result<Self> {
         let chosen = Chosen::find(place)?;
         let container = chosen.container;
@@ -241,31 +243,31 @@ impl WeightFiles {
     }
 }
 
-/// An index: which tensor is in which file.
+/// An index: the file of each tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WeightMap {
-    /// Name of the index itself.
+    /// File name of the index.
     index: String,
     files: BTreeMap<String, String>,
 }
 
-/// The part of the index that matters.
+/// The used part of the index.
 #[derive(Deserialize)]
 struct Wire {
     weight_map: BTreeMap<String, String>,
 }
 
 impl WeightMap {
-    /// Parses an index. Every file it names must be a plain name with the container's ending;
-    /// nothing else is read from the names, since publishers number their shards as they please.
+    /// Parses an index. Every file must be a plain name with the container's extension. Nothing
+    /// else is derived from the names, since publishers number shards differently.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: not JSON of that form, empty, or a name that is a path.
+    /// Kind `Checkpoint`: not valid JSON of this format, empty, or a name that is a path.
     pub fn parse(bytes: &[u8], container: Container) -> Result<Self> {
         Self::named(container.index_file(), bytes, container)
     }
 
-    /// The same of an index with a name of its own.
+    /// As [`parse`](Self::parse) for an index with another name.
     fn named(index: &str, bytes: &[u8], container: Container) -> Result<Self> {
         let extension = container.extension();
         let Wire { weight_map: files } = serde_json::from_slice(bytes).map_err(|e| bad_json(index, &e))?;
@@ -281,12 +283,12 @@ impl WeightMap {
         }
     }
 
-    /// Name of the index itself.
+    /// File name of the index.
     pub fn index_file(&self) -> &str {
         &self.index
     }
 
-    /// The file in which it puts a tensor.
+    /// The file of a tensor by the index.
     pub(super) fn file_of(&self, tensor: &str) -> Option<&str> {
         self.files.get(tensor).map(String::as_str)
     }
@@ -296,7 +298,7 @@ impl WeightMap {
         self.files.iter().map(|(tensor, file)| (tensor.as_str(), file.as_str()))
     }
 
-    /// The files it names, ascending, each once.
+    /// The files of the index, ascending, each once.
     pub fn files(&self) -> Vec<String> {
         let mut files: Vec<String> = self.files.values().cloned().collect();
         files.sort();
@@ -305,12 +307,12 @@ impl WeightMap {
     }
 }
 
-/// The forms in which tokenizers are published, in the order of preference.
+/// Published tokenizer formats, in order of preference.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TokenizerFiles {
     /// `tokenizer.json`.
     Json,
-    /// `vocab.json` and `merges.txt`: byte-level BPE as GPT-2's (OPT).
+    /// `vocab.json` and `merges.txt`: byte-level BPE like GPT-2's (OPT).
     VocabAndMerges,
     /// `tiktoken.model` (Kimi).
     Tiktoken,
@@ -319,7 +321,7 @@ pub enum TokenizerFiles {
 impl TokenizerFiles {
     const ALL: [Self; 3] = [Self::Json, Self::VocabAndMerges, Self::Tiktoken];
 
-    /// The best form of which all files are there.
+    /// The preferred format with all files present.
     pub fn choose(exists: impl Fn(&str) -> bool) -> Option<Self> {
         Self::ALL.into_iter().find(|form| form.names().iter().all(|name| exists(name)))
     }

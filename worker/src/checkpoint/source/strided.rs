@@ -1,5 +1,4 @@
-//! Tensors whose values do not lie one after another: transposed matrices, every other column, one
-//! row for all.
+//! Reads tensors that are not contiguous: transposed matrices, every other column, a repeated row.
 
 use std::ops::Range;
 
@@ -7,26 +6,26 @@ use super::TensorEntry;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Fills a buffer with the bytes of a file from an offset on.
+/// Fills a buffer with bytes of a file from an offset.
 pub(super) type ReadAt<'a> = &'a dyn Fn(u64, &mut [u8]) -> Result<()>;
 
-/// Most bytes that are read at once, those between the wanted values included.
+/// Maximum bytes per read, those between the wanted values included.
 const CHUNK: u64 = 1 << 20;
 
 /// A dimension, in values.
 #[derive(Clone, Copy)]
 struct Dim {
     count: u64,
-    /// From one index to the next in the file.
+    /// Distance between indices in the file.
     stride: u64,
-    /// From one index to the next in row-major order.
+    /// Distance between indices in row-major order.
     step: u64,
 }
 
 /// Fills `into` with the bytes `range` of a tensor's values in row-major order.
 ///
 /// # Errors
-/// Kind `Internal`: the range cuts a value; else the reader's.
+/// Kind `Internal`: the range splits a value; else errors of the reader.
 pub(super) fn gather(
     entry: &TensorEntry,
     strides: &[u64],
@@ -46,7 +45,7 @@ pub(super) fn gather(
     let inner = dims.remove(innermost(&dims));
     let mut chunk = Vec::new();
     for (ordinal, place) in starts(&dims) {
-        // Of the values along the innermost dimension, those that are wanted.
+        // The wanted values along the innermost dimension.
         let (ordinal, place) = (start.step + ordinal, start.stride + place);
         let first = wanted.start.saturating_sub(ordinal).div_ceil(inner.step);
         let end = wanted.end.saturating_sub(ordinal).div_ceil(inner.step).min(inner.count);
@@ -65,8 +64,8 @@ pub(super) fn gather(
     Ok(())
 }
 
-/// The dimensions, the first of them cut to the rows that hold the wanted values, and where those
-/// rows begin.
+/// The dimensions, the first limited to the rows with wanted values, and the index of the first
+/// such row.
 fn dims(shape: &[u64], strides: &[u64], wanted: &Range<u64>) -> (Vec<Dim>, Dim) {
     let mut step = 1;
     let dim = |(&count, &stride): (&u64, &u64)| {
@@ -82,13 +81,14 @@ fn dims(shape: &[u64], strides: &[u64], wanted: &Range<u64>) -> (Vec<Dim>, Dim) 
     (dims, Dim { count: 1, stride: rows.start * stride, step: rows.start * step })
 }
 
-/// The dimension along which neighbours are nearest in the file.
+/// The dimension with the smallest distance in the file.
 fn innermost(dims: &[Dim]) -> usize {
     let apart = (0..dims.len()).filter(|&i| dims[i].count > 1 && dims[i].stride > 0);
     apart.min_by_key(|&i| dims[i].stride).unwrap_or(dims.len() - 1)
 }
 
-/// Where the values begin that differ in no other dimension: in row-major order, and in the file.
+/// Positions, in row-major order and in the file, of the first value of each run along the
+/// innermost dimension.
 fn starts(dims: &[Dim]) -> impl Iterator<Item = (u64, u64)> {
     let total: u64 = dims.iter().map(|dim| dim.count).product();
     (0..total).map(|number| {

@@ -1,9 +1,9 @@
-//! Weights that nobody trained: the tensors that a configuration asks for, in their published
-//! names, shapes and dtypes, with numbers made when they are read. What a run costs depends on
-//! them in nothing but their size.
+//! Synthetic weights: the tensors of a configuration with their published names, shapes and
+//! dtypes, and values generated on reading. Cost and memory of a run are those of real weights.
 //!
-//! A number's sign and mantissa are noise, its exponent is fixed, so that activations keep a sane
-//! scale through the layers, no format overflows, and making weights is as fast as writing them.
+//! Sign and mantissa of a number are noise, its exponent is fixed. Activations therefore keep a
+//! sane scale through the layers, no format overflows, and generating weights is as fast as
+//! writing them.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -22,16 +22,16 @@ use crate::model::arch::{self, Architecture, Nvfp4Layout, Quantisation};
 use crate::model::decoder::{Need, Role};
 use crate::noise::{mix, name_hash};
 
-/// Bytes a thread makes at a time, a multiple of a word.
+/// Bytes that a thread generates at a time, a multiple of a word.
 const TASK: usize = 1 << 16;
-/// Root mean square of numbers of magnitude 1 to 2.
+/// Root mean square of numbers with magnitude 1 to 2.
 const SPREAD: f64 = 1.53;
 /// Root mean square of all codes of e2m1.
 const SPREAD_OF_E2M1: f64 = 2.93;
-/// Root mean square of the whole numbers from -8 to 7.
+/// Root mean square of the integers from -8 to 7.
 const SPREAD_OF_INT4: f64 = 4.64;
 
-/// Weights by configuration and seed.
+/// Weights of a configuration and seed.
 pub struct SyntheticSource {
     index: TensorIndex,
     made: BTreeMap<String, Made>,
@@ -40,10 +40,10 @@ pub struct SyntheticSource {
 }
 
 impl SyntheticSource {
-    /// All tensors that a pass of the model reads.
+    /// The tensors that a pass of the model reads.
     ///
     /// # Errors
-    /// The configuration's: an unknown architecture, a switch that cannot be computed.
+    /// Errors of the configuration: an unknown architecture, an unsupported setting.
     pub fn new(config: &Value, seed: u64) -> Result<Self> {
         let architecture = arch::read(config)?;
         let layout = Layout { plain: plain_dtype(config, architecture.quantisation), architecture };
@@ -53,7 +53,7 @@ impl SyntheticSource {
         for (layer, need) in layout.architecture.spec.needs() {
             for (name, shape, kind) in layout.tensors(layer, &need) {
                 if made.contains_key(&name) {
-                    // Experts of one stacked tensor.
+                    // Another expert of the same stacked tensor.
                     continue;
                 }
                 let size = kind.dtype.size().ok_or_else(|| WorkerError::internal("a dtype without a size"))?;
@@ -91,7 +91,7 @@ impl WeightSource for SyntheticSource {
     }
 }
 
-/// What floats that are not quantised are stored as.
+/// Stored dtype of floats that are not quantised.
 fn plain_dtype(config: &Value, quantisation: Option<Quantisation>) -> StoredDtype {
     let places = [config, &config["text_config"]];
     let named = places.iter().flat_map(|config| [&config["torch_dtype"], &config["dtype"]]).find_map(Value::as_str);
@@ -99,7 +99,7 @@ fn plain_dtype(config: &Value, quantisation: Option<Quantisation>) -> StoredDtyp
         Some("bfloat16") => StoredDtype::BF16,
         Some("float16") => StoredDtype::F16,
         Some("float32") => StoredDtype::F32,
-        // Older configurations do not say, nor do gpt-oss's.
+        // Older configurations, and gpt-oss's, do not contain the dtype.
         _ => {
             if quantisation.is_some() {
                 StoredDtype::BF16
@@ -110,7 +110,7 @@ fn plain_dtype(config: &Value, quantisation: Option<Quantisation>) -> StoredDtyp
     }
 }
 
-/// How a tensor's numbers are made: eight bytes at a time, some bits noise and the others fixed.
+/// Generator of a tensor's bytes: words of eight bytes, with random and fixed bits.
 struct Made {
     dtype: StoredDtype,
     noise: u64,
@@ -118,7 +118,7 @@ struct Made {
 }
 
 impl Made {
-    /// Floats of magnitude 2^exponent to twice that.
+    /// Floats with magnitudes from 2^exponent to 2^(exponent + 1).
     fn floats(dtype: &StoredDtype, signed: bool, exponent: i32) -> Self {
         let (bits, mantissa, bias) = match dtype {
             StoredDtype::F32 => (32, 23, 127),
@@ -127,23 +127,23 @@ impl Made {
             _ => (16, 7, 127),
         };
         let sign = if signed { 1u64 << (bits - 1) } else { 0 };
-        // The smallest normal number at least; the largest exponents would be infinite or NaN.
+        // At least the smallest normal number. The largest exponents would be infinite or NaN.
         let exponent = (exponent + bias).clamp(1, 2 * bias) as u64;
         let (noise, fixed) = (sign | ((1 << mantissa) - 1), exponent << mantissa);
         Self { dtype: dtype.clone(), noise: repeated(noise, bits), fixed: repeated(fixed, bits) }
     }
 
-    /// Two codes of 4 bits per byte.
+    /// Two 4-bit codes per byte.
     fn codes(dtype: StoredDtype) -> Self {
         Self { dtype, noise: u64::MAX, fixed: 0 }
     }
 
-    /// The same 8 bytes over and over.
+    /// Eight constant bytes, repeated.
     fn constant(dtype: StoredDtype, word: u64) -> Self {
         Self { dtype, noise: 0, fixed: word }
     }
 
-    /// Powers of two, as MXFP4 stores them.
+    /// A power of two, as stored by MXFP4.
     fn power(exponent: i32) -> Self {
         Self { dtype: StoredDtype::U8, noise: 0, fixed: repeated((127 + exponent).clamp(1, 254) as u64, 8) }
     }
@@ -153,7 +153,7 @@ impl Made {
         (mix(key.wrapping_add(index)) & self.noise | self.fixed).to_le_bytes()
     }
 
-    /// The tensor's bytes from `start` on.
+    /// Writes the tensor's bytes from `start` on.
     fn fill(&self, key: u64, start: u64, into: &mut [u8]) {
         let skip = (start % 8) as usize;
         let (head, body) = into.split_at_mut(((8 - skip) % 8).min(into.len()));
@@ -168,24 +168,24 @@ impl Made {
     }
 }
 
-/// A number of `bits` bits in all places of a word.
+/// A word with `number` repeated in fields of `bits` bits.
 fn repeated(number: u64, bits: u32) -> u64 {
     (0..64 / bits).fold(0, |word, i| word | number << (i * bits))
 }
 
-/// The exponent at which numbers that are `spread` wide have the root mean square `target`.
+/// The exponent for the root mean square `target` of numbers with the root mean square `spread`.
 fn exponent(target: f64, spread: f64) -> i32 {
     (target / spread).log2().round() as i32
 }
 
-/// What is stored for each need.
+/// Stored tensors of each need.
 struct Layout {
     architecture: Architecture,
     plain: StoredDtype,
 }
 
 impl Layout {
-    /// Name, shape and content of the tensors that hold a need: one, or codes and scales.
+    /// Name, shape and generator of the tensors of a need: one tensor, or codes and scales.
     fn tensors(&self, layer: usize, need: &Need) -> Vec<(String, Vec<u64>, Made)> {
         let Architecture { names, spec, quantisation, .. } = &self.architecture;
         let name = names.of(names.bases[0], layer, need.role, need.expert);
@@ -211,7 +211,7 @@ impl Layout {
                     (format!("{name}_scale_inv"), tiles, scales),
                 ];
             }
-            // Of Kimi's checkpoints the experts.
+            // Kimi's checkpoints quantise only experts.
             Some(Quantisation::Int4 { group }) if need.expert.is_some() && stack.is_none() => {
                 let scales = Made::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
                 let sides = Made::constant(StoredDtype::I32, shape[0] as u64 | ((shape[1] as u64) << 32));
@@ -245,12 +245,12 @@ impl Layout {
     }
 }
 
-/// DeepSeek's checkpoints quantise every matrix but these.
+/// Whether DeepSeek's checkpoints quantise this matrix.
 fn is_fp8(need: &Need) -> bool {
     need.shape.len() == 2 && !matches!(need.role, Role::Embedding | Role::Head | Role::Router)
 }
 
-/// Gains, and the logarithms of decays.
+/// Whether values are positive: gains, and logarithms of decays.
 fn is_positive(role: Role) -> bool {
     use Role::{
         BesidePostNorm, DeltaDecay, DeltaNorm, ExpertScale, ExpertsNorm, ExpertsPostNorm, FfnNorm, FfnPostNorm,
@@ -263,7 +263,7 @@ fn is_positive(role: Role) -> bool {
     norms.contains(&role) || inner.contains(&role) || of_mixtures.contains(&role)
 }
 
-/// Root mean square that keeps a block's output as wide as its input.
+/// Root mean square that preserves the scale of a block's input in its output.
 fn scale(need: &Need) -> f64 {
     match (need.role, &need.shape[..]) {
         (Role::Embedding, _) => 0.7,
@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(whole, bytes(&llama("bfloat16"), name, 0..100 * 64 * 2));
     }
 
-    /// Stored bytes to numbers.
+    /// Converts stored bytes to numbers.
     type Widen = fn(&[u8]) -> Vec<f64>;
 
     /// Mean and root mean square of a matrix.

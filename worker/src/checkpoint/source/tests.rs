@@ -23,7 +23,7 @@ fn index(folder: &Path, map: &[(&str, &str)]) {
     fs::write(folder.join(INDEX_FILE), json!({"metadata": {"total_size": 1}, "weight_map": map}).to_string()).unwrap();
 }
 
-/// A folder with two oddly named shards and a file that the index does not name.
+/// A folder with two unusually named shards and a file that the index does not name.
 fn two_shards() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), r#"{"model_type":"x"}"#).unwrap();
@@ -79,7 +79,7 @@ fn single_file_needs_no_index() {
     assert!(Checkpoint::open_folder(dir.path()).unwrap().weights.entry("a").is_some());
 }
 
-/// A folder as OPT's: no safetensors, and copies for TensorFlow and Flax.
+/// A folder like OPT's: no safetensors, and copies for TensorFlow and Flax.
 fn pickled() -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(CONFIG_FILE), "{}").unwrap();
@@ -160,7 +160,7 @@ fn trap_2_of_several_copies_exactly_one_is_used() {
     }
     assert_eq!(used(), ["pytorch_model.bin"]);
     fs::remove_file(dir.path().join("pytorch_model.bin")).unwrap();
-    // Each of these is preferred to all before it.
+    // Each of these has priority over those before it.
     fs::copy(testdata("second.bin"), dir.path().join("shard.bin")).unwrap();
     let map = json!({"weight_map": {"second": "shard.bin"}}).to_string();
     fs::write(dir.path().join(Container::Torch.index_file()), map).unwrap();
@@ -188,7 +188,7 @@ fn slices_preferred_by_transformers_are_refused() {
     );
 }
 
-/// The names of the files used, and what is said of the choice.
+/// The names of the used files, and the notes on the choice.
 fn choice(folder: &Path) -> (Vec<String>, Vec<String>) {
     let weights = Checkpoint::open_folder(folder).unwrap().weights;
     (weights.files().iter().map(|file| file.name.clone()).collect(), weights.notes().to_vec())
@@ -252,8 +252,8 @@ fn config_can_name_the_weight_file() {
     }
 }
 
-/// DeepSeek, Kimi, gpt-oss, and a shard that is alone but says otherwise: the index is believed,
-/// the names are not read.
+/// DeepSeek, Kimi, gpt-oss, and a single shard with a misleading name: the index decides, not the
+/// names.
 #[test]
 fn trap_3_numbers_in_file_names_are_ignored() {
     for names in [
@@ -315,7 +315,7 @@ fn missing_shards_are_named_and_counted_and_complete_formats_named() {
         "gone-1.safetensors, gone-2.safetensors, gone-3.safetensors, gone-4.safetensors, gone-5.safetensors and 3 more";
     assert!(error.message().ends_with(&format!("does not have: {gone}")), "{error}");
     assert!(error.hint_text().unwrap().contains("choose another revision"));
-    // A second index is no help while its own shards are missing.
+    // A second index does not help if its shards are missing, too.
     let torch_index = dir.path().join(Container::Torch.index_file());
     fs::write(&torch_index, json!({"weight_map": {"second": "second.bin"}}).to_string()).unwrap();
     assert!(refused(dir.path()).hint_text().unwrap().contains("choose another revision"));
@@ -363,15 +363,14 @@ fn indexed_but_absent_tensors_are_counted() {
 const FIRST: &str = "model-1-of-61.safetensors";
 const SECOND: &str = "model-2-of-61.safetensors";
 
-/// Files that both hold `a`, of different lengths.
+/// Files that both contain `a`, with different lengths.
 fn overlapping() -> tempfile::TempDir {
     let dir = two_shards();
     shard(dir.path(), SECOND, &[("a", 9), ("c", 1)]);
     dir
 }
 
-/// As transformers reads them: file after file in the order of their names, the index telling only
-/// which.
+/// As in transformers: files are read in order of their names; the index only lists them.
 #[test]
 fn last_file_wins_for_a_tensor_in_two_files() {
     let dir = overlapping();

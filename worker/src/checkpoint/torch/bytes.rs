@@ -1,6 +1,6 @@
-//! Little-endian numbers off the front of a byte slice.
+//! Reads little-endian numbers from the front of a byte slice.
 
-/// What is left to read; every method takes from the front, or returns `None` and takes nothing.
+/// The unread bytes. Methods take from the front, or return `None` and take nothing.
 #[derive(Clone, Copy)]
 pub(super) struct Bytes<'a>(pub(super) &'a [u8]);
 
@@ -37,7 +37,7 @@ impl<'a> Bytes<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// As many bytes as the number says that `len` reads off the front.
+    /// Takes the number of bytes that `len` reads from the front.
     pub(super) fn after(&mut self, len: impl FnOnce(&mut Self) -> Option<u64>) -> Option<&'a [u8]> {
         let mut rest = *self;
         let len = usize::try_from(len(&mut rest)?).ok()?;
@@ -46,7 +46,7 @@ impl<'a> Bytes<'a> {
         Some(taken)
     }
 
-    /// Up to the next line feed, which is taken too.
+    /// Takes the bytes up to the next line feed, which is removed as well.
     pub(super) fn line(&mut self) -> Option<&'a [u8]> {
         let end = self.0.iter().position(|byte| *byte == b'\n')?;
         let line = self.take(end)?;

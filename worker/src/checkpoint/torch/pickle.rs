@@ -1,10 +1,10 @@
-//! A pickle machine that knows tensors and nothing else.
+//! A pickle machine for tensors only.
 //!
 //! Pickles are programs for a stack machine whose dangerous instructions name Python functions and
-//! call them. This one knows the few names that a dictionary of tensors needs and refuses every
-//! other by name; nothing is ever called. Values that hold others are kept in tables and referred
-//! to by number, so that remembering and nesting, which a hostile pickle can do a million times
-//! over, cost one number each.
+//! call them. This machine accepts only the names that a dictionary of tensors needs, refuses all
+//! others by name, and calls nothing. Compound values are stored in tables and referred to by
+//! index, so that memoising and nesting, which a malicious pickle can repeat a million times, cost
+//! one number each.
 
 use std::collections::HashMap;
 
@@ -13,16 +13,16 @@ use super::damaged;
 use crate::checkpoint::safetensors::{StoredDtype, shown};
 use crate::error::{Result, WorkerError};
 
-/// Most dimensions of a tensor.
+/// Maximum dimensions of a tensor.
 const MAX_RANK: usize = 16;
-/// Longest name of a storage; real ones are numbers.
+/// Maximum characters of a storage's name. Real ones are numbers.
 const MAX_KEY: usize = 64;
-/// Arguments of the function that takes most.
+/// Maximum arguments of a function.
 const MAX_ARGUMENTS: usize = 8;
-/// Newest version of the instructions.
+/// Newest supported protocol.
 const LAST_PROTOCOL: u8 = 5;
 
-/// How values are stored: what safetensors calls it, and bytes per value.
+/// An element type: its safetensors name, and bytes per value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Element {
     pub(super) name: &'static str,
@@ -30,14 +30,13 @@ pub(super) struct Element {
 }
 
 impl Element {
-    /// The same as a type of this program, if it knows it.
+    /// The type as a [`StoredDtype`].
     pub(super) fn dtype(self) -> StoredDtype {
         StoredDtype::from_name(self.name)
     }
 }
 
-/// PyTorch's names for storages of one type and for the type. Newer types have no storages of
-/// their own.
+/// PyTorch's names of typed storages and of their types. Newer types have no typed storage.
 #[rustfmt::skip]
 static ELEMENTS: [(&str, &str, Element); 25] = [
     ("DoubleStorage", "float64", Element { name: "F64", size: 8 }),
@@ -67,8 +66,7 @@ static ELEMENTS: [(&str, &str, Element); 25] = [
     ("", "uint64", Element { name: "U64", size: 8 }),
 ];
 
-/// Names on PyTorch's own list of what pickles of tensors may use, whose results no readable
-/// tensor depends on.
+/// Names from PyTorch's list of safe globals whose results no readable tensor needs.
 static HARMLESS: [(&str, &str); 20] = [
     ("_codecs", "encode"),
     ("builtins", "bytearray"),
@@ -92,7 +90,7 @@ static HARMLESS: [(&str, &str); 20] = [
     ("torch.serialization", "_get_layout"),
 ];
 
-/// The values of a record.
+/// A storage: the values of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Storage<'p> {
     pub(super) element: Element,
@@ -102,17 +100,17 @@ pub(super) struct Storage<'p> {
     pub(super) values: u64,
 }
 
-/// A tensor: part of a storage, seen in a shape.
+/// A tensor: a view of a storage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct View<'p> {
     pub(super) name: &'p str,
     pub(super) storage: Storage<'p>,
-    /// Its first value's place in the storage.
+    /// Index of its first value in the storage.
     pub(super) offset: u64,
     pub(super) shape: Vec<u64>,
-    /// Values from one index to the next, per dimension; as many as in `shape`.
+    /// Number of values between indices, per dimension, in the order of `shape`.
     pub(super) strides: Vec<u64>,
-    /// Its values are the stored ones negated or conjugated.
+    /// Whether its values are the stored ones negated or conjugated.
     pub(super) altered: bool,
 }
 
@@ -121,7 +119,7 @@ impl View<'_> {
         self.shape.iter().copied().zip(self.strides.iter().copied())
     }
 
-    /// Values from its first to its last, both included; `None` on overflow.
+    /// Number of values from its first to its last, both included; `None` on overflow.
     pub(super) fn span(&self) -> Option<u64> {
         if self.shape.contains(&0) {
             return Some(0);
@@ -129,7 +127,7 @@ impl View<'_> {
         self.dims().try_fold(1_u64, |span, (dim, stride)| span.checked_add((dim - 1).checked_mul(stride)?))
     }
 
-    /// Whether its values lie one after another in row-major order.
+    /// Whether its values are contiguous in row-major order.
     pub(super) fn is_contiguous(&self) -> bool {
         let step = |expected: u64, (dim, stride): (u64, u64)| match dim {
             1 => Some(expected),
@@ -140,7 +138,7 @@ impl View<'_> {
     }
 }
 
-/// The tensors of a pickled `state_dict`, in its order. Entries that are no tensors are left out.
+/// The tensors of a pickled `state_dict`, in its order. Other entries are left out.
 pub(super) fn state_dict(program: &[u8]) -> Result<Vec<View<'_>>> {
     let mut machine = StackMachine::default();
     let top = machine.run(Bytes(program))?;
@@ -162,18 +160,18 @@ pub(super) fn state_dict(program: &[u8]) -> Result<Vec<View<'_>>> {
     Ok(views)
 }
 
-/// Names that a pickle may use.
+/// Accepted names.
 #[derive(Clone, Copy)]
 enum Global {
     OrderedDict,
-    /// A tuple by another name.
+    /// A tuple with another name.
     Size,
-    /// Storage, offset, shape, strides, and more.
+    /// Arguments: storage, offset, shape, strides, and more.
     RebuildTensor,
-    /// The same of a storage without a type, which comes after.
+    /// As `RebuildTensor` for an untyped storage, with the type as an additional argument.
     RebuildTyped,
     RebuildParameter,
-    /// One of these functions, a class, its arguments, attributes.
+    /// Arguments: one of these functions, a class, its arguments, attributes.
     RebuildFromType,
     Storage(Element),
     UntypedStorage,
@@ -204,7 +202,7 @@ impl Global {
         })
     }
 
-    /// A storage or a type of values.
+    /// The element type of a storage's or type's name.
     fn element(name: &str) -> Option<Self> {
         ELEMENTS.iter().find_map(|(storage, dtype, element)| match name {
             "" => None,
@@ -217,7 +215,7 @@ impl Global {
 
 #[derive(Clone, Copy)]
 enum Value<'p> {
-    /// Something that no tensor depends on.
+    /// A value that no tensor depends on.
     Opaque,
     Int(i64),
     Text(&'p str),
@@ -227,7 +225,7 @@ enum Value<'p> {
     /// Index into [`StackMachine::dicts`].
     Dict(usize),
     Storage(Storage<'p>),
-    /// The bytes of a record, of which the tensor says what they are.
+    /// The bytes of a record, whose type is in the tensor.
     Untyped {
         key: &'p str,
         bytes: u64,
@@ -239,17 +237,17 @@ enum Value<'p> {
 #[derive(Default)]
 struct StackMachine<'p> {
     stack: Vec<Value<'p>>,
-    /// Heights of the stack, for instructions that take "everything since".
+    /// Stack heights of marks, for instructions that take all values since the last mark.
     marks: Vec<usize>,
     memo: HashMap<u32, Value<'p>>,
     tuples: Vec<Vec<Value<'p>>>,
     dicts: Vec<Vec<(Value<'p>, Value<'p>)>>,
-    /// Not yet named.
+    /// Tensors without names yet.
     tensors: Vec<View<'p>>,
 }
 
 impl<'p> StackMachine<'p> {
-    /// Runs to the end, which leaves one value.
+    /// Runs the program, which must leave one value.
     fn run(&mut self, mut program: Bytes<'p>) -> Result<Value<'p>> {
         loop {
             match self.step(&mut program)? {
@@ -259,12 +257,12 @@ impl<'p> StackMachine<'p> {
         }
     }
 
-    /// One instruction; the result after the last.
+    /// Executes one instruction. Returns the result after the last.
     fn step(&mut self, program: &mut Bytes<'p>) -> Result<Option<Value<'p>>> {
         match need(program.u8())? {
             b'.' => return self.pop().map(Some),
             0x80 => check_protocol(need(program.u8())?)?,
-            // How long the next part is.
+            // Length of the next frame.
             0x95 => need(program.u64()).map(|_| ())?,
             b'(' => self.marks.push(self.stack.len()),
             b'c' => self.push_global(program)?,
@@ -274,12 +272,12 @@ impl<'p> StackMachine<'p> {
             0x86 => self.pop_many(2).map(|items| self.push_tuple(items))?,
             0x87 => self.pop_many(3).map(|items| self.push_tuple(items))?,
             b't' => self.pop_to_mark().map(|items| self.push_tuple(items))?,
-            // A frozen set.
+            // Frozen set.
             0x91 => self.pop_to_mark().map(|_| self.stack.push(Value::Opaque))?,
             b'}' => self.push_dict(),
             b's' => self.pop_many(2).and_then(|pair| self.set_items(&pair))?,
             b'u' => self.pop_to_mark().and_then(|pairs| self.set_items(&pairs))?,
-            // Into lists and sets.
+            // Appends to lists and sets.
             b'a' => self.pop().map(|_| ())?,
             b'e' | 0x90 => self.pop_to_mark().map(|_| ())?,
             b'q' => self.remember(program.u8().map(u32::from))?,
@@ -289,7 +287,7 @@ impl<'p> StackMachine<'p> {
             b'j' => self.recall(program.u32())?,
             b'Q' => self.load_storage()?,
             b'R' => self.call()?,
-            // Attributes of the object below, which stays: nothing in them is a tensor of the
+            // Attributes of the object below, which stays: they contain no tensor of the
             // dictionary.
             b'b' => self.pop().map(|_| ())?,
             other => self.push_literal(other, program)?,
@@ -297,13 +295,13 @@ impl<'p> StackMachine<'p> {
         Ok(None)
     }
 
-    /// Instructions with an inline value.
+    /// Executes an instruction with an inline value.
     fn push_literal(&mut self, instruction: u8, program: &mut Bytes<'p>) -> Result<()> {
         let (one, four) = (|p: &mut Bytes<'p>| p.u8().map(u64::from), |p: &mut Bytes<'p>| p.u32().map(u64::from));
         let value = match instruction {
             // None, true, false, an empty list, an empty set.
             b'N' | 0x88 | 0x89 | b']' | 0x8f => Value::Opaque,
-            // A float, bytes.
+            // Float, bytes.
             b'G' => need(program.take(8)).map(|_| Value::Opaque)?,
             b'C' => need(program.after(one)).map(|_| Value::Opaque)?,
             b'B' => need(program.after(four)).map(|_| Value::Opaque)?,
@@ -332,7 +330,7 @@ impl<'p> StackMachine<'p> {
         Ok(())
     }
 
-    /// A name whose parts lie on the stack.
+    /// Pushes a name whose parts are on the stack.
     fn push_stacked_global(&mut self) -> Result<()> {
         let (name, module) = (self.pop()?, self.pop()?);
         let (Value::Text(module), Value::Text(name)) = (module, name) else { return Err(malformed()) };
@@ -350,7 +348,7 @@ impl<'p> StackMachine<'p> {
         self.dicts.push(Vec::new());
     }
 
-    /// Takes the topmost value; what lies below a mark is out of reach until the mark is gone.
+    /// Pops the topmost value. Values below a mark are inaccessible until the mark is removed.
     fn pop(&mut self) -> Result<Value<'p>> {
         let floor = self.marks.last().copied().unwrap_or(0);
         need(if self.stack.len() > floor { self.stack.pop() } else { None })
@@ -393,8 +391,7 @@ impl<'p> StackMachine<'p> {
         }
     }
 
-    /// `("storage", type, key, device, values)`: the only kind of object that lies outside the
-    /// pickle.
+    /// Loads `("storage", type, key, device, values)`, the only kind of object outside the pickle.
     fn load_storage(&mut self) -> Result<()> {
         let &[Value::Text("storage"), Value::Global(kind), Value::Text(key), _, Value::Int(values)] =
             self.pop_tuple()?
@@ -413,7 +410,7 @@ impl<'p> StackMachine<'p> {
         Ok(())
     }
 
-    /// What the call of a known name would give.
+    /// Pushes the result of a call of an accepted name.
     fn call(&mut self) -> Result<()> {
         let arguments = self.pop()?;
         let (Value::Tuple(arguments), Value::Global(function)) = (arguments, self.pop()?) else {
@@ -430,8 +427,8 @@ impl<'p> StackMachine<'p> {
         Ok(())
     }
 
-    /// The first of them: no known function has more that matter, and a hostile pickle may give a
-    /// million, many times.
+    /// The first arguments only: no accepted function needs more, and a malicious pickle may pass
+    /// a million, many times.
     fn arguments(&self, tuple: usize) -> Vec<Value<'p>> {
         self.tuples[tuple].iter().take(MAX_ARGUMENTS).copied().collect()
     }
@@ -443,7 +440,7 @@ impl<'p> StackMachine<'p> {
                 Ok(Value::Dict(self.dicts.len() - 1))
             }
             (Global::Size, [tuple @ Value::Tuple(_)]) => Ok(*tuple),
-            // Whether it is trained, hooks, and what must be done with the values.
+            // The rest: requires_grad, hooks, and changes of the values.
             (Global::RebuildTensor, [Value::Storage(storage), place @ ..]) => {
                 self.tensor(*storage, place, place.get(5))
             }
@@ -453,15 +450,15 @@ impl<'p> StackMachine<'p> {
                 let storage = Storage { element: *element, key, values };
                 self.tensor(storage, place, place.get(6))
             }
-            // Data, whether it is trained, hooks.
+            // Data, requires_grad, hooks.
             (Global::RebuildParameter, [data @ (Value::Tensor(_) | Value::Opaque), ..]) => Ok(*data),
             (Global::Harmless, _) => Ok(Value::Opaque),
             _ => Err(malformed()),
         }
     }
 
-    /// A tensor at `[offset, shape, strides, ..]`; `changes` has entries if its values are not the
-    /// stored ones.
+    /// A tensor from `[offset, shape, strides, ..]`. `changes` has entries if its values differ
+    /// from the stored ones.
     fn tensor(&mut self, storage: Storage<'p>, place: &[Value<'p>], changes: Option<&Value<'p>>) -> Result<Value<'p>> {
         let [Value::Int(offset), Value::Tuple(shape), Value::Tuple(strides), ..] = place else {
             return Err(malformed());
@@ -476,11 +473,11 @@ impl<'p> StackMachine<'p> {
         Ok(Value::Tensor(self.tensors.len() - 1))
     }
 
-    /// The entry that holds more tensors than the dictionary that it is in: a `state_dict` among
-    /// other things.
+    /// The entry with more tensors than the dictionary itself: a `state_dict` beside other
+    /// objects.
     fn wrapped(&self, dict: usize) -> Option<&'p str> {
         let count = |entries: &Vec<_>| entries.iter().filter(|entry| self.named_tensor(entry).is_some()).count();
-        // Each once: one dictionary may be a million entries.
+        // Each dictionary is counted once: it may be a million entries.
         let counts: Vec<usize> = self.dicts.iter().map(count).collect();
         self.dicts[dict].iter().find_map(|(key, value)| match (*key, *value) {
             (Value::Text(name), Value::Dict(inner)) if counts[inner] > counts[dict] => Some(name),
@@ -507,12 +504,12 @@ impl<'p> StackMachine<'p> {
             Value::Int(value) => u64::try_from(*value).map_err(|_| malformed()),
             _ => Err(malformed()),
         };
-        // One more than can be right is enough to see that there are too many.
+        // One more than the limit suffices to detect too many.
         self.tuples[tuple].iter().take(MAX_RANK + 1).map(number).collect()
     }
 }
 
-/// Later protocols may have instructions that nobody knows yet.
+/// Refuses protocols newer than the supported ones.
 fn check_protocol(number: u8) -> Result<()> {
     if number <= LAST_PROTOCOL {
         return Ok(());
@@ -522,7 +519,7 @@ fn check_protocol(number: u8) -> Result<()> {
         .hint("save it again with torch.save and its own pickle protocol, or as safetensors"))
 }
 
-/// A little-endian number; only those of up to eight bytes can count values.
+/// A little-endian number. Only those of up to eight bytes can count values.
 fn integer<'p>(bytes: &[u8]) -> Value<'p> {
     let negative = bytes.last().is_some_and(|last| last & 0x80 != 0);
     let mut wide = [if negative { 0xff } else { 0 }; 8];

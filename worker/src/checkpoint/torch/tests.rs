@@ -9,12 +9,12 @@ use proptest::prelude::*;
 use super::*;
 use crate::checkpoint::safetensors::Header;
 
-/// Files that PyTorch wrote; `make.py` beside them says how.
+/// Path of a file written by PyTorch, see `make.py` there.
 pub(crate) fn testdata(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/checkpoint/torch/testdata").join(name)
 }
 
-/// What a file in memory holds.
+/// The tensors of a file in memory.
 fn read(file: &[u8]) -> Result<Vec<HeaderTensor>> {
     let read = |range: Range<u64>| {
         assert!(range.start <= range.end && range.end <= file.len() as u64, "{range:?} of {} bytes", file.len());
@@ -29,7 +29,7 @@ fn refused(file: &[u8]) -> WorkerError {
     error
 }
 
-/// An archive of records, laid out like PyTorch's: each content begins at a multiple of 64.
+/// An archive of records in PyTorch's layout: each content begins at a multiple of 64.
 fn zip(records: &[(&str, &[u8])]) -> Vec<u8> {
     let mut file = Vec::new();
     let mut directory = Vec::new();
@@ -67,7 +67,7 @@ fn ints(values: &[i64]) -> Vec<u8> {
     [b"(".as_slice(), &values.iter().copied().flat_map(int).collect::<Vec<_>>(), b"t"].concat()
 }
 
-/// Instructions that leave a tensor of `values` floats in record `key`, seen as `shape`.
+/// Instructions that push a tensor of `values` floats in record `key`, viewed as `shape`.
 fn tensor(key: &str, values: i64, offset: i64, shape: &[i64], strides: &[i64]) -> Vec<u8> {
     let storage =
         [b"(".as_slice(), &text("storage"), b"ctorch\nFloatStorage\n", &text(key), &text("cpu"), &int(values)];
@@ -90,7 +90,7 @@ fn one(values: i64, offset: i64, shape: &[i64], strides: &[i64]) -> Vec<u8> {
     file(&dictionary(&[("a", tensor("0", values, offset, shape, strides))]))
 }
 
-/// Names of the fixture's tensors that are not contiguous begin so.
+/// Prefix of the fixture's tensors that are not contiguous.
 const STRIDED: &str = "strided.";
 
 #[test]
@@ -185,7 +185,7 @@ fn newer_pickle_protocols_are_named() {
     assert!(error.message().contains("pickle protocol 6"), "{error}");
 }
 
-/// A stride of zero can state any size over a record of any size.
+/// A stride of zero can state any size for a record of any size.
 #[test]
 fn memoised_values_are_read_up_to_a_bound() {
     let gib = 1_i64 << 30;
@@ -312,8 +312,7 @@ fn pickles_without_a_state_dict_are_refused() {
     }
 }
 
-/// Doubling a remembered tuple 60 times, nesting a million deep, a million marks: cheap to write,
-/// and cheap to refuse.
+/// A memoised tuple doubled 60 times, nesting a million deep, a million marks.
 #[test]
 fn pickle_bombs_are_bounded_by_their_bytes() {
     let doubling = [b"N\x85q\x00".as_slice(), &b"h\x00h\x00\x86q\x00".repeat(60), b"."].concat();
@@ -327,7 +326,7 @@ fn pickle_bombs_are_bounded_by_their_bytes() {
     let shape = [b"(".as_slice(), &b"K\x01".repeat(1 << 20), b"tq\x00"].concat();
     let error = refused(&file(&[shape, tensor("0", 6, 0, &[1], &[1])[..].to_vec(), b".".to_vec()].concat()));
     assert!(error.message().contains("not a dictionary"), "{error}");
-    // The same as arguments of a hundred thousand calls, and one dictionary as so many entries.
+    // As arguments of a hundred thousand calls, and one dictionary as a hundred thousand entries.
     let calls = [&b"("[..], &b"N".repeat(1 << 20), b"tq\x00ccollections\nCounter\nq\x01"].concat();
     let error = refused(&file(&[calls, b"h\x01h\x00R".repeat(100_000), b".".to_vec()].concat()));
     assert!(error.message().contains("not a dictionary"), "{error}");
@@ -380,8 +379,7 @@ fn invalid_or_contradictory_archives_are_refused() {
     }
 }
 
-/// GPT-J is one file of 24 GB: its numbers do not fit the 32 bits of the archive's first
-/// generation.
+/// GPT-J is one file of 24 GB: its offsets exceed the 32 bits of the original archive format.
 #[test]
 fn zip64_archives_are_read() {
     let start: u64 = 5 << 30;
@@ -390,7 +388,7 @@ fn zip64_archives_are_read() {
     let directory = read_u32(small.len() - 6) as usize;
     let second = directory + 46 + "m/data.pkl".len();
     let record = read_u32(second + 42) as usize;
-    // The second record, the directory and the end, moved behind a gap that takes no room on disk.
+    // The second record, the directory and the end, moved behind a sparse gap.
     let moved_record = start + record as u64;
     let mut tail = small[record..second].to_vec();
     let moved_directory = start + directory as u64;
@@ -427,7 +425,7 @@ fn views() -> impl Strategy<Value = View<'static>> {
     })
 }
 
-/// Places of all values in row-major order.
+/// Positions of all values in row-major order.
 fn places(view: &View<'_>) -> Vec<u64> {
     let dims = view.shape.iter().zip(&view.strides);
     dims.fold(vec![0], |places, (dim, stride)| {
@@ -451,7 +449,7 @@ proptest! {
         prop_assert_eq!(view.span(), Some(places.iter().max().map_or(0, |last| last + 1)));
     }
 
-    /// Whatever is wrong with a file, the answer is tensors inside it or an error.
+    /// Whatever the damage, the result is tensors inside the file or an error.
     #[test]
     fn damaged_files_are_refused_or_harmless(
         name in prop::sample::select(vec!["tensors.bin", "others-2.bin", "others-4.bin"]),

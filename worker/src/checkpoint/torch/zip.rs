@@ -1,8 +1,7 @@
-//! The directory of a zip archive, as far as uncompressed archives with one part go: names, sizes,
-//! places.
+//! Reads the directory of an uncompressed single-part zip archive: names, sizes, offsets.
 //!
-//! Layout (APPNOTE 6.3): records, each a header and its bytes; the directory; and at the very end
-//! where the directory is, twice for archives over 4 GiB.
+//! Layout (APPNOTE 6.3): records, each a header and its bytes; the directory; and at the end the
+//! directory's location, twice for archives over 4 GiB.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,12 +11,12 @@ use super::{ReadRange, damaged};
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Longest directory accepted, bytes; one of 100,000 tensors has about 8 MB.
+/// Maximum bytes of a directory. One of 100,000 tensors has about 8 MB.
 const MAX_DIRECTORY_BYTES: u64 = 32 << 20;
 
 const END: u32 = 0x0605_4b50;
 const END_LEN: u64 = 22;
-/// A comment may follow the end, and hides it from readers that look only in one place.
+/// Maximum bytes of a comment, which may follow the end record.
 const MAX_COMMENT: u64 = 0xffff;
 const END64_LOCATOR: u32 = 0x0706_4b50;
 const END64_LOCATOR_LEN: usize = 20;
@@ -26,27 +25,27 @@ const END64_LEN: u64 = 56;
 const DIRECTORY_ENTRY: u32 = 0x0201_4b50;
 const RECORD: u32 = 0x0403_4b50;
 const RECORD_LEN: u64 = 30;
-/// Stands for "see the 64-bit number elsewhere".
+/// Marks a number that is stored as 64 bits elsewhere.
 const ELSEWHERE: u32 = u32::MAX;
-/// Tag of the directory's 64-bit numbers.
+/// Tag of the directory's field of 64-bit numbers.
 const WIDE_NUMBERS: u16 = 1;
 /// Flag of encrypted records.
 const ENCRYPTED: u16 = 1;
 
-/// One file in the archive, as the directory describes it.
+/// A file in the archive by its directory entry.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct ArchiveEntry {
     pub(super) name: String,
-    /// First byte of the record's own header, counted from the start of the archive.
+    /// Offset of the record's header from the start of the archive.
     pub(super) header: u64,
     /// Bytes of content, as stored.
     pub(super) len: u64,
-    /// Neither compressed nor encrypted.
+    /// Whether it is neither compressed nor encrypted.
     stored: bool,
 }
 
 impl ArchiveEntry {
-    /// Only plain bytes can be read in ranges.
+    /// Checks that the record is uncompressed, so that ranges can be read.
     pub(super) fn check_stored(&self) -> Result<()> {
         if self.stored {
             return Ok(());
@@ -61,7 +60,7 @@ impl ArchiveEntry {
 pub(super) struct Archive {
     records: Vec<ArchiveEntry>,
     by_name: HashMap<String, usize>,
-    /// Where the directory begins, and records have to end.
+    /// Start of the directory, where records must end.
     end_of_records: u64,
 }
 
@@ -84,13 +83,13 @@ impl Archive {
         &self.records
     }
 
-    /// The record called `name`, and its number.
+    /// The record with this name, and its index.
     pub(super) fn find(&self, name: &str) -> Option<(usize, &ArchiveEntry)> {
         self.by_name.get(name).map(|number| (*number, &self.records[*number]))
     }
 
-    /// Where a record's content begins: its own header repeats the name and pads, so the directory
-    /// does not know.
+    /// Offset of a record's content. Only the record's header has its length, which includes the
+    /// name and padding.
     pub(super) fn data_start(&self, record: &ArchiveEntry, read: ReadRange<'_>) -> Result<u64> {
         let wrong = |what: &str| damaged(format!("record {} {what}", shown(&record.name)));
         // Checked with the directory: header and content end before it.
@@ -115,7 +114,7 @@ impl Archive {
     }
 }
 
-/// Bytes of name and padding after a record's header; `None` when it is none.
+/// Bytes of name and padding after a record's header; `None` if it is not a record header.
 fn record_header(header: &[u8]) -> Option<u64> {
     let mut bytes = Bytes(header);
     let is_record = bytes.u32()? == RECORD;
@@ -124,7 +123,7 @@ fn record_header(header: &[u8]) -> Option<u64> {
     is_record.then_some(lengths)
 }
 
-/// Where the directory is.
+/// Location of the directory.
 struct DirectorySpan {
     bytes: Range<u64>,
     records: u64,
@@ -157,7 +156,8 @@ fn find_directory(file_len: u64, read: ReadRange<'_>) -> Result<DirectorySpan> {
     Ok(place)
 }
 
-/// The last place where the archive can end: mark, and a comment that fills the rest of the file.
+/// The last possible position of the end record: its signature, and a comment that fills the rest
+/// of the file.
 fn find_end(tail: &[u8]) -> Option<usize> {
     let fits = |at: &usize| {
         let mut bytes = Bytes(&tail[*at..]);
@@ -171,7 +171,7 @@ fn parse_end(end: &[u8]) -> Option<DirectorySpan> {
     let mut bytes = Bytes(end);
     bytes.take(10)?;
     let (records, len, start) = (bytes.u16()?, bytes.u32()?, bytes.u32()?);
-    // No overflow: both have 32 bits.
+    // Both have 32 bits, so the sum does not overflow.
     Some(DirectorySpan { bytes: u64::from(start)..u64::from(start) + u64::from(len), records: records.into() })
 }
 
@@ -225,14 +225,14 @@ fn parse_entry(bytes: &mut Bytes<'_>) -> Option<ArchiveEntry> {
     let name = bytes.take(name_len.into())?;
     let mut wide = wide_numbers(bytes.take(extra_len.into())?);
     bytes.take(comment_len.into())?;
-    // The 64-bit numbers stand in this order, and only those that are needed.
+    // The 64-bit numbers are in this order, and only the needed ones are stored.
     let mut widened = |short: u32| if short == ELSEWHERE { wide.u64() } else { Some(short.into()) };
     let (len, stored_len, header) = (widened(len)?, widened(stored_len)?, widened(header)?);
     let stored = method == 0 && flags & ENCRYPTED == 0 && stored_len == len;
     Some(ArchiveEntry { name: std::str::from_utf8(name).ok()?.to_owned(), header, len, stored })
 }
 
-/// The field with 64-bit numbers among an entry's extra fields; empty when there is none.
+/// The field with 64-bit numbers among an entry's extra fields; empty if there is none.
 fn wide_numbers(extra: &[u8]) -> Bytes<'_> {
     let mut bytes = Bytes(extra);
     while let (Some(tag), Some(len)) = (bytes.u16(), bytes.u16()) {

@@ -1,4 +1,4 @@
-//! The formats that corpora come in: the same documents in each, and errors of other files.
+//! Corpus formats: the same documents in each, and errors for other files.
 
 use std::io::Write;
 
@@ -12,7 +12,7 @@ use crate::corpus::file::line_at;
 use crate::corpus::packed::Unpacked;
 use crate::noise::mix;
 
-/// Documents that a careless writer or reader of any format would break.
+/// Documents that test escaping in all formats.
 fn awkward() -> Vec<String> {
     (0..30).map(|i| format!("w{i} \"w{},\nw{}\"\tw{}\r\n\n é, ", i + 1, i + 2, i + 3)).collect()
 }
@@ -31,7 +31,7 @@ fn with_bom(text: &str) -> String {
     format!("\u{feff}{text}")
 }
 
-/// Documents among rows that have none.
+/// Documents among rows without text.
 fn json_lines(documents: &[String]) -> String {
     let rows = documents.iter().map(|text| json!({"id": 1, "text": text}));
     let others = [json!({"text": null}), json!({"id": 2})];
@@ -49,7 +49,7 @@ fn table(documents: &[String], separator: &str) -> String {
     format!("id{separator}text\r\n{}", documents.iter().map(quoted).collect::<String>())
 }
 
-/// The same documents in everything that is read.
+/// The same documents in all supported formats.
 fn everywhere(model: &Model, documents: &[String]) -> Vec<String> {
     let (lines, array) = (json_lines(documents), json_array(documents));
     let (csv, tsv) = (table(documents, ","), table(documents, "\t"));
@@ -77,7 +77,7 @@ fn everywhere(model: &Model, documents: &[String]) -> Vec<String> {
         model.write("p.jsonl.zst", zstd(&lines)),
         model.write("q.json.GZ", gzip(with_bom(&array))),
         model.write("r.csv.zst", zstd(&csv)),
-        // As several members, which is how parallel programs write.
+        // With several gzip members, as written by parallel programs.
         model.write("s.jsonl.gz", [gzip(&lines[..99]), gzip(&lines[99..])].concat()),
         model.write("t.jsonl.zst", [zstd(&lines[..99]), zstd(&lines[99..])].concat()),
     ]);
@@ -111,7 +111,7 @@ fn every_format_gives_the_ids_and_hash_of_plain_text() {
     };
     let plain: Vec<String> = documents.iter().enumerate().map(plain).collect();
     let plain: Vec<&str> = plain.iter().map(String::as_str).collect();
-    // Everything fits: 30 documents of 5 ids.
+    // All documents: 30 documents of 5 ids.
     let expected = model.load(&files(&plain, Some(15), Some(10))).unwrap();
     assert_eq!(expected.provenance.sha256, format!("{:x}", Sha256::digest(documents.concat())));
     assert_eq!(expected.provenance.tokens_available, 150);
@@ -172,7 +172,7 @@ fn empty_text_is_a_document_and_missing_text_is_not() {
     }
 }
 
-/// Message and hint, the second after a bar.
+/// Message and hint, separated by a bar.
 fn said(model: &Model, file: &str) -> String {
     let error = model.load(&files(&[file], Some(1), Some(2))).unwrap_err();
     assert_eq!(error.kind(), FailureKind::Corpus, "{error}");
@@ -212,7 +212,7 @@ fn missing_field_error_lists_the_present_fields() {
         let said = said(&model, &model.write(name, text));
         assert!(said.contains(says), "{said}");
     }
-    // Far into a file that will not have it: not all of it is read.
+    // The field is absent: the file is refused before all of it is read.
     let row = json!({"id": "x".repeat(1 << 20)}).to_string() + "\n";
     let long = model.write("long.jsonl", row.repeat(80) + "{\"text\": \"w1 w2\"}\n");
     assert!(said(&model, &long).contains("in any of 6"), "{}", said(&model, &long));
@@ -262,7 +262,7 @@ fn line_errors_state_the_line_number() {
 fn late_line_errors_state_the_line_number() {
     let model = Model::plain();
     let line = json!({"text": format!("w1{}", " ".repeat(300))}).to_string() + "\n";
-    // Some 12 MB, of which the last line is in the third block.
+    // About 12 MB; the last line is in the third block.
     let file = model.write("a.jsonl", line.repeat(40_000) + "nonsense\n");
     let spec = files(&[&file], Some(200_000), Some(64));
     assert!(model.refused(&spec).1.starts_with("line 40001 of"), "{:?}", model.refused(&spec));
@@ -304,7 +304,7 @@ fn binary_files_are_refused_by_name() {
             }
             let said = said(&model, &model.write(name, bytes));
             assert!(said.contains(&format!("{name} {says}")), "{said}");
-            // The same inside of what is read packed.
+            // The same inside a compressed file.
             let said = self::said(&model, &model.write(&format!("{name}.gz"), gzip(bytes)));
             assert!(said.contains(says), "{said}");
         }
@@ -327,7 +327,7 @@ fn json_named_txt_is_refused() {
             assert!(said.contains("jq -Rs '[.]'"), "{said}");
         }
     }
-    // What the hint says: the JSON itself as one document.
+    // As the hint says: the JSON text as one document.
     let file = model.write("a.json", json!([lines]).to_string());
     let tokens = model.load(&files(&[&file], Some(1), Some(3))).unwrap();
     assert_eq!(tokens.provenance.sha256, format!("{:x}", Sha256::digest(&lines)));
@@ -362,7 +362,7 @@ fn compressed_files_are_bounded_and_complete() {
 #[test]
 fn damaged_files_are_read_or_refused_with_a_hint() {
     let model = Model::plain();
-    // Parquet is the library's affair.
+    // Parquet is decoded by a library.
     let ours = everywhere(&model, &awkward()).into_iter().filter(|file| !file.to_lowercase().contains("parquet"));
     for (number, file) in ours.enumerate() {
         let whole = fs::read(&file).unwrap();
@@ -412,7 +412,7 @@ fn token_ids_may_have_a_byte_order_mark() {
     assert!(message.contains("ids.json.gz: it is a gzip file"), "{message}");
 }
 
-/// A description and a table beside documents are none.
+/// Descriptions and tables beside documents are not read.
 #[test]
 fn only_document_files_of_a_dataset_are_read() {
     let chosen = |path: &str, name: &str| {

@@ -1,5 +1,5 @@
-//! How far a tokenizer.json may lengthen a text before words are looked up. Each of its steps
-//! multiplies what the one before it made, and a few dozen of them fill any memory.
+//! Bounds how much a tokenizer.json may lengthen a text before words are looked up. Each of its
+//! steps multiplies the length, so a few dozen can fill any memory.
 
 use std::iter;
 
@@ -16,12 +16,12 @@ use tokenizers::{
     PostProcessorWrapper, PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Result, Tokenizer,
 };
 
-/// Bytes that one byte of a text may become by a tokenizer's own word. Of published ones the
-/// largest is T5's: 33 by its table of characters, 4 by a replacement, 6 by marks for spaces.
+/// Maximum bytes per byte of text by the tokenizer's definition. The largest published factor is
+/// T5's: 33 by its table of characters, 4 by a replacement, 6 by space marks.
 const MOST: f64 = 1000.0;
-/// Special tokens that a template may put around a text.
+/// Maximum special tokens that a template may add.
 const MOST_SPECIAL: usize = 1000;
-/// Measured at a time, bytes.
+/// Bytes measured at a time.
 const PIECE: usize = 4 << 10;
 
 /// The parts of a tokenizer.json that change a text.
@@ -32,15 +32,15 @@ struct Pipeline {
     post_processor: Option<PostProcessorWrapper>,
 }
 
-/// Bytes that a byte of a text may become at most.
+/// Maximum bytes per byte of text.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Growth(f64);
 
 impl Growth {
-    /// By the steps of a tokenizer.json, none of which is done.
+    /// Computes the bound from the steps of a tokenizer.json without running them.
     ///
     /// # Errors
-    /// It cannot be read, looks for an empty pattern, or may lengthen a text out of all measure.
+    /// The file cannot be parsed, searches for an empty pattern, or exceeds the bound.
     pub(super) fn of(json: &[u8]) -> Result<Self> {
         let Pipeline { normalizer, pre_tokenizer, post_processor } = serde_json::from_slice(json)?;
         post_processor.iter().try_for_each(check_template)?;
@@ -53,11 +53,11 @@ impl Growth {
         Ok(Self(growth))
     }
 
-    /// Refuses a text that becomes longer than `most` bytes. It is measured where the bound does
-    /// not tell.
+    /// Refuses a text that becomes longer than `most` bytes. It is measured if the bound does not
+    /// decide.
     ///
     /// # Errors
-    /// It does, or a step fails.
+    /// The text is too long, or a step fails.
     pub(super) fn check(self, tokenizer: &Tokenizer, text: &str, most: usize) -> Result<()> {
         if text.len() as f64 * self.0 <= most as f64 {
             return Ok(());
@@ -83,7 +83,7 @@ fn pieces(mut text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Bytes of what a text becomes before words are looked up.
+/// Length of a text in bytes before words are looked up.
 fn length(tokenizer: &Tokenizer, text: &str) -> Result<usize> {
     let mut normalized = NormalizedString::from(text);
     if let Some(step) = tokenizer.get_normalizer() {
@@ -109,11 +109,11 @@ fn of_normalizer(step: &NormalizerWrapper) -> Result<f64> {
         N::Prepend(prepend) => 1.0 + prepend.prepend.len() as f64,
         N::Precompiled(table) => longest_replacement(table)?,
         N::ByteLevel(_) => 2.0,
-        // What Unicode says of its normal forms, and of small letters.
+        // Bounds by Unicode for normal forms and lower case.
         N::NFC(_) | N::NFD(_) => 3.0,
         N::NFKC(_) | N::NFKD(_) => 11.0,
         N::Lowercase(_) => 1.5,
-        // Spaces around a Han character of three bytes, then a normal form and small letters.
+        // Spaces around a Han character of three bytes, then a normal form and lower case.
         N::BertNormalizer(_) => 5.0 / 3.0 * 3.0 * 1.5,
         N::StripNormalizer(_) | N::StripAccents(_) | N::Nmt(_) => 1.0,
     })
@@ -123,7 +123,7 @@ fn of_pre_tokenizer(step: &PreTokenizerWrapper) -> Result<f64> {
     use PreTokenizerWrapper as P;
     Ok(match step {
         P::Sequence(steps) => product::<PreTokenizerWrapper>(steps.as_ref(), of_pre_tokenizer)?,
-        // A space before each word, which has a byte at least; then up to two bytes for each.
+        // A space before each word of at least one byte, then up to two bytes per byte.
         P::ByteLevel(level) if level.add_prefix_space => 4.0,
         P::ByteLevel(_) => 2.0,
         P::Metaspace(space) => of_marks(space),
@@ -141,7 +141,7 @@ fn of_pre_tokenizer(step: &PreTokenizerWrapper) -> Result<f64> {
     })
 }
 
-/// Marks instead of spaces, and before words.
+/// Marks that replace spaces, and marks before words.
 fn of_marks(space: &Metaspace) -> f64 {
     let mark = space.get_replacement().len_utf8() as f64;
     if space.get_prepend_scheme() == PrependScheme::Never { mark } else { 2.0 * mark }
@@ -153,12 +153,12 @@ fn of_replacement(replace: &Replace) -> Result<f64> {
     let content = replace.content.len() as f64;
     Ok(match pattern {
         ReplacePattern::String(text) => (content / not_empty(&text)?).max(1.0),
-        // It may match nothing before each byte.
+        // The pattern may match the empty string before each byte.
         ReplacePattern::Regex(text) => not_empty(&text).map(|_| 1.0 + content)?,
     })
 }
 
-/// Length of a pattern, bytes. The library fails over places where nothing is found.
+/// Length of a pattern in bytes. The library fails on empty matches.
 fn not_empty(pattern: &str) -> Result<f64> {
     match pattern.len() {
         0 => Err("one of its steps looks for an empty pattern".into()),
@@ -166,7 +166,8 @@ fn not_empty(pattern: &str) -> Result<f64> {
     }
 }
 
-/// The table is a trie behind its size in bytes, then all replacements with a zero after each.
+/// The table is a trie with its size before it, followed by all replacements, each terminated by a
+/// zero.
 fn longest_replacement(table: &Precompiled) -> Result<f64> {
     let document = serde_json::to_value(table)?;
     let table = STANDARD.decode(document["precompiled_charsmap"].as_str().unwrap_or_default())?;
@@ -176,7 +177,7 @@ fn longest_replacement(table: &Precompiled) -> Result<f64> {
     Ok(longest.unwrap_or(0).max(1) as f64)
 }
 
-/// What is put around a text is bounded, and the text is in it once.
+/// Checks that a template is bounded, and contains the text once.
 fn check_template(step: &PostProcessorWrapper) -> Result<()> {
     let special = step.added_tokens(false);
     if special > MOST_SPECIAL {

@@ -1,5 +1,5 @@
-//! Tokenizers that the `tokenizers` library reads: bounded before they see a text, and an error
-//! where the library panics.
+//! Tokenizers of the `tokenizers` library. Their growth is bounded before use, and panics become
+//! errors.
 
 use tokenizers::Tokenizer;
 
@@ -9,8 +9,8 @@ use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::TokenizerFiles;
 use crate::error::{Result, WorkerError};
 
-/// Bytes that a document may become on its way through the steps of a tokenizer; each takes some
-/// 20 bytes of memory there.
+/// Maximum bytes that a document may become in the tokenizer's steps. Each takes about 20 bytes of
+/// memory there.
 const MOST_GROWN: usize = 1 << 30;
 
 /// A tokenizer of the library.
@@ -18,19 +18,18 @@ const MOST_GROWN: usize = 1 << 30;
 pub(super) struct Library {
     pub(super) tokenizer: Tokenizer,
     growth: Growth,
-    /// What it was read from.
+    /// Files it was read from.
     files: TokenizerFiles,
 }
 
 impl Library {
-    /// From a tokenizer.json. Switches off what would cut or lengthen a text.
+    /// Reads a tokenizer.json. Truncation and padding are disabled.
     ///
     /// # Errors
-    /// Kind `Checkpoint`, naming `files`: it cannot be read, or may lengthen a text out of all
-    /// measure.
+    /// Kind `Checkpoint`, naming `files`: it cannot be read, or may lengthen a text too much.
     pub(super) fn open(json: &[u8], files: TokenizerFiles) -> Result<Self> {
         guarded(files, || {
-            // First: reading it takes its special tokens through its steps.
+            // Checked first: reading the file applies its steps to its special tokens.
             let growth = Growth::of(json)?;
             let mut tokenizer = Tokenizer::from_bytes(json)?;
             tokenizer.with_padding(None).with_truncation(None)?;
@@ -43,7 +42,7 @@ impl Library {
         })
     }
 
-    /// The ids of a text, nothing added.
+    /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
         let ids = caught(|| -> tokenizers::Result<Vec<u32>> {
             self.growth.check(&self.tokenizer, text, MOST_GROWN)?;
@@ -52,19 +51,19 @@ impl Library {
         ids.unwrap_or_else(|said| Err(failed_over(self.files, &said).into()))
     }
 
-    /// Special tokens before the first one of a probe text.
+    /// Special tokens before the first token of a probe text.
     pub(super) fn template_prefix(&self) -> Result<Vec<u32>> {
         let probe = guarded(self.files, || self.tokenizer.encode("a", true))?;
         let special = probe.get_special_tokens_mask();
         let prefix = special.iter().take_while(|mask| **mask == 1).count();
-        // A probe of special tokens only tells nothing about what stands before and what after the
+        // A probe that yields only special tokens does not show which come before and after the
         // text.
         let prefix = if prefix == special.len() { 0 } else { prefix };
         Ok(probe.get_ids()[..prefix].to_vec())
     }
 }
 
-/// What the library does with what `files` hold, or an error that names them.
+/// The result of the library, or an error that names `files`.
 fn guarded<T>(files: TokenizerFiles, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     let message = match caught(work) {
         Ok(Ok(done)) => return Ok(done),

@@ -1,5 +1,5 @@
-//! `vocab.json` and `merges.txt`, as GPT-2 introduced them and OPT publishes nothing else: turned
-//! into the tokenizer.json that they stand for.
+//! Converts `vocab.json` and `merges.txt`, GPT-2's format and the only one of OPT, to a
+//! tokenizer.json.
 
 use std::collections::BTreeMap;
 
@@ -10,12 +10,12 @@ use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::bad_json;
 use crate::error::{Result, WorkerError};
 
-/// Classes that read such files by GPT-2's rule. Others (Qwen2's) use the same two files but cut
-/// words elsewhere.
+/// Classes that read such files by GPT-2's rule. Others (Qwen2's) use the same files but split
+/// words differently.
 const CLASSES: [&str; 2] = ["GPT2Tokenizer", "GPT2TokenizerFast"];
 
-/// The tokenizer.json that GPT-2's Python class amounts to: byte-level BPE, special tokens
-/// recognised in the text, and no template (what stands before a text is told by the settings).
+/// The tokenizer.json equivalent to GPT-2's Python class: byte-level BPE, special tokens
+/// recognised in the text, and no template (the settings define the prefix).
 pub(super) fn convert(vocab: &[u8], merges: &[u8], python: &PythonConfig) -> Result<Vec<u8>> {
     if !python.is_any_of(&CLASSES) {
         let class = shown(python.class.as_deref().unwrap_or_default());
@@ -45,7 +45,7 @@ pub(super) fn convert(vocab: &[u8], merges: &[u8], python: &PythonConfig) -> Res
     Ok(tokenizer.to_string().into_bytes())
 }
 
-/// One pair per line, the first line being a version; best first.
+/// Parses one pair per line, best first. The first line is a version.
 fn parse_merges(merges: &[u8]) -> Result<Vec<Value>> {
     let wrong = |line: usize| {
         let message = format!("merges.txt is not what it should be: line {line} is no pair of tokens");

@@ -1,4 +1,4 @@
-//! What a tokenizer's Python class would read beside its vocabulary.
+//! Settings that a tokenizer's Python class reads besides its vocabulary.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,11 +12,10 @@ use crate::checkpoint::source::{
 };
 use crate::error::{Result, WorkerError};
 
-/// Entries that name one special token each.
+/// Keys that name one special token each.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// The settings that matter here. All are optional: what is missing has the Python classes'
-/// defaults.
+/// The used settings. All are optional; missing ones have the defaults of the Python classes.
 #[derive(Default)]
 pub(super) struct PythonConfig {
     /// Name of the class.
@@ -25,9 +24,9 @@ pub(super) struct PythonConfig {
     pub(super) add_prefix_space: bool,
     bos_token: Option<String>,
     bos_token_id: Option<u32>,
-    /// Replaces what is not in the vocabulary.
+    /// Token for text outside the vocabulary.
     pub(super) unk_token: Option<String>,
-    /// Tokens recognised in plain text, as tokenizer.json describes them but for their ids.
+    /// Tokens recognised in plain text, as described in tokenizer.json, without ids.
     pub(super) special: BTreeMap<String, Value>,
     /// Ids of tokens, in or outside the vocabulary.
     pub(super) ids: BTreeMap<String, u32>,
@@ -75,12 +74,12 @@ impl PythonConfig {
         }
     }
 
-    /// Whether the tokenizer is of one of these classes, or of none in particular.
+    /// Whether the tokenizer's class is one of these, or not specified.
     pub(super) fn is_any_of(&self, classes: &[&str]) -> bool {
         self.class.as_ref().is_none_or(|class| classes.contains(&class.as_str()))
     }
 
-    /// The beginning-of-sequence token: by name, else by config.json's number.
+    /// The beginning-of-sequence token: by name, else by the id in config.json.
     pub(super) fn bos(&self, encoder: &Encoder) -> Result<u32> {
         let Some(token) = &self.bos_token else {
             let message = "the model's tokenizer has no beginning-of-sequence token";
@@ -94,7 +93,7 @@ impl PythonConfig {
     }
 }
 
-/// A file with a JSON object; empty when it does not exist.
+/// Reads a file with a JSON object; empty if it does not exist.
 fn object(folder: &Path, name: &str) -> Result<Value> {
     let Some(bytes) = read_small(&folder.join(name))? else { return Ok(json!({})) };
     let value: Value = serde_json::from_slice(&bytes).map_err(|e| bad_json(name, &e))?;

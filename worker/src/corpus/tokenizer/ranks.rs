@@ -1,14 +1,14 @@
-//! `tiktoken.model`, which Kimi publishes instead of a tokenizer.json: tokens as base64 with their
-//! ranks, no merges.
+//! Tokenizers in `tiktoken.model`, published by Kimi instead of a tokenizer.json: tokens as base64
+//! with their ranks, without merges.
 //!
-//! A rank is the token's id and also says how early it was merged: of all neighbours that are a
-//! token together, the pair of the lowest rank is joined first, the leftmost among equals. Merges
-//! in the sense of tokenizer.json would need one rank per way to cut a token in two, so ties could
-//! fall differently; hence a small encoder of our own.
+//! A rank is the token's id and its merge priority: of all adjacent parts that form a token, the
+//! pair with the lowest rank is joined first, the leftmost among equals. Merges of a
+//! tokenizer.json would need one rank per way to split a token, and ties could differ, so this
+//! module implements the encoder.
 //!
-//! Kimi's Python code cuts a text every 400,000 characters and runs of 25,000 without a space,
-//! because its library fails on longer ones. Here a text stays whole; the two differ by at most a
-//! token or two at each such cut.
+//! Kimi's Python code cuts a text every 400,000 characters, and runs of 25,000 without a space,
+//! because its library fails on longer ones. Here a text stays whole. The results differ by at
+//! most one or two tokens per cut.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
@@ -21,15 +21,15 @@ use super::python::PythonConfig;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
-/// Classes whose pattern is known.
+/// Classes with a known pattern.
 const CLASSES: [&str; 1] = ["TikTokenTokenizer"];
 
-/// Ids after the ranks that are special tokens, named or not.
+/// Number of special tokens after the ranks, named or not.
 const RESERVED: u32 = 256;
 
-/// Where Kimi cuts text into words: runs of Han characters; words of other letters, with one
-/// character before and an English ending after; up to three digits; punctuation with line ends;
-/// line ends; white space but for the last; white space.
+/// Kimi's split into words: runs of Han characters; words of other letters, with one character
+/// before and an English ending after; up to three digits; punctuation with line ends; line ends;
+/// white space but for the last; white space.
 const WORDS: &str = concat!(
     r"[\p{Han}]+|",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+",
@@ -46,7 +46,7 @@ pub(super) struct RankTokenizer {
     bytes: [u32; 256],
     specials: HashMap<String, u32>,
     words: Regex,
-    /// Any of the special tokens, the longest first.
+    /// Matches special tokens, the longest first.
     any_special: Regex,
 }
 
@@ -75,13 +75,12 @@ impl RankTokenizer {
         self.specials.get(token).copied()
     }
 
-    /// Entries, special tokens included.
+    /// Number of entries, special tokens included.
     pub(super) fn vocab(&self) -> usize {
         self.ranks.len() + self.specials.len()
     }
 
-    /// The ids of a text; special tokens in it are recognised, as the Python class does unless
-    /// told otherwise.
+    /// Token ids of a text. Special tokens in it are recognised, the default of the Python class.
     pub(super) fn encode(&self, text: &str) -> Result<Vec<u32>, fancy_regex::Error> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut plain = 0;
@@ -96,7 +95,8 @@ impl RankTokenizer {
     }
 
     fn encode_plain(&self, text: &str, ids: &mut Vec<u32>) -> Result<(), fancy_regex::Error> {
-        // Every character is letter, number, space or something else: the words leave no gap.
+        // Every character is a letter, number, space or other character, so the words leave no
+        // gaps.
         for word in self.words.find_iter(text) {
             self.encode_word(word?.as_str().as_bytes(), ids);
         }
@@ -111,26 +111,26 @@ impl RankTokenizer {
     }
 }
 
-/// One word on its way from bytes to tokens.
+/// A word while its bytes are merged to tokens.
 struct Merging<'a> {
     ranks: &'a HashMap<Vec<u8>, u32>,
     word: &'a [u8],
     /// Parts by their first byte.
     parts: Vec<Part>,
-    /// Pairs of neighbours that are a token together, the next to be joined on top.
+    /// Adjacent pairs that form a token, the next to be joined on top.
     pairs: BinaryHeap<Reverse<Pair>>,
 }
 
 #[derive(Clone, Copy)]
 struct Part {
-    /// First byte after it; its own first byte when it was joined to the part before.
+    /// End of the part; equal to its start once it is joined to the previous part.
     end: usize,
-    /// First byte of the part before; its own when it is the first.
+    /// Start of the previous part; its own for the first part.
     before: usize,
     rank: u32,
 }
 
-/// Ordered by rank, then from left to right.
+/// Ordered by rank, then position.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Pair {
     rank: u32,
@@ -151,7 +151,7 @@ impl<'a> Merging<'a> {
         merging
     }
 
-    /// Notes the pair that begins with the part at `start`, if it is one.
+    /// Adds the pair that begins with the part at `start`, if it forms a token.
     fn consider(&mut self, start: usize) {
         let middle = self.parts[start].end;
         let Some(next) = self.parts.get(middle) else { return };
@@ -162,7 +162,7 @@ impl<'a> Merging<'a> {
 
     fn finish(mut self, ids: &mut Vec<u32>) {
         while let Some(Reverse(Pair { rank, start, middle, end })) = self.pairs.pop() {
-            // Either half may have been joined to something else meanwhile.
+            // Either part may have been joined to another meanwhile.
             if self.parts[start].end == middle && self.parts[middle].end == end {
                 self.join(rank, start, middle, end);
             }
@@ -189,7 +189,7 @@ impl<'a> Merging<'a> {
     }
 }
 
-/// One token per line: base64, a space, its rank. Ranks count from 0 without a gap.
+/// Parses one token per line: base64, a space, its rank. Ranks must be consecutive from 0.
 fn parse_ranks(model: &[u8]) -> Result<HashMap<Vec<u8>, u32>> {
     let text = std::str::from_utf8(model).map_err(|_| damaged("it is not text".to_owned()))?;
     let mut ranks = HashMap::new();
@@ -206,7 +206,7 @@ fn parse_ranks(model: &[u8]) -> Result<HashMap<Vec<u8>, u32>> {
     if given.into_iter().eq(0..ranks.len() as u32) { Ok(ranks) } else { Err(damaged("its ranks have gaps".to_owned())) }
 }
 
-/// The special tokens after `first`, by the names that the settings give, else by their numbers.
+/// The special tokens after `first`, with the names in the settings, else numbered names.
 fn specials(first: u32, python: &PythonConfig) -> HashMap<String, u32> {
     let named: HashMap<u32, &String> = python.ids.iter().map(|(token, id)| (*id, token)).collect();
     let name = |id: u32| named.get(&id).map_or_else(|| format!("<|reserved_token_{id}|>"), |name| (*name).clone());
@@ -224,7 +224,7 @@ mod tests {
 
     use super::*;
 
-    /// The definition, step by step.
+    /// Encoding by the definition.
     fn naive(ranks: &HashMap<Vec<u8>, u32>, word: &[u8]) -> Vec<u32> {
         if let Some(rank) = ranks.get(word) {
             return vec![*rank];
@@ -239,7 +239,8 @@ mod tests {
         parts.iter().map(|part| ranks[part]).collect()
     }
 
-    /// All bytes, then tokens of few different letters, so that neighbours overlap in every way.
+    /// All bytes, then tokens of few different letters, so that adjacent pairs overlap in every
+    /// way.
     fn model() -> impl Strategy<Value = HashMap<Vec<u8>, u32>> {
         let tokens = prop::collection::vec(prop::collection::vec(prop::sample::select(b"abc".to_vec()), 2..6), 0..40);
         tokens.prop_map(|tokens| {
@@ -265,7 +266,7 @@ mod tests {
             prop_assert_eq!(ids, if word.is_empty() { Vec::new() } else { naive(&ranks, word.as_bytes()) });
         }
 
-        /// No character falls between two words.
+        /// Words cover all characters.
         #[test]
         fn tokens_cover_every_text(text in "\\PC*|[ \t\r\n\u{a0}a1漢é\u{301}!']*") {
             let ranks = (0_u8..=255).map(|byte| (vec![byte], u32::from(byte))).collect();

@@ -8,7 +8,7 @@ use super::*;
 use crate::checkpoint::source::{CONFIG_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE};
 use crate::corpus::SHAKESPEARE;
 
-/// Tokenizers in two forms; `README.md` beside them says more.
+/// Path of tokenizers in two formats, see `README.md` there.
 fn testdata(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/corpus/testdata").join(name)
 }
@@ -68,7 +68,7 @@ fn ids(tokenizer: &TextTokenizer, text: &str) -> Vec<u32> {
     tokenizer.encode(&Document { name: "text".to_owned(), text: text.to_owned().into() }).unwrap()
 }
 
-/// What cuts tokenizers apart: spaces of all kinds, endings, digits, scripts side by side, marks,
+/// Text on which tokenizers differ: all kinds of spaces, endings, digits, adjacent scripts, marks,
 /// special tokens.
 const AWKWARD: [&str; 14] = [
     "",
@@ -87,7 +87,7 @@ const AWKWARD: [&str; 14] = [
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa                                      b",
 ];
 
-/// Both forms of a tokenizer must give the same ids for everything.
+/// Asserts that both formats of a tokenizer give the same ids.
 fn assert_same(old: &TextTokenizer, new: &TextTokenizer) {
     let tail = fs::read_to_string(testdata("tail.txt")).unwrap();
     for text in [SHAKESPEARE, &tail].into_iter().chain(AWKWARD) {
@@ -122,7 +122,7 @@ fn kimi_ranks_equal_the_converted_tokenizer_json() {
     assert_eq!(Folder::kimi().open(BosPolicy::Always).unwrap().prefix, [1020]);
 }
 
-/// The fixture's tokenizer.json does not list the special tokens without a name.
+/// The fixture's tokenizer.json does not list the unnamed special tokens.
 fn assert_same_but_reserved(old: &TextTokenizer, new: &TextTokenizer) {
     assert_eq!(ids(old, "<|reserved_token_1025|>"), [1025]);
     let Encoder::Ranks(ranks) = &old.encoder else { panic!("not ranks") };
@@ -222,7 +222,7 @@ fn damaged_tokenizers_are_named() {
     }
 }
 
-/// So many steps like this one.
+/// A sequence of `count` copies of a step.
 fn steps(key: &str, step: &Value, count: usize) -> Value {
     json!({"type": "Sequence", key: vec![step.clone(); count]})
 }
@@ -244,7 +244,7 @@ fn tokenizers_with_unbounded_text_growth_are_refused_by_name() {
     let text = json!({"Sequence": {"id": "A", "type_id": 0}});
     let special = json!({"SpecialToken": {"id": "x", "type_id": 0}});
     for (key, value, says) in [
-        // The last step doubles each byte once more: it is the tokenizer's own.
+        // The last step doubles each byte once more, which counts for the tokenizer.
         ("normalizer", steps("normalizers", &json!({"type": "ByteLevel"}), 20), "2097152 bytes of each byte"),
         ("pre_tokenizer", steps("pretokenizers", &byte_level, 20), "1048576 bytes of each byte"),
         ("normalizer", steps("normalizers", &doubled, 40), "2199023255552 bytes of each byte"),
@@ -285,7 +285,7 @@ fn tokenizer_library_panic_names_the_file() {
     folder.change("normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"}));
     let error = folder.refused();
     assert!(error.message().contains("tokenizer.json cannot be used: the tokenizer library fails"), "{error}");
-    // The second text of a pair, where there is one text.
+    // The second text of a pair, of which there is only one.
     let second = json!([{"Sequence": {"id": "B", "type_id": 0}}]);
     let folder = Folder::of("opt", &[TOKENIZER_FILE]);
     folder.change("post_processor", template(&second, 1));

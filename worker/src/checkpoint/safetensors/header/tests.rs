@@ -145,7 +145,7 @@ fn samples() -> impl Strategy<Value = BTreeMap<String, Sample>> {
         .prop_filter("reserved", |tensors| !tensors.contains_key("__metadata__"))
 }
 
-/// What the reference library says about a tensor, and its bytes.
+/// The reference library's description of a tensor, and its bytes.
 fn described<'a>(view: &safetensors::tensor::TensorView<'a>) -> (String, Vec<u64>, &'a [u8]) {
     (view.dtype().to_string(), view.shape().iter().map(|d| *d as u64).collect(), view.data())
 }

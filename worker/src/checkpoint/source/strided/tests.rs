@@ -14,7 +14,7 @@ fn entry(shape: &[u64], strides: &[u64]) -> TensorEntry {
     TensorEntry { name, dtype, shape, strides: Some(strides.to_vec()), file: 0, offset: OFFSET, len }
 }
 
-/// Gathers from a file in which every value is its own number.
+/// Gathers from a file in which every value is its index.
 fn gathered(entry: &TensorEntry, range: Range<u64>, reads: &Cell<usize>) -> Vec<u16> {
     let strides = entry.strides.as_ref().unwrap();
     let values = 1 + entry.shape.iter().zip(strides).map(|(dim, stride)| dim.saturating_sub(1) * stride).sum::<u64>();
@@ -30,7 +30,7 @@ fn gathered(entry: &TensorEntry, range: Range<u64>, reads: &Cell<usize>) -> Vec<
     into.as_chunks().0.iter().map(|value| u16::from_le_bytes(*value)).collect()
 }
 
-/// The places of all values in row-major order.
+/// Positions of all values in row-major order.
 fn places(entry: &TensorEntry) -> Vec<u16> {
     let dims = entry.shape.iter().zip(entry.strides.as_ref().unwrap());
     dims.fold(vec![0], |places, (dim, stride)| {
