@@ -1,6 +1,6 @@
-//! The clouds: each is a [`broker`], spoken to over [`http`]. [`clouds`] asks several of them side
-//! by side, [`market`] filters and ranks their offers by what a run is expected to cost
-//! ([`estimate`]), and [`gpu`] knows the names of GPUs.
+//! The clouds. Each is a [`broker`] that uses [`http`]. [`clouds`] queries several of them at
+//! once, [`market`] filters their offers and ranks them by the expected cost of a run
+//! ([`estimate`]), and [`gpu`] identifies GPUs by name.
 
 pub mod broker;
 pub mod broker_error;

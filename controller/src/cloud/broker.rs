@@ -1,8 +1,8 @@
-//! A broker is one cloud: it knows offers and instances, and nothing of runs, ledgers, hosts or
-//! other brokers.
+//! A broker is one cloud, with its offers and instances. It is independent of runs, ledgers, hosts
+//! and other brokers.
 //!
-//! Implementations return values, not live objects. An error is never an empty list, and an
-//! outcome that is not known is [`BrokerErrorKind::Maybe`], never a guess.
+//! Implementations return values, not live objects. An error is never reported as an empty list,
+//! and an unknown outcome is [`BrokerErrorKind::Maybe`].
 
 use std::fmt;
 use std::str::FromStr;
@@ -24,12 +24,12 @@ pub mod local;
 pub mod slurm;
 mod wire;
 
-/// Declares the clouds' modules and lists them: a new cloud is its file and its line here.
+/// Declares the modules of the clouds and lists them. A new cloud is a file and a line here.
 macro_rules! clouds {
     ($($(#[$doc:meta])* $module:ident),* $(,)?) => {
         $($(#[$doc])* pub mod $module;)*
 
-        /// Every cloud that is built in, beside this machine.
+        /// Every supported cloud, besides this machine.
         pub const CLOUDS: &[&CloudKind] = &[$(&$module::CLOUD),*];
     };
 }
@@ -42,23 +42,24 @@ pub trait Broker: Send + Sync {
     /// The name used in settings, ledgers and on the command line.
     fn name(&self) -> &'static str;
 
-    /// What this cloud can do beyond renting.
+    /// Optional features of this cloud.
     fn capabilities(&self) -> Capabilities;
 
-    /// Whether the key is good. Costs nothing and changes nothing.
+    /// Checks the key. Costs nothing and changes nothing.
     async fn check(&self) -> Result<Account, BrokerError>;
 
-    /// What can be rented now. `want` lets a cloud filter on its side; the market filters again.
+    /// Lists what can be rented now. `want` lets a cloud filter on its side; the market filters
+    /// again.
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError>;
 
-    /// Rents. The lease's tag is on the instance from the first moment it exists.
+    /// Rents an instance. It carries the lease's tag from the moment it exists.
     ///
     /// # Errors
-    /// [`BrokerErrorKind::Maybe`] when an instance may have come of it; every other kind says that none did.
+    /// [`BrokerErrorKind::Maybe`] if an instance may exist; with every other kind none does.
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError>;
 
-    /// Every instance of this account, ours or not, to the last page. What cannot be read is
-    /// [`InstanceState::Unreadable`], never missing.
+    /// Lists all pages of this account's instances, also those of other programs. An unreadable
+    /// one is [`InstanceState::Unreadable`], never missing.
     async fn list(&self) -> Result<Vec<Instance>, BrokerError>;
 
     /// One instance; `None` when the cloud says that there is none, which may be too early to know.
@@ -66,8 +67,8 @@ pub trait Broker: Send + Sync {
         Ok(self.list().await?.into_iter().find(|instance| instance.id == *id))
     }
 
-    /// Ends an instance and its billing, and takes back what its creation left in the account. One
-    /// that is gone already is a success.
+    /// Ends an instance and its billing, and removes what its creation added to the account. A
+    /// missing instance counts as success.
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError>;
 
     /// Whether an offer is this cloud's: then only this cloud's list can show its instance.
@@ -81,29 +82,28 @@ pub trait Broker: Send + Sync {
         None
     }
 
-    /// The price that an instance's host wants from some time on, in words, where a cloud lets
-    /// hosts ask and nobody has answered. Nothing here ever says yes.
+    /// The higher price that an instance's host demands, as text, on clouds where hosts may do so
+    /// and no answer was given. No function accepts it.
     async fn price_rise(&self, _id: &InstanceId) -> Result<Option<String>, BrokerError> {
         Ok(None)
     }
 
-    /// Whether a checkpoint lies in this folder on the file system that all instances share;
-    /// `None` where they share none.
+    /// Whether this folder on the shared file system of all instances contains a checkpoint;
+    /// `None` if there is no shared file system.
     ///
     /// # Errors
-    /// The call's.
+    /// Errors of the call.
     async fn has_checkpoint(&self, _folder: &str) -> Result<Option<bool>, BrokerError> {
         Ok(None)
     }
 
-    /// The way to an instance that is no SSH server of its own; `None`: the address in its state
-    /// is one.
+    /// Access to an instance without its own SSH server; `None`: use the address in its state.
     fn way(&self, _id: &InstanceId) -> Option<Way> {
         None
     }
 
-    /// When the cloud itself ends an instance, or has ended it, as it was last listed; Unix
-    /// seconds by its clock. `None`: at its lease's deadline.
+    /// When the cloud itself ends or has ended an instance, by its latest listing and its clock;
+    /// Unix seconds. `None`: at its lease's deadline.
     fn ends_at(&self, _id: &InstanceId) -> Option<u64> {
         None
     }
@@ -136,91 +136,91 @@ pub struct RunTime {
 pub struct CloudKind {
     /// Name in settings, ledgers and on the command line.
     pub name: &'static str,
-    /// The cloud's own name for the variable that holds its key.
+    /// Environment variable for the key, as named by the cloud.
     pub key_variable: &'static str,
-    /// Where its API answers.
+    /// Base URL of its API.
     pub base_url: &'static str,
-    /// Container image for instances; empty where a cloud rents virtual machines.
+    /// Container image of instances; empty for clouds that rent virtual machines.
     pub image: &'static str,
-    /// Where a person gets a key.
+    /// Web page on which users create a key.
     pub key_page: &'static str,
-    /// Speaks to it.
+    /// Creates the broker.
     pub connect: fn(Access) -> Box<dyn Broker>,
 }
 
-/// A cloud's API as one account reaches it.
+/// Access of one account to a cloud's API.
 pub struct Access {
-    /// Speaks HTTP, with the account's key.
+    /// HTTP client with the account's key.
     pub http: Http,
     /// Container image for instances.
     pub image: String,
-    /// Who logs in, where the cloud does not say and the settings do.
+    /// SSH user from the settings, for clouds that do not state it.
     pub ssh_user: Option<String>,
-    /// Where SSH servers listen, where the cloud does not say and the settings do.
+    /// SSH port from the settings, for clouds that do not state it.
     pub ssh_port: Option<u16>,
 }
 
-/// The way to an instance that is no SSH server of its own.
+/// Access to an instance without its own SSH server.
 pub struct Way {
-    /// Commands and files there. The far side is trusted as far as this way checks it: no host key
-    /// is pinned.
+    /// Commands and files there. The transport authenticates the other side; no host key is
+    /// pinned.
     pub transport: Arc<dyn Transport>,
-    /// Stands for the instance in messages.
+    /// Name of the instance in messages.
     pub name: String,
-    /// The command line with which a person opens a shell there.
+    /// The command line that opens a shell there.
     pub shell: Vec<String>,
-    /// Whether our guard has to watch over what runs there: nothing else ends a worker that nobody
-    /// looks after.
+    /// Whether this program's guard must watch the instance: nothing else ends an abandoned
+    /// worker.
     pub needs_guard: bool,
 }
 
-/// What a cloud can do beyond renting.
+/// Optional features of a cloud.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Capabilities {
-    /// The cloud ends an instance at its lease's deadline by itself.
+    /// The cloud ends an instance at its lease's deadline.
     pub server_deadline: bool,
-    /// An instance can end itself, billing included.
+    /// An instance can end itself and its billing.
     pub self_destruct: bool,
-    /// It rents what it may take back.
+    /// It rents preemptible instances.
     pub spot: bool,
 }
 
 impl Capabilities {
-    /// Whether an instance ends at its deadline without any controller.
+    /// Whether an instance ends at its deadline without a controller.
     pub fn ends_by_itself(self) -> bool {
         self.server_deadline || self.self_destruct
     }
 }
 
-/// What a cloud tells about an account.
+/// Information about an account.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Account {
-    /// Whose it is, in the cloud's words.
+    /// Its owner, as text from the cloud.
     pub who: Option<String>,
-    /// What is left to spend.
+    /// Remaining balance.
     pub balance: Option<Usd>,
 }
 
-/// What a cloud offers.
+/// Offers of a cloud.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Offers {
-    /// Those that can be compared.
+    /// Offers that can be compared.
     pub offers: Vec<Offer>,
-    /// Those that cannot, and why.
+    /// Offers that cannot, by reason.
     pub dropped: Vec<Dropped>,
 }
 
-/// Offers that were left out before any filter.
+/// Offers left out before any filter.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Dropped {
-    /// In words: `priced in EUR`, `paid in advance`.
+    /// Reason as text: `priced in EUR`, `paid in advance`.
     pub reason: String,
-    /// How many.
+    /// Number of offers.
     pub count: usize,
 }
 
 impl Offers {
-    /// Sorts items into offers and reasons to leave them out.
+    /// Separates offers from the reasons for which others are left out.
     pub fn collect(items: impl IntoIterator<Item = Result<Offer, String>>) -> Self {
         let mut sorted = Self::default();
         for item in items {
@@ -240,51 +240,51 @@ impl Offers {
     }
 }
 
-/// What an instance is rented for.
+/// Purpose and limits of a rental.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Lease {
-    /// Carried by the instance.
+    /// Tag of the instance.
     pub tag: LeaseTag,
-    /// OpenSSH public key that may log in.
+    /// OpenSSH public key that is authorised.
     pub ssh_public_key: String,
-    /// Disk to reserve, where the cloud asks.
+    /// Disk to reserve, on clouds that need it.
     pub disk: Bytes,
-    /// What has to lie beside the instance before its own time begins.
+    /// Model to fetch before the instance starts.
     pub stage: Option<Stage>,
 }
 
-/// A model of the hub that is to be fetched to the file system that all instances share.
+/// A hub model to fetch to the shared file system of all instances.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stage {
-    /// Its id, `owner/name`.
+    /// Model id, `owner/name`.
     pub model: String,
-    /// The commit.
+    /// Commit hash.
     pub commit: String,
     /// Its files, with plain names.
     pub files: Vec<FileBytes>,
 }
 
 impl Stage {
-    /// All of it.
+    /// Total size of the files.
     pub fn bytes(&self) -> Bytes {
         Bytes(self.files.iter().fold(0_u64, |sum, file| sum.saturating_add(file.bytes)))
     }
 }
 
-/// The mark on every instance of ours: owner, run, nonce and deadline. A reaper can judge an
-/// instance by it alone.
+/// The tag in every instance's name: owner, run, nonce and deadline. It suffices for a reaper to
+/// decide on an instance.
 ///
-/// Written `outliers-<owner>-<run>-<nonce>-<deadline as Unix seconds>`; the parts are lower-case
+/// Format: `outliers-<owner>-<run>-<nonce>-<deadline as Unix seconds>`; the parts are lower-case
 /// letters and digits.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LeaseTag {
-    /// Whose ledger rented it.
+    /// Owner of the ledger that rented it.
     pub owner: String,
-    /// For which run.
+    /// Id of the run.
     pub run: String,
-    /// One per create call.
+    /// Unique per create call.
     pub nonce: String,
-    /// After this the instance has no right to exist. Unix seconds.
+    /// Time after which the instance must not exist, in Unix seconds.
     pub deadline: u64,
 }
 
@@ -309,12 +309,12 @@ impl FromStr for LeaseTag {
     }
 }
 
-/// The name is not a lease tag. The instance belongs to others and is never touched.
+/// The name is not a lease tag. The instance was not rented by this program and is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a lease tag")]
 pub struct NotOurs;
 
-/// A broker's name for an instance.
+/// A broker's id of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct InstanceId(pub String);
@@ -332,49 +332,49 @@ pub struct Instance {
     pub broker: String,
     /// The broker's id.
     pub id: InstanceId,
-    /// Name, label or tag it carries; ours parse as [`LeaseTag`].
+    /// Name, label or tag of the instance; this program's parse as [`LeaseTag`].
     pub name: String,
-    /// Where it is in its life.
+    /// State of the instance.
     pub state: InstanceState,
-    /// What it bills.
+    /// Price that it bills.
     pub price: Option<UsdPerHour>,
-    /// In words, for tables: `2 x A100-80GB`, `8 CPU cores`.
+    /// Hardware as text for tables: `2 x A100-80GB`, `8 CPU cores`.
     pub hardware: String,
-    /// Unix seconds.
+    /// Creation time in Unix seconds.
     pub created_at: Option<u64>,
 }
 
 impl Instance {
-    /// Whether neither its name nor its tag can be read: it may be ours.
+    /// Whether neither its name nor its tag can be read, so that it may be this program's.
     pub fn is_nameless(&self) -> bool {
         matches!(self.state, InstanceState::Unreadable(_)) && self.name.is_empty()
     }
 
-    /// The lease, if the instance is one of ours.
+    /// The lease tag; `None` for instances of other programs.
     pub fn tag(&self) -> Option<LeaseTag> {
         self.name.parse().ok()
     }
 }
 
-/// An instance's life.
+/// State of an instance.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum InstanceState {
     /// Not reachable yet.
     Booting,
-    /// It waits for its turn, for this reason. That is no fault of it, and bills nothing.
+    /// In a queue, for this reason. It bills nothing meanwhile.
     Queued(String),
-    /// The cloud gives an address. Whether it answers is for us to find out.
+    /// The cloud states its address. Whether it answers is unknown.
     Ready(SshEndpoint),
-    /// It will not come up; it may still bill.
+    /// It will not start; it may still bill.
     Failed(String),
     /// Stopped, possibly still billing its disk.
     Stopped,
-    /// On its way out.
+    /// Being terminated.
     Terminating,
-    /// A word of the cloud that we do not know.
+    /// An unknown state of the cloud.
     Unknown(String),
-    /// What the cloud shows of it cannot be read, for this reason. Its name is empty where that is
-    /// why, and so is its id: then it may be any instance.
+    /// The cloud's entry cannot be parsed, for this reason. Its name and id are empty if they are
+    /// unreadable; then it may be any instance.
     Unreadable(String),
 }

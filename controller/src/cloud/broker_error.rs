@@ -1,19 +1,19 @@
-//! Why a call to a cloud failed, and what its caller may do.
+//! Errors of calls to a cloud.
 
-/// Why a broker call did not give what was asked for.
+/// An error of a broker call.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{broker}: {message}")]
 pub struct BrokerError {
-    /// Which cloud.
+    /// Name of the cloud.
     pub broker: &'static str,
     /// What a caller may do about it.
     pub kind: BrokerErrorKind,
-    /// The cloud's own words where there are any. Never a key.
+    /// The cloud's message, if there is one. Never contains a key.
     pub message: String,
 }
 
 impl BrokerError {
-    /// What a person may do about it, where something can be done.
+    /// A remedy for people, if there is one.
     pub fn hint(&self) -> Option<String> {
         matches!(self.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", self.broker))
     }
@@ -22,20 +22,20 @@ impl BrokerError {
 /// What a caller may do about a failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BrokerErrorKind {
-    /// This offer cannot be had now: try the next.
+    /// The offer is not available now: try the next.
     NoCapacity,
-    /// Asked too often.
+    /// Too many requests.
     RateLimited,
-    /// The key is missing, wrong, or not allowed to.
+    /// The key is missing, wrong or lacks permission.
     Auth,
     /// No funds, or a limit of the account.
     Budget,
-    /// No such thing.
+    /// The object does not exist.
     NotFound,
-    /// The request itself is wrong.
+    /// The request is invalid.
     Rejected,
-    /// The cloud did not take the request.
+    /// The cloud did not accept the request.
     Unavailable,
-    /// It may have happened: list by tag before anything else.
+    /// The call may have been executed: list by tag before anything else.
     Maybe,
 }

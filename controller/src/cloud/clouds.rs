@@ -1,4 +1,4 @@
-//! The clouds that a command speaks to, side by side.
+//! The clouds of a command, queried concurrently.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,20 +10,20 @@ use futures::future::join_all;
 use crate::cloud::broker::{Broker, BrokerError, BrokerErrorKind, Dropped, GpuRequest, Instance, InstanceId, Offer};
 use crate::units::Span;
 
-/// What stands between the names of several brokers.
+/// Separator between names of brokers.
 pub const BETWEEN_BROKERS: &str = ", ";
-/// Seconds by which this machine's clock may differ from that of a cloud on which something is
-/// rented: instances end at times of day.
+/// Maximum difference in seconds between this machine's clock and a cloud's for renting, since
+/// instances end at a time of day.
 const MOST_SKEW: i64 = 5 * 60;
 
-/// A cloud and how it is dealt with.
+/// A cloud with its timeouts.
 #[derive(Clone)]
 pub struct Cloud {
     /// The cloud.
     pub broker: Arc<dyn Broker>,
-    /// How long things take there.
+    /// Its timeouts.
     pub timeouts: Timeouts,
-    /// It is this machine: nothing costs real money, and paths are the same there.
+    /// Whether it is this machine: nothing is billed, and paths are the same.
     pub is_local: bool,
 }
 
@@ -39,15 +39,15 @@ impl Cloud {
         self.broker.name()
     }
 
-    /// Unix seconds by the cloud's clock, when it is `now` by ours.
+    /// The cloud's clock in Unix seconds when the local one is `now`.
     pub fn time(&self, now: u64) -> u64 {
         now.saturating_add_signed(self.broker.clock_skew().unwrap_or_default())
     }
 
-    /// A call that does not answer in time may have happened.
+    /// Applies the call's timeout, after which the call may have been executed.
     ///
     /// # Errors
-    /// The call's own, and [`BrokerErrorKind::Maybe`].
+    /// Errors of the call, and [`BrokerErrorKind::Maybe`].
     pub async fn call<T>(&self, call: impl Future<Output = Result<T, BrokerError>>) -> Result<T, BrokerError> {
         tokio::time::timeout(self.timeouts.call, call).await.unwrap_or_else(|_| {
             let message = format!("no answer within {} s", self.timeouts.call.as_secs());
@@ -59,7 +59,7 @@ impl Cloud {
     /// readable id may be any of them, so that the cloud's word on each decides.
     ///
     /// # Errors
-    /// The list's, and that of a word that is missing: a list that cannot tell is none.
+    /// Errors of the list, and of a query that is needed.
     pub async fn list(&self, known: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
         let mut listed = self.call(self.broker.list()).await?;
         if listed.iter().any(|instance| instance.id.0.is_empty()) {
@@ -72,10 +72,10 @@ impl Cloud {
         Ok(listed)
     }
 
-    /// The instance of this name, if there is one.
+    /// The instance with this name, if there is one.
     ///
     /// # Errors
-    /// The list's; also when an entry that cannot be read may be it.
+    /// Errors of the list; also if an unreadable entry may be the instance.
     pub async fn named(&self, name: &str) -> Result<Option<Instance>, BrokerError> {
         let listed = self.call(self.broker.list()).await?;
         let unclear = |message: &str| {
@@ -89,11 +89,10 @@ impl Cloud {
         }
     }
 
-    /// Those of these instances that are there: by the list, or, where there is none, by the
-    /// cloud's word on each.
+    /// The existing ones of these instances: by the list or, if it fails, by a query for each.
     ///
     /// # Errors
-    /// The list's, where that word is missing too.
+    /// The list's error, if queries fail as well.
     pub async fn those_of(&self, ids: &[&InstanceId]) -> Result<Vec<Instance>, BrokerError> {
         let unlisted = match self.list(ids).await {
             Ok(listed) => return Ok(listed.into_iter().filter(|instance| ids.contains(&&instance.id)).collect()),
@@ -108,36 +107,36 @@ impl Cloud {
     }
 }
 
-/// How long each thing may take, and how often it is tried.
+/// Time limits, and numbers of attempts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timeouts {
-    /// One call to a broker; beyond it the call's outcome is unknown.
+    /// One call to a broker. After it the call's outcome is unknown.
     pub call: Duration,
-    /// From the create call, or the end of its waiting in a queue, to an address.
+    /// From the create call, or the end of the queue, to an address.
     pub boot: Duration,
-    /// In a queue, for clouds that have one; a lease lasts so much longer.
+    /// Time in the queue of a cloud that has one. A lease is extended by it.
     pub queue: Duration,
     /// From an address to an SSH session.
     pub ssh: Duration,
-    /// From the login to the worker's start; what is uploaded at a usable rate adds to it.
+    /// From the login to the worker's start. Uploads at a usable rate extend it.
     pub ready: Duration,
-    /// To learn whether an unanswered create call made an instance.
+    /// To find out whether an unanswered create call made an instance.
     pub settle: Duration,
     /// To fetch the files.
     pub sync: Duration,
-    /// To see an instance gone that was told to go.
+    /// To confirm that a terminated instance is gone.
     pub terminate: Duration,
-    /// Between two listings.
+    /// Minimum time between two listings.
     pub listing_interval: Duration,
-    /// Complete listings without an instance before it counts as gone.
+    /// Complete listings without an instance after which it counts as gone.
     pub absences: u32,
-    /// First pause after a failure; doubles up to 30 times itself.
+    /// First pause after a failure. It doubles up to 30 times this.
     pub backoff: Duration,
 }
 
 impl Timeouts {
-    /// For clouds. An image of 10 GB takes its time to arrive; a new instance may show in the
-    /// third listing only.
+    /// For clouds. An image of 10 GB takes long to load, and a new instance may appear only in the
+    /// third listing.
     pub const CLOUD: Self = Self {
         call: Duration::from_secs(120),
         boot: Duration::from_secs(20 * 60),
@@ -152,7 +151,7 @@ impl Timeouts {
         backoff: Duration::from_secs(1),
     };
 
-    /// For this machine, where everything is near and nothing is eventual.
+    /// For this machine, which is fast and consistent.
     pub const LOCAL: Self = Self {
         call: Duration::from_secs(60),
         boot: Duration::from_secs(60),
@@ -168,7 +167,7 @@ impl Timeouts {
     };
 }
 
-/// One or more clouds, in the order in which they were named.
+/// One or more clouds, in the order given.
 #[derive(Clone, Debug)]
 pub struct Clouds(Vec<Cloud>);
 
@@ -178,24 +177,24 @@ impl From<Vec<Cloud>> for Clouds {
     }
 }
 
-/// What all clouds together offer.
+/// Offers of all clouds.
 #[derive(Debug, Default)]
 pub struct Offered {
-    /// Of all clouds that answered.
+    /// Offers of all clouds that answered.
     pub offers: Vec<Offer>,
-    /// Left out before any filter: broker, why, how many.
+    /// Offers left out before any filter: broker, reason, number.
     pub dropped: Vec<(&'static str, Dropped)>,
-    /// Clouds that did not answer.
+    /// Errors of the clouds that did not answer.
     pub silent: Vec<BrokerError>,
 }
 
 impl Clouds {
-    /// All clouds, in their order.
+    /// All clouds, in order.
     pub fn iter(&self) -> impl Iterator<Item = &Cloud> {
         self.0.iter()
     }
 
-    /// By its name.
+    /// The cloud with this name.
     pub fn get(&self, name: &str) -> Option<&Cloud> {
         self.0.iter().find(|cloud| cloud.name() == name)
     }
@@ -210,12 +209,12 @@ impl Clouds {
         self.0.iter().map(Cloud::name).collect::<Vec<_>>().join(BETWEEN_BROKERS)
     }
 
-    /// Only this machine.
+    /// Whether this machine is the only cloud.
     pub fn is_local(&self) -> bool {
         self.0.iter().all(|cloud| cloud.is_local)
     }
 
-    /// Why nothing can be rented by this machine's clock, as far as the clouds have answered.
+    /// Why this machine's clock does not allow renting, by the clouds that have answered.
     pub fn wrong_clock(&self) -> Option<String> {
         let skew = |cloud: &Cloud| Some((cloud.name(), cloud.broker.clock_skew()?));
         let (name, skew) = self.0.iter().filter_map(skew).find(|(_, skew)| skew.abs() > MOST_SKEW)?;
@@ -224,10 +223,10 @@ impl Clouds {
         Some(format!("this machine's clock is {by} {way} that of {name}: an instance would end at the wrong time"))
     }
 
-    /// Asks all of them at once.
+    /// Queries all clouds at once.
     ///
     /// # Errors
-    /// When none answers: what the first said.
+    /// The first error, if no cloud answers.
     pub async fn offers(&self, want: &GpuRequest) -> Result<Offered, BrokerError> {
         let ask = |cloud: &Cloud| {
             let cloud = cloud.clone();
@@ -250,20 +249,19 @@ impl Clouds {
     }
 }
 
-/// Machines that did not serve, by broker and the broker's name for the machine. Shared by all
-/// runs of a batch.
+/// Unfit machines, by broker and the broker's machine id. Shared by all runs of a batch.
 #[derive(Clone, Debug, Default)]
 pub struct BadHosts(Arc<Mutex<BTreeSet<(String, String)>>>);
 
 impl BadHosts {
-    /// Remembers the machine behind `offer`, where the cloud names it.
+    /// Adds the machine of `offer`, if the cloud identifies it.
     pub fn remember(&self, offer: &Offer) {
         if let Some(machine) = &offer.machine {
             self.0.lock().expect("nothing panics while it is held").insert((offer.broker.clone(), machine.clone()));
         }
     }
 
-    /// Whether the machine behind `offer` is one of them.
+    /// Whether the machine of `offer` is unfit.
     pub fn has(&self, offer: &Offer) -> bool {
         let known = self.0.lock().expect("nothing panics while it is held");
         offer.machine.as_ref().is_some_and(|machine| known.contains(&(offer.broker.clone(), machine.clone())))

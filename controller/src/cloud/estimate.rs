@@ -9,72 +9,70 @@ use crate::cloud::gpu;
 use crate::cloud::offer::Offer;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
-/// From the create call to the first weight byte on a cloud: booting, SSH, the worker's upload.
+/// Time from the create call to the first weight byte on a cloud: booting, SSH, upload of the
+/// worker.
 const START: Duration = Duration::from_secs(5 * 60);
-/// Operations per second that a run reaches on a CPU core, in f32. Measured at published widths:
-/// 72 to 88 x 10^9 on a core with AVX-512 (docs/benchmarks.md, "Published widths on a CPU":
-/// products alone, times the share of them that a run reaches). Lower here, since others have
-/// narrower vectors.
+/// Operations per second of a run on a CPU core, in f32. Measured at published widths: 72 to 88 x
+/// 10^9 on a core with AVX-512 (docs/benchmarks.md, "Published widths on a CPU": the products'
+/// rate times the share that a run reaches). Lower here, since other cores have narrower vectors.
 const CORE: f64 = 60e9;
-/// Bytes per second between a host and a GPU, either way. Measured on an H200 with PCIe 5.0 x16
-/// from pinned memory; a GPU with PCIe 4.0 reaches half of it.
+/// Bytes per second between a host and a GPU in each direction. Measured on an H200 with PCIe 5.0
+/// x16 from pinned memory; PCIe 4.0 reaches half of it.
 pub const CROSSING: f64 = 55.4e9;
-/// Bytes per second that a GPU reads of its own memory. Measured on an H200; smaller GPUs have
-/// less.
+/// Memory bandwidth of a GPU in bytes per second. Measured on an H200; smaller GPUs have less.
 const OWN_MEMORY: f64 = 4.3e12;
-/// Seconds of a kernel's launch. Assumed: torch takes 12 x 10^-6 with its own work around it.
+/// Seconds per kernel launch. Assumed: torch takes 12 x 10^-6 including its own work.
 const LAUNCH: f64 = 6e-6;
-/// Nothing is timed longer: what a clock can hold, and nobody rents for.
+/// Maximum estimate in seconds.
 const LONGEST: f64 = 1e9;
 
-/// What a run has to move and to compute.
+/// Data and operations of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Work {
-    /// Weights, each byte once.
+    /// Weight bytes, each read once.
     pub read: Bytes,
     /// Floating-point operations.
     pub operations: f64,
-    /// Assumed where an offer does not tell: bytes of weights an instance reads per second.
+    /// Assumed bytes of weights read per second, if an offer does not state a rate.
     pub read_rate: Bytes,
-    /// Assumed: share of a GPU's peak arithmetic that is reached.
+    /// Assumed share of a GPU's peak rate.
     pub efficiency: f64,
-    /// What GPUs do beside the arithmetic; none where it is not known.
+    /// GPU work besides arithmetic; zero if unknown.
     #[serde(default)]
     pub on_gpus: GpuWork,
 }
 
-/// What it takes, under its assumptions.
+/// Estimated time and cost, with the assumptions.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Estimate {
-    /// Assumed: seconds until the instance works.
+    /// Assumed seconds until the instance computes.
     pub start_seconds: f64,
-    /// Assumed: weight bytes read per second.
+    /// Assumed weight bytes read per second.
     pub read_bytes_per_second: u64,
-    /// Assumed: operations per second that are reached; `None`: arithmetic was left out.
+    /// Assumed operations per second; `None`: arithmetic is not counted.
     pub operations_per_second: Option<f64>,
     /// Seconds to read the weights.
     pub read_seconds: f64,
     /// Seconds to compute.
     pub compute_seconds: Option<f64>,
-    /// Seconds in which bytes cross between the host and its GPUs, and between GPUs; `None`: no
-    /// GPU.
+    /// Seconds of copies between the host and its GPUs, and between GPUs; `None` without GPU.
     pub crossing_seconds: Option<f64>,
     /// Seconds of statistics on GPUs.
     pub statistics_seconds: Option<f64>,
-    /// Seconds in which kernels are launched.
+    /// Seconds of kernel launches.
     pub launch_seconds: Option<f64>,
-    /// The start, and the longest of reading, crossing and computing, which overlap. Statistics and
-    /// launches are part of computing.
+    /// The start, plus the longest of reading, copying and computing, which overlap. Statistics
+    /// and launches are part of computing.
     pub seconds: f64,
     /// Assumed price.
     pub price: Option<UsdPerHour>,
-    /// Price times time.
+    /// Price times seconds.
     pub cost: Option<Usd>,
 }
 
 impl Work {
-    /// What it takes at these rates; arithmetic is left out where `operations`, those per second
-    /// that are reached, is `None`.
+    /// Estimate at the given rates. Arithmetic is not counted if `operations` per second is
+    /// `None`.
     pub fn at(&self, start: Duration, read: Bytes, operations: Option<f64>, price: Option<UsdPerHour>) -> Estimate {
         let seconds_of = |amount: f64, rate: f64| (amount / rate).min(LONGEST);
         let read_seconds = seconds_of(self.read.0 as f64, read.0.max(1) as f64);
@@ -96,7 +94,7 @@ impl Work {
         }
     }
 
-    /// An estimate with what so many GPUs do beside the arithmetic.
+    /// Adds the GPU work besides arithmetic, for this number of GPUs.
     pub fn with_gpus(&self, estimate: Estimate, gpus: u32) -> Estimate {
         if gpus == 0 {
             return estimate;
@@ -105,7 +103,7 @@ impl Work {
         let GpuWork { host_to_device_bytes, device_to_host_bytes, passed_on_bytes, statistics_bytes, launches } =
             self.on_gpus;
         let passed_on = if gpus > 1 { passed_on_bytes } else { 0 };
-        // There and back go beside each other.
+        // Both directions overlap.
         let crossing = each(host_to_device_bytes.max(device_to_host_bytes).saturating_add(passed_on), CROSSING);
         let statistics = each(statistics_bytes, OWN_MEMORY);
         let launch = each(launches, LAUNCH.recip());
@@ -121,7 +119,7 @@ impl Work {
         }
     }
 
-    /// What it takes on an offer. A GPU that is not in the table counts as the slowest that is.
+    /// Estimate for an offer. A GPU outside the table counts as the slowest in it.
     pub fn on(&self, offer: &Offer) -> Estimate {
         let start = if offer.is_local { Duration::ZERO } else { START };
         let reached = match &offer.gpu {
@@ -135,19 +133,19 @@ impl Work {
         self.with_gpus(estimate, if offer.gpu.is_some() { offer.gpu_count } else { 0 })
     }
 
-    /// Of a device's peak, what is assumed to be reached.
+    /// Assumed rate for a device's peak rate.
     pub fn reached(&self, peak: f64) -> f64 {
         peak * self.efficiency
     }
 }
 
 impl Estimate {
-    /// What the whole run costs, for an order; what has no price is no bargain.
+    /// Total cost for ranking. Without a price it is the maximum.
     pub fn rank(&self) -> Usd {
         self.cost.unwrap_or(Usd::from_micros(i64::MAX))
     }
 
-    /// Whether it takes longer than an instance may exist.
+    /// Whether it takes longer than `limit`.
     pub fn is_over(&self, limit: Duration) -> bool {
         self.seconds > limit.as_secs_f64()
     }
@@ -231,8 +229,7 @@ mod tests {
     fn cpu_estimate_is_within_a_factor_of_two_of_measurements() {
         let here = cpu(2);
         let reached = work().on(&here).operations_per_second.unwrap();
-        // docs/benchmarks.md: f32 products on two threads, and the share of them that runs
-        // reached.
+        // docs/benchmarks.md: f32 products on two threads, and the share of it that runs reach.
         for (products, share) in [(183e9, 0.78), (183e9, 0.79), (211e9, 0.81), (218e9, 0.81), (218e9, 0.72)] {
             let ratio = reached / (products * share);
             assert!((0.5..2.0).contains(&ratio), "{ratio}");

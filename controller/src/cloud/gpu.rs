@@ -1,4 +1,4 @@
-//! What a GPU is called, whatever a cloud calls it.
+//! Identifies GPUs by the names of clouds and drivers.
 
 use std::fmt;
 
@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::units::{Bytes, CudaVersion};
 
-/// A GPU model we know by name.
+/// A known GPU model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GpuModel {
-    /// The name in offers, tables and filters.
+    /// Name in offers, tables and filters.
     pub name: &'static str,
-    /// Memory it is sold with; a driver reports up to a tenth less.
+    /// Nominal memory. A driver reports up to a tenth less.
     pub vram: Bytes,
 }
 
@@ -68,9 +68,9 @@ const MODELS: &[(&str, u64, f64, &[&str])] = &[
     ("MI300X", 192, 0.0, &["mi300x"]),
 ];
 
-/// Compute capability times ten, and the models that have it, each by the words that must all be
-/// in its name. The first that fits counts, so newer lines stand before older ones that share a
-/// number with them. From NVIDIA's table "CUDA GPUs".
+/// Compute capability times ten, and its models by the words that their names must contain. The
+/// first match counts, so newer lines come before older ones with the same number. Source:
+/// NVIDIA's table "CUDA GPUs".
 const CAPABILITIES: &[(u32, &[&str])] = &[
     (121, &["gb10"]),
     (120, &["rtx pro", "5090", "5080", "5070", "5060", "5050"]),
@@ -92,13 +92,13 @@ const CAPABILITIES: &[(u32, &[&str])] = &[
     (37, &["k80"]),
 ];
 
-/// Least compute capability that the worker computes on, times ten: bf16, from Ampere on.
+/// Minimum compute capability of the worker times ten: bf16, from Ampere on.
 pub const LEAST_CAPABILITY: u32 = 80;
 
-/// Oldest CUDA that a driver may serve for the worker to use its GPU.
+/// Minimum CUDA version of the driver for the worker's GPU code.
 pub const OLDEST_CUDA: CudaVersion = CudaVersion { major: 11, minor: 8 };
 
-/// Names of modules whose host has an ARM processor, or which have one themselves.
+/// Modules with an ARM host processor, or GPUs integrated with one.
 const WITH_ARM: &[&str] = &["gh200", "gb200", "gb300", "gb10", "orin", "t4g"];
 
 /// Operations per second where it is known that the form is the quicker one.
@@ -113,7 +113,7 @@ pub fn peak(name: &str, form: Option<Form>) -> Option<f64> {
     known.find(|(known, _)| *known == name).map(|(_, tera)| tera * 1e12)
 }
 
-/// The lowest peak in the table: for GPUs that are not in it.
+/// The lowest peak in the table, for GPUs outside it.
 pub fn slowest_peak() -> f64 {
     peaks().map(|(_, tera)| tera * 1e12).fold(f64::INFINITY, f64::min)
 }
@@ -122,15 +122,14 @@ fn peaks() -> impl Iterator<Item = (&'static str, f64)> {
     MODELS.iter().map(|(name, _, tera, _)| (*name, *tera)).filter(|(_, tera)| *tera > 0.0)
 }
 
-/// Words that make a name another product: a laptop's chip has other memory than the card it is
-/// named after.
+/// Words that denote another product: a laptop GPU has other memory than the card with its name.
 const OTHERS: &[&str] = &["laptop", "mobile", "mig", "max"];
 
-/// NVIDIA's product lines, for models that are not in the table.
+/// NVIDIA's product lines, for models outside the table.
 const LINES: &[&str] = &["nvidia", "geforce", "rtx", "gtx", "tesla", "quadro", "titan", "a100", "v100", "p100", "k80"];
 
-/// The model of a raw name. `vram`, where known, tells apart what the name does not (an A100 of 40
-/// and of 80 GB).
+/// The model of a raw name. `vram`, if known, distinguishes variants with one name (A100 with 40
+/// and 80 GB).
 pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     let words = model_words(raw);
     let has = |word: &str| words.iter().any(|w| w == word);
@@ -149,15 +148,15 @@ pub fn identify(raw: &str, vram: Option<Bytes>) -> Option<GpuModel> {
     Some(GpuModel { name, vram: Bytes::from_gib(*gib) })
 }
 
-/// How a GPU sits in its host: what power it gets, and how it speaks to its neighbours.
+/// Form factor of a GPU, which determines its power and interconnect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Form {
-    /// On a board with NVLink between all.
+    /// On a board with NVLink.
     Sxm,
-    /// A card.
+    /// A PCIe card.
     Pcie,
-    /// Cards in pairs.
+    /// Paired cards with an NVLink bridge.
     Nvl,
 }
 
@@ -171,13 +170,13 @@ impl fmt::Display for Form {
     }
 }
 
-/// The form, where the raw name tells it.
+/// The form, if the raw name states it.
 pub fn form(raw: &str) -> Option<Form> {
     let words = words(raw);
     let has = |word: &str| words.iter().any(|w| w == word);
     match () {
         () if words.iter().any(|word| word.starts_with("sxm")) => Some(Form::Sxm),
-        // The driver's name for the one on the board.
+        // The driver's name of the SXM variant.
         () if has("h100") && has("hbm3") => Some(Form::Sxm),
         () if has("nvl") => Some(Form::Nvl),
         () if has("pcie") => Some(Form::Pcie),
@@ -185,17 +184,17 @@ pub fn form(raw: &str) -> Option<Form> {
     }
 }
 
-/// Whether a name is one of NVIDIA's: by the table, else by the names of its product lines. A
-/// cloud's own word for the maker does not count.
+/// Whether a name is an NVIDIA GPU: by the table, else by product lines. A cloud's vendor field is
+/// not used.
 pub fn is_nvidia(raw: &str) -> bool {
     let is_other = identify(raw, None).is_some_and(|model| model.name.starts_with("MI"));
     !is_other && (capability(raw).is_some() || LINES.iter().any(|line| words(raw).iter().any(|word| word == line)))
 }
 
-/// Compute capability times ten (80 for 8.0), of models that are in the table.
+/// Compute capability times ten (80 for 8.0), for models in the table.
 pub fn capability(raw: &str) -> Option<u32> {
     let words = model_words(raw);
-    // The number may have a letter or a word glued to it: `3090ti`, `4090d`.
+    // A suffix may be attached to the number: `3090ti`, `4090d`.
     let is = |word: &str, model: &str| {
         let number = model.bytes().all(|b| b.is_ascii_digit());
         let rest = word.strip_prefix(model);
@@ -205,12 +204,12 @@ pub fn capability(raw: &str) -> Option<u32> {
     CAPABILITIES.iter().find(|(_, models)| models.iter().any(|model| has(model))).map(|(capability, _)| *capability)
 }
 
-/// Whether the processor beside this GPU is ARM's: programs for x86-64 do not run there.
+/// Whether the host processor is ARM, which does not run programs for x86-64.
 pub fn is_with_arm(raw: &str) -> bool {
     words(raw).iter().any(|word| WITH_ARM.contains(&word.as_str()))
 }
 
-/// The canonical name, or the raw one without its maker when the model is not in the table.
+/// The canonical name; the raw name without vendor for models outside the table.
 pub fn canonical_name(raw: &str, vram: Option<Bytes>) -> String {
     if let Some(model) = identify(raw, vram) {
         return model.name.to_owned();
@@ -219,8 +218,8 @@ pub fn canonical_name(raw: &str, vram: Option<Bytes>) -> String {
     raw.strip_prefix("NVIDIA ").or_else(|| raw.strip_prefix("AMD ")).unwrap_or(raw).to_owned()
 }
 
-/// Memory to compare with `--min-vram`: what the model is sold with if the driver's figure is that
-/// less the driver's share, else the driver's figure.
+/// Memory to compare with `--min-vram`: the nominal memory if the driver's figure is slightly
+/// lower, else the driver's figure.
 pub fn nominal_vram(raw: &str, reported: Option<Bytes>) -> Option<Bytes> {
     let sold = identify(raw, reported).map(|model| model.vram);
     match (sold, reported) {
@@ -229,8 +228,8 @@ pub fn nominal_vram(raw: &str, reported: Option<Bytes>) -> Option<Bytes> {
     }
 }
 
-/// Whether `filter` is a part of a GPU's canonical or raw name. Case and separators do not matter,
-/// and a number is matched whole: `L4` is no part of `L40S`, nor `A10` of `A100`.
+/// Whether `filter` is a part of a GPU's canonical or raw name. Case and separators are ignored,
+/// and numbers match as a whole: `L4` does not match `L40S`, nor `A10` `A100`.
 pub fn matches(filter: &str, name: &str) -> bool {
     let (filter, name) = (words(filter), words(name));
     filter.is_empty() || contains(&name.join(" "), &filter.join(" ")) || contains(&name.concat(), &filter.concat())
@@ -246,7 +245,7 @@ fn contains(name: &str, part: &str) -> bool {
     })
 }
 
-/// The words of a name. A product line is a word even if joined to the model, as in `RTX4090`.
+/// The words of a name. A product line is a word even if attached to the model, as in `RTX4090`.
 fn model_words(name: &str) -> Vec<String> {
     let split =
         |word: String| match word.strip_prefix("rtx").filter(|model| model.starts_with(|c: char| c.is_ascii_digit())) {

@@ -1,9 +1,8 @@
-//! One HTTP client for all clouds.
+//! The HTTP client for all clouds.
 //!
-//! What may be sent again depends on what may have happened: a call that was certainly not taken
-//! is repeated, one that can be made twice without harm is repeated after any failure, and one
-//! that creates is never repeated unless the cloud said no. Keys are in no error, log or
-//! explanation.
+//! Whether a call is repeated depends on its effect. A call that was certainly not accepted is
+//! repeated. An idempotent one is repeated after any failure. A creating one is never repeated
+//! unless the cloud refused it. Keys never appear in errors, logs or explanations.
 
 use std::fmt;
 use std::sync::Arc;
@@ -33,25 +32,25 @@ use rate_limit::RateLimits;
 use redact::Hidden;
 pub(crate) use redact::{address, percent};
 
-/// Largest reply that is read: a listing of some thousand instances.
+/// Maximum bytes of a reply: a listing of some thousand instances.
 const LARGEST_REPLY: usize = 32 << 20;
-/// Longest sentence of a cloud that is repeated to people.
+/// Maximum characters of a cloud's message that are shown.
 const LONGEST_WORDS: usize = 400;
-/// How many times longer than after a failure one waits after "too often" without a time: such
-/// clouds mean some seconds.
+/// Factor of the pause after "too many requests" without a stated time, compared with a failure:
+/// such limits are for some seconds.
 const TOO_OFTEN: u32 = 8;
 
-/// No clock is so far away.
+/// Marks an unknown clock skew.
 const NO_SKEW: i64 = i64::MIN;
 
-/// What happens if a call is made twice.
+/// Effect of making a call twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// Nothing: it reads.
+    /// None: it reads.
     Read,
     /// The same as once.
     Idempotent,
-    /// Twice as much. Never repeated blindly.
+    /// A second effect. Never repeated blindly.
     Once,
 }
 
@@ -67,7 +66,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// Reads `path`, which is seen from the base URL and begins with `/`.
+    /// Reads `path`, relative to the base URL, with a leading `/`.
     pub fn get(path: impl Into<String>) -> Self {
         Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Effect::Read, pace: None }
     }
@@ -77,42 +76,42 @@ impl Call {
         Self { method, effect, ..Self::get(path) }
     }
 
-    /// With a parameter of the query; it is encoded.
+    /// Adds a query parameter, encoded.
     #[must_use]
     pub fn query(mut self, name: &str, value: impl fmt::Display) -> Self {
         self.query.push((name.to_owned(), value.to_string()));
         self
     }
 
-    /// With a JSON body.
+    /// Sets a JSON body.
     #[must_use]
     pub fn body(self, body: Value) -> Self {
         Self { body: Some(body), ..self }
     }
 
-    /// Also bound by the pace of this name, see [`Http::paced`].
+    /// Applies the rate limit of this name, see [`Http::paced`].
     #[must_use]
     pub fn at_pace(self, name: &'static str) -> Self {
         Self { pace: Some(name), ..self }
     }
 }
 
-/// How long and how often the client tries.
+/// Timeouts and attempts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// To connect.
+    /// Timeout of a connection.
     pub connect: Duration,
-    /// Between two bytes of a reply.
+    /// Timeout between two bytes of a reply.
     pub read: Duration,
-    /// For all attempts of one call together, from the first on, waits between them included. An
-    /// attempt that has begun is given [`Limits::read`] all the same.
+    /// Time limit of all attempts of a call, pauses included. A started attempt still has
+    /// [`Limits::read`].
     pub total: Duration,
     /// Attempts, the first included.
     pub attempts: u32,
-    /// First wait after a failure; doubles.
+    /// First pause after a failure. It doubles.
     pub backoff: Duration,
-    /// Paces and backoff are this many times shorter: 1 outside of tests. What a cloud asks for is
-    /// not shortened.
+    /// Divisor of rate limits and pauses: 1 outside of tests. Pauses that a cloud requests are not
+    /// shortened.
     pub hurry: u32,
 }
 
@@ -141,35 +140,35 @@ pub struct Answer {
     pub headers: HeaderMap,
     /// The whole body.
     pub body: Vec<u8>,
-    /// Seconds by which the server's clock was ahead of this machine's when the headers came.
+    /// Seconds by which the server's clock was ahead of this machine's when the headers arrived.
     pub clock_skew: Option<i64>,
 }
 
-/// Why a request has no whole answer.
+/// Failure of a request without a complete answer.
 #[derive(Clone, Debug)]
 pub struct NoAnswer {
-    /// No server was there to take the request.
+    /// Whether certainly no server accepted the request.
     pub certainly_not_taken: bool,
-    /// What happened.
+    /// Description of the failure.
     pub words: String,
 }
 
-/// Sends one request of [`Http`], which decides on waits, repetition and redaction.
+/// Sends single requests for [`Http`], which decides on pauses, repetition and redaction.
 #[async_trait]
 pub trait HttpTransport: Send + Sync {
-    /// Makes `call` at `url`, which is the base URL with the call's path.
+    /// Sends `call` to `url`, the base URL with the call's path.
     ///
     /// # Errors
     /// [`NoAnswer`].
     async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer>;
 }
 
-/// The network.
+/// The real network.
 struct Network {
     client: reqwest::Client,
-    /// For calls that are made once: a fresh connection each, because one that was kept may be
-    /// closed from the other side at this very moment, and nobody could say whether the call went
-    /// through.
+    /// Opens a new connection per call, for calls with effect once: a kept connection may be
+    /// closed by the server at any moment, and then it would be unknown whether the call was
+    /// executed.
     fresh: reqwest::Client,
 }
 
@@ -198,7 +197,7 @@ impl HttpTransport for Network {
 }
 
 fn no_answer(error: &reqwest::Error) -> NoAnswer {
-    // Nobody was there to take it.
+    // No server accepted it.
     if error.is_connect() || error.is_builder() {
         return NoAnswer { certainly_not_taken: true, words: chain(error) };
     }
@@ -206,7 +205,7 @@ fn no_answer(error: &reqwest::Error) -> NoAnswer {
     NoAnswer { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
 }
 
-/// Speaks to one cloud. Clones share their paces.
+/// Client of one cloud. Clones share rate limits.
 #[derive(Clone)]
 pub struct Http {
     transport: Arc<dyn HttpTransport>,
@@ -215,10 +214,10 @@ pub struct Http {
     key: Option<Hidden>,
     limits: Limits,
     paces: Arc<RateLimits>,
-    /// Seconds by which the cloud's clock is ahead of ours, by its latest answer; the least
-    /// number: no answer yet.
+    /// Seconds by which the cloud's clock is ahead of the local one, by its latest answer; the
+    /// minimum value: no answer yet.
     skew: Arc<AtomicI64>,
-    /// Words in an answer "too often" that say that no wait will help.
+    /// Text in a "too many requests" answer which means that waiting does not help.
     final_words: &'static [&'static str],
     explain: Option<Explain>,
 }
@@ -230,10 +229,11 @@ impl fmt::Debug for Http {
 }
 
 impl Http {
-    /// A client of the cloud `broker` at `base`, with `key` as bearer.
+    /// A client of the cloud `broker` at `base`, with `key` as bearer token.
     ///
     /// # Errors
-    /// [`BrokerErrorKind::Rejected`] when `base` is no URL of a web server, [`BrokerErrorKind::Auth`] when the key cannot be one.
+    /// [`BrokerErrorKind::Rejected`] if `base` is not a valid URL, [`BrokerErrorKind::Auth`] if
+    /// the key is not a valid header.
     pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: Limits) -> Result<Self, BrokerError> {
         let error = |kind, message: String| BrokerError { broker, kind, message };
         let base = base.trim_end_matches('/').to_owned();
@@ -268,9 +268,9 @@ impl Http {
                 .connect_timeout(limits.connect)
                 .read_timeout(limits.read)
                 .pool_max_idle_per_host(kept)
-                // A redirected creation would be made twice, and a key would go elsewhere.
+                // A followed redirect could repeat a creation, or send the key elsewhere.
                 .redirect(reqwest::redirect::Policy::none());
-            // No proxy knows this machine's own servers.
+            // Local servers are not reached through a proxy.
             let builder = if is_here { builder.no_proxy() } else { builder };
             let failed = |cause| error(BrokerErrorKind::Unavailable, format!("no HTTP client: {}", chain(&cause)));
             builder.build().map_err(failed)
@@ -290,26 +290,27 @@ impl Http {
         })
     }
 
-    /// At most one call per `every`, of all or of those marked with `name`.
+    /// At most one call per `every`: of all calls, or of those marked with `name`.
     #[must_use]
     pub fn paced(self, name: Option<&'static str>, every: Duration) -> Self {
         self.paces.set(name, every / self.limits.hurry.max(1));
         self
     }
 
-    /// A refusal "too often" that holds one of these is an answer as any other: no wait helps.
+    /// Returns "too many requests" answers that contain such text as ordinary answers, since
+    /// waiting does not help.
     #[must_use]
     pub fn final_when(self, final_words: &'static [&'static str]) -> Self {
         Self { final_words, ..self }
     }
 
-    /// Tells `explain` what is sent and what comes back.
+    /// Describes requests and replies to `explain`.
     #[must_use]
     pub fn explained(self, explain: Option<Explain>) -> Self {
         Self { explain, ..self }
     }
 
-    /// Requests go through `transport` instead of the network.
+    /// Sends requests through `transport` instead of the network.
     #[must_use]
     pub fn over(self, transport: Arc<dyn HttpTransport>) -> Self {
         Self { transport, ..self }
@@ -320,19 +321,19 @@ impl Http {
         BrokerError { broker: self.broker, kind, message: message.into() }
     }
 
-    /// Seconds by which the cloud's clock is ahead of this machine's, by the date of its latest
-    /// answer.
+    /// Seconds by which the cloud's clock is ahead of this machine's, by its latest answer.
     pub fn clock_skew(&self) -> Option<i64> {
         Some(self.skew.load(Ordering::Relaxed)).filter(|skew| *skew != NO_SKEW)
     }
 
-    /// Makes the call, again where that is safe. Any answer that is neither "too often" nor the
-    /// server's failure is returned, refusals included. Until the time is over that the cloud has
-    /// asked to wait, no call of this pace is made at all.
+    /// Makes the call, and repeats it if that is safe. Any answer except rate limits and server
+    /// failures is returned, refusals included. While the cloud asks for a pause, no call of this
+    /// rate limit is made.
     ///
     /// # Errors
-    /// [`BrokerErrorKind::Maybe`] when a call with [`Effect::Once`] may have been carried out; [`BrokerErrorKind::RateLimited`] and
-    /// [`BrokerErrorKind::Unavailable`] when it was not, after all attempts.
+    /// [`BrokerErrorKind::Maybe`] if a call with [`Effect::Once`] may have been executed;
+    /// [`BrokerErrorKind::RateLimited`] and [`BrokerErrorKind::Unavailable`] if it was not, after
+    /// all attempts.
     pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
         let held = self.paces.held(call.pace);
         if held >= self.limits.total {
@@ -340,7 +341,7 @@ impl Http {
             return Err(self.give_up(&call, failure));
         }
         self.paces.turn(call.pace).await;
-        // Only now: to wait for one's turn is no failure, however many wait before.
+        // Set now, since waiting for the rate limit does not count.
         let deadline = Instant::now() + self.limits.total;
         let mut attempt = 1;
         loop {
@@ -378,8 +379,8 @@ impl Http {
         match status {
             429 if self.final_words.iter().any(|word| reply.body.contains(word)) => Ok(reply),
             429 => Err(Failure::too_often(reply.in_words(), retry_after(&headers))),
-            // The server's failure, or its impatience with a slow request. What was done until
-            // then is not known.
+            // A failure of the server, or its timeout for a slow request. It is unknown what was
+            // executed.
             408 | 500.. => Err(Failure { wait: retry_after(&headers), ..Failure::unknown(reply.in_words()) }),
             _ => Ok(reply),
         }
@@ -417,7 +418,7 @@ impl Http {
         self.error(kind, format!("{} {}: {words}", call.method, call.path))
     }
 
-    /// With jitter, so that many that failed together do not come back together.
+    /// With jitter, so that calls that failed together are not repeated together.
     fn backoff(&self, attempt: u32, failure: &Failure) -> Duration {
         let too_often = failure.kind == Some(BrokerErrorKind::RateLimited);
         let first = self.limits.backoff * if too_often { TOO_OFTEN } else { 1 } / self.limits.hurry.max(1);
@@ -431,7 +432,7 @@ impl Http {
 
     fn tell(&self, words: impl FnOnce() -> String) {
         if let Some(explain) = &self.explain {
-            // Cleaning may bring together a key that control characters held apart.
+            // Cleaning may join a key that control characters separated, so it is redacted again.
             explain(&self.redacted(&clean_lines(&self.redacted(&words()))));
         }
     }
@@ -445,7 +446,7 @@ impl Http {
     }
 }
 
-/// An attempt that gave no answer to work with.
+/// An attempt without a usable answer.
 struct Failure {
     certainly_not_taken: bool,
     wait: Option<Duration>,
@@ -467,34 +468,34 @@ impl Failure {
     }
 }
 
-/// A cloud's answer; the key, should it be in it, is taken out.
+/// A cloud's answer. The key is removed from it.
 #[derive(Clone, Debug)]
 pub struct Reply {
     broker: &'static str,
     effect: Effect,
     key: Option<Hidden>,
-    /// HTTP status; below 500, and not 408; 429 only as [`Http::final_when`] says.
+    /// HTTP status below 500, except 408; 429 only by [`Http::final_when`].
     pub status: u16,
     /// The body as text.
     pub body: String,
 }
 
 impl Reply {
-    /// A reply as a test has it written down.
+    /// A recorded reply, for tests.
     #[cfg(test)]
     pub(crate) fn recorded(effect: Effect, status: u16, body: impl fmt::Display) -> Self {
         Self { broker: "test", effect, status, body: body.to_string(), key: None }
     }
 
-    /// Whether the cloud says that it was done.
+    /// Whether the status reports success.
     pub fn is_success(&self) -> bool {
         (200..300).contains(&self.status)
     }
 
-    /// The body read as `T`; `what` names it in the error.
+    /// Parses the body as `T`; `what` names it in the error.
     ///
     /// # Errors
-    /// When it is something else. The effect of a call with [`Effect::Once`] is then unknown.
+    /// The body is something else. The effect of a call with [`Effect::Once`] is then unknown.
     pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
         serde_json::from_str(&self.body).map_err(|error| {
             let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));
@@ -502,7 +503,7 @@ impl Reply {
         })
     }
 
-    /// The body as JSON, `None` if it is none.
+    /// The body as JSON; `None` if it is not JSON.
     pub fn value(&self) -> Option<Value> {
         serde_json::from_str(&self.body).ok()
     }
@@ -512,24 +513,24 @@ impl Reply {
         BrokerError { broker: self.broker, kind, message: self.without_key(&message.into()) }
     }
 
-    /// Once more after every change of the text: an escape may have hidden the key, or a control
-    /// character within it.
+    /// Redacts again after every change of the text: an escape, or a control character in it, may
+    /// have hidden the key.
     fn without_key(&self, text: &str) -> String {
         self.key.as_ref().map_or_else(|| text.to_owned(), |key| key.out_of(text))
     }
 
-    /// An error with the cloud's own words.
+    /// An error with the cloud's message.
     pub fn refusal(&self, kind: BrokerErrorKind) -> BrokerError {
         self.error(kind, self.in_words())
     }
 
-    /// What an answer means that makes no sense.
+    /// Error kind of an invalid answer.
     pub fn unclear(&self) -> BrokerErrorKind {
         if self.effect == Effect::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
     }
 
-    /// The cloud's own words: what it calls title, detail, error or message, else the body; with
-    /// the status.
+    /// The cloud's message with the status: its title, detail, error or message fields, else the
+    /// body.
     pub fn in_words(&self) -> String {
         let words = self.value().map(|value| redact::sentences(&value)).filter(|words| !words.is_empty());
         let words = words.unwrap_or_else(|| self.body.clone());
@@ -539,8 +540,8 @@ impl Reply {
     }
 }
 
-/// `Retry-After` in seconds or as a date, else the first window of a `RateLimit` header
-/// (`"default";r=0;t=5`).
+/// The pause of `Retry-After` in seconds or as a date, else the first window of a `RateLimit`
+/// header (`"default";r=0;t=5`).
 fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
     if let Some(after) = text(RETRY_AFTER.as_str()) {
@@ -554,11 +555,11 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     window.parse().ok().map(Duration::from_secs)
 }
 
-/// How many seconds a server's clock is ahead of ours, by the date of any answer of `url`; `None`
-/// when it gives none.
+/// Seconds by which a server's clock is ahead of the local one, by the date of any answer of
+/// `url`; `None` if it has none.
 ///
 /// # Errors
-/// In words, when it does not answer.
+/// A message, if it does not answer.
 pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
     let limits = Limits::default();
     let client = reqwest::Client::builder().connect_timeout(limits.connect).timeout(limits.read).build();
@@ -568,8 +569,8 @@ pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
     Ok(skew(response.headers(), begun))
 }
 
-/// How many seconds the date of an answer is ahead of our clock, to a request made at `begun`: any
-/// time since then is none.
+/// Seconds by which an answer's date is ahead of the local clock. A date since `begun` counts as
+/// no skew.
 fn skew(headers: &HeaderMap, begun: SystemTime) -> Option<i64> {
     let theirs = httpdate::parse_http_date(headers.get(DATE)?.to_str().ok()?).ok()?;
     let seconds =

@@ -1,16 +1,14 @@
-//! Offers of all brokers: filtered in a fixed order, ranked by what the whole run costs there, and
-//! explained when nothing is left.
+//! Filters the offers of all brokers in a fixed order, ranks them by the cost of the whole run,
+//! and explains an empty result.
 //!
-//! What an offer must be is said here alone: one rule per filter, in `RULES`. A broker may leave
-//! out what [`may_match`] refuses, and no more.
+//! Requirements on offers are defined only here, one rule per filter in `RULES`. A broker may
+//! leave out only what [`may_match`] refuses.
 //!
-//! Every filter counts what it removed. When one removes the last offers, the error names it, says
-//! what the nearest of those offers had, and which single option would have let an offer through,
-//! since a query that finds nothing says nothing about why.
+//! Every filter counts what it removes. If one removes the last offers, the error names it,
+//! describes the nearest of them, and states which single changed option would let an offer pass.
 //!
-//! What `--gpu-count` means when it is not given: one GPU on a cloud. On the local broker:
-//! whatever is there, the CPU alone if need be, unless `--gpu-filter` or `--min-vram` asks for a
-//! GPU.
+//! Without `--gpu-count`, a cloud's offers must have one GPU. The local broker offers what is
+//! there, also the CPU alone, unless `--gpu-filter` or `--min-vram` requires a GPU.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -24,17 +22,17 @@ use crate::cloud::offer::{GpuRequest, Offer};
 use crate::text::counted;
 use crate::units::{Bytes, CudaVersion, Span, Usd, UsdPerHour};
 
-/// What removes offers, in the order in which it does.
+/// Filters, in the order in which they are applied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Filter {
-    /// Who made the GPU: the worker computes on NVIDIA's.
+    /// Maker of the GPU: the worker supports NVIDIA's.
     Maker,
     /// The host's processor: the worker is a program for x86-64.
     Processor,
-    /// Whether the GPU is new enough for the worker.
+    /// Compute capability: the worker needs a minimum.
     Capability,
-    /// What the cloud may take back.
+    /// Whether the instance is preemptible.
     Spot,
     /// Name of the GPU.
     GpuFilter,
@@ -48,7 +46,7 @@ pub enum Filter {
     MinDisk,
     /// CUDA version of the host's driver.
     MinCuda,
-    /// The same, as the worker needs it.
+    /// CUDA version of the driver that the worker needs.
     WorkerCuda,
     /// Memory of the host, as the worker needs it.
     WorkerRam,
@@ -60,37 +58,36 @@ pub enum Filter {
     MaxPrice,
 }
 
-/// All that is known of a filter.
+/// Definition of a filter.
 struct Rule {
     filter: Filter,
-    /// Its option on the command line, or what the worker needs.
+    /// Its command-line option, or the worker's requirement.
     option: &'static str,
-    /// The option as it would be typed; `None`: the request does not restrict by it.
+    /// The option with its value; `None`: the request does not restrict by it.
     typed: fn(&str, &GpuRequest) -> Option<String>,
     /// Whether an offer passes it.
     fit: fn(&Offer, &GpuRequest) -> Fit,
-    /// What has to be typed for an offer to pass, if the option can say it. `None`: the worker
-    /// needs it, whatever is typed.
+    /// The option with which an offer would pass. `None`: it is a requirement of the worker.
     instead: Option<fn(&str, &Offer) -> Option<String>>,
     /// Why it removed the last offers.
     reason: fn(&Removed<'_>) -> String,
 }
 
-/// Whether an offer passes a filter. Variants that are nearer to passing come first.
+/// Whether an offer passes a filter. Variants nearer to passing come first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Fit {
     Passes,
-    /// It is so far from passing.
+    /// Distance from passing.
     Fails(u64),
     /// The offer does not state the value. Unknown values do not pass.
     Unknown,
 }
 
-/// What a filter removed that left nothing.
+/// The offers removed by the last filter.
 struct Removed<'a> {
     offers: &'a [Offer],
     nearest: &'a Offer,
-    /// Of the offers, those that do not say what they have.
+    /// Number of offers that do not state the value.
     unknown: usize,
 }
 
@@ -116,8 +113,7 @@ static RULES: [Rule; 15] = [
         filter: Filter::Capability,
         option: "compute capability 8.0",
         typed: |option, want| (want.gpu_count != Some(0)).then(|| option.to_owned()),
-        // Of this machine's GPUs the worker itself says whether it can use them. A new model may
-        // be in no table.
+        // For this machine's GPUs the worker decides. A new model may be in no table.
         fit: |offer, want| match offer.capability {
             Some(has) if want.gpu_count != Some(0) && !offer.is_local => {
                 Fit::lacks(gpu::LEAST_CAPABILITY.saturating_sub(has))
@@ -201,7 +197,7 @@ static RULES: [Rule; 15] = [
         filter: Filter::WorkerCuda,
         option: "a driver for the worker",
         typed: |option, want| Some(format!("{option} (CUDA {})", want.worker_cuda?)),
-        // What is not known is seen on the host before the worker is pushed.
+        // An unknown version is checked on the host before the worker is pushed.
         fit: |offer, want| match Fit::cuda(offer.max_cuda, want.worker_cuda) {
             Fit::Unknown => Fit::Passes,
             fit => fit,
@@ -263,14 +259,14 @@ impl Rule {
         (self.fit)(offer, want) == Fit::Passes
     }
 
-    /// Whether it restricts without having been asked for: as it does where nothing is asked for.
+    /// Whether the default restricts although the option was not given.
     fn is_default(&self, typed: &str) -> bool {
         self.instead.is_none() || self.typed(&GpuRequest::default()).as_deref() == Some(typed)
     }
 }
 
 impl Fit {
-    /// It passes where nothing is lacking.
+    /// Passes if the distance is 0.
     fn lacks(distance: impl Into<u64>) -> Self {
         match distance.into() {
             0 => Self::Passes,
@@ -302,7 +298,7 @@ impl Removed<'_> {
         some_of(self.offers.iter().filter_map(|offer| offer.gpu.as_deref()))
     }
 
-    /// That none of them has a GPU, if that is so.
+    /// The reason, if none of them has a GPU.
     fn no_gpu(&self) -> Option<String> {
         let here = self.offers.iter().all(|offer| offer.is_local);
         let reason = if here { "this machine has no NVIDIA GPU" } else { "none has a GPU" };
@@ -327,22 +323,22 @@ impl Removed<'_> {
     }
 }
 
-/// What one filter did.
+/// Result of one filter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// The filter.
     pub filter: Filter,
-    /// As it would be typed.
+    /// The option with its value.
     pub option: String,
-    /// Offers it removed.
+    /// Number of offers removed.
     pub removed: usize,
-    /// Those among them that may have enough, but do not say how much.
+    /// Number of removed offers that do not state the value.
     pub removed_unknown: usize,
-    /// Offers it left.
+    /// Number of offers left.
     pub left: usize,
 }
 
-/// What the market shows, and what may be paid for it.
+/// The ranked offers, and the agreed maximum cost.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Quote {
@@ -350,66 +346,66 @@ pub struct Quote {
     /// needed.
     #[serde(rename = "agreed")]
     pub ceiling: Option<Usd>,
-    /// Those that pass, ascending by what the whole run costs there.
+    /// Passing offers, ascending by the estimated cost of the run.
     pub offers: Vec<Offer>,
-    /// Offers there were.
+    /// Number of offers before filtering.
     pub considered: usize,
-    /// The filters that were asked for, in order.
+    /// The requested filters, in order.
     pub steps: Vec<Step>,
 }
 
-/// No offer is left.
+/// No offer passes.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum NothingLeft {
-    /// There was none to begin with.
+    /// No broker has an offer.
     #[error("no broker has an offer")]
     NoOffers,
-    /// One filter removed the last.
+    /// A filter removed the last ones.
     #[error("{0}")]
     Filtered(Box<Filtered>),
-    /// On none of those that passed the run is estimated to end within its time limit.
+    /// On no passing offer the run is estimated to end within its time limit.
     #[error("{message}")]
     Late {
-        /// How long the quickest takes.
+        /// Describes the fastest offer.
         message: String,
-        /// What to type instead.
+        /// The options to use instead.
         hint: String,
     },
 }
 
-/// Which filter left nothing, and what would have left something.
+/// The filter that removed the last offers, and a change that would help.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Filtered {
-    /// The filters up to the one that left nothing, which is the last.
+    /// The filters up to the one that removed the last offers.
     pub steps: Vec<Step>,
-    /// Offers there were.
+    /// Number of offers before filtering.
     pub considered: usize,
-    /// Why the last filter removed what it removed.
+    /// Why the last filter removed offers.
     pub reason: String,
-    /// Of the offers it removed, the one nearest to passing.
+    /// The removed offer nearest to passing.
     pub nearest: Offer,
-    /// The smallest change of a single option after which an offer passes all filters; `None`:
-    /// more than one has to change, or none can.
+    /// The smallest change of a single option with which an offer passes all filters; `None`:
+    /// several must change, or none helps.
     pub relaxation: Option<Relaxation>,
-    /// Whether no offer has what the worker needs. No option changes that.
+    /// Whether no offer meets the worker's requirements, which no option changes.
     pub is_fixed: bool,
 }
 
-/// A change of one option, and what it finds.
+/// A change of one option, with the offer it finds.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Relaxation {
-    /// Which filter.
+    /// The filter.
     pub filter: Filter,
-    /// What to type instead.
+    /// The option to use instead.
     pub option: String,
-    /// The cheapest offer that then passes.
+    /// The cheapest offer that passes then.
     pub offer: Offer,
 }
 
-/// The offers that satisfy `want`, best for `work` first. Nothing is agreed to yet.
+/// The offers that pass `want`, ranked for `work`. No cost is agreed yet.
 ///
 /// # Errors
-/// No offer does. The error states why.
+/// No offer passes. The error states why.
 pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quote, NothingLeft> {
     if offers.is_empty() {
         return Err(NothingLeft::NoOffers);
@@ -421,7 +417,7 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quot
         let Some(option) = rule.typed(want) else { continue };
         let (passed, removed): (Vec<_>, Vec<_>) = left.into_iter().partition(|offer| rule.passes(offer, want));
         left = passed;
-        // A default that changes nothing was not asked for.
+        // A default without effect is not listed.
         if removed.is_empty() && rule.is_default(&option) {
             continue;
         }
@@ -435,10 +431,10 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quot
 }
 
 impl Quote {
-    /// Only the offers on which `work` is estimated to end within `limit`.
+    /// Keeps only offers on which `work` is estimated to end within `limit`.
     ///
     /// # Errors
-    /// There is none.
+    /// None remains.
     pub fn in_time(mut self, work: &Work, limit: Duration) -> Result<Self, NothingLeft> {
         let seconds = |offer: &Offer| work.on(offer).seconds;
         let quickest = self.offers.iter().min_by(|a, b| seconds(a).total_cmp(&seconds(b))).cloned();
@@ -466,27 +462,27 @@ fn late(quickest: &Offer, seconds: f64, limit: Duration) -> NothingLeft {
 }
 
 impl NothingLeft {
-    /// What to type instead, where the message does not say it.
+    /// The option to use instead, if the message does not contain it.
     pub fn hint(&self) -> Option<&str> {
         if let Self::Late { hint, .. } = self { Some(hint) } else { None }
     }
 }
 
-/// The request for what a worker with CUDA can use, where none is at hand to be asked.
+/// The request for GPUs that a CUDA worker supports, if no worker can be queried.
 pub fn for_the_worker(want: GpuRequest) -> GpuRequest {
     let cuda = (want.gpu_count != Some(0)).then_some(gpu::OLDEST_CUDA);
     GpuRequest { worker_cuda: want.worker_cuda.or(cuda), ..want }
 }
 
-/// Whether an offer may come to satisfy `want` once more of it is known: with the figures that it
-/// has, everything that is kept passes. For brokers that skip unfit offers before further queries.
+/// Whether an offer with missing figures may pass `want`. Brokers use it to skip unfit offers
+/// before further queries.
 pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
     RULES.iter().all(|rule| !matches!((rule.fit)(offer, want), Fit::Fails(_)))
 }
 
 fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     let mut ranked: Vec<(Usd, Offer)> = offers.into_iter().map(|offer| (work.on(&offer).rank(), offer)).collect();
-    // The rest of the key only makes the order the same every time.
+    // The rest of the key makes the order reproducible.
     ranked.sort_by(|(cost, a), (other, b)| {
         let key = |offer: &Offer| (offer.price, offer.gpu_count);
         (cost, key(a), &a.broker, &a.key).cmp(&(other, key(b), &b.broker, &b.key))
@@ -494,8 +490,8 @@ fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     ranked.into_iter().map(|(_, offer)| offer).collect()
 }
 
-/// Two letters are the code of a country, a state or a continent (`EUR-IS-1`), and as such a word:
-/// `us` is no part of `Russia`.
+/// Two letters are the code of a country, state or continent (`EUR-IS-1`), and match as a word:
+/// `us` does not match `Russia`.
 fn is_in(has: &str, region: &str) -> bool {
     let (has, wanted) = (has.to_lowercase(), region.to_lowercase());
     if wanted.chars().count() == 2 {
@@ -510,7 +506,7 @@ fn is_named(offer: &Offer, filter: &str) -> bool {
     names.iter().flatten().any(|name| gpu::matches(filter, name))
 }
 
-/// The canonical name with the form, where that is known.
+/// The canonical name with the form, if known.
 fn gpu_name(offer: &Offer) -> Option<String> {
     let name = offer.gpu.as_ref()?;
     Some(offer.form.map_or_else(|| name.clone(), |form| format!("{name} {form}")))
@@ -528,14 +524,15 @@ fn explain(last: &Rule, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], w
     NothingLeft::Filtered(Box::new(Filtered { steps, considered, reason, nearest, relaxation, is_fixed }))
 }
 
-/// Each once, the first twenty.
+/// Each name once, at most twenty.
 fn some_of<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: BTreeSet<&str> = names.collect();
     let more = if names.len() > 20 { ", ..." } else { "" };
     names.into_iter().take(20).collect::<Vec<_>>().join(", ") + more
 }
 
-/// Single filters whose removal lets an offer pass. The one that removed the last offers is first.
+/// Single filters whose removal lets an offer pass, starting with the one that removed the last
+/// offers.
 fn relax(last: &Rule, offers: &[Offer], want: &GpuRequest) -> Option<Relaxation> {
     let others = RULES.iter().filter(|rule| rule.filter != last.filter);
     std::iter::once(last).chain(others).find_map(|rule| {
@@ -572,14 +569,14 @@ impl fmt::Display for Filtered {
     }
 }
 
-/// An offer in a line: its hardware, its price, and its broker unless it is this machine.
+/// An offer on one line: hardware, price, and broker unless it is this machine.
 pub fn describe(offer: &Offer) -> String {
     let hardware = Some(hardware(offer)).filter(|hardware| !hardware.is_empty());
     let broker = (!offer.is_local).then(|| format!("on {}", offer.broker));
     [hardware, Some(offer.price.to_string()), broker].into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// What an offer is of: GPUs, cores, memory, disk, place and kind.
+/// Hardware of an offer: GPUs, cores, memory, disk, location and kind.
 pub fn hardware(offer: &Offer) -> String {
     // Some names say it themselves.
     let is_told = |name: &str, vram: Bytes| name.contains(&format!("-{}GB", vram.0 >> 30));
@@ -600,7 +597,7 @@ pub fn hardware(offer: &Offer) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// An offer in a word or two, for lists of what was tried.
+/// Short name of an offer, for lists of attempts.
 pub fn title(offer: &Offer) -> String {
     let what = gpu_name(offer).map(|name| format!("{} x {name}", offer.gpu_count));
     let what = what.unwrap_or_else(|| "CPU only".to_owned());
@@ -618,17 +615,17 @@ fn at_least(option: &str, min: Option<Bytes>) -> Option<String> {
     Some(if gib.fract() == 0.0 { format!("{option} {gib}") } else { format!("{option} {gib:.2}") })
 }
 
-/// GiB that an offer of so much has, to the tenth below.
+/// GiB, rounded down to a tenth.
 fn rounded_down(bytes: Bytes) -> f64 {
     (bytes.gib() * 10.0).floor() / 10.0
 }
 
-/// Dollars that pay for it, to the cent above.
+/// Dollars, rounded up to the cent.
 fn rounded_up(price: UsdPerHour) -> f64 {
     (price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0
 }
 
-/// What was typed, unless it is blank.
+/// A given text, unless it is blank.
 fn wanted_text(typed: &Option<String>) -> Option<&str> {
     typed.as_deref().map(str::trim).filter(|text| !text.is_empty())
 }
@@ -653,7 +650,7 @@ mod tests {
         }
     }
 
-    /// So little to do that the start of the instance decides, and with it the price.
+    /// Work so small that the start of the instance, and so the price, decides.
     fn work() -> Work {
         Work { read: Bytes(1), operations: 1.0, read_rate: Bytes::from_gib(1), efficiency: 1.0, ..Work::default() }
     }
@@ -752,7 +749,7 @@ mod tests {
         let error = filtered(cloud(), &query);
         assert_eq!(error.relaxation, None);
         assert!(error.to_string().ends_with("more than one has to be relaxed"), "{error}");
-        // The culprit is an earlier filter than the one that removed the last.
+        // An earlier filter than the last one is the cause.
         let offers = vec![offer("vast", Some(("L4", 1, 24)), 9.0), offer("vast", Some(("H100", 1, 80)), 1.0)];
         let query = GpuRequest { gpu_filter: Some("L4".to_owned()), min_vram: Some(Bytes::from_gib(80)), ..want() };
         let error = filtered(offers, &GpuRequest { max_price: Some(UsdPerHour::from_dollars(2.0)), ..query });
@@ -853,7 +850,7 @@ mod tests {
         assert_eq!(removed, [(Filter::Processor, 2), (Filter::Capability, 5)]);
         let reason = filtered(old.to_vec(), &want()).to_string();
         assert!(reason.starts_with("compute capability 8.0 removed the last 5 offers") && reason.contains("Titan V"));
-        // A figure of the cloud's own is better than a name.
+        // The cloud's figure has priority over the name.
         let told = |capability| vec![Offer { capability: Some(capability), ..named("RTX 9999 Future") }];
         assert!(select(told(75), &want(), &work()).is_err() && select(told(130), &want(), &work()).is_ok());
         let cpu = GpuRequest { gpu_count: Some(0), ..want() };
@@ -905,7 +902,7 @@ mod tests {
         assert_eq!(first(&Work { read: Bytes(1), ..work }), "cheap by the hour");
     }
 
-    /// The size of the largest clouds together; nobody should have to wait for the order of a list.
+    /// As many offers as the largest clouds together have.
     #[test]
     fn thousand_offers_are_ranked_quickly() {
         let offers: Vec<Offer> = (0..1000u32)
@@ -980,7 +977,7 @@ mod tests {
         }
     }
 
-    /// The request with one option replaced by what the relaxation says to type.
+    /// The request with the option changed as suggested.
     fn retyped(want: &GpuRequest, found: &Relaxation) -> GpuRequest {
         let value = found.option.strip_prefix("--").and_then(|words| words.split_once(' ')).map(|(_, value)| value);
         let number = || value.map(|text| text.parse::<f64>().unwrap());
@@ -1004,7 +1001,7 @@ mod tests {
         want
     }
 
-    /// The offer as a broker may know it before it asks further.
+    /// The offer as a broker may know it before further queries.
     fn known_in_part(offer: &Offer, known: [bool; 7]) -> Offer {
         let if_known = |is: bool, has: Option<Bytes>| has.filter(|_| is);
         Offer {
@@ -1033,7 +1030,7 @@ mod tests {
             ..offer("vast", Some(("H100", 1, 80)), 1.0)
         };
         let work = Work { read: Bytes::from_gib(600), ..work() };
-        // 600 GiB in 10 and in 100 minutes, and the five of the start.
+        // 600 GiB in 10 and in 100 minutes, plus five for the start.
         let quote = select(vec![offer("quick", 1024), offer("slow", 102)], &want(), &work).unwrap();
         let within = |minutes: u64| quote.clone().in_time(&work, Duration::from_secs(60 * minutes));
         let keys = |quote: Quote| quote.offers.into_iter().map(|offer| offer.key).collect::<Vec<_>>();
@@ -1075,7 +1072,7 @@ mod tests {
                     prop_assert!(!rule.passes(&error.nearest, &want));
                     prop_assert!(error.to_string().starts_with(&last.option));
                     if let Some(found) = &error.relaxation {
-                        // What is advised works, exactly as it is typed.
+                        // The suggested option works as written.
                         let found_offers = select(offers, &retyped(&want, found), &work()).unwrap().offers;
                         prop_assert!(found_offers.contains(&found.offer));
                     }
@@ -1092,7 +1089,7 @@ mod tests {
             prop_assert!(!kept || may_match(&before, &want));
         }
 
-        /// Of each filter by itself: a broker that leaves out what fails takes nothing from the
+        /// Each filter alone: a broker that leaves out unfit offers changes nothing for the
         /// market.
         #[test]
         fn early_refusals_hold_with_full_information(

@@ -1,8 +1,8 @@
 //! Lambda: virtual machines with Ubuntu, fixed disks and public addresses.
 //!
 //! Source: docs.lambda.ai, Cloud API 1.10.0 (list instance types, launch instances, list running
-//! instances, terminate instances, add, list and delete SSH keys). The cloud keeps no deadline and
-//! gives instances no credential; an instance that powers itself off goes on billing.
+//! instances, terminate instances, add, list and delete SSH keys). The cloud has no deadlines and
+//! gives instances no credential. An instance that powers itself off continues to bill.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,13 +32,13 @@ pub const CLOUD: CloudKind = CloudKind {
 };
 
 const NAME: &str = "lambda";
-/// Who logs in to Lambda's machine images.
+/// User of Lambda's machine images.
 const USER: &str = "ubuntu";
 const SSH_PORT: u16 = 22;
 
-/// Between any two calls.
+/// Minimum time between two calls.
 const BETWEEN_CALLS: Duration = Duration::from_secs(1);
-/// Between two launches.
+/// Minimum time between two launches.
 const BETWEEN_LAUNCHES: Duration = Duration::from_secs(12);
 const LAUNCH: &str = "launch";
 
@@ -59,7 +59,7 @@ struct Door {
     port: u16,
 }
 
-/// What [`Broker::create`] has to say to get an offer.
+/// Parameters of an offer for [`Broker::create`].
 #[derive(Serialize, Deserialize)]
 struct Sku {
     instance_type: String,
@@ -81,7 +81,7 @@ impl Broker for Lambda {
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
-        // The API has no call that says whose a key is.
+        // The API has no call for the owner of a key.
         self.list().await.map(|_| Account::default())
     }
 
@@ -97,7 +97,7 @@ impl Broker for Lambda {
         match self.launch(&sku, lease, &key.name).await {
             Ok(id) => Ok(wire::booting(id, offer, lease)),
             Err(error) => {
-                // Whatever may have come of it needs its key.
+                // An instance that may exist needs its key.
                 if error.kind != BrokerErrorKind::Maybe && key.name == lease.tag.to_string() {
                     self.remove_key(&key.id).await;
                 }
@@ -139,7 +139,7 @@ impl Broker for Lambda {
 }
 
 impl Lambda {
-    /// The `data` of what the cloud answers.
+    /// The `data` of the cloud's answer.
     async fn ask<T: for<'de> Deserialize<'de>>(&self, call: Call, what: &str) -> Result<T, BrokerError> {
         Ok(granted(self.http.call(call).await?)?.json::<Data<T>>(what)?.data)
     }
@@ -162,7 +162,7 @@ impl Lambda {
         }
     }
 
-    /// What the cloud says of one, unread.
+    /// The cloud's unparsed entry of one instance.
     async fn machine(&self, id: &InstanceId) -> Result<Option<(Reply, Value)>, BrokerError> {
         let segment = wire::id_segment(&self.http, id)?;
         match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
@@ -175,9 +175,9 @@ impl Lambda {
         }
     }
 
-    /// Whether an instance whose termination was refused is on its way out all the same: an
-    /// earlier try may have ended it, for which the cloud has no clear words. Gives its name, if
-    /// it still has one.
+    /// Whether an instance whose termination was refused is nevertheless terminating: an earlier
+    /// attempt may have ended it, which the cloud does not report clearly. Returns its name, if it
+    /// still has one.
     async fn ended_nevertheless(&self, id: &InstanceId, refused: BrokerError) -> Result<Option<String>, BrokerError> {
         if refused.kind == BrokerErrorKind::NotFound {
             return Ok(None);
@@ -187,7 +187,7 @@ impl Lambda {
         if machine.is_gone() || machine.status.as_deref() == Some("terminating") {
             return Ok(machine.name);
         }
-        // It says `vm-has-not-launched` of one that it is still making: that passes.
+        // `vm-has-not-launched` is a transient refusal for an instance that is being created.
         match machine.actions.and_then(|actions| actions.terminate).filter(|action| !action.available) {
             Some(ActionAvailability { reason_code: Some(why), .. }) if why == "vm-is-terminating" => Ok(machine.name),
             Some(ActionAvailability { reason_code, .. }) => {
@@ -199,16 +199,16 @@ impl Lambda {
         }
     }
 
-    /// Puts the lease's key into the account under the tag's name: a launch can only name keys.
-    /// Gives it as the account has it.
+    /// Adds the lease's key to the account under the tag's name, since a launch refers to keys by
+    /// name. Returns the account's entry.
     async fn register(&self, lease: &Lease) -> Result<Key, BrokerError> {
         let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
         let body = json!({"name": tag, "public_key": public_key});
         let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Effect::Idempotent).body(body)).await?;
         match granted(reply) {
             Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
-            // The first try arrived and its answer did not, or an earlier lease of the run has put
-            // the same key there.
+            // An earlier attempt arrived without its answer, or an earlier lease of the run added
+            // the same key.
             Err(refused) if refused.kind == BrokerErrorKind::Rejected => {
                 let known = self.keys().await?.into_iter();
                 known.filter(|key| key.is(public_key)).max_by_key(|key| key.name == tag).ok_or(refused)
@@ -221,8 +221,8 @@ impl Lambda {
         self.ask(Call::get("/ssh-keys"), "a list of SSH keys").await
     }
 
-    /// Removes the key named `ended`, and keys of ours whose time is over. What cannot be removed
-    /// now is next time.
+    /// Removes the key named `ended`, and expired keys of this program. Failures are retried on
+    /// the next call.
     async fn sweep_keys(&self, ended: Option<&str>) {
         let keys = match self.keys().await {
             Ok(keys) => keys,
@@ -253,12 +253,12 @@ impl Lambda {
     }
 }
 
-/// The reply, if it is no refusal.
+/// The reply, unless it is a refusal.
 fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
-/// What a refusal means. The code says it, not the status.
+/// Kind of a refusal, by its code and not its status.
 fn kind_of(refused: &Reply) -> BrokerErrorKind {
     let value = refused.value().unwrap_or_default();
     let code = value.pointer("/error/code").and_then(Value::as_str).unwrap_or_default();
@@ -267,12 +267,12 @@ fn kind_of(refused: &Reply) -> BrokerErrorKind {
         ("global/quota-exceeded" | "global/account-inactive" | "global/invalid-address", _) => BrokerErrorKind::Budget,
         ("global/invalid-api-key" | "global/forbidden", _) => BrokerErrorKind::Auth,
         ("global/object-does-not-exist" | "global/not-found", _) => BrokerErrorKind::NotFound,
-        // Failures on its side, whatever the status.
+        // Failures of the server, whatever the status.
         ("global/unknown" | "global/internal-error", _) => refused.unclear(),
         (code, _) if code.starts_with("provider/") => refused.unclear(),
         ("", 401 | 403) => BrokerErrorKind::Auth,
         ("", 402) => BrokerErrorKind::Budget,
-        // Not of the API: it says of nothing that it does not exist.
+        // Not an answer of the API: it does not show that something does not exist.
         ("", 300..=399 | 404 | 405) => BrokerErrorKind::Unavailable,
         _ => BrokerErrorKind::Rejected,
     }
@@ -290,7 +290,7 @@ struct Launched {
 
 #[derive(Deserialize)]
 struct Ended {
-    /// Each read by itself.
+    /// Entries are parsed one by one.
     terminated_instances: Vec<Value>,
 }
 
@@ -302,14 +302,14 @@ struct Key {
 }
 
 impl Key {
-    /// Whether it is this one. The comment, its third word, does not matter.
+    /// Whether it is this key. The comment, its third word, is ignored.
     fn is(&self, public_key: &str) -> bool {
         let words = |line: &str| line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>();
         self.public_key.as_deref().is_some_and(|known| words(known) == words(public_key))
     }
 }
 
-/// A type and the regions that have it now.
+/// An instance type and the regions that have it now.
 #[derive(Deserialize)]
 struct Stock {
     instance_type: InstanceType,
@@ -319,9 +319,9 @@ struct Stock {
 #[derive(Deserialize)]
 struct InstanceType {
     name: String,
-    /// `H100 (80 GB SXM5)`: the only place that tells the memory of a GPU.
+    /// `H100 (80 GB SXM5)`: the only field with a GPU's memory.
     gpu_description: Option<String>,
-    /// Whole instance.
+    /// Price of the whole instance.
     price_cents_per_hour: f64,
     specs: Specs,
 }
@@ -357,7 +357,7 @@ impl InstanceType {
     }
 }
 
-/// One offer for each region that has the type, or why there is none.
+/// One offer per region that has the type, or the reason for none.
 fn offers_of(entry: Value) -> Vec<Result<Offer, String>> {
     let Ok(stock) = serde_json::from_value::<Stock>(entry) else {
         return vec![Err("described in a way that is not understood".to_owned())];
@@ -375,7 +375,7 @@ fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
     let specs = &instance.specs;
     let offer = Offer::new(NAME, key, specs.gpus, price);
     let offer = if specs.gpus > 0 { offer.with_gpu(&instance.gpu(), instance.vram()) } else { offer };
-    // `gpu_1x_gh200`: a description may leave the module out.
+    // `gpu_1x_gh200`: a description may omit the module.
     let arm = offer.arm || gpu::is_with_arm(&instance.name);
     let place = match &region.description {
         Some(description) => format!("{} ({description})", region.name),
@@ -392,7 +392,7 @@ fn offer(instance: &InstanceType, region: &Region) -> Result<Offer, String> {
     })
 }
 
-/// An instance on the wire.
+/// An instance in the cloud's format.
 #[derive(Deserialize)]
 struct InstanceEntry {
     #[serde(deserialize_with = "wire::id")]
@@ -400,7 +400,7 @@ struct InstanceEntry {
     name: Option<String>,
     #[serde(default, deserialize_with = "wire::word")]
     status: Option<String>,
-    /// Missing until it has one.
+    /// Missing until the instance has an address.
     #[serde(default, deserialize_with = "lenient")]
     ip: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
@@ -426,7 +426,7 @@ impl InstanceEntry {
         self.status.as_deref() == Some("terminated")
     }
 
-    /// `None`: it is no more.
+    /// `None`: the instance has ended.
     fn live(self, door: &Door) -> Option<Instance> {
         (!self.is_gone()).then(|| self.into_instance(door))
     }

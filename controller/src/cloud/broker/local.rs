@@ -1,14 +1,12 @@
-//! The user's own machine as a cloud.
+//! This machine as a cloud.
 //!
-//! An instance is a folder and a process of its own, which keeps the deadline. It outlives whoever
-//! created it, is found by its folder, and is alive exactly as long as it holds that folder's lock.
-//! Commands run as processes of whoever asks for them and carry the instance's mark (`way.rs`).
-//! Prices are made up, bills are kept as if they were not: a rental that is forgotten here would
-//! have been forgotten on a cloud.
+//! An instance is a folder and a process that enforces the deadline. It outlives its creator, is
+//! found by its folder, and is alive as long as it holds the folder's lock. Commands are child
+//! processes of their callers and carry the instance's mark (`way.rs`). Prices are fictitious, but
+//! bills are kept, so that a forgotten rental shows as on a cloud.
 //!
-//! An instance shares the machine: any number can be rented, but a GPU only once at a time. The
-//! one thing it does not share is what it sees of GPUs (`CUDA_VISIBLE_DEVICES`); `nvidia-smi`
-//! still lists them all.
+//! Instances share the machine: any number can be rented, but each GPU only once at a time. The
+//! visible GPUs are limited with `CUDA_VISIBLE_DEVICES`; `nvidia-smi` still lists all.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -46,19 +44,17 @@ use record::{Folder, Record, is_id, new_id, now};
 
 /// The broker's name.
 pub const NAME: &str = "local";
-/// The hidden subcommand of the program given to [`LocalBroker::new`] that must call [`serve`]
-/// with its one argument, a folder.
+/// The hidden subcommand, with a folder as its argument, that must call [`serve`] in the program
+/// given to [`LocalBroker::new`].
 pub const SERVE_COMMAND: &str = "instance-serve";
 
-/// How long an instance may take to be up. It takes a tenth of a second; a machine under load
-/// takes longer.
+/// Time limit of an instance's start. It takes a tenth of a second, longer on a busy machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
-/// How long an instance may take to end what runs there before the ending is taken out of its
-/// hands.
+/// Time for an instance to end its processes before it is killed.
 const ENDING_GRACE: Duration = Duration::from_secs(4);
 const PAUSE: Duration = Duration::from_millis(10);
 
-/// The cloud of which this machine is the only host.
+/// The broker of this machine.
 #[derive(Clone, Debug)]
 pub struct LocalBroker {
     root: PathBuf,
@@ -67,20 +63,20 @@ pub struct LocalBroker {
 }
 
 impl LocalBroker {
-    /// A cloud whose state lies in `root` (made when first needed). An instance is `exe
+    /// A broker with its state in `root` (created on first use). An instance is the process `exe
     /// instance-serve FOLDER`.
     pub fn new(root: PathBuf, exe: PathBuf) -> Self {
-        // An instance's working folder is not ours.
+        // An instance has another working folder.
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
         Self { root: absolute(root), exe: absolute(exe), nvidia_smi: hardware::default_nvidia_smi() }
     }
 
-    /// Lists GPUs by another program than the `nvidia-smi` of the search path.
+    /// Replaces the `nvidia-smi` of the search path.
     pub fn with_nvidia_smi(self, program: PathBuf) -> Self {
         Self { nvidia_smi: program, ..self }
     }
 
-    /// What ended instances cost, and what still bills.
+    /// Cost of ended instances, and the instances that still bill.
     ///
     /// # Errors
     /// The bill or the list cannot be read.
@@ -105,7 +101,7 @@ impl LocalBroker {
         for entry in entries {
             let entry = entry.map_err(unreadable)?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            // Drafts, leftovers and whatever else got here are no instances.
+            // Drafts, leftovers and other files are not instances.
             if is_id(&name) && entry.file_type().map_err(unreadable)?.is_dir() {
                 found.extend(look_at(&name, &Folder::new(entry.path())));
             }
@@ -179,8 +175,8 @@ impl LocalBroker {
         let log = || OpenOptions::new().create(true).append(true).mode(0o600).open(folder.log());
         let mut command = tokio::process::Command::new(&self.exe);
         command.arg(SERVE_COMMAND).arg(folder.path()).current_dir("/");
-        // It leaves our session by itself, as its first act; neither our terminal nor our
-        // environment is its own.
+        // The process creates its own session first. It has neither the terminal nor the
+        // environment of this process.
         command.env_clear().env("PATH", "/usr/local/bin:/usr/bin:/bin").env(MARKER, &record.id);
         command.stdin(Stdio::null()).stdout(log()?).stderr(log()?);
         command.spawn()
@@ -210,7 +206,7 @@ impl Broker for LocalBroker {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // The instance's own process keeps the deadline, and lives as long as the instance.
+        // The instance's process enforces the deadline, and lives as long as the instance.
         Capabilities { server_deadline: true, self_destruct: false, spot: false }
     }
 
@@ -227,7 +223,7 @@ impl Broker for LocalBroker {
         match self.boot(&folder, &record).await {
             Ok(instance) => Ok(instance),
             Err(message) => {
-                // It never came up, so it costs nothing.
+                // It never started, so it costs nothing.
                 let ended = blocking(move || end(&folder, &record.id, false)).await;
                 Err(match ended {
                     Ok(()) => unavailable(message),
@@ -255,7 +251,7 @@ impl Broker for LocalBroker {
     }
 }
 
-/// The instance in `folder`, `None` if it went away meanwhile.
+/// The instance in `folder`; `None` if it ended meanwhile.
 fn look_at(id: &str, folder: &Folder) -> Option<Instance> {
     let record = match absent(folder.record()) {
         Ok(Some(record)) => record,
@@ -301,7 +297,7 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
         }
         (true, None) => InstanceState::Booting,
         (false, None) if young => InstanceState::Booting,
-        // Whoever created it was cut short before starting it, which speaks against no other one.
+        // Its creator stopped before starting it. Another one can still be started.
         (false, None) => InstanceState::Stopped,
         (false, Some(_)) => {
             InstanceState::Failed(format!("its process ended; the last of its log: {}", last_words(folder)))
@@ -313,27 +309,27 @@ fn last_words(folder: &Folder) -> String {
     folder.last_words().unwrap_or_else(|| "its log is empty".to_owned())
 }
 
-/// Ends the instance in `folder` in any state with all its processes, then [`conclude`]s.
+/// Ends the instance in `folder` in any state with all its processes, then calls [`conclude`].
 fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     let stays = |why: String| unavailable(format!("{id} is not terminated: {why}"));
     let there = fs::symlink_metadata(folder.path());
     if absent(there).map_err(|error| stays(error.to_string()))?.is_none() {
-        // A termination that was cut short after its last step but one.
+        // A termination was interrupted before its last step.
         return folder.remove().map_err(|error| stays(error.to_string()));
     }
     if let Err(error) = folder.mark_ending() {
-        // A full disk is a reason to terminate, not one to refuse.
+        // A full disk must not prevent a termination.
         tracing::warn!(id, %error, "the termination could not be noted first");
     }
-    // Without it, something that starts meanwhile may be left.
+    // Without it, a process that starts meanwhile may remain.
     let _shut = folder.shut();
     let record = folder.record();
     stop_process(folder, id);
     marks(folder, id).end_all().map_err(stays)?;
-    // Nobody else can start or end anything here while we hold it.
+    // The lock prevents others from starting or ending something here.
     let lock = match absent(folder.lock()) {
         Ok(Some(None)) => return Err(stays("its lock is held by a process that is not its own".to_owned())),
-        // Whoever held the lock before has concluded it, bill included.
+        // The previous holder of the lock has concluded it, bill included.
         Ok(_) if !folder.path().exists() => return Ok(()),
         Ok(lock) => lock,
         Err(error) => return Err(stays(error.to_string())),
@@ -341,7 +337,7 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     marks(folder, id).end_all().map_err(stays)?;
     let concluded = match record {
         Ok(record) => conclude(folder, &record, billed),
-        // Nobody can say any more what it cost.
+        // Its cost is unknown.
         Err(_) => folder.remove(),
     };
     drop(lock);
@@ -352,11 +348,12 @@ fn marks(folder: &Folder, id: &str) -> Marks {
     Marks::new(id, folder.home())
 }
 
-/// Asks the instance's process to end what runs there and itself; kills it when it takes too long.
+/// Asks the instance's process to end its processes and itself; kills it after a time limit.
 fn stop_process(folder: &Folder, id: &str) {
-    // One that is not up yet is found by its marks.
+    // An instance that has not started is found by its marks.
     let Ok(Some(ready)) = folder.ready() else { return };
-    // The lock may be another terminator's by now, and the process id anybody's: the mark is not.
+    // The lock may belong to another terminator, and the process id may be reused. The mark is
+    // unique.
     let is_it = || marks(folder, id).find().is_ok_and(|pids| pids.contains(&ready.pid));
     let begun = Clock::now();
     let mut asked = false;
@@ -373,9 +370,9 @@ fn stop_process(folder: &Folder, id: &str) {
     }
 }
 
-/// After everything ended: deletes what was stored, writes the bill, removes the folder, in this
-/// order. A full disk has room for the bill after the first, and a crash before the last leaves an
-/// instance that can be terminated again.
+/// After everything ended: deletes stored files, writes the bill and removes the folder, in this
+/// order. On a full disk the first step makes room for the bill, and a crash before the last step
+/// leaves an instance that can be terminated again.
 fn conclude(folder: &Folder, record: &Record, billed: bool) -> io::Result<()> {
     folder.empty_home()?;
     let root = folder.path().parent().and_then(Path::parent);

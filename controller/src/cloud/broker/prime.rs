@@ -1,8 +1,8 @@
-//! Prime Intellect: one market over some two dozen clouds.
+//! Prime Intellect: a market of some two dozen clouds.
 //!
-//! Source: docs.primeintellect.ai, API reference (availability/gpus, pods, ssh_keys). Collections
-//! end in a slash, members do not: the server redirects what is written otherwise, and a
-//! redirected creation is none.
+//! Source: docs.primeintellect.ai, API reference (availability/gpus, pods, ssh_keys). Paths of
+//! collections end in a slash, those of members do not. The server redirects other paths, and a
+//! redirected creation is not executed.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -21,12 +21,12 @@ use crate::cloud::http::{Call, Effect, Http, Method, Reply};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
-/// Prime Intellect.
+/// Prime Intellect's entry in the list of clouds.
 pub const CLOUD: CloudKind = CloudKind {
     name: NAME,
     key_variable: "PRIME_API_KEY",
     base_url: "https://api.primeintellect.ai/api/v1",
-    // Not a reference to a registry: one of the environments that an offer lists.
+    // The name of an environment in an offer, not of a registry image.
     image: "ubuntu_22_cuda_12",
     key_page: "https://app.primeintellect.ai/dashboard/tokens",
     connect,
@@ -34,15 +34,15 @@ pub const CLOUD: CloudKind = CloudKind {
 
 const NAME: &str = "prime";
 
-/// Nothing is documented; its other clients poll about this often.
+/// Minimum time between calls. Undocumented; other clients poll at about this rate.
 const PACE: Duration = Duration::from_secs(1);
-/// Items on a page: the most that offers allow.
+/// Items per page, the maximum for offers.
 const PAGE: usize = 100;
-/// Pages after which a listing is not one.
+/// Maximum pages of a listing.
 const MOST_PAGES: usize = 200;
-/// How often a listing is begun that changes while it is read.
+/// How often a listing that changes while it is read is restarted.
 const MOST_READINGS: usize = 4;
-/// GPUs that no single machine has: the offer is for several.
+/// Maximum GPUs of a machine. Offers with more are for several machines.
 const GPUS_OF_A_MACHINE: u32 = 8;
 
 fn connect(access: Access) -> Box<dyn Broker> {
@@ -65,8 +65,8 @@ impl Prime {
         Err(self.http.error(BrokerErrorKind::Unavailable, format!("{path} changes faster than it can be read")))
     }
 
-    /// All items, `None` if the collection changed meanwhile: pages are counted from its
-    /// beginning, so what goes away before the next page makes that page begin one too late.
+    /// All items; `None` if the collection changed meanwhile. Pages are counted from its
+    /// beginning, so a removed item shifts the next page.
     async fn read_once<T: DeserializeOwned>(&self, path: &str) -> Result<Option<Vec<T>>, BrokerError> {
         let mut items: Vec<T> = Vec::new();
         let mut announced = None;
@@ -90,17 +90,17 @@ impl Prime {
         Err(self.http.error(BrokerErrorKind::Unavailable, format!("{path} does not end")))
     }
 
-    /// Lets the lease's key in under the lease's name.
+    /// Authorises the lease's key under the lease's name.
     async fn register(&self, lease: &Lease) -> Result<String, BrokerError> {
         let name = lease.tag.to_string();
         let body = json!({"name": name, "publicKey": lease.ssh_public_key.trim()});
-        // Twice the same key under a name that is used once does no harm: both go with the
+        // A repeated registration under a unique name is harmless: both are removed with the
         // instance.
         let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Effect::Idempotent).body(body)).await?;
         if reply.is_success() {
             return Ok(reply.json::<SshKey>("an SSH key")?.id);
         }
-        // Refused because an attempt whose answer was lost had registered it.
+        // Refused because an earlier attempt, whose answer was lost, registered it.
         let known = self.all::<SshKey>("/ssh_keys/").await.unwrap_or_default();
         match known.into_iter().find(|key| key.name == name) {
             Some(key) => Ok(key.id),
@@ -108,8 +108,8 @@ impl Prime {
         }
     }
 
-    /// Takes keys out of the account: that of `tag`, and ours whose lease is over. What cannot be
-    /// taken out now is at the next occasion, so a failure is only noted.
+    /// Removes keys from the account: that of `tag`, and expired ones of this program. Failures
+    /// are logged and retried on the next call.
     async fn sweep_keys(&self, tag: Option<&LeaseTag>) {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let is_over =
@@ -150,7 +150,7 @@ impl Broker for Prime {
     async fn check(&self) -> Result<Account, BrokerError> {
         let reply = granted(self.http.call(Call::get("/pods/").query("offset", 0).query("limit", 1)).await?)?;
         reply.json::<Page<Value>>("a page of a list")?;
-        // It tells nobody's name or balance.
+        // The answer does not state the account's name or balance.
         Ok(Account::default())
     }
 
@@ -207,8 +207,8 @@ impl Broker for Prime {
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let path = self.path_of(id)?;
-        // The instance is named like its key. A deleted instance has no name in answers. An unknown
-        // name is no reason to let the instance run.
+        // The instance has its key's name. Answers about deleted instances have no name. Failing
+        // to find the name must not keep the instance running.
         let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
         let reply = self.http.call(Call::new(Method::DELETE, path, Effect::Idempotent)).await?;
         if !is_gone(&reply) {
@@ -237,12 +237,12 @@ const COMMUNITY: &str = "community_cloud";
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Availability {
-    /// Each read by itself: an unreadable one is not the others' fault.
+    /// Items are parsed one by one, so that an unreadable one does not affect others.
     items: Vec<Value>,
     total_count: usize,
 }
 
-/// An offer as the cloud gives it.
+/// An offer in the cloud's format.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Item {
@@ -262,12 +262,12 @@ struct Item {
     prepaid_time: Option<f64>,
 }
 
-/// What names an offer among all others. The id of a machine type alone is that of many: it has to
-/// be ordered with the rest.
+/// Identifies an offer. The id of a machine type is shared by many offers, so the order contains
+/// the other fields, too.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct OfferKey {
-    /// Opaque, with spaces in it.
+    /// Opaque; may contain spaces.
     cloud_id: String,
     gpu_type: String,
     socket: String,
@@ -278,7 +278,7 @@ struct OfferKey {
     security: Option<String>,
 }
 
-/// What `create` needs of an offer.
+/// Parameters of an offer for `create`.
 #[derive(Serialize, Deserialize)]
 struct Sku {
     #[serde(flatten)]
@@ -296,29 +296,29 @@ struct Prices {
     currency: String,
 }
 
-/// How much of something can be had, and for what.
+/// Available amounts of a resource, and their price.
 #[derive(Clone, Copy, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Range {
-    /// In the offer's price.
+    /// Amount included in the offer's price.
     default_count: Option<u64>,
     max_count: Option<u64>,
-    /// Dollars per hour for each beyond.
+    /// Dollars per hour for each additional unit.
     price_per_unit: Option<f64>,
     step: Option<u64>,
 }
 
-/// What is taken of a [`Range`].
+/// Amount taken of a [`Range`].
 #[derive(Debug, PartialEq)]
 struct Taken {
-    /// To be named in the order; `None`: what is there, is there.
+    /// Amount stated in the order; `None`: it is fixed.
     ordered: Option<u64>,
-    /// Dollars per hour beyond the offer's price.
+    /// Dollars per hour in addition to the offer's price.
     extra: f64,
 }
 
 impl Range {
-    /// Enough for `wanted`, or as much as can be had.
+    /// The wanted amount, or as much as is available.
     fn take(self, wanted: u64) -> Taken {
         let default = self.default_count.unwrap_or(0);
         let (Some(most), Some(each)) = (self.max_count, self.price_per_unit) else {
@@ -326,11 +326,11 @@ impl Range {
         };
         let beyond = wanted.saturating_sub(default).next_multiple_of(self.step.unwrap_or(1).max(1));
         let ordered = default.saturating_add(beyond).min(most.max(default));
-        // Whether or not it says that the default is included: the prices it gives contain it.
+        // Prices contain the default amount, whatever the flag says.
         Taken { ordered: Some(ordered), extra: (ordered - default) as f64 * each }
     }
 
-    /// The most that can be had.
+    /// The maximum available amount.
     fn most(self) -> Option<u64> {
         self.max_count.filter(|_| self.price_per_unit.is_some()).max(self.default_count)
     }
@@ -345,7 +345,7 @@ fn offer(item: Value, want: &GpuRequest, image: &str) -> Result<Offer, String> {
     item.refuse(want)?;
     let image = item.image(image).ok_or("no image with CUDA")?.to_owned();
     let (disk, memory) = (item.disk.unwrap_or_default(), item.memory.unwrap_or_default());
-    // Memory is as machines report it: 125 and 251 are those of 128 and 256 GiB.
+    // Machines report less memory than is installed: 125 and 251 GiB mean 128 and 256.
     let ram = memory.take(want.min_cpu_ram.map_or(0, |wanted| wanted.0.div_ceil(GIB)));
     let extra = disk.take(disk_of(want.min_disk.unwrap_or_default())).extra + ram.extra;
     let base = item.prices.on_demand.or(item.prices.community_price).filter(|_| extra >= 0.0);
@@ -370,7 +370,7 @@ fn offer(item: Value, want: &GpuRequest, image: &str) -> Result<Offer, String> {
 }
 
 impl Item {
-    /// Why it is none of the offers to compare.
+    /// Why the offer cannot be compared; an error with the reason.
     fn refuse(&self, want: &GpuRequest) -> Result<(), String> {
         let reason = match &self.prices.currency {
             currency if currency != "USD" => format!("priced in {}", clean(currency.as_bytes(), 10)),
@@ -384,7 +384,7 @@ impl Item {
         Err(reason)
     }
 
-    /// The one that is preferred, else any with a CUDA of the same generation, else any with CUDA.
+    /// The preferred image, else any with a CUDA of the same generation, else any with CUDA.
     fn image(&self, preferred: &str) -> Option<&str> {
         let first = |fits: &dyn Fn(&str) -> bool| self.images.iter().map(String::as_str).find(|image| fits(image));
         first(&|image| image == preferred)
@@ -400,7 +400,7 @@ impl Item {
         }
     }
 
-    /// `united_states, US, US-KS-2 (runpod)`, as far as it is told.
+    /// `united_states, US, US-KS-2 (runpod)`, as far as stated.
     fn region_in_words(&self) -> Option<String> {
         let parts = [&self.region, &self.place.country, &self.place.data_center];
         let parts: Vec<&str> = parts.into_iter().filter_map(Option::as_deref).filter(|part| !part.is_empty()).collect();
@@ -423,7 +423,7 @@ fn order(sku: &Sku, price: UsdPerHour, lease: &Lease, key: &str) -> Value {
         "socket": place.socket,
         "gpuCount": place.gpu_count,
         "image": sku.image,
-        // To the cent above: what it asks now and no more.
+        // Rounded up to the cent: the current price and no more.
         "maxPrice": (price.0.dollars() * 100.0 - 1e-6).ceil() / 100.0,
         "sshKeyId": key,
         "autoRestart": false,
@@ -460,7 +460,7 @@ struct SshKey {
     name: String,
 }
 
-/// An instance as the cloud gives it.
+/// An instance in the cloud's format.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Pod {
@@ -483,24 +483,24 @@ struct Pod {
     price_hr: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     stopped_price_hr: Option<f64>,
-    /// Text, a list of texts and nulls, or null.
+    /// A string, a list of strings and nulls, or null.
     ssh_connection: Option<Value>,
 }
 
 impl Pod {
-    /// The instance is in the history, even if a list still shows it.
+    /// Whether the instance is in the history, even if a list still shows it.
     fn is_over(&self) -> bool {
         self.status.as_deref() == Some("TERMINATED")
     }
 
-    /// `None`: it is over.
+    /// The instance; `None` if it has ended.
     fn live(self) -> Option<Instance> {
         (!self.is_over()).then(|| self.into_instance())
     }
 
     fn into_instance(self) -> Instance {
         let state = self.state();
-        // None given for a stopped one means that it costs what it costs.
+        // A stopped instance without a price costs its usual price.
         let price =
             if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
         let gpus = self.gpu_name.unwrap_or_default();
@@ -525,7 +525,7 @@ impl Pod {
         match (self.status.as_deref().unwrap_or_default(), self.installation_status.as_deref()) {
             ("ERROR", _) => failed("it could not be started"),
             ("PROVISIONING" | "PENDING" | "ACTIVE", Some("ERROR" | "TERMINATED")) => failed("its installation failed"),
-            // The address may come later than the word.
+            // The address may come later than the state.
             ("ACTIVE", Some("FINISHED")) => self.endpoint().map_or(InstanceState::Booting, InstanceState::Ready),
             ("PROVISIONING" | "PENDING" | "ACTIVE", _) => InstanceState::Booting,
             ("STOPPED", _) => InstanceState::Stopped,
@@ -543,7 +543,7 @@ impl Pod {
     }
 }
 
-/// `root@1.2.3.4 -p 22`, the port where it is another than 22.
+/// Parses `root@1.2.3.4 -p 22`; the port is omitted if it is 22.
 fn endpoint(connection: &str) -> Option<SshEndpoint> {
     let words: Vec<&str> = connection.split_whitespace().collect();
     let (target, port) = match words[..] {
@@ -555,18 +555,18 @@ fn endpoint(connection: &str) -> Option<SshEndpoint> {
     wire::endpoint(user, host, port)
 }
 
-/// The reply, unless the cloud said no.
+/// The reply, unless it is a refusal.
 fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
-/// Whether the API itself says that there is no such thing. A page of some server in between says
-/// nothing.
+/// Whether the API reports that the object does not exist. An error page of a proxy does not
+/// count.
 fn is_gone(reply: &Reply) -> bool {
     reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
 }
 
-/// What a refusal means. Most come as free text, passed on from the cloud behind this one.
+/// Kind of a refusal. Most are free text of the cloud behind this one.
 fn kind_of(reply: &Reply) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
@@ -574,7 +574,7 @@ fn kind_of(reply: &Reply) -> BrokerErrorKind {
         401 | 403 => BrokerErrorKind::Auth,
         402 => BrokerErrorKind::Budget,
         300..=399 | 408 => reply.unclear(),
-        // Before "insufficient", which may also be said of capacity.
+        // Checked before "insufficient", which may also mean capacity.
         _ if says(&["funds", "wallet", "credit", "payment", "quota exceeded", "limit exceeded"]) => {
             BrokerErrorKind::Budget
         }
@@ -584,7 +584,7 @@ fn kind_of(reply: &Reply) -> BrokerErrorKind {
     }
 }
 
-/// How the clouds behind this one say that they have nothing, or nothing at that price.
+/// Messages of the clouds behind this one for missing capacity, or capacity at another price.
 const NO_CAPACITY: &[&str] = &[
     "capacity",
     "out of stock",

@@ -1,12 +1,10 @@
-//! RunPod: containers ("pods") on its own data centres' hosts and on other people's, rented by the
-//! second.
+//! RunPod: containers ("pods") in its own data centres and on private hosts, billed by the second.
 //!
-//! REST v2 lists, shows and ends pods and says what is in stock. GraphQL does what v2 cannot: it
-//! gives a pod a deadline that RunPod itself keeps (`terminateAfter`), names the memory of the
-//! hosts, and rents what may be taken back. So pods are created through GraphQL and everything
-//! else is REST, one account and one address for both. Where GraphQL says that it is there no
-//! more, pods are created by REST too: then the guard on the host alone keeps the deadline, memory
-//! of hosts is unknown and nothing is bid for.
+//! REST v2 lists, shows and ends pods and reports stock. GraphQL is needed for a deadline that
+//! RunPod enforces (`terminateAfter`), for the memory of hosts, and for preemptible pods. Pods are
+//! therefore created through GraphQL, everything else uses REST, with one account and one address.
+//! If GraphQL is retired, pods are created by REST; then only the guard on the host enforces the
+//! deadline, the memory of hosts is unknown, and there are no bids.
 
 use async_trait::async_trait;
 use serde::Deserialize;
@@ -31,18 +29,18 @@ use sku::Sku;
 /// The broker's name.
 pub const NAME: &str = "runpod";
 
-/// RunPod as it is built in.
+/// RunPod's entry in the list of clouds.
 pub const CLOUD: CloudKind = CloudKind {
     name: NAME,
     key_variable: "RUNPOD_API_KEY",
     base_url: "https://api.runpod.io",
-    // Of RunPod's own images: those start an SSH server that lets the owner of `PUBLIC_KEY` in.
+    // RunPod's own images start an SSH server that authorises `PUBLIC_KEY`.
     image: "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404",
     key_page: "https://console.runpod.io/user/settings",
     connect: |access| Box::new(RunPod::new(access)),
 };
 
-/// Pages of a listing that cannot be an account any more.
+/// Maximum pages of a listing.
 const MOST_PAGES: usize = 1000;
 
 const MYSELF: Operation =
@@ -53,7 +51,7 @@ const DEPLOY: Operation = Operation {
             { podFindAndDeployOnDemand(input: $input) { id costPerHr } }",
     effect: Effect::Once,
 };
-/// For a bid. RunPod means to take this mutation away some day; a refusal will then say so.
+/// Rents by bid. RunPod intends to remove this mutation; a refusal will then say so.
 const RENT: Operation = Operation {
     field: "podRentInterruptable",
     query: "mutation Rent($input: PodRentInterruptableInput!) { podRentInterruptable(input: $input) { id costPerHr } }",
@@ -68,12 +66,12 @@ pub struct RunPod {
 }
 
 impl RunPod {
-    /// Speaks to RunPod as `access` says.
+    /// Creates a broker with `access`.
     pub fn new(access: Access) -> Self {
         Self { http: access.http, image: access.image }
     }
 
-    /// What the mutation that creates a pod is given (GraphQL, `PodFindAndDeployOnDemandInput`).
+    /// Input of the mutation that creates a pod (GraphQL, `PodFindAndDeployOnDemandInput`).
     fn order(&self, sku: &Sku, lease: &Lease) -> Value {
         let mut order = json!({
             "name": lease.tag.to_string(),
@@ -84,9 +82,9 @@ impl RunPod {
             "containerDiskInGb": sku::disk_gb(Some(lease.disk)),
             "volumeInGb": 0,
             "ports": "22/tcp",
-            // Else some hosts forward no port, and RunPod's own SSH gateway carries no files.
+            // Without it some hosts forward no port, and RunPod's SSH gateway transfers no files.
             "supportPublicIp": true,
-            // Given a key already, it does not add those of the account.
+            // With a key given, it does not add those of the account.
             "startSsh": true,
             "env": [{"key": "PUBLIC_KEY", "value": lease.ssh_public_key.trim()}],
             "terminateAfter": rfc3339(lease.tag.deadline),
@@ -106,7 +104,7 @@ impl RunPod {
         order
     }
 
-    /// The same by `POST /v2/pods`, which knows neither deadlines nor bids.
+    /// Creates a pod by `POST /v2/pods`, which supports neither deadlines nor bids.
     async fn create_by_rest(&self, sku: &Sku, lease: &Lease) -> Result<Instance, BrokerError> {
         if sku.bid_per_gpu.is_some() {
             let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
@@ -115,7 +113,7 @@ impl RunPod {
         let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
         let reply = self.http.call(call).await?;
         if !reply.is_success() {
-            // No capacity comes as a plain 400, in words.
+            // Missing capacity is a plain 400 with a message.
             let sold_out = graphql::says_no_capacity(&reply.in_words());
             return Err(reply.refusal(if sold_out { BrokerErrorKind::NoCapacity } else { refused(reply.status) }));
         }
@@ -123,7 +121,7 @@ impl RunPod {
         made.ok_or_else(|| reply.error(BrokerErrorKind::Maybe, "the new pod is said to have ended"))
     }
 
-    /// What REST v2 is given (`CreatePodRequest`).
+    /// Input of REST v2 (`CreatePodRequest`).
     fn rest_order(&self, sku: &Sku, lease: &Lease) -> Value {
         let mut order = json!({
             "name": lease.tag.to_string(),
@@ -132,7 +130,7 @@ impl RunPod {
             "gpu": {"id": sku.gpu, "count": sku.count},
             "disk": sku::disk_gb(Some(lease.disk)),
             "ports": ["22/tcp"],
-            // Given a key already, it does not add those of the account.
+            // With a key given, it does not add those of the account.
             "env": {"PUBLIC_KEY": lease.ssh_public_key.trim()},
             "startSsh": true,
         });
@@ -145,8 +143,7 @@ impl RunPod {
         order
     }
 
-    /// One page of `GET /v2/pods`. The documents know of no pages; the server has been seen to
-    /// make some.
+    /// One page of `GET /v2/pods`. Pages are undocumented, but the server returns them.
     async fn page(&self, cursor: Option<&str>) -> Result<pod::Page, BrokerError> {
         let call = Call::get("/v2/pods");
         let call = match cursor {
@@ -167,7 +164,7 @@ impl RunPod {
     }
 }
 
-/// What of `myself` is asked for.
+/// Requested fields of `myself`.
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 struct Myself {
@@ -176,7 +173,7 @@ struct Myself {
     client_balance: Option<f64>,
 }
 
-/// What of a new pod is asked for.
+/// Requested fields of a new pod.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Created {
@@ -200,7 +197,7 @@ impl Broker for RunPod {
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
-        // REST v2 has no account. And a key that may not use GraphQL could not rent.
+        // REST v2 has no account, and a key without access to GraphQL cannot rent.
         let Some(myself) = MYSELF.ask::<Myself>(&self.http, json!({})).await? else {
             self.page(None).await?;
             return Ok(Account::default());
@@ -262,7 +259,7 @@ impl Broker for RunPod {
         let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Effect::Idempotent)).await?;
         match accepted(&reply) {
             _ if reply.status == 404 => Ok(()),
-            // Any other success is a word of somebody between us and RunPod.
+            // Any other success comes from a proxy.
             Ok(_) if reply.status != 204 => {
                 Err(reply.error(reply.unclear(), format!("it did not end: {}", reply.in_words())))
             }
@@ -280,7 +277,7 @@ fn accepted(reply: &Reply) -> Result<&Reply, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(refused(reply.status))) }
 }
 
-/// What a status says of a request that was not carried out.
+/// Kind of a refusal by its status.
 fn refused(status: u16) -> BrokerErrorKind {
     match status {
         401 | 403 => BrokerErrorKind::Auth,
@@ -291,7 +288,7 @@ fn refused(status: u16) -> BrokerErrorKind {
     }
 }
 
-/// RunPod's word for who owns a host.
+/// RunPod's name for the kind of host.
 fn tier_word(tier: Tier) -> &'static str {
     match tier {
         Tier::Secure => "SECURE",

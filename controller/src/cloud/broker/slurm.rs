@@ -1,15 +1,15 @@
 //! Slurm: a cluster behind a login node, reached by the `ssh` program of this machine.
 //!
-//! An instance is a job and its folder on the file system that login node and compute nodes share:
-//! `outliers-jobs/<tag>` below the scratch folder. The job is named by the tag too, so that both
-//! are found by it, and a folder whose job is over still holds results. The job's script
-//! (`job.sh`) waits for the worker, which comes through the login node. Source: the manual pages
-//! of Slurm 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in
+//! An instance is a job and its folder on the shared file system of login and compute nodes:
+//! `outliers-jobs/<tag>` below the scratch folder. The job's name is the tag, too, so that both
+//! are found by it. A folder whose job is over still holds results. The job's script (`job.sh`)
+//! waits for the worker, which is uploaded through the login node. Source: the manual pages of
+//! Slurm 22.05 to 24.11 (sbatch, squeue, sinfo, scancel), and the recorded output of 22.05.8 in
 //! the tests.
 //!
-//! A queue is not a rental: a job that waits is [`InstanceState::Queued`] for as long as
-//! [`Site::queue`], costs nothing, and is not exchanged for another. Its lease ends that much
-//! later; the job's own time limit is the run's.
+//! A job that waits is [`InstanceState::Queued`] for up to [`Site::queue`], costs nothing, and is
+//! not replaced by another. Its lease is extended by that time; the job's own time limit is the
+//! run's.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -44,18 +44,18 @@ use stage::{SUFFIX, Staging};
 
 /// The broker's name.
 pub const NAME: &str = "slurm";
-/// What a job runs, after its own settings.
+/// Script of a job, after its own variables.
 const JOB: &str = include_str!("slurm/job.sh");
-/// So long before its end a job is asked to stop, and jobs shorter than this are not.
+/// Time before its end at which a job receives SIGTERM. Shorter jobs receive none.
 const WARNING: Duration = Duration::from_secs(120);
 const LEAST_WARNED: Duration = Duration::from_secs(600);
 
-/// A cluster, and how its users ask it for anything.
+/// A cluster and its settings.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Site {
     /// The login node: `user@name`, or an alias of the SSH configuration.
     pub host: String,
-    /// Another file than `~/.ssh/config`.
+    /// Replaces `~/.ssh/config`.
     pub ssh_config: Option<PathBuf>,
     /// The only partition to use.
     pub partition: Option<String>,
@@ -68,19 +68,19 @@ pub struct Site {
     /// A folder that login node and compute nodes share, absolute or below the home folder;
     /// `None`: the home folder.
     pub scratch: Option<String>,
-    /// `HF_HOME` of a cache of the hub that all nodes share; models that it holds are read there.
+    /// `HF_HOME` of a hub cache that all nodes share. Models in it are read from there.
     pub hf_home: Option<String>,
     /// The hub that nodes try to reach.
     pub hub: String,
-    /// The partition of jobs that fetch models for those that cannot.
+    /// Partition of staging jobs.
     pub stage_partition: Option<String>,
-    /// Token with which they fetch.
+    /// Token of staging jobs.
     pub token: Option<Secret>,
-    /// More options of `sbatch`, as they are.
+    /// Additional options of `sbatch`.
     pub sbatch: Vec<String>,
     /// How long a job may wait in the queue.
     pub queue: Duration,
-    /// Memory of one GPU, where its type does not tell.
+    /// Memory of one GPU, if its type does not determine it.
     pub gpu_memory: Option<Bytes>,
     /// What an hour of one GPU costs, where the accounting is in money.
     pub price_per_gpu: UsdPerHour,
@@ -98,12 +98,12 @@ impl Site {
 /// A cluster as one user reaches it.
 pub struct Slurm {
     site: Site,
-    /// The script that tells a node's facts.
+    /// The script that prints a node's facts.
     probe: &'static str,
     cluster: Arc<Cluster>,
 }
 
-/// What [`Broker::create`] has to say to get an offer.
+/// Parameters of an offer for [`Broker::create`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Sku {
     /// The cluster's login node. Empty: the offer was recorded by an earlier version.
@@ -115,13 +115,13 @@ struct Sku {
     gpu_type: Option<String>,
     cpus: u32,
     mem_mib: u64,
-    /// What the partition allows, in seconds; `None`: no limit.
+    /// Time limit of the partition in seconds; `None`: unlimited.
     limit_s: Option<u64>,
 }
 
 impl Slurm {
-    /// Speaks to the cluster through `ssh`; commands and answers are told to `explain`. `probe` is
-    /// the script that tells a node's facts (`host::PROBE`), which each job runs on its node.
+    /// Connects through `ssh`; `explain` receives commands and answers. `probe` is the script that
+    /// prints a node's facts (`host::PROBE`), which each job runs on its node.
     pub fn new(site: Site, ssh: OpenSsh, probe: &'static str, explain: Option<Explain>) -> Self {
         let cluster = Cluster::new(ssh, site.scratch.clone(), site.listing_interval, explain);
         Self { site, probe, cluster: Arc::new(cluster) }
@@ -140,12 +140,12 @@ impl Slurm {
         ]
     }
 
-    /// With it Slurm itself removes a job that waits for too long.
+    /// Makes Slurm remove a job that waits for too long.
     fn deadline(&self, time: Duration) -> String {
         format!("--deadline=now+{}", self.site.queue.as_secs() + time.as_secs() + 60)
     }
 
-    /// The same with what the job asks for beyond that.
+    /// As [`Self::limits`], with the other options of the job.
     fn options(&self, sku: &Sku, time: Duration) -> Vec<String> {
         let mut options = self.limits(sku, time);
         if sku.gpus > 0 {
@@ -160,7 +160,7 @@ impl Slurm {
         options
     }
 
-    /// Makes the lease's folder, submits, and says what became of it.
+    /// A script that creates the lease's folder, submits the job and prints the outcome.
     fn submission(&self, root: &str, sku: &Sku, lease: &Lease, time: Duration) -> String {
         let tag = lease.tag.to_string();
         let mut options = self.options(sku, time);
@@ -202,8 +202,8 @@ impl Slurm {
         )
     }
 
-    /// Ends the job, and the one that fetches for it, then removes its folder, and with the last of
-    /// them what all share.
+    /// A script that cancels the job and its staging job, then removes its folder, and with the
+    /// last folder the shared files.
     fn removal(root: &str, user: &str, tag: &LeaseTag) -> String {
         let (name, root, user) = (tag.to_string(), quote(root), quote(user));
         format!(
@@ -249,7 +249,8 @@ impl Broker for Slurm {
     }
 
     fn capabilities(&self) -> Capabilities {
-        // A job's time limit, and until it starts the deadline that it was submitted with.
+        // A job ends at its time limit; before its start it ends at the deadline of its
+        // submission.
         Capabilities { server_deadline: true, self_destruct: false, spot: false }
     }
 
@@ -276,7 +277,7 @@ impl Broker for Slurm {
                 (i, options.iter().map(|option| quote(option)).collect::<Vec<_>>().join(" "))
             })
             .collect();
-        // Without the queue's own estimate they are offers all the same.
+        // Offers are valid without the queue's estimate.
         if let Ok(answer) = self.cluster.ask(&offers::when(&questions), Kind::Unavailable).await {
             found.note_starts(&answer);
         }
@@ -307,7 +308,7 @@ impl Broker for Slurm {
         let root = self.cluster.root().await?;
         let script = self.submission(&root, &sku, lease, Duration::from_secs(time));
         let token = self.site.token.as_ref().filter(|_| lease.stage.is_some());
-        // Whatever goes wrong from here on, the job may be there: its name settles it.
+        // After any failure from here on the job may exist. Its name decides.
         let answer = self.cluster.ask_with(token, &script, Kind::Maybe).await;
         self.cluster.changed();
         let answer = answer?;
@@ -315,7 +316,7 @@ impl Broker for Slurm {
             let (kind, refusal) = (refused(refusal), clean(refusal.as_bytes(), 300));
             if kind != Kind::Maybe {
                 let login = self.cluster.login().await?;
-                // What stays is found by its tag.
+                // What is not removed is found by its tag.
                 let _ = self.cluster.ask(&Self::removal(&root, &login.user, &lease.tag), Kind::Unavailable).await;
             }
             return Err(error(kind, format!("sbatch: {refusal}")));
@@ -344,7 +345,7 @@ impl Broker for Slurm {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        // Other jobs of the user are never touched.
+        // Other jobs of the user are never cancelled.
         let Ok(tag) = id.0.parse::<LeaseTag>() else {
             return Err(error(Kind::Rejected, format!("{:?} is no job of this program: use scancel", id.0)));
         };
@@ -390,7 +391,7 @@ impl Broker for Slurm {
     }
 }
 
-/// What a refusal of `sbatch` means. After a time-out the job may be there.
+/// Kind of a refusal by `sbatch`. After a time-out the job may exist.
 fn refused(words: &str) -> Kind {
     let words = words.to_lowercase();
     let has = |part: &str| words.contains(part);

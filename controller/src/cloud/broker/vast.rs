@@ -1,8 +1,8 @@
-//! Vast.ai: a market of other people's machines, which rents slices of them as Docker containers.
+//! Vast.ai: a market of private machines, rented in slices as Docker containers.
 //!
 //! Source: docs.vast.ai, API reference (search offers, create instance, show instances v1, show
-//! instance, destroy instance, show user). Every path ends in a slash: that is what the cloud's
-//! own clients send.
+//! instance, destroy instance, show user). Every path ends in a slash, as in the cloud's own
+//! clients.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
-/// Vast.ai.
+/// Vast.ai's entry in the list of clouds.
 pub const CLOUD: CloudKind = CloudKind {
     name: NAME,
     key_variable: "VAST_API_KEY",
@@ -32,8 +32,8 @@ pub const CLOUD: CloudKind = CloudKind {
 
 const NAME: &str = "vast";
 
-/// Calls of one kind, and how far apart they have to be. Its refusals name intervals of 1 to 4.5
-/// s, and since late 2026 a time to wait (`Retry-After`).
+/// Kinds of calls, and the minimum time between them. Refusals state intervals of 1 to 4.5 s, and
+/// since late 2026 a time to wait (`Retry-After`).
 const PACES: &[(&str, Duration)] = &[
     (SEARCH, Duration::from_secs(5)),
     (CREATE, Duration::from_secs(5)),
@@ -47,26 +47,25 @@ const LIST: &str = "show instances";
 const GET: &str = "show instance";
 const DESTROY: &str = "destroy instance";
 
-/// Of a refusal "too often" that no wait of seconds ends: the account's searches are used up for
-/// now.
+/// Code of a rate limit that waiting does not end: the account's quota of searches is used up.
 const QUOTA_IS_USED_UP: &str = "search_quota_exceeded";
 
-/// Most offers in one reply, which has no second page; an unrestricted search finds fewer.
+/// Maximum offers in a reply, which has no pages; an unrestricted search finds fewer.
 const MOST_OFFERS: u32 = 3000;
-/// Most instances on a page.
+/// Maximum instances per page.
 const PAGE: usize = 25;
-/// Pages after which a listing is not one.
+/// Maximum pages of a listing.
 const MOST_PAGES: usize = 1000;
-/// A host whose contract ends sooner is not worth a start. Seconds.
+/// Minimum remaining time of a host's contract in seconds. A shorter one is not worth a start.
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
-/// Drivers report less than the nominal memory of a GPU, at most this much less
+/// Minimum share of a GPU's nominal memory that drivers report
 /// ([`crate::cloud::gpu::nominal_vram`]).
 const REPORTED_OF_NOMINAL: f64 = 0.9;
-/// How far a figure of the cloud may lie below its rounded value here: CUDA versions and dollars.
+/// How far a cloud's figure may lie below its rounded value here: CUDA versions and dollars.
 const ROUNDING: (f64, f64) = (0.06, 1e-6);
-/// Default disk of an instance, GB. The cloud's own default is 8.
+/// Default disk of an instance in GB. The cloud's own default is 8.
 const SMALLEST_DISK: u64 = 10;
-/// What can be bid, in dollars per hour.
+/// Allowed bids, in dollars per hour.
 const BIDS: std::ops::RangeInclusive<f64> = 0.001..=128.0;
 
 fn connect(access: Access) -> Box<dyn Broker> {
@@ -87,7 +86,7 @@ impl Vast {
         Ok(reply.json::<Bundles>("a list of offers")?.offers)
     }
 
-    /// One page of instances: those after `token`.
+    /// One page of instances, after `token`.
     async fn page(&self, token: Option<&str>) -> Result<Page, BrokerError> {
         let call = Call::get("/v1/instances/").query("limit", PAGE).query("order_by", r#"[{"col":"id","dir":"asc"}]"#);
         let call = match token {
@@ -106,8 +105,8 @@ impl Vast {
         id.0.parse().map_err(|_| wire::no_id(&self.http, id))
     }
 
-    /// An instance that came of a creation the cloud calls failed bills its disk: it is ended, and
-    /// the caller looks whether it is.
+    /// Ends an instance that a failed creation left behind, since it bills its disk. The caller
+    /// checks whether it is gone.
     async fn abandon(&self, reply: &Reply, contract: u64) -> BrokerError {
         let became = match self.terminate(&InstanceId(contract.to_string())).await {
             Ok(()) => "was terminated".to_owned(),
@@ -136,7 +135,7 @@ impl Broker for Vast {
         let reply = granted(self.http.call(Call::get("/v0/users/current/")).await?)?;
         let user: User = reply.json("an account")?;
         let who = user.email.or(user.username).map(|who| clean(who.as_bytes(), 100));
-        // What was paid in advance; the balance is what is owed beyond it.
+        // `credit` is the prepaid amount; `balance` is the debt beyond it.
         let balance = user.credit.or(user.balance).filter(|dollars| dollars.abs() < 1e9);
         Ok(Account { who, balance: balance.map(Usd::from_dollars) })
     }
@@ -176,7 +175,8 @@ impl Broker for Vast {
         for _ in 0..MOST_PAGES {
             let page = self.page(token.as_deref()).await?;
             contracts.extend(page.instances);
-            // What ends or begins between two pages moves the total; what is only missing does not.
+            // Instances that start or end between two pages change the total. Missing entries do
+            // not.
             match page.next_token.filter(|next| !next.is_empty()) {
                 Some(next) if token.as_ref() != Some(&next) => token = Some(next),
                 Some(_) => break,
@@ -231,10 +231,10 @@ impl Broker for Vast {
     }
 }
 
-/// Ends the instance it runs in with the key that the cloud gives every container, which can
-/// start, stop and destroy this one and nothing else. A session that did not inherit the
-/// container's environment reads it from the first process. The key is given to programs on their
-/// standard input or in their environment: everybody can see a command line.
+/// Ends the instance that it runs in with the container's key, which allows only to start, stop
+/// and destroy this instance. A session without the container's environment reads it from the
+/// first process. The key is passed to programs on standard input or in the environment, since
+/// command lines are visible.
 const SELF_DESTRUCT: &str = r#"
 of_container() { { tr '\0' '\n' </proc/1/environ | sed -n "s/^$1=//p" | head -n 1; } 2>/dev/null; }
 id=${CONTAINER_ID:-$(of_container CONTAINER_ID)}
@@ -252,7 +252,7 @@ r.urlopen(r.Request(os.environ["URL"], b"{}", h, method="DELETE"), timeout=60)'
 fi
 "#;
 
-/// How a machine is rented.
+/// Kind of rental.
 #[derive(Clone, Copy, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum RentalKind {
@@ -260,9 +260,9 @@ enum RentalKind {
     Bid,
 }
 
-/// The search for `want`: never less than the market would keep. Names, places and whatever else
-/// the cloud cannot compare as the market does are left to the market, which also counts what it
-/// leaves out.
+/// The search for `want`, never narrower than the market's filters. Filters that the cloud applies
+/// differently, such as names and locations, are left to the market, which reports what it leaves
+/// out.
 fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     let mut query = json!({
         "type": rental,
@@ -285,7 +285,8 @@ fn query(want: &GpuRequest, rental: RentalKind) -> Value {
         only("gpu_ram", "gte", mib(vram).into());
     }
     if let Some(ram) = want.min_cpu_ram {
-        // That of the whole machine, of which a slice has a part: necessary, not sufficient.
+        // The figure is for the whole machine, of which a slice has a part: a necessary condition
+        // only.
         only("cpu_ram", "gte", mib(ram).into());
     }
     if let Some(disk) = want.min_disk {
@@ -304,27 +305,27 @@ fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     query
 }
 
-/// Disk to reserve in GB, as it is searched and ordered. It cannot be changed later.
+/// Disk in GB, as searched and ordered. It cannot be changed later.
 fn disk_of(wanted: Bytes) -> u64 {
     wanted.0.div_ceil(GB).max(SMALLEST_DISK)
 }
 
 #[derive(Deserialize)]
 struct Bundles {
-    /// Each read by itself: an unreadable one is not the others' fault.
+    /// Entries are parsed one by one, so that an unreadable one does not affect others.
     offers: Vec<Value>,
 }
 
-/// What `create` needs of an offer.
+/// Parameters of an offer for `create`.
 #[derive(Serialize, Deserialize)]
 struct OfferKey {
     ask: u64,
-    /// Bid in dollars per hour. Without it the machine is rented on demand, at its price.
+    /// Bid in dollars per hour; `None`: on demand, at the machine's price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     bid: Option<f64>,
 }
 
-/// An offer as the cloud gives it.
+/// An offer in the cloud's format.
 #[derive(Deserialize)]
 struct Ask {
     id: u64,
@@ -335,15 +336,15 @@ struct Ask {
     dph_base: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     min_bid: Option<f64>,
-    /// MiB of each GPU.
+    /// MiB per GPU.
     #[serde(default, deserialize_with = "lenient")]
     gpu_ram: Option<f64>,
-    /// MiB of the whole machine, like its cores.
+    /// MiB of the whole machine, as its cores.
     #[serde(default, deserialize_with = "lenient")]
     cpu_ram: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     cpu_cores: Option<f64>,
-    /// The part that is rented.
+    /// Cores of the rented slice.
     #[serde(default, deserialize_with = "lenient")]
     cpu_cores_effective: Option<f64>,
     /// In GB.
@@ -354,10 +355,10 @@ struct Ask {
     inet_down: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     cuda_max_good: Option<f64>,
-    /// Seconds to the end of the host's contract.
+    /// Seconds until the host's contract ends.
     #[serde(default, deserialize_with = "lenient")]
     duration: Option<f64>,
-    /// Compute capability times a hundred.
+    /// Compute capability times 100.
     #[serde(default, deserialize_with = "lenient")]
     compute_cap: Option<u32>,
     /// `amd64` or `arm64`.
@@ -365,7 +366,7 @@ struct Ask {
     cpu_arch: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     machine_id: Option<u64>,
-    /// 0: a private machine. Above 0: a data centre.
+    /// 0: private machine; above 0: data centre.
     #[serde(default, deserialize_with = "lenient")]
     hosting_type: Option<u32>,
     #[serde(default, deserialize_with = "lenient")]
@@ -387,7 +388,7 @@ fn offer(ask: Value, spot: bool) -> Result<Offer, String> {
     if ask.num_gpus == 0 {
         return Err("no GPU".to_owned());
     }
-    // Whole gigabytes are reserved, and no fewer than these.
+    // Disk is reserved in whole gigabytes.
     let disk = ask.disk_space.map(f64::floor);
     if disk.is_some_and(|gb| gb < SMALLEST_DISK as f64) {
         return Err(format!("less than {SMALLEST_DISK} GB of disk"));
@@ -414,12 +415,12 @@ fn offer(ask: Value, spot: bool) -> Result<Offer, String> {
 }
 
 impl Ask {
-    /// The least that can be bid for the whole machine, rounded up to what the cloud bills in.
+    /// The minimum bid for the whole machine, rounded up to the cloud's billing unit.
     fn bid(&self) -> Option<f64> {
         self.min_bid.map(|least| (least * 1e4).ceil() / 1e4).filter(|bid| BIDS.contains(bid))
     }
 
-    /// All GPUs and the disk asked for; a bid is for the GPUs alone.
+    /// Price of all GPUs and the requested disk. A bid covers the GPUs only.
     fn price(&self, bid: Option<f64>) -> Option<UsdPerHour> {
         let Some(bid) = bid else { return wire::price(self.dph_total) };
         let disk = self.dph_base.map_or(0.0, |base| (self.dph_total - base).max(0.0));
@@ -441,7 +442,7 @@ fn cuda(version: f64) -> Option<CudaVersion> {
     format!("{version:.1}").parse().ok()
 }
 
-/// The order for an instance. `price` in it would make the rental one that others can outbid.
+/// The order for an instance. A `price` in it would make it interruptible by higher bids.
 fn order(key: &OfferKey, lease: &Lease, image: &str) -> Result<Value, String> {
     let authorized = lease.ssh_public_key.trim();
     if authorized.is_empty() || authorized.chars().any(char::is_control) {
@@ -455,7 +456,7 @@ fn order(key: &OfferKey, lease: &Lease, image: &str) -> Result<Value, String> {
         "runtype": "ssh_direct",
         "onstart": on_start(authorized),
         "target_state": "running",
-        // Rather no instance than one that waits, stopped, for its GPUs.
+        // Fails instead of creating a stopped instance that waits for its GPUs.
         "cancel_unavail": true,
     });
     if let Some(bid) = key.bid {
@@ -464,8 +465,8 @@ fn order(key: &OfferKey, lease: &Lease, image: &str) -> Result<Value, String> {
     Ok(order)
 }
 
-/// Runs in the container at every start: lets the lease's key in, beside the account's, and gives
-/// SSH sessions the container's environment, without which they could not end it.
+/// Runs in the container at every start: authorises the lease's key, beside the account's, and
+/// gives SSH sessions the container's environment, which they need to end it.
 fn on_start(authorized: &str) -> String {
     let key = quote(authorized);
     format!(
@@ -486,19 +487,19 @@ struct User {
 
 #[derive(Deserialize)]
 struct Page {
-    /// Each read by itself.
+    /// Entries are parsed one by one.
     instances: Vec<Value>,
-    /// On this page.
+    /// Number on this page.
     instances_found: Option<usize>,
-    /// On all pages.
+    /// Number on all pages.
     total_instances: usize,
     next_token: Option<String>,
 }
 
 #[derive(Deserialize)]
 struct Single {
-    /// A single instance despite the name. Null if there is none. An absent key is an invalid
-    /// answer.
+    /// A single instance despite the name; null if there is none. A missing key makes the answer
+    /// invalid.
     #[serde(deserialize_with = "Option::deserialize")]
     instances: Option<Value>,
 }
@@ -514,13 +515,13 @@ struct PendingRises {
     pending_price_increases: Vec<PriceRise>,
 }
 
-/// What a host wants for a contract that is extended. Until somebody accepts, the old price holds,
+/// The price that a host demands to extend a contract. Until it is accepted, the old price holds
 /// and the contract is not extended.
 #[derive(Deserialize)]
 struct PriceRise {
     #[serde(default, deserialize_with = "lenient")]
     contract_id: Option<u64>,
-    /// Dollars per second, like the new one.
+    /// Dollars per second, as the new price.
     #[serde(default, deserialize_with = "lenient")]
     old_gpu_costpersec: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
@@ -537,7 +538,7 @@ impl PriceRise {
     }
 }
 
-/// An instance as the cloud gives it.
+/// An instance in the cloud's format.
 #[derive(Deserialize)]
 struct Contract {
     #[serde(deserialize_with = "wire::id")]
@@ -565,7 +566,7 @@ struct Contract {
     start_date: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     public_ipaddr: Option<String>,
-    /// As Docker maps them; there once it runs.
+    /// Docker's port mapping, once the container runs.
     #[serde(default, deserialize_with = "lenient")]
     ports: Option<Value>,
     #[serde(default, deserialize_with = "lenient")]
@@ -592,7 +593,7 @@ impl Contract {
 
     fn state(&self) -> InstanceState {
         match self.actual_status.as_deref() {
-            // It never ran, and nothing is going to start it.
+            // It never ran, and will not be started.
             None | Some("" | "created" | "loading") if self.is_given_up() => {
                 InstanceState::Failed(self.words("it could not be started, or was outbid"))
             }
@@ -602,7 +603,7 @@ impl Contract {
             None | Some("" | "created" | "loading" | "rebooting") => InstanceState::Booting,
             Some("running") => self.endpoint().map_or(InstanceState::Booting, InstanceState::Ready),
             Some("stopped" | "frozen") => InstanceState::Stopped,
-            // No instance has been seen to come back from these.
+            // Instances do not recover from these states.
             Some(lost @ ("exited" | "offline" | "unknown")) => InstanceState::Failed(self.words(lost)),
             Some(other) => InstanceState::Unknown(clean(other.as_bytes(), 60)),
         }
@@ -619,8 +620,7 @@ impl Contract {
         }
     }
 
-    /// The host's own port if it has one, else the cloud's relay, through which some hosts can be
-    /// reached alone.
+    /// The host's port if it has one, else the cloud's relay, the only access to some hosts.
     fn endpoint(&self) -> Option<SshEndpoint> {
         self.direct().or_else(|| wire::endpoint("root", self.ssh_host.as_deref()?.trim(), self.ssh_port?))
     }
@@ -632,7 +632,7 @@ impl Contract {
     }
 }
 
-/// The reply, unless the cloud said no: also with status 200.
+/// The reply, unless it is a refusal, which may have status 200.
 fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     let failed = reply.value().is_some_and(|value| value.get("success") == Some(&Value::Bool(false)));
     if reply.is_success() && !failed {
@@ -646,15 +646,15 @@ fn granted(reply: Reply) -> Result<Reply, BrokerError> {
     Err(reply.refusal(kind_of(&reply)))
 }
 
-/// Whether the API itself says that there is no such instance. A page of some server in between
-/// says nothing.
+/// Whether the API reports that the instance does not exist. An error page of a proxy does not
+/// count.
 fn is_gone(reply: &Reply) -> bool {
     let code = reply.value().and_then(|value| Some(value.get("error")?.as_str()?.to_owned()));
     matches!(code.as_deref(), Some("not_found" | "no_such_instance")) && kind_of(reply) != BrokerErrorKind::Auth
 }
 
-/// What a refusal means. The words count before the status: a bad key is answered with 404 where
-/// offers are searched, and an offer that is gone with 404, 410 or 200.
+/// Kind of a refusal. The message has priority over the status: searches answer a bad key with
+/// 404, and a missing offer is 404, 410 or 200.
 fn kind_of(reply: &Reply) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));

@@ -1,5 +1,4 @@
-//! What clouds' replies are made of, checked: nothing in them is trusted to be a price, a size or
-//! a host because it looks like one.
+//! Validated parsing of clouds' replies: prices, sizes and hosts are checked for plausibility.
 
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, Deserializer, Error};
@@ -12,26 +11,26 @@ use crate::units::{Bytes, UsdPerHour};
 
 use super::{BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, Offer, SshEndpoint};
 
-/// 10^9 bytes: clouds that sell disk mean this by a gigabyte, or more.
+/// 10^9 bytes, the least that clouds mean by a gigabyte of disk.
 pub(super) const GB: u64 = 1_000_000_000;
-/// What a machine that reports its memory calls a megabyte.
+/// A megabyte in a machine's report of its memory.
 pub(super) const MIB: u64 = 1 << 20;
-/// What it calls a gigabyte.
+/// A gigabyte in a machine's report of its memory.
 pub(super) const GIB: u64 = 1 << 30;
 
-/// More than any instance costs, in dollars per hour.
+/// Maximum plausible price of an instance in dollars per hour.
 const HIGHEST_PRICE: f64 = 10_000.0;
-/// More than any machine has of anything, in bytes.
+/// Maximum plausible size in bytes.
 const LARGEST_SIZE: f64 = 1e18;
 
-/// What is read where it is there and makes sense: an instance with one strange field is still an
-/// instance that bills.
+/// Reads an optional field; an invalid value counts as missing, since an instance with an invalid
+/// field still bills.
 pub(super) fn lenient<'de, D: Deserializer<'de>, T: DeserializeOwned>(from: D) -> Result<Option<T>, D::Error> {
     Ok(serde_json::from_value(Value::deserialize(from)?).ok())
 }
 
-/// A word that decides something, whatever its type: one that is none is unknown, which is not the
-/// same as missing.
+/// Reads a state field of any type. A value that is not a string is unknown, which differs from
+/// missing.
 pub(super) fn word<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>, D::Error> {
     Ok(match Value::deserialize(from)? {
         Value::Null => None,
@@ -40,13 +39,13 @@ pub(super) fn word<'de, D: Deserializer<'de>>(from: D) -> Result<Option<String>,
     })
 }
 
-/// An id, which clouds write as a text or as a number.
+/// Reads an id, which clouds write as a string or a number.
 pub(super) fn id<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
     let found = Value::deserialize(from)?;
     text_of_id(&found).ok_or_else(|| D::Error::custom("its id is neither a text nor a number"))
 }
 
-/// The id of an object, if it has one.
+/// The id of an object; `None` if it has none.
 pub(super) fn id_of(entry: &Value) -> Option<String> {
     text_of_id(entry.get("id")?)
 }
@@ -98,8 +97,7 @@ pub(super) fn entries<T: DeserializeOwned>(
     list.iter().filter_map(|entry| entry_of(broker, entry, &read)).collect()
 }
 
-/// The same of a reply that is about one instance; one that tells nothing of this instance is an
-/// error.
+/// As [`entries`], for a reply about one instance. A reply that does not describe it is an error.
 pub(super) fn alone<T: DeserializeOwned>(
     reply: &Reply,
     broker: &str,
@@ -143,19 +141,19 @@ pub(super) fn price(dollars: f64) -> Option<UsdPerHour> {
     (dollars > 0.0 && dollars <= HIGHEST_PRICE).then(|| UsdPerHour::from_dollars(dollars))
 }
 
-/// A number of units; `None` if no machine has that.
+/// A number of units; `None` if it is implausible.
 pub(super) fn size(amount: f64, unit: u64) -> Option<Bytes> {
     let bytes = amount * unit as f64;
     (bytes > 0.0 && bytes <= LARGEST_SIZE).then_some(Bytes(bytes.round() as u64))
 }
 
-/// An instance's hardware in words.
+/// Description of an instance's hardware.
 pub(super) fn hardware(count: u32, raw: &str, vram: Option<Bytes>) -> String {
     format!("{count} x {}", gpu::canonical_name(raw, vram))
 }
 
-/// Where SSH listens, `None` if that can be no user, no host or no port: an address is put into
-/// command lines by people.
+/// An SSH address; `None` if user, host or port is invalid, since people paste addresses into
+/// command lines.
 pub(super) fn endpoint(user: &str, host: &str, port: u16) -> Option<SshEndpoint> {
     let is_user = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-' | '.');
     let good_user = user.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_') && user.chars().all(is_user);
@@ -166,7 +164,7 @@ pub(super) fn endpoint(user: &str, host: &str, port: u16) -> Option<SshEndpoint>
     })
 }
 
-/// Whether this is an address, or labels of letters, digits and inner dashes.
+/// Whether this is an IP address, or labels of letters, digits and inner dashes.
 fn is_host(host: &str) -> bool {
     let label = |label: &str| {
         let inner = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
@@ -175,7 +173,7 @@ fn is_host(host: &str) -> bool {
     host.parse::<std::net::IpAddr>().is_ok() || host.len() <= 253 && host.split('.').all(label)
 }
 
-/// `text` as one segment of a path, percent-encoded; `None` for what would lead elsewhere.
+/// `text` as one path segment, percent-encoded; `None` for text that would change the path.
 pub(super) fn segment(text: &str) -> Option<String> {
     (!matches!(text, "" | "." | "..")).then(|| percent(text, |digits| digits))
 }

@@ -1,4 +1,4 @@
-//! Calls that a cloud wants apart.
+//! Rate limits of calls.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-/// The paces of one account, shared by all who call.
+/// Rate limits of one account, shared by all callers.
 #[derive(Debug, Default)]
 pub(super) struct RateLimits(Mutex<BTreeMap<Option<&'static str>, RateLimit>>);
 
-/// One call per `every`, and none before `held` is over.
+/// At most one call per `every`, and none before `held` ends.
 #[derive(Clone, Copy, Debug)]
 struct RateLimit {
     every: Duration,
@@ -26,28 +26,28 @@ impl RateLimit {
 }
 
 impl RateLimits {
-    /// At most one call per `every`: of those of this name, or of all.
+    /// Sets at most one call per `every`, for this name or for all calls.
     pub(super) fn set(&self, name: Option<&'static str>, every: Duration) {
         self.lock().insert(name, RateLimit::new(every));
     }
 
-    /// Makes no call of this name for this time: the cloud has asked for it. Calls without a name
-    /// are not held up: one of them may end an instance.
+    /// Blocks calls of this name for a time that the cloud requested. Calls without a name are not
+    /// blocked, since they may end an instance.
     pub(super) fn hold(&self, name: Option<&'static str>, time: Duration) {
         if let Some(pace) = self.lock().get_mut(&name).filter(|_| name.is_some()) {
             pace.held = pace.held.max(Instant::now() + time);
         }
     }
 
-    /// How long calls of this name still have to wait because the cloud has asked for it.
+    /// Remaining time for which the cloud blocks calls of this name.
     pub(super) fn held(&self, name: Option<&'static str>) -> Duration {
         let held = self.lock().get(&name).map(|pace| pace.held);
         held.map_or(Duration::ZERO, |held| held.saturating_duration_since(Instant::now()))
     }
 
-    /// Waits until a call of this name may be made. Who comes first goes first.
+    /// Waits until a call of this name is allowed, in the order of callers.
     pub(super) async fn turn(&self, name: Option<&'static str>) {
-        // One after the other: a turn among all, taken for later, would hold up everybody else
+        // In sequence: a slot of the general limit taken for later would block all other callers
         // until then.
         if name.is_some() {
             self.turn_of(name).await;
@@ -61,8 +61,7 @@ impl RateLimits {
         }
     }
 
-    /// When the next call of those of this name may be made, which is then taken; `None`: whenever
-    /// it likes.
+    /// Takes the next slot of calls of this name and returns its time; `None`: unlimited.
     fn take(&self, name: Option<&'static str>, now: Instant) -> Option<Instant> {
         let mut paces = self.lock();
         let pace = paces.get_mut(&name)?;

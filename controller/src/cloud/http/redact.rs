@@ -1,4 +1,4 @@
-//! Secrets out, sentences in: what of a document people may see.
+//! Removes secrets from documents, and extracts messages for people.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::secret::Secret;
 
-/// A key, to be taken out of texts, in every form in which a server may repeat it.
+/// A key in every form in which a server may repeat it.
 #[derive(Clone)]
 pub(super) struct Hidden(Vec<String>);
 
@@ -28,7 +28,7 @@ impl Hidden {
         Self(forms)
     }
 
-    /// The text with `***` for the key.
+    /// Replaces the key with `***`.
     pub(super) fn out_of(&self, text: &str) -> String {
         self.0.iter().fold(text.to_owned(), |text, form| text.replace(form, "***"))
     }
@@ -43,7 +43,7 @@ pub(crate) fn percent(text: &str, digits: impl Fn(String) -> String) -> String {
     text.bytes().map(encode).collect()
 }
 
-/// An address without the name and the password that may stand in it.
+/// An address without its user name and password.
 pub(crate) fn address(url: &str) -> String {
     let Some((before, after)) = url.rsplit_once('@') else { return url.to_owned() };
     let scheme = before.split_once("://").map_or(String::new(), |(scheme, _)| format!("{scheme}://"));
@@ -63,17 +63,17 @@ const SECRET_NAMES: &[&str] = &[
     "credential",
     "jupyter",
 ];
-/// What clouds call their explanations, in the order in which they read best.
+/// Fields with explanations, in the order of reading.
 const SENTENCES: &[&str] = &["title", "code", "error", "errors", "message", "msg", "detail", "details", "suggestion"];
-/// Most pieces that make up one explanation.
+/// Maximum parts of one explanation.
 const MOST: usize = 8;
 
-/// A document's text without the values of secret fields; text that is no document as it is.
+/// A JSON text without the values of secret fields; other text is unchanged.
 pub(super) fn document(text: &str) -> String {
     serde_json::from_str::<Value>(text).map_or_else(|_| text.to_owned(), |document| value(&document))
 }
 
-/// The same of a value.
+/// A JSON value without the values of secret fields.
 pub(super) fn value(document: &Value) -> String {
     let mut document = document.clone();
     hide(&mut document);
@@ -83,7 +83,7 @@ pub(super) fn value(document: &Value) -> String {
 fn hide(value: &mut Value) {
     match value {
         Value::Object(fields) => {
-            // Some write `{"key": "HF_TOKEN", "value": "hf_.."}`.
+            // Some documents contain `{"key": "HF_TOKEN", "value": "hf_.."}`.
             let named = fields.get("key").or_else(|| fields.get("name")).and_then(Value::as_str).is_some_and(is_secret);
             for (name, value) in fields.iter_mut() {
                 if (is_secret(name) || named && name == "value") && !value.is_null() {
@@ -103,7 +103,7 @@ fn is_secret(name: &str) -> bool {
     SECRET_NAMES.iter().any(|secret| name.contains(secret))
 }
 
-/// What a refusal says in its usual fields, each once.
+/// The messages in a refusal's usual fields, each once.
 pub(super) fn sentences(document: &Value) -> String {
     let mut found = Vec::new();
     collect(document, &mut found);

@@ -1,4 +1,4 @@
-//! The client against a server that does what it is told, byte by byte.
+//! Tests the client against a scripted server.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,20 +11,20 @@ use super::*;
 
 const KEY: &str = "sk-test-4b1d";
 
-/// What the server does with a request that it has read.
+/// Reaction of the server to a request.
 #[derive(Clone, Debug)]
 enum Act {
-    /// Says this, and keeps the connection.
+    /// Sends this and keeps the connection.
     Say(String),
-    /// Says this, and closes.
+    /// Sends this and closes.
     SayAndClose(String),
-    /// Closes without a word.
+    /// Closes without an answer.
     Close,
-    /// Keeps silent until the client goes.
+    /// Sends nothing until the client closes.
     Hang,
 }
 
-/// A server on a loopback port that acts by a script: one act per request, the last one for ever.
+/// A server on a loopback port with a script: one act per request, the last one repeated.
 struct Server {
     url: String,
     hangs: bool,
@@ -39,7 +39,7 @@ impl Server {
         let (seen, connections) = (Arc::<Mutex<Vec<String>>>::default(), Arc::<Mutex<usize>>::default());
         let acts = script.to_vec();
         let (requests, opened) = (seen.clone(), connections.clone());
-        // Ends with the test's process; a thread that waits costs nothing.
+        // Ends with the test's process.
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 *opened.lock().unwrap() += 1;
@@ -55,7 +55,7 @@ impl Server {
     }
 
     fn client(&self) -> Http {
-        // Only who is to wait in vain does not wait for long: the machine may be busy.
+        // Only tests of timeouts use short ones, since the machine may be busy.
         let read = if self.hangs { Duration::from_millis(300) } else { limits().read };
         self.client_with(Limits { read, ..limits() })
     }
@@ -88,7 +88,7 @@ fn converse(mut stream: TcpStream, script: &[Act], seen: &Mutex<Vec<String>>) {
     }
 }
 
-/// One request, head and body; `None` when the client has gone.
+/// Reads one request, head and body; `None` if the client has closed.
 fn read_request(stream: &mut TcpStream) -> Option<String> {
     let mut bytes = Vec::new();
     let mut byte = [0];
@@ -239,7 +239,7 @@ async fn redirects_are_not_followed() {
 
 #[tokio::test]
 async fn retry_after_is_respected() {
-    // A date has whole seconds: two from now may be one and a bit.
+    // A date has whole seconds: two from now may be slightly more than one.
     let date = || httpdate::fmt_http_date(SystemTime::now() + Duration::from_secs(2));
     let headers: [&dyn Fn() -> String; 3] =
         [&|| "retry-after: 1\r\n".to_owned(), &|| format!("retry-after: {}\r\n", date()), &|| {

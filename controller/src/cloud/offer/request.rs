@@ -1,7 +1,7 @@
 //! The request for an instance, from the command line or a survey file. The ledger stores it.
 //!
-//! A new filter is a field of [`GpuRequest`] (its docstring is the help text), and what
-//! [`crate::cloud::market`] says of it.
+//! A new filter is a field of [`GpuRequest`] (its docstring is the help text), and a rule in
+//! [`crate::cloud::market`].
 
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Args, Command, FromArgMatches, Id};
 use outliers_protocol::{Positive, mergeable, whole};
@@ -62,7 +62,7 @@ mergeable! {
         #[arg(long, value_name = "VERSION", allow_negative_numbers = true, help_heading = RENT)]
         #[serde(alias = "min_cuda")]
         pub min_cuda: Option<CudaVersion>,
-        /// What the worker itself needs of it. Offers that do not tell are rented, and looked at
+        /// Minimum CUDA version of the worker. Offers without the figure are rented, and checked
         /// before the worker is pushed.
         #[arg(skip)]
         #[serde(alias = "worker_cuda")]
@@ -129,7 +129,7 @@ fn per_hour(usd: Positive) -> Result<UsdPerHour, String> {
     if price.0.micros() > 0 { Ok(price) } else { Err("it must be a positive number from 0.000001 on".to_owned()) }
 }
 
-/// Memory as it is typed: a number of GiB.
+/// Serialises memory as a number of GiB.
 mod in_gib {
     use super::*;
 
@@ -143,7 +143,7 @@ mod in_gib {
     }
 }
 
-/// A price as it is typed: USD per hour.
+/// Serialises a price as USD per hour.
 mod in_usd {
     use super::*;
 

@@ -1,4 +1,4 @@
-//! What ended instances cost: one line per instance in `bill.jsonl`, written exactly once.
+//! Bills of ended instances: exactly one line per instance in `bill.jsonl`.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -13,25 +13,25 @@ use crate::cloud::broker::Instance;
 use crate::files::absent;
 use crate::units::{Usd, UsdPerHour};
 
-/// One ended instance.
+/// Bill of one ended instance.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct BillEntry {
     /// The instance's id.
     pub id: String,
-    /// The lease tag it carried.
+    /// Lease tag of the instance.
     pub name: String,
-    /// What it billed.
+    /// Price per hour.
     pub price: UsdPerHour,
     /// When it was created, Unix seconds.
     pub from: u64,
-    /// When it was gone, Unix seconds.
+    /// End, Unix seconds.
     pub to: u64,
-    /// What it cost: every second begun, at least one.
+    /// Cost of all started seconds, at least one.
     pub cost: Usd,
 }
 
 impl BillEntry {
-    /// The entry of an instance that is gone at `to`, Unix seconds.
+    /// The entry of an instance that ended at `to`, Unix seconds.
     pub(super) fn new(record: &Record, to: u64) -> Self {
         let seconds = to.saturating_sub(record.created_at).max(1);
         Self {
@@ -45,7 +45,7 @@ impl BillEntry {
     }
 }
 
-/// What the local cloud bills.
+/// Bill of the local broker.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Bill {
     /// Ended instances, oldest first.
@@ -61,20 +61,20 @@ impl Bill {
     }
 }
 
-/// Appends `entry` to `bill.jsonl` below `root` unless its instance is there already.
+/// Appends `entry` to `bill.jsonl` in `root` unless its instance has an entry.
 pub(super) fn append(root: &Path, entry: &BillEntry) -> io::Result<()> {
     let path = root.join("bill.jsonl");
     let mut file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
-    // Two instances may end at once.
+    // Two instances may end at the same time.
     file.lock()?;
     let mut text = String::new();
     file.read_to_string(&mut text)?;
-    // A damaged line is somebody's to look into, and no reason to let an instance live on.
+    // A damaged line must not keep an instance from ending.
     if parse(&text).flatten().any(|known| known.id == entry.id) {
         return Ok(());
     }
-    // A crash within an earlier append leaves half a line, of an instance that is still listed: it
-    // is written again.
+    // A crash during an earlier append leaves an incomplete line of an instance that is still
+    // listed. It is overwritten.
     let whole = text.rfind('\n').map_or(0, |end| end + 1);
     file.set_len(whole as u64)?;
     file.seek(SeekFrom::Start(whole as u64))?;
@@ -84,7 +84,7 @@ pub(super) fn append(root: &Path, entry: &BillEntry) -> io::Result<()> {
     file.sync_all()
 }
 
-/// All entries below `root`, oldest first.
+/// All entries in `root`, oldest first.
 pub(super) fn read(root: &Path) -> io::Result<Vec<BillEntry>> {
     parse(&absent(fs::read_to_string(root.join("bill.jsonl")))?.unwrap_or_default()).collect()
 }

@@ -1,4 +1,4 @@
-//! What this machine has to offer.
+//! Hardware of this machine, as offers.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,42 +12,41 @@ use crate::cloud::broker::Offer;
 use crate::files::free_disk;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
-/// The price of one CPU core, in millionths of a dollar per hour: about what clouds ask, and
-/// enough for bills that differ.
+/// Fictitious price of a CPU core in millionths of a dollar per hour, close to that of clouds.
 const CORE_PRICE: i64 = 10_000;
-/// The price of one GPU on top of all cores.
+/// Fictitious price of a GPU in addition to all cores.
 const GPU_PRICE: i64 = 100_000;
-/// A driver in trouble can hang; it then has no GPU to offer either.
+/// Time limit of `nvidia-smi`. It can hang on a faulty driver; then no GPU is offered.
 const NVIDIA_SMI_LIMIT: Duration = Duration::from_secs(20);
 
-/// The machine, as it is now.
+/// Current hardware of the machine.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Hardware {
-    /// Cores this process may use.
+    /// Cores available to this process.
     pub(super) cores: u32,
-    /// Memory, or as much of it as this process may use; `None` if the system does not tell.
+    /// Memory available to this process; `None` if the system does not report it.
     pub(super) ram: Option<Bytes>,
-    /// Free disk where instances live.
+    /// Free disk for instances.
     pub(super) disk: Option<Bytes>,
-    /// NVIDIA GPUs in the order of their PCI addresses.
+    /// NVIDIA GPUs in PCI order.
     pub(super) gpus: Vec<Gpu>,
 }
 
 /// One GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Gpu {
-    /// The driver's name for it.
+    /// Name by the driver.
     pub(super) raw: String,
-    /// Memory as the driver reports it; some share the host's and report none.
+    /// Memory by the driver; `None` for some GPUs that share the host's memory.
     pub(super) vram: Option<Bytes>,
 }
 
-/// What an offer's key stands for.
+/// Meaning of an offer's key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Sku {
-    /// The CPU alone.
+    /// CPU only.
     Cpu,
-    /// A number of GPUs of one name.
+    /// A number of GPUs of one kind.
     Gpus(u32, String),
 }
 
@@ -60,7 +59,7 @@ impl Sku {
         }
     }
 
-    /// The inverse of [`Sku::key`].
+    /// Parses [`Sku::key`].
     pub(super) fn parse(key: &str) -> Option<Self> {
         if key == "cpu" {
             return Some(Self::Cpu);
@@ -84,7 +83,7 @@ impl Hardware {
         }
     }
 
-    /// One offer without GPU, and one for every number of every kind of GPU.
+    /// One CPU offer, and one per number and kind of GPUs.
     pub(super) fn offers(&self) -> Vec<Offer> {
         let mut kinds: BTreeMap<&str, Vec<&Gpu>> = BTreeMap::new();
         for gpu in &self.gpus {
@@ -119,7 +118,7 @@ impl Hardware {
     }
 }
 
-/// Memory of this machine, or what of it this program may have.
+/// Memory available to this program.
 pub(crate) fn memory() -> Option<Bytes> {
     let mut system = sysinfo::System::new().ok()?;
     system.refresh_memory();
@@ -138,7 +137,7 @@ async fn list_gpus(nvidia_smi: &Path) -> Vec<Gpu> {
             tracing::warn!(status = %output.status, "nvidia-smi failed: no GPU is offered");
             Vec::new()
         }
-        // No driver, no GPU: nothing to warn of.
+        // Without a driver there is no GPU, and no warning.
         Ok(Err(_)) => Vec::new(),
         Err(_) => {
             tracing::warn!("nvidia-smi did not answer: no GPU is offered");
@@ -157,7 +156,7 @@ fn parse_gpus(text: &str) -> Vec<Gpu> {
     text.lines().filter_map(line).collect()
 }
 
-/// The program that lists NVIDIA GPUs, found on the search path.
+/// The program that lists NVIDIA GPUs, from the search path.
 pub(super) fn default_nvidia_smi() -> PathBuf {
     PathBuf::from("nvidia-smi")
 }

@@ -1,5 +1,5 @@
-//! The process that is an instance: it lives as long as the rental, and ends everything that runs
-//! there.
+//! The process of an instance. It lives as long as the rental and ends all processes of the
+//! instance.
 
 use std::fs::File;
 use std::io;
@@ -12,29 +12,30 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::processes::Marks;
 use super::record::{Folder, Ready, Record, now};
 
-/// A sleeping machine's timers stand still, the deadline does not: looked at this often.
+/// Interval of deadline checks. Timers stop while a machine sleeps, the deadline does not.
 const DEADLINE_CHECK: Duration = Duration::from_secs(60);
 
-/// Why an instance ends.
+/// Reason for the end of an instance.
 enum End {
-    /// It was told to.
+    /// A termination signal.
     Signal,
-    /// Its lease is over. No controller may ever call again, so it removes its files.
+    /// The lease's deadline. No controller may connect again, so the process removes its files.
     Deadline,
 }
 
-/// Is the instance whose folder is `dir`, until a termination signal or the lease's deadline; then
-/// ends everything that runs there.
+/// Runs the instance in the folder `dir` until a termination signal or the lease's deadline; then
+/// ends all processes of the instance.
 ///
-/// At the deadline the bill is written and the folder removed too: nothing is left to terminate.
+/// At the deadline it also writes the bill and removes the folder.
 ///
 /// # Errors
-/// The folder is damaged, or in use by another process; the lease is over; no signals. Nothing runs then.
+/// The folder is damaged or in use by another process; the lease is over; signals are unavailable.
+/// Then nothing runs.
 pub async fn serve(dir: &Path) -> Result<()> {
-    // Into the folder's log, unless the program has set up its own reporting.
+    // Logs to the folder, unless the program has set up its own logging.
     let _ = tracing_subscriber::fmt().with_ansi(false).with_writer(io::stderr).try_init();
-    // A leader of its own session, deaf to the terminal the controller was started from. Refused
-    // only if it leads a process group, and then the terminal is not its own either.
+    // Creates its own session, independent of the controller's terminal. This fails only for a
+    // process group leader, which has another terminal.
     let _ = rustix::process::setsid();
     let folder = Folder::new(dir);
     let lock = hold(&folder)?;
@@ -42,11 +43,11 @@ pub async fn serve(dir: &Path) -> Result<()> {
     ensure!(!folder.is_ending(), "{} is being terminated", record.id);
     ensure!(record.deadline().is_none_or(|deadline| now() < deadline), "the lease of {} is over", record.id);
     let end = live(&folder, &record).await?;
-    // Who terminates it keeps commands from starting; else nobody does. One that ends with the
-    // instance is told so, too.
+    // Prevents commands from starting. A terminator has done so already. A command that ends with
+    // the instance is told so.
     let shut = if folder.is_ending() { Ok(None) } else { folder.shut() };
     if let Err(error) = &shut {
-        // What starts meanwhile may be left; everything else ends all the same.
+        // A process that starts meanwhile may remain. The instance still ends.
         tracing::warn!(id = record.id, %error, "commands are not kept from starting");
     }
     end_everything(&folder, &record).await?;

@@ -1,7 +1,7 @@
-//! Everything that runs on an instance, found and ended.
+//! Finds and ends all processes of an instance.
 //!
-//! Two marks: the environment variable that every command inherits, and a program that lies in the
-//! instance's home. What sheds both (`env -i` with a program of the system) is nobody's any more.
+//! A process has one of two marks: an inherited environment variable, or a program in the
+//! instance's home folder. A process without either (`env -i` with a system program) is not found.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -11,17 +11,16 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 use sysinfo::{Process, ProcessRefreshKind, ProcessStatus, ProcessesToUpdate, System, UpdateKind};
 
-/// The environment variable that marks every process of an instance; its value is the instance's
-/// id.
+/// The environment variable of every process of an instance, with the instance's id.
 pub const MARKER: &str = "OUTLIERS_LOCAL_INSTANCE";
 
-/// How long a process may take to end itself before it is killed.
+/// Time for a process to exit after SIGTERM.
 const GRACE: Duration = Duration::from_millis(1500);
-/// After this, a process that still lives is in the kernel's hands, not ours.
+/// Time limit for a killed process to disappear.
 const LIMIT: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How to tell an instance's processes from all others.
+/// Marks of an instance's processes.
 #[derive(Clone, Debug)]
 pub(super) struct Marks {
     mark: String,
@@ -31,20 +30,20 @@ pub(super) struct Marks {
 impl Marks {
     /// The marks of the instance `id` with this home folder.
     pub(super) fn new(id: &str, home: PathBuf) -> Self {
-        // The system reports programs and folders by their real paths.
+        // The system reports real paths.
         let home = home.canonicalize().unwrap_or(home);
         Self { mark: format!("{MARKER}={id}"), home }
     }
 
-    /// Processes of the instance that live now, the caller excepted.
+    /// Live processes of the instance, except the caller.
     ///
     /// # Errors
-    /// The system does not tell which processes there are: that is not to say that there are none.
+    /// The system does not list processes, which does not mean that there are none.
     pub(super) fn find(&self) -> Result<Vec<u32>, String> {
         let mut system = System::new().map_err(|error| format!("processes cannot be listed: {error}"))?;
         let always = UpdateKind::Always;
         let wanted = ProcessRefreshKind::nothing().with_environ(always).with_exe(always).without_tasks();
-        // This one is always there, so a table without it is no table.
+        // This process always exists, so a list without it is invalid.
         if system.refresh_processes_specifics(ProcessesToUpdate::All, true, wanted) == 0 {
             return Err("processes cannot be listed".to_owned());
         }
@@ -57,17 +56,18 @@ impl Marks {
             || process.exe().is_some_and(|exe| exe.starts_with(&self.home))
     }
 
-    /// Asks every process of the instance to end, kills what stays, and returns when none is left.
+    /// Sends SIGTERM to every process of the instance, kills the remaining ones, and returns when
+    /// none is left.
     ///
     /// # Errors
-    /// Processes outlived it all, or cannot be listed.
+    /// Processes remain, or cannot be listed.
     pub(super) fn end_all(&self) -> Result<(), String> {
         let begun = Instant::now();
         let mut asked = HashSet::new();
         let mut clean_sweeps = 0;
         loop {
             let pids = self.find()?;
-            // A process that forks while the table is read can hide its child once, not twice.
+            // A process that forks during a listing can hide its child once, not twice.
             clean_sweeps = if pids.is_empty() { clean_sweeps + 1 } else { 0 };
             if clean_sweeps == 2 {
                 return Ok(());
@@ -92,7 +92,7 @@ fn is_alive_and_other(process: &Process) -> bool {
     !ended && process.pid().as_u32() != std::process::id()
 }
 
-/// Sends a signal; a process that is gone already needs none.
+/// Sends a signal. A missing process is ignored.
 pub(super) fn signal(pid: u32, signal: Signal) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw) {
         let _ = kill_process(pid, signal);

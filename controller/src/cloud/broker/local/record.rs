@@ -1,5 +1,4 @@
-//! The folder of one instance: what is written there, by whom, and what it says about the
-//! instance's life.
+//! The folder of an instance: its files, their writers, and the instance's state.
 //!
 //! | name | written by | says |
 //! |---|---|---|
@@ -11,8 +10,8 @@
 //! | `log` | the instance's process | why it failed |
 //! | `home/` | the user | what the rental is for |
 //!
-//! The folder appears whole, by a rename, so that a crash leaves either no instance or one that
-//! can be listed and ended.
+//! The folder is created by a rename, so that a crash leaves either no instance or one that can be
+//! listed and ended.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -28,41 +27,41 @@ use crate::units::UsdPerHour;
 
 /// Most bytes of any document here; ours are far smaller, a damaged one may be anything.
 const DOCUMENT_LIMIT: u64 = 64 << 10;
-/// Bytes of the end of a log that are searched for its last line.
+/// Bytes at the end of a log that are searched for its last line.
 const LOG_TAIL: u64 = 4 << 10;
 /// Letters of an instance id after `i-`.
 const ID_LETTERS: usize = 12;
-/// How long a lock is tried for. Only listers hold it besides, each for microseconds.
+/// Time limit for taking a lock. Listings hold it for microseconds.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// `instance.json`.
+/// Content of `instance.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Record {
     /// The instance's id, also the folder's name.
     pub(super) id: String,
     /// The lease tag.
     pub(super) name: String,
-    /// What it bills.
+    /// Price per hour.
     pub(super) price: UsdPerHour,
-    /// In words.
+    /// Hardware as text.
     pub(super) hardware: String,
-    /// Indices of the GPUs it was rented, in the order of their PCI addresses.
+    /// Indices of its GPUs, in PCI order.
     pub(super) gpus: Vec<u32>,
-    /// Unix seconds.
+    /// Creation time, Unix seconds.
     pub(super) created_at: u64,
 }
 
 impl Record {
-    /// When the lease ends, Unix seconds; `None` when the name is not a lease tag.
+    /// End of the lease in Unix seconds; `None` if the name is not a lease tag.
     pub(super) fn deadline(&self) -> Option<u64> {
         self.name.parse::<LeaseTag>().ok().map(|tag| tag.deadline)
     }
 }
 
-/// `ready.json`.
+/// Content of `ready.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Ready {
-    /// Process id of the instance, its session's leader. Means nothing once the lock is free.
+    /// Process id of the instance. Invalid once the lock is free.
     pub(super) pid: u32,
 }
 
@@ -71,12 +70,12 @@ pub(super) struct Ready {
 pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    /// `path` is the instance's folder; it need not exist.
+    /// The folder at `path`, which need not exist.
     pub(super) fn new(path: impl Into<PathBuf>) -> Self {
         Self(path.into())
     }
 
-    /// Writes a whole new instance beside `instances` and renames it into place.
+    /// Writes a complete instance beside `instances` and renames it into place.
     pub(super) fn create(instances: &Path, record: &Record) -> io::Result<Self> {
         let draft = Self(instances.join(format!(".new-{}", record.id)));
         create_private_folder(&draft.0)?;
@@ -86,7 +85,7 @@ impl Folder {
         match placed {
             Ok(()) => Ok(Self(place)),
             Err(error) => {
-                // What is left is ours, unlisted and empty of processes.
+                // The draft is unlisted and has no processes.
                 let _ = fs::remove_dir_all(&draft.0);
                 Err(error)
             }
@@ -105,7 +104,7 @@ impl Folder {
         &self.0
     }
 
-    /// The home folder of all that runs there.
+    /// Home folder of the instance's commands.
     pub(super) fn home(&self) -> PathBuf {
         self.0.join("home")
     }
@@ -120,7 +119,7 @@ impl Folder {
         read_json(&self.0.join("instance.json"))
     }
 
-    /// Reads `ready.json`, `None` before its process is up.
+    /// Reads `ready.json`; `None` before the process has started.
     pub(super) fn ready(&self) -> io::Result<Option<Ready>> {
         absent(read_json(&self.0.join("ready.json")))
     }
@@ -130,38 +129,38 @@ impl Folder {
         write_json(&self.0.join("ready.json"), ready)
     }
 
-    /// Says that nothing may start here any more.
+    /// Marks the instance as ending: nothing may start.
     pub(super) fn mark_ending(&self) -> io::Result<()> {
         write_durably(&self.0.join("ending"), b"")
     }
 
-    /// Whether a termination was begun.
+    /// Whether a termination was started.
     pub(super) fn is_ending(&self) -> bool {
         self.0.join("ending").exists()
     }
 
-    /// Whether a process holds the lock: that of the instance, or one that ends it.
+    /// Whether a process holds the lock: the instance's, or a terminator.
     pub(super) fn is_locked(&self) -> io::Result<bool> {
         // Shared: two listers must not take each other for the instance.
         is_taken(File::open(self.0.join("lock"))?.try_lock_shared())
     }
 
-    /// What whoever starts something here holds meanwhile; `None` when nothing may start: the
-    /// instance's process is gone, or somebody ends it.
+    /// The lock to hold while starting a process here; `None` if nothing may start: the instance's
+    /// process has ended, or is being ended.
     pub(super) fn admit(&self) -> io::Result<Option<File>> {
         let gate = File::open(self.0.join("gate"))?;
         let is_shut = is_taken(gate.try_lock_shared())?;
         Ok((!is_shut && !self.is_ending() && self.is_locked()?).then_some(gate))
     }
 
-    /// Keeps anything from starting here until the file is dropped. `None`: somebody else does, or
-    /// takes long to start something.
+    /// Prevents processes from starting here until the file is dropped. `None`: another process
+    /// does so, or is slow to start something.
     pub(super) fn shut(&self) -> io::Result<Option<File>> {
         self.take("gate")
     }
 
-    /// Takes the lock, held until the file is dropped. `None`: another holds it for longer than
-    /// anyone should who only looks.
+    /// Takes the lock until the file is dropped. `None`: another process holds it for longer than
+    /// a listing.
     pub(super) fn lock(&self) -> io::Result<Option<File>> {
         self.take("lock")
     }
@@ -178,7 +177,7 @@ impl Folder {
         Ok(Some(file))
     }
 
-    /// The last line of the log, harmless on a terminal; `None` if there is none.
+    /// The last line of the log, sanitised; `None` if there is none.
     pub(super) fn last_words(&self) -> Option<String> {
         let mut file = File::open(self.log()).ok()?;
         let end = file.metadata().ok()?.len();
@@ -190,13 +189,13 @@ impl Folder {
         Some(line.chars().filter(|c| !c.is_control()).take(300).collect())
     }
 
-    /// Deletes all that was stored in the home folder.
+    /// Deletes all files in the home folder.
     pub(super) fn empty_home(&self) -> io::Result<()> {
         absent(remove_stubborn(&self.home())).map(drop)
     }
 
-    /// Moves the folder out of the list and deletes it. Leftovers that resist are reported, but
-    /// the instance is gone.
+    /// Renames the folder out of the list and deletes it. Files that cannot be deleted are
+    /// reported; the instance is gone.
     pub(super) fn remove(&self) -> io::Result<()> {
         let (Some(parent), Some(name)) = (self.0.parent(), self.0.file_name()) else { return Ok(()) };
         let gone = parent.join(format!(".gone-{}", name.to_string_lossy()));
@@ -216,14 +215,14 @@ pub(super) fn new_id() -> String {
     "i-".chars().chain(letters).collect()
 }
 
-/// Whether `id` is one that [`new_id`] could have made; nothing else ever becomes part of a path.
+/// Whether `id` has the form of [`new_id`]. Other text never becomes part of a path.
 pub(super) fn is_id(id: &str) -> bool {
     id.strip_prefix("i-").is_some_and(|rest| {
         rest.len() == ID_LETTERS && rest.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit())
     })
 }
 
-/// Unix seconds.
+/// Current time in Unix seconds.
 pub(super) fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -240,7 +239,7 @@ pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     path.parent().map_or(Ok(()), sync_dir)
 }
 
-/// Makes renames within a folder durable.
+/// Syncs a folder, so that renames in it are durable.
 pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }

@@ -1,4 +1,4 @@
-//! The way to an instance: commands in its home, with an environment of their own.
+//! Commands on an instance, in its home folder and environment.
 
 use std::sync::Arc;
 
@@ -7,18 +7,18 @@ use super::record::Folder;
 use crate::cloud::broker::Way;
 use crate::host::transport::local::LocalTransport;
 
-/// The only user of an instance, by its own account.
+/// User name of an instance.
 pub(super) const USER: &str = "outliers";
 
-/// Where programs are found on an instance, those of GPU drivers in containers included.
+/// Search path on an instance, including GPU drivers in containers.
 const PATH: &str =
     "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// The way to the instance `id` in `folder`.
+/// Access to the instance `id` in `folder`.
 pub(super) fn way(id: &str, folder: Folder) -> Way {
     let home = folder.home();
     let home = home.canonicalize().unwrap_or(home);
-    // It sees the GPUs that it was rented, and no others.
+    // The instance sees only the GPUs it rented.
     let gpus = folder.record().map(|record| record.gpus).unwrap_or_default();
     let gpus = gpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
     let place = home.to_string_lossy().into_owned();

@@ -1,4 +1,4 @@
-//! RunPod's GraphQL: one address for everything, and refusals that come as successes.
+//! RunPod's GraphQL API: one address, and errors with status 200.
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -7,7 +7,7 @@ use super::refused;
 use crate::cloud::broker::{BrokerError, BrokerErrorKind};
 use crate::cloud::http::{Call, Effect, Http, Method};
 
-/// RunPod's messages for stock that is sold out. It has no code for that.
+/// RunPod's messages for missing stock, which has no code.
 const NO_CAPACITY: &[&str] = &[
     "no longer any instances available",
     "no instances available",
@@ -15,27 +15,26 @@ const NO_CAPACITY: &[&str] = &[
     "does not have the resources",
     "enough disk space",
 ];
-/// Messages of an API that was retired.
+/// Messages of a retired API.
 const RETIRED: &[&str] =
     &["has been retired", "was retired", "has been sunset", "no longer supported", "has been removed"];
 const NO_FUNDS: &[&str] = &["balance", "insufficient funds", "spend limit", "spending limit"];
 const NO_ACCESS: &[&str] = &["unauthenticated", "unauthorized", "forbidden", "not authorized", "invalid api key"];
-/// Codes of GraphQL servers for what was refused before anything was done.
+/// Codes of GraphQL servers for requests that were refused before execution.
 const NOT_UNDERSTOOD: &[&str] = &["graphql_parse_failed", "graphql_validation_failed", "bad_user_input"];
 
-/// A query or mutation. Values travel as variables beside it, so that none is ever read as a part
-/// of it.
+/// A query or mutation. Values are passed as variables, so that none is parsed as part of it.
 #[derive(Clone, Copy)]
 pub(super) struct Operation {
-    /// The one field it asks for.
+    /// The requested field.
     pub(super) field: &'static str,
     pub(super) query: &'static str,
     pub(super) effect: Effect,
 }
 
 impl Operation {
-    /// The field's value; `None` when GraphQL, or this of it, is there no more: then nothing was
-    /// done.
+    /// The field's value; `None` if GraphQL or this field has been retired, and nothing was
+    /// executed.
     pub(super) async fn ask<T: DeserializeOwned>(
         self,
         http: &Http,
@@ -56,8 +55,7 @@ impl Operation {
     }
 }
 
-/// Whether the whole address is gone, or the field is unknown to it. A page of some server in
-/// between is neither.
+/// Whether the whole API is retired, or the field unknown. An error page of a proxy is neither.
 fn is_retired(status: u16, document: Option<&Value>, field: &str) -> bool {
     let errors = document.and_then(|document| document.get("errors")).and_then(Value::as_array);
     let unknown = format!("cannot query field \"{}\"", field.to_lowercase());
@@ -68,13 +66,13 @@ fn is_retired(status: u16, document: Option<&Value>, field: &str) -> bool {
             && document.is_some_and(|document| document.pointer(&format!("/data/{field}")).is_none_or(Value::is_null))
 }
 
-/// The value of `field` in a reply, else the kind of refusal; `None` if it may have been carried
-/// out all the same.
+/// The value of `field` in a reply, or the kind of refusal; `None` if the request may have been
+/// executed.
 fn read(status: u16, document: Option<Value>, field: &str) -> Result<Value, Option<BrokerErrorKind>> {
     let mut document = document.unwrap_or_default();
     let found = document.pointer_mut(&format!("/data/{field}")).map(Value::take).filter(|value| !value.is_null());
     match found {
-        // Also when there are errors beside it: what exists, exists.
+        // Also beside errors, since the object exists.
         Some(value) if (200..300).contains(&status) => Ok(value),
         _ => Err(refusal(status, &document)),
     }
@@ -84,7 +82,7 @@ fn refusal(status: u16, document: &Value) -> Option<BrokerErrorKind> {
     let errors = document.get("errors").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
     let words: Vec<String> = errors.iter().flat_map(words_of).collect();
     let says = |phrases: &[&str]| words.iter().any(|word| phrases.iter().any(|phrase| word.contains(phrase)));
-    // By the specification an answer without `data` is to a request of which nothing was executed.
+    // By the specification an answer without `data` means that nothing was executed.
     let not_executed = !errors.is_empty() && document.get("data").is_none() || says(NOT_UNDERSTOOD);
     if says(NO_CAPACITY) {
         Some(BrokerErrorKind::NoCapacity)
@@ -99,7 +97,7 @@ fn refusal(status: u16, document: &Value) -> Option<BrokerErrorKind> {
     }
 }
 
-/// Whether RunPod says, in whichever of its APIs, that there is nothing left of what was asked for.
+/// Whether RunPod, in either API, reports missing stock.
 pub(super) fn says_no_capacity(words: &str) -> bool {
     let words = words.to_lowercase();
     NO_CAPACITY.iter().any(|phrase| words.contains(phrase))
@@ -115,7 +113,7 @@ fn words_of(error: &Value) -> impl Iterator<Item = String> {
 mod tests {
     use super::*;
 
-    /// What comes of a reply to the creation of a pod.
+    /// Result of a reply to the creation of a pod.
     fn of(status: u16, document: Value) -> Result<Value, Option<BrokerErrorKind>> {
         read(status, Some(document), "podFindAndDeployOnDemand")
     }

@@ -1,4 +1,4 @@
-//! What is in stock (`GET /v2/catalog/gpus`), and what only GraphQL knows of the hosts.
+//! Stock (`GET /v2/catalog/gpus`), and details of hosts from GraphQL.
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use crate::cloud::http::{Call, Effect, Http};
 use crate::cloud::market;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
-/// Questions about hosts that are asked at the same time.
+/// Concurrent queries about hosts.
 const AT_ONCE: usize = 4;
 
 const HOSTS: Operation = Operation {
@@ -31,12 +31,12 @@ struct Catalog {
     gpus: Vec<Value>,
 }
 
-/// A type of GPU; figures are per GPU.
+/// A type of GPU. Figures are per GPU.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct GpuType {
     id: String,
-    /// GB as GPUs are sold with, which are GiB.
+    /// Nominal GB, which are GiB.
     memory: f64,
     secure: bool,
     community: bool,
@@ -66,11 +66,11 @@ struct Cuda {
     available: bool,
 }
 
-/// One type of GPU at one place, as it will be offered.
+/// One type of GPU at one location, as a future offer.
 #[derive(Clone)]
 struct Candidate {
     sku: Sku,
-    /// Can be had for good; a host that is promised to others may still take a bid.
+    /// Available on demand. A host that is fully booked may still accept a bid.
     in_stock: bool,
     vram: Option<Bytes>,
     /// Dollars per hour for all GPUs.
@@ -79,8 +79,8 @@ struct Candidate {
     max_cuda: Option<CudaVersion>,
 }
 
-/// Everything in stock with the wanted number of GPUs; a filter beyond that is the market's, which
-/// tells what it left out.
+/// Everything in stock with the wanted number of GPUs. The market applies the other filters and
+/// reports what it leaves out.
 pub(super) async fn offers(http: &Http, want: &GpuRequest) -> Result<Offers, BrokerError> {
     let tiers = want.tier.map_or(vec![Tier::Secure, Tier::Community], |tier| vec![tier]);
     let candidates = try_join_all(tiers.into_iter().map(|tier| catalog(http, want, tier))).await?;
@@ -111,13 +111,13 @@ fn count(want: &GpuRequest) -> u32 {
     want.gpu_count.unwrap_or(1).max(1)
 }
 
-/// One per data centre that has some; one for anywhere where the catalogue names none.
+/// One per data centre in stock; one without location if the catalogue names none.
 fn candidates(item: Value, want: &GpuRequest, tier: Tier) -> Vec<Result<Candidate, String>> {
     let gpu: GpuType = match serde_json::from_value(item) {
         Ok(gpu) => gpu,
         Err(_) => return vec![Err("an item of the catalogue that cannot be read".to_owned())],
     };
-    // A word for what a host has not reported.
+    // Placeholder for a host that has not reported its GPU.
     if gpu.id == "unknown" || !gpu.is_of(tier) {
         return Vec::new();
     }
@@ -154,13 +154,13 @@ impl GpuType {
             vram: (1.0..4096.0).contains(&self.memory).then(|| Bytes::from_mib((self.memory * 1024.0) as u64)),
             gpus: each * f64::from(count),
             cpu_cores: None,
-            // Any of these hosts may be the one.
+            // Any of these hosts may be rented.
             max_cuda: served.min(),
         })
     }
 }
 
-/// A place whose hosts are asked about.
+/// A location whose hosts are queried.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct HostLocation {
     secure: bool,
@@ -176,7 +176,7 @@ struct HostsOfType {
     host: Option<Host>,
 }
 
-/// The cheapest host with this number of GPUs free; figures are of the whole pod.
+/// The cheapest host with this number of free GPUs. Figures are for the whole pod.
 #[derive(Clone, Copy, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Host {
@@ -184,7 +184,7 @@ struct Host {
     minimum_bid_price: Option<f64>,
     #[serde(default, deserialize_with = "lenient")]
     min_vcpu: Option<u32>,
-    /// GB as systems count them (125 of 128), which are GiB.
+    /// Reported GB (125 of 128), which are GiB.
     #[serde(default, deserialize_with = "lenient")]
     min_memory: Option<u64>,
     #[serde(default, deserialize_with = "is_there")]
@@ -231,7 +231,7 @@ async fn hosts_at(
     if let Some(cuda) = want.min_cuda {
         input.insert("minCudaVersion".to_owned(), json!(cuda.to_string()));
     }
-    // What nobody can tell is unknown.
+    // Missing details are unknown.
     let types: Vec<HostsOfType> = HOSTS.ask(http, json!({"place": input})).await?.unwrap_or_default();
     let in_stock = |of_type: HostsOfType| {
         let host = of_type.host.filter(|host| host.stock_status)?;
@@ -245,7 +245,7 @@ impl Candidate {
         HostLocation { secure: self.sku.tier == Tier::Secure, data_center: self.sku.place.clone() }
     }
 
-    /// Whether the market could take it, were its hosts known. A bid may be below any price.
+    /// Whether the market could select it with suitable hosts. A bid may be below any price.
     fn is_wanted(&self, want: &GpuRequest) -> bool {
         let may_match = |offer: Offer| {
             let price = if want.spot { UsdPerHour::default() } else { offer.price };
@@ -254,8 +254,7 @@ impl Candidate {
         (self.in_stock || want.spot) && self.clone().offer(want).is_ok_and(may_match)
     }
 
-    /// With what is known of its hosts; and once more as what may be taken back, if that is wanted
-    /// and there is a price.
+    /// Offers with the details of hosts: on demand, and as preemptible if requested and priced.
     fn with_hosts(mut self, hosts: &Hosts, want: &GpuRequest) -> Vec<Result<Self, String>> {
         let host = hosts.get(&(self.place(), self.sku.gpu.clone()));
         self.cpu_cores = host.and_then(|host| host.min_vcpu).filter(|cores| *cores > 0);
@@ -270,7 +269,7 @@ impl Candidate {
         [Some(for_good), spot.map(Ok)].into_iter().flatten().collect()
     }
 
-    /// The lowest bid per GPU that makes up `whole` dollars for all of them.
+    /// The lowest bid per GPU that adds up to `whole` dollars.
     fn bid(&self, whole: f64) -> Option<Usd> {
         let micros = (whole * 1e6 / f64::from(self.sku.count)).ceil();
         (1.0..1e10).contains(&micros).then(|| Usd::from_micros(micros as i64))
@@ -281,7 +280,7 @@ impl Candidate {
         Ok(Offer {
             cpu_ram: self.sku.ram_gib.map(Bytes::from_gib),
             cpu_cores: self.cpu_cores,
-            // It is made to measure.
+            // The disk is allocated as requested.
             disk: want.min_disk,
             region: self.sku.place.clone(),
             tier: Some(self.sku.tier),

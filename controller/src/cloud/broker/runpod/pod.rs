@@ -1,4 +1,4 @@
-//! A pod as REST v2 shows it (`GET /v2/pods`, `GET /v2/pods/{id}`).
+//! A pod in REST v2 (`GET /v2/pods`, `GET /v2/pods/{id}`).
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -12,7 +12,7 @@ use crate::units::UsdPerHour;
 
 #[derive(Deserialize)]
 pub(super) struct Page {
-    /// Each read by itself.
+    /// Entries are parsed one by one.
     pub(super) pods: Vec<Value>,
     #[serde(default)]
     pagination: Option<Pagination>,
@@ -27,10 +27,10 @@ struct Pagination {
 }
 
 impl Page {
-    /// Where the next page begins; `None` after the last.
+    /// Cursor of the next page; `None` after the last.
     ///
     /// # Errors
-    /// The page says that there is more and not where.
+    /// The page announces another without a cursor.
     pub(super) fn next(&self) -> Result<Option<String>, &'static str> {
         match &self.pagination {
             Some(Pagination { has_next_page: true, next_cursor: None }) => {
@@ -42,7 +42,7 @@ impl Page {
     }
 }
 
-/// Its id and its name must be readable. Without them its owner is unknown.
+/// Id and name are required: without them the owner is unknown.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Pod {
@@ -53,10 +53,10 @@ pub(super) struct Pod {
     status: Option<String>,
     #[serde(default, deserialize_with = "lenient")]
     gpu: Option<Gpu>,
-    /// Per hour, disk not included.
+    /// Dollars per hour, without disk.
     #[serde(default, deserialize_with = "lenient")]
     cost: Option<f64>,
-    /// Container disk, GB.
+    /// Container disk in GB.
     #[serde(default, deserialize_with = "lenient")]
     disk: Option<u64>,
     #[serde(default, deserialize_with = "lenient")]
@@ -78,7 +78,7 @@ const fn one() -> u32 {
     1
 }
 
-/// Of the two ways in, the one that carries files.
+/// SSH addresses. Only one of the two kinds transfers files.
 #[derive(Deserialize)]
 struct Ssh {
     direct: Option<Direct>,
@@ -109,7 +109,7 @@ struct Port {
 }
 
 impl Pod {
-    /// The pod in our words; `None`: it has ended.
+    /// The pod as an instance; `None`: it has ended.
     pub(super) fn instance(&self) -> Option<Instance> {
         Some(Instance {
             broker: NAME.to_owned(),
@@ -133,7 +133,7 @@ impl Pod {
         })
     }
 
-    /// Where its SSH server is, once its container runs.
+    /// Address of its SSH server, once its container runs.
     fn endpoint(&self) -> Option<SshEndpoint> {
         let runtime = self.runtime.as_ref();
         if runtime.and_then(|runtime| runtime.uptime) == Some(0.0) {
@@ -146,7 +146,7 @@ impl Pod {
 
     fn price(&self) -> Option<UsdPerHour> {
         let cost = self.cost?;
-        // What is stopped keeps its container disk for nothing.
+        // A stopped pod keeps its container disk for free.
         let disk = if cost == 0.0 { Some(0) } else { self.disk };
         sku::price(cost, disk?).ok()
     }

@@ -1,5 +1,5 @@
-# Ends the pod this runs in, by a key that RunPod put into it and that is good for this pod alone.
-# Only the first process is sure to have them in its environment: an SSH session has another.
+# Ends the pod this runs in, with a key from RunPod that is valid for this pod only.
+# The variables are in the environment of the first process; an SSH session may lack them.
 of_pod() {
     tr '\0' '\n' < /proc/1/environ 2> /dev/null | sed -n "s/^$1=//p" | head -n 1
 }
@@ -14,7 +14,7 @@ by_runpodctl() {
     command -v runpodctl > /dev/null || return 1
     RUNPOD_API_KEY=$key runpodctl pod delete "$pod" || RUNPOD_API_KEY=$key runpodctl remove pod "$pod"
 }
-# The key goes in by the standard input: arguments are for all to see.
+# The key is passed on standard input, since arguments are visible to all users.
 with_key() {
     printf 'header = "Authorization: Bearer %s"\n' "$key" | curl --config - --silent --fail --max-time 60 "$@"
 }

@@ -1,15 +1,15 @@
-//! What an offer stands for: all that renting it takes, and what it costs.
+//! Parameters and price of an offer.
 
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::Tier;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
-/// Containers with less disk often find no host.
+/// Minimum container disk in GB. With less, often no host is found.
 const LEAST_DISK: u64 = 20;
-/// Container disk while it runs (RunPod, Pod pricing): $0.10 per GB and month.
+/// Price of container disk while the pod runs (RunPod, Pod pricing): $0.10 per GB and month.
 const DISK_GB_HOUR: f64 = 0.10 / 730.0;
-/// Nothing costs more per hour, in dollars.
+/// Maximum plausible price in dollars per hour.
 const MOST: f64 = 10_000.0;
 
 /// An offer's key: what is rented, in RunPod's names.
@@ -20,15 +20,15 @@ pub(super) struct Sku {
     pub(super) gpu: String,
     pub(super) count: u32,
     pub(super) tier: Tier,
-    /// Data centre. `None`: any.
+    /// Data centre; `None`: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) place: Option<String>,
-    /// Memory of the host that the offer promises.
+    /// Minimum memory of the host in the offer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) ram_gib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) min_cuda: Option<CudaVersion>,
-    /// Per hour; a pod with a bid may be taken back.
+    /// Dollars per hour. A pod with a bid is preemptible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) bid_per_gpu: Option<Usd>,
 }
@@ -39,15 +39,15 @@ impl Sku {
     }
 }
 
-/// The container disk that holds `disk`, in RunPod's GB; they are at least the decimal ones.
+/// Container disk for `disk`, in RunPod's GB, which are at least 10^9 bytes.
 pub(super) fn disk_gb(disk: Option<Bytes>) -> u64 {
     disk.map_or(0, |disk| disk.0.div_ceil(1_000_000_000)).max(LEAST_DISK)
 }
 
-/// Price of the whole pod: `gpus` dollars per hour for its GPUs, and its container disk.
+/// Price of the whole pod: `gpus` dollars per hour for its GPUs, plus its container disk.
 ///
 /// # Errors
-/// What is wrong with it, when it is no price.
+/// The reason, if it is not a valid price.
 pub(super) fn price(gpus: f64, disk_gb: u64) -> Result<UsdPerHour, String> {
     // NaN is in no range.
     if !(0.0..=MOST).contains(&gpus) {

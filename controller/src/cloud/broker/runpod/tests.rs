@@ -7,7 +7,7 @@ use crate::cloud::broker::SshEndpoint;
 use crate::cloud::http::Limits;
 use crate::units::{Bytes, CudaVersion, UsdPerHour};
 
-/// A pod as the documents show it, with `changes`.
+/// A pod as documented, with `changes`.
 fn pod(changes: Value) -> Value {
     let mut pod = json!({
         "id": "7h9k2m4n6p", "name": "outliers-o-r-n-1780315200", "image": "i", "args": "", "disk": 100, "ports": ["22/tcp"],
@@ -43,7 +43,7 @@ fn pod_is_converted_to_our_fields() {
         id: InstanceId("7h9k2m4n6p".to_owned()),
         name: "outliers-o-r-n-1780315200".to_owned(),
         state: ready("195.26.233.3", 34446, "root"),
-        // 100 GB at $0.10 a month on top.
+        // Includes 100 GB at $0.10 a month.
         price: Some(UsdPerHour::from_dollars(0.893699)),
         hardware: "2 x RTX 4090".to_owned(),
         created_at: Some(1_780_315_200),
@@ -70,7 +70,7 @@ fn every_pod_status_is_mapped() {
         (mapped(json!([{"private": 22, "public": null, "type": "tcp", "ip": null}])), booting.clone()),
         (mapped(json!([{"private": 22, "public": 7, "type": "http", "ip": "1.2.3.4"}])), booting.clone()),
         (mapped(json!("none")), booting.clone()),
-        // What is no address must not reach a command line.
+        // An invalid address must not reach a command line.
         (
             json!({"ssh": {"direct": {"host": "-oProxyCommand=x", "port": 1, "username": "u"}}, "runtime": null}),
             booting.clone(),
@@ -94,7 +94,7 @@ fn implausible_values_become_unknown() {
     assert_eq!(instance(json!({"cost": 1e300})).unwrap().price, None);
     let stopped = instance(json!({"cost": 0.0, "status": "EXITED"})).unwrap();
     assert_eq!(stopped.price, Some(UsdPerHour::from_dollars(0.0)));
-    // Nobody could tell whose it is.
+    // Its owner would be unknown.
     for field in ["id", "name"] {
         let mut nameless = pod(json!({}));
         nameless.as_object_mut().unwrap().remove(field);

@@ -1,4 +1,4 @@
-//! The login node: scripts that run there, and what was last seen of the queue.
+//! The login node: scripts run there, and the last snapshot of the queue.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex as Lock};
@@ -17,38 +17,38 @@ use crate::host::transport::{Transport, TransportError, TransportErrorKind};
 use crate::secret::Secret;
 use crate::text::{clean, clean_lines};
 
-/// One question. A busy controller of Slurm answers late.
+/// Time limit of a script. A busy controller of Slurm answers late.
 const LIMIT: Duration = Duration::from_secs(100);
-/// What precedes an answer: login shells print greetings.
+/// Separates an answer from greetings that login shells print.
 const MARK: &str = "\n@outliers@\n";
-/// The variable of a script that is given a token.
+/// Variable with the token, for scripts that get one.
 pub(super) const TOKEN: &str = "token";
 /// Folder of all leases, below the scratch folder.
 const FOLDER: &str = "outliers-jobs";
 
-/// Who we are there.
+/// The user on the login node.
 #[derive(Clone, Debug)]
 pub(super) struct Login {
     pub(super) user: String,
     home: String,
 }
 
-/// One cluster, however many runs use it.
+/// One cluster, shared by all runs.
 pub(super) struct Cluster {
     ssh: OpenSsh,
     scratch: Option<String>,
-    /// Between two looks at the queue, at least.
+    /// Minimum time between two snapshots of the queue.
     interval: Duration,
     explain: Option<Explain>,
     login: OnceCell<Login>,
     door: OnceCell<Option<SshEndpoint>>,
     looks: Mutex<Option<Look>>,
-    /// Something was submitted or ended since the last look.
+    /// Whether a job was submitted or ended since the last snapshot.
     changed: AtomicBool,
     latest: Lock<Option<Arc<Snapshot>>>,
 }
 
-/// When the queue was looked at, and what was seen; `None` while that is not known.
+/// Time and result of the last snapshot; `None` while it is unknown.
 type Look = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
 
 impl Cluster {
@@ -70,13 +70,14 @@ impl Cluster {
         &self.ssh
     }
 
-    /// What a script prints there, if it ends well. `lost` is what it means that the answer did
-    /// not come.
+    /// The output of a successful script on the login node. `lost` is the error kind if the answer
+    /// is lost.
     pub(super) async fn ask(&self, script: &str, lost: Kind) -> Result<String, BrokerError> {
         self.ask_with(None, script, lost).await
     }
 
-    /// The same, with a token in the variable [`TOKEN`] of the script, which no other program sees.
+    /// As [`Self::ask`], with a token in the script's variable [`TOKEN`], which no other program
+    /// sees.
     pub(super) async fn ask_with(
         &self,
         token: Option<&Secret>,
@@ -102,7 +103,7 @@ impl Cluster {
         };
         match out.status {
             Some(0) => Ok(answer.to_owned()),
-            // What ran may have done a part of its work.
+            // The script may have done a part of its work.
             status => {
                 let status = status.map_or("a signal".to_owned(), |status| format!("status {status}"));
                 Err(error(lost, format!("{status}: {}", hint(&stderr))))
@@ -124,7 +125,7 @@ impl Cluster {
         self.login.get_or_try_init(ask).await
     }
 
-    /// Absolute path of the folder in which the leases' folders lie.
+    /// Absolute path of the parent folder of all leases.
     pub(super) async fn root(&self) -> Result<String, BrokerError> {
         let home = &self.login().await?.home;
         Ok(match self.scratch.as_deref() {
@@ -144,8 +145,8 @@ impl Cluster {
         self.door.get_or_init(find).await.clone().unwrap_or_else(named)
     }
 
-    /// The queue and the leases' folders, seen no earlier than the last change that was made here.
-    /// `squeue` runs once per interval, however many ask; a failure counts as an answer.
+    /// A snapshot of the queue and the leases' folders, taken after the last change by this
+    /// process. `squeue` runs once per interval for all callers; a failure counts as an answer.
     pub(super) async fn snapshot(&self) -> Result<Arc<Snapshot>, BrokerError> {
         let mut look = self.looks.lock().await;
         if let Some((at, seen)) = &*look {
@@ -159,7 +160,7 @@ impl Cluster {
         }
         let root = self.root().await?;
         self.changed.store(false, Ordering::Relaxed);
-        // A look that its caller gives up counts as one all the same.
+        // A cancelled snapshot counts for the interval.
         *look = Some((Instant::now(), None));
         let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
         let earlier = self.latest();
@@ -176,17 +177,17 @@ impl Cluster {
         seen
     }
 
-    /// What was seen last is not what is.
+    /// Invalidates the last snapshot.
     pub(super) fn changed(&self) {
         self.changed.store(true, Ordering::Relaxed);
     }
 
-    /// What was seen last, however long ago.
+    /// The last snapshot, however old.
     pub(super) fn latest(&self) -> Option<Arc<Snapshot>> {
         self.latest.lock().expect("nothing panics while it is held").clone()
     }
 
-    /// The number of a job that was seen last.
+    /// The id of a job in the last snapshot.
     pub(super) fn seen(&self, tag: &str) -> Option<String> {
         self.latest()?.number(tag)
     }
@@ -197,7 +198,7 @@ impl Cluster {
     }
 }
 
-/// Before a connection nothing can have happened.
+/// Without a connection nothing was executed.
 fn not_reached(failed: TransportError, lost: Kind) -> BrokerError {
     use TransportErrorKind as T;
     let kind = match failed.kind {
@@ -208,7 +209,7 @@ fn not_reached(failed: TransportError, lost: Kind) -> BrokerError {
     error(kind, failed.message)
 }
 
-/// What a person may do about an answer that many see first.
+/// The remedy for common errors.
 fn hint(stderr: &str) -> String {
     let lower = stderr.to_lowercase();
     let more = if lower.contains("not found") {

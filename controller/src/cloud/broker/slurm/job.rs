@@ -1,4 +1,4 @@
-//! The way to a job: its files lie on the shared file system, and scripts run on the login node.
+//! Transport to a job: files are on the shared file system, and scripts run on the login node.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,11 +12,10 @@ use crate::cloud::broker::{BrokerError, LeaseTag};
 use crate::host::transport::quote::quote;
 use crate::host::transport::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind};
 
-/// So long a script waits for a look at the queue; then the last one has to do.
+/// How long a script waits for a new snapshot of the queue before it uses the last one.
 const TIMEOUT: Duration = Duration::from_secs(20);
 
-/// One job's folder as a host: the folder is its home, and every script hears whether the job is
-/// over.
+/// A job's folder as a host: the folder is its home, and every script gets the job's state.
 pub(super) struct JobTransport {
     cluster: Arc<Cluster>,
     tag: LeaseTag,
@@ -27,12 +26,12 @@ impl JobTransport {
         Self { cluster, tag }
     }
 
-    /// What the scripts of [`crate::host`] go by, before each of them.
+    /// Variables of [`crate::host`]'s scripts.
     async fn preface(&self) -> Result<String, TransportError> {
         let tag = self.tag.to_string();
         let lease = self.cluster.lease(&tag).await.map_err(in_transport)?;
         let user = &self.cluster.login().await.map_err(in_transport)?.user;
-        // A queue that cannot be seen is no reason to take a job for over.
+        // If the queue is unavailable, the job is assumed to be open.
         let seen = timeout(TIMEOUT, self.cluster.snapshot()).await;
         let seen = seen.ok().and_then(Result::ok).or_else(|| self.cluster.latest());
         let is_ending = seen.as_ref().is_some_and(|snapshot| snapshot.is_ending(&tag));

@@ -1,7 +1,7 @@
-# The batch script of one job: it tells what its node is, waits until the worker may start, runs
-# it, and ends with it. Its working folder is the lease's, on the file system that login node and
-# compute nodes share. RUN is the run's folder in it, LIMIT the seconds that the job has, HUB
-# where models come from.
+# The batch script of a job: writes the facts of its node, waits until the worker may start, runs
+# it, and ends with it. Its working folder is the lease's, on the file system that login and
+# compute nodes share. RUN is the run's folder in it, LIMIT the job's seconds, HUB the address of
+# the hub.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 # A job that was put back into the queue was asked to end before.
@@ -9,7 +9,7 @@ rm -f "$RUN/ending"
 OUTLIERS_JOB=$SLURM_JOB_ID
 export OUTLIERS_JOB
 
-# Whole, or not at all, for whoever reads it from another machine.
+# Writes a file atomically, since other machines read it.
 write() { cat > "$1.part" && mv -f "$1.part" "$1"; }
 
 # Nothing is written into a folder that is being removed.
@@ -29,7 +29,7 @@ trap alive EXIT
 
 echo "$SLURM_JOB_ID" | write job.id
 echo $(($(date +%s) + LIMIT)) | write ends
-# Whether this node reaches the hub, where that can be told.
+# Whether this node reaches the hub, if that can be determined.
 reaches_hub() {
     if command -v curl > /dev/null 2>&1; then
         curl --silent --output /dev/null --max-time 10 "$HUB"
@@ -45,14 +45,13 @@ reaches_hub() {
     echo "@hub $(reaches_hub)"
 ) 2> /dev/null | write facts
 
-# A job that was put back into the queue starts here again, and its worker goes on from its save
-# point.
+# A requeued job starts here again, and its worker continues from its save point.
 rm -f "$RUN/worker.pid"
 [ -f "$RUN/manifest.json" ] || rm -f "$RUN/exit_code"
 
 worker='' told=''
-# Asks the worker and all that it started to end: they are in this script's process group, which
-# Slurm knows, so that nothing outlives the job.
+# Ends the worker and its children. They are in this script's process group, which Slurm tracks, so
+# that no process outlives the job.
 end_worker() {
     trap '' TERM
     kill -TERM 0
@@ -89,18 +88,19 @@ while [ -z "$told" ]; do
     done
     wait "$worker"
     [ -f "$RUN/manifest.json" ] || [ -f "$RUN/stop" ] || [ -n "$told" ] && break
-    # One that died may be started again: whoever does removes its exit code.
+    # A worker that died may be restarted: the controller then removes its exit code.
     i=0
     while [ -f "$RUN/exit_code" ] && [ $i -lt 60 ] && [ -z "$told" ]; do i=$((i + 1)); sleep 1; look; done
     [ -f "$RUN/exit_code" ] && break
     rm -f "$RUN/worker.pid"
 done
-# What Slurm ended did not die: the job may go on elsewhere, and its status is Slurm's to tell.
+# If Slurm ended the worker, it did not fail: the job may be requeued, and Slurm reports its
+# status.
 if [ -n "$told" ] && [ ! -f "$RUN/manifest.json" ]; then
     i=0
     while [ -n "$worker" ] && kill -0 "$worker" 2> /dev/null && [ $i -lt 30 ]; do i=$((i + 1)); sleep 1; done
     rm -f "$RUN/exit_code"
-    # It was the time limit: nothing is to be tried again.
+    # The time limit was reached: the worker must not be restarted.
     now=$(date +%s)
     if [ "$now" -ge $(($(cat ends) - 180)) ]; then echo "$now" | write ends; fi
 fi

@@ -1,15 +1,16 @@
-# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers
-# them. ROOT is the folder of all leases, INTERVAL the seconds between two questions to the queue,
-# SUBMITTING those for which a submission is waited for. A line of a lease comes first: a folder
-# that says that it was submitted has its job in what is seen later. A job's name may hold anything
-# and stands last: what follows a line break in one is no line of ours.
+# Prints the leases' folders, then the whole queue of one user, with ended jobs as far as Slurm
+# keeps them. ROOT is the parent folder of all leases, INTERVAL the seconds between two calls of
+# squeue, SUBMITTING the seconds for which a submission is awaited. Leases are printed first, so
+# that the job of a submitted folder is in the later queue. A job's name may contain anything and
+# is the last field: lines after a line break in it are ignored.
 umask 077
-# Sets $line to a file's first line, without starting a program: there may be hundreds of leases.
+# Sets $line to a file's first line without starting a program, since there may be hundreds of
+# leases.
 first_line() {
     line=''
     if [ -f "$1" ]; then read -r line < "$1"; fi
 }
-# The same where it is a number, else empty.
+# Sets $line to a number, or to nothing if it is none.
 digits() {
     first_line "$1"
     case $line in *[!0-9]* | ????????????????*) line='' ;; esac
@@ -47,8 +48,9 @@ if cd "$ROOT" 2> /dev/null; then
     done
 fi
 
-# Whoever uses this folder asks the queue once per interval, all together: .asked says when it was
-# asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
+# All processes that use this folder share one call of squeue per interval: .asked is the time of
+# the last call, and .queue-<time> its output. An answer from before a change (.changed) is not
+# used.
 due() {
     digits .asked
     asked=$line
@@ -107,7 +109,7 @@ ask_for_all() {
     { printf '%s\n' "$queue" > ".part-$asked" && mv ".part-$asked" ".queue-$asked"; } 2> /dev/null
     return 0
 }
-# Neither a clock that was set nor a folder that is full keeps anybody from asking.
+# Neither a clock change nor a full disk prevents the call.
 i=0 most=$((INTERVAL + 20)) queue=''
 while [ -n "$shared" ] && [ $i -lt $most ]; do
     if due; then
@@ -116,11 +118,11 @@ while [ -n "$shared" ] && [ $i -lt $most ]; do
             rmdir .asking
             if [ -n "$got" ]; then break; fi
         elif [ ! -d .asking ]; then
-            # Nothing can be written here.
+            # The folder is not writable.
             i=$most
             break
         elif [ -n "$(find .asking -prune -mmin +1 2> /dev/null)" ]; then
-            # Whoever was asking is gone.
+            # The process that was calling squeue has died.
             rmdir .asking 2> /dev/null
         fi
     elif [ "${asked:-0}" -gt "${changed:-0}" ] && [ -f ".queue-$asked" ]; then
@@ -133,8 +135,8 @@ if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
 printf '%s\n' "$queue"
 if [ -n "$shared" ] && [ -f .places ]; then cat .places; fi
 
-# How a job ended that the queue shows no more: the accounting's word, or that of Slurm's
-# controller where nothing is accounted. It is written down, so that it is asked for once.
+# Prints the final state of a job that squeue no longer shows: from accounting, or from Slurm's
+# controller without accounting. It is stored, so that it is queried once.
 ended() {
     format=State,Start,End,JobName
     word=$(limited sacct --noheader --parsable2 --allocations --jobs="$1" --format="$format" 2> /dev/null |
@@ -145,7 +147,7 @@ ended() {
     case ${word%% *} in '' | PENDING | RUNNING | REQUEUED | RESIZING | SUSPENDED | COMPLETING) return 1 ;; esac
     echo "$word" > "$2/over"
 } 2> /dev/null
-# Those of $known of which the queue has no job. There may be hundreds of either: one pass over both.
+# Prints the jobs of $known that the queue lacks, in one pass, since there may be hundreds of both.
 missing() {
     { printf '%s\n' $known; echo; printf '%s\n' "$queue"; } | awk -F '|' '
         !queue && $0 == "" { queue = 1; next }

@@ -1,4 +1,4 @@
-//! What the partitions have, and when the queue thinks that a job would start.
+//! Offers of the partitions, and the queue's estimates of start times.
 
 use super::queue::field;
 use super::{NAME, Site, Sku};
@@ -7,13 +7,13 @@ use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::Bytes;
 
-/// Offers for which the queue's own estimate is asked: each is a question to Slurm's scheduler.
+/// Maximum number of offers with a start estimate, since each is a query to Slurm's scheduler.
 pub(super) const MOST_ASKED: usize = 8;
-/// Of a job without GPUs.
+/// CPUs of a job without GPUs.
 const CPUS: u32 = 8;
 
-/// The node groups of all partitions, or of one, and what is free in the folder below which the
-/// leases lie.
+/// A script that prints the node groups of all partitions, or of one, and the free space for
+/// leases.
 pub(super) fn look(root: &str, partition: Option<&str>) -> String {
     let only = partition.map(|name| quote(&format!("--partition={name}"))).unwrap_or_default();
     let above = root.rsplit_once('/').map_or("/", |(above, _)| above);
@@ -24,7 +24,7 @@ pub(super) fn look(root: &str, partition: Option<&str>) -> String {
     )
 }
 
-/// The questions when each would start. Nothing is submitted.
+/// A script that queries when each job would start. Nothing is submitted.
 pub(super) fn when(questions: &[(usize, String)]) -> String {
     let ask = |(i, options): &(usize, String)| {
         format!("echo \"@start-{i} $(printf '#!/bin/sh\\n' | sbatch --test-only {options} 2>&1 | tr '\\n' ' ')\"\n")
@@ -32,7 +32,7 @@ pub(super) fn when(questions: &[(usize, String)]) -> String {
     questions.iter().map(ask).collect::<String>() + "echo \"@now $(date +%s)\""
 }
 
-/// Nodes of one partition that are alike.
+/// Nodes of one partition with the same resources.
 #[derive(Debug, PartialEq)]
 struct Group {
     partition: String,
@@ -49,7 +49,7 @@ impl Group {
     fn read(line: &str) -> Option<Self> {
         let parts: Vec<&str> = line.splitn(7, '|').map(str::trim).collect();
         let [partition, up, limit, nodes, cpus, mem, gres] = parts[..] else { return None };
-        // Allocated, idle, other, all.
+        // Allocated, idle, other, total.
         let counts: Vec<u32> = nodes.split('/').map(|n| n.parse().ok()).collect::<Option<_>>()?;
         let [_, idle, _, nodes] = counts[..] else { return None };
         let partition = partition.trim_end_matches('*');
@@ -118,7 +118,7 @@ fn gpus(gres: &str) -> Vec<(Option<String>, u32)> {
     outside.split(',').filter_map(one).filter(|(_, count)| (1..=64).contains(count)).collect()
 }
 
-/// What was found, each offer beside what gets it.
+/// Offers, with the options that request each.
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) sku: Vec<Sku>,
@@ -126,7 +126,7 @@ pub(super) struct Found {
     dropped: Vec<Dropped>,
 }
 
-/// What [`look`] printed, as offers of what is wanted.
+/// Parses the output of [`look`] into offers for `want`.
 pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     let disk = field(answer, "disk").and_then(free_kib).map(|kib| Bytes(kib.saturating_mul(1024)));
     let mut found = Found::default();
@@ -140,7 +140,7 @@ pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     found
 }
 
-/// Available KiB in a line of `df -Pk`. The file system's name may hold blanks, so the columns are
+/// Available KiB in a line of `df -Pk`. The file system's name may contain blanks, so columns are
 /// counted from the percentage.
 fn free_kib(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
@@ -197,7 +197,7 @@ impl Found {
             Some(kind) => offer.with_gpu(kind, site.gpu_memory),
             None => Offer { vram: site.gpu_memory.filter(|_| gpus > 0), ..offer },
         };
-        // An A100 or V100 may be the smaller of two.
+        // An A100 or V100 is assumed to be the smaller variant.
         let vram = offer.vram.or_else(|| sku.gpu_type.as_deref().and_then(least_memory));
         self.offers.push(Offer {
             vram,
@@ -210,7 +210,7 @@ impl Found {
         self.sku.push(sku);
     }
 
-    /// Adds what [`when`] printed.
+    /// Adds the output of [`when`].
     pub(super) fn note_starts(&mut self, answer: &str) {
         let Some(now) = field(answer, "now").and_then(|now| now.trim().parse::<u64>().ok()) else { return };
         for (i, offer) in self.offers.iter_mut().enumerate().take(MOST_ASKED) {
@@ -231,12 +231,12 @@ impl Found {
     }
 }
 
-/// The share of a whole for a part of all.
+/// The part of `whole` for `part` of `all`.
 fn share(whole: u64, part: u32, all: u32) -> u64 {
     whole.saturating_mul(part.into()) / u64::from(all.max(1))
 }
 
-/// The least memory that a GPU of this type is sold with, where the name leaves it open.
+/// Memory of the smallest variant of this GPU type, if the name does not determine it.
 fn least_memory(kind: &str) -> Option<Bytes> {
     let kind = kind.to_lowercase();
     let words = || kind.split(|c: char| !c.is_ascii_alphanumeric());

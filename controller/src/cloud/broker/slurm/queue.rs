@@ -1,5 +1,5 @@
-//! What the queue and the leases' folders show, and what it means. Every word comes from the
-//! cluster and is read strictly.
+//! Parses the queue and the leases' folders. Text from the cluster is untrusted and parsed
+//! strictly.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -11,12 +11,12 @@ use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
-/// A submission that is under way, or was cut short, is waited for so long.
+/// Seconds for which a running or interrupted submission is awaited.
 const SUBMITTING_S: u64 = 120;
 
 /// Maximum interval of queries that several processes share. Longer intervals are not shared.
 const MOST_APART_S: u64 = 60;
-/// Prints what [`Snapshot::read`] reads, with nothing of `squeue` older than `interval`.
+/// Prints the input of [`Snapshot::read`], with an answer of `squeue` at most `interval` old.
 const LOOK: &str = include_str!("look.sh");
 
 /// The clocks of login node, compute nodes and Slurm's controller differ by no more.
@@ -28,19 +28,19 @@ const LONGEST_S: u64 = 10 * 365 * 86_400;
 /// Resolution of estimated start times, in seconds.
 const ROUND_S: u64 = 600;
 
-/// The leases' folders below `root`, the whole queue of one user, and how the jobs ended that it
-/// shows no more. `squeue` runs once per `interval`, however many processes look.
+/// A script that prints the leases' folders in `root`, the whole queue of one user, and the final
+/// states of jobs that it no longer shows. `squeue` runs once per `interval` for all processes.
 pub(super) fn look(root: &str, interval: Duration) -> String {
     let seconds = interval.as_secs().min(MOST_APART_S);
     format!("ROOT={} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}", quote(root))
 }
 
-/// The rest of the first line `@<key> ...`.
+/// Rest of the first line `@<key> ...`.
 pub(super) fn field<'a>(answer: &'a str, key: &str) -> Option<&'a str> {
     answer.lines().find_map(|line| line.strip_prefix('@')?.strip_prefix(key)?.strip_prefix(' '))
 }
 
-/// What one look saw.
+/// State of the queue and folders at one time.
 #[derive(Debug, Default)]
 pub(super) struct Snapshot {
     jobs: Vec<Job>,
@@ -55,18 +55,18 @@ pub(super) struct Snapshot {
     places_hidden: bool,
     /// Of leases whose staging job failed: tag, and why.
     unstaged: Vec<(String, String)>,
-    /// Lines that are none, cut to a readable length.
+    /// Lines that cannot be parsed, shortened.
     odd: Vec<String>,
 }
 
-/// A job as `squeue` shows it.
+/// A job in the output of `squeue`.
 #[derive(Clone, Debug, PartialEq)]
 struct Job {
     number: String,
     state: String,
     reason: String,
     partition: String,
-    /// When it did start, or when Slurm expects it to.
+    /// Actual or expected start.
     starts: Option<u64>,
     ends: Option<u64>,
     node: String,
@@ -76,7 +76,7 @@ struct Job {
 /// A lease's folder.
 #[derive(Clone, Debug, PartialEq)]
 struct Folder {
-    /// Its tag.
+    /// Tag of the lease.
     name: String,
     stage: Stage,
     ends: Option<u64>,
@@ -105,13 +105,13 @@ struct Times {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     Submitting,
-    /// No worker was started.
+    /// The worker was not started.
     Waiting,
-    /// There may be files worth having.
+    /// The worker was started; results may exist.
     Launched,
 }
 
-/// Where a job is in its life.
+/// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Life {
     Waits,
@@ -134,7 +134,7 @@ impl Job {
         (is_number && is_word).then_some(Self { number, state, reason, partition, starts, ends, node, name })
     }
 
-    /// The lease that it is for, itself or by staging for it.
+    /// Tag of the lease that the job or staging job belongs to.
     fn tag(&self) -> Option<&str> {
         let tag = self.name.strip_suffix(SUFFIX).unwrap_or(&self.name);
         tag.parse::<LeaseTag>().is_ok().then_some(tag)
@@ -163,14 +163,14 @@ impl Job {
             ("SUSPENDED" | "STOPPED", _) => ": another job has its place for now".to_owned(),
             _ => String::new(),
         };
-        // The estimate moves a little all the time.
+        // Rounded, since the estimate changes all the time.
         let start = self.starts.map(|at| rfc3339(at.div_ceil(ROUND_S).saturating_mul(ROUND_S)));
         let start = start.map_or_else(String::new, |at| format!(", may start by {at}"));
         format!("job {number} in {partition}: {} ({reason}{more}){start}{place}", self.state)
     }
 }
 
-/// Whether a job in this state is one no more.
+/// Whether a state is final.
 fn is_over(state: &str) -> bool {
     matches!(
         state,
@@ -189,7 +189,7 @@ fn is_over(state: &str) -> bool {
     )
 }
 
-/// How a job ended, in Slurm's word and in others.
+/// Slurm's final state with an explanation.
 fn in_words(state: &str) -> String {
     let words = match state {
         "BOOT_FAIL" | "NODE_FAIL" => "its node failed",
@@ -254,10 +254,10 @@ fn read_place(line: &str) -> Option<(String, u64, u64)> {
 }
 
 impl Snapshot {
-    /// What [`look`] printed.
+    /// Parses the output of [`look`].
     ///
     /// # Errors
-    /// It did not get to its end: half a list is none.
+    /// The output is incomplete.
     pub(super) fn read(answer: &str) -> Result<Self, BrokerError> {
         let mut snapshot = Self::default();
         for line in answer.lines() {
@@ -286,19 +286,19 @@ impl Snapshot {
         }
     }
 
-    /// The job of a tag: one that lives, else the last that ended.
+    /// The job with a tag: the live one, else the last that ended.
     fn job(&self, tag: &str) -> Option<&Job> {
         let of = || self.jobs.iter().filter(|job| job.name == tag);
         of().find(|job| job.life() != Life::Ended).or_else(|| of().next_back())
     }
 
-    /// The job that fetches for a tag's, while it lives.
+    /// The live staging job of a tag.
     fn staging(&self, tag: &str) -> Option<&Job> {
         let is_it = |job: &&Job| job.name.strip_suffix(SUFFIX) == Some(tag) && job.life() != Life::Ended;
         self.jobs.iter().find(is_it)
     }
 
-    /// What a tag's job that is in the queue waits for.
+    /// Why a queued job waits.
     fn waits_for(&self, tag: &str, job: &Job) -> String {
         match self.staging(tag) {
             Some(staging) if staging.life() == Life::Runs => {
@@ -364,18 +364,18 @@ impl Snapshot {
         self.leases.iter().find(|folder| folder.name == tag)
     }
 
-    /// The number of a tag's job while it lives.
+    /// The id of a tag's live job.
     pub(super) fn number(&self, tag: &str) -> Option<String> {
         self.job(tag).filter(|job| job.life() == Life::Runs).map(|job| job.number.clone())
     }
 
-    /// The state in which a tag's job ended, where Slurm still tells.
+    /// The final state of a tag's job, if known.
     fn last_state(&self, tag: &str) -> Option<&str> {
         let past = || self.past.iter().find(|past| past.tag == tag).map(|past| past.state.as_str());
         self.job(tag).map_or_else(past, |job| is_over(&job.state).then_some(job.state.as_str()))
     }
 
-    /// How a tag's job ended; `None` while it waits or runs, or where that is not known.
+    /// How a tag's job ended; `None` while it waits or runs, or if unknown.
     pub(super) fn over(&self, tag: &str) -> Option<String> {
         let gone = || {
             let folder = self.folder(tag).filter(|folder| folder.stage != Stage::Submitting);
@@ -408,7 +408,7 @@ impl Snapshot {
         }
     }
 
-    /// All jobs of the user, and all leases that still have a folder. `door` is the login node.
+    /// All jobs of the user, and all leases with a folder. `door` is the login node.
     pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
         let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
         let live = || self.jobs.iter().filter(|job| job.life() != Life::Ended);
@@ -431,7 +431,7 @@ impl Snapshot {
             (Life::Runs, Some(_)) | (Life::Leaves | Life::Ended, Some(Stage::Launched)) => {
                 InstanceState::Ready(door.clone())
             }
-            // The folder is removed before the job has ended.
+            // The folder is removed before the job ends.
             (Life::Runs | Life::Leaves, None) => InstanceState::Terminating,
             (Life::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
             (Life::Leaves, Some(_)) => InstanceState::Booting,
@@ -457,7 +457,7 @@ impl Snapshot {
     }
 }
 
-/// A job of the user's that is none of ours.
+/// A job of the user that is not this program's.
 fn other(job: &Job) -> Instance {
     let state = match job.life() {
         Life::Waits => InstanceState::Queued(job.waits_for("")),

@@ -10,24 +10,24 @@ use crate::host::transport::quote::quote;
 
 /// Path of the staged model, relative to `outliers/<run>` in the lease's folder.
 pub const STAGED: &str = "../../model";
-/// What follows the lease's tag in the name of its staging job.
+/// Suffix of a staging job's name, after the lease's tag.
 pub(super) const SUFFIX: &str = "-stage";
-/// What the job runs, after its own settings.
+/// Script of the job, after its own variables.
 const JOB: &str = include_str!("stage.sh");
-/// It copies files.
+/// Memory of the job in MiB.
 const MEM_MIB: u64 = 1024;
 
-/// Shell text for a lease that is submitted.
+/// Shell text for the submission of a staged lease.
 #[derive(Default)]
 pub(super) struct Staging {
-    /// Continues a list of commands with those that write the job's files.
+    /// Appends commands that write the job's files.
     pub(super) write: String,
     /// Submits the job, and sets `$after` to the options of the job that waits for it.
     pub(super) submit: String,
 }
 
 impl Slurm {
-    /// The staging job of a lease with this tag and folder, on a partition.
+    /// The staging job of a lease with this tag and folder, in a partition.
     pub(super) fn staging(&self, partition: &str, stage: &Stage, tag: &str, folder: &str, time: Duration) -> Staging {
         let sku = Sku {
             host: self.site.host.clone(),

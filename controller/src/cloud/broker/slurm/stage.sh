@@ -1,6 +1,6 @@
-# The batch script of a staging job: fetches the files that `stage.files` lists, each line with a
-# size in bytes and a name, from BASE into the folder `model`. Its working folder is the lease's.
-# The run's own job starts when this one has ended well.
+# The batch script of a staging job: fetches the files in `stage.files` (size in bytes and name per
+# line) from BASE into the folder `model`. Its working folder is the lease's. The run's job starts
+# after it has succeeded.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 fail() {
@@ -13,11 +13,11 @@ size() { if [ -f "$1" ]; then wc -c < "$1" | tr -d ' '; fi; }
 rm -f stage.failed
 command -v curl > /dev/null 2>&1 || fail 'its node has no curl'
 mkdir -p model || fail 'the scratch folder cannot be written'
-# In no command line, where everybody on the node would see it.
+# The token is not on a command line, which all users of the node can see.
 : > .fetch
 if [ -s .token ]; then printf 'header = "Authorization: Bearer %s"\n' "$(cat .token)" > .fetch; fi
 
-# A job that was put back into the queue goes on where it was.
+# A requeued job continues where it was.
 while read -r bytes name; do
     file=model/$name
     [ "$(size "$file")" = "$bytes" ] && continue

@@ -1,4 +1,4 @@
-//! What the broker makes of recorded output, and of output that nobody has seen yet.
+//! Parses recorded output, and output that has not been recorded.
 
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -53,7 +53,7 @@ fn seen(leases: &str, queue: &str) -> Snapshot {
     Snapshot::read(&format!("{leases}{queue}@end \n")).unwrap()
 }
 
-/// A lease's folder, as it is listed.
+/// A line of a lease's folder.
 fn folder(run: &str, stage: &str, ends: &str) -> String {
     format!("@lease {}|{stage}|{ends}|1 x a100 in gpu\n", tag(run))
 }
@@ -93,7 +93,7 @@ fn finished_job_keeps_its_folder_until_results_are_saved() {
     assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(door()), "there may be results");
     assert!(snapshot.over(&tag("r2")).is_some_and(|why| why.contains("CANCELLED")));
     assert_eq!(snapshot.ends_at(&tag("r2")), None, "its time was not up");
-    // Slurm forgets what has ended.
+    // Slurm forgets ended jobs.
     let forgotten = seen(&leases, "");
     assert_eq!(state(&forgotten, "r2"), InstanceState::Ready(door()));
     assert!(matches!(state(&forgotten, "r6"), InstanceState::Failed(_)));

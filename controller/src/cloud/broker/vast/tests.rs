@@ -36,7 +36,7 @@ fn offer_is_converted_to_our_units() {
     assert_eq!(offer.gpu.as_deref(), Some("H100"));
     assert_eq!(offer.gpu_raw.as_deref(), Some("H100 PCIE"));
     assert_eq!((offer.vram, offer.vram_reported), (Some(Bytes::from_gib(80)), Some(Bytes::from_mib(81559))));
-    // An eighth of the machine, of which 32 of 256 cores are rented.
+    // An eighth of the machine: 32 of 256 cores.
     assert_eq!((offer.cpu_ram, offer.cpu_cores), (Some(Bytes((1_031_854 << 20) / 8)), Some(32)));
     assert_eq!(offer.disk, Some(Bytes(1_834_000_000_000)), "whole gigabytes are rented");
     assert_eq!(offer.price, UsdPerHour::from_dollars(1.8944));
@@ -272,8 +272,7 @@ fn only_an_api_answer_proves_an_instance_gone() {
 #[test]
 fn only_null_means_no_instance() {
     assert!(serde_json::from_str::<Single>(r#"{"instances": null}"#).unwrap().instances.is_none());
-    // What is there and makes no sense is an instance that cannot be read, and no sign that it is
-    // gone.
+    // An existing entry that cannot be parsed is an unreadable instance, not a missing one.
     for odd in [r#"{"instances": []}"#, r#"{"instances": {}}"#] {
         assert!(serde_json::from_str::<Single>(odd).unwrap().instances.is_some(), "{odd}");
     }
@@ -282,8 +281,7 @@ fn only_null_means_no_instance() {
     }
 }
 
-/// Runs the script with a program in the place of curl, which notes its arguments and its standard
-/// input.
+/// Runs the script with a fake curl, which records its arguments and standard input.
 fn self_destruct(variables: &[(&str, &str)]) -> (bool, String, String) {
     let tools = tempfile::tempdir().unwrap();
     let note = tools.path().join("note");
