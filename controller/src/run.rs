@@ -1,7 +1,8 @@
-//! The life of one run, as values: what state it is in, what may happen to it, and what it becomes.
+//! The state machine of a run: its states, its events, and the transitions.
 //!
-//! [`next`] is the only place where a run changes. It is used while a run is driven and again when the ledger is replayed
-//! after a crash, so the two can never disagree. No clock, no I/O, no randomness in here.
+//! [`next`] is the only transition function. It is used while a run is driven, and again when the
+//! ledger is replayed after a crash, so that both always agree. This module has no clock, no I/O
+//! and no randomness.
 //!
 //! ```text
 //! Planned -> Creating -> Rented -> Reachable -> Launched -> Ended -> Synced -> Terminating -> Closed
@@ -42,94 +43,91 @@ const PRICE_SLACK: f64 = 1.1;
 /// the estimated time.
 const ROOM: f64 = 2.0;
 
-/// What a run is to do. Fixed when the run is planned; everything a later process needs to carry
-/// on.
+/// The plan of a run, fixed when it is created. It contains everything that a later process needs
+/// to continue.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunSpec {
-    /// The model as typed: hub id or folder.
+    /// The model as given: hub id or folder.
     pub model: String,
-    /// Names of the brokers that may be rented from, with [`BETWEEN_BROKERS`] between them.
+    /// Names of the brokers to rent from, separated by [`BETWEEN_BROKERS`].
     #[serde(alias = "broker")]
     pub brokers: String,
-    /// The job, with paths as they are on this machine.
+    /// The job, with local paths.
     pub job: JobSpec,
-    /// SHA-256 over job, corpus files and brokers: two runs with the same key would do the same
-    /// work.
+    /// SHA-256 over job, corpus files and brokers. Runs with the same key do the same work.
     pub job_key: String,
-    /// What to rent.
+    /// Filters for offers.
     #[serde(deserialize_with = "recorded")]
     pub request: GpuRequest,
     /// The work. It decides which offer costs least in total.
     #[serde(default)]
     pub work: Work,
-    /// Disk to reserve, where the cloud asks.
+    /// Disk to reserve, on clouds that need it.
     pub disk: Bytes,
-    /// Upload the model's folder instead of expecting it on the instance.
+    /// Whether the model's folder is uploaded instead of expected on the instance.
     pub push_model: bool,
-    /// Hold the instance when the worker has ended.
+    /// Whether the instance is kept after the worker has ended.
     pub keep_running: bool,
-    /// Leave the instance to its guard when the worker runs: that nobody follows it is no sign
-    /// that it is forgotten.
+    /// Whether the run is detached once the worker runs: the guard then does not treat the missing
+    /// controller as abandonment.
     #[serde(default)]
     pub detach: bool,
-    /// Seconds from the create call to the instance's end.
+    /// Maximum seconds from the create call to the instance's end.
     pub max_duration_s: u64,
-    /// What the guard on the instance waits for before that.
+    /// Timeouts of the guard on the instance.
     #[serde(default)]
     pub watch: GuardTimeouts,
-    /// No instance is rented that could cost more than what is left of this until its time is up.
-    /// All runs of a survey share it.
+    /// Budget for the maximum cost of all rentals until their time limits. Shared by all runs of a
+    /// survey.
     #[serde(default)]
     pub budget: Option<Usd>,
-    /// No instance is rented whose GPUs could take more than what is left of this until its time is
-    /// up. All runs of a survey share it.
+    /// Budget of GPU time for all rentals until their time limits. Shared by all runs of a survey.
     #[serde(default)]
     pub max_gpu_time: Option<GpuTime>,
-    /// What was shown, and what was agreed to.
+    /// The offers that were shown, and the agreed amount.
     #[serde(flatten)]
     pub quote: Quote,
-    /// Only offers are taken on which the run is estimated to end within its time limit.
+    /// Whether only offers are used on which the run is estimated to end within its time limit.
     #[serde(default)]
     pub only_in_time: bool,
-    /// What a job of its own fetches before the instance's begins.
+    /// The model that a staging job fetches before the instance starts.
     #[serde(default)]
     pub stage: Option<Stage>,
-    /// Folder of this machine below which the results' folder appears.
+    /// Local folder in which the results' folder is created.
     pub results: String,
-    /// The files that it leaves, each with the most bytes it can have. None: it was planned by an
-    /// earlier version.
+    /// The result files, each with its maximum size. Empty: planned by an earlier version.
     #[serde(default)]
     pub output: Vec<FileBytes>,
-    /// The survey that it is part of.
+    /// The survey of the run.
     #[serde(default)]
     pub survey: Option<Membership>,
 }
 
-/// A run's place in a survey.
+/// Membership of a run in a survey.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Membership {
     /// The survey's name.
     pub survey: String,
-    /// The model's name in it, which is that of its results' folder.
+    /// The model's name in the survey, also the name of its results' folder.
     pub model: String,
 }
 
 impl RunSpec {
-    /// Of these offers those that it may rent, best first.
+    /// The offers that the run may rent, best first.
     ///
     /// # Errors
-    /// There is none.
+    /// No offer passes.
     pub fn select(&self, offers: Vec<Offer>) -> Result<Quote, NothingLeft> {
         let quote = market::select(offers, &self.request, &self.work)?;
         if self.only_in_time { quote.in_time(&self.work, self.limit()) } else { Ok(quote) }
     }
 
-    /// From the create call to the instance's end.
+    /// Time limit from the create call to the instance's end.
     pub fn limit(&self) -> Duration {
         Duration::from_secs(self.max_duration_s)
     }
 
-    /// What an instance of this offer may bill at most; one that bills more is not kept.
+    /// Maximum price of an instance of this offer. A more expensive instance is terminated.
     pub fn highest_price(&self, offer: &Offer) -> UsdPerHour {
         let slack = || UsdPerHour::from_dollars(offer.price.0.dollars() * PRICE_SLACK);
         // This machine bills what its offer says.
@@ -137,8 +135,8 @@ impl RunSpec {
         if is_exact { offer.price } else { self.request.max_price.unwrap_or_else(slack) }
     }
 
-    /// How long an instance of this offer may exist: until the time limit, or for as long as what
-    /// was agreed lasts of which `spent` is gone.
+    /// Maximum lifetime of an instance of this offer: the time limit, or the time that the agreed
+    /// amount minus `spent` pays for.
     pub fn time_on(&self, offer: &Offer, spent: Usd) -> Duration {
         let lasts = self.quote.ceiling.and_then(|agreed| offer.price.time(agreed - spent));
         lasts.map_or(self.limit(), |lasts| lasts.min(self.limit()))
@@ -167,29 +165,29 @@ impl RunSpec {
         if self.output.is_empty() { output::unplanned(&self.job) } else { self.output.clone() }
     }
 
-    /// The brokers that may be rented from, one by one.
+    /// Names of the brokers to rent from.
     pub fn broker_names(&self) -> Vec<String> {
         self.brokers.split(BETWEEN_BROKERS).map(str::to_owned).collect()
     }
 }
 
-/// Where a run is in its life. Each variant owns what is known, and so what is possible, in it.
+/// State of a run. Each variant contains the data that is known in it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum RunState {
-    /// Nothing is rented, nothing is under way.
+    /// Nothing is rented and no call is pending.
     Planned {
-        /// Offers that could not be had, oldest first.
+        /// Offers that failed, oldest first.
         refused: Vec<RefusedOffer>,
     },
-    /// A create call was, or is about to be, made. An instance with this tag may exist.
+    /// A create call was made or is about to be made. An instance with this tag may exist.
     Creating {
-        /// What was to be created.
+        /// The instance to create.
         intent: Intent,
-        /// Offers that were refused before.
+        /// Offers that failed before.
         refused: Vec<RefusedOffer>,
     },
-    /// An instance bills. Whether it answers is not known.
+    /// An instance exists and bills. It has not answered yet.
     Rented {
         /// The instance.
         rental: Rental,
@@ -198,7 +196,7 @@ pub enum RunState {
     Reachable {
         /// The instance.
         rental: Rental,
-        /// The host key every later connection must show.
+        /// The host key that every later connection must present.
         pin: Pin,
     },
     /// The worker was started.
@@ -207,11 +205,11 @@ pub enum RunState {
         rental: Rental,
         /// The host key.
         pin: Pin,
-        /// How often it was started again on this instance.
+        /// Number of restarts on this instance.
         #[serde(default)]
         restarts: u32,
     },
-    /// The worker's process is gone; its files are on the instance.
+    /// The worker has ended. Its files are on the instance.
     Ended {
         /// The instance.
         rental: Rental,
@@ -219,7 +217,7 @@ pub enum RunState {
         pin: Pin,
         /// Exit status; `None`: ended by a signal, or unknown.
         exit: Option<i32>,
-        /// How often it was started again on this instance.
+        /// Number of restarts on this instance.
         #[serde(default)]
         restarts: u32,
     },
@@ -232,7 +230,7 @@ pub enum RunState {
         /// How the run ends.
         ending: RunOutcome,
     },
-    /// The files are saved here and compared with the worker's manifest.
+    /// The files are saved here and verified.
     Synced {
         /// The instance.
         rental: Rental,
@@ -583,7 +581,8 @@ impl RunState {
 /// The state of a run after an event.
 ///
 /// # Errors
-/// [`IllegalEvent`] when the event cannot happen in that state: a defect of ours, or a damaged ledger.
+/// [`IllegalEvent`] if the event cannot happen in that state: a defect of this program, or a
+/// damaged ledger.
 pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent> {
     use {RunEvent as E, RunState as S};
     let new = match (state.clone(), event.clone()) {
@@ -632,7 +631,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         (S::Launched { rental, pin, .. } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
             S::Salvaging { rental, pin, ending }
         }
-        // The reason for stopping stands, whatever the files say.
+        // The decided outcome has priority over the files.
         (S::Salvaging { rental, ending, .. }, E::Fetched { results, .. }) => {
             S::Terminating { rental, ending, results: Some(results), loss: None }
         }
@@ -847,8 +846,8 @@ mod tests {
         let time = |spec: &RunSpec, spent: f64| spec.time_on(&offer(), Usd::from_dollars(spent)).as_secs();
         assert_eq!([0.0, 0.5, 1.0, 2.0].map(|spent| time(&agreed, spent)), [3600, 1800, 0, 0]);
         assert_eq!([0.0, 2.0].map(|spent| time(&hour, spent)), [3600, 3600], "nobody was asked");
-        // The work is estimated to take five minutes and some seconds, of which twice as much has
-        // to be there.
+        // The work is estimated to take somewhat more than five minutes, and twice that time must
+        // be paid for.
         let pays = |spent: f64| agreed.pays_for(&offer(), Usd::from_dollars(spent));
         assert_eq!([0.0, 0.8, 0.9].map(pays), [true, true, false]);
         assert_eq!(agreed.highest_price(&offer()), offer().price);
@@ -920,8 +919,8 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(2000))]
 
-        /// Over any sequence of events, illegal ones refused: what may bill is never forgotten,
-        /// the end is the end, and state and events survive their journey through JSON.
+        /// For any sequence of events, with illegal ones refused: an instance that may bill is
+        /// never forgotten, the closed state is final, and state and events survive serialisation.
         #[test]
         fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..19, 0..60)) {
             let all = events();

@@ -1,8 +1,8 @@
-//! Drives one run, a step at a time, from wherever it stands to its end.
+//! Drives one run step by step, from any state to its end.
 //!
-//! There is one loop: it looks at the state, makes one step, writes what happened. A fresh run and
-//! one that was found after a crash take the same path; what only this process knows
-//! ([`ProcessState`]) merely saves work.
+//! The driver's loop reads the state, performs one step, and writes the resulting event. A new run
+//! and one resumed after a crash take the same path. The state of this process ([`ProcessState`])
+//! only saves repeated work.
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
@@ -51,18 +51,18 @@ const LEAST_WORK: Duration = Duration::from_secs(60);
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
 
-/// How urgently a person wants it to end.
+/// Requests to stop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Stop {
-    /// Not at all.
+    /// None.
     #[default]
     Go,
-    /// Whoever listened is gone: a run that another process can pick up is let go of, any other
-    /// stops.
+    /// The terminal is gone (SIGHUP): a run that another process can resume is left running, any
+    /// other is stopped.
     LetGo,
     /// Stop the worker, fetch partial results, terminate the instance.
     Now,
-    /// Bring nothing home either. The instance is terminated all the same.
+    /// Fetch nothing. The instance is terminated in any case.
     SkipSync,
 }
 
@@ -71,167 +71,168 @@ pub enum Stop {
 pub enum DeployEvent {
     /// The run has a new state.
     State(Box<RunState>),
-    /// What it costs, as far as that is known: when it is taken up, and after each change.
+    /// The cost as far as it is known, at the start and after each change.
     Meter(Meter),
-    /// This offer is being rented.
+    /// An offer is being rented.
     Renting(Box<Offer>),
-    /// The offer could not be had; the next one is tried.
+    /// An offer was refused. The next one is tried.
     Refused {
-        /// The broker's words.
+        /// The broker's message.
         reason: String,
     },
-    /// A step failed and is tried again.
+    /// A step failed and will be repeated.
     Retrying {
-        /// Which, and why.
+        /// The step, and the error.
         reason: String,
-        /// Time until then.
+        /// Time until the next attempt.
         pause: Duration,
     },
-    /// It is not known whether the instance exists: the broker is asked.
+    /// It is unknown whether the instance exists: the broker is queried.
     Settling,
     /// The instance is not ready yet.
     Booting,
-    /// Something on the host.
+    /// An event on the host.
     Host(HostEvent),
-    /// Something about the run.
+    /// A note about the run.
     Note(RunNote),
-    /// An instance is told to go.
+    /// An instance is being terminated.
     Terminating(InstanceId),
-    /// Its cloud does not let it go.
+    /// The cloud does not terminate an instance.
     NotEnding(Box<NotEnding>),
-    /// Results cannot be saved here, and lie on their instance.
+    /// Results cannot be saved here, and remain on their instance.
     Kept(Box<UnsavedResults>),
-    /// Something takes long.
+    /// A step takes long.
     Waiting {
-        /// What is waited for.
+        /// Description of the step.
         what: String,
         /// The last attempt that failed.
         failed: Option<Failed>,
     },
-    /// A person asked to stop.
+    /// The user requested a stop.
     Stopping(Stop),
 }
 
-/// What people should know of a run, and nothing else depends on.
+/// Notes for people. No code depends on them.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunNote {
     /// A cloud's offers are left out, since it does not answer.
     LeftOut {
-        /// Which, and what is wrong.
+        /// The cloud, and the error.
         why: String,
     },
-    /// Runs under way have reserved the rest of the budget: it waits until so much is free.
+    /// Active runs have reserved the rest of the budget. The run waits until this amount is free.
     BudgetReserved(Usd),
-    /// Runs under way have reserved the rest of --max-gpu-hours: it waits until so much is free.
+    /// Active runs have reserved the rest of --max-gpu-hours. The run waits until this amount is
+    /// free.
     GpuTimeReserved(GpuTime),
-    /// Its worker waits for its turn beside others that read from the hub.
+    /// The worker waits for its start beside others that read from the hub.
     TurnAwaited {
-        /// How long.
+        /// Time to wait.
         wait: Duration,
         /// Time between the starts of two workers.
         apart: Duration,
     },
-    /// The cloud has the instance in a queue.
+    /// The instance is in the cloud's queue.
     Queued {
-        /// In the cloud's words.
+        /// Reason by the cloud.
         why: String,
     },
-    /// The instance's host wants a higher price, to which nothing agrees.
+    /// The instance's host demands a higher price, which is not accepted.
     PriceRise {
         /// The instance.
         instance: InstanceId,
-        /// The price it asks for, in words.
+        /// The demanded price, as text.
         asked: String,
     },
     /// The guard's lease on the instance was not renewed.
     GuardUnreachable {
-        /// What is wrong.
+        /// The error.
         why: String,
     },
-    /// The worker died, and is started again.
+    /// The worker died and is being restarted.
     WorkerRestarted {
         /// Its exit status; `None`: it was killed.
         exit: Option<i32>,
     },
-    /// It was not started again.
+    /// The worker was not restarted.
     NotRestarted {
-        /// What is wrong.
+        /// The reason.
         why: String,
     },
-    /// The results cannot be saved, and the instance ends with them.
+    /// The results cannot be saved, and are lost with the instance.
     FilesLost {
         /// The run.
         run: String,
-        /// Where they lie.
+        /// The instance with the results.
         instance: InstanceId,
     },
 }
 
-/// An instance that bills on although it was told to go.
+/// An instance that still bills after it was terminated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NotEnding {
-    /// Its cloud.
+    /// Name of the cloud.
     pub broker: String,
     /// Its id at the cloud.
     pub instance: InstanceId,
-    /// What the cloud answers.
+    /// The cloud's answer.
     pub why: String,
-    /// Time until it is told again.
+    /// Time until the next attempt.
     pub pause: Duration,
-    /// What it bills, where that is known.
+    /// Its price, if known.
     pub price: Option<UsdPerHour>,
-    /// What it, or its run, has cost so far.
+    /// The cost of it, or of its run, so far.
     pub cost: Option<Usd>,
 }
 
-/// Results that nothing here takes, on an instance that bills on.
+/// Results that cannot be saved here, on an instance that bills.
 #[derive(Clone, Debug, PartialEq)]
 pub struct UnsavedResults {
     /// The run.
     pub run: String,
-    /// Where they are.
+    /// The instance with the results.
     pub instance: InstanceId,
     /// Why they cannot be saved.
     pub why: String,
-    /// What the instance bills.
+    /// Price of the instance.
     pub price: UsdPerHour,
-    /// What the run has cost so far.
+    /// Cost of the run so far.
     pub cost: Usd,
     /// They are kept until then, in Unix seconds.
     pub until: u64,
-    /// Time until the next try to save them.
+    /// Time until the next attempt.
     pub pause: Duration,
 }
 
 /// A callback for [`DeployEvent`]s.
 pub type OnEvent<'a> = dyn Fn(DeployEvent) + Send + Sync + 'a;
 
-/// Why a run could not be driven to its end. Its instance may exist and bill.
+/// The run could not be driven to its end. Its instance may exist and bill.
 #[derive(Debug, thiserror::Error)]
 pub enum DriveError {
-    /// It cannot be learned whether the instance exists, or it does not go.
+    /// It is unknown whether the instance exists, or it cannot be terminated.
     #[error("run {run}: {message}")]
     Instance {
         /// The run.
         run: String,
-        /// What is wrong.
+        /// The error.
         message: String,
     },
-    /// The broker does not answer, and no open run of this ledger can have an instance there.
+    /// The broker does not answer. No open run of this ledger can have an instance there.
     #[error("{message}")]
     Silent {
-        /// What is wrong.
+        /// The error.
         message: String,
-        /// What to do about it.
+        /// The remedy.
         hint: Option<String>,
     },
-    /// The broker does not answer, or a stray instance does not go.
+    /// The broker does not answer, or a stray instance cannot be terminated.
     #[error("{message}")]
     Broker {
-        /// What is wrong.
+        /// The error.
         message: String,
     },
-    /// The ledger cannot be read or written. No instance was left because of it.
+    /// The ledger cannot be read or written. No instance remains because of it.
     #[error(transparent)]
     Ledger(#[from] LedgerError),
 }
@@ -247,46 +248,46 @@ pub struct Driver<'a> {
     memory: ProcessState,
 }
 
-/// What only this process knows. Losing it costs work, never correctness.
+/// State of this process. Losing it costs repeated work only.
 #[derive(Default)]
 struct ProcessState {
-    /// The intent on disk is ours and its create call was not made yet.
+    /// The recorded intent is this process's, and its create call has not been made.
     fresh_intent: bool,
-    /// Create calls of ours that were not answered.
+    /// Number of this process's unanswered create calls.
     unanswered: u32,
-    /// No other offer is worth trying.
+    /// Outcome of the run if no further offer is worth trying.
     hopeless: Option<RunOutcome>,
     host: Option<Box<dyn Host>>,
-    /// What the instance bills, as it was last listed.
+    /// Price of the instance in the latest listing.
     price: Option<UsdPerHour>,
-    /// Since when the present state's step fails, and how often it did.
+    /// Start and number of consecutive failures of the current step.
     failing: Option<(Instant, u32)>,
-    /// The time that is left to the host to have its worker run.
+    /// Remaining time for the host to start its worker.
     grace: Option<Arc<Grace>>,
-    /// Why the files cannot be fetched.
+    /// Error of fetching the files.
     unfetchable: Option<String>,
     /// No local folder can store the files. The instance is kept until then. Reported at that time.
     kept_until: Option<Instant>,
     kept_told: Option<Instant>,
-    /// Since then nothing is wanted any more but what there is.
+    /// When the run was stopped; from then on only existing results are saved.
     stopped_at: Arc<OnceLock<Instant>>,
-    /// The run goes on without this process.
+    /// Whether the run continues without this process.
     let_go: bool,
 }
 
-/// Why a step did not get further.
+/// Reasons why a step did not complete.
 enum StepError {
-    /// The run ends so.
+    /// The run ends with this outcome.
     End(RunOutcome),
     /// The instance is gone.
     Vanished,
-    /// The instance is listed, and does not run any more.
+    /// The instance is listed but not running.
     Down,
-    /// The instance does not serve, for this reason.
+    /// The instance is unfit, for this reason.
     Unfit(String),
-    /// It goes on without this process.
+    /// The run continues without this process.
     LetGo,
-    /// Nothing more can be done now.
+    /// Driving ends with this error.
     Drive(DriveError),
 }
 
@@ -297,7 +298,7 @@ impl From<LedgerError> for StepError {
 }
 
 impl<'a> Driver<'a> {
-    /// Takes charge of a run.
+    /// Creates the driver of a run.
     pub fn new(run: RunWriter, ports: Ports<'a>, stop: watch::Receiver<Stop>, on: &'a OnEvent<'a>) -> Self {
         Self {
             run,
@@ -310,18 +311,18 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether the run is let go of as soon as its worker is seen at work.
+    /// Whether to leave the run once its worker runs.
     pub fn detaching(self, detach: bool) -> Self {
         Self { detach, ..self }
     }
 
-    /// How the run ends when it is stopped through its channel, if not as interrupted.
+    /// Outcome for a stop through the channel; default: interrupted.
     pub fn stopping_as(self, ending: RunOutcome) -> Self {
         Self { stopping_as: ending, ..self }
     }
 
-    /// Drives the run until it is closed, held, or let go of: then it is not at rest, its worker
-    /// is at work, and something other than a controller ends its instance.
+    /// Drives the run until it is closed, held, or left: then its worker runs, and something other
+    /// than a controller ends its instance.
     ///
     /// # Errors
     /// [`DriveError`]: the instance may still exist; the same run can be driven again later.
@@ -337,7 +338,7 @@ impl<'a> Driver<'a> {
         Ok(self.run.record().clone())
     }
 
-    /// One step, and what it means for the run.
+    /// Performs one step and handles its result.
     async fn advance(&mut self) -> Result<(), DriveError> {
         self.meter()?;
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
@@ -366,9 +367,8 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// The ledger cannot be written. A run that has an instance and time left waits for that to
-    /// pass, since the worker needs no ledger; one that is to end, or cannot go on, ends its
-    /// instance all the same.
+    /// Handles an unwritable ledger. A run with an instance and time left waits, since the worker
+    /// does not need the ledger. A run that must end, or cannot continue, terminates its instance.
     async fn unrecorded(&mut self, error: LedgerError) -> Result<(), DriveError> {
         let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
         if self.is_replaceable() {
@@ -388,7 +388,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// A step that says what it waits for.
+    /// Performs a step, and reports what it waits for.
     async fn told_step(&mut self) -> Result<(), StepError> {
         let (on, what) = (self.on, self.awaited());
         let say = |failed: Option<&Failed>| {
@@ -399,7 +399,7 @@ impl<'a> Driver<'a> {
         told(say, self.step()).await
     }
 
-    /// What the present state's step may wait for long without a word.
+    /// Description of the current step, if it may take long without output.
     fn awaited(&self) -> Option<String> {
         match self.run.state() {
             RunState::Planned { .. } => Some("the clouds' offers".to_owned()),
@@ -411,7 +411,7 @@ impl<'a> Driver<'a> {
             RunState::Ended { rental, .. } | RunState::Salvaging { rental, .. } if self.memory.kept_until.is_none() => {
                 Some(format!("the files on instance {}", rental.instance))
             }
-            // The worker says what it does, and an ending says more than this.
+            // The worker reports its progress, and endings are reported in more detail.
             _ => None,
         }
     }
@@ -432,7 +432,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// The cloud on which this run's instance is, or may be.
+    /// The cloud of this run's instance.
     fn cloud(&self) -> Result<&'a Cloud, StepError> {
         let offer = self.run.state().offer();
         offer.and_then(|offer| self.ports.clouds.of(offer)).ok_or_else(|| {
@@ -442,21 +442,20 @@ impl<'a> Driver<'a> {
         })
     }
 
-    /// Of the run's cloud; before it has one, of the first that it may have.
+    /// Timeouts of the run's cloud; before it has one, those of the first possible cloud.
     fn timeouts(&self) -> &'a Timeouts {
         let cloud = self.cloud().ok().or_else(|| self.ports.clouds.iter().next());
         cloud.map_or(&Timeouts::CLOUD, |cloud| &cloud.timeouts)
     }
 
-    /// Writes an event and tells about it. What is remembered of the old state's failures goes
-    /// with it.
+    /// Records an event and reports it. Resets the failures of the previous state.
     fn append(&mut self, event: RunEvent) -> Result<(), LedgerError> {
         self.run.append(event)?;
         self.changed();
         Ok(())
     }
 
-    /// Writes the intent to rent, if the budget pays for it now.
+    /// Records the intent to rent, if the budget allows it now.
     fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
         let reserved = self.run.reserve(intent, worst)?;
         if reserved {
@@ -487,7 +486,7 @@ impl<'a> Driver<'a> {
         (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
 
-    /// An instance on which nothing was run yet is exchanged for another; later, the run ends.
+    /// Replaces an instance on which nothing has run. Otherwise the run ends.
     fn unfit(&mut self, reason: String) -> Result<(), LedgerError> {
         match self.run.state() {
             RunState::Rented { rental } | RunState::Reachable { rental, .. } => {
@@ -501,8 +500,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether another instance could do what this one cannot any more, and neither time nor
-    /// anybody wants the run to end.
+    /// Whether the instance can be replaced, within the time limit and without a request to stop.
     fn is_replaceable(&self) -> bool {
         let still_to_do = matches!(
             self.run.state(),
@@ -511,7 +509,7 @@ impl<'a> Driver<'a> {
         still_to_do && self.has_time() && self.stop() < Stop::Now && !self.run.cancel_asked()
     }
 
-    /// How urgently the run is to end: what another process cannot pick up is not let go of.
+    /// The request to stop. A run that cannot be resumed is not left.
     fn stop(&self) -> Stop {
         match *self.stop.borrow() {
             Stop::LetGo if !self.can_be_left() => Stop::Now,
@@ -519,14 +517,13 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Whether the worker was started under its guard, on an instance that ends without a
-    /// controller.
+    /// Whether the worker runs with a guard, on an instance that ends without a controller.
     fn can_be_left(&self) -> bool {
         matches!(self.run.state(), RunState::Launched { .. })
             && self.cloud().is_ok_and(|cloud| cloud.broker.capabilities().ends_by_itself())
     }
 
-    /// Resolves when the run is to be let go of, and can be.
+    /// Resolves when the run should and can be left.
     fn let_go(&self) -> impl Future<Output = ()> + use<> {
         let (can_be_left, mut stop) = (self.can_be_left(), self.stop.clone());
         async move {
@@ -543,7 +540,7 @@ impl<'a> Driver<'a> {
         self.append(RunEvent::Discarded { reason, lost: true })
     }
 
-    /// Ends the run early, as its state allows.
+    /// Ends the run early, depending on its state.
     fn end(&mut self, ending: RunOutcome) -> Result<(), LedgerError> {
         match self.run.state() {
             RunState::Salvaging { .. } => {
@@ -560,8 +557,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Resolves when the present state is to be left early; never for states that must run to
-    /// their end.
+    /// Resolves when the current state must be left early; never in states that must complete.
     fn interrupt(&self) -> impl Future<Output = RunOutcome> + use<> {
         let threshold = match self.run.state() {
             RunState::Launched { .. } if self.can_be_left() => Some(Stop::Now),
@@ -570,7 +566,7 @@ impl<'a> Driver<'a> {
             | RunState::Reachable { .. }
             | RunState::Discarding { .. }
             | RunState::Launched { .. } => Some(Stop::LetGo),
-            // The files are on their way home already: that is what a first Ctrl-C asks for.
+            // The files are already being fetched, which is what the first Ctrl-C requests.
             RunState::Ended { .. } | RunState::Salvaging { .. } => Some(Stop::SkipSync),
             _ => None,
         };
@@ -617,13 +613,13 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// When the worker must stop, so that the files can be fetched before the instance ends itself.
+    /// When the worker must stop, so that its files can be fetched before the instance ends.
     fn time_is_up_at(&self) -> Option<Instant> {
         let lease = self.run.state().rental()?.tag.deadline;
         let deadline = [self.ends_at(), self.is_used_up_at()].into_iter().flatten().fold(lease, u64::min);
         let deadline = Duration::from_secs(deadline);
         let whole = deadline.saturating_sub(Duration::from_millis(self.run.record().asked_at_ms()?));
-        // Time in a queue is none of the run's.
+        // Time in a queue does not count.
         let whole = whole.min(self.run.record().spec.limit());
         let reserve = (whole / 10).min(Duration::from_secs(300));
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
@@ -683,15 +679,15 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// The run's own record, which says whose results lie in a folder.
+    /// Writes the run's record, which identifies the results in a folder.
     fn write_record(&self, folder: &Path) -> std::io::Result<()> {
         let text = serde_json::to_vec_pretty(self.run.record())?;
         files::write_whole(&folder.join(RUN_FILE), &text)
     }
 }
 
-/// What makes two runs the same work, but for where they run: the job, and the content of its
-/// local files, which is read once.
+/// Identifies the work of a run, independently of where it runs: the job, and hashes of its local
+/// files.
 #[derive(Clone, Debug)]
 pub struct JobIdentity {
     /// The job.
@@ -701,10 +697,10 @@ pub struct JobIdentity {
 }
 
 impl JobIdentity {
-    /// Reads the job's files.
+    /// Hashes the job's files.
     ///
     /// # Errors
-    /// When a corpus file cannot be read.
+    /// A corpus file cannot be read.
     pub fn of(job: &JobSpec) -> std::io::Result<Self> {
         let digest = |path: &str| {
             let named = |error: std::io::Error| std::io::Error::new(error.kind(), format!("{path}: {error}"));
@@ -713,9 +709,10 @@ impl JobIdentity {
         Ok(Self { job: job.clone(), files: corpus_files(job).into_iter().map(digest).collect::<Result<_, _>>()? })
     }
 
-    /// The key of a run of it that may rent from these brokers.
+    /// The key of a run with this job and these brokers.
     pub fn key(&self, brokers: &str) -> String {
-        // The default had this number once: work that was done then is not done again.
+        // An earlier version recorded the default as this number. Runs of that version keep their
+        // key.
         let micro_batch_tokens = self.job.micro_batch_tokens.or(Some(MICRO_BATCH_TOKENS));
         let job = JobSpec { micro_batch_tokens, ..self.job.clone() };
         let document = serde_json::json!({ "job": job, "broker": brokers });

@@ -1,12 +1,11 @@
 //! The durable record of runs: an intent log for recovery, not a debug log.
 //!
-//! One SQLite file, `ledger.db`: what each run is to do, and every event of its life, append-only.
-//! A run's state is the replay of its events through [`run::next`]. Nothing in it is secret.
+//! One SQLite file, `ledger.db`, contains the plan of each run and all its events, append-only. A
+//! run's state is the replay of its events through [`run::next`]. It contains no secrets.
 //!
 //! Any number of processes may read. The process that drives a run holds the lock on
-//! `runs/<run>/lock`. The operating system releases the lock when the
-//! process dies. A run that is not at rest and whose lock is free is *abandoned*: a process should
-//! take it up.
+//! `runs/<run>/lock`, which the operating system releases when the process dies. A run that is not
+//! at rest and whose lock is free is *abandoned*: another process should take it over.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -31,17 +30,18 @@ pub use repair::Repaired;
 /// Version of the tables and their contents. An older program refuses a newer ledger.
 const SCHEMA: i64 = 5;
 
-/// Name of a run's own record in its results' folder.
+/// Name of a run's record in its results' folder.
 pub const RUN_FILE: &str = "run.json";
 
 /// Name of the SQLite file.
 const FILE: &str = "ledger.db";
-/// Name of the file beside it that holds the owner's name. It outlives the ledger, as instances do.
+/// File beside the ledger with the owner's name. It survives the loss of the ledger, as instances
+/// do.
 const OWNER_FILE: &str = "owner";
-/// Longest that this file may be, bytes.
+/// Maximum bytes of that file.
 const MOST_OWNER: u64 = 4096;
 
-/// How long a writer waits for another one.
+/// How long a writer waits for another.
 const BUSY: Duration = Duration::from_secs(20);
 
 const TABLES: &str = "
@@ -67,7 +67,7 @@ pub struct Ledger {
     clock: Clock,
 }
 
-/// A run as the ledger has it.
+/// A run in the ledger.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunRecord {
     /// Lower-case letters and digits.
@@ -76,18 +76,18 @@ pub struct RunRecord {
     pub created_at_ms: u64,
     /// The job and its limits.
     pub spec: RunSpec,
-    /// What happened, oldest first.
+    /// Events, oldest first.
     pub events: Vec<LedgerEntry>,
     /// The replay of `events`.
     pub state: RunState,
 }
 
-/// One event and when it was written.
+/// An event with its time.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LedgerEntry {
     /// Milliseconds since the Unix epoch.
     pub at_ms: u64,
-    /// What happened.
+    /// The event.
     #[serde(flatten)]
     pub event: RunEvent,
 }
@@ -101,12 +101,12 @@ pub struct Records {
     pub unreadable: Vec<Unreadable>,
 }
 
-/// A run whose record cannot be read. Its instances carry its id in their tags and are found by it.
+/// A run whose record cannot be read. Its instances are found by its id in their tags.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Unreadable {
     /// Its id.
     pub run: String,
-    /// What is wrong with its record.
+    /// The error.
     pub why: String,
 }
 
@@ -152,17 +152,17 @@ impl OpenBill {
     }
 }
 
-/// What a run has cost, and costs from now on.
+/// Cost of a run so far and from now on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Meter {
     gone: Usd,
     present: Option<OpenBill>,
-    /// Unix seconds until which its instance may bill, where there is or may be one.
+    /// Unix seconds until which its instance may bill, if one exists or may exist.
     pub deadline: Option<u64>,
 }
 
 impl Meter {
-    /// What [`RunRecord::cost`] says.
+    /// As [`RunRecord::cost`].
     pub fn cost(&self, now_ms: u64) -> Usd {
         self.gone + self.present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
     }
@@ -173,32 +173,31 @@ impl Meter {
 pub struct BudgetStatus<Amount = Usd> {
     /// The whole budget.
     pub budget: Amount,
-    /// The part that is neither spent nor reserved. The reserved part is what existing and possible
-    /// instances may
-    /// cost until their time limits.
+    /// The part that is neither spent nor reserved. The reserved part is what existing and
+    /// possible instances may cost until their time limits.
     pub left: Amount,
     /// The part that would be left if the other active runs cost nothing more.
     pub at_best: Amount,
 }
 
 impl RunRecord {
-    /// What the run's instances have cost until they were seen gone, or until `now_ms`: computed
-    /// from prices and times, not the cloud's bill. Never less than the time that the instances can
-    /// have existed times their price. An instance that no list showed, after a create call
-    /// without an answer, counts for as long as it can have existed.
+    /// Cost of the run's instances until they were gone, or until `now_ms`, computed from prices
+    /// and times; not the cloud's bill. Never less than the price times the longest possible
+    /// lifetime of the instances. An instance that no list showed, after an unanswered create
+    /// call, counts for its longest possible lifetime.
     pub fn cost(&self, now_ms: u64) -> Usd {
         self.meter().cost(now_ms)
     }
 
-    /// The same as it goes on.
+    /// The cost as a function of time.
     pub fn meter(&self) -> Meter {
         let (gone, present) = self.bills();
         Meter { gone, present, deadline: self.ends_at() }
     }
 
-    /// What the run may have cost when the time of its instance, which exists or may exist, is up:
-    /// so much of a budget is not to be promised to anybody else. Never more than was agreed, to
-    /// which the run is held, unless it has cost more.
+    /// Maximum cost of the run until the deadline of its existing or possible instance: this part
+    /// of a budget is reserved. At most the agreed amount, which limits the run, unless the cost
+    /// already exceeds it.
     pub fn at_most(&self, now_ms: u64) -> Usd {
         let most = self.at_most_by_prices(now_ms);
         self.spec.quote.ceiling.map_or(most, |agreed| most.min(agreed.max(self.cost(now_ms))))
@@ -212,7 +211,7 @@ impl RunRecord {
                 let counted = self.since_create(&intent.offer, self.changed_at_ms());
                 Some(OpenBill { counted, price: agreed(&intent.offer) })
             }
-            // What it bills in the end is said when it is up.
+            // The final price is known when the instance is up.
             RunState::Rented { rental } => {
                 present.map(|bill| OpenBill { price: bill.price.max(agreed(&rental.offer)), ..bill })
             }
@@ -253,7 +252,7 @@ impl RunRecord {
         gone + present.map_or(Usd::ZERO, |bill| price.cost(self.time_at_most(bill.counted, 0)))
     }
 
-    /// When the last create call was announced, in milliseconds since the Unix epoch.
+    /// Time of the last recorded create call, in milliseconds since the Unix epoch.
     pub fn asked_at_ms(&self) -> Option<u64> {
         let asked = |entry: &&LedgerEntry| matches!(entry.event, RunEvent::Creating { .. });
         self.events.iter().rev().find(asked).map(|entry| entry.at_ms)
@@ -269,7 +268,7 @@ impl RunRecord {
             let Ok(new) = run::next(&state, &entry.event) else { break };
             match (&entry.event, new.rental()) {
                 (RunEvent::Creating { .. }, _) => asked_at = entry.at_ms,
-                // It may have been there, and billed, from the first call on: a controller may
+                // The instance may have existed and billed since the first call: a controller may
                 // have died in between.
                 (RunEvent::Created { .. }, Some(rental)) => {
                     let counted = self.since_create(&rental.offer, asked_at);
@@ -352,7 +351,7 @@ impl RunRecord {
         (gone, self.state.offer().map(|offer| (offer, counted.unwrap_or_default())))
     }
 
-    /// The budget of this run and of those that share it.
+    /// The budget of this run, shared with others.
     fn budget(&self) -> Option<Usd> {
         self.spec.budget
     }
@@ -431,15 +430,17 @@ impl RunRecord {
 }
 
 impl Ledger {
-    /// Opens or makes the ledger below `folder`.
+    /// Opens or creates the ledger in `folder`.
     ///
     /// # Errors
-    /// [`LedgerError::Newer`] when a later version of the program wrote it; otherwise what the file system or SQLite says.
+    /// [`LedgerError::Newer`] if a later version of the program wrote it; errors of the file
+    /// system or SQLite.
     pub fn open(folder: &Path) -> Result<Self, LedgerError> {
         let at = |source| LedgerError::Io { path: folder.to_owned(), source };
-        // Keys lie below it.
+        // Keys are stored in this folder.
         create_private_folder(&folder.join("runs")).map_err(at)?;
-        // The change to a write-ahead log waits for nobody: it fails where two meet in it.
+        // The change to a write-ahead log fails, instead of waiting, if two processes make it at
+        // the same time.
         let opening = private_file().create(true).open(folder.join("opening")).map_err(at)?;
         opening.lock().map_err(at)?;
         close_to_others(folder);
@@ -447,7 +448,7 @@ impl Ledger {
         let (connection, owner) =
             connect(&folder.join(FILE), named.as_deref()).map_err(|error| error.of_file(folder.join(FILE)))?;
         if named.as_deref() != Some(&owner) {
-            // Without it the ledger serves as well; only its loss would be worse.
+            // The ledger works without this file, which matters only if the ledger is lost.
             if let Err(error) = write_whole(&folder.join(OWNER_FILE), owner.as_bytes()) {
                 tracing::info!("{}: {error}", folder.join(OWNER_FILE).display());
             }
@@ -455,8 +456,7 @@ impl Ledger {
         Ok(Self { connection: Arc::new(Mutex::new(connection)), folder: folder.to_owned(), owner, clock: now_ms })
     }
 
-    /// The same ledger with another clock than the system's. It dates events and everything done
-    /// with its runs.
+    /// Replaces the system's clock. It dates events and all work on the runs.
     #[must_use]
     pub fn with_clock(self, clock: Clock) -> Self {
         Self { clock, ..self }
@@ -467,7 +467,7 @@ impl Ledger {
         (self.clock)()
     }
 
-    /// The owner's name from the file beside the ledger. The ledger itself may be missing.
+    /// The owner's name from the file beside the ledger, which may be missing itself.
     pub fn owner_beside(folder: &Path) -> Option<String> {
         let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
         let owner = text.trim();
@@ -475,7 +475,7 @@ impl Ledger {
         is_word.then(|| owner.to_owned())
     }
 
-    /// The name of this ledger in lease tags: random, made once.
+    /// The random, constant name of this ledger in lease tags.
     pub fn owner(&self) -> &str {
         &self.owner
     }
@@ -488,11 +488,10 @@ impl Ledger {
     /// Records a new run, driven by the caller.
     ///
     /// # Errors
-    /// What the file system or SQLite says.
+    /// Errors of the file system or SQLite.
     pub fn plan(&self, spec: &RunSpec) -> Result<RunWriter, LedgerError> {
         let id = random_word(8);
-        // Locked before it is recorded: nobody ever sees the run unlocked and takes it for
-        // abandoned.
+        // Locked before it is recorded, so that no other process takes the run for abandoned.
         let lock = self.lock(&id)?.ok_or_else(|| LedgerError::Driven { run: id.clone() })?;
         let created_at_ms = self.now_ms();
         let written = self.connection().execute(
@@ -505,15 +504,15 @@ impl Ledger {
         Ok(RunWriter { ledger: self.clone(), record, _lock: lock })
     }
 
-    /// All runs, each read by itself.
+    /// All runs, read one by one.
     ///
     /// # Errors
-    /// What SQLite says of the whole file.
+    /// Errors of SQLite for the whole file.
     pub fn records(&self) -> Result<Records, LedgerError> {
         read_records(&self.connection()).map_err(|error| self.named(error))
     }
 
-    /// All runs that can be read, oldest first.
+    /// All readable runs, oldest first.
     ///
     /// # Errors
     /// As [`Self::records`].
@@ -524,12 +523,13 @@ impl Ledger {
     /// One run by its id.
     ///
     /// # Errors
-    /// [`LedgerError::NoSuchRun`], or [`LedgerError::Damaged`] when the record cannot be read or replayed.
+    /// [`LedgerError::NoSuchRun`]; [`LedgerError::Damaged`] if the record cannot be read or
+    /// replayed.
     pub fn run(&self, id: &str) -> Result<RunRecord, LedgerError> {
         read_run(&self.connection(), id).map_err(|error| self.named(error))
     }
 
-    /// One run by the beginning of its id, or the latest for `last`.
+    /// The run with this prefix of an id, or the latest for `last`.
     ///
     /// # Errors
     /// [`LedgerError::NoSuchRun`] or [`LedgerError::Ambiguous`], or as [`Self::run`].
@@ -551,11 +551,11 @@ impl Ledger {
     /// Takes over a run. `None` if another process drives it.
     ///
     /// # Errors
-    /// [`LedgerError::NoSuchRun`], or what the file system or SQLite says.
+    /// [`LedgerError::NoSuchRun`]; errors of the file system or SQLite.
     pub fn take(&self, id: &str) -> Result<Option<RunWriter>, LedgerError> {
         self.run(id)?;
         let Some(lock) = self.lock_patiently(id)? else { return Ok(None) };
-        // Read again under the lock: its last driver may have written until a moment ago.
+        // Read again under the lock, since the last driver may have written just before.
         let record = self.run(id)?;
         Ok(Some(RunWriter { ledger: self.clone(), record, _lock: lock }))
     }
@@ -563,7 +563,7 @@ impl Ledger {
     /// Whether some process drives the run now.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Errors of the file system.
     pub fn is_driven(&self, id: &str) -> Result<bool, LedgerError> {
         let path = self.run_folder(id).join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
@@ -574,7 +574,7 @@ impl Ledger {
     /// Asks the current or next driver of the run to stop it.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Errors of the file system.
     pub fn ask_to_cancel(&self, id: &str) -> Result<(), LedgerError> {
         let path = self.cancel_file(id);
         File::create(&path).map(drop).map_err(|source| LedgerError::Io { path, source })
@@ -589,11 +589,11 @@ impl Ledger {
         self.run_folder(id).join("cancel")
     }
 
-    /// Names another folder, absolute, below which a run's results are to appear: for whoever
-    /// drives it, now or later.
+    /// Sets another absolute folder in which a run's results are created, for its current or next
+    /// driver.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Errors of the file system.
     pub fn send_results_to(&self, id: &str, folder: &str) -> Result<(), LedgerError> {
         let path = self.results_file(id);
         write_whole(&path, folder.as_bytes()).map_err(|source| LedgerError::Io { path, source })
@@ -609,7 +609,7 @@ impl Ledger {
     }
 
     fn connection(&self) -> MutexGuard<'_, Connection> {
-        // SQLite rolls back what a panicking thread left open; the connection stays usable.
+        // SQLite rolls back a transaction of a panicking thread, and the connection stays usable.
         self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -627,7 +627,7 @@ impl Ledger {
     /// Locks this survey for the caller while the file is open. `None` if another process has it.
     ///
     /// # Errors
-    /// What the file system says.
+    /// Errors of the file system.
     pub fn take_survey(&self, name: &str) -> Result<Option<File>, LedgerError> {
         Self::lock_in(&self.folder.join("surveys").join(name))
     }
@@ -646,23 +646,23 @@ impl Ledger {
     }
 }
 
-/// A file that only its owner may read, under any umask.
+/// Options of a file with access for its owner only, under any umask.
 fn private_file() -> OpenOptions {
     let mut options = File::options();
     options.append(true).mode(0o600);
     options
 }
 
-/// Takes from others what an earlier version or a umask of 000 left them. A folder that is shared
-/// on purpose (`/tmp`), or that others may only look into, may hold other things than ours, and
-/// stays as it is; what is in it is closed.
+/// Removes the access of other users that an earlier version or a umask of 000 left. A folder that
+/// is shared on purpose (`/tmp`), or readable by others, may contain other files and is not
+/// changed; the files in it are.
 fn close_to_others(folder: &Path) {
     let mode = fs::metadata(folder).map_or(0, |metadata| metadata.permissions().mode());
     let is_open = mode & 0o022 != 0 && mode & 0o1000 == 0;
     let folder = folder.to_owned();
     let database = ["", "-wal", "-shm"].map(|end| folder.join(format!("{FILE}{end}")));
-    // Made by us, for SQLite makes it for all to read, and the two beside it like it. One that is
-    // there is not opened: to close it again would take away the locks that SQLite holds on it.
+    // The database is created here, since SQLite would create it and its companion files readable
+    // for all. An existing one is not opened: closing it would release SQLite's locks.
     let _ = private_file().create_new(true).open(&database[0]);
     for path in database.iter().chain(is_open.then_some(&folder)) {
         if let Err(error) = absent(make_private(path)) {
@@ -671,12 +671,12 @@ fn close_to_others(folder: &Path) {
     }
 }
 
-/// Opens the file, makes or checks its tables; returns the owner, who is called `named` if it has
-/// none yet.
+/// Opens the file and creates or checks its tables. Returns the owner, which becomes `named` if
+/// there is none.
 fn connect(path: &Path, named: Option<&str>) -> Result<(Connection, String), LedgerError> {
     let connection = Connection::open(path)?;
     connection.busy_timeout(BUSY)?;
-    // Every commit is on disk before the call returns: what costs money comes after it.
+    // Every commit is synced before the call returns, since calls that cost money follow.
     connection.execute_batch("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;")?;
     let owner = atomically(&connection, |connection| tables_and_owner(connection, named))?;
     Ok((connection, owner))
@@ -688,7 +688,7 @@ fn tables_and_owner(connection: &Connection, named: Option<&str>) -> Result<Stri
         return Err(LedgerError::Newer { found, known: SCHEMA });
     }
     connection.execute_batch(TABLES)?;
-    // What is there is not written again: a full disk is no reason not to read.
+    // Existing tables are not written, since a full disk must not prevent reading.
     if found < SCHEMA {
         connection.execute_batch(&format!("PRAGMA user_version = {SCHEMA}"))?;
     }
@@ -699,7 +699,7 @@ fn tables_and_owner(connection: &Connection, named: Option<&str>) -> Result<Stri
         .map_err(LedgerError::from)
 }
 
-/// Oldest first.
+/// Ids, oldest first.
 fn read_ids(connection: &Connection) -> Result<Vec<String>, LedgerError> {
     let ids = connection
         .prepare("SELECT id FROM runs ORDER BY created_at_ms, id")?
@@ -729,7 +729,7 @@ fn read_run(connection: &Connection, id: &str) -> Result<RunRecord, LedgerError>
     })
 }
 
-/// Whether other rows may still be readable.
+/// Whether other rows may be readable.
 fn is_of_the_row(error: &rusqlite::Error) -> bool {
     match error {
         rusqlite::Error::SqliteFailure(failure, _) => failure.code == ErrorCode::DatabaseCorrupt,
@@ -772,7 +772,8 @@ fn atomically<T>(
     done
 }
 
-/// The right to drive one run: the only way to write its events. Dropping it abandons the run.
+/// The right to drive one run, and the only way to record its events. Dropping it abandons the
+/// run.
 pub struct RunWriter {
     ledger: Ledger,
     record: RunRecord,
@@ -780,7 +781,7 @@ pub struct RunWriter {
 }
 
 impl RunWriter {
-    /// The run as it is now.
+    /// The current record.
     pub fn record(&self) -> &RunRecord {
         &self.record
     }
@@ -790,12 +791,12 @@ impl RunWriter {
         &self.record.state
     }
 
-    /// Its folder: key, log.
+    /// Its folder with key and log.
     pub fn folder(&self) -> PathBuf {
         self.ledger.run_folder(&self.record.id)
     }
 
-    /// Folder below which its results are to appear: the one that was named last.
+    /// Folder in which its results are created: the last one that was set.
     pub fn results(&self) -> PathBuf {
         let named = read_text(&self.ledger.results_file(&self.record.id), MOST).ok();
         named.unwrap_or_else(|| self.record.spec.results.clone()).into()
@@ -816,25 +817,26 @@ impl RunWriter {
         self.ledger.cancel_asked(&self.record.id)
     }
 
-    /// The same question, for a task of its own.
+    /// A probe for a requested stop, for another task.
     pub fn cancel_probe(&self) -> impl Fn() -> bool + Send + use<> {
         let file = self.ledger.cancel_file(&self.record.id);
         move || file.exists()
     }
 
-    /// Writes an event; it is on disk when this returns.
+    /// Records an event, synced to disk.
     ///
     /// # Errors
-    /// [`LedgerError::Illegal`] when the event cannot happen now: nothing is written. What SQLite says otherwise.
+    /// [`LedgerError::Illegal`] if the event cannot happen now: nothing is written. Errors of
+    /// SQLite.
     pub fn append(&mut self, event: RunEvent) -> Result<&RunState, LedgerError> {
         let ledger = self.ledger.clone();
         self.append_to(&ledger.connection(), event).map_err(|error| ledger.named(error))?;
         Ok(&self.record.state)
     }
 
-    /// Writes the intent to rent, unless the budget of money or of GPUs does not allow for it any
-    /// more: `worst` is what the instance may cost until its time limit. Runs that share the budget
-    /// cannot do so at the same time.
+    /// Records the intent to rent, unless the budget of money or GPU time does not allow it:
+    /// `worst` is the maximum cost of the instance until its time limit. Runs that share the
+    /// budget cannot do so at the same time.
     ///
     /// # Errors
     /// As [`Self::append`].
@@ -862,7 +864,7 @@ impl RunWriter {
     /// The state of the run's budget, if it has one.
     ///
     /// # Errors
-    /// What the file system or SQLite says.
+    /// Errors of the file system or SQLite.
     pub fn budget_status(&self) -> Result<Option<BudgetStatus>, LedgerError> {
         let Some(budget) = self.record.budget() else { return Ok(None) };
         let (runs, others_under_way) = self.sharers_and_driven()?;
@@ -877,7 +879,7 @@ impl RunWriter {
     /// The state of the run's budget of GPU time, if it has one.
     ///
     /// # Errors
-    /// What the file system or SQLite says.
+    /// Errors of the file system or SQLite.
     pub fn gpu_budget_status(&self) -> Result<Option<BudgetStatus<GpuTime>>, LedgerError> {
         let Some(budget) = self.record.spec.max_gpu_time else { return Ok(None) };
         let (runs, others_under_way) = self.sharers_and_driven()?;
@@ -889,7 +891,7 @@ impl RunWriter {
         Ok(Some(BudgetStatus { budget, left, at_best: without(budget, &runs, at_best) }))
     }
 
-    /// [`Self::sharers`], and the ids of those that other processes or tasks drive.
+    /// [`Self::sharers`], and the ids of those that others drive.
     fn sharers_and_driven(&self) -> Result<(Vec<RunRecord>, Vec<String>), LedgerError> {
         let runs = self.sharers(&self.ledger.connection()).map_err(|error| self.ledger.named(error))?;
         let mut driven = Vec::new();
@@ -901,8 +903,8 @@ impl RunWriter {
         Ok((runs, driven))
     }
 
-    /// This run, and those with which it shares its budget. One of these that cannot be read is an
-    /// error: nobody knows what it has spent.
+    /// This run, and those that share its budget. An unreadable one is an error, since its cost is
+    /// unknown.
     fn sharers(&self, connection: &Connection) -> Result<Vec<RunRecord>, LedgerError> {
         let Some(member) = &self.record.spec.survey else { return Ok(vec![self.record.clone()]) };
         let Records { mut runs, unreadable } = read_records(connection)?;
@@ -929,8 +931,8 @@ impl RunWriter {
     }
 }
 
-/// Whether an unreadable run may be part of the survey: unless what is left of its record says
-/// otherwise.
+/// Whether an unreadable run may belong to the survey; false only if the readable part of its
+/// record excludes it.
 fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, LedgerError> {
     let spec: Result<String, _> = connection.query_row("SELECT spec FROM runs WHERE id = ?1", [run], |row| row.get(0));
     let spec = match spec {
@@ -943,13 +945,13 @@ fn may_be_of(connection: &Connection, run: &str, survey: &str) -> Result<bool, L
     }))
 }
 
-/// The rest of a budget after the shares of these runs.
+/// The rest of a budget of money after the shares of these runs.
 fn less(budget: Usd, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> Usd) -> Usd {
     let taken: Usd = runs.iter().map(takes).sum();
     Usd::from_micros(budget.micros() - taken.micros())
 }
 
-/// The same for GPU time.
+/// The rest of a budget of GPU time after the shares of these runs.
 fn without(budget: GpuTime, runs: &[RunRecord], takes: impl Fn(&RunRecord) -> GpuTime) -> GpuTime {
     let taken = runs.iter().fold(0_i64, |sum, run| sum.saturating_add(takes(run).seconds()));
     GpuTime::from_seconds(budget.seconds().saturating_sub(taken))
@@ -977,13 +979,13 @@ pub enum LedgerError {
     /// No run has this id.
     #[error("there is no run `{run}`")]
     NoSuchRun {
-        /// What was asked for.
+        /// The requested id.
         run: String,
     },
     /// The beginning of an id matches several runs.
     #[error("{count} runs begin with `{prefix}`")]
     Ambiguous {
-        /// What was asked for.
+        /// The requested prefix.
         prefix: String,
         /// Number of runs that match.
         count: usize,
@@ -1306,7 +1308,8 @@ pub(crate) mod tests {
         run.append(RunEvent::Created { instance: InstanceId("i".into()), price: Some(price) }).unwrap();
         assert!(shown(&run) <= agreed, "{}: it is not kept", shown(&run));
         assert!(run.record().at_price(price) > agreed);
-        // Runs of earlier versions are read: without what was shown, and without what was agreed.
+        // Records of earlier versions are read: those without the shown offers, and those without
+        // an agreed amount.
         let mut old = serde_json::to_value(&run.record().spec).unwrap();
         for key in ["offers", "considered", "steps"] {
             old.as_object_mut().unwrap().remove(key).unwrap();
@@ -1339,8 +1342,8 @@ pub(crate) mod tests {
         RunSpec { survey, budget: Some(Usd::from_dollars(budget)), ..spec() }
     }
 
-    /// The intent to rent for the run's time limit, and what that may cost: $3960/h for a minute
-    /// is $66.
+    /// The intent to rent for the run's time limit, and its maximum cost: $3960/h for a minute is
+    /// $66.
     fn intent_of(spec: &RunSpec) -> (Intent, Usd) {
         let offer = Offer::new("fake", "o".into(), 0, UsdPerHour::from_dollars(3600.0));
         let worst = spec.highest_price(&offer).cost(Duration::from_secs(spec.max_duration_s));
@@ -1402,7 +1405,7 @@ pub(crate) mod tests {
         assert_eq!(ledger.plan(&spec()).unwrap().budget_status().unwrap(), None);
     }
 
-    /// The intent to have two GPUs for the run's minute: 120 GPU-seconds.
+    /// The intent to rent two GPUs for the run's minute: 120 GPU-seconds.
     fn two_gpus() -> (Intent, Usd) {
         let tag = LeaseTag { owner: "o".into(), run: "r".into(), nonce: "n".into(), deadline: now_ms() / 1000 + 60 };
         (Intent { offer: Offer::new("fake", "o".into(), 2, UsdPerHour::default()), tag }, Usd::ZERO)
@@ -1442,8 +1445,8 @@ pub(crate) mod tests {
         let created = || RunEvent::Created { instance: InstanceId("i".into()), price: None };
         let discarded = || RunEvent::Discarded { reason: "x".into(), lost: false };
         let reached = RunEvent::Reached { pin: Pin("p".into()), price: None };
-        // The first waits for 1,000 s and runs for 10; the second is given up unseen after 5, the
-        // third after 500, of which it can have had 60. At most a minute of two GPUs comes to it.
+        // The first waits for 1,000 s and runs for 10. The second is given up unseen after 5, the
+        // third after 500, of which it can have had 60. The total is at most a minute of two GPUs.
         let mut times = Vec::new();
         for (at, event, had, at_most) in [
             (0, creating(), 0, 120),

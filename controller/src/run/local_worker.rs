@@ -1,4 +1,4 @@
-//! The worker program on this machine: found, asked, run.
+//! The worker program on this machine: finds it, queries its version, and runs it.
 
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -22,16 +22,16 @@ use crate::units::{Bytes, CudaVersion, Span};
 
 /// Name of the program.
 const NAME: &str = "outliers-worker";
-/// Name of one that was built for other machines.
+/// Name of a worker built for other machines.
 pub const PORTABLE: &str = "outliers-worker-portable";
 
-/// Whether this machine can run what instances run.
+/// Whether this machine can run the instances' worker.
 const RUNS_PORTABLE: bool = cfg!(all(target_os = "linux", target_arch = "x86_64"));
 
-/// Between two looks at the progress file.
+/// Interval of reads of the progress file.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// A worker program that runs here and speaks our version.
+/// A worker program of the same version that runs on this machine.
 #[derive(Clone, Debug)]
 pub struct LocalWorker {
     path: PathBuf,
@@ -39,17 +39,17 @@ pub struct LocalWorker {
     limits: Limits,
 }
 
-/// What a look at a job may take of this machine: strangers made the files that are looked at.
+/// Resource limits of an inspection, since the inspected files are untrusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Memory; never more than three quarters of what the machine has.
+    /// Memory; at most three quarters of the machine's.
     pub memory: Bytes,
     /// Wall time.
     pub time: Duration,
 }
 
 impl Limits {
-    /// None but the machine's.
+    /// No limits other than the machine's.
     pub const NONE: Self = Self { memory: Bytes::from_gib(1 << 20), time: Duration::MAX };
 
     fn memory_here(self) -> Bytes {
@@ -57,44 +57,44 @@ impl Limits {
     }
 }
 
-/// The worker that instances get.
+/// The worker for instances.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pushed {
-    /// Where it is.
+    /// Path of the program.
     pub path: PathBuf,
-    /// The oldest CUDA that an instance's driver may serve; `None`: it uses no GPU.
+    /// Minimum CUDA version of an instance's driver; `None`: it uses no GPU.
     pub cuda: Option<CudaVersion>,
 }
 
-/// What `inspect` looks at beside the checkpoint.
+/// What `inspect` checks besides the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InspectScope {
-    /// Nothing: the checkpoint alone.
+    /// Only the checkpoint.
     Model,
-    /// That the text can be cut into sequences.
+    /// Also that the text can be cut into sequences.
     Text,
-    /// That, and that the job's devices are in this machine.
+    /// As `Text`, and that the job's devices are in this machine.
     TextAndDevices,
 }
 
-/// Why the worker on this machine could not do what was asked.
+/// Errors of the worker on this machine.
 #[derive(Debug, thiserror::Error)]
 pub enum LocalWorkerError {
-    /// There is none.
+    /// The program does not exist.
     #[error("the worker program is not there: {}", path.display())]
     Missing {
-        /// Where it was looked for.
+        /// The path that was tried.
         path: PathBuf,
     },
-    /// It does not run.
+    /// The program cannot be run.
     #[error("{}: {source}", path.display())]
     Unrunnable {
         /// The file's path.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// It is another version.
+    /// The program has another version.
     #[error("{} is version {theirs}; this program is {ours}", path.display())]
     Version {
         /// The file's path.
@@ -104,41 +104,41 @@ pub enum LocalWorkerError {
         /// This program's version.
         ours: String,
     },
-    /// It says why not.
+    /// The worker reported a failure.
     #[error("{}", .0.message)]
     Failed(Failure),
-    /// It ended in a way it should not.
+    /// The worker ended without a report.
     #[error("the worker ended with {status}: {said}")]
     Odd {
         /// The worker's exit status.
         status: ExitStatus,
-        /// Its last words.
+        /// End of its output.
         said: String,
     },
-    /// It took more memory than it may have.
+    /// The inspection exceeded its memory limit.
     #[error("looking at the model and its text takes more than {memory} of memory")]
     TooMuch {
         /// The limit.
         memory: Bytes,
     },
-    /// It was not done in time.
+    /// The inspection exceeded its time limit.
     #[error("looking at the model and its text takes longer than {}", Span(*time))]
     TooLong {
         /// The limit.
         time: Duration,
     },
-    /// A file between us cannot be read or written.
+    /// A file of the worker cannot be read or written.
     #[error("{}: {why}", path.display())]
     File {
         /// The file's path.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The error.
         why: String,
     },
 }
 
 impl LocalWorkerError {
-    /// What to do about it, where something can be done.
+    /// The remedy, if there is one.
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Missing { .. } => Some(
@@ -169,11 +169,11 @@ impl LocalWorkerError {
 }
 
 impl LocalWorker {
-    /// The program the settings name, else the one beside `exe`; asked for its version, as is the
-    /// one that is pushed.
+    /// Finds the worker in the settings, else beside `exe`, and the one for instances. Queries
+    /// their versions.
     ///
     /// # Errors
-    /// It is missing, does not run, or is of another version.
+    /// It is missing, cannot be run, or has another version.
     pub async fn find(named: Option<&Path>, exe: &Path) -> Result<Self, LocalWorkerError> {
         let path = named.map_or_else(|| exe.with_file_name(NAME), Path::to_owned);
         let pushed = Pushed::look_at(path.clone()).await?;
@@ -182,35 +182,35 @@ impl LocalWorker {
         Ok(Self { path, pushed, limits: Limits::NONE })
     }
 
-    /// The same with limits on what a look takes.
+    /// Sets limits for inspections.
     #[must_use]
     pub fn limited(self, limits: Limits) -> Self {
         Self { limits, ..self }
     }
 
-    /// Where it is.
+    /// Path of the program.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Whether what instances get is older than this one: of the same version, but not of the same
-    /// source perhaps.
+    /// Whether the worker for instances is older than this one: the same version, but possibly
+    /// from other source.
     pub fn pushes_an_older_one(&self) -> bool {
         let made = |path: &Path| path.metadata().and_then(|meta| meta.modified());
         matches!((made(&self.pushed.path), made(&self.path)), (Ok(pushed), Ok(here)) if pushed < here)
     }
 
-    /// What instances get: the one beside it that was built for other machines, where there is
-    /// one; else itself.
+    /// The worker for instances: the one beside it built for other machines, if there is one, else
+    /// itself.
     pub fn pushed(&self) -> &Pushed {
         &self.pushed
     }
 
-    /// What the job's checkpoint is, and what the job needs.
+    /// Describes the job's checkpoint, and what the job needs.
     ///
     /// # Errors
-    /// The worker's own words, for a model that is not there, is gated, damaged or of an unknown architecture, and whatever
-    /// `check` finds; that it took too much memory or time.
+    /// The worker's report: a model that is missing, gated, damaged or of an unknown architecture,
+    /// and failed checks of `check`; exceeded memory or time limits.
     pub async fn inspect(&self, job: &JobSpec, check: InspectScope) -> Result<Inspection, LocalWorkerError> {
         let (memory, time) = (self.limits.memory_here(), self.limits.time);
         let mut arguments = inspect_arguments(job, check);
@@ -224,19 +224,19 @@ impl LocalWorker {
         }
     }
 
-    /// Makes the demo's checkpoint in `folder`; returns what was planted.
+    /// Writes the demo's checkpoint to `folder`. Returns the planted features.
     ///
     /// # Errors
-    /// The worker's own words.
+    /// The worker's report.
     pub async fn demo_model<T: DeserializeOwned>(&self, folder: &Path) -> Result<T, LocalWorkerError> {
         let arguments = ["demo-model".to_owned(), "--output".to_owned(), folder.to_string_lossy().into_owned()];
         ask(&self.path, &arguments).await
     }
 
-    /// Runs a job into `folder`, passing on its progress.
+    /// Runs a job into `folder`, and reports its progress.
     ///
     /// # Errors
-    /// The worker's own words, or that it ended without any.
+    /// The worker's report, or its end without one.
     pub async fn run(
         &self,
         job: &JobSpec,
@@ -251,7 +251,7 @@ impl LocalWorker {
         let job_file = folder.join(files::JOB);
         let text = serde_json::to_vec_pretty(job).map_err(|error| trouble(&job_file)(error.into()))?;
         std::fs::write(&job_file, text).map_err(trouble(&job_file))?;
-        // What an earlier run left would be taken for this one's.
+        // Files of an earlier run would be mistaken for this one's.
         for name in [files::PROGRESS, files::MANIFEST] {
             let _ = std::fs::remove_file(folder.join(name));
         }
@@ -273,10 +273,10 @@ impl LocalWorker {
 }
 
 impl Pushed {
-    /// Asks the program at `path` what it is.
+    /// Queries the version of the program at `path`.
     ///
     /// # Errors
-    /// It is missing, does not run, or is of another version.
+    /// It is missing, cannot be run, or has another version.
     pub async fn look_at(path: PathBuf) -> Result<Self, LocalWorkerError> {
         if !path.is_file() {
             return Err(LocalWorkerError::Missing { path });
@@ -285,14 +285,14 @@ impl Pushed {
         Self::of(path, &info)
     }
 
-    /// The one that was built for other machines. Where this machine cannot run it, the document
-    /// beside it says what it is.
+    /// The worker built for other machines. If this machine cannot run it, the document beside it
+    /// describes it.
     async fn portable(path: PathBuf) -> Result<Self, LocalWorkerError> {
         let about = path.with_extension("json");
         if RUNS_PORTABLE || !about.is_file() { Self::look_at(path).await } else { Self::told(path, about) }
     }
 
-    /// What a document says of the program at `path`.
+    /// The description of the program at `path` in a document.
     fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
         let read = read_small(&about, MOST).and_then(|text| Ok(serde_json::from_slice(&text)?));
         let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
@@ -326,12 +326,12 @@ async fn ask<T: DeserializeOwned>(program: &Path, arguments: &[String]) -> Resul
     }
 }
 
-/// What is said last.
+/// The end of an output.
 fn tail(text: &[u8]) -> &[u8] {
     &text[text.len().saturating_sub(500)..]
 }
 
-/// Whether it ended where the system gave it no more memory: it says so and aborts.
+/// Whether it aborted for lack of memory, by its message.
 fn ran_out_of_memory(status: ExitStatus, said: &str) -> bool {
     status.signal() == Some(Signal::ABORT.as_raw()) && said.contains("memory allocation of")
 }
@@ -340,12 +340,12 @@ fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
     |source| LocalWorkerError::Unrunnable { path: program.to_owned(), source }
 }
 
-/// The job as options of `inspect`.
+/// Options of `inspect` for the job.
 fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     let mut arguments = vec!["inspect".to_owned()];
     let mut option = |name: &str, value: Option<String>| {
         if let Some(value) = value {
-            // In one word: a value that begins with a dash stays a value.
+            // In one argument, so that a value with a leading dash stays a value.
             arguments.push(format!("--{name}={value}"));
         }
     };
@@ -394,7 +394,7 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     arguments
 }
 
-/// Passes on the whole lines after byte `from`; returns where the next one begins.
+/// Reports the whole lines after byte `from`. Returns where the next one begins.
 fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
     let Ok(bytes) = read_small(path, MOST) else { return from };
     let Some(new) = bytes.get(from..) else { return from };
@@ -407,7 +407,7 @@ fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> u
     from + whole
 }
 
-/// What the worker said before it ended badly.
+/// The error of a worker that ended without a report.
 fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
     let manifest = read_small(&folder.join(files::MANIFEST), MOST).ok();
     let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
@@ -418,7 +418,7 @@ fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
     LocalWorkerError::Odd { status, said: clean(tail(&log), 500) }
 }
 
-/// A failure that a person caused by what was asked, rather than the machine.
+/// Whether the failure is caused by the request rather than the machine.
 pub fn is_refusal(error: &LocalWorkerError) -> bool {
     match error {
         LocalWorkerError::Failed(failure) => failure.kind != FailureKind::Internal,
@@ -427,7 +427,7 @@ pub fn is_refusal(error: &LocalWorkerError) -> bool {
     }
 }
 
-/// The local files a job's corpus names.
+/// The local files of a job's corpus.
 pub fn corpus_files(job: &JobSpec) -> Vec<&str> {
     match &job.corpus.source {
         CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => Vec::new(),
@@ -546,7 +546,7 @@ mod tests {
         let worker = LocalWorker { path, pushed, limits: Limits::NONE };
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let mut time = Duration::from_millis(200);
-        // Long enough for it to begin, however busy the machine is.
+        // Waits for its start, on a busy machine as well.
         while !pid.exists() {
             time *= 2;
             let limited = worker.clone().limited(Limits { memory: Bytes(1 << 20), time });

@@ -1,23 +1,23 @@
-//! The files that a run leaves for bringing home: their names, and how large they can be.
+//! Names and maximum sizes of a run's result files.
 
 use outliers_protocol::{FileBytes, Inspection, JobSpec, SiteKind, files};
 use serde::Serialize;
 
 use crate::units::Bytes;
 
-/// A line of a document: indentation, a name and a value. All in bytes.
+/// Bytes of a line of a document: indentation, a name and a value.
 const LINE: f64 = 96.0;
-/// A line of a list of numbers.
+/// Bytes of a line of a list of numbers.
 const ITEM: f64 = 40.0;
-/// What a document or a header has besides.
+/// Fixed bytes of a document or a header.
 const BASE: f64 = (1 << 20) as f64;
-/// What the results say of a layer, of a norm output and of an expert.
+/// Bytes in the results per layer, per norm output and per expert.
 const LAYER: f64 = 32_768.0;
 const SITE: f64 = 8192.0;
 const EXPERT: f64 = 1024.0;
-/// What they say of a layer and of a sequence for each thing that is measured beside.
+/// Bytes in the results per layer and per sequence for each optional measurement.
 const MEASURED: f64 = 131_072.0;
-/// An event of a time line, and how many there are of each tensor and of each step of a sequence.
+/// Bytes of an event of a time line, and events per tensor and per step of a sequence.
 const EVENT: f64 = 192.0;
 const EVENTS: f64 = 16.0;
 /// Limit for the log and the progress file. No more of them is fetched.
@@ -25,30 +25,29 @@ const WORDS: u64 = 24 << 20;
 /// Limit for a file without a planned size.
 const UNKNOWN: u64 = 256 << 30;
 
-/// The files that a run of `job` leaves, beside log and progress, each with the most bytes it can
-/// have.
+/// The result files of `job`, besides log and progress, each with its maximum size.
 pub fn planned(job: &JobSpec, inspection: &Inspection) -> Vec<FileBytes> {
     let figures = OutputSizes::of(job, inspection);
     let most = |name: &str| match name {
         files::JOB => BASE + 4.0 * length(job),
         files::RESULTS => figures.results(),
-        // Its text may name every document that was read.
+        // Its text may contain the name of every document.
         files::METADATA => 4.0 * (BASE + length(job) + length(inspection)) + ITEM * figures.tokens,
         files::STATISTICS => figures.statistics(),
         name if job.trace.as_deref() == Some(name) => figures.trace(),
         name if exports(job).any(|export| export == name) => exported(inspection, name),
         _ => figures.activations(),
     };
-    // What is larger than any number is as large as the largest.
+    // Larger estimates are limited to the maximum number.
     names(job).map(|name| FileBytes { name: name.to_owned(), bytes: most(name) as u64 }).collect()
 }
 
-/// The same for a job of which there is no plan.
+/// The result files of a job without an inspection.
 pub fn unplanned(job: &JobSpec) -> Vec<FileBytes> {
     names(job).map(|name| FileBytes { name: name.to_owned(), bytes: UNKNOWN }).collect()
 }
 
-/// What these files take together at most, with log and progress.
+/// Maximum total of these files, with log and progress.
 pub fn bytes(files: &[FileBytes]) -> Bytes {
     Bytes(files.iter().fold(WORDS, |sum, file| sum.saturating_add(file.bytes)))
 }
@@ -63,33 +62,33 @@ fn exports(job: &JobSpec) -> impl Iterator<Item = &str> {
     job.export.iter().flat_map(|export| export.files()).copied()
 }
 
-/// By the plan, which knows every matrix.
+/// Size by the inspection, which contains every matrix.
 fn exported(inspection: &Inspection, name: &str) -> f64 {
     let planned = inspection.plan.exports.iter().find(|file| file.name == name);
     planned.map_or(UNKNOWN, |file| file.bytes) as f64
 }
 
-/// Of a document as it is written.
+/// Bytes of a serialised document.
 fn length(document: &impl Serialize) -> f64 {
     serde_json::to_vec_pretty(document).map_or(0.0, |text| text.len() as f64)
 }
 
-/// What the sizes follow from.
+/// Quantities that determine the sizes.
 struct OutputSizes {
     hidden: f64,
     vocab: f64,
     layers: f64,
-    /// Studied norm outputs.
+    /// Number of studied norm outputs.
     sites: f64,
-    /// Kinds of other sites that are saved with the activations.
+    /// Number of kinds of other sites that are saved with the activations.
     kinds: f64,
-    /// Routed experts of all layers.
+    /// Number of routed experts in all layers.
     experts: f64,
     tensors: f64,
-    /// What is measured beside.
+    /// Number of optional measurements.
     measurements: f64,
     sequences: f64,
-    /// Of all sequences.
+    /// Number of tokens in all sequences.
     tokens: f64,
 }
 
@@ -111,7 +110,7 @@ impl OutputSizes {
         }
     }
 
-    /// Were every feature systematic, with where it was in every sequence.
+    /// Upper bound: every feature is systematic, with its positions in every sequence.
     fn results(&self) -> f64 {
         let within = self.sequences * (5.0 * LINE + 8.0 * self.sites);
         let feature = 40.0 * LINE + (2.0 * self.layers + self.sites) * ITEM + within;
@@ -128,8 +127,8 @@ impl OutputSizes {
         BASE + features + 52.0 * self.experts + 2048.0 * self.layers
     }
 
-    /// Hidden states at every site and after the last norm, logits, and of the routers no more
-    /// than all experts.
+    /// Hidden states at every site and after the final norm, logits, and at most all experts of
+    /// the routers.
     fn activations(&self) -> f64 {
         let states = 4.0 * self.hidden * (self.sites + self.kinds * self.layers + 1.0);
         BASE + self.tokens * (states + 4.0 * self.vocab + 12.0 * self.experts + 12.0) + 4096.0 * self.layers
@@ -189,7 +188,7 @@ pub(crate) mod tests {
         assert_eq!(names(&exported)[4..], [files::IMATRIX, files::ACT_SCALES, files::INPUT_SCALES, files::REAP]);
         assert_eq!(exported[4].bytes, 1234, "the plan knows");
         let most = |name: &str| files.iter().find(|file| file.name == name).unwrap().bytes;
-        // The numbers themselves, without headers.
+        // The numbers alone, without headers.
         assert!(most(files::STATISTICS) >= 64 * (4 * 60 + 8 * 24) + 2 * 4 * 52);
         assert!(most("a") >= 8 * 32 * 4 * (64 * 5 + 100));
         assert!(files.iter().all(|file| file.bytes < 16 << 20), "bounds that are none: {files:?}");
@@ -212,7 +211,8 @@ pub(crate) mod tests {
         assert!(sum(&small, &all) < sum(&small, &measure));
     }
 
-    /// Of runs that were made: no file is larger than its bound, and no bound is no bound.
+    /// Compares the bounds with results of real runs: no file exceeds its bound, and the bounds
+    /// are not arbitrarily large.
     #[test]
     fn real_results_are_within_their_bounds() {
         for name in ["dense", "mixture"] {

@@ -1,15 +1,14 @@
-//! The ledger against a broker's list: what is ours, what is left over, what is gone.
+//! Compares the ledger with a broker's list, to find instances that are abandoned, stray or gone.
 //!
-//! [`compare`] is pure and only ever sees complete listings: a failed or partial one never leads
-//! to an action.
+//! [`compare`] is a pure function of complete listings: a failed or partial one never leads to an
+//! action.
 //!
-//! Of an instance whose run is not known here only its deadline is judged. Its heartbeat, the
-//! lease that a controller renews, cannot be read from here: the key that logs in lies in the
-//! folder of the run, and the host's key in its row, and whoever has both knows the run. Nor need
-//! it be read: the guard on the instance does, and ends the instance from inside when nobody was
-//! heard for the run's patience ([`GuardTimeouts`](crate::run::GuardTimeouts)). Where the cloud
-//! gives an instance no means to end itself, its guard stops the worker, and the deadline decides.
-//! A run that was detached has no heartbeat at all.
+//! For an instance whose run is not in this ledger only the deadline counts. Its heartbeat (the
+//! lease that a controller renews) cannot be read from here, since the login key is in the run's
+//! folder and the host's key in its row. It need not be read: the guard on the instance checks it,
+//! and ends the instance when no controller connects for the run's timeout
+//! ([`GuardTimeouts`](crate::run::GuardTimeouts)). If the cloud gives an instance no means to end
+//! itself, its guard stops the worker, and the deadline decides. A detached run has no heartbeat.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -19,7 +18,7 @@ use crate::cloud::broker::{Instance, InstanceId, InstanceState, LeaseTag, Offer}
 use crate::run::RunState;
 use crate::run::ledger::{Ledger, LedgerError, Records};
 
-/// What to do about one instance or one run.
+/// An action for one instance or one run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "action", rename_all = "snake_case")]
 pub enum Action {
@@ -31,14 +30,14 @@ pub enum Action {
         /// Its instance.
         instance: InstanceId,
     },
-    /// An abandoned run with nothing left to decide: it has to be driven to its end.
+    /// An abandoned run without open decisions, to be driven to its end.
     Finish {
         /// The run.
         run: String,
         /// Why the run is over.
         why: Finish,
     },
-    /// An instance of ours that no run accounts for.
+    /// An instance of this program without a run.
     Terminate {
         /// The instance's id.
         instance: InstanceId,
@@ -59,17 +58,17 @@ pub enum Action {
     },
 }
 
-/// Why an abandoned run has to be driven to its end.
+/// Why an abandoned run must be driven to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// Its instance was about to be terminated.
+    /// Its instance was being terminated.
     Ending,
     /// Its time is up.
     Expired,
 }
 
-/// Why an instance of ours must go.
+/// Why an instance of this program must be terminated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stray {
@@ -77,7 +76,7 @@ pub enum Stray {
     UnknownRun,
     /// The run is over.
     RunClosed,
-    /// Its time is up, and the run has another instance, or none: this one came of an unanswered
+    /// Its time is up, and the run has another instance or none: it results from an unanswered
     /// create call.
     Superseded,
     /// Its time is up, and its run's record cannot be read.
@@ -92,18 +91,18 @@ pub enum Leave {
     NotOurs,
     /// It carries the tag of another ledger.
     OtherOwner,
-    /// A process drives its run.
+    /// A process drives the run.
     Driven,
-    /// The user wants to keep it.
+    /// The user keeps it.
     Held,
     /// Its run's record cannot be read, and it has time left.
     RecordUnreadable,
-    /// Nothing is known here of the run in its tag, which has time left: a ledger that is a copy,
-    /// or made anew, does not know what another machine began.
+    /// The run in its tag is not in this ledger, and it has time left: a copied or new ledger
+    /// lacks runs that another machine began.
     RunUnknown,
-    /// Its run has another instance, or none, as far as is known here, and it has time left.
+    /// By this ledger its run has another instance or none, and it has time left.
     Superseded,
-    /// What its cloud shows of it cannot be read.
+    /// The cloud's entry of it cannot be read.
     Unreadable,
 }
 
@@ -133,10 +132,10 @@ impl RunLease {
     }
 }
 
-/// Every run of the ledger with what this comparison needs.
+/// Every run of the ledger, for the comparison.
 ///
 /// # Errors
-/// What the ledger says.
+/// Errors of the ledger.
 pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
     let Records { runs, unreadable } = ledger.records()?;
     let readable = runs.into_iter().map(|run| (run.id, Some(run.state)));
@@ -151,8 +150,8 @@ pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
 
 /// Compares what the ledger knows with one complete listing of one cloud.
 ///
-/// `missing` counts, for each run, the complete listings in a row that did not show its instance,
-/// this one included; `enough` of them make it gone. `now`: Unix seconds.
+/// `missing` counts, for each run, the consecutive complete listings that did not show its
+/// instance, this one included; after `enough` of them it is gone. `now`: Unix seconds.
 pub fn compare(
     owner: &str,
     is_here: &IsHere<'_>,
@@ -162,18 +161,18 @@ pub fn compare(
     missing: &BTreeMap<String, u32>,
     enough: u32,
 ) -> Vec<Action> {
-    // Looked up by name: there may be tens of thousands of both.
+    // Maps, since there may be tens of thousands of both.
     let by_run: HashMap<&str, &RunLease> = leases.iter().map(|lease| (lease.run.as_str(), lease)).collect();
     let shown = ListedInstances::of(listed);
-    // A run is known everywhere; only its own cloud's list says whether its instance is still
-    // there.
+    // Runs of all clouds are known, but only the list of an instance's own cloud shows whether it
+    // exists.
     let of_instances = listed.iter().map(|instance| judge(owner, now, &by_run, instance));
     let of_runs = leases
         .iter()
         .filter(|lease| lease.is_on(is_here))
         .filter_map(|lease| judge_run(lease, now, &shown, missing, enough));
     let mut actions: Vec<Action> = of_instances.chain(of_runs).collect();
-    // A run that is finished as a whole needs no word about its instance.
+    // A run that is finished as a whole needs no action for its instance.
     let finished: HashSet<String> = actions
         .iter()
         .filter_map(|action| if let Action::Finish { run, .. } = action { Some(run.clone()) } else { None })
@@ -182,7 +181,7 @@ pub fn compare(
     actions
 }
 
-/// What a list shows.
+/// The instances of a list.
 struct ListedInstances<'a> {
     names: HashSet<&'a str>,
     ids: HashSet<&'a InstanceId>,
@@ -195,7 +194,7 @@ impl<'a> ListedInstances<'a> {
     }
 }
 
-/// What the tags alone tell, where no ledger can be read.
+/// Actions by tags alone, if no ledger can be read.
 pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
     let judge = |instance: &Instance| {
         let why = match instance.tag() {
@@ -208,8 +207,8 @@ pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
     listed.iter().map(judge).collect()
 }
 
-/// The lease of an instance whose time is up, if it is `owner`'s, or with `None` anybody's of this
-/// program. `now`: Unix seconds.
+/// The lease of an instance whose time is up, if its owner is `owner`, or with `None` any ledger.
+/// `now`: Unix seconds.
 pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
     let tag = instance.tag()?;
     let meant = owner.is_none_or(|owner| owner == tag.owner);
@@ -264,7 +263,7 @@ fn judge_run(
     let name = tag.to_string();
     let known = state.rental().map(|rental| &rental.instance);
     let is_shown = shown.names.contains(name.as_str()) || known.is_some_and(|id| shown.ids.contains(id));
-    // An unanswered create call may still make its instance: only driving the run settles that.
+    // An unanswered create call may still create its instance. Only driving the run resolves that.
     let may_vanish = known.is_some();
     if !is_shown && may_vanish && missing.get(&lease.run).is_some_and(|times| *times >= enough) {
         return Some(Action::MarkGone { run });
@@ -464,8 +463,8 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// Whatever is listed and whatever the ledger holds: a foreign, driven or held instance is
-        /// never terminated, and every listed instance gets at most one verdict.
+        /// For any list and ledger: a foreign, driven or held instance is never terminated, and
+        /// every listed instance gets at most one action.
         #[test]
         fn foreign_driven_and_held_instances_are_never_terminated(
             names in prop::collection::vec(("me|you", "a|b|c", "n|m", 900u64..1100), 0..8),

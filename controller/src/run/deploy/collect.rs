@@ -1,5 +1,5 @@
-//! Results on this machine: named, compared with the manifest and with the job that was sent,
-//! moved into place as one.
+//! Saves results on this machine: names their folder, verifies them against manifest and job, and
+//! renames them into place.
 
 use std::fs;
 use std::io;
@@ -15,22 +15,22 @@ use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
 use crate::run::{Brought, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
 
-/// Folders of a run's files. There are three names, so that a reader can trust the first.
+/// Folders of a run's files. A folder with the first name always contains complete results.
 #[derive(Clone, Debug)]
 pub(super) struct Folders {
-    /// Whole results.
+    /// Complete results.
     pub(super) whole: PathBuf,
-    /// What could be saved.
+    /// Partial results.
     pub(super) partial: PathBuf,
-    /// While they arrive.
+    /// Results that are being fetched.
     pub(super) arriving: PathBuf,
 }
 
 impl Folders {
-    /// Below this folder.
+    /// The folders of a run in this parent folder.
     pub(super) fn of(below: &Path, spec: &RunSpec, run: &str) -> Self {
         let name = format!("{}-{run}", slug(&spec.model));
-        // In a survey's own folder a model has one place, and what failed never takes it.
+        // In a survey's folder each model has one name, which only complete results get.
         let survey = spec.survey.as_ref().filter(|_| below == Path::new(&spec.results));
         let whole = survey.map_or(&name, |survey| &survey.model);
         Self {
@@ -54,8 +54,7 @@ pub fn slug(model: &str) -> String {
     if name.starts_with('.') { name.replacen('.', "_", 1) } else { name }
 }
 
-/// Compares what arrived with the manifest, moves it to its place, and says how the run ended by
-/// it.
+/// Verifies fetched files by the manifest and moves them to their folder. Returns the outcome.
 pub(super) fn settle(
     folders: &Folders,
     manifest: Option<&Manifest>,
@@ -67,17 +66,17 @@ pub(super) fn settle(
     Ok((Brought { folder: place.to_string_lossy().into_owned(), complete }, ending))
 }
 
-/// Results that an earlier process moved into place before it could say so.
+/// Results that an earlier process moved into place without recording it.
 pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, RunOutcome)> {
     let complete = holds(&folders.whole, run).is_ok();
     complete
         .then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed))
 }
 
-/// Removes what did not arrive as a whole.
+/// Removes incomplete downloads.
 pub(super) fn clear(folders: &Folders) {
     for folder in [unfinished(&folders.arriving), folders.arriving.clone()] {
-        // It may never have come to be.
+        // The folder may not exist.
         let _ = fs::remove_dir_all(folder);
     }
 }
@@ -88,10 +87,10 @@ fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 
-/// Whether `folder` holds the whole results of this run; otherwise why not.
+/// Checks that `folder` contains the complete results of this run.
 ///
 /// # Errors
-/// In words.
+/// The reason, as text.
 pub fn holds(folder: &Path, run: &str) -> Result<(), String> {
     #[derive(Deserialize)]
     struct Owner {
@@ -122,7 +121,7 @@ fn judge(folder: &Path, manifest: Option<&Manifest>, exit: Option<i32>) -> (RunO
     }
 }
 
-/// Every file of the manifest is in `folder` with the size and the hash it names.
+/// Checks size and hash of every file of the manifest in `folder`.
 pub(super) fn verify(folder: &Path, manifest: &Manifest) -> Result<(), String> {
     if manifest.schema != SCHEMA {
         return Err(format!("the worker's documents have version {}; this program knows {SCHEMA}", manifest.schema));
@@ -145,7 +144,7 @@ pub(super) fn verify(folder: &Path, manifest: &Manifest) -> Result<(), String> {
     Ok(())
 }
 
-/// The results in a folder are of the job that its run was planned with.
+/// Checks that the results are of the job in the run's record.
 fn same_job(folder: &Path) -> Result<(), String> {
     #[derive(Deserialize)]
     struct Record {
@@ -158,7 +157,7 @@ fn same_job(folder: &Path) -> Result<(), String> {
     let Record { spec: Some(Of { job: sent }) } = document(&folder.join(RUN_FILE))? else { return Ok(()) };
     let Of { job: mut ran } = document(&folder.join(files::METADATA))?;
     if sent.devices.is_empty() {
-        // Then the GPUs that were rented are named on the way to the instance.
+        // The GPU names were added when the job was sent to the instance.
         ran.devices.clear();
     }
     let other = differences(&placeless(&sent), &placeless(&ran));
@@ -172,7 +171,7 @@ fn same_job(folder: &Path) -> Result<(), String> {
     }
 }
 
-/// A job without what is another path on every machine.
+/// The job without parts that differ between machines.
 fn placeless(job: &JobSpec) -> Value {
     let mut job = JobSpec { label: None, ..job.clone() };
     if let ModelSource::Folder { path } = &mut job.model {
@@ -189,7 +188,7 @@ fn placeless(job: &JobSpec) -> Value {
     serde_json::to_value(job).unwrap_or_default()
 }
 
-/// The names of the parts that are not the same in two documents.
+/// Names of the parts that differ between two documents.
 fn differences(sent: &Value, ran: &Value) -> Vec<String> {
     let parts = |document: &Value| -> Vec<String> {
         document.as_object().into_iter().flatten().map(|(part, _)| part.clone()).collect()
@@ -200,7 +199,7 @@ fn differences(sent: &Value, ran: &Value) -> Vec<String> {
     all
 }
 
-/// Fractions need not be the same to the last digit: they have been text in between.
+/// Compares values. Fractions may differ in the last digits after conversion to text.
 fn same(sent: &Value, ran: &Value) -> bool {
     match (sent, ran) {
         (Value::Object(a), Value::Object(b)) => {
@@ -214,7 +213,7 @@ fn same(sent: &Value, ran: &Value) -> bool {
     }
 }
 
-/// Renames a folder over another one, and makes that durable.
+/// Renames a folder over another one, durably.
 fn move_over(from: &Path, to: &Path) -> io::Result<()> {
     if to.exists() {
         fs::remove_dir_all(to)?;
@@ -222,7 +221,7 @@ fn move_over(from: &Path, to: &Path) -> io::Result<()> {
     rename_folder(from, to)
 }
 
-/// An empty folder at `path`.
+/// Creates an empty folder at `path`.
 pub(super) fn empty_folder(path: &Path) -> io::Result<()> {
     if path.exists() {
         fs::remove_dir_all(path)?;

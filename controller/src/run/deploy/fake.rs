@@ -1,4 +1,4 @@
-//! A cloud and its hosts in memory: stateful, and failing on request at the n-th effect.
+//! A cloud and its hosts in memory, with state, and with a fault at a given effect.
 
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,16 +29,16 @@ use crate::run::{GuardTimeouts, Pin, RunSpec};
 use crate::secret::Secret;
 use crate::units::{Bytes, Usd, UsdPerHour};
 
-/// As by default.
+/// Default timeouts.
 const WATCH: GuardTimeouts = GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 };
-/// How long a cloud may end nothing.
+/// Time for which a cloud refuses terminations.
 const REFUSES: Duration = Duration::from_secs(300);
-/// How long a disk may be full: longer than it takes to end an instance all the same.
+/// Time for which a disk is full: longer than the termination of an instance.
 const FULL: Duration = Duration::from_secs(900);
 /// Seconds by which this machine's clock may jump ahead.
 const JUMP: i64 = 7 * 3600;
 
-/// Everything is quick here.
+/// Short timeouts.
 pub(crate) const QUICK: Timeouts = Timeouts {
     call: Duration::from_secs(5),
     boot: Duration::from_millis(200),
@@ -84,7 +84,7 @@ pub(crate) fn spec(results: &Path) -> RunSpec {
     }
 }
 
-/// What a person said yes to.
+/// Consent up to this amount.
 pub(crate) fn up_to(ceiling: Usd) -> Quote {
     Quote { ceiling: Some(ceiling), ..Quote::default() }
 }
@@ -94,40 +94,40 @@ pub(crate) fn offer(key: &str, dollars: f64) -> Offer {
     Offer { cpu_cores: Some(4), machine: Some(format!("machine of {key}")), ..Offer::new("fake", key.into(), 0, price) }
 }
 
-/// What goes wrong, at which effect.
+/// Kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
     /// The controller dies before the effect.
     CrashBefore,
-    /// The controller dies after the effect, before it hears of it.
+    /// The controller dies after the effect, before it receives the answer.
     CrashAfter,
-    /// The effect does not happen, and an error says so.
+    /// The effect does not happen, and the call returns an error.
     Fails,
     /// The effect happens, and the answer is lost.
     AnswerLost,
-    /// From here on nothing works any more.
+    /// From here on every call fails.
     Outage,
     /// Ctrl-C, once.
     Stop,
     /// Ctrl-C, twice.
     StopTwice,
-    /// The instance goes away.
+    /// The instance is preempted.
     Preempted,
     /// Every offer's price rises.
     PriceRises,
-    /// From here on the cloud ends nothing for some minutes.
+    /// From here on the cloud refuses terminations for some minutes.
     Refuses,
-    /// This once the cloud's list shows ours as entries of which nothing can be read.
+    /// One listing shows this program's instances as unreadable entries.
     Odd,
     /// The process gets SIGHUP.
     Hangup,
-    /// From here on the ledger takes no event, for some minutes or until the next process.
+    /// From here on the ledger cannot be written, for some minutes or until the next process.
     StateFull,
-    /// The same of the folder of results.
+    /// From here on the results' folder cannot be written.
     ResultsFull,
-    /// From here to the next controller nobody can read the run's row in the ledger.
+    /// From here to the next controller the run's row in the ledger cannot be read.
     Unreadable,
-    /// This machine's clock jumps hours ahead.
+    /// This machine's clock jumps ahead by hours.
     ClockJumps,
 }
 
@@ -135,112 +135,111 @@ thread_local! {
     static WOUND: Cell<Option<(Instant, u64)>> = const { Cell::new(None) };
 }
 
-/// From here on this thread's wall clock shows `at_ms` and goes with its runtime's clock, which
-/// tests stop and wind.
+/// Sets this thread's wall clock to `at_ms`. It advances with the runtime's clock, which tests
+/// pause and advance.
 pub(crate) fn wind(at_ms: u64) {
     WOUND.set(Some((Instant::now(), at_ms)));
 }
 
-/// What a wound clock shows.
+/// Time of a clock set by tests.
 fn wound_ms() -> Option<u64> {
     WOUND.get().map(|(since, at_ms)| at_ms + since.elapsed().as_millis() as u64)
 }
 
-/// What this thread's clock shows, the system's where it is not wound.
+/// This thread's clock; the system's if it is not set.
 pub(crate) fn now_ms() -> u64 {
     wound_ms().unwrap_or_else(ledger::now_ms)
 }
 
-/// The ledger below `folder`, by this thread's clock.
+/// The ledger in `folder`, with this thread's clock.
 pub(crate) fn open_ledger(folder: &Path) -> Ledger {
     Ledger::open(folder).unwrap().with_clock(now_ms)
 }
 
-/// One rented machine.
+/// One rented instance.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
     pub(crate) name: String,
-    /// It is somebody else's: our hands must stay off it.
+    /// It belongs to another program and must not be touched.
     pub(crate) foreign: bool,
-    /// Some answer or list has shown it: one that none ever did costs what nobody can know.
+    /// Some answer or list has shown it. The cost of others is unknown.
     known: bool,
-    /// Listed and billing, but down.
+    /// Listed and billing, but not running.
     pub(crate) stopped: bool,
     created_ms: u64,
     deadline_ms: u64,
-    /// Listings still to come before it shows.
+    /// Number of listings before it appears.
     hidden: u32,
     worker: JobStatus,
     guarded: bool,
     /// The worker has written its manifest.
     whole: bool,
-    /// What the worker does.
+    /// Job of the worker.
     job: Option<JobSpec>,
     price: UsdPerHour,
-    /// What its offer said.
+    /// Price of its offer.
     offered: UsdPerHour,
 }
 
-/// The world outside.
+/// State of the cloud and its hosts.
 #[derive(Default)]
 pub(crate) struct World {
     pub(crate) machines: BTreeMap<String, Machine>,
     pub(crate) effects: Vec<&'static str>,
-    /// Names of the files that were pushed.
+    /// Names of the pushed files.
     pub(crate) pushed: Vec<String>,
     pub(crate) armed: Vec<(usize, Fault)>,
     pub(crate) fired: usize,
     pub(crate) struck: Vec<(Fault, &'static str)>,
-    /// Names that instances have had.
+    /// Names of all instances so far.
     names: BTreeSet<String>,
-    /// What instances that are gone have cost; without the time after a deadline that nobody on
-    /// the instance could keep.
+    /// Cost of ended instances, without time after a deadline that no process on the instance
+    /// could enforce.
     pub(crate) billed: Usd,
-    /// The same without what one billed above its offer on which nothing was ever run: that is
-    /// given back as soon as it is seen.
+    /// As `billed`, without the excess over the offer's price of instances on which nothing ran:
+    /// these are terminated as soon as the price is known.
     pub(crate) kept: Usd,
-    /// Instances can end themselves: their guards do.
+    /// Whether instances can end themselves, by their guards.
     pub(crate) self_destruct: bool,
     pub(crate) creates: usize,
     pub(crate) most_alive: usize,
     pub(crate) offers: Vec<Offer>,
-    /// Listings before a new machine shows.
+    /// Number of listings before a new instance appears.
     pub(crate) visibility: u32,
-    /// Offers that cannot be had.
+    /// Offers that are refused.
     pub(crate) sold_out: Vec<String>,
-    /// Offers whose hosts are not what they were said to be.
+    /// Offers with unfit hosts.
     pub(crate) unfit: Vec<String>,
-    /// Offers whose hosts answer to nothing after the login: a look at them takes so long, and
-    /// fails.
+    /// Offers whose hosts do not answer after the login: a probe takes this long, and fails.
     pub(crate) drags: Vec<(String, Duration)>,
-    /// The worker here is one for CPUs.
+    /// The local worker is a CPU build.
     pub(crate) without_cuda: bool,
-    /// Number of hosts that let no program run.
+    /// Number of hosts that do not run programs.
     pub(crate) barred: u32,
     pub(crate) create_error: Option<BrokerErrorKind>,
-    /// So often a worker dies.
+    /// Number of times that a worker dies.
     pub(crate) deaths: u32,
     /// The worker runs until it is stopped.
     pub(crate) endless: bool,
-    /// The worker ends with this instead of results.
+    /// The worker ends with this outcome instead of results.
     pub(crate) outcome: Option<Outcome>,
-    /// Flips a byte of the fetched files.
+    /// Whether a byte of the fetched files is changed.
     pub(crate) damage: bool,
-    /// The manifest is not to be trusted.
+    /// The manifest is invalid.
     pub(crate) damaged_manifest: bool,
-    /// The worker does another job: it runs this many layers.
+    /// The worker runs a job with this number of layers.
     pub(crate) other_layers: Option<usize>,
-    /// No file comes to its end.
+    /// Downloads never end.
     pub(crate) stalls: bool,
     pub(crate) price_on_arrival: Option<UsdPerHour>,
     pub(crate) outage: bool,
-    /// Until then nothing is ended.
+    /// Terminations are refused until then.
     pub(crate) refuses_until: Option<Instant>,
-    /// The list that is being made shows ours as entries of which nothing can be read.
+    /// The current listing shows this program's instances as unreadable entries.
     odd: bool,
     pub(crate) max_duration_s: u64,
     pub(crate) budget: Option<Usd>,
-    /// Listings in which instances wait for their turn.
+    /// Number of listings in which instances are queued.
     pub(crate) queued: u32,
     /// No instance ever comes up.
     pub(crate) never_up: bool,
@@ -248,22 +247,22 @@ pub(crate) struct World {
     pub(crate) run_time: Option<RunTime>,
     /// The cloud ends an instance by itself, and the worker with it.
     pub(crate) limited: bool,
-    /// What the hosts of all instances ask for.
+    /// Higher price that all hosts demand.
     pub(crate) rise: Option<String>,
-    /// What a person said yes to.
+    /// The agreed amount.
     pub(crate) agreed: Option<Usd>,
-    /// Seconds by which the cloud's clock, which instances keep, is ahead of this machine's.
+    /// Seconds by which the cloud's clock, also used by instances, is ahead of this machine's.
     pub(crate) clock_ahead: i64,
-    /// The ledger's file, where something may happen to it.
+    /// The ledger's file, for faults that affect it.
     pub(crate) ledger: PathBuf,
-    /// The run's row in it cannot be read.
+    /// Whether the run's row cannot be read.
     pub(crate) unreadable: bool,
     state_full_until: Option<Instant>,
     results_full_until: Option<Instant>,
     next_id: usize,
 }
 
-/// A handle on the world: the broker and the way to its hosts in one.
+/// The fake broker, and transport to its hosts.
 #[derive(Clone)]
 pub(crate) struct Fake {
     pub(crate) world: Arc<Mutex<World>>,
@@ -274,17 +273,17 @@ pub(crate) struct Fake {
 }
 
 impl World {
-    /// The machines that this ledger rented.
+    /// The instances that this ledger rented.
     pub(crate) fn ours(&self) -> impl Iterator<Item = &Machine> {
         self.machines.values().filter(|machine| !machine.foreign)
     }
 
-    /// By the cloud's clock.
+    /// Time by the cloud's clock.
     fn now_ms(&self) -> u64 {
         now_ms().saturating_add_signed(self.clock_ahead * 1000)
     }
 
-    /// This machine's clock goes hours ahead, where it is wound.
+    /// Moves this machine's clock ahead by hours, if it is set by tests.
     pub(crate) fn jump(&mut self) {
         if let Some(now) = wound_ms() {
             wind(now.saturating_add_signed(JUMP * 1000));
@@ -305,7 +304,7 @@ impl World {
         );
     }
 
-    /// Disks that are full for no longer than until `now`; with `None` whatever fills them.
+    /// Ends full disks that are due at `now`; with `None` all.
     pub(crate) fn make_room(&mut self, now: Option<Instant>) {
         let over = |until: Option<Instant>| until.is_some_and(|until| now.is_none_or(|now| until <= now));
         if over(self.state_full_until) {
@@ -323,15 +322,15 @@ impl World {
         }
     }
 
-    /// The run's row can be read again.
+    /// Makes the run's row readable.
     pub(crate) fn mend(&mut self) {
         if std::mem::take(&mut self.unreadable) {
             self.in_ledger("UPDATE runs SET spec = substr(spec, 2)");
         }
     }
 
-    /// What goes on without us: guards end instances whose time is up, and those nobody has looked
-    /// after for `alone`.
+    /// Runs the guards: they end instances whose time is up, and those without a controller for
+    /// `alone`.
     pub(crate) fn pass(&mut self, alone: Duration) {
         let now = self.now_ms();
         let watched = |machine: &Machine| machine.guarded && self.self_destruct && !machine.foreign;
@@ -341,13 +340,13 @@ impl World {
         ended.iter().for_each(|id| self.end(id));
     }
 
-    /// The cloud takes ours back.
+    /// Preempts this program's instances.
     pub(crate) fn preempt(&mut self) {
         let ours: Vec<String> = self.machines.iter().filter(|(_, m)| !m.foreign).map(|(id, _)| id.clone()).collect();
         ours.iter().for_each(|id| self.end(id));
     }
 
-    /// Instances bill this from the beginning, whatever was said before.
+    /// Sets the price of instances from their creation on.
     pub(crate) fn bill(&mut self, price: UsdPerHour) {
         self.machines.values_mut().filter(|machine| !machine.foreign).for_each(|machine| machine.price = price);
     }
@@ -358,13 +357,13 @@ impl World {
         }
     }
 
-    /// What the cloud asks for this offer at this moment.
+    /// The current price of this offer.
     fn price_of(&self, offer: &Offer) -> UsdPerHour {
         let now = self.offers.iter().find(|now| now.key == offer.key).map_or(offer.price, |now| now.price);
         self.price_on_arrival.unwrap_or(now)
     }
 
-    /// Somebody else's, first in every list.
+    /// Adds an instance of another program, first in every list.
     pub(crate) fn add_foreign(&mut self, number: usize) {
         let name = ["my-web-server", "outliers-somebody-else-n-1", "notes"][number % 3].to_owned();
         let machine = Machine {
@@ -390,7 +389,7 @@ impl World {
         assert!(!machine.foreign, "an instance that is not ours was ended");
         let until = self.now_ms().min(machine.deadline_ms);
         let lived = Duration::from_millis(until.saturating_sub(machine.created_ms));
-        // What cannot be written down nobody can know either.
+        // The cost of an instance that could not be recorded is unknown.
         if machine.known && self.state_full_until.is_none() {
             self.billed = self.billed + machine.price.cost(lived);
             let used = machine.worker != JobStatus::NotStarted;
@@ -417,7 +416,7 @@ impl Fake {
         change(&mut self.world.lock().unwrap());
     }
 
-    /// The one cloud there is.
+    /// The fake cloud.
     pub(crate) fn clouds(&self) -> Clouds {
         vec![Cloud { broker: Arc::new(self.clone()), timeouts: self.timeouts.clone(), is_local: false }].into()
     }
@@ -426,7 +425,7 @@ impl Fake {
         Ports { clouds, bad_hosts: &self.bad_hosts, hosts: self, secrets: &[], start_throttle: None }
     }
 
-    /// One effect on the world: counted, and struck by the fault armed for its number.
+    /// Performs and counts an effect, with the fault for its number.
     async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
         let outcome = {
             let mut world = self.world.lock().unwrap();
@@ -480,7 +479,7 @@ impl Fake {
             self.crashed.notify_one();
             return std::future::pending().await;
         }
-        // As any real call, it lets others run.
+        // Yields, like a real call.
         tokio::task::yield_now().await;
         outcome
     }
@@ -856,7 +855,7 @@ impl Host for FakeHost {
     }
 }
 
-/// A failure of the connection.
+/// A connection error.
 fn broken(message: &str) -> HostError {
     HostError::new(HostErrorKind::Connection(TransportErrorKind::Reset), message)
 }

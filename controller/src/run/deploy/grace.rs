@@ -1,5 +1,4 @@
-//! How long a host may take from the login until its worker runs: one patience for all that is
-//! done there, however often a part of it fails and is tried again.
+//! Time limit of a host from the login to the start of its worker, over all steps and retries.
 
 use std::collections::BTreeMap;
 use std::pin::pin;
@@ -11,54 +10,54 @@ use tokio::time::{Instant, sleep_until};
 use crate::host::{HostError, HostErrorKind, HostEvent};
 use crate::units::Span;
 
-/// Bytes per second at which an upload is worth waiting for.
+/// Minimum rate of an upload in bytes per second.
 const USABLE_RATE: u64 = 128 << 10;
 
-/// One host's time. Each byte of an upload that the host acknowledges for the first time adds what
-/// it takes at the usable rate, so that a slow line is borne and one that drips is not.
+/// Time limit of one host. Each byte of an upload extends it when it is first acknowledged, by its
+/// time at the usable rate. Slow lines are therefore tolerated, and unusable ones are not.
 pub(super) struct Grace {
     timeouts: Duration,
     spent: Mutex<Spent>,
 }
 
-/// What it was spent on so far.
+/// State of the time limit.
 struct Spent {
-    /// When it ends, without what uploads add.
+    /// End, without the extension by uploads.
     end: Instant,
-    /// Most bytes of each upload that were acknowledged.
+    /// Maximum acknowledged bytes per upload.
     uploaded: BTreeMap<String, u64>,
-    /// What is being done.
+    /// The current stage.
     stage: &'static str,
-    /// The last failure, which was tried again.
+    /// The last failure that was retried.
     failure: Option<String>,
 }
 
 impl Grace {
-    /// From now on.
+    /// Starts now.
     pub(super) fn new(timeouts: Duration) -> Self {
         let (uploaded, stage, failure) = (BTreeMap::new(), "connecting", None);
         let spent = Spent { end: Instant::now() + timeouts, uploaded, stage, failure };
         Self { timeouts, spent: Mutex::new(spent) }
     }
 
-    /// When it is over, as things stand.
+    /// The current end.
     pub(super) fn end(&self) -> Instant {
         let spent = self.lock();
         let uploaded: u64 = spent.uploaded.values().sum();
         spent.end + Duration::from_secs(uploaded / USABLE_RATE)
     }
 
-    /// It is over.
+    /// Whether the time is over.
     pub(super) fn is_over(&self) -> bool {
         Instant::now() >= self.end()
     }
 
-    /// Something else is done from here on.
+    /// Starts another stage.
     pub(super) fn begin(&self, stage: &'static str) {
         self.lock().stage = stage;
     }
 
-    /// Takes note of an upload's bytes.
+    /// Records the progress of an upload.
     pub(super) fn hear(&self, event: &HostEvent) {
         if let HostEvent::Uploading { name, sent, .. } = event {
             let mut spent = self.lock();
@@ -67,7 +66,7 @@ impl Grace {
         }
     }
 
-    /// Takes note of a failure that is tried again.
+    /// Records a failure that is retried.
     pub(super) fn failed(&self, failure: &str) {
         self.lock().failure = Some(failure.to_owned());
     }
@@ -77,7 +76,7 @@ impl Grace {
         self.lock().end += time;
     }
 
-    /// Does the work, or ends it with [`Grace::verdict`] when the time is over first.
+    /// Runs the future, or returns [`Grace::verdict`] when the time is over.
     pub(super) async fn within<T>(&self, work: impl Future<Output = Result<T, HostError>>) -> Result<T, HostError> {
         let mut work = pin!(work);
         loop {
@@ -92,7 +91,7 @@ impl Grace {
         }
     }
 
-    /// Why a host is given up whose time is over.
+    /// The error of a host that exceeded its time.
     pub(super) fn verdict(&self) -> HostError {
         let spent = self.lock();
         let failure = spent.failure.as_ref().map_or_else(String::new, |failure| format!("; last failure: {failure}"));
@@ -112,8 +111,8 @@ mod tests {
 
     const TIMEOUT: Duration = Duration::from_secs(300);
 
-    /// An upload of 100 MB that gets on by `bytes` a second; how long it was borne, and whether to
-    /// its end.
+    /// Uploads 100 MB at `bytes` per second. Returns its duration until the end or the time limit,
+    /// and whether it completed.
     async fn upload(bytes: u64) -> (u64, bool) {
         let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
         let work = async {

@@ -1,5 +1,4 @@
-//! What a run does to the world, as traits: the real thing and the tests' fakes are two
-//! implementations of each.
+//! External effects of a run as traits, with a real and a fake implementation each.
 
 use async_trait::async_trait;
 use outliers_protocol::{FileBytes, JobSpec, Manifest};
@@ -13,38 +12,37 @@ use crate::host::{GuardConfig, HostError, HostFacts, JobStatus, OnEvent};
 use crate::run::Pin;
 use crate::secret::Secret;
 
-/// Everything a run needs from outside.
+/// External dependencies of a run.
 #[derive(Clone, Copy)]
 pub struct Ports<'a> {
-    /// Where to rent.
+    /// The clouds.
     pub clouds: &'a Clouds,
-    /// Machines not to rent again.
+    /// Unfit machines.
     pub bad_hosts: &'a BadHosts,
-    /// The way to rented hosts.
+    /// Access to rented hosts.
     pub hosts: &'a dyn Hosts,
     /// Environment of the worker only: name and value of each variable.
     pub secrets: &'a [(&'static str, Secret)],
-    /// When each of several runs may start its worker; one alone need not wait.
+    /// Spaces the starts of several runs' workers; `None` for a single run.
     pub start_throttle: Option<&'a StartThrottle>,
 }
 
-/// The way to rented hosts.
+/// Access to rented hosts.
 #[async_trait]
 pub trait Hosts: Send + Sync {
-    /// The run's SSH key below `folder`, made if there is none: the public half as a line of
+    /// The run's SSH key in `folder`, created if missing. Returns the public half as a line of
     /// `authorized_keys`.
     fn key(&self, folder: &Path) -> Result<String, HostError>;
 
-    /// Whether the worker that would be pushed now uses the GPUs that are wanted for it. It may be
-    /// another one than when the run was planned.
+    /// Checks that the current worker program supports the requested GPUs. It may have been
+    /// replaced since the run was planned.
     fn serve(&self, want: &GpuRequest) -> Result<(), HostError>;
 
-    /// Removes the run's key, and what else only a run that goes on needs. What is gone already is
-    /// a success.
+    /// Removes the run's key and other files of an active run. Missing files count as success.
     fn forget(&self, folder: &Path) -> Result<(), HostError>;
 
-    /// Connects, again and again until `deadline`. The host must show `pin`, where there is one;
-    /// returns the one it showed.
+    /// Connects, with retries until `deadline`. The host must present `pin`, if given. Returns the
+    /// presented key.
     async fn reach(
         &self,
         endpoint: &SshEndpoint,
@@ -54,45 +52,41 @@ pub trait Hosts: Send + Sync {
         on: OnEvent<'_>,
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
 
-    /// The host at the end of a cloud's own way. Its connection is made when it is needed.
-    /// `folder` is the run's.
+    /// The host behind a cloud's own transport, which connects on demand. `folder` is the run's.
     fn over(&self, way: Way, folder: &Path) -> Box<dyn Host>;
 }
 
-/// A host we are connected to. Every method may be called again after it failed, or after we
-/// crashed within it.
+/// A connected host. Every method can be repeated after a failure or a crash.
 #[async_trait]
 pub trait Host: Send + Sync {
-    /// Looks at the machine. An error when it is not what was rented, or when the job needs the hub
+    /// Probes the machine. Fails if it differs from the rented one, or if the job needs the hub
     /// and the machine does not reach it.
     async fn probe(&self, offer: &Offer, want: &GpuRequest, asks_the_hub: bool) -> Result<HostFacts, HostError>;
 
-    /// Makes sure that the run's guard watches over the instance, and tells it that we do as long
-    /// as this value lives.
+    /// Starts the run's guard unless it runs, and renews its lease while this value lives.
     async fn guard(&self, run: &str, config: &GuardConfig) -> Result<(), HostError>;
 
-    /// Makes sure that the worker is there.
+    /// Pushes the worker unless it is there.
     async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError>;
 
-    /// Copies a file or a folder to where the run's worker can read it, under `name`; returns the
-    /// path to give to the worker.
+    /// Pushes a file or folder under `name` for the run's worker. Returns its path for the worker.
     async fn push(&self, run: &str, local: &Path, name: &str, on: OnEvent<'_>) -> Result<String, HostError>;
 
-    /// Starts the worker, detached. Starting it twice starts it once.
+    /// Starts the worker, detached. A second call starts nothing.
     async fn launch(&self, run: &str, job: &JobSpec, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
 
-    /// Starts a worker again that died, on what it left. One that runs, or has ended as it should,
-    /// is left alone.
+    /// Restarts a worker that died, with its files. A worker that runs, or ended regularly, is
+    /// left alone.
     async fn restart(&self, run: &str, secrets: &[(&'static str, Secret)]) -> Result<(), HostError>;
 
     /// The state of the worker.
     async fn status(&self, run: &str) -> Result<JobStatus, HostError>;
 
-    /// Passes on what the worker says until it has ended.
+    /// Reports the worker's output until it has ended.
     async fn follow(&self, run: &str, on: OnEvent<'_>) -> Result<JobStatus, HostError>;
 
-    /// Copies the worker's files into the local folder `into`: no others than are `expected`, and
-    /// none that is larger. The manifest if the worker has written one.
+    /// Fetches the worker's files into the local folder `into`, limited to the names and sizes of
+    /// `expected`. Returns the manifest, if there is one.
     async fn fetch(
         &self,
         run: &str,
@@ -101,6 +95,6 @@ pub trait Host: Send + Sync {
         on: OnEvent<'_>,
     ) -> Result<Option<Manifest>, HostError>;
 
-    /// Ends the worker. One that has ended already is a success.
+    /// Ends the worker. A worker that has ended counts as success.
     async fn stop_worker(&self, run: &str) -> Result<(), HostError>;
 }

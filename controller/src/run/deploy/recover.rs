@@ -15,12 +15,11 @@ use crate::run::reconcile::{self, Action, Finish};
 use crate::run::{RunEvent, RunOutcome, RunState};
 use crate::units::UsdPerHour;
 
-/// Reconciles ledger and clouds: ends strays, finishes runs without an open decision, leaves the
-/// rest.
-/// Returns what was found.
+/// Reconciles ledger and clouds: ends strays and finishes runs without an open decision. Returns
+/// all findings.
 ///
 /// # Errors
-/// [`DriveError`] when a cloud does not answer, or an instance does not go.
+/// [`DriveError`] if a cloud does not answer, or an instance cannot be terminated.
 pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, DriveError> {
     let each = join_all(ports.clouds.iter().map(|cloud| recover_on(ledger, ports, cloud, on))).await;
     let mut actions = Vec::new();
@@ -77,20 +76,20 @@ pub async fn carry_out(
     done
 }
 
-/// A cloud's complete list, and what is to be done about it.
+/// A cloud's complete list, and the actions it requires.
 #[derive(Debug, Default)]
 pub struct Looked {
-    /// Ours or not.
+    /// All instances of the account.
     pub listed: Vec<Instance>,
-    /// About instances and runs.
+    /// Actions on instances and runs.
     pub actions: Vec<Action>,
 }
 
-/// Lists once, or as often as it takes to call a missing instance gone, and compares. Without a
-/// ledger the tags alone are judged, and nothing is to be done.
+/// Compares the ledger with a cloud's list, listing again until a missing instance counts as gone.
+/// Without a ledger the tags alone are compared, and no action results.
 ///
 /// # Errors
-/// [`DriveError`] when the cloud does not answer.
+/// [`DriveError`] if the cloud does not answer.
 pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
@@ -100,7 +99,7 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
     let (is_here, timeouts) = (|offer: &Offer| cloud.broker.made(offer), &cloud.timeouts);
     let mut missing = BTreeMap::new();
     for again in (0..timeouts.absences).rev() {
-        // In this order: a run's intent is in the ledger before its instance can be in a list.
+        // In this order, since a run's intent is recorded before its instance can be listed.
         let before = reconcile::leases(ledger)?;
         let known: Vec<&InstanceId> = reconcile::abandoned_on(&before, &is_here).collect();
         let open = before.iter().any(|lease| lease.may_be_on(&is_here));
@@ -113,7 +112,7 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
             tokio::time::sleep(timeouts.listing_interval).await;
             continue;
         }
-        // Deadlines are by the cloud's clock, whatever ours says.
+        // Deadlines follow the cloud's clock.
         let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
         let actions = reconcile::compare(owner, &is_here, now, &leases, &listed, &missing, timeouts.absences);
@@ -143,7 +142,7 @@ fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError
 async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, why: Finish) -> Result<(), DriveError> {
     let Some(mut run) = ledger.take(run)? else { return Ok(()) };
     release(&mut run, ports, on).await?;
-    // Stopped from the start: the run saves its results and ends. It never rents again.
+    // The run is stopped from the start: it saves its results and ends, and never rents again.
     let stop = watch::Sender::new(Stop::Now);
     let ending = match why {
         Finish::Expired => RunOutcome::Deadline,
@@ -153,10 +152,10 @@ async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, 
     Ok(())
 }
 
-/// What is held is held no more. Where the ledger cannot say so its instance ends at once.
+/// Releases a held run. If the ledger cannot be written, its instance is terminated directly.
 ///
 /// # Errors
-/// [`DriveError`], with which the instance is gone unless it says otherwise.
+/// [`DriveError`]. The instance is gone unless the error says otherwise.
 pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
     let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
     let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
@@ -166,19 +165,19 @@ pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) ->
     Err(error.into())
 }
 
-/// An instance that is to end.
+/// An instance to terminate.
 #[derive(Clone, Debug)]
 pub struct Target {
     /// Its id.
     pub id: InstanceId,
-    /// What it bills, where that is known.
+    /// Its price, if known.
     pub price: Option<UsdPerHour>,
-    /// When it was made, Unix seconds, where that is known.
+    /// Its creation in Unix seconds, if known.
     pub since: Option<u64>,
 }
 
 impl Target {
-    /// An instance of which no more is known.
+    /// An instance with an unknown price and age.
     pub fn of(id: &InstanceId) -> Self {
         Self { id: id.clone(), price: None, since: None }
     }
@@ -195,11 +194,11 @@ impl From<&Instance> for Target {
     }
 }
 
-/// Ends instances and waits until complete listings no longer show them. No list is needed to end
-/// them, nor, where the cloud gives none, to see them gone.
+/// Terminates instances and waits until complete listings no longer show them. If the cloud gives
+/// no list, each is terminated and queried by its id.
 ///
 /// # Errors
-/// [`DriveError`] when one does not go.
+/// [`DriveError`] if one cannot be terminated.
 pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
     let ender = Ender::new(cloud, on);
@@ -210,7 +209,7 @@ pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<
     })
 }
 
-/// What a missing list means, where an instance of ours may be in it or not.
+/// The error for a missing list, by whether it may contain an instance of this program.
 fn unanswered(error: &BrokerError, open: bool) -> DriveError {
     let message = format!("it is not known which instances exist: {error}");
     if open { DriveError::Broker { message } } else { DriveError::Silent { message, hint: error.hint() } }

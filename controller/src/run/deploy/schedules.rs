@@ -1,9 +1,9 @@
-//! Random schedules: worlds of every kind, up to six faults at any effect, processes that die and
-//! come back hours later, until it is over. Time is the runtime's, stopped and wound: an hour
-//! takes no time, and the same seed gives the same trace.
+//! Random schedules of faults: clouds of every kind, up to six faults at any effect, and processes
+//! that die and restart hours later, until the run is over. The runtime's clock is paused and
+//! advanced, so that hours take no time and the same seed gives the same trace.
 //!
-//! `tests/schedules.sh --schedules N --seed S` runs more of them, or one again: schedule `i` of
-//! seed `S` is schedule 0 of seed `S + i`. `tests/faults.sh` builds known bugs into a copy of the
+//! `tests/schedules.sh --schedules N --seed S` runs more of them, or repeats one: schedule `i` of
+//! seed `S` is schedule 0 of seed `S + i`. `tests/faults.sh` applies known bugs to a copy of the
 //! program and counts the schedules until each is caught.
 
 use std::collections::BTreeMap;
@@ -21,24 +21,23 @@ use crate::run::ledger::{LedgerEntry, Records};
 use crate::run::reconcile::{Action, Stray};
 use crate::units::{Usd, UsdPerHour};
 
-/// Without being asked for more.
+/// Default number of schedules.
 const SCHEDULES: u64 = 2000;
-/// The first seed without being asked for another: the same commit gives the same answer.
+/// Default seed. It is constant, so that a commit has one result.
 const SEED: u64 = 1;
-/// How many of these are run twice.
+/// Number of schedules that run twice.
 const TWICE: u64 = 200;
-/// Processes after which a run must have come to its end: each fault costs at most one, and one is
-/// the last.
+/// Maximum processes of a run: each fault costs at most one, plus the last one.
 const MOST_LIVES: usize = 12;
-/// Effects among which faults are spread: a path without faults has about as many.
+/// Effects over which faults are spread: about the number without faults.
 const EFFECTS: usize = 30;
-/// 2026-01-01, in milliseconds: any moment will do, as long as it is always the same.
+/// 2026-01-01 in milliseconds, an arbitrary constant.
 const BEGIN_MS: u64 = 1_767_225_600_000;
-/// From the death of a controller to the next one, in seconds.
+/// Seconds from the death of a controller to the next one.
 const GAPS: [u64; 5] = [0, 30, 1200, 3 * 3600, 9 * 3600];
 
-/// Seconds by which the cloud's clock may be ahead of this machine's. With hours nothing is
-/// rented.
+/// Seconds by which the cloud's clock may be ahead of this machine's. With hours of skew nothing
+/// is rented.
 const SKEWS: [i64; 3] = [200, 7 * 3600, -7 * 3600];
 
 const FAULTS: [Fault; 14] = [
@@ -58,12 +57,12 @@ const FAULTS: [Fault; 14] = [
     Fault::ClockJumps,
 ];
 
-/// What a schedule came to.
+/// Result of a schedule.
 #[derive(Debug, PartialEq)]
 struct Played {
-    /// Every effect, every event and the ending.
+    /// All effects, events and the outcome.
     trace: Vec<String>,
-    /// Faults that struck, by fault and effect.
+    /// Faults that occurred, with their effects.
     struck: Vec<(Fault, &'static str)>,
 }
 
@@ -72,7 +71,7 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name} is `{text}`, which is no number")))
 }
 
-/// `OUTLIERS_SEED`: a number, or `random`.
+/// Parses `OUTLIERS_SEED`: a number, or `random`.
 fn first_seed() -> u64 {
     match std::env::var("OUTLIERS_SEED").as_deref() {
         Ok("random") => rand::rng().random_range(0..1 << 32),
@@ -80,7 +79,7 @@ fn first_seed() -> u64 {
     }
 }
 
-/// Every fourth world is a calm one: one fault, and all else as it should be.
+/// Sets up a cloud. Every fourth has one fault and no other problems.
 fn prepare(world: &mut World, random: &mut StdRng) {
     world.self_destruct = random.random_bool(0.5);
     if random.random_bool(0.05) {
@@ -116,7 +115,7 @@ fn trouble(world: &mut World, random: &mut StdRng) {
             let hours = world.max_duration_s as f64 / 3600.0;
             world.budget = Some(Usd::from_dollars(hours * random.random_range(0.8..6.0)));
         }
-        // What a cloud bills beyond its own offer, no budget can know.
+        // A bill above the offer's price cannot be budgeted.
         3 => world.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0))),
         _ => {}
     }
@@ -130,15 +129,14 @@ fn is_hours_off(world: &World) -> bool {
     world.clock_ahead.abs() > 3600
 }
 
-/// Whether nothing of this world speaks against whole results: at most one fault, and none that
-/// ends the run.
+/// Whether the run must complete: at most one fault, and none that ends the run.
 fn must_complete(world: &World) -> bool {
     let harmless = |(_, fault): &(usize, Fault)| {
         use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses, Unreadable};
         matches!(fault, CrashBefore | CrashAfter | Fails | AnswerLost | Refuses | Odd | Unreadable)
     };
     let serves = |offer: &Offer| !world.sold_out.contains(&offer.key) && !world.unfit.contains(&offer.key);
-    // What one that did not serve has cost may leave too little for the next.
+    // The cost of an unfit instance may leave too little for the next.
     let affordable = world.agreed.is_none() || world.sold_out.is_empty() && world.unfit.is_empty();
     world.armed.len() <= 1
         && !is_hours_off(world)
@@ -153,7 +151,7 @@ fn must_complete(world: &World) -> bool {
         && world.price_on_arrival.is_none()
 }
 
-/// Another process looks after what is left, as `reap` does from a timer.
+/// Runs `reap` in another process, as from a timer.
 async fn bystander(fake: &Fake, home: &Path) {
     let ledger = open_ledger(&home.join("state"));
     let clouds = fake.clouds();
@@ -165,8 +163,8 @@ async fn bystander(fake: &Fake, home: &Path) {
     }
 }
 
-/// Another process that cannot read the run's row: it names the run, and whatever it carries has
-/// its time.
+/// Another process cannot read the run's row: it must name the run and leave its instance until
+/// its deadline.
 async fn onlooker(fake: &Fake, home: &Path) {
     let ledger = open_ledger(&home.join("state"));
     let Records { runs, unreadable } = ledger.records().expect("one row is not the ledger");
@@ -180,12 +178,12 @@ async fn onlooker(fake: &Fake, home: &Path) {
     };
     let in_time =
         |action: &Action| matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. });
-    // A cloud that does not answer tells nothing.
+    // A cloud that does not answer yields no actions.
     let actions = looked.map(|looked| looked.actions).unwrap_or_default();
     assert!(actions.iter().all(in_time), "{actions:?}");
 }
 
-/// One schedule to its end.
+/// Plays one schedule to its end.
 async fn schedule(seed: u64) -> Played {
     wind(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
@@ -202,7 +200,7 @@ async fn schedule(seed: u64) -> Played {
     let (mut lives, mut hurried) = (0, true);
     let record = loop {
         let last = life(&fake, home.path()).await;
-        // A new process has heard no Ctrl-C.
+        // A new process has received no Ctrl-C.
         fake.stop.send_replace(Stop::Go);
         if let Life::Finished(record) = last {
             break record;
@@ -217,7 +215,8 @@ async fn schedule(seed: u64) -> Played {
             world.pass(gap);
         });
         if random.random_bool(0.3) {
-            // It may have ended a run that was giving back its instance: then nobody rents another.
+            // The process may have ended a run during the termination of its instance: then no
+            // other instance is rented.
             hurried = false;
             let unreadable = fake.world.lock().expect("nobody panicked").unreadable;
             if unreadable {
@@ -231,7 +230,7 @@ async fn schedule(seed: u64) -> Played {
     fake.set(World::mend);
     let (rented, jumped) = {
         let world = fake.world.lock().expect("nobody panicked");
-        // A jump may set a clock right that was hours behind.
+        // A jump may correct a clock that was hours behind.
         (world.creates > 0, world.struck.iter().any(|(fault, _)| *fault == Fault::ClockJumps))
     };
     assert!(!(hours_off && rented) || jumped, "by such a clock nobody rents");
@@ -245,8 +244,8 @@ async fn schedule(seed: u64) -> Played {
     played(&fake, &record)
 }
 
-/// What the record says is so: the ending that was decided first, losses by name, no cost
-/// understated, no budget overdrawn.
+/// Checks the record: the outcome is the one decided first, losses are named, costs are not
+/// understated, and the budget is kept.
 fn honest(fake: &Fake, record: &RunRecord) {
     let world = fake.world.lock().expect("nobody panicked");
     let mut state = RunState::initial();
@@ -260,7 +259,7 @@ fn honest(fake: &Fake, record: &RunRecord) {
     let launched = record.events.iter().any(|entry| entry.event == RunEvent::Launched);
     assert!(!launched || results.is_some() || loss.is_some(), "something was lost, and nobody says so");
     let cost = record.cost(now_ms());
-    // An instance that no list showed is counted at its offer's price, until its time limit.
+    // An instance that no list showed counts at its offer's price until its time limit.
     let unseen = |entry: &LedgerEntry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
     let as_given = world.price_on_arrival.is_none() && world.self_destruct;
     if as_given || !record.events.iter().any(unseen) {
@@ -271,7 +270,7 @@ fn honest(fake: &Fake, record: &RunRecord) {
     }
 }
 
-/// Ledger and cloud agree: another look finds nothing to do.
+/// Checks that ledger and cloud agree: another comparison yields no actions.
 async fn agreed(fake: &Fake, home: &Path) {
     let ledger = open_ledger(&home.join("state"));
     fake.set(|world| world.armed.clear());
@@ -294,7 +293,7 @@ fn played(fake: &Fake, record: &RunRecord) -> Played {
 /// Plays one schedule on this thread.
 ///
 /// # Errors
-/// The first assertion that did not hold.
+/// The first failed assertion.
 fn play(seed: u64) -> Result<Played, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     let runtime = runtime.expect("a runtime of one thread");
@@ -305,10 +304,11 @@ fn play(seed: u64) -> Result<Played, String> {
     })
 }
 
-/// Every `step`-th of `count` schedules from the `first` on; the faults that struck.
+/// Plays every `step`-th of `count` schedules, beginning with `first`. Returns the faults that
+/// occurred.
 ///
 /// # Errors
-/// The first schedule that did not end clean, or that played otherwise again, and why.
+/// The first schedule that failed, or whose repetition differed, with the reason.
 fn play_share(seed: u64, first: u64, count: u64, step: usize) -> Result<Vec<(Fault, &'static str)>, (u64, String)> {
     let mut struck = Vec::new();
     for i in (first..count).step_by(step) {
@@ -332,8 +332,8 @@ fn random_fault_schedules_end_clean_and_are_reproducible() {
         let shares: Vec<_> = (0..threads).map(share).collect();
         shares.into_iter().map(|share| share.join().expect("panics of schedules are caught")).collect()
     });
-    // Each share stops at its first failure: the earliest of these is the first of all, however
-    // many threads there are.
+    // Each share stops at its first failure. The earliest of these is the first of all, for any
+    // number of threads.
     if let Some((i, why)) = shares.iter().filter_map(|share| share.as_ref().err()).min() {
         panic!("schedule {} (seed {}): {why}", i + 1, seed + i);
     }
@@ -342,7 +342,7 @@ fn random_fault_schedules_end_clean_and_are_reproducible() {
     assert!(struck.len() as u64 >= count, "faults that do not strike test nothing");
 }
 
-/// How often each fault struck each effect.
+/// Prints how often each fault occurred at each effect.
 fn print_coverage(struck: &[(Fault, &'static str)]) {
     let mut table: BTreeMap<&str, BTreeMap<String, u32>> = BTreeMap::new();
     for (fault, effect) in struck {

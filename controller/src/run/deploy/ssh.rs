@@ -1,4 +1,4 @@
-//! [`Hosts`] as they really are: over SSH, or by a broker's own way.
+//! The real implementation of [`Hosts`]: over SSH, or by a broker's own transport.
 
 use std::fs::File;
 use std::io::Write;
@@ -27,18 +27,18 @@ use crate::run::Pin;
 use crate::secret::Secret;
 use crate::units::Bytes;
 
-/// Nominal GPU memory is more than what the driver gives out.
+/// Minimum share of nominal memory that a driver or system reports.
 const MEMORY_SHARE: f64 = 0.85;
-/// How far the worker's files have been read, in the run's folder.
+/// File in the run's folder with the position in the worker's files.
 const CURSOR_FILE: &str = "cursor.json";
-/// The last that the worker said of its progress, in the run's folder.
+/// File in the run's folder with the worker's latest progress.
 const PROGRESS_FILE: &str = "progress.json";
-/// The next of these while it is written.
+/// Temporary name of that file.
 const PROGRESS_PART: &str = "progress.part";
-/// One stay at a worker's side; then the loop looks around and comes back.
+/// Time limit of one call to follow the worker; then the loop checks its state and repeats it.
 const FOLLOW: Duration = Duration::from_secs(3600);
 
-/// Rented hosts, to which the worker program of this machine is pushed.
+/// Rented hosts. The local worker program is pushed to them.
 #[derive(Clone, Debug)]
 pub struct SshHosts {
     worker: PathBuf,
@@ -48,13 +48,14 @@ pub struct SshHosts {
 }
 
 impl SshHosts {
-    /// `worker` is the program to push, one for CPUs; models and corpora of at most `push_limit`
-    /// go with it, and save points of at most `save_point_limit` are fetched while it runs.
+    /// `worker` is the program to push, a CPU build. Models and corpora of at most `push_limit`
+    /// are pushed with it, and save points of at most `save_point_limit` are fetched while it
+    /// runs.
     pub fn new(worker: PathBuf, push_limit: Bytes, save_point_limit: Bytes) -> Self {
         Self { worker, uses_gpus: false, push_limit, save_point_limit }
     }
 
-    /// The same with a worker that uses GPUs, or with one for CPUs.
+    /// Sets whether the worker program uses GPUs.
     #[must_use]
     pub fn using_gpus(self, uses_gpus: bool) -> Self {
         Self { uses_gpus, ..self }
@@ -124,13 +125,13 @@ impl SshHosts {
 struct SshHost {
     host: Arc<RemoteHost>,
     hosts: SshHosts,
-    /// Nobody else watches over it.
+    /// Whether the guard is needed: no other program watches the instance.
     has_guard: bool,
     cursor: Mutex<Cursor>,
-    /// The run's, on this machine.
+    /// The run's local folder.
     folder: PathBuf,
     worker: Mutex<Option<RemoteWorker>>,
-    /// Renews the guard's lease and fetches the worker's last save point.
+    /// Tasks that renew the guard's lease and fetch the latest save point.
     beside: Mutex<JoinSet<()>>,
 }
 
@@ -156,7 +157,7 @@ impl Host for SshHost {
         let (host, run, pause) = (Arc::clone(&self.host), run.to_owned(), config.renewal());
         let (save_point, limit) = (self.folder.join(files::SAVE_POINT), self.hosts.save_point_limit);
         let mut beside = JoinSet::new();
-        // A save point that takes long to come must not keep the lease waiting.
+        // A slow save point must not delay the renewal of the lease.
         if self.has_guard {
             beside.spawn(renew(Arc::clone(&host), run.clone(), pause));
         }
@@ -178,7 +179,7 @@ impl Host for SshHost {
             false => self.host.push_file(local, &remote, limit, on).await,
         };
         pushed.map_err(|error| match error.kind {
-            // No other host would be sent less.
+            // Another host would receive the same files.
             HostErrorKind::TooLarge => HostError { kind: HostErrorKind::Local, ..error },
             _ => error,
         })
@@ -196,7 +197,7 @@ impl Host for SshHost {
         }
         let secrets: Vec<(&str, &Secret)> = secrets.iter().map(|(name, secret)| (*name, secret)).collect();
         if let Launched::Started { .. } = self.host.launch(worker, run, job, &secrets).await? {
-            // Another instance's files, of which some may have been read, were others.
+            // The stored position belongs to another instance's files.
             *self.cursor.lock().await = Cursor::default();
             self.keep(Cursor::default());
         }
@@ -249,7 +250,7 @@ impl Host for SshHost {
     }
 }
 
-/// For ever, every `pause`. Whoever works with the host meets its trouble, and tells it.
+/// Renews the guard's lease every `pause`, forever. Other calls report failures of the host.
 async fn renew(host: Arc<RemoteHost>, run: String, pause: Duration) {
     loop {
         tokio::time::sleep(pause).await;
@@ -259,7 +260,7 @@ async fn renew(host: Arc<RemoteHost>, run: String, pause: Duration) {
     }
 }
 
-/// For ever, every `pause`: the run's newest save point of at most `limit` comes to `place`.
+/// Fetches the run's latest save point of at most `limit` to `place` every `pause`, forever.
 async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, limit: Bytes, pause: Duration) {
     let mut seen = Stamp::default();
     loop {
@@ -271,7 +272,7 @@ async fn keep_save_point(host: Arc<RemoteHost>, run: String, place: PathBuf, lim
 }
 
 impl SshHost {
-    /// Where the next process continues. Without it, that starts with the first line.
+    /// Stores the position for the next process, which otherwise starts at the first line.
     fn keep(&self, cursor: Cursor) {
         let text = serde_json::to_vec(&cursor).unwrap_or_default();
         if let Err(error) = std::fs::write(self.folder.join(CURSOR_FILE), text) {
@@ -279,7 +280,7 @@ impl SshHost {
         }
     }
 
-    /// For whoever looks on, who sees all of it or the one before.
+    /// Stores the progress atomically for other processes.
     fn keep_progress(&self, progress: &Progress) {
         let (path, part) = (self.folder.join(PROGRESS_FILE), self.folder.join(PROGRESS_PART));
         let text = serde_json::to_vec(progress).unwrap_or_default();
@@ -288,30 +289,29 @@ impl SshHost {
         }
     }
 
-    /// The log, as far as it was followed, lies in the run's folder too: for whoever looks on.
+    /// Appends a line to the copy of the log in the run's folder, for other processes.
     fn note_down(&self, line: &str) {
         let file = File::options().create(true).append(true).open(self.folder.join(files::LOG));
-        // In one piece: whoever looks on sees whole lines.
+        // In one write, so that readers see whole lines.
         if let Err(error) = file.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes())) {
             tracing::debug!("{}: {error}", files::LOG);
         }
     }
 }
 
-/// How far the files of the run with this folder were read by the process that drives it, or
-/// drove it last.
+/// The position in the files of the run with this folder, as stored by its latest driver.
 pub fn read_cursor(folder: &Path) -> Cursor {
     let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 
-/// What the worker of the run with this folder said last of its progress to the process that
-/// drives it, if it was followed and its instance is still there.
+/// The latest progress of the run with this folder, as stored by its driver; `None` if it was not
+/// followed or its instance is gone.
 pub fn read_progress(folder: &Path) -> Option<Progress> {
     serde_json::from_slice(&read_small(&folder.join(PROGRESS_FILE), MOST).ok()?).ok()
 }
 
-/// The other nodes of its cluster have no better network.
+/// All nodes of a cluster have the same network.
 fn no_hub() -> HostError {
     let message = "the compute node does not reach the hub, and the run reads from there";
     HostError::new(HostErrorKind::Local, message).hint(
@@ -321,9 +321,9 @@ fn no_hub() -> HostError {
     )
 }
 
-/// What makes the host another thing than the one that was rented.
+/// The first difference between the host and what was rented; `None` if it is fit.
 fn unfit(facts: &HostFacts, offer: &Offer, want: &GpuRequest) -> Option<String> {
-    // The worker that is pushed was built for this machine's kind.
+    // The pushed worker has this machine's architecture.
     let built_for = std::env::consts::ARCH;
     if facts.os != "Linux" || facts.arch != built_for {
         return Some(format!("it is {} {}, the worker is for Linux {built_for}", facts.os, facts.arch));

@@ -1,5 +1,4 @@
-//! Who starts a worker next: a hub that many instances ask at the same moment for many gigabytes
-//! refuses some of them.
+//! Spaces the starts of workers, since a hub refuses some of many large simultaneous downloads.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -7,11 +6,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Starts of workers, each at least a pause after the one before. Shared by all runs of a batch.
+/// Spaces the starts of workers by a minimum pause. Shared by all runs of a batch.
 #[derive(Debug)]
 pub struct StartThrottle {
     pause: Duration,
-    /// When the next may start; nothing before the first has.
+    /// Earliest time of the next start; `None` before the first.
     next: Mutex<Option<Instant>>,
     /// The first caller waits here. The others wait for it.
     queue: tokio::sync::Mutex<()>,
@@ -28,18 +27,18 @@ impl Drop for QueueSlot<'_> {
 }
 
 impl StartThrottle {
-    /// With this pause between two starts.
+    /// A throttle with this pause between two starts.
     pub fn new(pause: Duration) -> Self {
         Self { pause, next: Mutex::default(), queue: tokio::sync::Mutex::default(), waiting: AtomicU32::new(0) }
     }
 
-    /// Between two starts.
+    /// Pause between two starts.
     pub fn pause(&self) -> Duration {
         self.pause
     }
 
-    /// Returns when it is the caller's turn; `say` hears how long that will be, unless it is now.
-    /// One that gives up waiting takes no turn.
+    /// Waits for the caller's turn. `say` is called with the time to wait, if any. A cancelled
+    /// wait takes no turn.
     pub async fn wait(&self, say: impl FnOnce(Duration)) {
         let before = self.waiting.fetch_add(1, Ordering::Relaxed);
         let _place = QueueSlot(&self.waiting);

@@ -1,4 +1,4 @@
-//! The steps, one per state. Each may be repeated after a crash at any line of it.
+//! The steps of a run, one per state. Each can be repeated after a crash at any point.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -26,43 +26,44 @@ use crate::units::{GpuTime, Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
 
-/// What the budget pays for.
+/// Offers that the budget allows.
 enum Affordable {
-    /// These offers, none if there was none to begin with.
+    /// These offers now; empty if there were none.
     Now(Vec<Offer>),
-    /// What the cheapest may cost, once other runs have ended for less than they reserved.
+    /// The maximum cost of the cheapest, if it may become affordable when other runs end for less
+    /// than they reserved.
     Later(Usd),
 }
 
-/// What an instance is known by.
+/// How an instance is identified.
 #[derive(Clone, Copy)]
 enum Sought<'a> {
     Id(&'a InstanceId),
-    /// After a create call that was not answered.
+    /// By name, after a create call without an answer.
     Name(&'a str),
 }
 
-/// Create calls that may stay unanswered before the offer counts as refused.
+/// Unanswered create calls after which the offer counts as refused.
 const UNANSWERED: u32 = 3;
-/// Offers that are tried for one run, over all clouds.
+/// Maximum offers tried for one run, over all clouds.
 const MOST_TRIED: usize = 25;
-/// Instances of one run that may turn out not to serve, or go away: then the fault is hardly
-/// theirs.
+/// Maximum instances of one run that are unfit or vanish. After that the cause is probably not the
+/// instances.
 const MOST_RENTED: usize = 3;
-/// On one instance a worker that died is started again so often.
+/// Maximum restarts of a worker on one instance.
 const MOST_RESTARTS: u32 = 2;
 
-/// Between two words about results that cannot be saved.
+/// Interval of reports about results that cannot be saved.
 const BETWEEN_WORDS: Duration = Duration::from_secs(30);
 
-/// Between two looks at what an instance bills while its worker runs.
+/// Interval of price checks while the worker runs.
 const BETWEEN_BILLS: Duration = Duration::from_secs(10 * 60);
 
-/// For a worker that runs: only the run's own time limit ends the attempts to reach it.
+/// For a running worker: only the run's time limit ends the attempts to reach it.
 const UNTIL_TIME_IS_UP: Duration = Duration::from_secs(365 * 24 * 3600);
 
 impl Driver<'_> {
-    /// Planned: writes down what will be rented next.
+    /// State `Planned`: records what will be rented next.
     pub(super) async fn choose_offer(&mut self, refused: &[RefusedOffer]) -> Step {
         if let Some(ending) = self.memory.hopeless.take() {
             return Err(StepError::End(ending));
@@ -101,7 +102,7 @@ impl Driver<'_> {
         };
         let (tag, worst) = (self.tag(&offer), self.worst(&offer));
         let renting = DeployEvent::Renting(Box::new(offer.clone()));
-        // Another run may have reserved the money in the meantime: then this step is made again.
+        // Another run may have reserved the money meanwhile. Then this step is repeated.
         if self.reserve(Intent { offer, tag }, worst)? {
             (self.on)(renting);
             self.memory.fresh_intent = true;
@@ -118,7 +119,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Unix seconds by the cloud's clock, which it and the instance keep.
+    /// Unix seconds by the cloud's clock, which the instance uses as well.
     fn deadline(&self, offer: &Offer) -> u64 {
         let record = self.run.record();
         let time = record.spec.time_on(offer, record.spent_before()).as_secs();
@@ -129,13 +130,13 @@ impl Driver<'_> {
         cloud.map_or(from, |cloud| cloud.time(from)) + queue + time
     }
 
-    /// What an instance of this offer may cost until its time limit.
+    /// Maximum cost of an instance of this offer until its time limit.
     fn worst(&self, offer: &Offer) -> Usd {
         let record = self.run.record();
         record.spec.worst(offer, record.spent_before())
     }
 
-    /// The offers that what was agreed, and what is left of the budget, pay for.
+    /// The offers that the agreed amount and the rest of the budget pay for.
     fn affordable(&self, selected: &[Offer]) -> Result<Affordable, StepError> {
         let (record, spent) = (self.run.record(), self.run.record().spent_before());
         let within: Vec<Offer> = selected.iter().filter(|offer| record.spec.pays_for(offer, spent)).cloned().collect();
@@ -167,8 +168,8 @@ impl Driver<'_> {
         }
     }
 
-    /// The offers whose GPUs take no more time than may be taken; the least that one takes, once
-    /// other runs have ended with less than they reserved.
+    /// The offers within the GPU-time budget, or the minimum GPU time of an offer if it may become
+    /// free when other runs end with less than they reserved.
     fn within_gpu_time(&self, mut selected: Vec<Offer>) -> Result<Result<Vec<Offer>, GpuTime>, StepError> {
         let Some(status) = self.run.gpu_budget_status()? else { return Ok(Ok(selected)) };
         let BudgetStatus { budget, left, at_best } = status;
@@ -187,8 +188,7 @@ impl Driver<'_> {
         Ok(Ok(selected))
     }
 
-    /// Until runs under the same limit have ended with less than they reserved, or will not leave
-    /// enough any more.
+    /// Waits until runs with the same limit have freed enough GPU time, or no longer can.
     async fn wait_for_gpu_time(&self, least: GpuTime) -> Step {
         self.note(RunNote::GpuTimeReserved(least));
         let unchanged = |status: BudgetStatus<GpuTime>| status.left < least && least <= status.at_best;
@@ -198,8 +198,7 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// Until runs under the same budget have ended for less than they reserved, or will not leave
-    /// enough any more.
+    /// Waits until runs with the same budget have freed enough, or no longer can.
     async fn wait_for_budget(&self, least: Usd) -> Step {
         self.note(RunNote::BudgetReserved(least));
         let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
@@ -209,7 +208,7 @@ impl Driver<'_> {
         Ok(())
     }
 
-    /// The best offer that was not tried yet, as long as trying is of use.
+    /// The best offer that has not been tried, within the limit of attempts.
     fn next_offer(&self, selected: &[Offer], refused: &[RefusedOffer]) -> Option<Offer> {
         let rented = refused.iter().filter(|refusal| refusal.rented).count();
         if refused.len() >= MOST_TRIED || rented >= MOST_RENTED {
@@ -220,8 +219,8 @@ impl Driver<'_> {
         selected.iter().find(|offer| !tried(offer) && !self.ports.bad_hosts.has(offer)).cloned()
     }
 
-    /// Creating: makes the call that was announced, or finds out what became of one that an
-    /// earlier process announced.
+    /// State `Creating`: makes the recorded call, or finds out the outcome of a call that an
+    /// earlier process recorded.
     pub(super) async fn create(&mut self, intent: &Intent) -> Step {
         if !std::mem::take(&mut self.memory.fresh_intent) {
             return self.settle(intent).await;
@@ -270,8 +269,8 @@ impl Driver<'_> {
         Ok(self.append(RunEvent::NotCreated { reason, refused: true, unseen: false })?)
     }
 
-    /// Whether an announced instance exists. A single listing without it proves nothing: it may
-    /// not show yet.
+    /// Finds out whether a recorded instance exists. One listing without it proves nothing, since
+    /// a new instance may not appear yet.
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
@@ -286,7 +285,7 @@ impl Driver<'_> {
         }
     }
 
-    /// Rented: speaks to the host for the first time.
+    /// State `Rented`: connects to the host for the first time.
     pub(super) async fn reach(&mut self, rental: &Rental) -> Step {
         if let Some(reason) = self.too_dear(&rental.offer, rental.price)? {
             return Err(StepError::Unfit(reason));
@@ -303,8 +302,8 @@ impl Driver<'_> {
         if price <= spec.highest_price(offer) {
             return Ok(None);
         }
-        // More than the offer is no more than was agreed where a budget was, or the offers before
-        // were dearer.
+        // A price above the offer's may be within the agreed budget, or below that of earlier
+        // offers.
         let in_all = record.at_price(price);
         let extra = in_all - record.at_price(offer.price);
         let covered = spec.quote.ceiling.is_some_and(|agreed| in_all <= agreed) && cap.is_none_or(|cap| price <= cap);
@@ -315,8 +314,8 @@ impl Driver<'_> {
         Ok(Some(format!("the instance bills {price}, more than the {} {said}", cap.unwrap_or(offer.price))))
     }
 
-    /// Reachable: puts everything there and starts the worker, all within one patience. A host
-    /// that does not come so far is exchanged, unless the fault is this machine's.
+    /// State `Reachable`: prepares the host and starts the worker within one time limit. A host
+    /// that fails is replaced, unless the cause is this machine.
     pub(super) async fn launch(&mut self, rental: &Rental, pin: &Pin) -> Step {
         let timeouts = self.cloud()?.timeouts.ready;
         let grace = Arc::clone(self.memory.grace.get_or_insert_with(|| Arc::new(Grace::new(timeouts))));
@@ -343,8 +342,7 @@ impl Driver<'_> {
         grace.within(self.host().launch(&self.run.record().id, &job, self.ports.secrets)).await
     }
 
-    /// Looks at the host and puts everything there; the job to start, `None` if a process before
-    /// this one started it.
+    /// Prepares the host. Returns the job to start; `None` if an earlier process started it.
     async fn prepare(&self, rental: &Rental, grace: &Grace) -> Result<Option<JobSpec>, HostError> {
         let (host, run) = (self.host(), &self.run.record().id);
         grace.begin("looking at it");
@@ -366,21 +364,20 @@ impl Driver<'_> {
         grace.begin("sending what the worker reads");
         let mut job = self.push_inputs(host, run, &on).await?;
         if self.run.record().spec.request.worker_cuda.is_some() && job.devices.is_empty() {
-            // By name: a worker that can use none of them fails, and does not compute on the CPU.
+            // Named GPUs make the worker fail instead of using the CPU if it can use none of them.
             job.devices = (0..rental.offer.gpu_count).map(|index| format!("cuda:{index}")).collect();
         }
         Ok(Some(job))
     }
 
-    /// Until the worker may start beside others of its batch; who waits is told for what, and for
-    /// how long.
+    /// Waits until the worker may start beside others of its batch, and reports the time to wait.
     async fn wait_for_turn(&self) {
         let Some(start_throttle) = self.ports.start_throttle else { return };
         let say = |wait: Duration| self.note(RunNote::TurnAwaited { wait, apart: start_throttle.pause() });
         start_throttle.wait(say).await;
     }
 
-    /// The job with paths as the host sees them.
+    /// The job with the host's paths.
     async fn push_inputs(&self, host: &dyn Host, run: &str, on: OnEvent<'_>) -> Result<JobSpec, HostError> {
         let spec = &self.run.record().spec;
         let mut job = spec.job.clone();
@@ -392,7 +389,7 @@ impl Driver<'_> {
             CorpusSource::Builtin(_) | CorpusSource::Dataset(_) => {}
             CorpusSource::Files(paths) => {
                 for (i, path) in paths.iter_mut().enumerate() {
-                    // The ending tells the worker how documents lie in it.
+                    // The extension determines the format of documents.
                     let ending = CorpusFormat::of(path);
                     *path = host.push(run, Path::new(path), &format!("corpus-{i}.{ending}"), on).await?;
                 }
@@ -406,7 +403,8 @@ impl Driver<'_> {
         Ok(job)
     }
 
-    /// Launched: listens until the worker has ended. Losing the connection is not losing the job.
+    /// State `Launched`: follows the worker until it has ended. A lost connection does not end the
+    /// job.
     pub(super) async fn follow(&mut self, rental: &Rental, pin: &Pin) -> Step {
         self.connect(rental, Some(pin), UNTIL_TIME_IS_UP).await?;
         if self.run.record().is_in_queue() {
@@ -451,8 +449,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Tells when the host wants more, to which nothing here agrees; resolves when the instance
-    /// bills more than may be paid.
+    /// Reports a higher price that the host demands, which is not accepted. Resolves when the
+    /// instance bills more than the limit.
     async fn bills_more(&self, rental: &Rental) -> StepError {
         let cloud = match self.cloud() {
             Ok(cloud) => cloud,
@@ -461,7 +459,7 @@ impl Driver<'_> {
         let mut told = None;
         loop {
             tokio::time::sleep(BETWEEN_BILLS).await;
-            // What is not answered is asked again.
+            // A query without an answer is repeated.
             let asked = cloud.call(cloud.broker.price_rise(&rental.instance)).await.ok().flatten();
             if let Some(asked) = asked.filter(|asked| told.as_ref() != Some(asked)) {
                 told = Some(asked.clone());
@@ -501,7 +499,7 @@ impl Driver<'_> {
                 absences = 0;
                 continue;
             }
-            // A listing that failed says nothing.
+            // A failed listing is ignored.
             let Ok(listed) = cloud.list(&[&rental.instance]).await else { continue };
             match listed.into_iter().find(|instance| instance.id == rental.instance).map(|instance| instance.state) {
                 None => absences += 1,
@@ -529,7 +527,7 @@ impl Driver<'_> {
         match self.bring_home(exit, may_restart || cut_off).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
             Ok(None) if may_restart => self.restart(exit).await,
-            // What the cloud ended at its time limit did not fail.
+            // A worker that the cloud ended at its time limit did not fail.
             Ok(None) => Err(StepError::End(RunOutcome::Deadline)),
             Err(error) if error.is_here() => self.keep(rental, error).await,
             Err(error) => {
@@ -544,8 +542,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Nothing here takes the results: the instance keeps them as long as its time lasts, which is
-    /// no longer than what was agreed pays for, and every place is tried again.
+    /// Keeps the instance while no local folder can store the results, within its time limit and
+    /// the agreed amount, and retries every folder.
     async fn keep(&mut self, rental: &Rental, error: HostError) -> Step {
         let until = self.memory.kept_until.or_else(|| self.time_is_up_at()).unwrap_or_else(Instant::now);
         self.memory.kept_until = Some(until);
@@ -592,7 +590,7 @@ impl Driver<'_> {
         self.note(RunNote::WorkerRestarted { exit });
         match self.host().restart(&self.run.record().id, self.ports.secrets).await {
             Ok(()) => Ok(self.append(RunEvent::Restarted)?),
-            // Whatever happened to it, its files are not what they were.
+            // After such an error the files on the instance are no longer usable.
             Err(error) if !error.is_transient() => {
                 self.note(RunNote::NotRestarted { why: error.message });
                 Err(StepError::Down)
@@ -621,15 +619,15 @@ impl Driver<'_> {
         }
     }
 
-    /// Where results may be saved: below the folder that was asked for, or beside the ledger if
-    /// that does not take them.
+    /// Folders for the results: in the requested folder, or beside the ledger if that is not
+    /// writable.
     pub(super) fn places(&self) -> [Folders; 2] {
         let record = self.run.record();
         [self.run.results(), self.run.folder()].map(|below| Folders::of(&below, &record.spec, &record.id))
     }
 
-    /// Brings the files into the first place that takes them; `None` where there is no manifest,
-    /// and nothing less than `whole` results will do.
+    /// Fetches the files into the first usable folder; `None` if `whole` results are required and
+    /// there is no manifest.
     async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, RunOutcome)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {
@@ -667,15 +665,15 @@ impl Driver<'_> {
         settled.map_err(|error| local_failure(&place.arriving, &error))
     }
 
-    /// Synced: on to the end, unless the user wants to keep the instance.
+    /// State `Synced`: terminates the instance, unless the user wants to keep it.
     pub(super) fn after_sync(&mut self) -> Step {
         let wanted = *self.stop.borrow() == Stop::Go && !self.run.cancel_asked();
         let event = if self.run.record().spec.keep_running && wanted { RunEvent::Held } else { RunEvent::Terminate };
         Ok(self.append(event)?)
     }
 
-    /// States `Discarding` and `Terminating`: until complete lists show no instance of this run,
-    /// from any create call.
+    /// States `Discarding` and `Terminating`: until complete listings show no instance of this
+    /// run, from any create call.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
         self.see_gone(&rental.tag, Some(&rental.instance)).await?;
@@ -684,7 +682,7 @@ impl Driver<'_> {
         Ok(self.append(RunEvent::Gone)?)
     }
 
-    /// Ends every instance of this run, until complete listings show none.
+    /// Terminates every instance of this run, until complete listings show none.
     pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
         let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
@@ -714,8 +712,8 @@ impl Driver<'_> {
         self.memory.host.as_deref().expect("every step that speaks to the host connects first")
     }
 
-    /// Makes sure that there is a connection; returns the host's key. Each attempt has the
-    /// patience for SSH; attempts are repeated for `limit`.
+    /// Connects unless connected. Returns the host's key. Each attempt has the SSH timeout;
+    /// attempts are repeated for `limit`.
     async fn connect(&mut self, rental: &Rental, pin: Option<&Pin>, limit: Duration) -> Result<Pin, StepError> {
         if let (Some(_), Some(pin)) = (&self.memory.host, pin) {
             return Ok(pin.clone());
@@ -743,8 +741,8 @@ impl Driver<'_> {
         }
     }
 
-    /// Tells the guard of a worker that runs or has run that we are here. A host that is in use
-    /// goes on being used without one.
+    /// Renews the guard's lease for a worker that runs or has run. A host without a guard remains
+    /// in use.
     async fn renew_guard(&self, rental: &Rental) {
         if self.is_unused() {
             return;
@@ -754,12 +752,12 @@ impl Driver<'_> {
         }
     }
 
-    /// Nothing was run on the instance yet, as far as is known.
+    /// Whether nothing has run on the instance, as far as is known.
     fn is_unused(&self) -> bool {
         matches!(self.run.state(), RunState::Rented { .. } | RunState::Reachable { .. })
     }
 
-    /// Puts the guard in place, for which there must be time left.
+    /// Installs the guard. There must be time left.
     async fn guard(&self, rental: &Rental) -> Result<(), HostError> {
         let now = self.run.now_ms() / 1000;
         let now = self.ports.clouds.of(&rental.offer).map_or(now, |cloud| cloud.time(now));
@@ -772,7 +770,7 @@ impl Driver<'_> {
         self.host().guard(&self.run.record().id, &config).await
     }
 
-    /// The instance's address, when it has one.
+    /// Waits for the instance's address.
     async fn endpoint(&mut self, rental: &Rental, limit: Duration) -> Result<SshEndpoint, StepError> {
         let timeouts = &self.cloud()?.timeouts;
         let limit = limit.max(timeouts.boot);
@@ -781,7 +779,7 @@ impl Driver<'_> {
         loop {
             let found = self.look_for(Sought::Id(&rental.instance), limit).await?;
             let found = found.ok_or(StepError::Vanished)?;
-            // A create call's answer may not tell, or tell the price of another moment.
+            // The answer to a create call may lack the price, or state an earlier one.
             let is_new = matches!(self.run.state(), RunState::Rented { .. });
             if let Some(price) = found.price.filter(|_| is_new)
                 && let Some(reason) = self.too_dear(&rental.offer, price)?
@@ -793,7 +791,7 @@ impl Driver<'_> {
                 InstanceState::Ready(endpoint) => return Ok(endpoint),
                 InstanceState::Failed(why) => return Err(did_not_come_up(rental, &why)),
                 InstanceState::Stopped | InstanceState::Terminating => return Err(StepError::Down),
-                // A queue is no fault of the instance, and another one would stand behind it.
+                // Waiting in a queue is not a fault: another instance would be queued behind it.
                 InstanceState::Queued(why) => {
                     if why != told {
                         told.clone_from(&why);
@@ -858,8 +856,7 @@ impl Driver<'_> {
         Err(StepError::End(broker_failed(&error)))
     }
 
-    /// After a failure on the host: the step is made again on a new connection, where that can
-    /// help.
+    /// Repeats the step on a new connection after a failure on the host, if that can help.
     async fn try_again_host(&mut self, error: HostError, limit: Duration) -> Step {
         self.memory.host = None;
         if error.is_transient() && self.pause(&error.message, limit).await {
@@ -868,8 +865,8 @@ impl Driver<'_> {
         Err(StepError::End(host_failed(error)))
     }
 
-    /// Waits a little longer after every failure; false when the present state has failed for
-    /// longer than `limit`.
+    /// Waits, longer after every failure; `false` if the current state has failed for longer than
+    /// `limit`.
     async fn pause(&mut self, reason: &str, limit: Duration) -> bool {
         let (since, times) = self.memory.failing.unwrap_or((Instant::now(), 0));
         if since.elapsed() >= limit {

@@ -1,4 +1,4 @@
-//! Instances are told to end, and whoever pays for them hears soon when they do not.
+//! Terminates instances, and reports those that do not end.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use crate::cloud::clouds::Cloud;
 use crate::units::{Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
-/// Between two words about the same.
+/// Interval of reports about the same instance.
 const PAUSE: Duration = Duration::from_secs(30);
 
-/// Ends instances of one cloud.
+/// Terminates instances of one cloud.
 pub(super) struct Ender<'a> {
     cloud: &'a Cloud,
     on: &'a OnEvent<'a>,
     said: Mutex<Option<Instant>>,
 }
 
-/// What an instance bills, and has cost.
+/// Price and cost of an instance.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Bill {
     pub(super) price: Option<UsdPerHour>,

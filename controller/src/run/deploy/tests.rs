@@ -1,4 +1,4 @@
-//! The loop against a world that fails at every point.
+//! Tests the driver with faults at every point.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::run::ledger::Ledger;
 use crate::run::{Membership, RunFailureKind, RunOutcome, RunSpec};
 use crate::units::{Usd, UsdPerHour};
 
-/// The price of the first offer until the time limit of an hour.
+/// Cost of the first offer for the time limit of an hour.
 const AGREED: Usd = Usd::from_micros(1_000_000);
 
 /// How one process ended.
@@ -23,7 +23,7 @@ pub(super) enum Life {
     Killed,
 }
 
-/// One process: plans the run, or takes up the one that is there, and drives it.
+/// One process: plans the run, or resumes the existing one, and drives it.
 pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
     let ledger = open_ledger(&home.join("state"));
     let run = match ledger.runs().unwrap().first() {
@@ -52,7 +52,7 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
     }
 }
 
-/// What must hold whenever a run is over.
+/// Invariants of every finished run.
 pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     let world = fake.world.lock().unwrap();
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
@@ -64,7 +64,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     if let Some(results) = record.state.results() {
         let folder = Path::new(&results.folder);
         assert!(folder.join(RUN_FILE).exists(), "{what}");
-        // Damaged ones are kept, and not called complete.
+        // Damaged results are kept, and not marked complete.
         let kept_aside = world.damage || world.other_layers.is_some();
         assert!(folder.join(files::RESULTS).exists() == results.complete || kept_aside, "{what}");
     }
@@ -74,7 +74,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
 }
 
 pub(super) fn home() -> tempfile::TempDir {
-    // Thousands of small ledgers, each commit synced: memory is quicker where there is some.
+    // Thousands of small ledgers with synced commits are faster in memory.
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
 }
@@ -103,7 +103,7 @@ async fn run_passes_through_all_states_and_leaves_no_instance() {
 #[tokio::test(start_paused = true)]
 async fn queued_job_outlasts_the_boot_timeout() {
     let (fake, home) = (Fake::new(), home());
-    // Many times the patience for a boot.
+    // Many times the timeout of a boot.
     fake.set(|world| world.queued = 5000);
     let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a queue");
@@ -147,7 +147,7 @@ async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life
     sweep_with(first, second, |_| {}, check).await
 }
 
-/// The same in a world that was changed first.
+/// As [`sweep`], with a changed world.
 async fn sweep_with(
     first: Fault,
     second: Option<Fault>,
@@ -197,7 +197,7 @@ fn last(lives: &[Life]) -> &RunRecord {
     }
 }
 
-/// kill -9 before and after every effect: the next process ends the run as if nothing had happened.
+/// kill -9 before and after every effect: the next process completes the run.
 #[tokio::test(start_paused = true)]
 async fn run_completes_after_a_kill_at_any_effect() {
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
@@ -213,7 +213,7 @@ async fn run_completes_after_a_kill_at_any_effect() {
     }
 }
 
-/// And killed again while it recovers.
+/// A second kill during the recovery.
 #[tokio::test(start_paused = true)]
 async fn run_completes_after_two_kills() {
     for first in [Fault::CrashBefore, Fault::CrashAfter] {
@@ -227,7 +227,7 @@ async fn run_completes_after_two_kills() {
     }
 }
 
-/// One failure, or one lost answer, is lived through within the same process.
+/// One failure, or one lost answer, is handled within the same process.
 #[tokio::test(start_paused = true)]
 async fn single_failure_at_any_effect_is_survived() {
     for fault in [Fault::Fails, Fault::AnswerLost] {
@@ -241,8 +241,7 @@ async fn single_failure_at_any_effect_is_survived() {
     }
 }
 
-/// A list in which nothing can be read of the instance says neither that it is there nor that it
-/// is gone.
+/// A list with an unreadable entry shows neither that the instance exists nor that it is gone.
 #[tokio::test(start_paused = true)]
 async fn unreadable_list_entry_never_means_a_gone_instance() {
     for second in [None, Some(Fault::CrashAfter), Some(Fault::AnswerLost)] {
@@ -256,7 +255,7 @@ async fn unreadable_list_entry_never_means_a_gone_instance() {
     }
 }
 
-/// A failure and then a crash, at every pair of points.
+/// A failure, then a crash, at every pair of points.
 #[tokio::test(start_paused = true)]
 async fn lost_answer_followed_by_a_crash_is_survived() {
     sweep(Fault::AnswerLost, Some(Fault::CrashAfter), |fake, lives, what| {
@@ -266,8 +265,8 @@ async fn lost_answer_followed_by_a_crash_is_survived() {
     .await;
 }
 
-/// When everything stops working, the program says that an instance may be left, never that all is
-/// well; and a later process, when things work again, ends it.
+/// If everything fails, the program reports that an instance may remain, and a later process ends
+/// it.
 #[tokio::test(start_paused = true)]
 async fn outage_is_reported_and_resolved_later() {
     for at in 1.. {
@@ -316,8 +315,8 @@ async fn ctrl_c_followed_by_a_crash_terminates_the_instance() {
     .await;
 }
 
-/// A terminal that is gone: what its own instance ends is let go of while its worker works, and
-/// picked up again. Anything else ends, as by SIGTERM.
+/// After SIGHUP a run whose instance ends by itself is left while its worker runs, and can be
+/// resumed. Any other run ends, as after SIGTERM.
 #[tokio::test(start_paused = true)]
 async fn hangup_leaves_resumable_runs_and_ends_others() {
     for ends_itself in [true, false] {
@@ -448,7 +447,7 @@ async fn ctrl_c_saves_partial_results_and_a_second_one_skips_them() {
     }
 }
 
-/// Drives a run with its own request to its end.
+/// Drives a run with a changed plan to its end.
 async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: &Path) -> RunRecord {
     let ledger = open_ledger(&home.join("state"));
     let mut request = spec(&home.join("results"));
@@ -557,7 +556,7 @@ async fn no_offer_rents_nothing() {
     assert!(trouble.message.contains("--gpu-filter"));
 }
 
-/// The market's rules hold whenever offers are looked at, not only before the consent.
+/// Filters apply to every selection of offers, not only before the consent.
 #[tokio::test(start_paused = true)]
 async fn offer_that_exceeds_the_time_limit_is_not_rented() {
     let (fake, home) = (Fake::new(), home());
@@ -654,7 +653,7 @@ async fn budget_equal_to_the_quote_suffices() {
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
 
-/// What is told while an endless run goes on and `after` half an hour something happens.
+/// Events of an endless run if something happens after half an hour.
 async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<RunNote>) {
     wind(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
@@ -706,7 +705,7 @@ async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
     assert_eq!(fake.world.lock().unwrap().creates, 2);
     let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
     assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
-    // The next run of the batch does not go there again.
+    // The next run of the batch does not use that machine.
     let again = with(|_| {}, &fake, &home.path().join("next")).await;
     assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 3));
 }
@@ -728,8 +727,7 @@ async fn several_unfit_hosts_in_a_row_end_the_run() {
     );
 }
 
-/// A host that logs in and then ends no command, or fails again and again, costs one patience and
-/// no more.
+/// A host that accepts the login and then ends no command, or fails repeatedly, costs one timeout.
 #[tokio::test(start_paused = true)]
 async fn slow_host_is_exchanged_after_its_timeout() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
@@ -833,7 +831,7 @@ fn equal_jobs_have_equal_keys() {
     let key = JobIdentity::of(&job).unwrap().key("local");
     assert_eq!(key, JobIdentity::of(&job).unwrap().key("local"));
     assert_ne!(key, JobIdentity::of(&job).unwrap().key("cloud"));
-    // As older programs wrote the default.
+    // As recorded by versions that stored the default.
     let named = JobSpec { micro_batch_tokens: Some(4096), ..job.clone() };
     assert_eq!(key, JobIdentity::of(&named).unwrap().key("local"));
     std::fs::write(&text, "two").unwrap();
@@ -842,7 +840,7 @@ fn equal_jobs_have_equal_keys() {
     assert!(JobIdentity::of(&job).is_err());
 }
 
-/// The worker there tells formats by names, as the one here did before anything was rented.
+/// The worker determines formats by file names, as the local check did before anything was rented.
 #[tokio::test(start_paused = true)]
 async fn corpus_files_keep_their_format_extensions() {
     use outliers_protocol::CorpusSource;
@@ -860,7 +858,7 @@ async fn corpus_files_keep_their_format_extensions() {
     assert_eq!(fake.world.lock().unwrap().pushed, expected);
 }
 
-/// A run for GPUs, on offers that have two.
+/// A run for GPUs, with offers of two GPUs.
 fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
     fake.set(|world| world.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
     spec.request.worker_cuda = Some("11.8".parse().unwrap());
@@ -877,7 +875,7 @@ async fn worker_gets_the_number_of_rented_gpus() {
     assert_eq!(metadata["job"]["devices"], serde_json::json!(["cuda:0", "cuda:1"]));
 }
 
-/// The worker may have been built anew since the run was planned.
+/// The worker may have been rebuilt since the run was planned.
 #[tokio::test(start_paused = true)]
 async fn resumed_gpu_run_never_starts_a_cpu_worker() {
     let begun = Fake::new();
@@ -988,7 +986,7 @@ async fn recovery_ends_only_strays_and_expired_runs() {
     assert!(run.state.results().is_some_and(|results| !results.complete), "what there was came home");
 }
 
-/// A state folder that was copied before the newest run began.
+/// A state folder copied before the latest run began.
 #[tokio::test(start_paused = true)]
 async fn copied_ledger_ends_no_live_instance_of_its_original() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
@@ -1004,8 +1002,8 @@ async fn copied_ledger_ends_no_live_instance_of_its_original() {
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
-/// The heartbeat is judged where it beats. Nobody with such a ledger could read it: the key is in
-/// the folder of the run.
+/// The heartbeat is checked by the guard on the instance. Another process with such a ledger
+/// cannot read it, since the key is in the run's folder.
 #[tokio::test(start_paused = true)]
 async fn missing_heartbeat_ends_the_instance_from_inside() {
     let (fake, home, copy) = (Fake::new(), home(), self::home());
@@ -1021,14 +1019,14 @@ async fn missing_heartbeat_ends_the_instance_from_inside() {
     let look = async || drop(recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap());
     look().await;
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it may beat");
-    // Nobody is heard for as long as the guard waits.
+    // No controller connects for the guard's timeout.
     fake.set(|world| world.pass(Duration::from_secs(7200)));
     assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
     look().await;
     assert!(!fake.world.lock().unwrap().effects.contains(&"terminate"), "nobody had to end it from outside");
 }
 
-/// What has time left by the cloud's clock has time left, whatever this machine's clock says.
+/// An instance with time left by the cloud's clock is kept, whatever this machine's clock shows.
 #[tokio::test(start_paused = true)]
 async fn clock_jump_ahead_ends_no_run_with_time_left() {
     let (fake, home) = (Fake::new(), home());
@@ -1060,7 +1058,8 @@ async fn recovery_marks_vanished_instances_and_never_rents() {
     assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&RunOutcome::InstanceLost));
     assert_eq!(fake.world.lock().unwrap().creates, 1);
 
-    // A create call that never happened, and whose run's time is up: closed, not created again.
+    // A create call that never happened, in a run whose time is up: the run is closed without
+    // another call.
     let (fake, home) = (Fake::new(), self::home());
     let ledger = open_ledger(&home.path().join("state"));
     let create = effects.iter().position(|name| *name == "create").unwrap() + 1;
@@ -1075,7 +1074,7 @@ async fn recovery_marks_vanished_instances_and_never_rents() {
     assert_eq!(fake.world.lock().unwrap().creates, 0);
 }
 
-/// Runs of one survey, side by side in one process.
+/// Runs of one survey, concurrent in one process.
 async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
     let ledger = open_ledger(&home.join("state"));
     let (clouds, on) = (fake.clouds(), |_| {});
@@ -1179,8 +1178,8 @@ async fn worker_starts_are_spaced_and_report_the_wait() {
     assert!(waits.len() == 2 && (39..=40).contains(&waits[1]), "{waits:?}");
 }
 
-/// Drives a run whose ledger takes no more than `events`, as on a full disk; `heard` is told how
-/// often that was said, and may free the disk.
+/// Drives a run whose ledger accepts only `events`, as on a full disk. `heard` gets the number of
+/// reports, and may free the disk.
 async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
@@ -1216,7 +1215,7 @@ async fn full_disk_at_any_event_leaves_no_instance() {
         let created = fake.world.lock().unwrap().creates;
         assert_eq!(created > 0, events > 0, "{events}: what cannot be intended is not rented");
         assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}: an instance is left");
-        // With room again the same run comes to its end.
+        // With free space the same run completes.
         let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
         disk.execute_batch("DROP TRIGGER full").unwrap();
         let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
@@ -1235,7 +1234,7 @@ async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
             }
         };
         let (fake, _home, driven) = on_a_full_disk(events, free).await;
-        // What was to end anyway has ended without a word in the ledger.
+        // A run that had to end has ended without recording it.
         match driven {
             Ok(record) => closed_and_clean(&fake, &record, "freed"),
             Err(error) => assert!(events >= 6 && matches!(error, DriveError::Ledger(_)), "{events}: {error}"),
@@ -1313,7 +1312,7 @@ async fn unwritable_results_folder_falls_back_to_the_ledger_folder() {
     holds(&place, &record.id).unwrap();
 }
 
-/// The disk of this machine is full for a while, from any moment on. Nothing is lost or done twice.
+/// The local disk is full for some time from any moment on. Nothing is lost or repeated.
 #[tokio::test(start_paused = true)]
 async fn temporarily_full_disk_during_download_is_waited_out() {
     for second in [None, Some(Fault::CrashBefore)] {
@@ -1326,7 +1325,7 @@ async fn temporarily_full_disk_during_download_is_waited_out() {
     }
 }
 
-/// Drives a run whose results fit nowhere; `heard` is told how often that was said.
+/// Drives a run whose results fit in no folder. `heard` gets the number of reports.
 async fn with_no_room(
     heard: impl Fn(&Fake, &Ledger, &UnsavedResults, usize) + Send + Sync,
 ) -> (Fake, RunRecord, Vec<UnsavedResults>) {
@@ -1361,7 +1360,7 @@ async fn unsaved_results_hold_the_instance_until_its_deadline() {
     assert_eq!(trouble.kind, RunFailureKind::Local, "it is no fault of a cloud: {trouble:?}");
     let RunState::Closed { results: None, loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
     assert!(loss.contains("results"), "{loss}");
-    // An hour was agreed to, and 5 minutes of it are for the ending.
+    // An hour was agreed, of which 5 minutes are reserved for the end.
     let (lasted, cost) = (begun.elapsed().as_secs(), fake.world.lock().unwrap().kept);
     assert!((3200..3600).contains(&lasted) && cost <= AGREED, "{lasted} s, {cost}");
     let (first, last) = (&told[0], &told[told.len() - 1]);
@@ -1402,7 +1401,7 @@ async fn ctrl_c_gives_up_unsaved_results() {
     assert!(begun.elapsed() < Duration::from_secs(300), "{:?}", begun.elapsed());
 }
 
-/// A host that sends its files for ever, after Ctrl-C before and while they come.
+/// A host whose downloads never end, with Ctrl-C before and during them.
 #[tokio::test(start_paused = true)]
 async fn saving_results_after_ctrl_c_is_bounded() {
     let (plain, ..) = happy().await;

@@ -1,4 +1,4 @@
-//! A new ledger of what is left of a damaged one, and of the results' own records.
+//! Rebuilds a damaged ledger from its readable parts, and from the records beside results.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,20 +11,20 @@ use crate::calendar::rfc3339;
 use crate::files::{MOST, read_small, write_whole};
 use crate::run::{RunEvent, RunState, next};
 
-/// What a repair came to.
+/// Result of a repair.
 #[derive(Debug)]
 pub struct Repaired {
-    /// Where the damaged file is; `None`: there was none, or nothing was wrong with it.
+    /// Path of the damaged file; `None` if there was none or it was intact.
     pub aside: Option<PathBuf>,
-    /// Runs that the damaged file still told.
+    /// Number of runs read from the damaged file.
     pub kept: usize,
-    /// Runs that their results told.
+    /// Number of runs read from their results.
     pub from_results: usize,
-    /// Runs of which no more than the id is known.
+    /// Runs of which only the id is known.
     pub lost: Vec<Unreadable>,
 }
 
-/// What a damaged ledger still tells.
+/// Readable parts of a damaged ledger.
 #[derive(Default)]
 struct Salvage {
     owner: Option<String>,
@@ -34,13 +34,13 @@ struct Salvage {
 }
 
 impl Ledger {
-    /// Keeps a damaged ledger aside and makes a new one of what can be read of it and of the
-    /// results' own records below `results`. `owner` is whose instances there are, if nothing on
-    /// this machine tells.
+    /// Renames a damaged ledger and creates a new one from its readable parts and from the records
+    /// in `results`. `owner` is the owner of existing instances, if no file on this machine states
+    /// it.
     ///
     /// # Errors
-    /// [`LedgerError::Newer`] and [`LedgerError::Driven`]; nothing was changed then. What the file system
-    /// or SQLite says otherwise.
+    /// [`LedgerError::Newer`] and [`LedgerError::Driven`], with nothing changed; errors of the
+    /// file system or SQLite.
     pub fn repair(folder: &Path, results: &Path, owner: Option<String>) -> Result<Repaired, LedgerError> {
         let known = known_runs(folder);
         if let Some(run) = known.iter().find(|run| is_held(folder, run)) {
@@ -59,7 +59,7 @@ impl Ledger {
             }
             _ => {}
         }
-        // What did not fit among the results lies in the runs' own folders.
+        // Results that did not fit in their folder are in the runs' folders.
         let at_home = [of_results(results), of_results(&folder.join("runs"))].concat();
         let owner = Self::owner_beside(folder).or(salvage.owner).or_else(|| only_owner(&at_home)).or(owner);
         let aside = set_aside(folder)?;
@@ -106,7 +106,7 @@ impl Ledger {
     }
 }
 
-/// Every run that has, or had, a folder.
+/// Every run with a folder, and those in the results.
 fn known_runs(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder.join("runs")).into_iter().flatten().filter_map(Result::ok);
     entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
@@ -136,7 +136,7 @@ fn salvage(folder: &Path) -> Salvage {
     salvage
 }
 
-/// The results' own records, as far as they make sense, of surveys too.
+/// The valid records beside results, those of surveys included.
 fn of_results(results: &Path) -> Vec<RunRecord> {
     let below = |folder: &Path| -> Vec<PathBuf> {
         fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path())).collect()
@@ -153,7 +153,7 @@ fn read(path: &Path) -> Option<RunRecord> {
     plain.then_some(RunRecord { state, ..run })
 }
 
-/// In whose name it rented.
+/// Owners in the tags of its instances.
 fn owners(run: &RunRecord) -> impl Iterator<Item = &str> {
     run.events.iter().filter_map(|entry| match &entry.event {
         RunEvent::Creating { intent } => Some(intent.tag.owner.as_str()),
@@ -166,7 +166,7 @@ fn only_owner(runs: &[RunRecord]) -> Option<String> {
     all.first().filter(|_| all.len() == 1).map(|owner| (*owner).to_owned())
 }
 
-/// Moves the file away, with what SQLite keeps beside it, under a name that says when.
+/// Renames the file, with SQLite's companion files, to a name with the time.
 fn set_aside(folder: &Path) -> Result<Option<PathBuf>, LedgerError> {
     let (path, date) = (folder.join(FILE), rfc3339(now_ms() / 1000).replace(':', ""));
     let aside = folder.join(format!("{FILE}.damaged-{date}"));

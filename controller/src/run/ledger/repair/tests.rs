@@ -8,7 +8,7 @@ fn creating(owner: &str, run: &str) -> RunEvent {
     RunEvent::Creating { intent: Box::new(Intent { offer: offer("a", 1.0), tag }) }
 }
 
-/// A run that is over, and its own record among the results; its id.
+/// A finished run with a record beside its results; returns its id.
 fn finished(ledger: &Ledger, results: &Path) -> String {
     let mut run = ledger.plan(&spec()).unwrap();
     let id = run.record().id.clone();
