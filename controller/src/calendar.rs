@@ -1,19 +1,19 @@
-//! Moments as clouds write them (RFC 3339), as Unix seconds.
+//! Converts RFC 3339 times, as clouds write them, to and from Unix seconds.
 
 const DAY: u64 = 86_400;
-/// Days from the first of March of the year 0, where the arithmetic begins, to the first of
+/// Days from the first of March of the year 0, the start of the calculation, to the first of
 /// January 1970.
 const EPOCH: u64 = 719_468;
-/// Days in 400 years, after which the calendar repeats.
+/// Days in 400 years, the period of the calendar.
 const ERA: u64 = 146_097;
 
-/// `2026-06-01T12:00:00Z`.
+/// Formats as `2026-06-01T12:00:00Z`.
 pub fn rfc3339(unix: u64) -> String {
     let (days, seconds) = (unix / DAY + EPOCH, unix % DAY);
     let (era, day) = (days / ERA, days % ERA);
     let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
     let day = day - (365 * year + year / 4 - year / 100);
-    // Counted from March, so that the leap day is a year's last.
+    // Counted from March, so that a leap day is the last of its year.
     let month = (5 * day + 2) / 153;
     let day = day - (153 * month + 2) / 5 + 1;
     let (month, after) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
@@ -22,8 +22,8 @@ pub fn rfc3339(unix: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hours:02}:{minutes:02}:{seconds:02}Z")
 }
 
-/// Unix seconds of such a moment, fractions cut off; one that names no time zone is UTC. `None`
-/// before 1970.
+/// Parses a time as Unix seconds, without fractions. Without a time zone it is UTC. `None` before
+/// 1970.
 pub fn from_rfc3339(text: &str) -> Option<u64> {
     let (date, time) = text.trim().split_once(['T', 't', ' '])?;
     let (time, offset) = match time.find(['Z', 'z', '+', '-']) {
@@ -41,7 +41,7 @@ pub fn from_rfc3339(text: &str) -> Option<u64> {
     local.checked_add_signed(-offset)
 }
 
-/// Days since 1970; from then on.
+/// Days since 1970, for later dates.
 fn days(year: u64, month: u64, day: u64) -> u64 {
     let year = if month > 2 { year } else { year - 1 };
     let (era, year) = (year / 400, year % 400);
@@ -49,7 +49,7 @@ fn days(year: u64, month: u64, day: u64) -> u64 {
     era * ERA + year * 365 + year / 4 - year / 100 + (153 * month + 2) / 5 + day - 1 - EPOCH
 }
 
-/// `Z`, `+02:00`, `-0730`.
+/// Parses `Z`, `+02:00` or `-0730`.
 fn seconds_east(zone: &str) -> Option<i64> {
     let sign = match zone.as_bytes().first()? {
         b'Z' | b'z' => return (zone.len() == 1).then_some(0),

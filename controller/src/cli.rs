@@ -98,7 +98,7 @@ pub struct ClusterArgs {
     pub stage_partition: Option<String>,
 }
 
-/// When to use colours.
+/// Colour mode.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Color {
     /// On a terminal.
@@ -129,8 +129,8 @@ pub enum Command {
     Attach {
         /// The beginning of its id, or `last` [default: the only one that nobody drives].
         run: Option<String>,
-        /// Save its results below this folder instead, also while another process drives it:
-        /// for a run whose results cannot be saved.
+        /// Save the results in this folder instead, also while another process drives the run: for
+        /// a run whose results cannot be saved.
         #[arg(long, value_name = "DIR")]
         results: Option<PathBuf>,
     },
@@ -247,9 +247,8 @@ pub enum Command {
 }
 
 impl Command {
-    /// Whether the command only lists or ends instances. Such a command must not depend on settings
-    /// that
-    /// have nothing to do with clouds.
+    /// Whether the command only lists or ends instances. Such a command must not depend on
+    /// settings that do not concern clouds.
     pub fn only_ends(&self) -> bool {
         matches!(self, Self::Instances(_) | Self::Reap(_) | Self::Runs(RunsCommand::Cancel { .. }))
     }
@@ -297,7 +296,7 @@ pub struct WantArgs {
     pub request: GpuRequest,
 }
 
-/// `deploy`.
+/// Arguments of `deploy`.
 #[derive(Args, Clone, Debug)]
 pub struct DeployArgs {
     /// The checkpoint.
@@ -344,7 +343,7 @@ pub struct DeployArgs {
     pub yes: bool,
 }
 
-/// `survey`.
+/// Arguments of `survey`.
 #[derive(Args, Clone, Debug)]
 pub struct SurveyArgs {
     /// The survey's file (TOML): its name, its models, the text. See config/surveys.
@@ -388,7 +387,7 @@ pub struct SurveyArgs {
     pub yes: bool,
 }
 
-/// `demo`.
+/// Arguments of `demo`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DemoArgs {
     /// Keep the model here [default: below demo/ in the state folder].
@@ -396,7 +395,7 @@ pub struct DemoArgs {
     pub output: Option<PathBuf>,
 }
 
-/// `runs`.
+/// Subcommands of `runs`.
 #[derive(Subcommand, Debug)]
 pub enum RunsCommand {
     /// All runs, oldest first.
@@ -407,7 +406,7 @@ pub enum RunsCommand {
     ///
     /// Example: outliers runs show last
     Show {
-        /// The beginning of its id, or `last`.
+        /// Prefix of the run's id, or `last`.
         run: String,
     },
     /// Show the worker's log: what was fetched and, while no process drives the run, what the
@@ -417,7 +416,7 @@ pub enum RunsCommand {
     ///
     /// It only reads: the instance's guard does not take it for a controller.
     Logs {
-        /// The beginning of its id, or `last`.
+        /// Prefix of the run's id, or `last`.
         run: String,
         /// Follow until the worker has ended.
         #[arg(short, long)]
@@ -427,12 +426,12 @@ pub enum RunsCommand {
     ///
     /// Example: outliers runs cancel last
     Cancel {
-        /// The beginning of its id, or `last`.
+        /// Prefix of the run's id, or `last`.
         run: String,
     },
 }
 
-/// `results`.
+/// Subcommands of `results`.
 #[derive(Subcommand, Debug)]
 pub enum ResultsCommand {
     /// All results below the results' folder, with their counts.
@@ -446,28 +445,27 @@ pub enum ResultsCommand {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
     },
-    /// The page of one result, in a browser. It is written into the result's folder.
+    /// Open the page of one result in a browser. The page is written to the result's folder.
     ///
     /// Example: outliers results open last
     Open {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
     },
-    /// Count by other shares of layers and positions, from what the run stored. Nothing is run and
-    /// nothing is written.
+    /// Apply other shares of layers and positions to the stored counts. Runs and writes nothing.
     ///
     /// Example: outliers results recount last --layer-fraction 0.5
     Recount {
         /// The beginning of its run's id, its folder, or `last`: the one written last.
         run: String,
-        /// The shares; those of the run where none is given. Another --threshold than the run's is
-        /// refused: what reaches it is not stored.
+        /// The shares; default: those of the run. A --threshold other than the run's is refused,
+        /// since the counts for it are not stored.
         #[command(flatten)]
         thresholds: ThresholdOptions,
     },
 }
 
-/// Where to look.
+/// Clouds to query.
 #[derive(Args, Clone, Debug, Default)]
 pub struct Only {
     /// Only these brokers, separated by commas [default: this machine, every cloud whose key is
@@ -476,10 +474,10 @@ pub struct Only {
     pub broker: Vec<String>,
 }
 
-/// `instances`.
+/// Subcommands of `instances`.
 #[derive(Subcommand, Debug)]
 pub enum InstancesCommand {
-    /// All instances of all clouds whose key is set, and what this program makes of each.
+    /// List all instances of all clouds with a key, with their runs and states.
     ///
     /// Example: outliers instances list
     List {
@@ -487,7 +485,7 @@ pub enum InstancesCommand {
         #[command(flatten)]
         only: Only,
     },
-    /// One instance: all that its cloud and the ledger know.
+    /// Show one instance with the data of its cloud and of the ledger.
     ///
     /// Example: outliers instances show i-4f2a
     Show {
@@ -510,27 +508,27 @@ pub enum InstancesCommand {
         #[command(flatten)]
         only: Only,
     },
-    /// End instances, held ones and strays included. Instances of others are not touched unless it
-    /// is said so.
+    /// End instances, held ones and strays included. Instances of other owners need --owner or
+    /// --force.
     ///
     /// Example: outliers instances terminate --all
     ///
-    /// Shows what would end, with models and prices, and asks; where standard input is no
-    /// terminal, it is refused without --yes. On the local broker, which costs nothing, it does
-    /// not ask.
+    /// Shows the instances with models and prices, and asks for confirmation. If standard input is
+    /// not a terminal, --yes is required. On the local broker, which costs nothing, it does not
+    /// ask.
     ///
-    /// Needs no ledger, and no list where one broker is named. What another ledger rented, or one
-    /// that is lost, wants --owner.
+    /// Works without the ledger, and without a list if one broker is named. Instances that another
+    /// or a lost ledger rented need --owner.
     Terminate(TerminateArgs),
 }
 
-/// `instances terminate`.
+/// Arguments of `instances terminate`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct TerminateArgs {
-    /// Ids, as `instances list` shows them.
+    /// Ids as shown by `instances list`.
     #[arg(required_unless_present = "all")]
     pub ids: Vec<String>,
-    /// Every instance of this ledger, or of --owner.
+    /// All instances of this ledger, or of --owner.
     #[arg(long, conflicts_with = "ids")]
     pub all: bool,
     /// Where to look.
@@ -548,7 +546,7 @@ pub struct TerminateArgs {
     pub yes: bool,
 }
 
-/// `doctor`.
+/// Arguments of `doctor`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct DoctorArgs {
     /// Where to look.
@@ -560,13 +558,13 @@ pub struct DoctorArgs {
     pub repair: bool,
 }
 
-/// `reap`.
+/// Arguments of `reap`.
 #[derive(Args, Clone, Debug, Default)]
 pub struct ReapArgs {
     /// Where to look.
     #[command(flatten)]
     pub only: Only,
-    /// Only show what is overdue.
+    /// Show overdue instances, end none.
     #[arg(long)]
     pub dry_run: bool,
     /// Whose instances [default: those of this machine's ledger].
@@ -575,12 +573,12 @@ pub struct ReapArgs {
     /// Instances of all owners in these accounts. Asks twice.
     #[arg(long)]
     pub all_owners: bool,
-    /// Do not ask; twice for --all-owners.
+    /// Do not ask for confirmation; give it twice with --all-owners.
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub yes: u8,
 }
 
-/// `analyze`.
+/// Arguments of `analyze`.
 #[derive(Args, Clone, Debug)]
 pub struct AnalyzeArgs {
     /// The checkpoint.
@@ -589,13 +587,13 @@ pub struct AnalyzeArgs {
     /// The text and how it is run.
     #[command(flatten)]
     pub job: JobOptions,
-    /// Folder for the results, new or empty [default: <model>-<id> below the results' folder].
-    /// Until they are whole they lie in DIR.partial, where the same command goes on.
+    /// Folder for the results, new or empty [default: <model>-<id> in the results' folder]. Until
+    /// they are complete they are in DIR.partial, where the same command resumes.
     #[arg(short, long, value_name = "DIR", help_heading = OUTPUT)]
     pub output: Option<PathBuf>,
 }
 
-/// `compare`.
+/// Arguments of `compare`.
 #[derive(Args, Clone, Debug)]
 pub struct CompareArgs {
     /// Folders of results, or folders of such folders [default: the results' folder, without
@@ -605,7 +603,7 @@ pub struct CompareArgs {
     /// What to print.
     #[arg(long, value_enum, default_value_t)]
     pub format: CompareFormat,
-    /// Also make a page of it: one file, with plots, that needs nothing else.
+    /// Also write a self-contained HTML page with plots.
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Also write every plot to this folder, as SVG.
@@ -614,7 +612,7 @@ pub struct CompareArgs {
     /// Also write every plot to this folder, as PNG.
     #[arg(long, value_name = "DIR")]
     pub png: Option<PathBuf>,
-    /// Also write every plot to this folder, as PDF: lines and letters as shapes, no picture.
+    /// Also write every plot to this folder, as PDF with vector shapes.
     #[arg(long, value_name = "DIR")]
     pub pdf: Option<PathBuf>,
     /// Width of the plots on paper, as in 84mm or 3.3in [default: 840 pixels].
@@ -623,33 +621,34 @@ pub struct CompareArgs {
     /// Pixels per inch of PNG, with --size [default: 300].
     #[arg(long, value_name = "N", value_parser = dpi, allow_negative_numbers = true, requires = "size")]
     pub dpi: Option<u16>,
-    /// Only these results, by number, name or folder, separated by commas. Their numbers stay.
+    /// Only these results, by number, name or folder, separated by commas. Their numbers do not
+    /// change.
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Leave out the figures of partial or damaged results, and say so.
+    /// Continue without the figures of partial or damaged results, and list them.
     #[arg(long)]
     pub allow_partial: bool,
 }
 
-/// What `compare` prints.
+/// Output formats of `compare`.
 #[derive(Clone, Copy, Debug, Default, ValueEnum)]
 pub enum CompareFormat {
-    /// Tables for people.
+    /// Tables for a terminal.
     #[default]
     Table,
-    /// Tables for a document.
+    /// Markdown tables.
     Markdown,
     /// One line per figure.
     Csv,
-    /// All of it, for programs.
+    /// Everything, as JSON.
     Json,
 }
 
-/// `import`.
+/// Arguments of `import`.
 #[derive(Args, Clone, Debug)]
 pub struct ImportArgs {
-    /// The predecessor's final_analysis_results.json, perplexity_results.json, or folders that
-    /// hold them; of one model.
+    /// The predecessor's final_analysis_results.json, perplexity_results.json, or folders with
+    /// them, of one model.
     #[arg(value_name = "PATH", required = true)]
     pub paths: Vec<PathBuf>,
     /// Folder for the result [default: below the results' folder].
@@ -657,14 +656,14 @@ pub struct ImportArgs {
     pub output: Option<PathBuf>,
 }
 
-/// `offers`.
+/// Arguments of `offers`.
 #[derive(Args, Clone, Debug)]
 pub struct OffersArgs {
     /// The instance.
     #[command(flatten)]
     pub want: WantArgs,
-    /// Order by what a run of this checkpoint costs: hub id or folder [default: by price, for a
-    /// run of 100 GiB].
+    /// Rank by the cost of a run of this checkpoint: hub id or folder [default: of a run with 100
+    /// GiB of weights].
     #[arg(long, value_name = "ID|FOLDER", help_heading = MODEL)]
     pub model: Option<String>,
     /// Branch, tag or commit of a hub model.
@@ -675,7 +674,7 @@ pub struct OffersArgs {
     pub all: bool,
 }
 
-/// `inspect`.
+/// Arguments of `inspect`.
 #[derive(Args, Clone, Debug)]
 pub struct InspectArgs {
     /// The checkpoint.
@@ -686,7 +685,7 @@ pub struct InspectArgs {
     pub job: JobOptions,
 }
 
-/// `plan`.
+/// Arguments of `plan`.
 #[derive(Args, Clone, Debug)]
 pub struct PlanArgs {
     /// The checkpoint.
@@ -704,13 +703,13 @@ pub struct PlanArgs {
     /// Rate at which the instance reads weights, in GiB/s [default: settings].
     #[arg(long, value_name = "GIB", allow_negative_numbers = true, help_heading = MONEY)]
     pub bandwidth: Option<Positive>,
-    /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only the
-    /// reading is timed.
+    /// Peak arithmetic of the instance, in 10^12 operations per second; without it, only reading
+    /// is timed.
     #[arg(long, value_name = "N", allow_negative_numbers = true, help_heading = MONEY)]
     pub tflops: Option<Positive>,
 }
 
-/// Of things that are done side by side.
+/// Parses a number of concurrent runs.
 fn at_least_one(text: &str) -> Result<u16, String> {
     match whole::<u16>(text)? {
         0 => Err("it must be positive".to_owned()),
@@ -718,7 +717,7 @@ fn at_least_one(text: &str) -> Result<u16, String> {
     }
 }
 
-/// Of a picture.
+/// Parses a resolution.
 fn dpi(text: &str) -> Result<u16, String> {
     let dpi: u16 = whole(text)?;
     if (36..=2400).contains(&dpi) { Ok(dpi) } else { Err("it must be between 36 and 2400".to_owned()) }
@@ -742,7 +741,7 @@ mod tests {
         assert!(EXIT_CODES.contains("4    the time limit or the budget"));
     }
 
-    /// The examples of a command and of those below it; each shown command has one.
+    /// The examples of a command and its subcommands. Every visible command must have one.
     fn examples(command: &clap::Command, called: &str) -> Vec<String> {
         let help = command.get_long_about().map(ToString::to_string).unwrap_or_default();
         let of_this = help.lines().filter_map(|line| line.strip_prefix("Example: ")).map(str::to_owned);

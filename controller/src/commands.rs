@@ -1,4 +1,4 @@
-//! One file per command: each takes what was decided and says how the program ends.
+//! The commands, one file each. Each takes resolved values and returns the exit status.
 
 use std::collections::BTreeSet;
 use std::io::Write;
@@ -51,33 +51,33 @@ pub mod worker;
 /// Version of the documents printed with `--json`.
 pub const SCHEMA: u32 = 1;
 
-/// What every command has at hand.
+/// Context of every command.
 pub struct Context {
-    /// What was decided.
+    /// The resolved settings.
     pub settings: Settings,
-    /// Who tells.
+    /// Output for people and programs.
     pub reporter: Reporter,
-    /// The folder the command runs in.
+    /// The current folder.
     pub here: PathBuf,
-    /// This program.
+    /// Path of this program.
     pub exe: PathBuf,
-    /// Requests and replies of clouds are shown.
+    /// Whether requests and replies of clouds are shown.
     pub explain: bool,
 }
 
-/// What this machine knows of its own runs, as far as it can be read.
+/// This machine's ledger, as far as it can be read.
 pub struct Home {
-    /// The ledger.
+    /// The ledger; `None` if it cannot be read.
     pub ledger: Option<Ledger>,
-    /// In whose name this machine rents.
+    /// Owner in the names of this machine's instances.
     pub owner: Option<String>,
 }
 
-/// Does what was typed.
+/// Runs the command and returns its exit status.
 pub async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
-    // An instance has no home, no state and no settings of ours: a folder is all it knows.
+    // An instance has no home folder, state or settings of the user, only its folder.
     if let Command::InstanceServe { folder } = &cli.command {
         return serve(folder).await;
     }
@@ -96,7 +96,7 @@ async fn dispatch(cli: Cli, environment: &Environment, reporter: Reporter) -> Re
         Err(cli_error) => return Err((reporter, cli_error)),
     };
     let context = Context { settings, reporter, here, exe, explain: cli.global.explain };
-    // What was typed and the settings meet here; the commands get what came of it.
+    // Arguments and settings are resolved here. Commands get the result.
     let (settings, here) = (&context.settings, context.here.as_path());
     let done = match cli.command {
         Command::Deploy(args) => deploy::command(&context, &settings.deploy_request(*args, here)).await,
@@ -144,7 +144,7 @@ async fn serve(folder: &Path) -> ExitStatus {
     }
 }
 
-/// The settings, the current folder and this program.
+/// The settings, the current folder and the path of this program.
 fn surroundings(
     cli: &Cli,
     environment: &Environment,
@@ -165,16 +165,16 @@ fn surroundings(
 }
 
 impl Context {
-    /// The ledger.
+    /// Opens the ledger.
     ///
     /// # Errors
-    /// What the ledger says.
+    /// Errors of the ledger.
     pub fn ledger(&self) -> Result<Ledger, CliError> {
         Ok(Ledger::open(&self.settings.state)?)
     }
 
-    /// The ledger where it can be read; else that is said, and tags and the clouds' lists have to
-    /// do.
+    /// Opens the ledger. If it cannot be read, reports that; then tags and the clouds' lists must
+    /// suffice.
     pub fn home(&self) -> Home {
         let read = Ledger::open(&self.settings.state).and_then(|ledger| Ok((ledger.records()?, ledger)));
         match read {
@@ -189,7 +189,7 @@ impl Context {
         }
     }
 
-    /// The worker program beside this one.
+    /// Finds the worker program beside this one.
     ///
     /// # Errors
     /// It is missing, or of another version.
@@ -198,7 +198,7 @@ impl Context {
         Ok(worker.limited(self.settings.look))
     }
 
-    /// What a run has to move and to compute, under the settings' assumptions.
+    /// Data and operations of a run, with the settings' assumptions.
     pub fn work(&self, plan: &PlanFigures) -> Work {
         Work {
             read: Bytes(plan.bytes_to_read),
@@ -209,10 +209,10 @@ impl Context {
         }
     }
 
-    /// Clouds by their names, else those of the settings.
+    /// The clouds with these names; those of the settings if there are none.
     ///
     /// # Errors
-    /// There is none of that name, or its key is not set.
+    /// No cloud has that name, or its key is not set.
     pub fn clouds(&self, names: &[String]) -> Result<Clouds, CliError> {
         let default = match &self.settings.broker {
             DefaultBroker::Named(name) => vec![name.clone()],
@@ -285,10 +285,10 @@ impl Context {
         self.settings.clouds.iter().filter(|cloud| cloud.key.is_some())
     }
 
-    /// A cloud by its name.
+    /// The cloud with this name.
     ///
     /// # Errors
-    /// There is none of that name, or its key is not set.
+    /// No cloud has that name, or its key is not set.
     pub fn cloud(&self, name: &str) -> Result<Cloud, CliError> {
         if name == local::NAME {
             let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
@@ -326,7 +326,7 @@ impl Context {
         let site = &self.settings.any_cluster;
         let ssh = OpenSsh::new(host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
         let ssh = ssh.map_err(|error| CliError::refused(error.message, "name a host, or another state folder"))?;
-        // A job is listed from the moment it exists.
+        // A job is listed as soon as it exists.
         let timeouts =
             Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
         let token = self.settings.hf_token.clone();
@@ -336,11 +336,11 @@ impl Context {
     }
 
     fn explain(&self) -> Option<Explain> {
-        // Whoever listened may be gone: that must end nothing here.
+        // Standard error may be closed, which must not end the command.
         self.explain.then(|| -> Explain { Arc::new(|words| drop(writeln!(std::io::stderr().lock(), "{words}"))) })
     }
 
-    /// The way to rented hosts, which get a worker.
+    /// Access to rented hosts, to which the worker for instances is pushed.
     pub fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
         let pushed = &worker.pushed().path;
         let uses_gpus = worker.pushed().cuda.is_some();
@@ -351,13 +351,13 @@ impl Context {
         self.hosts(pushed).using_gpus(uses_gpus)
     }
 
-    /// The way to rented hosts, to which `worker` is pushed.
+    /// Access to rented hosts, to which `worker` is pushed.
     pub fn hosts(&self, worker: &Path) -> SshHosts {
         SshHosts::new(worker.to_owned(), self.settings.push_limit, self.settings.save_point_limit)
     }
 }
 
-/// What a run needs.
+/// External dependencies of a run.
 pub fn ports<'a>(
     clouds: &'a Clouds,
     bad_hosts: &'a BadHosts,

@@ -1,7 +1,8 @@
 //! Merges the command line, the environment and the settings files into one value. No other module
 //! reads them.
 //!
-//! An option wins over the user's file, which wins over `config/outliers.toml`, which is built in.
+//! Command-line options have priority over the user's file, which has priority over the built-in
+//! `config/outliers.toml`.
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -37,9 +38,9 @@ pub mod variables {
     pub const CONFIG: &str = "OUTLIERS_CONFIG";
     /// Token for gated models. It is passed only to the worker of a job that needs it.
     pub const HF_TOKEN: &str = "HF_TOKEN";
-    /// Another hub; passed on to the worker.
+    /// Address of another hub; passed to the worker.
     pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
-    /// Where `hf auth login` leaves its token.
+    /// Folder with the token file of `hf auth login`.
     pub const HF_HOME: &str = "HF_HOME";
     /// Disables colours, with any value.
     pub const NO_COLOR: &str = "NO_COLOR";
@@ -49,20 +50,20 @@ pub mod variables {
     pub const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
     /// Base of the user's settings.
     pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
-    /// Base of both, where they are not set.
+    /// Base of both, if they are not set.
     pub const HOME: &str = "HOME";
 }
 
-/// How long a job may wait in a cluster's queue, and its results in its folder.
+/// How long a job may wait in a cluster's queue; results are kept in its folder as long.
 const QUEUE: Duration = Duration::from_secs(7 * 86_400);
 
 /// The hub, unless `HF_ENDPOINT` is set.
 const PUBLIC_HUB: &str = "https://huggingface.co";
 
-/// The settings that are built in.
+/// The built-in settings.
 const DEFAULTS: &str = include_str!("../../../config/outliers.toml");
 
-/// Longest file that holds a token, bytes.
+/// Maximum bytes of a token file.
 const MOST_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
@@ -74,7 +75,7 @@ pub struct Environment {
 }
 
 impl Environment {
-    /// The environment of this process.
+    /// Reads the environment of this process.
     pub fn of_process() -> Self {
         Self::of_system(std::env::vars_os())
     }
@@ -91,7 +92,7 @@ impl Environment {
         environment
     }
 
-    /// An environment of these variables only.
+    /// An environment with these variables only, for tests.
     pub fn of(pairs: &[(&str, &str)]) -> Self {
         Self::of_system(pairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))))
     }
@@ -101,7 +102,7 @@ impl Environment {
         self.values.get(name).map(String::as_str).filter(|value| !value.is_empty())
     }
 
-    /// The home folder, or why it cannot be used.
+    /// The home folder, or why it is unusable.
     fn home(&self) -> Result<PathBuf, &'static str> {
         match self.path(variables::HOME) {
             _ if self.odd_home => Err("is not UTF-8"),
@@ -128,13 +129,13 @@ pub struct Settings {
     pub state: PathBuf,
     /// Folder of the results, absolute.
     pub results: PathBuf,
-    /// The worker program, where the settings name one.
+    /// Path of the worker program, if set.
     pub worker: Option<PathBuf>,
     /// Limits for the inspection of a job on this machine.
     pub look: Limits,
-    /// The brokers of commands that name none.
+    /// The default brokers.
     pub broker: DefaultBroker,
-    /// Every cloud that is built in and not switched off, with its key where one is set.
+    /// Every supported cloud that is not disabled, with its key if one is set.
     pub clouds: Vec<CloudSettings>,
     /// The cluster behind a login node, where one is named.
     pub slurm: Option<slurm::Site>,
@@ -142,17 +143,17 @@ pub struct Settings {
     pub any_cluster: slurm::Site,
     /// After this an instance has no right to exist.
     pub max_duration: Duration,
-    /// What the guard on an instance waits for before that.
+    /// Timeouts of the guard on an instance.
     pub watch: GuardTimeouts,
-    /// Disk beside what the checkpoint needs.
+    /// Disk beyond the needs of the checkpoint.
     pub spare_disk: Bytes,
-    /// Largest folder or corpus that is pushed.
+    /// Maximum size of a pushed folder or corpus.
     pub push_limit: Bytes,
-    /// Largest save point that is fetched while the worker runs.
+    /// Maximum size of a save point that is fetched while the worker runs.
     pub save_point_limit: Bytes,
-    /// Runs of a survey at the same time.
+    /// Maximum concurrent runs of a survey.
     pub max_parallel: usize,
-    /// Between the starts of two workers of a survey.
+    /// Minimum time between the starts of two workers of a survey.
     pub stagger: Duration,
     /// Options of every job.
     pub job: JobOptions,
@@ -160,49 +161,49 @@ pub struct Settings {
     pub read_rate: Bytes,
     /// Share of peak arithmetic, for plans.
     pub efficiency: f64,
-    /// Most requests to the hub in five minutes, of all runs together.
+    /// Maximum requests to the hub in five minutes, over all runs.
     pub hub_requests: usize,
     /// Token for gated models.
     pub hf_token: Option<Secret>,
-    /// Another hub.
+    /// Address of another hub.
     pub hf_endpoint: Option<String>,
 }
 
-/// The brokers of commands that name none.
+/// The default brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DefaultBroker {
-    /// The settings name it.
+    /// Named in the settings.
     Named(String),
     /// Every cloud whose key is set.
     Clouds,
-    /// No cloud's key is set: this machine.
+    /// This machine, since no cloud's key is set.
     Local,
 }
 
-/// A cloud as the settings have it.
+/// Settings of a cloud.
 #[derive(Clone, Debug)]
 pub struct CloudSettings {
     /// The cloud that these settings are for.
     pub kind: &'static CloudKind,
-    /// Where its API answers.
+    /// Base URL of its API.
     pub base_url: String,
-    /// The variable its key is read from.
+    /// Environment variable with its key.
     pub key_variable: String,
     /// Its key.
     pub key: Option<Secret>,
     /// Container image for instances.
     pub image: String,
-    /// Who logs in to its instances, where the cloud does not say.
+    /// SSH user of its instances, if the cloud does not state it.
     pub ssh_user: Option<String>,
-    /// Where their SSH servers listen, where the cloud does not say.
+    /// SSH port of its instances, if the cloud does not state it.
     pub ssh_port: Option<u16>,
-    /// Between two looks at its list while something is waited for.
+    /// Minimum time between two listings.
     pub listing_interval: Option<Duration>,
 }
 
 impl CloudSettings {
-    /// The variable its key is read from, as it is told: what does not look like one may be the
-    /// key itself.
+    /// The variable's name for messages. A value that does not look like a name may be the key
+    /// itself, and is not shown.
     pub fn variable(&self) -> &str {
         let fits = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
         let is_name = self.key_variable.len() <= 60 && self.key_variable.bytes().all(fits);
@@ -211,7 +212,7 @@ impl CloudSettings {
 }
 
 mergeable! {
-    /// A settings' file. Every field may be missing; one that is not known is an error.
+    /// Content of a settings file. Every field is optional; an unknown one is an error.
     #[derive(Clone, Debug, Default, Deserialize)]
     #[serde(deny_unknown_fields, rename_all = "kebab-case")]
     struct SettingsFile {
@@ -241,7 +242,7 @@ struct Brokers {
     clouds: BTreeMap<String, BrokerSection>,
 }
 
-/// No broker section is built in.
+/// The built-in file has no broker sections.
 impl Merge for Brokers {
     fn merge(self, _built_in: Self) -> Self {
         self
@@ -275,8 +276,8 @@ struct SlurmSection {
 }
 
 impl SlurmSection {
-    /// The cluster; its host is empty where none is named. `here` is what paths are seen from,
-    /// `hub` another hub than the public one.
+    /// The cluster; its host is empty if none is set. Paths are relative to `here`; `hub` replaces
+    /// the public hub.
     fn site(self, here: &Path, hub: Option<&str>) -> slurm::Site {
         slurm::Site {
             host: self.host.unwrap_or_default(),
@@ -374,7 +375,7 @@ mergeable! {
     }
 }
 
-/// An amount of memory that is not none.
+/// A positive amount of memory.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(try_from = "ByteSize")]
 struct SomeBytes(ByteSize);
@@ -388,20 +389,20 @@ impl TryFrom<ByteSize> for SomeBytes {
 }
 
 impl Settings {
-    /// Resolves the settings. `config` is the file named on the command line, `here` the current
+    /// Resolves the settings. `config` is the file from the command line, `here` the current
     /// folder.
     ///
     /// # Errors
-    /// [`SettingsError`] when a file cannot be read or does not make sense, or there is no place for the state.
+    /// [`SettingsError`] if a file is unreadable or invalid, or there is no folder for the state.
     pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         Self::of(user_file(config, environment)?, environment, here)
     }
 
-    /// The same of a file that makes no sense, of which nothing is taken but its clouds, where
-    /// these do.
+    /// As [`Self::resolve`], for commands that end instances: of an invalid file only the clouds
+    /// are used, if they are valid.
     ///
     /// # Errors
-    /// [`SettingsError`] when there is no place for the state.
+    /// [`SettingsError`] if there is no folder for the state.
     pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
         let text = user_path(config, environment).and_then(|path| read_text(&path, MOST).ok());
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
@@ -452,7 +453,7 @@ impl Settings {
         })
     }
 
-    /// With what was typed about the cluster; without one where no host is named.
+    /// Applies the command line's options of the cluster. Without a host there is no cluster.
     #[must_use]
     pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
         let site = self.any_cluster;
@@ -469,7 +470,7 @@ impl Settings {
         Self { slurm, any_cluster, ..self }
     }
 
-    /// What each worker is given where `workers` of them fetch from the hub at the same time.
+    /// Environment variables for each worker if `workers` of them use the hub at the same time.
     pub fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
         let share = (self.hub_requests / workers.max(1)).max(1);
         let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
@@ -541,7 +542,7 @@ fn state_folder(environment: &Environment) -> Result<PathBuf, SettingsError> {
     std::path::absolute(&folder).map_err(|source| SettingsError::Unreadable { path: folder, source })
 }
 
-/// The variable, else the file that `hf auth login` leaves.
+/// The token in the variable, else in the file of `hf auth login`.
 fn hf_token(environment: &Environment) -> Option<Secret> {
     let named = environment.get(variables::HF_TOKEN).map(str::to_owned);
     let file = || {
@@ -557,7 +558,7 @@ fn missing_default(field: &'static str) -> SettingsError {
     SettingsError::Wrong { path: PathBuf::from("config/outliers.toml"), why: format!("{field} is missing") }
 }
 
-/// Why the settings cannot be used.
+/// Why the settings are unusable.
 #[derive(Debug, thiserror::Error)]
 pub enum SettingsError {
     /// A file cannot be read.
@@ -565,39 +566,39 @@ pub enum SettingsError {
     Unreadable {
         /// The settings file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// A file does not make sense.
+    /// A file is invalid.
     #[error("{}: {why}", path.display())]
     Wrong {
         /// The settings file.
         path: PathBuf,
-        /// Where in it, and what is wrong.
+        /// Location and error.
         why: String,
     },
-    /// A section is about a broker that is not built in.
+    /// A section names an unsupported broker.
     #[error("[brokers.{name}]: there is no such cloud")]
     NoSuchBroker {
-        /// As it is written.
+        /// The name in the file.
         name: String,
     },
     /// There is no home folder.
     #[error("there is no place for the ledger: HOME {why}")]
     NoState {
-        /// What is wrong with it.
+        /// What is wrong with `HOME`.
         why: &'static str,
     },
 }
 
-/// The names of all clouds that are built in.
+/// Names of all supported clouds.
 pub fn known_brokers() -> String {
     let clouds = CLOUDS.iter().map(|kind| kind.name);
     [local::NAME, slurm::NAME].into_iter().chain(clouds).collect::<Vec<_>>().join(", ")
 }
 
 impl SettingsError {
-    /// What to do about it.
+    /// The remedy.
     pub fn hint(&self) -> String {
         match self {
             Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
@@ -783,7 +784,7 @@ mod tests {
     }
 }
 
-/// The data files beside the settings, which the survey reads.
+/// The catalogue files beside the settings, which surveys use.
 #[cfg(test)]
 mod catalogue {
     use std::collections::BTreeSet;
@@ -812,14 +813,14 @@ mod catalogue {
         experts: Option<u32>,
         top_k: Option<u32>,
         stored_gb: f64,
-        /// The hub wants a token whose owner was given access.
+        /// Access needs a token of an authorised account.
         #[serde(default)]
         gated: bool,
-        /// Trained further than on plain text.
+        /// Fine-tuned after pre-training.
         post_trained: bool,
-        /// How experts are chosen.
+        /// Kind of routing.
         router: Option<String>,
-        /// Where norms stand.
+        /// Position of the norms.
         norms: Option<String>,
         /// The dtypes of the weights.
         stored: Option<String>,
@@ -828,7 +829,7 @@ mod catalogue {
         gated_attention: bool,
         #[serde(default)]
         learned_sinks: bool,
-        /// Of the last three.
+        /// Source of the last three.
         source: Option<String>,
     }
 
@@ -871,14 +872,13 @@ mod catalogue {
             assert_eq!(claims, model.source.is_some(), "{id}");
             let told = [&model.norms, &model.stored].map(Option::is_some);
             assert!(told[0] == told[1] && model.router.is_some() == (told[0] && moe), "{id}");
-            // Half a byte (MXFP4) to four bytes (F32) each, and what is stored beside the model
-            // itself.
+            // Half a byte (MXFP4) to four bytes (F32) per parameter, and other stored tensors.
             let bytes_each = model.stored_gb * 1e9 / model.parameters as f64;
             assert!((0.5..5.0).contains(&bytes_each), "{id}: {bytes_each}");
         }
     }
 
-    /// Every key below `value` is spelt as options are.
+    /// Checks that every key in `value` is kebab-case.
     fn is_kebab_case(value: &toml::Value) {
         match value {
             toml::Value::Table(table) => {

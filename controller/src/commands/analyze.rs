@@ -1,4 +1,4 @@
-//! `analyze`: the worker on this machine, no instance.
+//! `analyze`: runs the worker on this machine.
 
 use std::path::{Path, PathBuf};
 
@@ -13,8 +13,8 @@ use crate::run::ledger::random_word;
 use crate::run::local_worker::{LocalWorkerError, is_refusal};
 use crate::ui::report::{CliError, ExitStatus, tables};
 
-/// Runs `analyze`. Results lie in a folder of another name until they are whole: what fails never
-/// touches what lies in theirs.
+/// Runs `analyze`. Results are in another folder until they are complete, so that a failure does
+/// not change existing ones.
 pub(super) async fn command(
     context: &Context,
     asked: &JobRequest,
@@ -28,7 +28,7 @@ pub(super) async fn command(
     let on = |progress| context.reporter.progress(&progress);
     let ran = tokio::select! {
         ran = worker.run(&job, &partial, &on) => ran,
-        // The worker hears the terminal's Ctrl-C too; dropping it ends it in any case.
+        // The worker receives the terminal's Ctrl-C, too. Dropping it ends it in any case.
         _ = tokio::signal::ctrl_c() => {
             let hint = Some(format!("the same command with --output {} resumes it", folder.display()));
             return Err(CliError { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
@@ -37,7 +37,7 @@ pub(super) async fn command(
     if let Err(error) = ran {
         let nothing_to_go_on_with = output.is_none() && !partial.join(files::SAVE_POINT).exists();
         if is_refusal(&error) && nothing_to_go_on_with {
-            // What was asked for cannot be done: there is nothing but that word, which follows.
+            // The request is invalid: the folder contains only the message that is printed below.
             let _ = std::fs::remove_dir_all(&partial);
         }
         return Err(cli_error(error, &partial));
@@ -53,10 +53,10 @@ pub(super) async fn command(
     Ok(ExitStatus::Done)
 }
 
-/// Where the results of `job` lie until they are whole and become `folder`.
+/// The folder of `job`'s results until they are complete and it is renamed to `folder`.
 ///
 /// # Errors
-/// Something else lies in either.
+/// Either folder contains other files.
 fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, CliError> {
     let refused = |place: &Path, what: &str| {
         let message = format!("{} holds {what}", place.display());

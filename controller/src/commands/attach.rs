@@ -1,4 +1,4 @@
-//! `attach`: drives a run on whose controller went away.
+//! `attach`: resumes a run without a controller.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::cloud::clouds::BadHosts;
 use crate::run::ledger::{Ledger, Records, RunRecord};
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Does it; `results` is another folder for them.
+/// Runs `attach`. `results` is another folder for the results.
 pub(super) async fn command(
     context: &Context,
     name: Option<&str>,
@@ -42,7 +42,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     };
     let (clouds, worker) = (context.clouds_of(run)?, context.worker().await?);
     let (hosts, bad_hosts) = (context.hosts_for(&worker), BadHosts::default());
-    // The others of its survey may run beside it.
+    // Other runs of its survey may be running.
     let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };
     let secrets = secrets(context, &run.spec.job, workers);
     context.reporter.picked_up(taken.record());
@@ -67,7 +67,7 @@ fn send_results(context: &Context, ledger: &Ledger, run: &RunRecord, folder: &Pa
     Ok(path.to_owned())
 }
 
-/// The run that nobody drives and that is not over, if there is just one.
+/// The abandoned run, if there is exactly one.
 fn the_only_one(context: &Context, ledger: &Ledger) -> Result<RunRecord, CliError> {
     let mut left = Vec::new();
     let Records { runs, unreadable } = ledger.records()?;

@@ -1,4 +1,4 @@
-//! `compare`: results side by side, in tables and as a page.
+//! `compare`: compares results in tables and on a page.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use crate::text::{clean, counted};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::PlotWidth;
 
-/// Pixels per inch of pictures for paper, unless it is said.
+/// Default pixels per inch of pictures for paper.
 const DPI: u16 = 300;
 
-/// Width of PDF files, unless it is said: 840 units at 120 per inch.
+/// Default width of PDF files: 840 units at 120 per inch.
 const PDF_INCHES: f64 = 7.0;
 
 /// Runs `compare`.
@@ -89,7 +89,7 @@ fn sized(svg: &str, width: Option<PlotWidth>) -> String {
     svg.replacen(&old, &format!("width=\"{inches:.4}in\" height=\"{:.4}in\"", inches * high / wide), 1)
 }
 
-/// Writes every plot in a format, and says so.
+/// Writes every plot in one format, and reports it.
 fn drawings(
     context: &Context,
     comparison: &Comparison,

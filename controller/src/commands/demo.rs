@@ -1,5 +1,4 @@
-//! `demo`: a model whose outlier features are known, deployed like any other, and what was found
-//! held against the truth.
+//! `demo`: deploys a model with known outlier features, and compares the results with them.
 
 use std::path::{Path, PathBuf};
 
@@ -16,14 +15,14 @@ use crate::files::{MOST, create_private_folder, read_small};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
-/// File with the truth, written by the worker beside the checkpoint.
+/// File with the planted features, written by the worker beside the checkpoint.
 const TRUTH: &str = "planted.json";
 
-/// Enough text for the shares of positions to mean something, little enough for a laptop.
+/// Enough text for stable shares of positions, little enough for a laptop.
 const SEQUENCES: usize = 8;
 const LENGTH: usize = 256;
 
-/// What was planted.
+/// The planted features.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 struct Planted {
     systematic: Vec<Feature>,
@@ -45,7 +44,7 @@ struct Decoy {
     why: String,
 }
 
-/// One line of the comparison.
+/// A planted feature with the result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 struct ComparedFeature {
     dim: usize,
@@ -54,13 +53,13 @@ struct ComparedFeature {
     found: bool,
 }
 
-/// What the demo came to.
+/// Result of the demo.
 #[derive(Debug, Serialize)]
 struct DemoReport {
     schema: u32,
-    /// Every planted feature was found and nothing else.
+    /// Whether exactly the planted features were found.
     exact: bool,
-    /// No instance of the run is left.
+    /// Whether no instance of the run remains.
     clean: bool,
     comparison: Vec<ComparedFeature>,
     deployed: Deployed,
@@ -103,8 +102,8 @@ fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, CliError> {
     Err(CliError::failed("what was found is not what was planted: this build counts wrongly"))
 }
 
-/// The checkpoint, made unless it is there. Always at the same place, so that a demo that was
-/// killed is picked up.
+/// Creates the checkpoint unless it exists. Its path is constant, so that an interrupted demo can
+/// be resumed.
 async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> {
     let usual = || context.settings.state.join("demo").join(concat!("olmoe-", env!("CARGO_PKG_VERSION")));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
@@ -116,13 +115,13 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> 
     part.push(format!(".{}.part", crate::run::ledger::random_word(6)));
     let part = PathBuf::from(part);
     let parent = folder.parent().unwrap_or(Path::new("/"));
-    // The state's folder may be made here.
+    // The state folder may be created here.
     let made = if args.output.is_none() { create_private_folder(parent) } else { std::fs::create_dir_all(parent) };
     made.map_err(trouble)?;
     let worker = context.worker().await?;
     worker.demo_model::<serde_json::Value>(&part).await?;
     match std::fs::rename(&part, &folder) {
-        // Another demo was quicker: the same bytes.
+        // Another demo has created the same files.
         Err(_) if folder.join(TRUTH).exists() => std::fs::remove_dir_all(&part).map_err(trouble)?,
         renamed => renamed.map_err(trouble)?,
     }
@@ -148,7 +147,7 @@ fn asked(context: &Context, folder: &Path) -> DeployRequest {
         },
         brokers: vec![local::NAME.to_owned()],
         terms: RunTerms {
-            // A processor is enough, and everybody has one.
+            // The CPU is sufficient.
             request: GpuRequest { gpu_count: Some(0), ..GpuRequest::default() },
             push_model: true,
             keep_running: false,
@@ -165,7 +164,7 @@ fn asked(context: &Context, folder: &Path) -> DeployRequest {
     }
 }
 
-/// Planted features and decoys in the order of the truth, then unplanted ones.
+/// Planted features and decoys in the file's order, then others that were found.
 fn compare(planted: &Planted, results: &Results) -> Vec<ComparedFeature> {
     let found = |dim: usize| results.features.iter().any(|f| f.dim == dim && f.systematic_by_layers);
     let line = |feature: &Feature, expected: bool, why: &str| {

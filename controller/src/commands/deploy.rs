@@ -1,4 +1,4 @@
-//! `deploy`: pre-flight, plan, consent, and the drive.
+//! `deploy`: checks, plan, consent, and driving the run.
 
 use std::path::Path;
 
@@ -22,17 +22,17 @@ use crate::ui::report::tables::TOP;
 use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
 use crate::units::{Usd, UsdPerHour};
 
-/// What a deploy would do.
+/// The plan that `deploy` shows.
 #[derive(Debug, Serialize)]
 struct Plan<'a> {
     schema: u32,
     dry_run: bool,
     spec: &'a RunSpec,
     inspection: &'a Inspection,
-    /// The first offer is rented, the others if it cannot be had.
+    /// The first offer is rented, or the next ones if it is unavailable.
     #[serde(flatten)]
     quote: &'a Quote,
-    /// What all of it costs at most, and nothing that is tried may exceed.
+    /// Maximum total cost of all rentals.
     at_most: Usd,
 }
 
@@ -47,7 +47,7 @@ pub(super) async fn command(context: &Context, asked: &DeployRequest) -> Result<
     Ok(deployed.status())
 }
 
-/// A run whose worker works on without any process here.
+/// A run whose worker continues without a local process.
 #[derive(Serialize)]
 struct Detached<'a> {
     schema: u32,
@@ -55,13 +55,13 @@ struct Detached<'a> {
     run: &'a RunRecord,
     broker: Option<&'a str>,
     instance: Option<&'a InstanceId>,
-    /// What that bills.
+    /// Price of its instance.
     price: Option<UsdPerHour>,
-    /// What all of it costs until the deadline.
+    /// Maximum total cost until the deadline.
     at_most: Usd,
-    /// Until then it may bill, Unix seconds.
+    /// Unix seconds until which it may bill.
     deadline: Option<u64>,
-    /// What follows it.
+    /// Commands to continue with.
     commands: [String; 3],
     exit_status: u8,
 }
@@ -104,7 +104,7 @@ fn in_words(detached: &Detached<'_>) -> String {
     )
 }
 
-/// Prints what a deploy came to.
+/// Prints the result of a deploy.
 pub(super) fn tell(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
     context.reporter.result(deployed, || deployed.table() + &tables::epilogue(&deployed.run, cost));
@@ -113,7 +113,7 @@ pub(super) fn tell(context: &Context, deployed: &Deployed) {
     }
 }
 
-/// Why a run that is over is not what it was to be.
+/// The error of a finished run that did not complete.
 pub(super) fn cli_error_of(run: &RunRecord) -> Option<CliError> {
     let ending = run.state.ending().filter(|ending| **ending != RunOutcome::Completed)?;
     let hint = match ending {
@@ -124,10 +124,10 @@ pub(super) fn cli_error_of(run: &RunRecord) -> Option<CliError> {
     Some(CliError { status: ExitStatus::of_run(&run.state), message: ending.to_string(), hint })
 }
 
-/// Deploys, or shows the plan: then `None`.
+/// Deploys, or shows the plan and returns `None`.
 ///
 /// # Errors
-/// [`CliError`]: what is wrong; nothing was rented unless its status is 6.
+/// [`CliError`]. Nothing was rented unless its status is 6.
 pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<Option<Deployed>, CliError> {
     let reporter = &context.reporter;
     let clouds = context.clouds(&asked.brokers)?;
@@ -173,12 +173,12 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     if run.record().spec.quote.ceiling.is_some() {
         reporter.say(&format!("It costs at most {at_most}"));
     }
-    // A checkpoint that lies on a cluster needs no token.
+    // A checkpoint on a cluster needs no token.
     let secrets = secrets(context, &run.record().spec.job, 1);
     drive_as(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some)
 }
 
-/// Whether an instance that nobody looks after ends on each of these clouds.
+/// Checks that each of these clouds ends an abandoned instance.
 fn end_by_themselves(clouds: &Clouds) -> Result<(), CliError> {
     let Some(cloud) = clouds.iter().find(|cloud| !cloud.broker.capabilities().ends_by_itself()) else { return Ok(()) };
     let message = format!(
@@ -189,8 +189,8 @@ fn end_by_themselves(clouds: &Clouds) -> Result<(), CliError> {
     Err(CliError::refused(message, hint))
 }
 
-/// Names runs of the same job that are under way or complete, wherever they run: nobody should pay
-/// twice unawares.
+/// Reports active or complete runs of the same job, on any cloud, so that nobody pays twice
+/// unknowingly.
 fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity) -> Result<(), CliError> {
     for run in ledger.runs()? {
         let id = &run.id;
@@ -206,7 +206,7 @@ fn tell_of_the_same(reporter: &Reporter, ledger: &Ledger, identity: &JobIdentity
     Ok(())
 }
 
-/// What can be rented, and what was left out.
+/// The offers, and what was left out.
 fn market(prepared: &Prepared) -> String {
     let Prepared { spec, quote, .. } = prepared;
     let agreed = quote.ceiling.map(|_| prepared.at_most());
@@ -214,7 +214,7 @@ fn market(prepared: &Prepared) -> String {
     tables::paragraphs(&(offers + &tables::steps(quote.considered, &quote.steps)))
 }
 
-/// The plan.
+/// Prints the plan.
 fn show(reporter: &Reporter, prepared: &Prepared) {
     let Prepared { spec, inspection, quote } = prepared;
     let plan = Plan { schema: SCHEMA, dry_run: true, spec, inspection, quote, at_most: prepared.at_most() };
@@ -229,7 +229,7 @@ async fn reconcile(
     ports: Ports<'_>,
     key: &str,
 ) -> Result<Option<RunWriter>, CliError> {
-    // Taken first: a run that is ours to go on with is nobody's to clean up.
+    // Taken first, so that the recovery does not end the run to resume.
     let run = abandoned(ledger, key)?;
     let on = |event| reporter.event(event);
     let found: Vec<Action> = reporter.waiting(LISTS, recover(ledger, ports, &on)).await?;
@@ -238,7 +238,7 @@ async fn reconcile(
     Ok(run)
 }
 
-/// A run of the same work that nobody drives, that is not over, and that has time left.
+/// An abandoned run of the same work with time left.
 fn abandoned(ledger: &Ledger, key: &str) -> Result<Option<RunWriter>, CliError> {
     let now = now_ms() / 1000;
     for run in ledger.runs()?.iter().rev() {

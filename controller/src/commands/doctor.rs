@@ -1,4 +1,4 @@
-//! `doctor`: whether everything that a run needs is there, and whether something was left behind.
+//! `doctor`: checks the requirements of a run, and looks for instances left behind.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -19,7 +19,8 @@ use crate::run::reconcile::{Action, Leave};
 use crate::text::{clean, counted};
 use crate::ui::report::{CliError, ExitStatus, tables};
 
-/// Seconds by which this machine's clock may differ from a cloud's: deadlines are times of day.
+/// Maximum difference in seconds between this machine's clock and a cloud's, since deadlines are
+/// times of day.
 const MOST_SKEW: i64 = 60;
 
 #[derive(Serialize)]
@@ -28,25 +29,25 @@ struct DoctorReport {
     checks: Vec<Finding>,
 }
 
-/// What one look found.
+/// Result of one check.
 #[derive(Debug, Serialize)]
 struct Finding {
     what: String,
     is: Health,
     found: String,
-    /// What to do.
+    /// The remedy.
     hint: Option<String>,
 }
 
-/// How something is.
+/// State of a checked item.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Health {
-    /// As it should be.
+    /// Good.
     Good,
-    /// Not in use.
+    /// Not used.
     Unused,
-    /// It works, and somebody should look.
+    /// It works, but needs attention.
     Odd,
     /// It does not work.
     Bad,
@@ -108,7 +109,7 @@ fn in_words(checks: &[Finding]) -> String {
             Health::Odd => "look",
             Health::Bad => "BAD",
         };
-        // Below what was found: an address in a column of its own would be broken.
+        // Below the finding, since an address in a separate column would be wrapped.
         let found = [Some(check.found.as_str()), check.hint.as_deref()].into_iter().flatten();
         let found: Vec<String> = found.map(|text| clean(text.as_bytes(), 200)).collect();
         table.add_row([tables::text(mark), tables::text(&check.what), tables::Cell::new(found.join("\n"))]);
@@ -116,13 +117,13 @@ fn in_words(checks: &[Finding]) -> String {
     format!("{table}\n")
 }
 
-/// Whether a run's SSH key can be made where it will be made.
+/// Checks that a run's SSH key can be created in its folder.
 fn keys(state: &Path) -> Finding {
     let folder = state.join(format!("doctor-{}", random_word(6)));
     let made = std::fs::create_dir_all(&folder)
         .map_err(|error| error.to_string())
         .and_then(|()| RunKey::create(&folder, "key", "doctor").map_err(|error| error.to_string()));
-    // Best effort: an empty folder does no harm.
+    // An empty folder that remains does no harm.
     let _ = std::fs::remove_dir_all(&folder);
     match made {
         Ok(_) => Finding::new("SSH keys", Health::Good, format!("can be made below {}", state.display())),
@@ -178,7 +179,7 @@ async fn account(cloud: &Cloud) -> Finding {
     }
 }
 
-/// Makes a damaged ledger anew, and says what of it is lost.
+/// Rebuilds a damaged ledger, and reports what is lost.
 async fn repair(context: &Context, clouds: &Clouds) -> Vec<Finding> {
     let lists = join_all(clouds.iter().map(async |cloud| cloud.call(cloud.broker.list()).await)).await;
     let listed: Vec<Instance> = lists.into_iter().flatten().flatten().collect();
@@ -209,7 +210,7 @@ async fn repair(context: &Context, clouds: &Clouds) -> Vec<Finding> {
     std::iter::once(Finding::new("repair", Health::Good, first)).chain(lost).collect()
 }
 
-/// Instances that nobody accounts for.
+/// Checks a cloud for stray instances.
 async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
     let what = format!("{} instances", cloud.name());
     let looked = match look(ledger, cloud).await {
@@ -235,7 +236,7 @@ async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
     }
 }
 
-/// Whether a cloud can be reached at all, and agrees about the time.
+/// Checks that a cloud is reachable and its clock agrees.
 async fn reach(cloud: &CloudSettings) -> Option<Finding> {
     let what = format!("{} API", cloud.kind.name);
     if cloud.key.is_none() {

@@ -1,4 +1,4 @@
-//! Runs are driven while signals are listened to: one listener for all of them.
+//! Drives runs with one signal handler for all of them.
 
 use std::path::Path;
 use std::time::Duration;
@@ -17,25 +17,25 @@ use crate::run::deploy::{DeployEvent, Driver, Ports, Stop};
 use crate::run::ledger::{RunRecord, RunWriter, now_ms};
 use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
 
-/// What a deploy came to.
+/// Result of a deploy.
 #[derive(Debug, Serialize)]
 pub(super) struct Deployed {
     /// Document version.
     pub(super) schema: u32,
-    /// The run, with all that happened.
+    /// The run with its events.
     pub(super) run: RunRecord,
-    /// What it cost, in millionths of a dollar.
+    /// Cost in millionths of a dollar.
     pub(super) cost_micro_usd: i64,
-    /// What the program ends with.
+    /// Exit status of the program.
     pub(super) exit_status: u8,
-    /// What the worker counted, where it got so far.
+    /// The worker's results, if there are any.
     pub(super) results: Option<Results>,
-    /// Which weight files were compared with the hashes that the hub lists.
+    /// Verification of weight files by the hub's hashes.
     pub(super) weight_verification: Option<WeightVerification>,
 }
 
 impl Deployed {
-    /// From a run that is at rest.
+    /// The result of a run at rest.
     pub(super) fn of(run: RunRecord) -> Self {
         let folder = run.state.results().filter(|results| results.complete).map(|results| Path::new(&results.folder));
         let results = folder.and_then(|folder| document(&folder.join(files::RESULTS)));
@@ -50,37 +50,37 @@ impl Deployed {
         }
     }
 
-    /// The table of its results; empty without any.
+    /// The table of its results; empty without results.
     pub(super) fn table(&self) -> String {
         let verification = self.weight_verification.as_ref();
         let table = |results| tables::results(&self.run.spec.model, results, verification);
         self.results.as_ref().map(table).unwrap_or_default()
     }
 
-    /// What the program ends with.
+    /// Exit status of the program.
     pub(super) fn status(&self) -> ExitStatus {
         ExitStatus::of_run(&self.run.state)
     }
 }
 
-/// A document among the results, if it is there and can be read.
+/// Reads a result document; `None` if it is missing or unreadable.
 fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
     serde_json::from_slice(&read_small(path, MOST).ok()?).ok()
 }
 
-/// Drives a run to its end, listening for Ctrl-C.
+/// Drives a run to its end, with Ctrl-C handling.
 ///
 /// # Errors
-/// Status 6: its instance may be left.
+/// Status 6: its instance may remain.
 pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, CliError> {
     drive_as(reporter, run, ports, false).await
 }
 
-/// The same, or with `detach` only until its worker is at work: then what is returned is not at
+/// As [`drive`], or with `detach` only until its worker runs: the returned run is then not at
 /// rest.
 ///
 /// # Errors
-/// Status 6: its instance may be left.
+/// Status 6: its instance may remain.
 pub(super) async fn drive_as(
     reporter: &Reporter,
     run: RunWriter,
@@ -111,10 +111,10 @@ fn let_go(run: &RunRecord) -> CliError {
     }
 }
 
-/// Runs `work`, which gets the urgency of the user's requests to stop.
+/// Runs `work`, which receives the user's requests to stop.
 ///
 /// # Errors
-/// Status 6: signals cannot be heard, and instances may be left.
+/// Status 6: signals are unavailable, and instances may remain.
 pub(super) async fn listening<T>(
     reporter: &Reporter,
     work: impl AsyncFnOnce(watch::Receiver<Stop>) -> T,
@@ -138,13 +138,12 @@ fn deaf(error: &std::io::Error) -> CliError {
     }
 }
 
-/// Signals, for ever. Ctrl-C and SIGTERM: the first stops, the second skips the results; nothing
-/// skips the end of the instance. SIGHUP lets go, unless something is ending already.
+/// Handles signals, forever. Of Ctrl-C and SIGTERM the first stops and the second skips the
+/// results; the instance is ended in any case. SIGHUP leaves the run, unless it is ending.
 async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
     let signals = || {
         let (interrupt, terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        // Whoever started us may have said that a closing terminal is nothing, and a handler
-        // would undo that.
+        // The parent may ignore SIGHUP, which a handler would undo.
         let hangup = (!is_ignored(SignalKind::hangup())).then(|| signal(SignalKind::hangup()));
         std::io::Result::Ok((interrupt, terminate, hangup.transpose()?))
     };
@@ -167,7 +166,7 @@ async fn listen(heard: impl Fn(Stop)) -> std::io::Error {
     }
 }
 
-/// Resolves when the signal comes; never, if it is not listened for.
+/// Resolves when the signal arrives; never without a handler.
 async fn received(signal: &mut Option<Signal>) {
     match signal {
         Some(signal) => {
@@ -177,13 +176,12 @@ async fn received(signal: &mut Option<Signal>) {
     }
 }
 
-/// Whether this process was started with the signal ignored, as `nohup` does. Where the system
-/// does not tell: no.
+/// Whether this process was started with the signal ignored, as by `nohup`. False if unknown.
 fn is_ignored(signal: SignalKind) -> bool {
     std::fs::read_to_string("/proc/self/status").is_ok_and(|status| ignores(&status, signal))
 }
 
-/// By the mask in the text of `/proc/PID/status`, of which bit 0 is signal 1.
+/// Reads the mask in the text of `/proc/PID/status`. Bit 0 is signal 1.
 fn ignores(status: &str, signal: SignalKind) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or_default();

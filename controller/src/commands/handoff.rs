@@ -1,4 +1,4 @@
-//! `handoff`: where everything stands, written down for whoever carries on.
+//! `handoff`: writes the status of all runs as a document.
 
 use std::path::Path;
 
@@ -13,19 +13,18 @@ use crate::ui::handoff::{document, is_untouched, sealed};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::ui::status::Status;
 
-/// Where documents go, seen from the folder in which the command runs.
+/// Default folder of documents, relative to the current folder.
 const FOLDER: &str = "handoffs";
 
 #[derive(Serialize)]
 struct Written<'a> {
-    /// The document.
+    /// Path of the document.
     file: &'a Path,
     #[serde(flatten)]
     document: StatusReport<'a>,
 }
 
-/// Runs `handoff`. A second document on the same day replaces the first, unless somebody has
-/// edited that.
+/// Runs `handoff`. A second document on the same day replaces the first, unless that was edited.
 pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, CliError> {
     let status = Status::look(&context.ledger()?, &context.settings.results, now_ms())?;
     context.reporter.unreadable(&status.unreadable);

@@ -1,4 +1,4 @@
-//! `import`: the predecessor's files made into a result that can be compared.
+//! `import`: converts the predecessor's files to a result.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ use crate::run::deploy::slug;
 use crate::run::ledger::now_ms;
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Runs `results import`.
+/// Runs `import`.
 pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, CliError> {
     let mut imported = import(&args.paths).map_err(|error| {
         CliError::refused(
@@ -23,7 +23,7 @@ pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus
             "give the predecessor's final_analysis_results.json, perplexity_results.json, or their folders",
         )
     })?;
-    // Of the same files the same name: importing twice makes one result.
+    // The name depends on the files, so that a repeated import makes one result.
     let hash = sha256(imported.sources.iter().map(|source| source.sha256.as_str()).collect::<String>().as_bytes());
     let usual = || context.settings.results.join(format!("{}-imported-{}", slug(&imported.model), &hash[..8]));
     let folder = args.output.as_ref().map_or_else(usual, |path| context.here.join(path));
@@ -33,13 +33,13 @@ pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus
     Ok(ExitStatus::Done)
 }
 
-/// When the result that lies there already was imported: its number in comparisons stays.
+/// Time of the existing result's import, which preserves its number in comparisons.
 fn first_imported(folder: &Path) -> Option<u64> {
     let known: Imported = serde_json::from_slice(&read_small(&folder.join(IMPORTED), MOST).ok()?).ok()?;
     (known.imported_at_ms > 0).then_some(known.imported_at_ms)
 }
 
-/// The document, then the manifest that vouches for it.
+/// Writes the document, then the manifest.
 fn write(folder: &Path, imported: &Imported) -> std::io::Result<()> {
     fs::create_dir_all(folder)?;
     let document = json(imported);

@@ -1,4 +1,4 @@
-//! `inspect`.
+//! `inspect`: describes a checkpoint.
 
 use super::Context;
 use crate::cli::settings::JobRequest;

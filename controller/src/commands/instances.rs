@@ -1,4 +1,4 @@
-//! `instances`: the clouds' lists, and what this program makes of them.
+//! `instances`: lists the clouds' instances and their relation to the ledger.
 
 use std::process::Command;
 
@@ -17,16 +17,16 @@ use crate::ui::report::{CliError, ExitStatus, tables};
 
 mod terminate;
 
-/// What most commands here wait for.
+/// Description of the lists, for progress messages.
 pub(super) const LISTS: &str = "the clouds' lists of instances";
 
 #[derive(Serialize)]
 struct InstanceList<'a> {
     schema: u32,
     instances: Vec<InstanceRow<'a>>,
-    /// How many of them cannot be read.
+    /// Number of unreadable entries.
     unreadable: usize,
-    /// Clouds whose list is not known, in their words.
+    /// Errors of clouds whose list is unknown.
     silent: Vec<String>,
 }
 
@@ -34,7 +34,7 @@ struct InstanceList<'a> {
 struct InstanceRow<'a> {
     #[serde(flatten)]
     instance: &'a Instance,
-    /// What this program makes of it, in words.
+    /// Relation to the ledger, as text.
     what_it_is: String,
     /// When it ends at the latest, Unix seconds: by its cloud, else by its tag.
     deadline: Option<u64>,
@@ -90,7 +90,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
         context.reporter.warn(&format!("of the entries of the clouds' lists, {unreadable} cannot be read"));
     }
     let document = InstanceList { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
-    // A list that is not whole and shows none does not say that there is none.
+    // An incomplete list without instances does not prove that there are none.
     let nothing_is_known = all.is_empty() && !document.silent.is_empty();
     let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words, &deadlines) };
     context.reporter.result(&document, table);
@@ -122,7 +122,7 @@ async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, CliError
     Ok(all)
 }
 
-/// By its id or the beginning of it.
+/// The instance with this id or prefix of an id.
 async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), CliError> {
     let mut all = everything(clouds).await?;
     let begins = |(_, instance): &(&Cloud, Instance)| !id.is_empty() && instance.id.0.starts_with(id);
@@ -143,7 +143,7 @@ fn missing(id: &str) -> CliError {
 
 async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Result<ExitStatus, CliError> {
     let (cloud, instance) = context.reporter.waiting(LISTS, find(clouds, id)).await?;
-    // The list's word may be older than the cloud's word on the one.
+    // The list may be older than the cloud's current state.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
     let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
     let looked = look(home.ledger.as_ref(), cloud).await?;
@@ -157,7 +157,7 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     Ok(ExitStatus::Done)
 }
 
-/// The command that opens a shell.
+/// Prints or runs the command that opens a shell.
 fn shell(context: &Context, words: &[String], run: bool) -> Result<ExitStatus, CliError> {
     if let (true, [program, arguments @ ..]) = (run, words) {
         let status = Command::new(program).args(arguments).status();
@@ -212,7 +212,7 @@ fn ssh_words(ledger: &Ledger, instance: &Instance, endpoint: &SshEndpoint) -> Re
     Ok(words)
 }
 
-/// The host key that the run's present instance showed first.
+/// The pinned host key of the run's current instance.
 fn pin(record: &RunRecord) -> Option<&Pin> {
     let since = record.events.iter().rev().take_while(|entry| !matches!(entry.event, RunEvent::Created { .. }));
     since.into_iter().find_map(|entry| match &entry.event {
@@ -221,8 +221,8 @@ fn pin(record: &RunRecord) -> Option<&Pin> {
     })
 }
 
-/// The endpoint as a `known_hosts` file names it. A cloud's word goes into a command line here, so
-/// it has to look like an address.
+/// The endpoint in the format of `known_hosts`. It is used in a command line, so it must be a
+/// valid address.
 fn address(endpoint: &SshEndpoint) -> Result<String, CliError> {
     let plain = |text: &str| {
         let fits = |c: char| c.is_ascii_alphanumeric() || ".-_:".contains(c);

@@ -1,4 +1,4 @@
-//! From options to a job: models and files are looked at here, on this machine.
+//! Converts options to a job, and checks local models and files.
 
 use std::path::{Path, PathBuf};
 
@@ -15,10 +15,10 @@ const MAIN_BRANCH: &str = "main";
 /// Most characters of a model's name.
 const LONGEST_NAME: usize = 100;
 
-/// The job that is asked for, with absolute paths.
+/// The requested job, with absolute paths.
 ///
 /// # Errors
-/// The model is neither a folder nor a hub id; a file is not there.
+/// The model is neither a folder nor a hub id; a file is missing.
 pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
     let JobRequest { model, revision, options, here } = asked;
     let model = source(model, revision, here)?;
@@ -43,7 +43,7 @@ pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
     Ok(job)
 }
 
-/// The same with the absolute paths of files that are there.
+/// The options with absolute paths of existing files.
 fn placed(options: JobOptions, here: &Path) -> Result<JobOptions, CliError> {
     let weights = options.weights.map(|weights| weight_folder(weights, here)).transpose()?;
     let token_ids = options.token_ids.map(|path| file("--token-ids", &path, here)).transpose()?;
@@ -51,7 +51,7 @@ fn placed(options: JobOptions, here: &Path) -> Result<JobOptions, CliError> {
     Ok(JobOptions { weights, token_ids, corpus, ..options })
 }
 
-/// What needs no model to be called wrong.
+/// Checks options without the model.
 fn check(job: &JobSpec) -> Result<(), CliError> {
     let zero =
         |name: &str| Err(CliError::refused(format!("--{name} must be at least 1"), "leave it out for the default"));
@@ -71,7 +71,7 @@ fn check(job: &JobSpec) -> Result<(), CliError> {
     }
 }
 
-/// What a model is called, on one line of tables.
+/// Checks a model's display name, which must fit on a line of a table.
 fn name(name: &str) -> Result<String, CliError> {
     match name.trim().is_empty() || clean(name.as_bytes(), LONGEST_NAME) != name {
         true => Err(CliError::refused(
@@ -82,7 +82,7 @@ fn name(name: &str) -> Result<String, CliError> {
     }
 }
 
-/// A file among the results.
+/// Checks a file name for the results.
 fn plain_name(option: &str, name: Option<&str>) -> Result<(), CliError> {
     match name {
         Some(name) if !is_plain_name(name) => {
@@ -92,7 +92,7 @@ fn plain_name(option: &str, name: Option<&str>) -> Result<(), CliError> {
     }
 }
 
-/// A folder with weights, by its absolute path. One that is not here may be a cluster's.
+/// The absolute path of a folder with weights. A folder that is missing here may be on a cluster.
 fn weight_folder(weights: Weights, here: &Path) -> Result<Weights, CliError> {
     let Weights::Local { path } = weights else { return Ok(weights) };
     if path.starts_with('/') && !Path::new(&path).exists() {
@@ -104,7 +104,7 @@ fn weight_folder(weights: Weights, here: &Path) -> Result<Weights, CliError> {
     Ok(Weights::Local { path: utf8(found)? })
 }
 
-/// A folder that is there, or a path by its look, is a folder; `owner/name` is a hub id.
+/// An existing folder, or a string that looks like a path, is a folder; `owner/name` is a hub id.
 fn source(model: &str, revision: &str, here: &Path) -> Result<ModelSource, CliError> {
     let path_like = model.starts_with(['/', '.', '~']) || model.ends_with('/');
     let path = here.join(model);
@@ -131,7 +131,7 @@ fn source(model: &str, revision: &str, here: &Path) -> Result<ModelSource, CliEr
     }
 }
 
-/// The absolute path of a text.
+/// The absolute path of an input file.
 fn file(option: &str, path: &Path, here: &Path) -> Result<PathBuf, CliError> {
     let wrong =
         |why: String| CliError::refused(format!("{option} {}: {why}", path.display()), "give a file that is there");

@@ -1,4 +1,4 @@
-//! `man`: a manual page per command.
+//! `man`: writes a manual page per command.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::files::write_whole;
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Writes them.
+/// Runs `man`.
 pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     let folder = context.here.join(folder);
     let failed = |path: &Path, error: std::io::Error| CliError::failed(format!("{}: {error}", path.display()));
@@ -28,7 +28,7 @@ pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, Cl
     Ok(ExitStatus::Done)
 }
 
-/// The page of a command, and those of the commands below it.
+/// Adds the page of a command, and those of its subcommands.
 fn collect(command: &mut clap::Command, name: &str, pages: &mut Vec<(String, String)>) {
     pages.push((name.to_owned(), page(command, name)));
     let shown = |command: &&mut clap::Command| !command.is_hide_set() && command.get_name() != "help";
@@ -38,7 +38,7 @@ fn collect(command: &mut clap::Command, name: &str, pages: &mut Vec<(String, Str
     }
 }
 
-/// The help as it is, under a page's headings.
+/// The help text with the headings of a manual page.
 fn page(command: &mut clap::Command, name: &str) -> String {
     let about = command.get_about().map(ToString::to_string).unwrap_or_default();
     let help = command.render_long_help().to_string();
@@ -47,8 +47,7 @@ fn page(command: &mut clap::Command, name: &str) -> String {
     format!("{head}.SH DESCRIPTION\n.nf\n{}\n.fi\n", roff(help.trim_end()))
 }
 
-/// Text as a page shows it: backslashes, dashes and lines that begin like a command mean
-/// themselves.
+/// Escapes text for roff: backslashes, dashes and lines that look like requests.
 fn roff(text: &str) -> String {
     let text = text.replace('\\', "\\e").replace('-', "\\-");
     let line = |line: &str| if line.starts_with(['.', '\'']) { format!("\\&{line}") } else { line.to_owned() };

@@ -1,4 +1,4 @@
-//! `offers`: what can be rented now, by what a run costs there.
+//! `offers`: lists offers by the cost of a run.
 
 use serde::Serialize;
 
@@ -12,25 +12,24 @@ use crate::ui::report::tables::{self, TOP};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
-/// A run for the order where no model is named: about a model of 50 billion parameters over 32,768
-/// tokens.
+/// The run for ranking without a model: 32,768 tokens of a model with 50 billion parameters.
 const USUAL: (Bytes, f64) = (Bytes::from_gib(100), 1e15);
 const USUAL_IN_WORDS: &str = "takes, costs: a run of 32,768 tokens through a model of 50 billion parameters; \
     --model ID estimates yours\n";
-/// Most offers of a table that is to be whole.
+/// Maximum offers of a complete table.
 const ALL: usize = 10_000;
 
 #[derive(Serialize)]
 struct OffersReport<'a> {
     schema: u32,
-    /// What the order is by.
+    /// The work that determines the ranking.
     work: Work,
     considered: usize,
-    /// What the filters removed.
+    /// Results of the filters.
     steps: Vec<Step>,
-    /// Left out before any filter.
+    /// Offers left out before any filter.
     dropped: Vec<Left<'a>>,
-    /// Clouds that did not answer, in their words.
+    /// Errors of the clouds that did not answer.
     silent: Vec<String>,
     offers: Vec<Priced<'a>>,
 }
@@ -47,7 +46,7 @@ struct Priced<'a> {
     #[serde(flatten)]
     offer: &'a Offer,
     estimate: Estimate,
-    /// Longer than the time limit of the settings.
+    /// Whether the run exceeds the time limit of the settings.
     over_limit: bool,
 }
 

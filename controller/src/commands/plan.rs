@@ -1,5 +1,4 @@
-//! `plan`: what a run would need, take and cost. Arithmetic over the headers, with every
-//! assumption said.
+//! `plan`: estimates the needs, time and cost of a run from headers, with all assumptions.
 
 use std::time::Duration;
 
@@ -17,12 +16,12 @@ use crate::ui::report::tables::{self, TOP};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::Bytes;
 
-/// What a run would need, take and cost.
+/// Estimated needs, time and cost of a run.
 #[derive(Debug, Serialize)]
 struct PlanReport<'a> {
     schema: u32,
     inspection: &'a Inspection,
-    /// Largest size of the results on this machine.
+    /// Maximum size of the results on this machine.
     results: Bytes,
     estimate: Estimate,
     /// Matching offers, best first.
@@ -31,14 +30,14 @@ struct PlanReport<'a> {
     no_offers: Option<String>,
 }
 
-/// By the figures that were typed, else by the best offer.
+/// Estimate by the given figures, else for the best offer.
 fn estimate(work: &Work, asked: &PlanRequest, best: Option<&Offer>) -> Estimate {
     match (best, asked.peak) {
         (Some(offer), None) => work.on(&Offer { price: asked.price.unwrap_or(offer.price), ..offer.clone() }),
         (best, peak) => {
             let price = asked.price.or_else(|| best.map(|offer| offer.price));
             let reached = peak.map(|peak| work.reached(peak));
-            // Whose peak is typed is a GPU.
+            // A given peak is a GPU's.
             work.with_gpus(work.at(Duration::ZERO, work.read_rate, reached, price), u32::from(reached.is_some()))
         }
     }

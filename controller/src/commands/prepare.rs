@@ -1,5 +1,4 @@
-//! From what was asked for to a run that may begin: everything that `deploy` and `survey` do
-//! before anything is rented.
+//! Prepares a run: all steps of `deploy` and `survey` before anything is rented.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::Path;
@@ -23,32 +22,31 @@ use crate::ui::report::tables::TOP;
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{Bytes, Usd};
 
-/// Disk for a run's own files where the checkpoint lies elsewhere.
+/// Disk for a run's own files if the checkpoint is stored elsewhere.
 const OWN_FILES: Bytes = Bytes::from_mib(64);
 
-/// What is asked of one run.
+/// A requested run.
 pub(super) struct RunRequest {
-    /// The job, with paths as they are here.
+    /// The job, with local paths.
     pub(super) job: JobSpec,
-    /// What makes it the same work as another.
+    /// Key of the same work.
     pub(super) job_key: String,
-    /// How it rents.
+    /// Terms of the rental.
     pub(super) terms: RunTerms,
 }
 
-/// A run that may begin.
+/// A checked run that may start.
 pub(super) struct Prepared {
-    /// What it is to do.
+    /// Plan of the run.
     pub(super) spec: RunSpec,
     /// The checkpoint, and what the job needs.
     pub(super) inspection: Inspection,
-    /// At least one offer; the first is rented, the others if it cannot be had.
+    /// At least one offer. The first is rented, or the next ones if it is unavailable.
     pub(super) quote: Quote,
 }
 
 impl Prepared {
-    /// What all of it costs at most, as it is shown: what is agreed to, within the run's own
-    /// budget.
+    /// Maximum total cost as shown and agreed to, within the run's own budget.
     pub(super) fn at_most(&self) -> Usd {
         let first = || self.quote.offers.first().map_or(Usd::ZERO, |offer| until_the_limit(&self.spec, offer));
         let agreed = self.quote.ceiling.unwrap_or_else(first);
@@ -67,14 +65,14 @@ impl Prepared {
         self
     }
 
-    /// The run as it was agreed to: with what was shown.
+    /// The plan with the agreed offers.
     pub(super) fn signed(mut self) -> RunSpec {
         self.quote.offers.truncate(TOP);
         RunSpec { quote: self.quote, ..self.spec }
     }
 }
 
-/// Price of an offer until the time limit, to the cent above.
+/// Cost of an offer until the time limit, rounded up to the cent.
 fn until_the_limit(spec: &RunSpec, offer: &Offer) -> Usd {
     offer.price.cost_up_to_cents(spec.limit())
 }
@@ -84,11 +82,10 @@ fn own_budget(spec: &RunSpec) -> Option<Usd> {
     spec.budget.filter(|_| spec.survey.is_none())
 }
 
-/// Checks everything that can be checked before renting. `offered` is called with the clouds'
-/// offers.
+/// Performs all checks before renting. `offered` is called with the clouds' offers.
 ///
 /// # Errors
-/// [`CliError`]: what is wrong.
+/// [`CliError`]: the failed check.
 pub(super) async fn prepare(
     context: &Context,
     clouds: &Clouds,
@@ -131,10 +128,10 @@ fn within_budget(Prepared { spec, quote, .. }: &Prepared) -> Result<(), CliError
     })
 }
 
-/// The offers whose GPUs take no more time until the time limit than the run may take.
+/// The offers within the run's budget of GPU time until the time limit.
 ///
 /// # Errors
-/// No offer takes that little GPU time.
+/// No offer is within it.
 fn in_gpu_time(mut quote: Quote, spec: &RunSpec) -> Result<Quote, CliError> {
     let Some(most) = spec.max_gpu_time else { return Ok(quote) };
     let least = quote.offers.iter().map(|offer| spec.gpu_time(offer)).min();
@@ -149,22 +146,22 @@ fn in_gpu_time(mut quote: Quote, spec: &RunSpec) -> Result<Quote, CliError> {
     }
 }
 
-/// What makes the job the same work as another.
+/// Identifies the work of the job.
 pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, CliError> {
     for path in corpus_files(job) {
-        // Before it is hashed: it may be a terabyte.
+        // Checked before hashing, which would take long for a terabyte.
         let bytes = Bytes(std::fs::metadata(path).map_or(0, |meta| meta.len()));
         check_size(path, bytes, context.settings.push_limit)?;
     }
     JobIdentity::of(job).map_err(|error| CliError::failed(format!("the corpus: {error}")))
 }
 
-/// What this job's worker is given where `workers` of them run at the same time.
+/// Secrets for this job's worker if `workers` of them run at the same time.
 pub(super) fn secrets(context: &Context, job: &JobSpec, workers: usize) -> Vec<(&'static str, Secret)> {
     if job.asks_the_hub() { context.settings.hub_variables(workers) } else { Vec::new() }
 }
 
-/// Everything that can be known to be wrong before anything is rented.
+/// Checks the request before anything is rented.
 async fn preflight(
     context: &Context,
     clouds: &Clouds,
@@ -220,15 +217,15 @@ fn has_weights(folder: &Path) -> bool {
 /// it starts: then its node needs no network for it.
 struct OnSharedFiles {
     job: JobSpec,
-    /// What has to be fetched there first.
+    /// The model to fetch there first.
     stage: Option<Stage>,
 }
 
-/// The job with its checkpoint on a cluster's file system: in the folder that was named, in a cache
-/// of the hub, or where a job of its own fetches it. `None`: its node fetches it.
+/// The job with its checkpoint on a cluster's file system: in the given folder, in a hub cache, or
+/// fetched by a staging job. `None`: the node fetches it.
 ///
 /// # Errors
-/// There is none in the folder, it cannot be fetched that way, or the cluster does not answer.
+/// The folder contains no checkpoint, the model cannot be staged, or the cluster does not answer.
 async fn on_shared_files(
     context: &Context,
     clouds: &Clouds,
@@ -271,10 +268,10 @@ async fn is_on_cluster(context: &Context, cloud: &Cloud, folder: &str) -> Result
     Ok(context.reporter.waiting("the cluster's files", look).await? == Some(true))
 }
 
-/// What a job of its own has to fetch of a model.
+/// The staging of a model.
 ///
 /// # Errors
-/// Not all that the run reads of the hub can be fetched so.
+/// A part of the job's hub data cannot be staged.
 fn stage(job: &JobSpec, id: &str, inspection: &Inspection) -> Result<Stage, CliError> {
     if let CorpusSource::Dataset(_) = job.corpus.source {
         let message = "--dataset is read from the hub, and --stage-partition fetches the model alone";
@@ -294,14 +291,14 @@ fn stage(job: &JobSpec, id: &str, inspection: &Inspection) -> Result<Stage, CliE
     }
 }
 
-/// Where a cache of the hub has a model.
+/// Path of a model in a hub cache.
 fn snapshot(hf_home: &str, id: &str, commit: &str) -> String {
     format!("{}/hub/models--{}/snapshots/{commit}", hf_home.trim_end_matches('/'), id.replace('/', "--"))
 }
 
-/// The request for an instance whose GPUs the worker can use.
+/// The request with the worker's requirements on GPUs.
 fn with_gpus(clouds: &Clouds, pushed: &Pushed, job: &JobSpec, request: GpuRequest) -> Result<GpuRequest, CliError> {
-    // None named: all GPUs that are there.
+    // Without named devices all GPUs are used.
     let uses_gpus = job.devices.is_empty() || job.devices.iter().any(|device| !device.starts_with("cpu"));
     if clouds.is_local() || request.gpu_count == Some(0) || !uses_gpus {
         return Ok(request);
@@ -340,7 +337,7 @@ fn spec(
     let mut request = terms.request;
     let disk = request.min_disk.map_or(disk, |typed| typed.max(disk));
     request.min_disk = Some(disk);
-    // This machine may have no GPU, and a CPU has no such limit.
+    // This machine may have no GPU, and CPUs have no such limit.
     if !clouds.is_local() && request.gpu_count != Some(0) {
         request.min_vram.get_or_insert(Bytes(inspection.plan.streamed_memory_bytes));
         // None is planned for a run on CPUs.
@@ -360,7 +357,7 @@ fn spec(
         keep_running: terms.keep_running,
         detach: terms.detach,
         max_duration_s: terms.max_duration.as_secs(),
-        // An instance that is kept, or left alone with its results, stays until its time is up.
+        // A kept or detached instance stays until its time limit.
         watch: if terms.keep_running || terms.detach { GuardTimeouts::NEVER } else { context.settings.watch },
         budget: terms.budget,
         max_gpu_time: terms.max_gpu_time,
@@ -373,7 +370,7 @@ fn spec(
     })
 }
 
-/// Asks before real money is spent, for `what`. `words` are what is shown, and the question.
+/// Asks for consent to spend money on `what`. `words` are the plan and the question.
 ///
 /// # Errors
 /// The user declines.
@@ -393,7 +390,7 @@ pub(super) fn consent(
     }
     let (shown, question) = words();
     context.reporter.say(&shown);
-    // A line of its own, so that Ctrl-C leaves no half one.
+    // On a separate line, so that Ctrl-C leaves no incomplete one.
     let _ = writeln!(std::io::stderr(), "{question} [y/N]");
     let mut answer = String::new();
     let read = std::io::stdin().lock().read_line(&mut answer);
@@ -403,8 +400,7 @@ pub(super) fn consent(
     }
 }
 
-/// Checks the disk space for the results of these runs and for the ledger before
-/// anything is rented.
+/// Checks the free disk for the results of these runs and for the ledger.
 ///
 /// # Errors
 /// The free space is too small.
@@ -426,7 +422,7 @@ fn fits(what: &str, needed: Bytes, folder: &Path, setting: &str) -> Result<(), C
 /// Checks that results can be written to `folder`, before anything is rented.
 ///
 /// # Errors
-/// They cannot.
+/// They cannot be written.
 pub(super) fn writable(folder: &Path) -> Result<(), CliError> {
     let probe = folder.join(format!(".{}.part", random_word(8)));
     let tried = std::fs::create_dir_all(folder)

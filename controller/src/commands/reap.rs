@@ -1,8 +1,7 @@
-//! `reap`: ends instances whose time is up, by the clouds' lists alone.
+//! `reap`: ends instances whose time is up, by the clouds' lists.
 //!
-//! It needs no ledger: an instance's tag says whose it is and when it had to end. That makes it
-//! the last of the dead men's switches, for a timer or for a machine that knows nothing of the
-//! runs.
+//! It needs no ledger: an instance's tag contains owner and deadline. It is meant for a timer, or
+//! for a machine without the ledger.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::time::Duration;
@@ -26,13 +25,13 @@ use crate::ui::report::{CliError, ExitStatus, finish, stray, tables};
 struct ReapReport {
     schema: u32,
     dry_run: bool,
-    /// Runs of this machine's ledger that come to their end.
+    /// Runs of this machine's ledger to be ended.
     runs: Vec<OfRun>,
     /// Instances of this ledger whose run is over, or has another one.
     strays: Vec<Doomed>,
     /// Instances whose time is up.
     overdue: Vec<Doomed>,
-    /// Clouds whose list is not known, runs and instances that do not end, in words.
+    /// Errors: unknown lists, and runs or instances that do not end.
     troubles: Vec<String>,
 }
 
@@ -40,10 +39,10 @@ struct ReapReport {
 struct OfRun {
     run: String,
     broker: &'static str,
-    /// Where its list shows one.
+    /// The instance, if the list contains one.
     instance: Option<InstanceId>,
     why: &'static str,
-    /// Its end is in the ledger.
+    /// Whether its end is recorded.
     over: bool,
 }
 
@@ -54,13 +53,13 @@ struct Doomed {
     owner: String,
     run: String,
     why: &'static str,
-    /// Since its time was up.
+    /// Seconds since its deadline.
     seconds: u64,
-    /// It is ended, and a complete list no longer shows it.
+    /// Whether a complete list no longer shows it.
     gone: bool,
 }
 
-/// What is to end on one cloud.
+/// What must end on one cloud.
 struct CloudFindings<'a> {
     cloud: &'a Cloud,
     looked: Looked,
@@ -69,7 +68,7 @@ struct CloudFindings<'a> {
     overdue: Vec<Doomed>,
 }
 
-/// What stands in the way, and what it means for the exit status.
+/// An error, with its exit status.
 struct ReapFailure {
     status: ExitStatus,
     words: String,
@@ -125,8 +124,8 @@ fn conclude(troubles: &[ReapFailure]) -> Result<ExitStatus, CliError> {
     Err(CliError { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
 }
 
-/// What a cloud that cannot be looked at means. Of other people's instances nobody knows that
-/// there are none.
+/// The error of a cloud that cannot be listed. Whether it has instances of other owners is
+/// unknown.
 fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
     let others = args.all_owners || args.owner.is_some();
     let status = if others { ExitStatus::InstanceLeft } else { CliError::of_drive_error(stuck).status };
@@ -134,8 +133,7 @@ fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
 }
 
 impl<'a> CloudFindings<'a> {
-    /// What is to end; the only judge, whether it is then ended or only shown. With `None` of
-    /// everybody's.
+    /// Selects what must end, whether it is then ended or only shown. `None`: of all owners.
     fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
         let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&looked, cloud.name());
@@ -171,7 +169,7 @@ impl<'a> CloudFindings<'a> {
     }
 }
 
-/// Runs of the ledger that come to their end.
+/// Runs of the ledger that must end.
 fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
     let instance = |run: &str| {
         let of_run = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.run == run);
@@ -189,7 +187,7 @@ fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
     looked.actions.iter().filter_map(judge).collect()
 }
 
-/// Ends what was found: runs of this ledger as runs do, results first.
+/// Ends the selection: runs of this ledger with their results first.
 async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [CloudFindings<'_>]) -> Vec<ReapFailure> {
     let (hosts, bad_hosts) = (context.hosts(&context.exe), BadHosts::default());
     let ports = ports(clouds, &bad_hosts, &hosts, &[]);
@@ -224,8 +222,8 @@ impl ReapFailure {
     }
 }
 
-/// On a terminal it is asked before anything ends. Other people's instances: twice, the second
-/// time for their number, and not without a terminal.
+/// Asks on a terminal before anything ends. Instances of other owners are confirmed twice, the
+/// second time by their number, and only on a terminal.
 fn consent(
     context: &Context,
     all: &[CloudFindings<'_>],
@@ -310,7 +308,7 @@ mod tests {
         }
     }
 
-    /// Whether the answers let one overdue instance end.
+    /// Whether the answers allow ending one overdue instance.
     fn agreed(args: &ReapArgs, terminal: bool, mut answers: &[u8]) -> bool {
         let context = context();
         let cloud = context.cloud("local").unwrap();

@@ -1,5 +1,5 @@
-//! `results`: what came home, shown again; its page, opened; its counts by other shares of layers
-//! and positions.
+//! `results`: lists results, shows tables, opens pages, and applies other shares of layers and
+//! positions.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,27 +18,27 @@ use crate::files::write_whole;
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::{figure, grouped};
 
-/// The page of one result, in its folder.
+/// Name of a result's page, in its folder.
 const PAGE: &str = "page.html";
 
-/// What opens a page in the user's browser.
+/// Program that opens a page in the user's browser.
 const OPENER: &str = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
 
 /// A result in a list.
 #[derive(Serialize)]
 pub struct ResultEntry {
-    /// What the model is called.
+    /// Display name of the model.
     pub model: String,
     /// Its folder.
     pub folder: PathBuf,
-    /// Whether it is complete, imported, or not to be used, and why.
+    /// Kind of result, or why it is unusable.
     #[serde(flatten)]
     pub standing: ResultKind,
-    /// Sequences and tokens of each.
+    /// Number of sequences, and tokens per sequence.
     pub tokens: Option<[usize; 2]>,
-    /// Systematic features: unique, by layers.
+    /// Systematic features, unique and by layers.
     pub count: Option<f64>,
-    /// Perplexity of the text.
+    /// Perplexity on the text.
     pub perplexity: Option<f64>,
 }
 
@@ -48,14 +48,14 @@ struct List {
     results: Vec<ResultEntry>,
 }
 
-/// Counts by other shares than the run's own.
+/// Counts with other shares than the run's.
 #[derive(Serialize)]
 struct Recounted<'a> {
     schema: u32,
-    /// Not what the run counted.
+    /// Marks the document as recounted.
     recounted: bool,
     folder: &'a Path,
-    /// The run's own.
+    /// The run's thresholds.
     own_thresholds: Thresholds,
     results: Results,
 }
@@ -94,7 +94,7 @@ fn list(context: &Context) -> Result<ExitStatus, CliError> {
     Ok(ExitStatus::Done)
 }
 
-/// Folders as they are typed in `here`.
+/// Shows folders relative to `here`.
 fn in_words(results: &[ResultEntry], here: &Path) -> String {
     if results.is_empty() {
         return "no results yet\n".to_owned();
@@ -118,8 +118,7 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")
 }
 
-/// The folder of a result: a path, the beginning of its run's id or the name of its folder, or
-/// `last`.
+/// The folder of a result: a path, a prefix of its run's id, the name of its folder, or `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     let path = context.here.join(run);
     if !run.is_empty() && MARKS.iter().any(|name| path.join(name).exists()) {
@@ -149,7 +148,7 @@ fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
     }
 }
 
-/// A run of ours that is whole.
+/// Reads a complete run.
 fn whole(folder: &Path) -> Result<Box<Run>, CliError> {
     match read(folder) {
         Ok(Content::Run(run)) => Ok(run),

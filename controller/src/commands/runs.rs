@@ -1,4 +1,4 @@
-//! `runs`: the ledger, shown; a run, cancelled.
+//! `runs`: shows the ledger, or cancels a run.
 
 use std::time::Duration;
 
@@ -18,17 +18,17 @@ use crate::ui::report::{CliError, ExitStatus, tables};
 
 mod logs;
 
-/// How long the driver of a run may take to end it.
+/// Time for the driver of a run to end it.
 const CANCEL_LIMIT: Duration = Duration::from_secs(30 * 60);
 
-/// Longest text of somebody else's that is shown.
+/// Maximum characters of untrusted text that are shown.
 const LINE: usize = 2000;
 
 #[derive(Serialize)]
 struct RunList<'a> {
     schema: u32,
     runs: Vec<RunRow<'a>>,
-    /// Runs whose records cannot be read.
+    /// Runs with unreadable records.
     unreadable: &'a [Unreadable],
 }
 
@@ -36,9 +36,9 @@ struct RunList<'a> {
 struct RunRow<'a> {
     #[serde(flatten)]
     run: &'a RunRecord,
-    /// A process drives it.
+    /// Whether a process drives it.
     driven: bool,
-    /// Nobody drives it, and it is not over.
+    /// Whether no process drives it although it is not over.
     abandoned: bool,
     cost_micro_usd: i64,
 }
@@ -101,7 +101,7 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
     Ok(ExitStatus::Done)
 }
 
-/// The same with whatever its cloud needs.
+/// Ends a run without a driver, with the dependencies of its cloud.
 async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRecord, CliError> {
     let cloud = run.state().offer().map(|offer| context.cloud_of(offer)).transpose()?;
     let clouds: Clouds = cloud.into_iter().collect::<Vec<_>>().into();
@@ -110,10 +110,10 @@ async fn end_alone(context: &Context, run: RunWriter, how: Stop) -> Result<RunRe
     Ok(end(context, ports(&clouds, &bad_hosts, &hosts, &[]), run, how).await?)
 }
 
-/// Ends a run that nobody drives.
+/// Ends a run without a driver.
 ///
 /// # Errors
-/// Its instance may be left.
+/// Its instance may remain.
 pub(super) async fn end(
     context: &Context,
     ports: Ports<'_>,
@@ -127,7 +127,7 @@ pub(super) async fn end(
     driver.stopping_as(RunOutcome::Cancelled).drive().await
 }
 
-/// Asks the process that drives a run to end it, and waits.
+/// Requests the driver of a run to end it, and waits.
 async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, CliError> {
     ledger.ask_to_cancel(id)?;
     context.reporter.say(&format!("Asked the process that drives run {id} to end it; waiting"));
@@ -138,7 +138,7 @@ async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, 
         if run.state.is_closed() {
             return Ok(run);
         }
-        // Its driver died, or had just held the instance when we asked.
+        // Its driver died, or had just held the instance at the time of the request.
         if let Some(taken) = ledger.take(id)? {
             return end_alone(context, taken, Stop::Now).await;
         }

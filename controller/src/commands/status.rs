@@ -1,4 +1,4 @@
-//! `status`: what runs, what is finished, what it costs.
+//! `status`: shows active and finished runs and their costs.
 
 use futures::future::join_all;
 use serde::Serialize;
@@ -11,7 +11,7 @@ use crate::run::ledger::{Ledger, now_ms};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::ui::status::Status;
 
-/// The picture with its version.
+/// The status with its version.
 #[derive(Serialize)]
 pub(super) struct StatusReport<'a> {
     pub(super) schema: u32,

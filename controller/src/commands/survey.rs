@@ -1,4 +1,4 @@
-//! `survey`: many models, looked at together, then deployed side by side.
+//! `survey`: checks many models, then deploys them concurrently.
 
 use std::path::Path;
 
@@ -27,29 +27,29 @@ impl From<SurveyError> for CliError {
 /// A model with its job.
 struct Model<'a> {
     entry: &'a ModelRequest,
-    /// It is to be run now, if it needs to be.
+    /// Whether it should run now, if necessary.
     wanted: bool,
     identity: JobIdentity,
     job_key: String,
 }
 
-/// A survey, as it stands on this machine.
+/// State of a survey on this machine.
 struct Session<'a> {
     context: &'a Context,
     asked: &'a SurveyRequest,
     clouds: Clouds,
     models: Vec<Model<'a>>,
-    /// What the index in the folder said when this began.
+    /// The index in the folder at the start.
     before: Option<Index>,
 }
 
-/// What is to be done for a model.
+/// Action for a model.
 enum Todo {
-    /// Nothing: it is complete, or failed and is not to be run again.
+    /// Nothing: it is complete, or failed and is not repeated.
     Nothing,
-    /// Drive on what was left.
+    /// Resume the abandoned run.
     PickUp(Box<RunWriter>),
-    /// Run it.
+    /// Start a run.
     Run(Box<Prepared>),
 }
 
@@ -82,7 +82,7 @@ pub(super) async fn command(context: &Context, asked: &SurveyRequest) -> Result<
     Ok(session.conclude(&ledger.runs()?, &stuck))
 }
 
-/// A model that cannot be run.
+/// A model that cannot run.
 struct Problem {
     model: usize,
     cli_error: CliError,
@@ -113,12 +113,12 @@ impl<'a> Session<'a> {
             context.reporter.using_this_machine();
         }
         let models = models(context, asked, &clouds.names())?;
-        // One that cannot be read says nothing.
+        // An unreadable index is ignored.
         let before = Index::read(&asked.folder).ok().flatten();
         Ok(Self { context, asked, clouds, models, before })
     }
 
-    /// The right to go on with it, for one process at a time.
+    /// Locks the survey for this process.
     fn take(&self, ledger: &Ledger) -> Result<std::fs::File, CliError> {
         ledger.take_survey(&self.asked.name)?.ok_or_else(|| {
             let message = format!("the survey {} is being run by another process", self.asked.name);
@@ -213,7 +213,7 @@ impl<'a> Session<'a> {
             }
     }
 
-    /// Results that cost money are not overwritten by those of other work.
+    /// Refuses to overwrite results of other work, which cost money.
     fn place(&self, model: &Model<'_>, runs: &[RunRecord]) -> Result<(), CliError> {
         let place = self.asked.folder.join(&model.entry.name);
         let member = self.member(model);
@@ -232,12 +232,12 @@ impl<'a> Session<'a> {
         RunRequest { job, job_key, terms: model.entry.terms.clone() }
     }
 
-    /// By all its runs, earlier ones included.
+    /// Cost of all its runs, earlier ones included.
     fn spent(&self, runs: &[RunRecord]) -> Usd {
         self.own(runs).map(|run| run.cost(now_ms())).sum()
     }
 
-    /// GPU time that all its runs have taken.
+    /// GPU time of all its runs.
     fn gpu_time(&self, runs: &[RunRecord]) -> GpuTime {
         GpuTime::from_seconds(self.own(runs).map(|run| run.gpu_time(now_ms()).seconds()).sum())
     }
@@ -263,7 +263,7 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// What is known of every model of the survey.
+    /// Writes the state of every model to the index.
     fn write_index(&self, ledger: &Ledger) -> Result<(), CliError> {
         let runs = ledger.runs()?;
         let file = std::path::absolute(&self.asked.file).unwrap_or_else(|_| self.asked.file.clone());
@@ -278,7 +278,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// The file's models as jobs; all that is wrong with them at once.
+/// The file's models as jobs, or all errors in them.
 fn models<'a>(context: &Context, asked: &'a SurveyRequest, brokers: &str) -> Result<Vec<Model<'a>>, CliError> {
     let is = |entry: &ModelRequest, word: &String| [&entry.name, &entry.job.model].contains(&word);
     if let Some(unknown) = asked.only.iter().find(|word| !asked.models.iter().any(|entry| is(entry, word))) {

@@ -1,4 +1,4 @@
-//! `worker`: a worker for instances, built from this project's source.
+//! `worker`: builds a worker for instances from this project's source.
 
 use std::path::{Path, PathBuf};
 
@@ -11,15 +11,15 @@ use crate::run::local_worker::{PORTABLE, Pushed};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::CudaVersion;
 
-/// What builds it, in the project's folder.
+/// Build script in the project's folder.
 const SCRIPT: &str = "worker/build.sh";
 
-/// What was built.
+/// The built worker.
 #[derive(Debug, Serialize)]
 struct WorkerReport {
     schema: u32,
     path: PathBuf,
-    /// The oldest CUDA that a driver may serve, where it uses GPUs.
+    /// Minimum CUDA version of the driver, if it uses GPUs.
     oldest_cuda: Option<CudaVersion>,
 }
 
@@ -30,7 +30,7 @@ pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result
     let output = output.map_or_else(|| context.exe.with_file_name(PORTABLE), |path| context.here.join(path));
     let mut build = Command::new(project.join(SCRIPT));
     build.args(cuda.then_some("--cuda")).arg("--output").arg(&output).kill_on_drop(true);
-    // What it says is for people; standard output is for what was built.
+    // The script's output is for people. Standard output contains the result.
     build.stdout(std::io::stderr());
     let status = build.status().await.map_err(|error| CliError::failed(format!("{SCRIPT}: {error}")))?;
     if !status.success() {
@@ -44,7 +44,7 @@ pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result
     Ok(ExitStatus::Done)
 }
 
-/// The folder of the project's source, from `here` upwards.
+/// The project's folder, searched upwards from `here`.
 fn project(here: &Path) -> Result<PathBuf, CliError> {
     let found = here.ancestors().find(|folder| folder.join(SCRIPT).is_file());
     found.map(Path::to_owned).ok_or_else(|| {

@@ -1,5 +1,5 @@
-//! What a command is to do, decided. What was typed, a survey's file and the settings meet here and
-//! nowhere else; what is typed wins over the file, which wins over the settings.
+//! Resolves the requests of commands from the command line, survey files and settings, in this
+//! order of priority.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -13,85 +13,85 @@ use crate::run::Membership;
 use crate::survey::{Survey, SurveyError, SurveyModel};
 use crate::units::{Bytes, GpuTime, Positive, Span, Usd, UsdPerHour};
 
-/// A job that is asked for. Nothing of it was looked at yet.
+/// A requested job, not yet checked.
 #[derive(Clone, Debug)]
 pub struct JobRequest {
     /// The checkpoint: hub id or folder.
     pub model: String,
     /// Branch, tag or commit of a hub model.
     pub revision: String,
-    /// How it is run, by all that was given.
+    /// Options merged from all sources.
     pub options: JobOptions,
-    /// The folder that paths are seen from.
+    /// The folder that relative paths refer to.
     pub here: PathBuf,
 }
 
 /// Options for renting and for the end of the instance.
 #[derive(Clone, Debug)]
 pub struct RunTerms {
-    /// What was said of the instance. What was not is taken from the plan.
+    /// Filters for offers. Missing ones come from the plan.
     pub request: GpuRequest,
-    /// Upload the model's folder.
+    /// Whether to upload the model's folder.
     pub push_model: bool,
-    /// Hold the instance when the worker has ended.
+    /// Whether to keep the instance after the worker has ended.
     pub keep_running: bool,
-    /// Leave the instance to its guard when the worker runs.
+    /// Whether to leave the instance to its guard once the worker runs.
     pub detach: bool,
-    /// From the create call to the instance's end.
+    /// Time limit from the create call to the instance's end.
     pub max_duration: Duration,
-    /// The run may take longer than that, and is ended then.
+    /// Whether a run may start although it is estimated to exceed the time limit.
     pub cut_short: bool,
-    /// For this run, or for all of the survey.
+    /// Budget of this run, or of the whole survey.
     pub budget: Option<Usd>,
-    /// Of GPUs, for this run or for all of the survey.
+    /// Budget of GPU time of this run, or of the whole survey.
     pub max_gpu_time: Option<GpuTime>,
-    /// Folder below which the results' folder appears.
+    /// Folder in which the results' folder is created.
     pub results: PathBuf,
-    /// The survey it is part of.
+    /// The survey of the run.
     pub survey: Option<Membership>,
 }
 
-/// `deploy`.
+/// Request of `deploy`.
 #[derive(Clone, Debug)]
 pub struct DeployRequest {
     /// The job.
     pub job: JobRequest,
-    /// Where to rent; empty: where the settings say.
+    /// Brokers to rent from; empty: those of the settings.
     pub brokers: Vec<String>,
-    /// How.
+    /// Terms of the rental.
     pub terms: RunTerms,
-    /// Rent nothing.
+    /// Whether to rent nothing.
     pub dry_run: bool,
-    /// Do not ask.
+    /// Whether to skip the confirmation.
     pub yes: bool,
 }
 
-/// `survey`.
+/// Request of `survey`.
 #[derive(Clone, Debug)]
 pub struct SurveyRequest {
-    /// Its name.
+    /// Name of the survey.
     pub name: String,
     /// Its file.
     pub file: PathBuf,
-    /// Folder of its results.
+    /// Folder of the survey's results.
     pub folder: PathBuf,
     /// Only these models, by id or by their names; empty: all.
     pub only: Vec<String>,
-    /// Where to rent; empty: where the settings say.
+    /// Brokers to rent from; empty: those of the settings.
     pub brokers: Vec<String>,
-    /// In the file's order.
+    /// Models in the file's order.
     pub models: Vec<ModelRequest>,
-    /// Runs side by side.
+    /// Maximum concurrent runs.
     pub max_parallel: usize,
-    /// For all runs together.
+    /// Budget of all runs together.
     pub budget: Option<Usd>,
-    /// Of GPUs, for all runs together.
+    /// Budget of GPU time of all runs together.
     pub max_gpu_time: Option<GpuTime>,
-    /// Run failed models again.
+    /// Whether to run failed models again.
     pub rerun_failed: bool,
-    /// Rent nothing.
+    /// Whether to rent nothing.
     pub dry_run: bool,
-    /// Do not ask.
+    /// Whether to skip the confirmation.
     pub yes: bool,
 }
 
@@ -102,20 +102,20 @@ pub struct ModelRequest {
     pub name: String,
     /// Its job.
     pub job: JobRequest,
-    /// How its run rents.
+    /// Terms of its rental.
     pub terms: RunTerms,
 }
 
-/// `plan`.
+/// Request of `plan`.
 #[derive(Clone, Debug)]
 pub struct PlanRequest {
     /// The job.
     pub job: JobRequest,
-    /// Where to look for offers; empty: where the settings say.
+    /// Brokers to query; empty: those of the settings.
     pub brokers: Vec<String>,
-    /// What is wanted of the instance.
+    /// Filters for offers.
     pub request: GpuRequest,
-    /// Of the whole instance; `None`: that of the cheapest matching offer.
+    /// Price of the whole instance; `None`: that of the cheapest matching offer.
     pub price: Option<UsdPerHour>,
     /// Bytes of weights that the instance reads per second.
     pub read_rate: Bytes,
@@ -123,16 +123,16 @@ pub struct PlanRequest {
     pub peak: Option<f64>,
 }
 
-/// `offers`.
+/// Request of `offers`.
 #[derive(Clone, Debug)]
 pub struct OffersRequest {
-    /// The job whose cost gives the order.
+    /// The job whose cost determines the ranking.
     pub job: Option<JobRequest>,
-    /// Where to look; empty: where the settings say.
+    /// Brokers to query; empty: those of the settings.
     pub brokers: Vec<String>,
-    /// What is wanted of the instance.
+    /// Filters for offers.
     pub request: GpuRequest,
-    /// Show all.
+    /// Whether to show all offers.
     pub all: bool,
 }
 
@@ -145,13 +145,13 @@ fn gpu_hours(hours: Positive) -> GpuTime {
 }
 
 impl Settings {
-    /// A job as it was typed in the folder `here`.
+    /// The job of a command that runs in the folder `here`.
     pub fn job_request(&self, model: ModelArgs, typed: JobOptions, here: &Path) -> JobRequest {
         let ModelArgs { model, revision } = model;
         JobRequest { model, revision, options: typed.merge(self.job.clone()), here: here.to_owned() }
     }
 
-    /// `deploy`, typed in the folder `here`.
+    /// Resolves `deploy`, run in the folder `here`.
     pub fn deploy_request(&self, typed: DeployArgs, here: &Path) -> DeployRequest {
         DeployRequest {
             job: self.job_request(typed.model, typed.job, here),
@@ -173,10 +173,11 @@ impl Settings {
         }
     }
 
-    /// `survey`, typed in the folder `here`. Paths in its file are seen from the file's own folder.
+    /// Resolves `survey`, run in the folder `here`. Paths in its file are relative to the file's
+    /// folder.
     ///
     /// # Errors
-    /// The file cannot be read, or does not make sense.
+    /// The file cannot be read, or is invalid.
     pub fn survey_request(&self, typed: SurveyArgs, here: &Path) -> Result<SurveyRequest, SurveyError> {
         let Survey { name, path, job, models, max_parallel, budget, max_gpu_time, max_duration } =
             Survey::read(&here.join(typed.file))?;
@@ -223,7 +224,7 @@ impl Settings {
         })
     }
 
-    /// `plan`, typed in the folder `here`.
+    /// Resolves `plan`, run in the folder `here`.
     pub fn plan_request(&self, typed: PlanArgs, here: &Path) -> PlanRequest {
         let bytes = |gib: Positive| Bytes((gib.get() * (1u64 << 30) as f64) as u64);
         PlanRequest {
@@ -236,7 +237,7 @@ impl Settings {
         }
     }
 
-    /// `offers`, typed in the folder `here`.
+    /// Resolves `offers`, run in the folder `here`.
     pub fn offers_request(&self, typed: OffersArgs, here: &Path) -> OffersRequest {
         let revision = typed.revision;
         let job = |model| self.job_request(ModelArgs { model, revision }, JobOptions::default(), here);

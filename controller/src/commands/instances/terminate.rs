@@ -1,5 +1,5 @@
-//! `instances terminate`: ends what is named. It needs the id and the key; ledger and lists only
-//! help.
+//! `instances terminate`: ends instances. It needs an id and the cloud's key; the ledger and lists
+//! are optional.
 
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -16,11 +16,11 @@ use crate::run::ledger::LedgerError;
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus, tables};
 
-/// An instance that is to end.
+/// An instance to end.
 struct Chosen<'a> {
     cloud: &'a Cloud,
     id: InstanceId,
-    /// As its cloud shows it, where it does.
+    /// The cloud's entry, if there is one.
     shown: Option<Instance>,
 }
 
@@ -47,7 +47,7 @@ pub(super) async fn command(context: &Context, home: &Home, args: &TerminateArgs
     worst(context, wrong)
 }
 
-/// The error that a person has to hear first; the others are said before it.
+/// Returns the most urgent error, after printing the others.
 fn worst(context: &Context, mut all: Vec<CliError>) -> Result<ExitStatus, CliError> {
     let worst = ExitStatus::worst(all.iter().map(|cli_error| cli_error.status));
     let Some(at) = all.iter().position(|cli_error| cli_error.status == worst) else { return Ok(ExitStatus::Done) };
@@ -56,7 +56,7 @@ fn worst(context: &Context, mut all: Vec<CliError>) -> Result<ExitStatus, CliErr
     Err(last)
 }
 
-/// The instances that are meant, and what is to be said of clouds whose lists are not known.
+/// The instances to end, and errors of clouds whose lists are unknown.
 async fn choose<'a>(
     context: &Context,
     home: &Home,
@@ -100,7 +100,7 @@ async fn choose<'a>(
     Ok((chosen, Vec::new()))
 }
 
-/// Of a cloud that is named no list is needed.
+/// A named cloud needs no list.
 async fn alone<'a>(
     context: &Context,
     home: &Home,
@@ -115,7 +115,7 @@ async fn alone<'a>(
             permitted(home, args, &instance)?;
             Ok(Chosen { cloud, id, shown: Some(instance) })
         }
-        // Who names both knows more than the cloud tells.
+        // An explicit id and broker suffice.
         Err(error) => {
             context.reporter.warn(&format!("what {id} is cannot be learned: {error}"));
             Ok(Chosen { cloud, id, shown: None })
@@ -132,7 +132,7 @@ fn unseen(id: &str, silent: &[CliError]) -> CliError {
     }
 }
 
-/// Whose instances are meant.
+/// The owner whose instances are meant.
 fn whose(home: &Home, args: &TerminateArgs) -> Result<String, CliError> {
     args.owner.clone().or_else(|| home.owner.clone()).ok_or_else(|| {
         let hint = "name the owner, the second part of its name, with --owner; or say --force";
@@ -161,8 +161,8 @@ fn permitted(home: &Home, args: &TerminateArgs, instance: &Instance) -> Result<(
     })
 }
 
-/// Shows what is to end, and asks. All of them at once wants more than a letter. What costs
-/// nothing ends without a question, and what costs something never without an answer.
+/// Shows the instances and asks for confirmation. Ending all of them needs a whole word. Free
+/// instances end without a question, others never without an answer.
 fn consent(
     context: &Context,
     home: &Home,
@@ -180,7 +180,7 @@ fn consent(
         return Err(CliError::refused("nothing was ended: there is no terminal to ask on", "add --yes"));
     }
     let word = if args.all { chosen.len().to_string() } else { "y".to_owned() };
-    // A line of its own, so that Ctrl-C leaves no half one.
+    // On a separate line, so that Ctrl-C leaves no incomplete one.
     let _ = writeln!(std::io::stderr(), "Type {word} to go on:");
     let mut answer = String::new();
     match answers.read_line(&mut answer) {
@@ -189,7 +189,7 @@ fn consent(
     }
 }
 
-/// What each is, and what it bills.
+/// Description and price of each.
 fn in_words(home: &Home, chosen: &[Chosen<'_>]) -> String {
     let mut table = tables::table(&["instance", "broker", "model", "hardware", "price"]);
     for Chosen { cloud, id, shown } in chosen {
@@ -223,7 +223,7 @@ async fn end(context: &Context, home: &Home, chosen: &Chosen<'_>) -> Result<(), 
     Ok(crate::run::deploy::end(chosen.cloud, &|event| context.reporter.event(event), &[target]).await?)
 }
 
-/// Why an instance does not end through its run.
+/// Why an instance cannot be ended through its run.
 enum Refused {
     Driven(CliError),
     Stuck(DriveError),

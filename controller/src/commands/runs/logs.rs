@@ -1,8 +1,8 @@
-//! `runs logs`: what the worker of a run said, read wherever it can be read.
+//! `runs logs`: prints the log of a run's worker.
 //!
-//! The process that drives a run writes down what it hears; whoever looks on reads that. Where
-//! nobody drives it, the rest is read from the instance itself. Nothing is changed there: its
-//! guard does not count it as looking after.
+//! The process that drives a run stores the log, which other processes read. Without a driver the
+//! rest is read from the instance. Nothing is changed there, and the guard does not count it as a
+//! controller.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -24,17 +24,17 @@ use crate::run::{Pin, RunState};
 use crate::text::clean;
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Longest line that is shown.
+/// Maximum characters of a line that are shown.
 const LINE: usize = 2000;
-/// Between two looks at what another process writes down.
+/// Interval of reads of the stored log.
 const PAUSE: Duration = Duration::from_millis(300);
-/// A worker is followed until it ends.
+/// A worker is followed without time limit.
 const WITHOUT_END: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Takes lines.
+/// Receives lines.
 type Say<'a> = dyn Fn(String) + Send + Sync + 'a;
 
-/// Prints the log of a run; with `follow`, what comes too.
+/// Prints the log of a run; with `follow`, also new lines.
 pub(super) async fn command(
     context: &Context,
     ledger: &Ledger,
@@ -51,7 +51,7 @@ pub(super) async fn command(
     Ok(ExitStatus::Done)
 }
 
-/// The worker's log, as far as it can be read now.
+/// The worker's log as far as it can be read now.
 async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<Vec<String>, CliError> {
     if let Some(path) = at_home(run) {
         return at_once(&path);
@@ -75,14 +75,14 @@ async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<V
     Ok(lines)
 }
 
-/// Prints the log until the worker has ended, whoever drives the run meanwhile, or nobody.
+/// Prints the log until the worker has ended, whether the run is driven or not.
 async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
     let reporter = &context.reporter;
     let say = |line: String| reporter.line(&serde_json::json!({ "line": line }), || line.clone());
     let mut tail = Tail::of(ledger, &ledger.run(id)?);
     let mut waits = false;
     loop {
-        // In this order: what a process that is gone has written down is all there.
+        // In this order, since a driver that has ended has stored all its lines.
         let driven = ledger.is_driven(id)?;
         let run = ledger.run(id)?;
         tail.lines()?.into_iter().for_each(say);
@@ -108,12 +108,12 @@ async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatu
     }
 }
 
-/// The log among the results.
+/// Path of the log in the results.
 fn at_home(run: &RunRecord) -> Option<PathBuf> {
     run.state.results().map(|results| Path::new(&results.folder).join(files::LOG))
 }
 
-/// The host key of an instance that has a log.
+/// Host key of an instance with a log.
 fn key_of(run: &RunRecord) -> Option<&Pin> {
     match &run.state {
         RunState::Launched { pin, .. } | RunState::Ended { pin, .. } | RunState::Salvaging { pin, .. } => Some(pin),
@@ -128,7 +128,7 @@ fn has_none(run: &RunRecord) -> CliError {
     )
 }
 
-/// Reads from the instance what nobody has read yet: what is there, or until the worker has ended.
+/// Reads unread lines from the instance: the existing ones, or until the worker has ended.
 async fn read_on(
     context: &Context,
     ledger: &Ledger,
@@ -155,7 +155,7 @@ async fn read_on(
             context.reporter.waiting(&what, reached).await.map_err(failed)?.0
         }
     };
-    // Without what was written down there is nothing to go on from.
+    // Without a stored log the position is meaningless.
     let mut cursor = if folder.join(files::LOG).exists() { read_cursor(&folder) } else { Cursor::default() };
     let heard = |event: HostEvent| match event {
         HostEvent::Log(line) => say(clean(line.as_bytes(), LINE)),
@@ -183,12 +183,12 @@ fn lines_of(text: &[u8]) -> Vec<String> {
     text.split_inclusive(|b| *b == b'\n').map(|line| clean(line, LINE)).collect()
 }
 
-/// What the process that drives a run writes down of the worker's log.
+/// The copy of the worker's log that the driver stores.
 struct Tail {
     path: PathBuf,
-    /// Bytes that were read.
+    /// Number of bytes read.
     read: u64,
-    /// Lines that were read.
+    /// Number of lines read.
     count: usize,
 }
 
@@ -197,7 +197,7 @@ impl Tail {
         Self { path: ledger.run_folder(&run.id).join(files::LOG), read: 0, count: 0 }
     }
 
-    /// The whole lines that have come since the last look.
+    /// The complete lines since the last read.
     fn lines(&mut self) -> Result<Vec<String>, CliError> {
         let text = self.bytes().map_err(|error| unreadable(&self.path, &error))?;
         let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);

@@ -1,4 +1,4 @@
-//! The runs of a survey, driven side by side.
+//! Drives the runs of a survey concurrently.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -19,17 +19,17 @@ use crate::secret::Secret;
 use crate::ui::report::{CliError, Reporter};
 use crate::units::Usd;
 
-/// Between two looks at what all runs have cost.
+/// Interval of summaries of all runs.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// A run that is under way, or about to be.
+/// A run that is active or about to start.
 struct Task {
     name: String,
     secrets: Vec<(&'static str, Secret)>,
-    /// Its worker reads from the hub, and takes its turn.
+    /// Whether its worker reads from the hub, and is spaced from others.
     asks_the_hub: bool,
     begin: Begin,
-    /// What it is estimated to cost, before it is known.
+    /// Estimated cost, until the actual one is known.
     estimate: Usd,
 }
 
@@ -39,15 +39,15 @@ enum Begin {
 }
 
 impl Session<'_> {
-    /// Drives everything that is to be done; gives what could not be driven to its end, with its
-    /// model's name.
+    /// Drives all runs. Returns the errors of runs that could not be driven to their end, with
+    /// model names.
     pub(super) async fn drive(
         &self,
         ledger: &Ledger,
         ports: Ports<'_>,
         todo: Vec<Todo>,
     ) -> Result<Vec<(String, DriveError)>, CliError> {
-        // What was left bills, whether it is driven or not.
+        // Abandoned runs bill, whether they are driven or not.
         let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
         let parallel = self.asked.max_parallel.max(left);
         let tasks = self.tasks(todo, parallel);
@@ -71,10 +71,10 @@ impl Session<'_> {
         stuck
     }
 
-    /// Runs that were left come first: they bill already. At most this many at a time.
+    /// Abandoned runs come first, since they bill already. At most `parallel` at a time.
     fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Vec<Task> {
         let mut tasks: Vec<Task> = Vec::new();
-        // A checkpoint that lies on a cluster needs no token, and its worker waits for no turn.
+        // A checkpoint on a cluster needs no token, and its worker need not wait for others.
         let of_job = |job: &JobSpec| (secrets(self.context, job, parallel), job.asks_the_hub());
         for (model, todo) in self.models.iter().zip(todo) {
             let ((secrets, asks_the_hub), begin, estimate) = match todo {
@@ -110,7 +110,7 @@ impl Session<'_> {
                 reporter.picked_up(run.record());
                 Ok(*run)
             }
-            // Nobody wants what has not begun.
+            // After a stop no new run starts.
             Begin::Anew(_) if stopped => return None,
             Begin::Anew(spec) => ledger.plan(&spec),
         };
@@ -143,7 +143,7 @@ impl Session<'_> {
         }
     }
 
-    /// Tells how all of it stands, for as long as it is asked to.
+    /// Reports the state of all runs until it is cancelled.
     async fn watch(&self, ledger: &Ledger, board: &Reporter, estimates: &[(String, Usd)], since_ms: u64) -> Infallible {
         loop {
             match ledger.runs() {
@@ -160,7 +160,7 @@ impl Session<'_> {
         let (mut over, mut under_way, mut to_come) = (0, 0, Usd::ZERO);
         for (name, estimate) in estimates {
             let model = self.models.iter().find(|model| model.entry.name == *name);
-            // What was over before, and is run again, has not begun.
+            // A finished run that is repeated has not started yet.
             let is_of_now = |run: &&RunRecord| !run.state.is_at_rest() || run.changed_at_ms() >= since_ms;
             let latest = model.and_then(|model| runs.iter().rev().find(|run| self.member(model).is_run_by(run)));
             let latest = latest.filter(is_of_now);

@@ -1,4 +1,4 @@
-//! What a survey would do, and what it came to: tables and documents.
+//! Tables and documents of a survey's plan and results.
 
 use std::time::Duration;
 
@@ -23,31 +23,31 @@ use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::ui::status::HeadlineFigures;
 use crate::units::{GpuTime, Usd, figure};
 
-/// What the first offer takes.
+/// Estimate for the first offer.
 pub(super) fn estimate(prepared: &Prepared) -> Option<Estimate> {
     prepared.quote.offers.first().map(|offer| prepared.spec.work.on(offer))
 }
 
-/// What would be done for a model.
+/// Planned action for a model.
 #[derive(Serialize)]
 pub(super) struct ModelRow<'a> {
     name: &'a str,
     model: &'a str,
     job_key: &'a str,
-    /// In words.
+    /// Action as text.
     to_do: &'static str,
-    /// Why it cannot be done.
+    /// Why it is impossible.
     problem: Option<String>,
     spec: Option<&'a RunSpec>,
-    /// The best of the `offers` that would do.
+    /// The best of the matching `offers`.
     offer: Option<&'a Offer>,
     offers: usize,
     estimate: Option<Estimate>,
-    /// Price of the offer until the time limit, which nothing that is tried instead may exceed.
+    /// Cost of the offer until the time limit, which no alternative may exceed.
     at_most: Option<Usd>,
 }
 
-/// What a survey would do.
+/// Plan of a survey.
 #[derive(Serialize)]
 struct SurveyPlan<'a> {
     schema: u32,
@@ -56,36 +56,36 @@ struct SurveyPlan<'a> {
     models: Vec<ModelRow<'a>>,
     max_parallel: usize,
     budget: Option<Usd>,
-    /// By all runs of the survey so far.
+    /// Cost of all runs of the survey so far.
     spent: Usd,
-    /// What all runs may take of GPUs, and have taken so far, in GPU-seconds.
+    /// Budget of GPU time, and the GPU time taken so far, in GPU-seconds.
     max_gpu_time: Option<GpuTime>,
     gpu_time: GpuTime,
-    /// Of what would be run.
+    /// Estimated cost of the planned runs.
     estimate: Usd,
     at_most: Usd,
 }
 
-/// What a survey came to.
+/// Result of a survey.
 #[derive(Serialize)]
 struct Surveyed<'a> {
     schema: u32,
     survey: &'a str,
     folder: String,
     models: Vec<Came>,
-    /// By all runs of the survey.
+    /// Cost of all runs of the survey.
     cost: Usd,
     exit_status: u8,
 }
 
-/// What a model came to.
+/// Result of a model.
 #[derive(Serialize)]
 struct Came {
     #[serde(flatten)]
     line: IndexEntry,
-    /// By its latest run.
+    /// Cost of its latest run.
     cost: Usd,
-    /// Of whole results.
+    /// Figures of complete results.
     figures: Option<HeadlineFigures>,
     #[serde(skip)]
     status: ExitStatus,
@@ -98,7 +98,7 @@ impl Came {
 }
 
 impl Session<'_> {
-    /// What would be done for each model.
+    /// Planned actions for all models.
     pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<ModelRow<'r>> {
         let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
             let problem = problems.iter().find(|problem| problem.model == number);
@@ -129,7 +129,7 @@ impl Session<'_> {
         self.models.iter().zip(todo).enumerate().map(row).collect()
     }
 
-    /// The plan.
+    /// Prints the plan.
     pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
         for model in self.models.iter().filter(|model| model.wanted) {
             if let ModelSource::Hub { id, revision } = &model.identity.job.model
@@ -173,7 +173,7 @@ impl Session<'_> {
         ExitStatus::worst(problems.iter().map(|problem| problem.cli_error.status))
     }
 
-    /// Prints what it came to; the exit status is that of the worst run.
+    /// Prints the result. The exit status is that of the most urgent run.
     pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ExitStatus {
         let wanted = self.models.iter().filter(|model| model.wanted);
         let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
@@ -202,9 +202,9 @@ impl Session<'_> {
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
             (ModelOutcome::Complete, _) => ExitStatus::Done,
-            // Of an earlier ledger.
+            // The run is of an earlier ledger.
             (ModelOutcome::Partial | ModelOutcome::Failed, None) => ExitStatus::Failed,
-            // It was to be run, and Ctrl-C came first.
+            // Interrupted before it started.
             (_, None) => ExitStatus::Interrupted,
             (_, Some(run)) if run.state.ending() == Some(&RunOutcome::Completed) => ExitStatus::Failed,
             (_, Some(run)) => ExitStatus::of_run(&run.state),
@@ -252,7 +252,7 @@ impl Session<'_> {
     }
 }
 
-/// The same as a table.
+/// The plan as a table.
 pub(super) fn table_of(rows: &[ModelRow<'_>]) -> String {
     let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
     for row in rows {
