@@ -1,13 +1,13 @@
-//! Results side by side: what was counted, how sure it is, how it was defined, and what others published.
+//! Compares results: counts, confidence intervals, definitions, and published figures.
 //!
-//! [`folder`] reads result folders and refuses what is not whole; [`predecessor`] makes results of
-//! the predecessor's files; [`bootstrap`] says how sure a figure is, of unique features by other
-//! [`samples`] of the sequences; [`published`] holds what others found. [`comparison`] makes one
-//! list of figures of them all, and [`difference`] says which of them differ by definition or
-//! provenance alone. [`table`] makes tables of it, which [`print`] writes; [`page`] is all of it
-//! with [`plots`] (each drawn by [`plot`], made a picture by [`pixels`] and a page by [`pdf`]),
-//! the tables of every model ([`detail`], [`measured`]) and its thresholds ([`threshold_sweep`]).
-//! [`recount`] applies other shares of layers and positions to what a run stored.
+//! [`folder`] reads result folders and refuses incomplete ones; [`predecessor`] converts the
+//! predecessor's files; [`bootstrap`] computes confidence intervals, for unique features from
+//! other [`samples`] of the sequences; [`published`] contains published figures. [`comparison`]
+//! makes one list of all figures, and [`difference`] finds those that differ only by definition or
+//! provenance. [`table`] makes tables, which [`print`] writes; [`page`] is an HTML page with
+//! [`plots`] (each drawn by [`plot`], converted by [`pixels`] and [`pdf`]), tables of every model
+//! ([`detail`], [`measured`]) and thresholds ([`threshold_sweep`]). [`recount`] applies other
+//! shares of layers and positions to stored counts.
 
 pub mod bootstrap;
 pub mod comparison;

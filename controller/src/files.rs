@@ -1,5 +1,4 @@
-//! Files that somebody may read, or wrote: hashed, and written so that a reader sees all or
-//! nothing.
+//! Hashes, atomic writes, and reads of untrusted files with a size limit.
 
 use std::fs::{self, File, Metadata, TryLockError};
 use std::io::{self, Read, Write};
@@ -11,29 +10,29 @@ use sha2::{Digest, Sha256};
 
 use crate::units::Bytes;
 
-/// Left free on every disk: the ledger grows, too.
+/// Left free on every disk, since the ledger grows as well.
 pub const RESERVE: Bytes = Bytes::from_mib(64);
 
-/// Free disk at `path`, or where it would be made; `None` if the system does not tell.
+/// Free disk at `path`, or in the folder where it would be created; `None` if the system does not
+/// report it.
 pub fn free_disk(path: &Path) -> Option<Bytes> {
     let there = path.ancestors().find(|path| path.exists())?;
     let figures = rustix::fs::statvfs(there).ok()?;
     Some(Bytes(figures.f_bavail.saturating_mul(figures.f_frsize)))
 }
 
-/// Most bytes of a document that is read as a whole: more than any that people, workers or this
-/// program write.
+/// Maximum bytes of a document: more than users, workers or this program write.
 pub const MOST: u64 = 256 << 20;
 
-/// Opens a regular file, and nothing else: a pipe or a device may be read for ever, and a pipe
-/// already waits when it is opened.
+/// Opens a regular file. A pipe or a device is refused: reading it may never end, and opening a
+/// pipe may block.
 ///
 /// # Errors
-/// It is something else, or cannot be opened.
+/// It is not a regular file, or cannot be opened.
 pub fn open_regular(path: &Path) -> io::Result<File> {
-    // Before as well: there are devices on which opening has an effect.
+    // Checked before opening as well, since opening some devices has an effect.
     regular(&fs::metadata(path)?)?;
-    // Waits for nobody, should a pipe have taken the file's place.
+    // `O_NONBLOCK` prevents blocking if a pipe has replaced the file.
     let file = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
     regular(&file.metadata()?)?;
     Ok(file)
@@ -43,10 +42,10 @@ fn regular(metadata: &Metadata) -> io::Result<()> {
     if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// The bytes of a regular file of at most `most` bytes.
+/// Reads a regular file of at most `most` bytes.
 ///
 /// # Errors
-/// It is something else, is longer, or cannot be read.
+/// It is not a regular file, is too long, or cannot be read.
 pub fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
     let file = open_regular(path)?;
@@ -55,12 +54,12 @@ pub fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
         return too_long(format!("{bytes} bytes"));
     }
     let mut content = Vec::with_capacity(bytes as usize);
-    // Some tell no size, some grow meanwhile.
+    // Some files report no size, and some grow during the read.
     file.take(most + 1).read_to_end(&mut content)?;
     if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
 }
 
-/// The text of a regular file of at most `most` bytes.
+/// Reads a regular UTF-8 file of at most `most` bytes.
 ///
 /// # Errors
 /// As [`read_small`], or it is not UTF-8.
@@ -69,19 +68,18 @@ pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
-/// Makes a folder, and those above it that are missing, for nobody else to look into, whatever the
-/// umask.
+/// Creates a folder and its missing parents with access for the user only, under any umask.
 ///
 /// # Errors
-/// Not allowed, or a file is in the way.
+/// Permission denied, or a file has this path.
 pub(crate) fn create_private_folder(folder: &Path) -> io::Result<()> {
     fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)
 }
 
-/// Takes from everybody else what they may do with a file or folder of ours.
+/// Removes the access of other users to a file or folder.
 ///
 /// # Errors
-/// It is not there, or not ours.
+/// It does not exist, or belongs to another user.
 pub(crate) fn make_private(path: &Path) -> io::Result<()> {
     let mode = fs::metadata(path)?.permissions().mode();
     if mode & 0o077 == 0 { Ok(()) } else { fs::set_permissions(path, fs::Permissions::from_mode(mode & 0o700)) }
@@ -108,7 +106,7 @@ pub(crate) fn is_taken(tried: Result<(), TryLockError>) -> io::Result<bool> {
 /// Size in bytes and SHA-256, lower-case hexadecimal, of a regular file.
 ///
 /// # Errors
-/// It is something else, or cannot be read.
+/// It is not a regular file, or cannot be read.
 pub fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut hash = Sha256::new();
     let bytes = io::copy(&mut open_regular(path)?, &mut hash)?;
@@ -125,18 +123,18 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Whether a name is a plain, visible file name that means the same on every system, and so stays
-/// in the folder it is joined to.
+/// Whether a name is a plain, visible file name on every system, so that it stays in the folder it
+/// is joined to.
 pub fn is_plain_name(name: &str) -> bool {
     let odd =
         |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');
     !name.is_empty() && name.len() <= 200 && !name.starts_with(['.', '-']) && !name.contains(odd)
 }
 
-/// Gives a finished folder another name, durably. A folder of that name must be empty.
+/// Renames a finished folder durably. An existing target folder must be empty.
 ///
 /// # Errors
-/// Another disk, a folder that is not empty, not allowed.
+/// Another disk, a target that is not empty, or permission denied.
 pub fn rename_folder(from: &Path, to: &Path) -> io::Result<()> {
     File::open(from)?.sync_all()?;
     fs::rename(from, to)?;
@@ -150,10 +148,10 @@ fn sync_parent(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes a file beside its name, synced, then renames it, durably.
+/// Writes a file through a temporary one, synced and renamed durably.
 ///
 /// # Errors
-/// Disk full, no such folder, not allowed.
+/// Disk full, missing folder, or permission denied.
 pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
@@ -207,7 +205,7 @@ mod tests {
                 assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
             }
         }
-        // The system reports size zero for it, but it can be read.
+        // The system reports size 0 for this readable file.
         assert!(read_small(Path::new("/proc/self/status"), 10).unwrap_err().to_string().contains("more bytes"));
         fs::write(at("a"), b"\xff").unwrap();
         assert!(read_text(&at("a"), 3).unwrap_err().to_string().contains("UTF-8"));

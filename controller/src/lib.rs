@@ -1,22 +1,22 @@
 //! The controller: rents an instance, pushes the worker, follows it, fetches the results, ends the
 //! rental.
 //!
-//! Its rooms, which use each other in no circle:
+//! Its rooms, without circular dependencies:
 //!
 //! - [`host`]: a rented host, reached over a [`transport`](host::transport).
-//! - [`cloud`]: [`broker`](cloud::broker)s side by side ([`clouds`](cloud::clouds)), reached over
+//! - [`cloud`]: concurrent [`broker`](cloud::broker)s ([`clouds`](cloud::clouds)) that use
 //!   [`http`](cloud::http); their offers form a [`market`](cloud::market).
 //! - [`run`]: the life of a run as a pure state machine, recorded event by event
 //!   ([`ledger`](run::ledger)), driven by one loop ([`deploy`](run::deploy)) and compared with the
 //!   clouds' lists ([`reconcile`](run::reconcile)).
 //! - [`survey`]: many runs at once.
-//! - [`cli`]: what was typed, and what it means ([`settings`](cli::settings)).
-//! - [`ui`]: [`report`](ui::report) makes sentences of all events; where everything stands
-//!   ([`status`](ui::status)) is told as a table or as a document ([`handoff`](ui::handoff)).
-//! - [`compare`]: results side by side.
+//! - [`cli`]: the command line, and its [`settings`](cli::settings).
+//! - [`ui`]: [`report`](ui::report) prints all events; the [`status`](ui::status) of all runs is a
+//!   table or a document ([`handoff`](ui::handoff)).
+//! - [`compare`]: comparison of results.
 //! - [`commands`]: one file per command.
 //!
-//! Beside them lie helpers that every room may use.
+//! The other modules are helpers for all rooms.
 
 pub mod calendar;
 pub mod cli;
@@ -38,7 +38,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Parses the arguments, does what they say, and returns the documented exit code.
+/// Parses the arguments, runs the command, and returns the documented exit code.
 pub fn main_impl() -> ExitCode {
     let cli = cli::Cli::parse();
     let level = if cli.global.verbose { tracing::Level::INFO } else { tracing::Level::WARN };
@@ -47,7 +47,7 @@ pub fn main_impl() -> ExitCode {
         .with_target(false)
         .with_ansi(false)
         .with_writer(std::io::stderr)
-        // A terminal that is gone must end nothing here.
+        // A closed terminal must not end the program.
         .log_internal_errors(false)
         .init();
     match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

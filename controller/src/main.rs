@@ -1,4 +1,4 @@
-//! `outliers`: arguments in, an exit status out.
+//! The program `outliers`.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! What a model that lies in a folder is called.
+//! Display names of models in folders.
 
 use std::path::Path;
 
@@ -7,30 +7,29 @@ use serde::Deserialize;
 use crate::files::read_small;
 use crate::text::clean;
 
-/// Names of folders that say nothing of the model in them.
+/// Folder names that do not identify a model.
 const NOTHING: [&str; 7] = ["model", "models", "checkpoint", "checkpoints", "snapshots", "weights", "hf"];
-/// Largest config.json that is read for a name, bytes.
+/// Maximum bytes of a config.json that is read for a name.
 const MOST: u64 = 4 << 20;
-/// Longest name, characters.
+/// Maximum characters of a name.
 const LONGEST: usize = 100;
 
-/// A hub id as it is, and of a path the last part that says something.
+/// A hub id unchanged; of a path the last part that identifies the model.
 pub fn short(model: &str) -> String {
     let last = last(model);
     let above = || model.split('/').rev().find(|part| !matches!(*part, "" | "." | "..") && says_something(part));
     if says_something(last) { last.to_owned() } else { above().map_or_else(|| last.to_owned(), readable) }
 }
 
-/// A hub id as it is, and of a path its last part.
+/// A hub id unchanged; of a path its last part.
 fn last(model: &str) -> &str {
     let is_id = model.split('/').count() == 2 && !model.starts_with(['/', '.']);
     let last = model.trim_end_matches('/').rsplit('/').next().filter(|last| !last.is_empty() && !is_id);
     last.unwrap_or(model)
 }
 
-/// The name of the model in a folder whose own name says nothing: what its config.json says that
-/// it was loaded from, else the next folder above that has a name. `None`: the folder's own
-/// serves.
+/// Name of the model in a folder with an uninformative name: from its config.json, else the next
+/// parent folder with a name. `None`: the folder's name is used.
 pub fn of_folder(folder: &Path) -> Option<String> {
     let names = || folder.ancestors().filter_map(|folder| folder.file_name()?.to_str());
     if names().next().is_none_or(says_something) {
@@ -40,13 +39,14 @@ pub fn of_folder(folder: &Path) -> Option<String> {
     loaded_from(folder).or_else(above).filter(|name| is_plain(name))
 }
 
-/// Whether a folder's name is a model's: no general word, and no commit of the hub's cache.
+/// Whether a folder's name identifies a model: it is neither a general word nor a commit of the
+/// hub's cache.
 fn says_something(name: &str) -> bool {
     let is_commit = name.len() == 40 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
     !is_commit && !NOTHING.contains(&name.to_lowercase().as_str())
 }
 
-/// Folders of the hub's cache are called `models--owner--name`.
+/// Folders of the hub's cache are named `models--owner--name`.
 fn readable(name: &str) -> String {
     name.strip_prefix("models--").map_or_else(|| name.to_owned(), |id| id.replace("--", "/"))
 }
@@ -63,7 +63,7 @@ fn loaded_from(folder: &Path) -> Option<String> {
     (says_something(name) && is_plain(name)).then(|| name.to_owned())
 }
 
-/// Whether it can stand in a line of a table as it is.
+/// Whether the text fits in a line of a table.
 fn is_plain(name: &str) -> bool {
     !name.trim().is_empty() && clean(name.as_bytes(), LONGEST) == name
 }

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-/// A token or key. Formatting it shows `***`; only [`Secret::expose`] gives the text, and only
-/// what sends it calls that.
+/// A token or key. Formatting it prints `***`. Only [`Secret::expose`] returns the text, for code
+/// that sends it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -13,7 +13,7 @@ impl Secret {
         Self(text.into())
     }
 
-    /// The secret itself: for a request's header or a file of mode 0600, never for a log, an error
+    /// The secret text: for a request's header or a file of mode 0600, never for a log, an error
     /// or a command line.
     pub fn expose(&self) -> &str {
         &self.0

@@ -1,5 +1,5 @@
-//! A survey: many models, one file that names them ([`file`]), what is known of each ([`member`]),
-//! and the index that says so to readers of its results ([`index`]).
+//! Surveys of many models: the survey's [`file`], the state of each [`member`], and the [`index`]
+//! for readers of the results.
 
 pub mod file;
 pub mod index;

@@ -1,11 +1,11 @@
-//! Text from hosts and clouds, made fit for a terminal.
+//! Sanitises text from hosts and clouds for terminals.
 
 use std::collections::BTreeSet;
 
-/// At most `limit` characters of `bytes`, with terminal escapes, control and text-direction
-/// characters taken out.
+/// At most `limit` characters of `bytes`, without terminal escapes, control characters and
+/// text-direction characters.
 ///
-/// Tabs and line ends become spaces; what is not UTF-8 becomes U+FFFD.
+/// Tabs and line ends become spaces; invalid UTF-8 becomes U+FFFD.
 pub fn clean(bytes: &[u8], limit: usize) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut out = String::new();
@@ -29,12 +29,12 @@ pub fn clean(bytes: &[u8], limit: usize) -> String {
     out
 }
 
-/// How many columns of a terminal a text takes at most.
+/// Maximum terminal columns of a text.
 pub fn columns(text: &str) -> usize {
     text.chars().map(columns_of).sum()
 }
 
-/// Letters beyond ASCII take two at most.
+/// Characters beyond ASCII count as two.
 fn columns_of(c: char) -> usize {
     if c.is_ascii() { 1 } else { 2 }
 }
@@ -58,8 +58,8 @@ pub fn shorten(text: &str, columns: usize) -> String {
     begin.into_iter().chain(['…']).chain(end.into_iter().rev()).collect()
 }
 
-/// Shortens a comma-separated list to this number of columns. Middle facts are left out. What
-/// stands in brackets is of one fact.
+/// Shortens a comma-separated list to this number of columns by leaving out middle items. Text in
+/// brackets belongs to one item.
 pub fn shorten_facts(facts: &str, columns: usize) -> String {
     let mut open = 0_usize;
     let parts = |c: char| {
@@ -89,13 +89,13 @@ pub fn counted(count: usize, one: &str) -> String {
     format!("{} {one}{ending}", crate::units::grouped(count as u64))
 }
 
-/// The same for a text of several lines, which stay.
+/// As [`clean`], for a text of several lines, which are kept.
 pub fn clean_lines(text: &str) -> String {
     text.lines().map(|line| clean(line.as_bytes(), 2000)).collect::<Vec<_>>().join("\n")
 }
 
-/// At most `limit` characters of a text as Markdown that shows them as they are: no link, no
-/// image, no cell of its own.
+/// At most `limit` characters of a text, escaped for Markdown: without links, images and cell
+/// separators.
 pub fn markdown(text: &str, limit: usize) -> String {
     let mut out = String::new();
     for c in clean(text.as_bytes(), limit).chars() {
@@ -108,12 +108,12 @@ pub fn markdown(text: &str, limit: usize) -> String {
             _ => out.push(c),
         }
     }
-    // Some make links of bare addresses.
+    // Some renderers make links of bare addresses.
     out.replace("://", ":&#47;/").replace("www.", "www&#46;")
 }
 
-/// What is wrong with a TOML text: the number of its line, and why, with the name that stands
-/// there. No value is repeated, nor the line: people write keys into such files.
+/// The error in a TOML text: the line, and the reason with the key. Values and lines are not
+/// shown, since users write keys into such files.
 pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
     let said = clean(error.message().as_bytes(), 1000);
     let value = said.split_once("string \"").and_then(|(before, rest)| {
@@ -136,7 +136,7 @@ fn unknown_name(said: &str) -> Option<String> {
     Some(unknown_key(name, known.split('`').skip(1).step_by(2)))
 }
 
-/// Of a key that is not known: which one that is may be meant. Keys are spelt as options are.
+/// A message for an unknown key, with a suggestion in the spelling of options.
 pub fn unknown_key<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     let name = key.replace('_', "-");
     let known: BTreeSet<String> = known.into_iter().map(|known| known.replace('_', "-")).collect();
@@ -175,8 +175,8 @@ fn is_unsafe(c: char) -> bool {
     direction || (c.is_control() && !matches!(c, '\t' | '\n' | '\r'))
 }
 
-/// Skips what follows an ESC: a control sequence to its final byte, an operating-system command to
-/// its terminator, else one character.
+/// Skips an escape sequence after ESC: a control sequence to its final byte, an operating-system
+/// command to its terminator, else one character.
 fn skip_escape(chars: &mut std::str::Chars<'_>) {
     match chars.next() {
         Some('[') => {
@@ -184,7 +184,7 @@ fn skip_escape(chars: &mut std::str::Chars<'_>) {
         }
         Some(']' | 'P' | '_' | '^' | 'X') => {
             let end = chars.find(|c| matches!(c, '\u{7}' | '\u{1b}' | '\n'));
-            // Ends with BEL, or with ESC and a backslash that goes with it.
+            // Terminated by BEL, or by ESC and a backslash.
             end.filter(|c| *c == '\u{1b}').and_then(|_| chars.next());
         }
         _ => {}

@@ -1,6 +1,5 @@
-//! What people read. [`report`] makes sentences, bars and tables of everything that happens;
-//! [`status`] collects where everything stands, and [`handoff`] writes it down for whoever carries
-//! on.
+//! Output for people: [`report`] prints sentences, bars and tables of all events, [`status`]
+//! collects the state of all runs, and [`handoff`] writes it as a document.
 
 pub mod handoff;
 pub mod report;

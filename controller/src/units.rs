@@ -1,4 +1,4 @@
-//! Money, memory and time with their units in the type.
+//! Units of money, memory and time as types.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,7 +7,7 @@ use std::time::Duration;
 pub use outliers_protocol::{Fraction, Positive};
 use serde::{Deserialize, Serialize};
 
-/// US dollars, in millionths: sums of many small bills stay exact.
+/// US dollars in millionths, so that sums are exact.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Usd(i64);
@@ -59,15 +59,14 @@ impl std::iter::Sum for Usd {
 
 impl fmt::Display for Usd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Small bills are the common case on the local broker: two digits would print them all as
-        // nothing.
+        // Small bills are common on the local broker; with two digits they would print as zero.
         let digits = if self.0 != 0 && self.0.abs() < 10_000 { 6 } else { 2 };
         let sign = if self.0 < 0 { "-" } else { "" };
         write!(f, "{sign}${:.digits$}", self.dollars().abs())
     }
 }
 
-/// Price of a whole instance (all its GPUs, the disk asked for) per hour.
+/// Price per hour of a whole instance: all its GPUs and the requested disk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct UsdPerHour(pub Usd);
@@ -78,7 +77,7 @@ impl UsdPerHour {
         Self(Usd::from_dollars(dollars))
     }
 
-    /// What this time costs.
+    /// The cost of `time` at this price.
     pub fn cost(self, time: Duration) -> Usd {
         Usd::from_dollars(self.0.dollars() * time.as_secs_f64() / 3600.0)
     }
@@ -106,7 +105,7 @@ impl fmt::Display for UsdPerHour {
     }
 }
 
-/// Time of GPUs: their number times the time for which they are had, in GPU-seconds.
+/// GPU time in GPU-seconds: the number of GPUs times the time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct GpuTime(i64);
@@ -151,7 +150,7 @@ impl PlotWidth {
     }
 }
 
-/// As people write it: `84mm`, `8.4cm`, `3.3in`.
+/// Parses `84mm`, `8.4cm`, `3.3in`.
 impl FromStr for PlotWidth {
     type Err = String;
 
@@ -180,16 +179,16 @@ pub fn grouped(count: u64) -> String {
     out
 }
 
-/// A number with this many decimals. A large one is written as in `1.2346e71`.
+/// A number with this many decimals; a large one as in `1.2346e71`.
 pub fn figure(value: f64, digits: usize) -> String {
     if value.is_finite() && value.abs() >= 1e9 { format!("{value:.digits$e}") } else { format!("{value:.digits$}") }
 }
 
-/// Arithmetic in words, as in `24.0 x 10^9 operations`.
+/// Operations as text, as in `24.0 x 10^9 operations`.
 pub fn operations(count: f64) -> String {
     let power = if count >= 1e11 { 12 } else { 9 };
     let scaled = count / 10_f64.powi(power);
-    // Where one digit behind the point would be nothing, two that count are shown.
+    // Small numbers get two significant digits.
     let digits = if scaled > 0.0 && scaled < 1.0 { (1.0 - scaled.log10().floor()).min(9.0) as usize } else { 1 };
     format!("{scaled:.digits$} x 10^{power} operations")
 }
@@ -229,7 +228,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// A CUDA version as drivers and images name it: `12.4`.
+/// A CUDA version, as in `12.4`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct CudaVersion {
@@ -246,7 +245,7 @@ impl FromStr for CudaVersion {
         let wrong = || format!("`{text}` is not a CUDA version: write 12.4");
         let number = |part: &str| part.parse().map_err(|_| wrong());
         let (major, minor) = text.trim().split_once('.').unwrap_or((text.trim(), "0"));
-        // Some name a third part, which does not decide what runs.
+        // A third part, if there is one, does not matter.
         let minor = minor.split('.').next().unwrap_or(minor);
         Ok(Self { major: number(major)?, minor: number(minor)? })
     }

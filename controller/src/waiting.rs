@@ -1,4 +1,4 @@
-//! Waits that take long say what they wait for.
+//! Reports what a long wait is for.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -6,22 +6,22 @@ use std::time::Duration;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio::time::Instant;
 
-/// From the begin of a wait to the first word about it.
+/// Time before the first report.
 pub const FIRST_WORD: Duration = Duration::from_secs(3);
-/// From one word to the next.
+/// Time between reports.
 pub const NEXT_WORD: Duration = Duration::from_secs(60);
 
-/// An attempt that failed and is made again.
+/// A failed attempt that will be repeated.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failed {
-    /// What was answered.
+    /// The error.
     pub words: String,
     /// Time until the next attempt.
     pub pause: Duration,
 }
 
 tokio::task_local! {
-    /// Who waits for what this task does.
+    /// Receiver of the failed attempts of this task.
     static WAITER: UnboundedSender<Failed>;
 }
 

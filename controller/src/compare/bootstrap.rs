@@ -7,16 +7,16 @@ use serde::{Deserialize, Serialize};
 
 use super::statistics::Statistics;
 
-/// Samples drawn for an interval.
+/// Number of samples for an interval.
 const RESAMPLES: usize = 4000;
 
-/// The same samples for every figure and every call: a report is the same whenever it is made.
+/// A constant seed, so that reports are reproducible.
 const SEED: u64 = 0x6f75_746c;
 
-/// The features that are systematic within one sequence.
+/// Totals of the features that are systematic within one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SequenceTotals {
-    /// How many.
+    /// Number of features.
     pub features: usize,
     /// Sum of their shares of layers (or norm outputs), each from 0 to 1.
     pub layer_share: f64,
@@ -25,7 +25,7 @@ pub struct SequenceTotals {
 }
 
 impl SequenceTotals {
-    /// Of every sequence, by layers and by norm outputs.
+    /// Totals of every sequence, by layers and by norm outputs.
     pub fn of_run(statistics: &Statistics, results: &Results) -> [Vec<Self>; 2] {
         [Axis::Layers, Axis::Sites].map(|axis| {
             let (spread, whole) = match axis {
@@ -46,15 +46,15 @@ impl SequenceTotals {
         })
     }
 
-    /// Counts a feature if it is systematic: in `part` layers (or norm outputs), which is a share
-    /// of them, and at a share of positions.
+    /// Counts a feature if it is systematic: in `part` layers (or norm outputs), with its shares
+    /// of layers and of positions.
     pub fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
         if part > 0 && layer_share >= thresholds.layer_fraction && position_share >= thresholds.position_fraction {
             self.add(layer_share, position_share);
         }
     }
 
-    /// All of them added up.
+    /// The sum of all totals.
     pub fn sum<'a>(tallies: impl IntoIterator<Item = &'a Self>) -> Self {
         tallies.into_iter().fold(Self::default(), |sum, tally| Self {
             features: sum.features + tally.features,
@@ -71,37 +71,36 @@ impl SequenceTotals {
     }
 }
 
-/// A figure, and the interval that holds 95 % of what other samples of as many sequences would
-/// give.
+/// A figure with the 95 % interval over samples of the same number of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Estimate {
     /// The figure.
     pub value: f64,
-    /// Its interval; `None` where sequences alone do not give one.
+    /// Its interval; `None` if the sequences do not give one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub interval: Option<[f64; 2]>,
 }
 
 impl Estimate {
-    /// Without an interval.
+    /// A figure without an interval.
     pub fn bare(value: f64) -> Self {
         Self { value, interval: None }
     }
 
-    /// The same figure on another scale.
+    /// The figure and its interval multiplied by `by`.
     pub fn scaled(self, by: f64) -> Self {
         Self { value: self.value * by, interval: self.interval.map(|ends| ends.map(|end| end * by)) }
     }
 }
 
 /// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`.
-/// `None` if there are fewer than two, or if a sample has no such statistic.
+/// `None` for fewer than two items, or if the statistic is undefined for a sample.
 pub fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
     middle(samples(items, statistic))
 }
 
-/// A statistic over samples of `items`, drawn with replacement, each of as many as there are.
-/// Empty if there are fewer than two.
+/// A statistic over samples of `items` with replacement, each of the same size. Empty for fewer
+/// than two items.
 pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
     if items.len() < 2 {
         return Vec::new();
@@ -111,7 +110,7 @@ pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
     (0..RESAMPLES).map(|_| statistic(&draw())).collect()
 }
 
-/// The middle 95 % of what samples gave; `None` if there are none, or if one gave nothing.
+/// The middle 95 % of the samples' values; `None` if there are none, or one is missing.
 pub fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]> {
     let mut values = values.into_iter().collect::<Option<Vec<f64>>>()?;
     values.sort_by(f64::total_cmp);
@@ -120,7 +119,7 @@ pub fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]>
     Some([at(0.025), at(0.975)])
 }
 
-/// The mean of numbers; `None` of none.
+/// The mean; `None` for no numbers.
 pub fn mean(numbers: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
     let count = numbers.len();
     (count > 0).then(|| numbers.sum::<f64>() / count as f64)
@@ -145,7 +144,7 @@ mod tests {
 
     #[test]
     fn interval_of_a_mean_agrees_with_theory() {
-        // Standard error of the mean of 0..100 is 28.87 / 10: 95 % lie within 1.96 of it.
+        // The standard error of the mean of 0..100 is 28.87 / 10: 95 % lie within 1.96 of it.
         let items: Vec<f64> = (0..100).map(f64::from).collect();
         let [low, high] = interval(&items, mean_of).unwrap();
         assert!((low - (49.5 - 5.66)).abs() < 0.5 && (high - (49.5 + 5.66)).abs() < 0.5, "{low} {high}");

@@ -1,4 +1,4 @@
-//! Many results made into one list of figures, each with its definition and its source.
+//! Makes one list of figures of many results, with definitions and sources.
 
 use outliers_protocol::{Axis, Metadata, Reading, Results, SCHEMA, Verdict};
 use serde::Serialize;
@@ -11,18 +11,18 @@ use super::published::{self, Known, PublishedTable};
 use super::samples::resampled;
 use crate::model_name::short;
 
-/// Results, what they come to, and what was published of the same models.
+/// Results with their figures, and published figures of the same models.
 #[derive(Clone, Debug, Serialize)]
 pub struct Comparison {
     /// Document version.
     pub schema: u32,
-    /// The results, in the order in which they were done.
+    /// The results, in the order of their runs.
     pub models: Vec<Compared>,
-    /// Every count of every model under its reading, with those that others published of it.
+    /// Every count of every model under each reading, with published counts.
     pub figures: Vec<Figure>,
-    /// What is not the same for all models, or not what the reader may expect.
+    /// Differences between models, and from the reader's expectations.
     pub differences: Vec<Difference>,
-    /// The tables that others published.
+    /// Published tables.
     pub published: &'static [PublishedTable],
 }
 
@@ -31,19 +31,19 @@ pub struct Comparison {
 pub struct Compared {
     /// Its number in tables and plots, from 1.
     pub number: usize,
-    /// The model, and the folder where two results are of one model.
+    /// The model's name, with the folder if two results have the same one.
     pub label: String,
-    /// The model as the result has it.
+    /// The model as named in the result.
     pub model: String,
     /// Its folder.
     pub folder: String,
-    /// What kind of result it is.
+    /// Kind of the result.
     pub standing: ResultKind,
-    /// Parameters: of the catalogue, else of the tensors used, as the run counted them.
+    /// Parameters, from the catalogue, else the number in the tensors that the run used.
     pub parameters: Option<u64>,
-    /// Parameters that work on one token, from where `parameters` are; `None` where neither says.
+    /// Active parameters per token, from the same source; `None` if it has none.
     pub active_parameters: Option<u64>,
-    /// Trained further than on plain text; `None` for models that are not in the catalogue.
+    /// Whether the model is post-trained; `None` for models outside the catalogue.
     pub post_trained: Option<bool>,
     /// Its entry in the catalogue.
     pub catalogue: Option<&'static Known>,
@@ -55,14 +55,14 @@ pub struct Compared {
     pub perplexity: Option<Estimate>,
     /// SHA-256 of the job.
     pub job_sha256: Option<String>,
-    /// Where the numbers come from.
+    /// Provenance of the numbers.
     pub provenance: Option<Box<Metadata>>,
-    /// All that was counted; not printed, `results.json` has it.
+    /// All counts; not printed, since `results.json` contains them.
     #[serde(skip)]
     pub run: Option<Box<Run>>,
 }
 
-/// What kind of result it is.
+/// Kind of a result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "standing", content = "why")]
 pub enum ResultKind {
@@ -70,14 +70,14 @@ pub enum ResultKind {
     Complete,
     /// A complete run of the predecessor, under its own definitions.
     Imported {
-        /// Those definitions.
+        /// Definition of its counts.
         definition: String,
     },
-    /// Not to be used, and why. It has no figures.
+    /// Unusable, for this reason. It has no figures.
     Unusable(String),
 }
 
-/// Who counted.
+/// Source of a count.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CountedBy {
@@ -90,7 +90,7 @@ pub enum CountedBy {
 }
 
 impl CountedBy {
-    /// In a word or two.
+    /// Short name.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Ours => "this run",
@@ -113,19 +113,19 @@ pub struct Figure {
     pub source: CountedBy,
     /// How sequences are pooled.
     pub reading: Reading,
-    /// What the share of layers is taken of.
+    /// The total of which the share of layers is taken.
     pub axis: Axis,
-    /// Both in words.
+    /// Both as text.
     pub counted_as: String,
     /// Systematic outlier features.
     pub count: Estimate,
-    /// Mean percentage of layers (or norm outputs) over what was counted.
+    /// Mean percentage of layers (or norm outputs) over the counted features.
     pub layers: Option<Estimate>,
-    /// Mean percentage of sequence positions over what was counted.
+    /// Mean percentage of sequence positions over the counted features.
     pub positions: Option<Estimate>,
 }
 
-/// How something was counted, in words.
+/// Description of a reading.
 fn reading(reading: Reading, axis: Axis) -> &'static str {
     match (reading, axis) {
         (Reading::Unique, Axis::Layers) => "unique, by layers (the paper's)",
@@ -138,8 +138,8 @@ fn reading(reading: Reading, axis: Axis) -> &'static str {
 }
 
 impl Comparison {
-    /// Of these results, numbered by when their runs were done, or when they were imported: one
-    /// that is added changes no other number. What is not to be used follows.
+    /// Compares results, numbered by the time of their runs or imports, so that an additional
+    /// result changes no other number. Unusable results come last.
     pub fn of(mut folders: Vec<ResultFolder>) -> Self {
         folders.sort_by_key(|folder| match &folder.content {
             Ok(Content::Run(run)) => (0, run.metadata.finished_at_ms),
@@ -169,11 +169,11 @@ impl Comparison {
         Self { schema: SCHEMA, models, figures, differences, published: published::tables() }
     }
 
-    /// These alone: by number, by label, by the model's name or its last part, or by folder.
-    /// Numbers stay those among all.
+    /// Keeps only these results, named by number, label, the model's name or its last part, or
+    /// folder. Numbers do not change.
     ///
     /// # Errors
-    /// A name that is none of them.
+    /// A name that matches none.
     pub fn only(mut self, names: &[String]) -> Result<Self, String> {
         let is_it = |model: &Compared, name: &str| {
             let last = model.model.rsplit('/').next().unwrap_or_default();
@@ -193,8 +193,8 @@ impl Comparison {
         Ok(self)
     }
 
-    /// What was found, in a paragraph: how many features, in which models, at which thresholds,
-    /// beside whom.
+    /// Summary paragraph: the number of features, models, thresholds, and comparable published
+    /// counts.
     pub fn answer(&self) -> String {
         let counted = |model: &Compared| {
             let figure = self.own(model, Reading::Unique, Axis::Layers)?;
@@ -230,12 +230,12 @@ impl Comparison {
         )
     }
 
-    /// The figures of a model.
+    /// Figures of a model.
     pub fn figures_of(&self, model: &Compared) -> impl Iterator<Item = &Figure> {
         self.figures.iter().filter(move |figure| figure.number == model.number)
     }
 
-    /// A model's own figure under a reading.
+    /// Figure of a model's own result under a reading.
     pub fn own(&self, model: &Compared, reading: Reading, axis: Axis) -> Option<&Figure> {
         let own = |figure: &&Figure| !matches!(figure.source, CountedBy::Published(_));
         self.figures_of(model).filter(own).find(|figure| (figure.reading, figure.axis) == (reading, axis))
@@ -269,24 +269,23 @@ impl Compared {
         Self::new(number, folder, &name, ResultKind::Unusable(why))
     }
 
-    /// Whether it is there only to say that it is not to be used.
+    /// Whether the result is unusable.
     pub fn is_unusable(&self) -> bool {
         matches!(self.standing, ResultKind::Unusable(_))
     }
 
-    /// Share of the parameters that work on one token, from 0 to 1.
+    /// Share of the parameters that are active per token, from 0 to 1.
     pub fn active_share(&self) -> Option<f64> {
         Some(self.active_parameters? as f64 / self.parameters? as f64)
     }
 
-    /// What was counted, if it is a run of ours.
+    /// The counts, unless the result is imported.
     pub fn results(&self) -> Option<&Results> {
         self.run.as_ref().map(|run| &run.results)
     }
 }
 
-/// Results that would have the same label get their folder's name, too, or what it has besides the
-/// model's.
+/// Adds to equal labels the folder's name, or its part besides the model's name.
 fn tell_apart(models: &mut [Compared]) {
     let labels: Vec<String> = models.iter().map(|model| model.label.clone()).collect();
     for model in models {
@@ -302,8 +301,8 @@ fn tell_apart(models: &mut [Compared]) {
 fn of_run(number: usize, folder: String, run: Box<Run>) -> (Compared, Vec<Figure>) {
     let results = &run.results;
     let mut model = Compared::new(number, folder, &results.model, ResultKind::Complete);
-    // Both from one place: a run may have used the first layers only, which would make a share of
-    // two models.
+    // Both numbers come from one source: a run may have used only the first layers, and a ratio of
+    // two sources would be meaningless.
     if model.parameters.is_none() {
         let used = &run.metadata.model;
         (model.parameters, model.active_parameters) = (Some(used.parameters), used.active_parameters);
@@ -341,24 +340,24 @@ fn of_imported(number: usize, folder: String, imported: &Imported) -> (Compared,
     (model, figures)
 }
 
-/// Sequences are equally long: the mean of their means is the corpus's.
+/// Sequences have equal length, so the mean of their means is that of the corpus.
 fn perplexity_interval(losses: &[f64]) -> Option<[f64; 2]> {
     interval(losses, |sample| mean(sample.iter().map(|loss| **loss)).map(f64::exp))
 }
 
-/// What samples of the sequences come to, by layers and by norm outputs; empty where there is
-/// nothing to draw from.
+/// Totals of samples of the sequences, by layers and by norm outputs; empty if there is nothing to
+/// sample.
 struct BootstrapSamples {
-    /// All sequences of a sample judged together.
+    /// All sequences of a sample together.
     unique: [Vec<SequenceTotals>; 2],
-    /// Judged within each sequence and added up.
+    /// Totals within each sequence.
     within: [Vec<SequenceTotals>; 2],
-    /// How many sequences were added up.
+    /// Number of sequences.
     sequences: usize,
 }
 
 impl BootstrapSamples {
-    /// `within`: what is systematic within each sequence.
+    /// `within`: totals of systematic features within each sequence.
     fn of(unique: [Vec<SequenceTotals>; 2], within: Option<[&Vec<SequenceTotals>; 2]>) -> Self {
         let sum =
             |sequences: &Vec<SequenceTotals>| samples(sequences, |sample| SequenceTotals::sum(sample.iter().copied()));
@@ -390,7 +389,7 @@ fn figure(model: &Compared, source: CountedBy, verdict: &Verdict, drawn: &Bootst
         reading: verdict.reading,
         axis: verdict.axis,
         counted_as: match source {
-            // Of some imported runs, a sequence is a batch of several.
+            // In some imported runs a sequence is a batch of several.
             CountedBy::Imported => verdict.label.clone(),
             CountedBy::Ours | CountedBy::Published(_) => reading(verdict.reading, verdict.axis).to_owned(),
         },

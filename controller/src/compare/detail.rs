@@ -14,13 +14,13 @@ use super::table::{NONE, Table, numbers, optional, words};
 use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, SweepPoint, shares, sweep};
 use crate::ui::report::diagnostics::{WITHOUT, without};
 
-/// Rows of what may be long; `results.json` has them all.
+/// Maximum rows of a long table; `results.json` contains all.
 const ROWS: usize = 40;
 
-/// Places named per feature.
+/// Maximum locations listed per feature.
 const PLACES: usize = 3;
 
-/// The tables that have anything to show; `name` is put before each one's.
+/// The tables with content; `name` is their prefix.
 pub fn tables(name: &str, run: &Run) -> Vec<Table> {
     let results = &run.results;
     let all = [
@@ -258,7 +258,7 @@ fn super_experts(model: &str, experts: &SuperExperts) -> Table {
     .noted(note)
 }
 
-/// The model's published super experts, and whether they are among the candidates.
+/// Compares the model's published super experts with the candidates.
 fn beside_published(model: &str, experts: &SuperExperts) -> String {
     let Some(published) = published::super_experts_of(model) else { return String::new() };
     let is_found = |[layer, expert]: &&[usize; 2]| {
@@ -299,7 +299,7 @@ fn routers(routers: &[RouterSummary]) -> Table {
     .noted(note)
 }
 
-/// The kinds of studied values that are no norm outputs, in words; empty if there are none.
+/// Names of the studied sites that are not norm outputs; empty if there are none.
 pub fn other_sites(results: &Results) -> String {
     let mut kinds: Vec<&str> = results.other_sites.iter().map(|site| kind(site.point)).collect();
     kinds.sort_unstable();

@@ -1,5 +1,4 @@
-//! What makes figures differ without any model differing: definitions, precision, text, windows,
-//! the kind of training.
+//! Differences of figures by definition, precision, text, windows or training instead of by model.
 
 use outliers_protocol::{CONFIG_RULES, Metadata, ModelSource, Packing, Weights};
 use serde::Serialize;
@@ -7,18 +6,18 @@ use serde::Serialize;
 use super::comparison::{Compared, ResultKind};
 use crate::text::counted;
 
-/// One thing to know about some of the figures.
+/// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Difference {
-    /// What it is about, in a word or two.
+    /// Short name of its subject.
     pub about: &'static str,
-    /// What holds.
+    /// Description.
     pub says: String,
-    /// Numbers of the models of which it holds; empty: of all figures.
+    /// Numbers of the models it applies to; empty: all figures.
     pub models: Vec<usize>,
 }
 
-/// What a model's figures were made with: one property, in words.
+/// A property of a model's figures, as text.
 type Property = (&'static str, fn(&Compared) -> Option<String>);
 
 const PROPERTIES: [Property; 13] = [
@@ -37,7 +36,7 @@ const PROPERTIES: [Property; 13] = [
     ("layers run", layers_run),
 ];
 
-/// What holds of all figures.
+/// Notes on all figures.
 const ALWAYS: [(&str, &str); 4] = [
     (
         "counted as",
@@ -59,7 +58,7 @@ const ALWAYS: [(&str, &str); 4] = [
     ("perplexity", "per token of each model's own tokenizer: comparable between models of one tokenizer on one text"),
 ];
 
-/// All there is to know, models with the same value together.
+/// All differences. Models with the same value are grouped.
 pub(super) fn differences(models: &[Compared]) -> Vec<Difference> {
     let always = ALWAYS.map(|(about, says)| Difference { about, says: says.to_owned(), models: Vec::new() });
     let mut all = Vec::from(always);

@@ -1,4 +1,5 @@
-//! Folders of results for tests: copies of those of real runs (`controller/tests/results`), changed and sealed again.
+//! Result folders for tests: modified copies of real runs (`controller/tests/results`) with valid
+//! manifests.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,7 @@ use outliers_protocol::files;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-/// A copy of a fixture as `into`, which must not exist yet.
+/// A copy of a fixture at `into`, which must not exist.
 pub(crate) fn copy(name: &str, into: &Path) -> PathBuf {
     let from = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/results")).join(name);
     fs::create_dir_all(into).unwrap();
@@ -18,7 +19,7 @@ pub(crate) fn copy(name: &str, into: &Path) -> PathBuf {
     into.to_owned()
 }
 
-/// Changes a document of a folder and seals the folder again, as if it had been written so.
+/// Changes a document of a folder and updates the manifest.
 pub(crate) fn change(folder: &Path, name: &str, change: impl FnOnce(&mut Value)) {
     let path = folder.join(name);
     let mut document: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
@@ -27,7 +28,7 @@ pub(crate) fn change(folder: &Path, name: &str, change: impl FnOnce(&mut Value))
     seal(folder);
 }
 
-/// Gives a folder the manifest of its files.
+/// Writes the manifest of a folder's files.
 pub(crate) fn seal(folder: &Path) {
     let manifest = folder.join(files::MANIFEST);
     let mut document: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
@@ -39,7 +40,7 @@ pub(crate) fn seal(folder: &Path) {
     fs::write(manifest, document.to_string()).unwrap();
 }
 
-/// Gives a run the name of another model.
+/// Renames the model of a run.
 pub(crate) fn rename(folder: &Path, model: &str) {
     change(folder, files::RESULTS, |results| results["model"] = json!(model));
     change(folder, files::METADATA, |metadata| metadata["model"]["name"] = json!(model));

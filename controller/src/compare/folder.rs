@@ -1,9 +1,8 @@
-//! Folders of results, read so that their figures can be trusted: whole, unchanged, of a known
-//! version, and agreeing with themselves.
+//! Reads and verifies result folders: complete, unchanged, of a supported version, and consistent.
 //!
-//! A folder that is not is never left out in silence: [`read_all`] names every such folder and
-//! gives no figures at all, unless it is told to go on without them. Of a survey's folder its
-//! index decides what belongs to it: a model without results is named, too.
+//! An invalid folder is never ignored silently: [`read_all`] names every such folder and returns
+//! no figures, unless it is told to continue without them. In a survey's folder the index decides
+//! which results belong to it; a model without results is named, too.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,16 +21,16 @@ use crate::survey::ModelOutcome;
 use crate::survey::index::{Index, IndexEntry, IndexError};
 use crate::text::clean;
 
-/// The document of an imported run, in the place of [`files::RESULTS`].
+/// Document of an imported run, instead of [`files::RESULTS`].
 pub const IMPORTED: &str = "imported.json";
 
 /// Any of them makes a folder one of results, whole or not.
 pub const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
 
-/// Largest file that is read. Statistics of the largest models are a tenth of it.
+/// Maximum bytes of a file. Statistics of the largest models have a tenth of it.
 const LARGEST: u64 = 1 << 30;
 
-/// How deep below a folder results may lie: `<survey>/<model>/`.
+/// Maximum depth of results in a folder: `<survey>/<model>/`.
 const DEPTH: usize = 2;
 
 /// A folder of results.
@@ -39,42 +38,42 @@ const DEPTH: usize = 2;
 pub struct ResultFolder {
     /// Path of the folder.
     pub path: PathBuf,
-    /// What it holds, or why that is not to be used.
+    /// Its content, or why it is unusable.
     pub content: Result<Content, Flaw>,
 }
 
-/// What a folder holds.
+/// Content of a result folder.
 #[derive(Clone, Debug)]
 pub enum Content {
-    /// A run of ours.
+    /// A run of this program.
     Run(Box<Run>),
     /// An imported run of another program.
     Imported(Box<Imported>),
 }
 
-/// A complete run of ours.
+/// A complete run of this program.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// SHA-256 of the job as it was run: two runs with the same one were asked for the same.
+    /// SHA-256 of the job as run: equal for runs with the same request.
     pub job_sha256: String,
     /// What was counted.
     pub results: Results,
-    /// Where the numbers come from.
+    /// Provenance of the numbers.
     pub metadata: Metadata,
-    /// The counts behind them; `None` where the manifest names no such file.
+    /// The counts behind the results; `None` if the manifest does not list the file.
     pub statistics: Option<Statistics>,
-    /// What is systematic within each sequence, by [`Axis::Layers`] and by [`Axis::Sites`]; `None`
-    /// without statistics.
+    /// Totals of systematic features within each sequence, by [`Axis::Layers`] and by
+    /// [`Axis::Sites`]; `None` without statistics.
     pub tallies: Option<[Vec<SequenceTotals>; 2]>,
 }
 
-/// Why figures are not to be used.
+/// Why a result is unusable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Flaw {
     /// The run did not complete, or its results are not saved yet.
     #[error("partial: {0}")]
     Partial(String),
-    /// Something is not what it was when it was written.
+    /// A file differs from its original.
     #[error("damaged: {0}")]
     Damaged(String),
     /// Written by another version of this program.
@@ -82,21 +81,21 @@ pub enum Flaw {
     Version(String),
 }
 
-/// Why nothing is compared.
+/// Why results cannot be compared.
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
-    /// A folder cannot be looked into.
+    /// A folder cannot be read.
     #[error("{}: {why}", path.display())]
     Unreadable {
-        /// Which.
+        /// Path of the folder.
         path: PathBuf,
-        /// What the system says.
+        /// Error of the system.
         why: String,
     },
     /// There are no results.
     #[error("no results in {}", list(.0))]
     Nothing(Vec<PathBuf>),
-    /// Some results are not to be used.
+    /// Some results are unusable.
     #[error("{}", flawed(.0))]
     Flawed(Vec<(PathBuf, Flaw)>),
 }
@@ -110,10 +109,10 @@ fn flawed(folders: &[(PathBuf, Flaw)]) -> String {
     lines.collect::<Vec<_>>().join("; ")
 }
 
-/// Reads the results in or below these folders, by name, each once.
+/// Reads the results in these folders and below, sorted by name, each once.
 ///
 /// # Errors
-/// A folder cannot be looked into, there are no results, or, unless `allow_partial`, some are not to be used.
+/// A folder cannot be read, there are no results, or, without `allow_partial`, some are unusable.
 pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
     judged(find_all(folders)?, allow_partial)
 }
@@ -137,11 +136,11 @@ pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolde
     Ok((judged(whole, allow_partial)?, partial.into_iter().map(|found| found.path).collect()))
 }
 
-/// The folders of results in or below these folders, by name, each once, without a look into them;
-/// none if there are none.
+/// The result folders in these folders and below, sorted by name, each once, without reading them;
+/// may be empty.
 ///
 /// # Errors
-/// A folder cannot be looked into.
+/// A folder cannot be read.
 pub fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
     match find_all(folders) {
         Ok(found) => Ok(found.into_iter().map(|found| found.path).collect()),
@@ -150,7 +149,7 @@ pub fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
     }
 }
 
-/// By name, each once; at least one.
+/// Sorted by name, each once; at least one.
 fn find_all(folders: &[PathBuf]) -> Result<Vec<FoundFolder>, ReadError> {
     let mut found = Vec::new();
     for folder in folders {
@@ -172,14 +171,14 @@ fn judged(found: Vec<FoundFolder>, allow_partial: bool) -> Result<Vec<ResultFold
     if flaws.is_empty() || allow_partial { Ok(read) } else { Err(ReadError::Flawed(flaws)) }
 }
 
-/// A place where results are, or should be.
+/// A folder with results, or an expected one.
 struct FoundFolder {
     path: PathBuf,
-    /// Why they are not to be used, where that is known without looking.
+    /// Why it is unusable, if known without reading it.
     flaw: Option<Flaw>,
 }
 
-/// Folders of results at `folder` or at most `depth` below it.
+/// Result folders at `folder` or at most `depth` below it.
 fn find(folder: &Path, depth: usize, found: &mut Vec<FoundFolder>) -> Result<(), ReadError> {
     if MARKS.iter().any(|name| folder.join(name).exists()) {
         found.push(FoundFolder { path: folder.to_owned(), flaw: None });
@@ -210,7 +209,7 @@ fn find(folder: &Path, depth: usize, found: &mut Vec<FoundFolder>) -> Result<(),
     Ok(())
 }
 
-/// What a survey's index says of a model, and its folder does not contradict.
+/// A model of a survey, by the index and its folder.
 fn surveyed(folder: &Path, line: &IndexEntry) -> FoundFolder {
     let path = folder.join(line.folder.as_ref().unwrap_or(&line.name));
     let why = clean(line.why.as_deref().unwrap_or_default().as_bytes(), 500);
@@ -230,7 +229,7 @@ fn surveyed(folder: &Path, line: &IndexEntry) -> FoundFolder {
 /// Reads one folder.
 ///
 /// # Errors
-/// Why it is not to be used.
+/// The reason why it is unusable.
 pub fn read(folder: &Path) -> Result<Content, Flaw> {
     if folder.extension().is_some_and(|extension| extension == "part") {
         return Err(Flaw::Partial("it is still arriving".to_owned()));
@@ -249,7 +248,7 @@ pub fn read(folder: &Path) -> Result<Content, Flaw> {
     Ok(Content::Run(Box::new(run(folder, names(files::STATISTICS))?)))
 }
 
-/// The manifest of a complete run, every file of which is there as it was written.
+/// The manifest of a complete run with all files verified.
 fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
     if !folder.join(files::MANIFEST).exists() {
         return Err(Flaw::Partial("there is no manifest: the run did not come to its end".to_owned()));
@@ -264,7 +263,7 @@ fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
         }
         let path = folder.join(&file.name);
         let unread = |error: std::io::Error| Flaw::Damaged(format!("{} cannot be read: {error}", file.name));
-        // By its size first: nobody reads a terabyte to learn that it is another file.
+        // The size is checked first, which avoids hashing a large other file.
         let size = fs::metadata(&path).map_err(unread)?.len();
         if size != file.bytes || digest(&path).map_err(unread)? != (file.bytes, file.sha256.clone()) {
             return Err(Flaw::Damaged(format!("{} is not the file that its manifest names", file.name)));
@@ -278,11 +277,11 @@ struct Versioned {
     schema: u32,
 }
 
-/// A document of a version this program knows.
+/// Reads a document of a supported version.
 fn document<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T, Flaw> {
     let wrong = |why: String| Flaw::Damaged(format!("{name}: {why}"));
     let text = content(&folder.join(name)).map_err(wrong)?;
-    // The version first: a document of another one may lack what this one has.
+    // The version is parsed first, since another version may lack fields.
     let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))?;
     if schema != SCHEMA {
         return Err(Flaw::Version(format!("{name} has schema {schema}, this program reads {SCHEMA}")));
@@ -290,7 +289,7 @@ fn document<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T, Flaw> {
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 
-/// A file that fits into memory.
+/// Reads a file of limited size.
 fn content(path: &Path) -> Result<Vec<u8>, String> {
     read_small(path, LARGEST).map_err(|error| error.to_string())
 }
@@ -316,7 +315,7 @@ fn run(folder: &Path, with_statistics: bool) -> Result<Run, Flaw> {
     Ok(Run { job_sha256: sha256(&job), results, metadata, statistics, tallies })
 }
 
-/// The parts of a run's documents say the same.
+/// Checks that the documents of a run are consistent.
 fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
     let corpus = &metadata.corpus;
     let lengths = [
@@ -346,14 +345,14 @@ fn agree(results: &Results, metadata: &Metadata) -> Result<(), String> {
     }
 }
 
-/// The layers that have studied norm outputs, in order.
+/// The layers with studied norm outputs, in order.
 pub(super) fn layers(results: &Results) -> Vec<usize> {
     let mut layers: Vec<usize> = results.sites.iter().map(|site| site.layer).collect();
     layers.dedup();
     layers
 }
 
-/// A verdict's count, from the features or from the sequences.
+/// A verdict's count, recomputed from the features or from the sequences.
 fn recount(results: &Results, reading: Reading, axis: Axis) -> f64 {
     let unique = results.features.iter().filter(|feature| match axis {
         Axis::Layers => feature.systematic_by_layers,
@@ -374,7 +373,7 @@ fn recount(results: &Results, reading: Reading, axis: Axis) -> f64 {
     }
 }
 
-/// Sequence by sequence, the stored counts come to what the results say.
+/// Checks the results of each sequence against the stored counts.
 fn same_counts([by_layers, by_sites]: &[Vec<SequenceTotals>; 2], results: &Results) -> Result<(), String> {
     for ((sequence, layers), sites) in results.per_sequence.iter().zip(by_layers).zip(by_sites) {
         let said = (sequence.systematic_by_layers, sequence.systematic_by_sites);
@@ -387,7 +386,7 @@ fn same_counts([by_layers, by_sites]: &[Vec<SequenceTotals>; 2], results: &Resul
 
 #[cfg(test)]
 impl Run {
-    /// One of the runs that tests read.
+    /// A test fixture.
     pub(super) fn fixture(name: &str) -> Self {
         let home = tempfile::tempdir().unwrap();
         match read(&super::fixture::copy(name, &home.path().join("r"))).unwrap() {

@@ -1,4 +1,4 @@
-//! Tables of what a run measured because it was asked to (`--measure`).
+//! Tables of optional measurements (`--measure`).
 
 use outliers_protocol::{
     AttentionSinkLayer, AttentionSinks, NumberFormat, PooledQuantization, QuantizationError, QuantizationErrors,
@@ -10,7 +10,7 @@ use super::comparison::{Compared, Comparison};
 use super::table::{NONE, Table, estimate, numbers, optional, words};
 use crate::ui::report::diagnostics::name;
 
-/// The tables of one model, the cost first; empty unless something was asked for.
+/// Tables of one model, quantisation errors first; empty without measurements.
 pub fn tables(results: &Results) -> Vec<Table> {
     let all = [
         results.quantization_error.as_ref().map(quantization),
@@ -21,7 +21,7 @@ pub fn tables(results: &Results) -> Vec<Table> {
     all.into_iter().flatten().collect()
 }
 
-/// A line per model that measured something; `None` if none did.
+/// A line per model with measurements; `None` if there are none.
 pub fn across(comparison: &Comparison) -> Option<Table> {
     let measured = |results: &&Results| {
         results.quantization_error.is_some()
@@ -79,7 +79,7 @@ pub fn across(comparison: &Comparison) -> Option<Table> {
     (!rows.is_empty()).then_some(table)
 }
 
-/// What rounding to 4 bits costs the models that measured it, in a sentence.
+/// A sentence on the 4-bit rounding errors of the models that measured them.
 pub fn cost(comparison: &Comparison) -> Option<String> {
     let said = |model: &Compared| {
         let errors = model.results()?.quantization_error.as_ref()?;
@@ -103,7 +103,7 @@ fn is(pooled: &PooledQuantization, format: NumberFormat, rotation: usize) -> boo
     (pooled.all.format, pooled.all.rotation) == (format, rotation)
 }
 
-/// A figure with the interval of the mean over sequences.
+/// A figure with the interval of its mean over sequences.
 fn over(value: f64, per_sequence: &[f64]) -> Estimate {
     Estimate { value, interval: interval(per_sequence, |sample| mean(sample.iter().map(|value| **value))) }
 }
@@ -114,8 +114,7 @@ pub(super) fn relative_error(pooled: &PooledQuantization) -> Estimate {
     over(pooled.all.error, &sequences).scaled(100.0)
 }
 
-/// The least error of MXFP4, and its rotation with those that sampling alone may set apart from
-/// it.
+/// The lowest MXFP4 error, and its rotation with those that differ from it only by sampling.
 fn best(errors: &QuantizationErrors) -> Option<(&PooledQuantization, String)> {
     let rotated = || errors.norm_outputs.iter().filter(|pooled| pooled.all.format == NumberFormat::Mxfp4);
     let best = rotated().min_by(|a, b| a.all.error.total_cmp(&b.all.error))?;
@@ -124,21 +123,21 @@ fn best(errors: &QuantizationErrors) -> Option<(&PooledQuantization, String)> {
     Some((best, rotations.join(", ")))
 }
 
-/// Whether two mean errors differ by more than sampling: the interval of their difference within
-/// sequences does not hold 0.
+/// Whether two mean errors differ by more than sampling: 0 is outside the interval of their
+/// difference within sequences.
 fn differ(a: &PooledQuantization, b: &PooledQuantization) -> bool {
     let pairs = a.per_sequence.iter().zip(&b.per_sequence);
     let differences: Vec<f64> = pairs.filter_map(|(a, b)| Some((*a)? - (*b)?)).collect();
     over(0.0, &differences).interval.is_some_and(|[low, high]| low > 0.0 || high < 0.0)
 }
 
-/// The largest share of x^2 that is in the sinks after a layer, in percent.
+/// The largest share of x^2 in sinks after a layer, in percent.
 fn most_of_squares(sinks: &ResidualSinks) -> Estimate {
     let shares = sinks.layers.iter().map(|layer| layer.share_of_squares);
     over(shares.fold(0.0, f64::max), &sinks.per_sequence).scaled(100.0)
 }
 
-/// Attention on the first key in percent, if a layer has a softmax.
+/// Attention to the first key in percent, if a layer has a softmax.
 fn first_key(sinks: &AttentionSinks) -> Option<Estimate> {
     Some(over(sinks.first_key?, &sinks.first_key_per_sequence).scaled(100.0))
 }
@@ -147,7 +146,7 @@ fn largest_hidden(sinks: &AttentionSinks) -> Estimate {
     over(sinks.largest_hidden, &sinks.largest_hidden_per_sequence)
 }
 
-/// Where the spike is, with the intervals of its first and of its last layer.
+/// Layers of the spike, with the intervals of its first and last layer.
 fn spike_layers(life: &SpikeLife) -> String {
     let (shown, sampled) = (layers(life.onset_layer, life.fall_layer), resampled(life));
     let end = |at: usize| middle(sampled.iter().map(|layers| layers.map(|layers| layers[at] as f64)));
@@ -160,8 +159,8 @@ fn spike_layers(life: &SpikeLife) -> String {
     }
 }
 
-/// The first and the last layer with a spike over samples of the sequences; `None` where a sample
-/// has none. Empty for runs that do not tell sequences apart.
+/// First and last layer with a spike over samples of the sequences; `None` for a sample without
+/// one. Empty for runs without data per sequence.
 fn resampled(life: &SpikeLife) -> Vec<Option<[usize; 2]>> {
     let sequences = life.layers.first().map_or(0, |layer| layer.margins.len());
     if life.layers.iter().any(|layer| layer.margins.len() != sequences) {
@@ -313,7 +312,7 @@ mod tests {
     use super::super::table;
     use super::*;
 
-    /// A real run's results with figures that were made up for it.
+    /// Results of a real run with synthetic measurements.
     fn measured() -> Run {
         let mut run = Run::fixture("dense");
         let error = |format: &str, rotation: u64, error: f64| {

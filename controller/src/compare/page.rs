@@ -1,8 +1,7 @@
-//! A comparison as one page: no script, no font, no picture and no address of anywhere else in it.
+//! A comparison as a self-contained page: no script, font, picture or external address.
 //!
-//! Whatever comes from results is escaped where it is put in ([`maud`] does so unless told
-//! otherwise, which only our own drawings and styles are), and the page's own policy forbids all
-//! else.
+//! Text from results is escaped on insertion (by [`maud`], except for this program's drawings and
+//! styles), and the page's content security policy forbids everything else.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -15,10 +14,10 @@ use super::plots;
 use super::table::{Table, tables};
 use crate::text::clean;
 
-/// Nothing is loaded and nothing runs.
+/// Nothing is loaded or executed.
 const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
 
-/// Text wider than this gets room in a table.
+/// Minimum characters of a cell for a wide column.
 const WIDE: usize = 40;
 
 /// The page, with the plots in it.
@@ -69,13 +68,12 @@ pub fn page(comparison: &Comparison) -> String {
     .into_string()
 }
 
-/// Text of elsewhere, without what commands a terminal or turns the direction of reading.
+/// Removes terminal controls and text-direction characters.
 fn shown(text: &str) -> String {
     clean(text.as_bytes(), 2000)
 }
 
-/// The page's styles, each colour with its value on paper and on a dark screen, for text and
-/// drawings alike.
+/// The page's styles. Each colour has a value for light and dark mode, for text and drawings.
 fn style() -> String {
     let name = |colour: Colour| match colour {
         Colour::Heat(step) => format!("heat-{step}"),
@@ -112,7 +110,7 @@ fn contents(comparison: &Comparison) -> Markup {
     }
 }
 
-/// Results without figures come first, so that a missing point is noticed.
+/// Results without figures come first, so that missing points are noticed.
 fn unusable(models: &[Compared]) -> Markup {
     html! {
         @for model in models {
@@ -176,7 +174,7 @@ fn grid(plots: &[Plot]) -> Markup {
 }
 
 fn rendered(table: &Table) -> Markup {
-    // The row's name: the first column of words that is not a mere key.
+    // The row's header: the first text column that is not a key.
     let head = table.columns.iter().position(|column| !column.numeric && column.name != "key").unwrap_or(0);
     let class = |column: usize, cell: &str| {
         let numeric = table.columns[column].numeric;
@@ -185,7 +183,7 @@ fn rendered(table: &Table) -> Markup {
     if table.rows.is_empty() {
         return html! { h3 id={ "table-" (table.name) } { (shown(&table.title)) } (notes(table)) };
     }
-    // Rows of one model belong together.
+    // Groups the rows of one model.
     let begins = |row: usize| row > 0 && grouped(table) && table.rows[row][0] != table.rows[row - 1][0];
     html! {
         div.scroll tabindex="0" role="region" aria-label=(shown(&table.title)) {
@@ -214,7 +212,7 @@ fn notes(table: &Table) -> Markup {
     html! { @for note in &table.notes { p.note { (shown(note)) } } }
 }
 
-/// Whether several rows are of the same thing.
+/// Whether several rows have the same first cell.
 fn grouped(table: &Table) -> bool {
     table.rows.windows(2).any(|pair| pair[0][0] == pair[1][0])
 }
@@ -245,7 +243,7 @@ mod tests {
         for forbidden in
             ["<script", "<img", "\u{202e}", "alert(1)<", "http:", "https:", "url(", "@import", "<link", "<iframe"]
         {
-            // The namespace of drawings is a name, not an address that is loaded.
+            // The namespace of drawings is not loaded.
             let page = page.replace("xmlns=\"http://www.w3.org/2000/svg\"", "");
             assert!(!page.contains(forbidden), "{forbidden}");
         }

@@ -1,5 +1,5 @@
-//! A drawing as PDF for a paper: one page of its size, every line and letter a shape, no font and
-//! no picture in it.
+//! Converts a drawing to PDF: one page of its size, with lines and letters as shapes, without
+//! fonts and pictures.
 
 use std::fmt::Write;
 
@@ -11,14 +11,14 @@ use super::pixels::tree;
 /// Converts an SVG to a PDF of this width in inches.
 ///
 /// # Errors
-/// What is wrong with the drawing.
+/// An error in the drawing.
 pub fn pdf(svg: &str, inches: f64) -> Result<Vec<u8>, String> {
     let tree = tree(svg)?;
     let size = tree.size();
     let width = inches * 72.0;
     let scale = width / f64::from(size.width());
     let height = f64::from(size.height()) * scale;
-    // PDF counts upwards from the bottom.
+    // PDF coordinates start at the bottom.
     let mut shapes = format!("{scale:.6} 0 0 {:.6} 0 {height:.3} cm\n", -scale);
     nodes(tree.root(), Transform::identity(), &mut shapes);
     let page = format!("/MediaBox [0 0 {width:.3} {height:.3}] /Contents 4 0 R /Resources << >>");
@@ -40,7 +40,7 @@ pub fn pdf(svg: &str, inches: f64) -> Result<Vec<u8>, String> {
     Ok(file.into_bytes())
 }
 
-/// What a group holds, placed as the group is.
+/// The content of a group with its transform.
 fn nodes(group: &Group, placed: Transform, out: &mut String) {
     for node in group.children() {
         match node {
@@ -50,13 +50,13 @@ fn nodes(group: &Group, placed: Transform, out: &mut String) {
                 let letters = text.flattened();
                 nodes(letters, placed.pre_concat(letters.transform()), out);
             }
-            // Our drawings have none.
+            // The plots contain no images.
             Node::Image(_) => {}
         }
     }
 }
 
-/// One path, in its own colours. Our drawings have plain colours alone.
+/// A path with plain colours, the only ones in the plots.
 fn shape(path: &Path, transform: Transform, out: &mut String) {
     let colour = |paint: &Paint| match paint {
         Paint::Color(colour) => Some(*colour),
@@ -96,7 +96,7 @@ fn outline(path: &Path, transform: Transform, out: &mut String) {
         let line = match segment {
             PathSegment::MoveTo(to) => format!("{} m", place(to)),
             PathSegment::LineTo(to) => format!("{} l", place(to)),
-            // PDF has cubic curves alone: the same curve, one degree higher.
+            // PDF has only cubic curves, so the degree is raised.
             PathSegment::QuadTo(by, to) => {
                 let third =
                     |end: Point| Point { x: end.x + 2.0 / 3.0 * (by.x - end.x), y: end.y + 2.0 / 3.0 * (by.y - end.y) };
@@ -136,7 +136,7 @@ mod tests {
             assert!(text.contains(said), "{said}: {text}");
         }
         assert!(!text.contains("/Font") && !text.contains("/Image"));
-        // Every object is where the table says.
+        // Every object is at its offset in the table.
         let table: usize = text.rsplit_once("startxref\n").unwrap().1.lines().next().unwrap().parse().unwrap();
         assert!(text[table..].starts_with("xref\n0 5\n"));
         for (line, number) in text[table..].lines().skip(3).take(4).zip(1..) {

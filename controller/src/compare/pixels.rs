@@ -1,14 +1,14 @@
-//! A drawing as pixels, for what shows no SVG.
+//! Converts a drawing to pixels.
 //!
-//! The font comes along: a picture is the same on every machine, and letters are there where no
-//! fonts are installed.
+//! The font is built in, so that pictures are identical on every machine, also without installed
+//! fonts.
 
 use std::sync::{Arc, LazyLock};
 
 use resvg::tiny_skia::{Pixmap, Transform};
 use resvg::usvg::{Options, Tree, fontdb};
 
-/// Ubuntu Light: sans-serif, under the Ubuntu Font Licence, which lets programs carry it.
+/// Ubuntu Light, sans-serif, under the Ubuntu Font Licence, which allows bundling.
 static FONTS: LazyLock<Arc<fontdb::Database>> = LazyLock::new(|| {
     let mut fonts = fontdb::Database::new();
     fonts.load_font_data(epaint_default_fonts::UBUNTU_LIGHT.to_vec());
@@ -17,10 +17,10 @@ static FONTS: LazyLock<Arc<fontdb::Database>> = LazyLock::new(|| {
     Arc::new(fonts)
 });
 
-/// An SVG as a tree of shapes, its letters among them.
+/// Parses an SVG into shapes, letters included.
 ///
 /// # Errors
-/// What is wrong with the drawing.
+/// An error in the drawing.
 pub(super) fn tree(svg: &str) -> Result<Tree, String> {
     let options = Options { fontdb: Arc::clone(&FONTS), ..Options::default() };
     Tree::from_str(svg, &options).map_err(|error| error.to_string())
@@ -29,7 +29,7 @@ pub(super) fn tree(svg: &str) -> Result<Tree, String> {
 /// Converts an SVG to a PNG of this width in pixels. Without a width, one pixel per SVG unit.
 ///
 /// # Errors
-/// What is wrong with the drawing.
+/// An error in the drawing.
 pub fn png(svg: &str, width: Option<u32>) -> Result<Vec<u8>, String> {
     let tree = tree(svg)?;
     let size = tree.size();
@@ -50,7 +50,7 @@ mod tests {
     use super::super::plots;
     use super::*;
 
-    /// Without anything between `<text` and `</text>`.
+    /// Removes all text elements' content.
     fn without_text(svg: &str) -> String {
         let parts = svg.split("<text").enumerate();
         parts.map(|(i, part)| if i == 0 { part } else { part.split_once("</text>").unwrap().1 }).collect()

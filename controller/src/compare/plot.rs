@@ -1,9 +1,9 @@
-//! One plot as SVG: axes that fit their values, marks that do not need colour to be told apart, a
-//! title and a description for those who do not see it.
+//! One plot as SVG: fitted axes, marks that are distinguishable without colour, a title and a
+//! description for screen readers.
 //!
-//! Every colour here has a meaning and a value of its own, so that a page can give it another one
-//! ([`Colour::ALL`]). Text in a drawing is ours alone: models have numbers in it, and their names
-//! stand below it ([`Plot::keyed`]).
+//! Every colour has a meaning and a unique value, so that a page can replace it ([`Colour::ALL`]).
+//! Drawings contain no text from results: models are numbers, and their names are listed below
+//! ([`Plot::keyed`]).
 
 use maud::html;
 use plotters::chart::{ChartBuilder, ChartContext};
@@ -29,46 +29,45 @@ pub use bars::{Row, bars};
 pub use colour::{Colour, Rgb, Tint};
 pub use scale::AxisKind;
 
-/// A plot's width in its own units; twice what it is meant to be shown at, because marks stand on
-/// whole units.
+/// Width of a plot in its units, twice the display size, since marks are placed on whole units.
 const WIDTH: u32 = 840;
 /// Height of a plot of points or lines.
 const HEIGHT: u32 = 600;
-/// A quarter more than the letters come out: at 360 px of screen they are 10 px high.
+/// Font size: letters come out a quarter smaller, and are 10 px high on a screen of 360 px.
 const FONT: i32 = 35;
 /// Height of a line of the legend.
 const LEGEND: i32 = 46;
-/// What a character of the legend is about wide, in a font of wide letters.
+/// Estimated width of a character of the legend.
 const CHARACTER: i32 = 17;
-/// Columns of the names of keys below a drawing, the height of their lines, and the characters of
-/// a key and its name in a column and in a line of their own.
+/// Columns of the list of keys below a drawing, height of their lines, and maximum characters of a
+/// key and its name in a column and on a full line.
 const KEY_COLUMNS: usize = 2;
 const KEY_LINE: u32 = 38;
 const KEY_NAME: usize = 21;
 const KEY_LONG_NAME: usize = 44;
-/// Half of a mark's width: of a point, and of one on a line.
+/// Half the width of a mark: of a point, and of a point on a line.
 const POINT: i32 = 8;
 const DOT: i32 = 5;
 
-/// How a point is drawn. Shape and filling tell it apart where colour does not.
+/// Style of a point. Shape and fill distinguish it without colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark {
     /// Its colour.
     pub colour: Colour,
-    /// Round, else square.
+    /// Round instead of square.
     pub round: bool,
-    /// Filled, else an outline.
+    /// Filled instead of outlined.
     pub filled: bool,
 }
 
-/// Points of one kind.
+/// Points of one series.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Group {
-    /// What the legend says.
+    /// Name in the legend.
     pub name: String,
     /// How they are drawn.
     pub mark: Mark,
-    /// They are joined by a line.
+    /// Whether a line joins them.
     pub joined: bool,
     /// The points, in order.
     pub points: Vec<Point>,
@@ -81,36 +80,36 @@ pub struct Point {
     pub x: f64,
     /// Along the vertical axis.
     pub y: f64,
-    /// From where to where it may lie.
+    /// Interval of `y`.
     pub interval: Option<[f64; 2]>,
-    /// What stands beside it; a number or a letter.
+    /// Key beside it: a number or a letter.
     pub key: String,
 }
 
 /// An axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Axis {
-    /// What it says.
+    /// Its label.
     pub label: &'static str,
-    /// What it does with its values.
+    /// Its scale.
     pub kind: AxisKind,
 }
 
 /// A finished plot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plot {
-    /// One word for it; unique in a report, and a file name.
+    /// Identifier and file name; unique in a report.
     pub name: String,
     /// Its heading.
     pub title: String,
-    /// What it shows and how to read it.
+    /// What it shows, and how to read it.
     pub description: String,
     /// The drawing.
     pub svg: String,
 }
 
 impl Plot {
-    /// Gives a drawing its title and description, escaped: names of models are in them.
+    /// Adds title and description, escaped, since they contain names of models.
     fn new(name: &str, title: &str, description: &str, drawing: &str) -> Self {
         let (title_id, description_id) = (format!("{name}-title"), format!("{name}-description"));
         let head = html! { title id=(title_id) { (title) } desc id=(description_id) { (description) } }.into_string();
@@ -125,8 +124,8 @@ impl Plot {
         }
     }
 
-    /// The same with the names of its keys below the drawing, so that it can stand alone. Names
-    /// may be anybody's: they are cleaned, shortened and escaped.
+    /// Adds the names of its keys below the drawing, so that it is self-contained. Names are
+    /// sanitised, shortened and escaped.
     #[must_use]
     pub fn keyed(mut self, names: &[(String, String)]) -> Self {
         let size = self.svg.split_once("viewBox=\"0 0 ").and_then(|(_, rest)| rest.split_once('"'));
@@ -137,7 +136,7 @@ impl Plot {
         }
         let names: Vec<(&str, String)> =
             names.iter().map(|(key, name)| (key.as_str(), clean(name.as_bytes(), KEY_LONG_NAME))).collect();
-        // A name that is too long for a column has a line of its own.
+        // A name that is too long for a column gets a full line.
         let (mut column, mut line) = (0_usize, 0_usize);
         let mut places = Vec::new();
         for (key, name) in &names {
@@ -174,7 +173,7 @@ impl Plot {
     }
 }
 
-/// Points (and lines) over two axes. `None` if there is no point to draw.
+/// A scatter or line plot. `None` without points.
 pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], groups: &[Group]) -> Option<Plot> {
     let groups: Vec<Group> = groups.iter().map(|group| group.drawable(x.kind, y.kind)).collect();
     let groups: Vec<&Group> = groups.iter().filter(|group| !group.points.is_empty()).collect();
@@ -246,7 +245,7 @@ fn text(colour: Colour) -> TextStyle<'static> {
     TextStyle { color: colour.rgb().to_backend_color(), ..TextStyle::from(font) }
 }
 
-/// Where the entries of a legend stand, in as many lines as they need.
+/// Positions of the legend's entries, in the necessary number of lines.
 fn legend_places<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(i32, i32)> {
     let margin = 20;
     let (mut x, mut y) = (margin, LEGEND / 2 + 6);
@@ -262,7 +261,7 @@ fn legend_places<'a>(names: impl Iterator<Item = &'a str>) -> Vec<(i32, i32)> {
     names.map(place).collect()
 }
 
-/// Draws a legend; gives what is left below.
+/// Draws a legend. Returns the remaining area.
 fn legend<'a>(root: &Canvas<'a>, entries: &[(&str, Mark)]) -> PlotResult<Canvas<'a>> {
     let places = legend_places(entries.iter().map(|(name, _)| *name));
     let style = text(Colour::Ink).pos(Pos::new(HPos::Left, VPos::Center));
@@ -300,7 +299,7 @@ fn mesh(chart: &mut Chart<'_, '_>, x: &str, y: &str, grid: bool) -> PlotResult<(
         .draw()
 }
 
-/// Writes the keys of points, each where it touches nothing.
+/// Draws the keys of points without overlaps.
 fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> PlotResult<()> {
     let area = chart.plotting_area();
     let (mut points, mut marks) = (Vec::new(), Vec::new());
@@ -332,14 +331,14 @@ fn name_points(root: &Canvas<'_>, chart: &Chart<'_, '_>, groups: &[&Group]) -> P
 }
 
 impl Mark {
-    /// Draws it around a place of the whole drawing.
+    /// Draws the mark at a position of the drawing.
     fn draw(self, root: &Canvas<'_>, (x, y): (i32, i32), size: i32) -> PlotResult<()> {
         let style = ShapeStyle { color: self.colour.rgb().to_rgba(), filled: self.filled, stroke_width: 3 };
         let Area { left, top, right, bottom } = Area::around(x, y, size);
         match (self.round, self.filled) {
             (true, _) => root.draw(&Circle::new((x, y), size, style)),
             (false, true) => root.draw(&Rectangle::new([(left, top), (right, bottom)], style)),
-            // A rectangle's outline would be a hair.
+            // A rectangle's outline would be too thin.
             (false, false) => {
                 let outline = vec![(left, top), (right, top), (right, bottom), (left, bottom), (left, top)];
                 root.draw(&PathElement::new(outline, style))
@@ -349,7 +348,7 @@ impl Mark {
 }
 
 impl Group {
-    /// Without the points that these axes cannot hold.
+    /// Removes points that are outside the axes.
     fn drawable(&self, x: AxisKind, y: AxisKind) -> Self {
         let fits = |value: f64, kind| match kind {
             AxisKind::Log => value.is_finite() && value > 0.0,
@@ -364,7 +363,7 @@ impl Group {
         group
     }
 
-    /// `of_wholes`: along an axis of layers, one without a value is a gap in the line.
+    /// `of_wholes`: on an axis of layers a missing value is a gap in the line.
     fn draw(&self, chart: &mut Chart<'_, '_>, root: &Canvas<'_>, of_wholes: bool) -> PlotResult<()> {
         let stroke = self.mark.colour.rgb().stroke_width(3);
         if self.joined {
@@ -429,7 +428,7 @@ mod tests {
     fn legend_entries_do_not_overlap() {
         let names = ["plain", "Hadamard 16", "Hadamard 32", "Hadamard 128", ">= 9.54"];
         let places = legend_places(names.into_iter());
-        // As wide as letters of a wide font are on the average.
+        // The average width in a wide font.
         let end = |i: usize| places[i].0 + 26 + 17 * names[i].chars().count() as i32;
         for (i, pair) in places.windows(2).enumerate() {
             let [(_, above), (x, y)] = [pair[0], pair[1]];

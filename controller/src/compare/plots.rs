@@ -1,5 +1,5 @@
-//! Which plots a comparison has: across models, the paper's figures 3 and 4; of one model
-//! ([`of_model`]), its layers, features, experts.
+//! The plots of a comparison: across models, the paper's figures 3 and 4; for one model
+//! ([`of_model`]), its layers, features and experts.
 
 use outliers_protocol::{Axis as Spread, Reading};
 
@@ -21,7 +21,7 @@ const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
     Mark { colour, round, filled }
 }
 
-/// What models are laid out by.
+/// Horizontal axis of models.
 struct By {
     name: &'static str,
     words: &'static str,
@@ -50,7 +50,7 @@ const BY: [By; 4] = [
         words: "sparsity",
         axis: Axis { label: "% of parameters not active", kind: AxisKind::Percent },
         ours: |model| Some(100.0 * (1.0 - model.active_share()?)),
-        // Dense models all stand at 0: nothing to see among published ones.
+        // Dense models are all at 0, so published ones are left out.
         theirs: |row| Some(100.0 * (1.0 - row.active? as f64 / row.parameters as f64)),
     },
     By {
@@ -62,7 +62,7 @@ const BY: [By; 4] = [
     },
 ];
 
-/// A definition of the count, and the table that holds to it.
+/// A definition of the count, with the published table that uses it.
 struct Under<'a> {
     name: &'static str,
     words: &'static str,
@@ -72,7 +72,7 @@ struct Under<'a> {
     whose: &'static str,
 }
 
-/// The plots across models, those that have anything to show.
+/// The plots across models that have points.
 pub fn across(comparison: &Comparison) -> Vec<Plot> {
     let table = |name: &str| comparison.published.iter().find(|table| table.name == name);
     let paper = Under {
@@ -112,7 +112,7 @@ pub fn across(comparison: &Comparison) -> Vec<Plot> {
 
 const NUMBERS: &str = "Numbers are models, letters rows of the published table. Bars: 95 % intervals over sequences, where there are any.";
 
-/// The models that a plot cannot show: a point that is missing is never missing in silence.
+/// Lists the models that a plot cannot show.
 fn missing(comparison: &Comparison, groups: &[Group]) -> String {
     let left_out = comparison.models.iter().filter(|model| !is_shown(model, groups));
     let numbers: Vec<String> = left_out.map(|model| model.number.to_string()).collect();
@@ -191,7 +191,7 @@ fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> 
     Some(plot.keyed(&names(comparison, under, &groups)))
 }
 
-/// How large the largest outlier feature is: figure 4a.
+/// Magnitude of the largest outlier feature: figure 4a.
 fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
     let ours = comparison.models.iter().filter_map(|model| {
         let (x, y) = ((by.ours)(model)?, typical_peak(model.run.as_deref()?)?);
@@ -217,7 +217,7 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
     Some(plot.keyed(&names(comparison, under, &groups)))
 }
 
-/// The names of the keys that these points carry, models first.
+/// Names of the keys of these points, models first.
 fn names(comparison: &Comparison, under: &Under<'_>, groups: &[Group]) -> Vec<(String, String)> {
     let is_shown = |key: &str| groups.iter().flat_map(|group| &group.points).any(|point| point.key == key);
     let short = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
@@ -251,13 +251,13 @@ fn published_points(under: &Under<'_>, by: &By, of: impl Fn(&PublishedRow) -> Op
         .collect()
 }
 
-/// A row of a published table in a plot: a, b, c, ...
+/// The letter of a row of a published table: a, b, c, ...
 pub fn letter(row: usize) -> String {
     char::from_u32('a' as u32 + row as u32 % 26).map(String::from).unwrap_or_default()
 }
 
-/// The systematic feature with the most outlier values: the median, over the norm outputs where it
-/// has any, of its largest magnitude at each.
+/// Of the systematic feature with the most outliers: the median of its largest magnitudes at norm
+/// outputs with outliers.
 fn typical_peak(run: &Run) -> Option<f64> {
     let systematic = run.results.features.iter().filter(|feature| feature.systematic_by_layers);
     let most_common = systematic.max_by_key(|feature| feature.occurrences)?;
@@ -300,7 +300,7 @@ mod tests {
         let compared = compared();
         let plots = across(&compared);
         let plot = plots.iter().find(|plot| plot.name == "affected-parameters-predecessor").unwrap();
-        // Two models and twelve published rows, L% and S%; two legends each.
+        // Two models and twelve published rows, L% and S%, and two legends each.
         assert_eq!(plot.svg.matches("<circle").count(), 2 + 12 + 2);
         assert!(
             plot.svg.contains(">\nl\n<") && plot.svg.contains(">\n2\n<"),

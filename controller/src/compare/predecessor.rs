@@ -1,8 +1,8 @@
-//! The predecessor's result files, made into a result that says what its figures count.
+//! Converts the predecessor's result files to a result with its definition.
 //!
-//! Two of its documents are read: `final_analysis_results.json`, which lists every systematic
-//! feature of every batch, and `perplexity_results.json`. Files of both kinds were published cut
-//! off; what is not whole, or does not agree with itself, is refused.
+//! Two documents are read: `final_analysis_results.json`, which lists every systematic feature of
+//! every batch, and `perplexity_results.json`. Some published files of both kinds are truncated;
+//! incomplete or inconsistent ones are refused.
 
 use std::collections::BTreeSet;
 use std::io::{self, BufReader};
@@ -20,12 +20,12 @@ pub const OUTLIERS: &str = "final_analysis_results.json";
 /// File name of the perplexity.
 pub const PERPLEXITY: &str = "perplexity_results.json";
 
-/// What the predecessor's counts are, in words.
+/// Definition of the predecessor's counts.
 pub const DEFINITION: &str = "|x| >= 6 compared in bf16 (from 5.984375 up) at the outputs of both norms of every layer; a feature is \
     judged within each batch, in >= 25 % of the norm outputs and at >= 6 % of the positions, and counts once for every batch it is \
     systematic in; windows overlap by half and were decoded and encoded again, with the tokenizer's special tokens";
 
-/// No model is wider.
+/// Maximum features of a model.
 const MOST_FEATURES: usize = 1 << 24;
 
 /// `imported.json`: a run of the predecessor.
@@ -33,22 +33,22 @@ const MOST_FEATURES: usize = 1 << 24;
 pub struct Imported {
     /// Document version.
     pub schema: u32,
-    /// Hub id or folder, as the run has it.
+    /// Hub id or folder, as in the run.
     pub model: String,
-    /// What the counts are.
+    /// Definition of the counts.
     pub definition: String,
-    /// When it was first imported, in milliseconds since 1970; 0 where the document does not say.
+    /// Time of the first import in milliseconds since 1970; 0 if unknown.
     #[serde(default)]
     pub imported_at_ms: u64,
-    /// The files it was made from.
+    /// The source files.
     pub sources: Vec<ImportedFile>,
-    /// The outlier features; `None` where only a perplexity was imported.
+    /// The outlier features; `None` if only a perplexity was imported.
     pub outliers: Option<Outliers>,
-    /// The perplexity; `None` where only outlier features were imported.
+    /// The perplexity; `None` if only outlier features were imported.
     pub perplexity: Option<OldPerplexity>,
 }
 
-/// A file that was imported.
+/// An imported file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ImportedFile {
     /// Its path, as given.
@@ -59,20 +59,20 @@ pub struct ImportedFile {
     pub sha256: String,
 }
 
-/// What `final_analysis_results.json` comes to.
+/// Content of `final_analysis_results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outliers {
-    /// The text, as the run names it.
+    /// Name of the text in the run.
     pub dataset: String,
     /// Sequences.
     pub sequences: usize,
-    /// Tokens per sequence that were asked for.
+    /// Requested tokens per sequence.
     pub tokens_per_sequence: usize,
-    /// Sequences per batch. A feature is judged within a batch.
+    /// Sequences per batch. Features are classified within a batch.
     pub batch_size: usize,
     /// The threshold of magnitude.
     pub magnitude: f64,
-    /// One per batch, in its order; shares of layers are of norm outputs.
+    /// Totals per batch, in order; shares of layers are of norm outputs.
     pub batches: Vec<SequenceTotals>,
     /// Distinct features that are systematic in at least one batch.
     pub distinct_features: usize,
@@ -80,20 +80,20 @@ pub struct Outliers {
     pub max_abs: f64,
 }
 
-/// What `perplexity_results.json` comes to.
+/// Content of `perplexity_results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct OldPerplexity {
     /// Perplexity over all.
     pub perplexity: f64,
-    /// Its logarithm.
+    /// Mean negative log-likelihood.
     pub mean_nll: f64,
-    /// Tokens that weigh in it: all, not only the predicted ones.
+    /// Tokens in the mean: all, not only the predicted ones.
     pub tokens: u64,
     /// Mean negative log-likelihood of each batch.
     pub batches: Vec<f64>,
 }
 
-/// Why a file is not imported.
+/// Why a file cannot be imported.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
 pub struct ImportError {
@@ -104,8 +104,8 @@ pub struct ImportError {
 }
 
 impl Outliers {
-    /// The counts that these files can give. Not one over the whole corpus: which layers and
-    /// positions a feature has is only there batch by batch.
+    /// The counts that these files determine. There is none over the whole corpus, since layers
+    /// and positions of a feature are known only per batch.
     pub fn verdicts(&self) -> Vec<Verdict> {
         let features: usize = self.batches.iter().map(|batch| batch.features).sum();
         let mean = |of: fn(&SequenceTotals) -> f64| {
@@ -131,10 +131,10 @@ impl Outliers {
 }
 
 impl Imported {
-    /// The document agrees with itself.
+    /// Checks the document for consistency.
     ///
     /// # Errors
-    /// What does not.
+    /// The inconsistency.
     pub fn check(&self) -> Result<(), String> {
         if self.outliers.is_none() && self.perplexity.is_none() {
             return Err("it holds neither outlier features nor a perplexity".to_owned());
@@ -158,11 +158,10 @@ impl Imported {
     }
 }
 
-/// Makes one result of the predecessor's files: `paths` are files, or folders that hold them, of
-/// one model.
+/// Imports the predecessor's files of one model: `paths` are files, or folders with them.
 ///
 /// # Errors
-/// The file that cannot be used, and why.
+/// The unusable file, and the reason.
 pub fn import(paths: &[PathBuf]) -> Result<Imported, ImportError> {
     let files = files_of(paths)?;
     let one = |name: &str| {
@@ -190,7 +189,7 @@ fn wrong(path: &Path, why: impl Into<String>) -> ImportError {
     ImportError { path: path.to_owned(), why: why.into() }
 }
 
-/// The files among `paths`, and in those of them that are folders.
+/// The known files among `paths` and in folders among them.
 fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>, ImportError> {
     let mut files = Vec::new();
     for path in paths {
@@ -232,7 +231,8 @@ fn model(
     }
 }
 
-/// Reads a document in a stream: they hold every feature twice, and some are hundreds of megabytes.
+/// Reads a document as a stream: documents contain every feature twice, and some have hundreds of
+/// megabytes.
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ImportError> {
     let file = open_regular(path).map_err(|error: io::Error| wrong(path, error.to_string()))?;
     serde_json::from_reader(BufReader::new(file)).map_err(|error| match error.is_eof() {

@@ -1,5 +1,5 @@
-//! A comparison as text: for a terminal, as Markdown, as CSV. Names are hostile in each of them in
-//! another way.
+//! A comparison as text: for a terminal, as Markdown, as CSV. Each format escapes names
+//! differently.
 
 use super::Comparison;
 use super::bootstrap::Estimate;
@@ -8,10 +8,10 @@ use super::table::{Column, Table, tables};
 use crate::text::clean;
 use crate::ui::report::tables::{Cell, name, number, paragraphs, table as text_table};
 
-/// Longest cell.
+/// Maximum characters of a cell.
 const CELL: usize = 600;
 
-/// For a terminal.
+/// Formats for a terminal.
 pub fn terminal(comparison: &Comparison) -> String {
     let mut out = String::new();
     for table in tables(comparison) {
@@ -38,7 +38,7 @@ fn cell(value: &str, column: Column) -> Cell {
     }
 }
 
-/// As Markdown with tables.
+/// Formats as Markdown with tables.
 pub fn markdown(comparison: &Comparison) -> String {
     tables(comparison).iter().map(markdown_table).collect::<Vec<_>>().join("\n")
 }
@@ -62,7 +62,7 @@ fn escaped(text: &str) -> String {
     crate::text::markdown(text, CELL)
 }
 
-/// One column of the CSV, and where it comes from.
+/// A column of the CSV, and its value.
 type CsvColumn = (&'static str, fn(&Compared, Option<&Figure>) -> Option<String>);
 
 const CSV: [CsvColumn; 30] = [
@@ -104,8 +104,8 @@ const CSV: [CsvColumn; 30] = [
     ("folder", |model, _| Some(model.folder.clone())),
 ];
 
-/// As CSV (RFC 4180): one line per figure, and one without figures for every result that is not to
-/// be used.
+/// Formats as CSV (RFC 4180): one line per figure, and one without figures for every unusable
+/// result.
 pub fn csv(comparison: &Comparison) -> String {
     let mut out = CSV.map(|(name, _)| name).join(",") + "\r\n";
     for model in &comparison.models {
@@ -121,7 +121,7 @@ pub fn csv(comparison: &Comparison) -> String {
     out
 }
 
-/// A field that is neither two fields nor, to a spreadsheet, a formula.
+/// Escapes a field against separators and spreadsheet formulas.
 fn field(text: &str) -> String {
     let text = clean(text.as_bytes(), CELL);
     let is_number = text.parse::<f64>().is_ok();
@@ -132,7 +132,7 @@ fn field(text: &str) -> String {
     }
 }
 
-/// What the catalogue says, in the order of its columns.
+/// Suspected causes from the catalogue, in the order of the columns.
 fn cause(model: &Compared, which: usize) -> Option<String> {
     model.catalogue?.causes()[which].1.map(str::to_owned)
 }
@@ -145,7 +145,7 @@ fn end(estimate: Option<Estimate>, which: usize) -> Option<String> {
     Some(estimate?.interval?[which].to_string())
 }
 
-/// A value of a plain enum as JSON has it.
+/// JSON text of an enum's value.
 fn word(value: impl serde::Serialize) -> Option<String> {
     Some(serde_json::to_value(value).ok()?.as_str()?.to_owned())
 }

@@ -1,5 +1,4 @@
-//! What is known of models without running them: the figures others published, and the catalogue's
-//! sizes.
+//! Published figures of models, and the catalogue's sizes.
 
 use std::sync::LazyLock;
 
@@ -30,21 +29,21 @@ static CATALOGUE: LazyLock<Catalogue> =
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PublishedTable {
-    /// One word for it.
+    /// Identifier.
     pub name: String,
     /// Its heading.
     pub title: String,
     /// Where it was published.
     pub source: String,
-    /// What its counts are.
+    /// Definition of its counts.
     pub definition: String,
     /// How sequences are pooled.
     pub reading: Reading,
-    /// What the share of layers is taken of.
+    /// The total of which the share of layers is taken.
     pub axis: Axis,
     /// The text.
     pub corpus: String,
-    /// Sequences, where a count depends on their number.
+    /// Number of sequences, if a count depends on it.
     pub sequences: Option<u32>,
     /// Its rows.
     #[serde(rename = "model")]
@@ -55,20 +54,20 @@ pub struct PublishedTable {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
 pub struct PublishedRow {
-    /// As the table calls it.
+    /// Name in the table.
     pub name: String,
-    /// Hub ids of the model it is about; none: nothing that can be run here.
+    /// Hub ids of the model; empty if it is unavailable.
     #[serde(default)]
     pub ids: Vec<String>,
-    /// Parameters, as published there.
+    /// Parameters, as published.
     pub parameters: u64,
     /// Active parameters per token; `None` for dense models.
     pub active: Option<u64>,
-    /// Perplexity, where one was published.
+    /// Perplexity, if published.
     pub perplexity: Option<f64>,
     /// The count.
     pub count: f64,
-    /// How many of the features have values of one sign.
+    /// Number of features with values of one sign only.
     pub one_sided: Option<u32>,
     /// Mean percentage of layers (or norm outputs).
     pub layers: f64,
@@ -76,23 +75,23 @@ pub struct PublishedRow {
     pub positions: f64,
     /// Quartiles of the values of the most common outlier feature.
     pub quartiles: Option<[f64; 3]>,
-    /// What is odd about it.
+    /// A remark on the row.
     pub note: Option<String>,
 }
 
-/// The super experts that others found in a model: what a run that looks for them must find.
+/// Published super experts of a model, for comparison.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SuperExpertsOf {
     /// Hub id.
     pub id: String,
-    /// Layer and expert of each.
+    /// Layer and expert index of each.
     pub experts: Vec<[usize; 2]>,
     /// Where it was published.
     pub source: String,
 }
 
-/// What the catalogue (`config/models.toml`) knows of a model.
+/// Facts on a model in the catalogue (`config/models.toml`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all(deserialize = "kebab-case"))]
 pub struct Known {
@@ -100,26 +99,26 @@ pub struct Known {
     pub id: String,
     /// Parameters.
     pub parameters: u64,
-    /// Active parameters per token; `None` for dense models, of which all are.
+    /// Active parameters per token; `None` for dense models.
     pub active: Option<u64>,
-    /// Trained further than on plain text: to follow instructions, to reason, to chat.
+    /// Whether the model is post-trained: instructions, reasoning, chat.
     pub post_trained: bool,
-    /// What it was trained with; `None`: unknown.
+    /// Optimiser of its training; `None`: unknown.
     pub optimiser: Option<String>,
-    /// Whether attention's output passes a gate; `None`: unknown.
+    /// Whether attention has an output gate; `None`: unknown.
     pub gated_attention: Option<bool>,
-    /// Whether softmax has a learned sink; `None`: unknown.
+    /// Whether attention has learned sinks; `None`: unknown.
     pub learned_sinks: Option<bool>,
-    /// Where its norms stand.
+    /// Position of its norms.
     pub norms: Option<String>,
-    /// How its experts are chosen.
+    /// Kind of its router.
     pub router: Option<String>,
-    /// In which dtypes its weights are published.
+    /// Dtypes of its published weights.
     pub stored: Option<String>,
 }
 
 impl Known {
-    /// What is suspected to make or unmake outliers, each by its name; `None`: unknown.
+    /// Suspected causes of outliers by name; `None`: unknown.
     pub fn causes(&self) -> [(&'static str, Option<&str>); 6] {
         let yes = |known: Option<bool>| known.map(|known| if known { "yes" } else { "no" });
         [
@@ -132,7 +131,7 @@ impl Known {
         ]
     }
 
-    /// Parameters that work on one token.
+    /// Active parameters per token.
     pub fn active(&self) -> u64 {
         self.active.unwrap_or(self.parameters)
     }
@@ -143,7 +142,7 @@ pub fn tables() -> &'static [PublishedTable] {
     &PUBLISHED.table
 }
 
-/// What the tables say of a model, each row with its table.
+/// Published rows of a model, with their tables.
 pub fn of_model(id: &str) -> impl Iterator<Item = (&'static PublishedTable, &'static PublishedRow)> {
     let rows = tables().iter().flat_map(|table| table.models.iter().map(move |row| (table, row)));
     rows.filter(move |(_, row)| row.ids.iter().any(|known| known.eq_ignore_ascii_case(id)))
@@ -154,7 +153,7 @@ pub fn super_experts_of(id: &str) -> Option<&'static SuperExpertsOf> {
     PUBLISHED.super_experts.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }
 
-/// What the catalogue says of a model.
+/// The catalogue's entry of a model.
 pub fn known(id: &str) -> Option<&'static Known> {
     CATALOGUE.model.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }

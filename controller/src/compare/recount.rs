@@ -1,5 +1,4 @@
-//! Counts by other shares of layers and positions than the run's own, from what it stored; the
-//! model is not run again.
+//! Recounts with other shares of layers and positions, from stored counts without another run.
 
 use outliers_protocol::{Axis, Reading, Results, Thresholds, Verdict};
 
@@ -7,13 +6,12 @@ use super::bootstrap::SequenceTotals;
 use super::folder::Run;
 use super::statistics::Statistics;
 
-/// Applies shares of layers and positions to the stored counts of a run. Its threshold of
-/// magnitude stays: where values reach another one is not stored. What the run says of features
-/// within sequences is left out: it says so only of features that its own shares could make
-/// systematic.
+/// Applies shares of layers and positions to the stored counts of a run. The magnitude threshold
+/// cannot change, since positions are stored only for the run's. Details within sequences are left
+/// out, since they are stored only for features that the run's shares could make systematic.
 ///
 /// # Errors
-/// Why the stored counts do not tell.
+/// Why the stored counts do not suffice.
 pub fn recount(run: &Run, thresholds: Thresholds) -> Result<Results, String> {
     let own = run.results.thresholds.magnitude;
     if thresholds.magnitude != own {
@@ -44,7 +42,7 @@ pub fn recount(run: &Run, thresholds: Thresholds) -> Result<Results, String> {
     Ok(results)
 }
 
-/// In how many sequences a feature is systematic, by layers and by norm outputs.
+/// Number of sequences in which a feature is systematic, by layers and by norm outputs.
 fn sequences(statistics: &Statistics, results: &Results, thresholds: Thresholds, feature: usize) -> [usize; 2] {
     let parts = [(&statistics.sequence_layers, results.n_layers), (&statistics.sequence_sites, results.n_sites)];
     parts.map(|(parts, whole)| {
@@ -60,7 +58,7 @@ fn sequences(statistics: &Statistics, results: &Results, thresholds: Thresholds,
     })
 }
 
-/// The same way to count, over features and sequences as they are judged now.
+/// Recomputes a verdict from features and sequences with the new shares.
 fn verdict_anew(verdict: &Verdict, results: &Results, [by_layers, by_sites]: &[Vec<SequenceTotals>; 2]) -> Verdict {
     let sum = match (verdict.reading, verdict.axis) {
         (Reading::Unique, axis) => {

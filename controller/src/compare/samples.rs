@@ -1,14 +1,13 @@
-//! Features judged over other samples of the sequences than the run's own, from what
-//! `results.json` alone says of each feature within each sequence
-//! ([`outliers_protocol::Feature::within`]).
+//! Counts systematic features over samples of the sequences, from the details per sequence in
+//! `results.json` ([`outliers_protocol::Feature::within`]).
 
 use outliers_protocol::{Feature, Results, WithinSequence};
 
 use super::bootstrap::{SequenceTotals, samples};
 
-/// What is systematic over each of many samples of the sequences, by layers and by norm outputs,
-/// all sequences of a sample taken together. Empty for runs that do not say where features are
-/// within each sequence, and for those of one sequence.
+/// Totals of systematic features over each of many samples of the sequences, by layers and by norm
+/// outputs, with all sequences of a sample together. Empty for runs without details per sequence,
+/// and for one sequence.
 pub fn resampled(results: &Results) -> [Vec<SequenceTotals>; 2] {
     if !tells(results) {
         return [Vec::new(), Vec::new()];
@@ -18,13 +17,12 @@ pub fn resampled(results: &Results) -> [Vec<SequenceTotals>; 2] {
     [0, 1].map(|axis| drawn.iter().map(|by_axis| by_axis[axis]).collect())
 }
 
-/// Whether a run says where features are within each sequence.
+/// Whether a run has details per sequence.
 fn tells(results: &Results) -> bool {
     results.features.iter().any(|feature| !feature.within.is_empty())
 }
 
-/// What is systematic over these sequences together, each as often as it is named; by layers and
-/// by norm outputs.
+/// Totals over these sequences together, with repetitions; by layers and by norm outputs.
 fn over(results: &Results, sequences: impl Iterator<Item = usize>) -> [SequenceTotals; 2] {
     let mut times = vec![0u64; results.sequences];
     sequences.for_each(|sequence| times[sequence] += 1);
@@ -46,7 +44,7 @@ fn over(results: &Results, sequences: impl Iterator<Item = usize>) -> [SequenceT
     tallies
 }
 
-/// How many layers and how many norm outputs are reached, each with how many there are.
+/// Number of layers and norm outputs reached, each with the total.
 fn extent(results: &Results, reached: &[bool]) -> [(u64, usize); 2] {
     let sites = results.sites.iter().zip(reached).filter(|(_, reached)| **reached).map(|(site, _)| site.layer);
     let mut layers: Vec<usize> = sites.collect();
@@ -55,11 +53,10 @@ fn extent(results: &Results, reached: &[bool]) -> [(u64, usize); 2] {
     [(layers.len() as u64, results.n_layers), (n_sites as u64, results.n_sites)]
 }
 
-/// What is said of features within sequences agrees with what is said of them over all, and of
-/// each sequence.
+/// Checks details within sequences against the features and sequences of the results.
 ///
 /// # Errors
-/// What does not.
+/// The inconsistency.
 pub fn check(results: &Results) -> Result<(), String> {
     if !tells(results) {
         return Ok(());
@@ -134,8 +131,8 @@ mod tests {
 
     #[test]
     fn samples_have_the_verdict_of_their_pooled_sequences() {
-        // One feature, four layers of two norm outputs, four sequences of ten positions: 25 % is
-        // one layer or two norm outputs, 6 % one position.
+        // One feature, four layers with two norm outputs, four sequences of ten positions: 25 % is
+        // one layer or two norm outputs, 6 % is one position.
         let within = |sequence: usize, positions: u64, sites: &str| json!({"sequence": sequence, "positions": positions, "sites": sites});
         let site = |layer: usize, point: &str| json!({"layer": layer, "point": point, "occurrences": 0, "features": 0, "max_abs": 0.0, "rms": 0.0, "kurtosis": 0.0});
         let results: Results = serde_json::from_value(json!({

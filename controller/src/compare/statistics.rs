@@ -1,4 +1,4 @@
-//! `statistics.safetensors`: what a run counted per norm output and feature, and per sequence and
+//! Reads `statistics.safetensors`: counts per norm output and feature, and per sequence and
 //! feature.
 
 use std::collections::BTreeMap;
@@ -26,8 +26,7 @@ impl<T: Copy> Grid<T> {
     }
 }
 
-/// The tensors that a comparison needs. Shapes are those the results speak of; nothing else passes
-/// [`Statistics::read`].
+/// The tensors for comparisons. [`Statistics::read`] checks their shapes against the results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Statistics {
     /// Occurrences, `[norm outputs, features]`.
@@ -48,7 +47,7 @@ pub struct Statistics {
     pub expert_peaks: BTreeMap<usize, Vec<f32>>,
 }
 
-/// The sizes that the results speak of.
+/// Sizes by the results.
 #[derive(Clone, Copy, Debug)]
 pub struct StudyShape {
     /// Norm outputs.
@@ -63,7 +62,7 @@ impl Statistics {
     /// Reads the file's bytes.
     ///
     /// # Errors
-    /// What is missing, or has another shape or type than the results say.
+    /// A tensor is missing, or its shape or type differs from the results.
     pub fn read(bytes: &[u8], shape: StudyShape) -> Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is no safetensors file: {error}"))?;
         let per_site = [shape.sites, shape.hidden];
@@ -96,7 +95,7 @@ impl Statistics {
 trait Stored: Sized {
     const DTYPE: Dtype;
     const BYTES: usize;
-    /// `None`: no such number can be meant.
+    /// `None`: an invalid value.
     fn from_bytes(bytes: &[u8]) -> Option<Self>;
 }
 
@@ -119,11 +118,11 @@ impl Stored for f32 {
 
 fn grid<T: Stored>(file: &SafeTensors<'_>, name: &str, [rows, columns]: [usize; 2]) -> Result<Grid<T>, String> {
     let values = tensor(file, name, |shape| shape == [rows, columns])?;
-    // No rows of no columns: chunks of nothing would be none, too.
+    // At least 1, since chunks of size 0 are invalid.
     Ok(Grid { columns: columns.max(1), values })
 }
 
-/// `<prefix>.<layer>.<what>` of all layers.
+/// Tensors `<prefix>.<layer>.<what>` of all layers.
 fn by_layer<T: Stored>(file: &SafeTensors<'_>, prefix: &str, what: &str) -> Result<BTreeMap<usize, Vec<T>>, String> {
     let layer_of = |name: &str| {
         let layer = name.strip_prefix(prefix)?.strip_prefix('.')?.strip_suffix(what)?.strip_suffix('.')?;

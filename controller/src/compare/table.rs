@@ -1,4 +1,4 @@
-//! Tables of a comparison, made once for terminals, Markdown and HTML.
+//! Tables of a comparison, for terminals, Markdown and HTML.
 
 use outliers_protocol::Reading;
 
@@ -14,15 +14,15 @@ use crate::units::grouped;
 /// A table of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// One word for it, the same in every report.
+    /// Identifier, the same in every report.
     pub name: String,
     /// Its heading.
     pub title: String,
     /// Its columns.
     pub columns: Vec<Column>,
-    /// As many cells each as there are columns.
+    /// Rows, with a cell per column.
     pub rows: Vec<Vec<String>>,
-    /// What to know about it.
+    /// Notes below the table.
     pub notes: Vec<String>,
 }
 
@@ -31,7 +31,7 @@ pub struct Table {
 pub struct Column {
     /// Its heading.
     pub name: &'static str,
-    /// Its cells are numbers.
+    /// Whether its cells are numbers.
     pub numeric: bool,
 }
 
@@ -69,10 +69,10 @@ pub(super) const fn numbers(name: &'static str) -> Column {
     Column { name, numeric: true }
 }
 
-/// What there is nothing of.
+/// Marks an empty cell.
 pub(super) const NONE: &str = "-";
 
-/// The tables of a comparison, in the order they are read.
+/// The tables of a comparison, in reading order.
 pub fn tables(comparison: &Comparison) -> Vec<Table> {
     let mut tables = vec![models(comparison)];
     tables.extend(measured::across(comparison));
@@ -113,7 +113,7 @@ fn models(comparison: &Comparison) -> Table {
     )
 }
 
-/// What the catalogue says may make or unmake outliers; `None` where it knows no model.
+/// Suspected causes of outliers by the catalogue; `None` without an entry.
 fn catalogue(comparison: &Comparison) -> Option<Table> {
     let row = |model: &Compared| {
         let causes = model.catalogue?.causes().map(|(_, says)| says.unwrap_or("unknown").to_owned());
@@ -163,7 +163,7 @@ fn counts(comparison: &Comparison) -> Table {
     )
 }
 
-/// A count as it is: whole, unless it is a mean.
+/// A count: whole, unless it is a mean.
 pub(super) fn count(figure: &Figure) -> String {
     estimate(figure.count, if figure.reading == Reading::MeanPerSequence { 2 } else { 0 })
 }
@@ -184,7 +184,7 @@ fn differences(comparison: &Comparison) -> Table {
     )
 }
 
-/// A column of a published table: whether that table has it, and its cells.
+/// A column of a published table: whether the table has it, and its cells.
 type PublishedColumn = (bool, Column, fn(&PublishedRow) -> String);
 
 fn published(table: &PublishedTable) -> Table {

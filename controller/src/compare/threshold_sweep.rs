@@ -1,38 +1,37 @@
-//! How counts fall as thresholds rise, from what one run stored.
+//! Counts as functions of thresholds, from the stored data of one run.
 //!
-//! Values are stored as extremes per norm output and feature, so that any magnitude can be asked
-//! for in layers; positions are stored for the run's own magnitude alone, and there any pair of
-//! shares can be asked for.
+//! Extremes are stored per norm output and feature, so that counts by layers are known for any
+//! magnitude. Positions are stored for the run's magnitude only, for any pair of shares.
 
 use outliers_protocol::Results;
 
 use super::folder::{Run, layers};
 
-/// Thresholds of magnitude: around the paper's 6, from what non-outlier features reach (3.5) to
-/// massive activations (100).
+/// Magnitude thresholds around the paper's 6, from ordinary features (3.5) to massive activations
+/// (100).
 pub const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
 
-/// Shares of layers, in percent; 0: in any.
+/// Shares of layers in percent; 0: any layer.
 pub const LAYER_PERCENTS: [f64; 6] = [0.0, 10.0, 25.0, 50.0, 75.0, 100.0];
 
-/// Shares of positions, in percent; 0: at any.
+/// Shares of positions in percent; 0: any position.
 pub const POSITION_PERCENTS: [f64; 6] = [0.0, 1.0, 6.0, 25.0, 50.0, 75.0];
 
 /// Features at one threshold of magnitude.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SweepPoint {
-    /// |x| >= this.
+    /// Threshold of |x|.
     pub magnitude: f32,
-    /// Features that reach it anywhere.
+    /// Number of features that reach it anywhere.
     pub anywhere: usize,
-    /// Features that reach it in at least the run's share of layers, at any positions.
+    /// Number of features that reach it in at least the run's share of layers, at any positions.
     pub in_layers: usize,
-    /// Those of them that are systematic at the run's own magnitude. From there up, systematic
-    /// ones are among these.
+    /// Those of them that are systematic at the run's magnitude. At higher magnitudes this is an
+    /// upper bound.
     pub systematic: usize,
 }
 
-/// Of all magnitudes; empty without statistics.
+/// Points for all magnitudes; empty without statistics.
 pub fn sweep(run: &Run) -> Vec<SweepPoint> {
     let Some(statistics) = &run.statistics else { return Vec::new() };
     let results = &run.results;
@@ -50,7 +49,7 @@ pub fn sweep(run: &Run) -> Vec<SweepPoint> {
     MAGNITUDES.iter().map(|magnitude| point(*magnitude, &peaks, &systematic, results)).collect()
 }
 
-/// The place of each norm output's layer among the layers that are studied.
+/// Index of each norm output's layer among the studied layers.
 fn layer_order(results: &Results) -> Vec<usize> {
     let layers = layers(results);
     let place = |layer: usize| layers.iter().position(|known| *known == layer).expect("it is of a norm output");
@@ -69,8 +68,8 @@ fn point(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Res
     }
 }
 
-/// Features in at least a share of layers and at at least a share of positions, both in percent,
-/// at the run's own magnitude.
+/// Number of features in at least these shares of layers and of positions, in percent, at the
+/// run's magnitude.
 pub fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> usize {
     let within = |f: &&outliers_protocol::Feature| {
         f.layer_fraction >= layer_percent / 100.0 && f.position_fraction >= position_percent / 100.0

@@ -1,8 +1,7 @@
-//! A survey's file: which models, over which text, with which requests. Errors name the file, the
-//! line and the key.
+//! Parses a survey's file: models, text and requests. Errors name the file, the line and the key.
 //!
-//! What it says is as if it had been typed: the same types, with the same meaning, as the options
-//! of `deploy`. Paths are seen from the file's own folder.
+//! Keys have the types and meaning of the options of `deploy`. Paths are relative to the file's
+//! folder.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -21,60 +20,60 @@ use crate::run::deploy::slug;
 use crate::text::{toml_error, unknown_key};
 use crate::units::{GpuTime, Positive, Span, Usd};
 
-/// A survey as its file has it.
+/// A survey's file, parsed.
 #[derive(Clone, Debug)]
 pub struct Survey {
-    /// Its name, which is that of its folder among the results.
+    /// Its name, also that of its results' folder.
     pub name: String,
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// The text and how it is run, the same for all models.
+    /// Options of the job, the same for all models.
     pub job: JobOptions,
-    /// In the file's order, each name once.
+    /// Models in the file's order, with unique names.
     pub models: Vec<SurveyModel>,
-    /// Runs side by side.
+    /// Maximum concurrent runs.
     pub max_parallel: Option<usize>,
-    /// For all runs together.
+    /// Budget of all runs together.
     pub budget: Option<Usd>,
-    /// Of GPUs, for all runs together.
+    /// Budget of GPU time of all runs together.
     pub max_gpu_time: Option<GpuTime>,
-    /// For each run.
+    /// Time limit of each run.
     pub max_duration: Option<Span>,
 }
 
 /// A model of a survey.
 #[derive(Clone, Debug)]
 pub struct SurveyModel {
-    /// Its name in the survey, and that of its results' folder.
+    /// Its name in the survey, also that of its results' folder.
     pub name: String,
     /// The checkpoint: hub id or folder.
     pub id: String,
     /// Branch, tag or commit of a hub model.
     pub revision: String,
-    /// What it needs of an instance beyond its plan.
+    /// Filters for its instance, beyond its plan.
     pub request: GpuRequest,
-    /// For its run, if not the survey's.
+    /// Time limit of its run, if not the survey's.
     pub max_duration: Option<Span>,
 }
 
-/// Whether a revision is a commit, which never moves, and no branch.
+/// Whether a revision is a commit, which never changes, instead of a branch.
 pub fn is_commit(revision: &str) -> bool {
     revision.len() == 40 && revision.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-/// Why a survey's file cannot be used.
+/// Why a survey's file is unusable.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}{}: {message}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
 pub struct SurveyError {
-    /// Which file.
+    /// Path of the file.
     pub path: PathBuf,
-    /// Where in it, from 1, where that is known.
+    /// Line from 1, if known.
     pub line: Option<usize>,
-    /// What is wrong, with the key.
+    /// The error, with the key.
     pub message: String,
 }
 
-/// What the file says beside the options of the job ([`JobOptions`]), whose keys stand among these.
+/// Keys of the file besides the options of the job ([`JobOptions`]), which are on the same level.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct SurveyFile {
@@ -92,8 +91,7 @@ struct SurveyFile {
     model: Vec<ModelTable>,
 }
 
-/// What the file says of a model beside its instance ([`GpuRequest`]), whose keys stand among
-/// these.
+/// Keys of a model besides its instance ([`GpuRequest`]), which are on the same level.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct ModelTable {
@@ -105,7 +103,7 @@ struct ModelTable {
     max_duration: Option<Span>,
 }
 
-/// The tables of models, read for the instances that they want.
+/// The tables of models, parsed for their instances.
 #[derive(Deserialize)]
 struct Requests {
     #[serde(default)]
@@ -120,7 +118,7 @@ impl Survey {
     /// Reads a file.
     ///
     /// # Errors
-    /// It cannot be read, or does not make sense.
+    /// The file cannot be read, or is invalid.
     pub fn read(path: &Path) -> Result<Self, SurveyError> {
         let text = read_text(path, MOST).map_err(|error| SurveyError {
             path: path.to_owned(),
@@ -130,10 +128,10 @@ impl Survey {
         Self::parse(&text, path)
     }
 
-    /// Understands a file's text.
+    /// Parses a file's text.
     ///
     /// # Errors
-    /// It does not make sense.
+    /// It is invalid.
     pub fn parse(text: &str, path: &Path) -> Result<Self, SurveyError> {
         let error = |line, message| SurveyError { path: path.to_owned(), line, message };
         let unreadable = |wrong: toml::de::Error| {
@@ -152,7 +150,7 @@ impl Survey {
     }
 }
 
-/// Refuses keys that nothing is read from.
+/// Refuses unknown keys.
 fn known(file: &DeTable<'_>) -> Result<(), Wrong> {
     only(file, &[keys::<SurveyFile>(), keys::<JobOptions>()].concat())?;
     let model = file.iter().find(|(key, _)| key.get_ref() == "model");
@@ -169,15 +167,15 @@ fn only(table: &DeTable<'_>, known: &[&str]) -> Result<(), Wrong> {
     }
 }
 
-/// The keys that a struct is read from, old spellings among them.
+/// The keys of a struct, with old spellings.
 fn keys<T: DeserializeOwned>() -> &'static [&'static str] {
     let mut keys: &'static [&'static str] = &[];
-    // It only says what it would read.
+    // The deserialiser only records the keys.
     let _ = T::deserialize(Keys(&mut keys));
     keys
 }
 
-/// Notes the keys that a struct asks for.
+/// Records the keys that a struct reads.
 struct Keys<'a>(&'a mut &'static [&'static str]);
 
 impl<'de> Deserializer<'de> for Keys<'_> {
@@ -203,7 +201,7 @@ impl<'de> Deserializer<'de> for Keys<'_> {
     }
 }
 
-/// What does not make sense, and where.
+/// An error and its location.
 struct Wrong {
     span: Range<usize>,
     message: String,
@@ -250,7 +248,7 @@ impl SurveyFile {
 }
 
 impl ModelTable {
-    /// A model of which no more than its id is said.
+    /// A model given by its id only.
     fn plain(id: Spanned<String>) -> Self {
         Self { id, name: None, revision: None, revisions: None, max_duration: None }
     }
@@ -278,7 +276,7 @@ impl ModelTable {
         Ok(revisions.into_iter().map(at).collect())
     }
 
-    /// Those that are listed; none where there is no list.
+    /// The listed revisions; empty without a list.
     fn revisions(&self) -> Result<Vec<String>, Wrong> {
         let Some(listed) = &self.revisions else { return Ok(Vec::new()) };
         let why = match (&self.revision, listed.get_ref().as_slice()) {
@@ -291,11 +289,11 @@ impl ModelTable {
     }
 }
 
-/// A name becomes that of a folder.
+/// Checks a name, which becomes that of a folder.
 fn check_name(key: &str, name: &Spanned<String>) -> Result<(), Wrong> {
     let text = name.get_ref();
     let plain = text.len() <= 80 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
-    // What ends so would be taken for results that are not whole.
+    // These suffixes mark incomplete results.
     let reserved = text.starts_with('.') || [".part", ".partial"].iter().any(|end| text.ends_with(end));
     if plain && !reserved && is_plain_name(text) && text != super::index::FILE {
         return Ok(());
@@ -308,7 +306,7 @@ mod tests {
     use super::*;
     use crate::units::Bytes;
 
-    /// What the surveys below ask for.
+    /// Filter of the test surveys.
     const VRAM: Option<Bytes> = Some(Bytes::from_gib(80));
 
     fn parsed(text: &str) -> Result<Survey, SurveyError> {
@@ -379,7 +377,7 @@ mod tests {
             let survey = Survey::read(&file).unwrap();
             let moving: Vec<_> = survey.models.iter().filter(|entry| !is_commit(&entry.revision)).collect();
             let commits = survey.models.len() - moving.len();
-            // Of models of 2025-26 none is known.
+            // None is known for models of 2025-26.
             let expected = match survey.name.as_str() {
                 "moe-2026" => 3,
                 "trajectories" => 1,

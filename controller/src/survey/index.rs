@@ -1,5 +1,5 @@
-//! What became of each model of a survey, as a document beside their folders: readers need not
-//! guess which of them may be trusted.
+//! The outcome of each model of a survey, in a document beside their folders for readers of the
+//! results.
 
 use std::path::Path;
 
@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::files::{MOST, absent, is_plain_name, read_small, write_whole};
 
-/// Its name in the survey's folder.
+/// File name in the survey's folder.
 pub const FILE: &str = "index.json";
 
 /// Version of the document.
 pub const SCHEMA: u32 = 1;
 
-/// The document.
+/// Content of the document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Index {
     /// Document version.
@@ -22,7 +22,7 @@ pub struct Index {
     pub survey: String,
     /// Absolute path of its file. The same command resumes from it.
     pub file: String,
-    /// In the file's order.
+    /// Models in the file's order.
     pub models: Vec<IndexEntry>,
 }
 
@@ -33,29 +33,29 @@ pub struct IndexEntry {
     pub name: String,
     /// Hub id or folder.
     pub model: String,
-    /// What was asked for: two runs with the same key would do the same work.
+    /// Key of the requested work.
     pub job_key: String,
-    /// The run that became this.
+    /// The run with this outcome.
     pub run: Option<String>,
-    /// What became of it.
+    /// Outcome of the model.
     pub outcome: ModelOutcome,
-    /// Folder beside this document, where something came home.
+    /// Folder beside this document, if results were saved.
     pub folder: Option<String>,
     /// Why it is not complete.
     pub why: Option<String>,
 }
 
-/// What became of a model.
+/// Outcome of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ModelOutcome {
-    /// Whole results are there, compared with the worker's manifest.
+    /// Complete results exist and match the worker's manifest.
     Complete,
-    /// Something came home, not all.
+    /// Partial results were saved.
     Partial,
-    /// Nothing did.
+    /// No results were saved.
     Failed,
-    /// It is not over, or has not begun.
+    /// The run is active, or has not started.
     Open,
 }
 
@@ -71,33 +71,33 @@ impl ModelOutcome {
     }
 }
 
-/// Why an index cannot be used.
+/// Why an index is unusable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IndexError {
-    /// Another version wrote it.
+    /// It has another version.
     Version(String),
-    /// It is not what was written.
+    /// It is invalid.
     Damaged(String),
 }
 
 impl Index {
-    /// What it says of a model, by its name in the survey.
+    /// The entry of a model, by its name in the survey.
     pub fn entry(&self, name: &str) -> Option<&IndexEntry> {
         self.models.iter().find(|line| line.name == name)
     }
 
-    /// Writes it into a survey's folder.
+    /// Writes the index to a survey's folder.
     ///
     /// # Errors
-    /// Disk full, no such folder, not allowed.
+    /// Disk full, missing folder, or permission denied.
     pub fn write(&self, folder: &Path) -> std::io::Result<()> {
         write_whole(&folder.join(FILE), &serde_json::to_vec_pretty(self)?)
     }
 
-    /// The index of a survey's folder; `None` where there is none.
+    /// Reads the index of a survey's folder; `None` if there is none.
     ///
     /// # Errors
-    /// It cannot be read, is of another version, or names folders outside its own.
+    /// It cannot be read, has another version, or names folders outside its own.
     pub fn read(folder: &Path) -> Result<Option<Self>, IndexError> {
         #[derive(Deserialize)]
         struct Versioned {

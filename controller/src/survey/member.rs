@@ -1,4 +1,4 @@
-//! What the ledger and the folders know of one model of a survey.
+//! The state of one model of a survey, by the ledger and the folders.
 
 use std::path::Path;
 
@@ -8,27 +8,27 @@ use crate::run::deploy::{JobIdentity, holds};
 use crate::run::ledger::{RUN_FILE, RunRecord};
 use crate::run::{Brought, Membership, RunFailureKind, RunOutcome};
 
-/// A model of a survey, and what it is to be run as.
+/// A model of a survey with its work.
 #[derive(Clone, Copy, Debug)]
 pub struct Member<'a> {
     /// The survey's name.
     pub survey: &'a str,
     /// The model's name in it.
     pub name: &'a str,
-    /// The job.
+    /// Identity of its job.
     pub identity: &'a JobIdentity,
-    /// Its key, where this survey rents.
+    /// Key of its work on this survey's brokers.
     pub job_key: &'a str,
     /// The survey's folder.
     pub folder: &'a Path,
-    /// What the index there said of it before.
+    /// Its entry in the previous index.
     pub before: Option<&'a IndexEntry>,
 }
 
 impl Member<'_> {
-    /// What became of it, and the run of this very work that says so: one whose whole results are
-    /// there, else the latest. Where the ledger, which may have been lost, does not know, the
-    /// folder and its index do.
+    /// Its outcome, and the run of the same work with this outcome: one with complete results,
+    /// else the latest. If the ledger has none, since it may be new, the folder and its index are
+    /// used.
     pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
@@ -50,7 +50,7 @@ impl Member<'_> {
         }
     }
 
-    /// Whole results of this very work in its place, by the record and the hashes beside them.
+    /// Complete results of the same work in its folder, by the record and the hashes beside them.
     fn at_home(&self) -> Option<IndexEntry> {
         let place = self.folder.join(self.name);
         let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MOST).ok()?).ok()?;
@@ -94,7 +94,7 @@ impl Member<'_> {
                     let (from, to) = (folder.display(), place.display());
                     (ModelOutcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
                 }
-                // They were there: without them it is as if it had not been run.
+                // The results were removed, so the model counts as not run.
                 None => (ModelOutcome::Open, Some(flaw)),
             };
         }
@@ -113,7 +113,7 @@ pub fn outcome(run: &RunRecord) -> ModelOutcome {
     }
 }
 
-/// Whether a run that ended so was only kept from doing its work: the survey does it without being
+/// Whether a run with this outcome was only interrupted: the survey repeats it without being
 /// asked.
 fn is_to_go_on(ending: &RunOutcome) -> bool {
     match ending {
@@ -134,7 +134,7 @@ mod tests {
     use crate::run::{FailureDetail, RunEvent, RunSpec};
     use crate::ui::status::tests::{ended, rented, run};
 
-    /// A run of the model `owner/a`, its job and key set.
+    /// A run of the model `owner/a` with job and key.
     fn of_a(id: &str, events: Vec<RunEvent>) -> RunRecord {
         let run = run(id, "owner/a", 60, events);
         let job_key = JobIdentity::of(&run.spec.job).unwrap().key(&run.spec.brokers);
@@ -219,7 +219,7 @@ mod tests {
         record(&run);
         std::fs::write(place.join("results.json"), "{}").unwrap();
         assert_eq!(line(home.path(), &run.spec.job, &[]).outcome, ModelOutcome::Open, "damaged");
-        // What had failed waits to be asked for, unless it was other work.
+        // A failed model is repeated only on request, unless its work changed.
         let identity = JobIdentity::of(&run.spec.job).unwrap();
         let before = IndexEntry { outcome: ModelOutcome::Failed, why: Some("no".into()), ..found };
         for (job_key, outcome) in [("k", ModelOutcome::Failed), ("other", ModelOutcome::Open)] {

@@ -1,5 +1,4 @@
-//! The status of all runs as a document for the next person: what is done, what runs, what failed,
-//! and which commands to type next.
+//! The status of all runs as a document: finished, active and failed runs, and the next commands.
 
 use std::path::Path;
 
@@ -11,7 +10,7 @@ use crate::survey::ModelOutcome;
 use crate::text::{clean, counted, markdown};
 use crate::ui::status::{Over, Status, SurveyStatus, UnderWay};
 
-/// The document, in Markdown.
+/// The document in Markdown.
 pub fn document(status: &Status) -> String {
     let now = rfc3339(status.at);
     let date = now.split('T').next().unwrap_or_default();
@@ -35,7 +34,7 @@ pub fn document(status: &Status) -> String {
     out
 }
 
-/// What stands before the hash of a document in its last line, which Markdown does not show.
+/// Prefix of the hash in the last line of a document, which Markdown does not show.
 const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
 const END: &str = " -->\n";
 
@@ -45,14 +44,14 @@ pub fn sealed(document: String) -> String {
     document + SEAL + &hash + END
 }
 
-/// Whether a document is as it was sealed.
+/// Whether a sealed document is unchanged.
 pub fn is_untouched(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(text);
     let parts = text.rsplit_once(SEAL);
     parts.is_some_and(|(document, seal)| seal.strip_suffix(END) == Some(&*sha256(document.as_bytes())))
 }
 
-/// Text from elsewhere, fit for a cell of a table and a line of a list.
+/// Escapes text for a cell of a table and a line of a list.
 fn cell(text: &str) -> String {
     markdown(text, 500)
 }
@@ -125,7 +124,7 @@ fn unreadable(status: &Status) -> Vec<String> {
     status.unreadable.iter().map(line).collect()
 }
 
-/// What failed and nothing later made good.
+/// Failed runs that no later run made good.
 fn failures(status: &Status) -> impl Iterator<Item = &Over> {
     status.over.iter().filter(|run| !run.completed && !run.superseded)
 }
@@ -167,7 +166,7 @@ fn next_steps(status: &Status) -> Vec<String> {
     let mut steps: Vec<String> = Vec::new();
     let mut step =
         |why: String, command: String| steps.push(format!("{}. {why}\n\n       {command}\n", steps.len() + 1));
-    // A survey takes up its own runs.
+    // A survey resumes its own runs.
     let survey_goes_on =
         |run: &UnderWay| status.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
     for run in status.under_way.iter().filter(|run| !run.looked_after && !survey_goes_on(run)) {
@@ -187,7 +186,7 @@ fn next_steps(status: &Status) -> Vec<String> {
     steps
 }
 
-/// What a survey needs next.
+/// The next command for a survey.
 fn next_of(survey: &SurveyStatus, status: &Status) -> (String, String) {
     let count =
         |outcomes: &[ModelOutcome]| survey.index.models.iter().filter(|line| outcomes.contains(&line.outcome)).count();
@@ -219,7 +218,7 @@ fn path(path: &Path) -> String {
     quote(&plain(&path.to_string_lossy()))
 }
 
-/// Text from elsewhere in a command, which Markdown shows as it is.
+/// Escapes text in a command within Markdown.
 fn plain(text: &str) -> String {
     clean(text.as_bytes(), 4000)
 }

@@ -1,5 +1,5 @@
-//! All sentences: what happens, to people (standard error) and what comes out, to people or
-//! programs (standard output).
+//! All output: events for people on standard error, results for people or programs on standard
+//! output.
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
@@ -30,25 +30,25 @@ pub mod diagnostics;
 pub mod table;
 pub mod tables;
 
-/// Longest foreign line that is shown.
+/// Maximum characters of an untrusted line.
 const LINE: usize = 2000;
 
-/// Longest name of a file that is shown.
+/// Maximum characters of a file name.
 const NAME: usize = 80;
 
-/// Seconds by which a host's clock may be off without a warning.
+/// Maximum difference of a host's clock in seconds without a warning.
 const MOST_SKEW: i64 = 60;
 
-/// Between the first two plain lines of progress of a phase; each pause after it is twice as long.
+/// First pause between plain progress lines of a phase. It doubles each time.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
 
-/// The longest of them.
+/// Maximum of this pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// [`PLAIN_PAUSE`] where several runs report side by side, for hours.
+/// First pause if several runs report concurrently.
 const PLAIN_PAUSE_OF_MANY: Duration = Duration::from_secs(30);
 
-/// Between two pictures of a screen, and the same where each stands below the one before.
+/// Pause between redraws of a screen, and between pictures that are printed below each other.
 const REDRAW_PAUSE: Duration = Duration::from_secs(1);
 const PICTURE_PAUSE: Duration = Duration::from_secs(5);
 
@@ -80,7 +80,7 @@ impl ExitStatus {
         self as u8
     }
 
-    /// Of several errors, the most urgent one. An instance that may still bill comes first.
+    /// The most urgent of several statuses. An instance that may still bill comes first.
     pub fn worst(all: impl IntoIterator<Item = Self>) -> Self {
         use ExitStatus::{Cloud, Done, Failed, InstanceLeft, Interrupted, NoOffer, Refused, TimeUp};
         const ORDER: [ExitStatus; 8] = [InstanceLeft, Interrupted, Cloud, TimeUp, NoOffer, Failed, Refused, Done];
@@ -88,7 +88,7 @@ impl ExitStatus {
         all.into_iter().min_by_key(rank).unwrap_or(Done)
     }
 
-    /// What a run that is over means for the program.
+    /// Exit status for a finished run.
     pub fn of_run(state: &RunState) -> Self {
         match state.ending() {
             Some(RunOutcome::Completed) => Self::Done,
@@ -113,25 +113,25 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
-/// Why a command did not do what it was asked.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub struct CliError {
-    /// What the program ends with.
+    /// Exit status of the program.
     pub status: ExitStatus,
     /// What went wrong, and where.
     pub message: String,
-    /// What to do about it.
+    /// The remedy.
     pub hint: Option<String>,
 }
 
 impl CliError {
-    /// Refused before anything was done.
+    /// A refusal before anything was done.
     pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
     }
 
-    /// Something of this machine failed.
+    /// A failure on this machine.
     pub fn failed(message: impl Into<String>) -> Self {
         Self { status: ExitStatus::Failed, message: message.into(), hint: None }
     }
@@ -163,7 +163,7 @@ impl From<LocalWorkerError> for CliError {
 
 impl From<NothingLeft> for CliError {
     fn from(error: NothingLeft) -> Self {
-        // Nothing was searched for in vain: the time limit is too short.
+        // The time limit is too short for the offers.
         let status = if matches!(error, NothingLeft::Late { .. }) { ExitStatus::Refused } else { ExitStatus::NoOffer };
         Self { status, message: error.to_string(), hint: error.hint().map(str::to_owned) }
     }
@@ -182,13 +182,13 @@ impl From<DriveError> for CliError {
 }
 
 impl CliError {
-    /// A run, or a list, that could not be brought to its end.
+    /// The error of a run, or of a listing, that could not be completed.
     pub fn of_drive_error(stuck: &DriveError) -> Self {
         let hint = match stuck {
             DriveError::Instance { run, .. } => {
                 format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
             }
-            // An event that cannot happen says nothing of instances.
+            // An illegal event does not concern instances.
             DriveError::Broker { .. } | DriveError::Ledger(LedgerError::Illegal(_)) => {
                 "an instance may still be running and billing. To see: outliers instances list".to_owned()
             }
@@ -203,20 +203,20 @@ impl CliError {
     }
 }
 
-/// Tells people on standard error, and prints what a command is for on standard output.
+/// Prints messages to standard error, and results to standard output.
 pub struct Reporter {
     json: bool,
     quiet: bool,
     verbose: bool,
     color: bool,
     bars: bool,
-    /// Standard error is a terminal, which shows what is typed.
+    /// Whether standard error is a terminal, which echoes keys.
     echoes: bool,
-    /// Standard output is a terminal on which something may be drawn anew.
+    /// Whether standard output is a terminal that can be redrawn.
     redraws: bool,
-    /// Whom it is about, where several are told about side by side.
+    /// Name of the run, if several report concurrently.
     label: String,
-    /// Between two plain lines of progress.
+    /// First pause between plain progress lines.
     pause: Duration,
     board: MultiProgress,
     now: Mutex<Now>,
@@ -224,23 +224,23 @@ pub struct Reporter {
     unprinted: Mutex<Option<io::Error>>,
 }
 
-/// What is being shown.
+/// What is currently shown.
 #[derive(Default)]
 struct Now {
     bar: Option<ProgressBar>,
     /// The last plain progress line.
     plain: Option<Plain>,
     booting: bool,
-    /// When the work whose progress is shown began, as far as it was seen here.
+    /// Start of the work in progress, as far as observed.
     began: Option<Instant>,
-    /// What the run costs.
+    /// Cost of the run.
     meter: Option<Meter>,
-    /// Why something is tried again: when that was said last.
+    /// The last reported reason for a retry, with its time.
     retried: Option<(Instant, String)>,
 }
 
 impl Now {
-    /// Whether a reason to try again is to be said: it is another one, or was not said for long.
+    /// Whether to report a reason for a retry: it differs, or was not reported for some time.
     fn is_new(&mut self, reason: &str) -> bool {
         let said = self.retried.as_ref();
         let is_new = said.is_none_or(|(at, last)| last != reason || at.elapsed() >= LONGEST_PAUSE);
@@ -251,29 +251,29 @@ impl Now {
     }
 }
 
-/// A plain progress line that was written.
+/// The last plain progress line.
 struct Plain {
     at: Instant,
     label: String,
     position: u64,
-    /// Until the next one of the same.
+    /// Pause before the next similar line.
     pause: Duration,
 }
 
 impl Plain {
-    /// Whether there is more to say than the time.
+    /// Whether more than the time has changed.
     fn is_news(&self, label: &str, position: u64, length: u64) -> bool {
         self.label != label || (position == length && self.position != position)
     }
 
-    /// How long to be silent after the next line.
+    /// Pause after the next line.
     fn next_pause(&self, label: &str) -> Option<Duration> {
         (self.label == label).then(|| (self.pause * 2).min(LONGEST_PAUSE))
     }
 }
 
 impl Reporter {
-    /// As the options and the environment want it.
+    /// Configured by options and environment.
     pub fn new(global: &Global, environment: &Environment) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let plain = environment.is_plain();
@@ -297,8 +297,8 @@ impl Reporter {
         }
     }
 
-    /// The same for one of several that go on at once: its sentences begin with its name, its bar
-    /// stands beside the others'.
+    /// A reporter for one of several concurrent runs: its sentences begin with its name, and it
+    /// has a separate bar.
     pub fn of_one(&self, label: &str) -> Self {
         Self {
             json: self.json,
@@ -316,12 +316,12 @@ impl Reporter {
         }
     }
 
-    /// How all of several stand together.
+    /// Shows the state of several runs together.
     pub fn together(&self, done: usize, all: usize, detail: &str) {
         self.measure(&format!("{done} of {all} done"), done as u64, all as u64, detail);
     }
 
-    /// Prints what a command is for: the document to programs, the text to people.
+    /// Prints the result of a command: the document for programs, the text for people.
     pub fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         self.done();
         let text = if self.json {
@@ -353,7 +353,8 @@ impl Reporter {
         Some(CliError { status: ExitStatus::Failed, message, hint })
     }
 
-    /// One of many: a line of text to people, one JSON document per line to programs.
+    /// Prints one of many results: a line of text for people, one JSON document per line for
+    /// programs.
     pub fn line<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         let line = if self.json {
             serde_json::to_string(document).expect("documents hold no maps with keys other than strings")
@@ -363,18 +364,18 @@ impl Reporter {
         self.print(&line);
     }
 
-    /// Shows one picture after the other.
+    /// A screen that is updated.
     pub fn screen(&self) -> Screen<'_> {
         let bar = self.redraws.then(|| {
             let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
-            // The last one stays.
+            // The last picture stays.
             bar.with_style(style).with_finish(ProgressFinish::Abandon)
         });
         Screen { reporter: self, bar }
     }
 
-    /// Tells why a command failed. To programs too, on standard output.
+    /// Prints the error of a command, for programs also on standard output.
     pub fn cli_error(&self, cli_error: &CliError) {
         if cli_error.status == ExitStatus::Interrupted {
             self.begin_line();
@@ -391,7 +392,7 @@ impl Reporter {
         self.sentence(cli_error);
     }
 
-    /// Why something failed, to people only.
+    /// Prints an error for people only.
     pub fn sentence(&self, cli_error: &CliError) {
         self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(cli_error.message.as_bytes(), LINE)));
         if let Some(hint) = &cli_error.hint {
@@ -399,12 +400,12 @@ impl Reporter {
         }
     }
 
-    /// Something that is wrong and stops nothing.
+    /// Prints a warning.
     pub fn warn(&self, text: &str) {
         self.write(&format!("{}: {}", self.paint("33;1", "warning"), clean(text.as_bytes(), LINE)));
     }
 
-    /// Runs of the ledger whose records cannot be read.
+    /// Reports runs with unreadable records.
     pub fn unreadable(&self, runs: &[Unreadable]) {
         for Unreadable { run, why } in runs {
             self.warn(&format!(
@@ -413,26 +414,26 @@ impl Reporter {
         }
     }
 
-    /// A sentence for people.
+    /// Prints a sentence for people.
     pub fn say(&self, text: &str) {
         if !self.quiet {
             self.write(text);
         }
     }
 
-    /// A sentence that only `-v` shows.
+    /// Prints a sentence with `-v` only.
     pub fn whisper(&self, text: &str) {
         if self.verbose {
             self.write(&self.paint("2", text));
         }
     }
 
-    /// No cloud's key is set.
+    /// Reports that no cloud's key is set.
     pub fn using_this_machine(&self) {
         self.say("No cloud's key is set: this machine is the cloud (broker `local`; its prices are made up).");
     }
 
-    /// What is missing from the clouds' offers.
+    /// Reports what is missing from the clouds' offers.
     pub fn offered(&self, offered: &Offered) {
         for error in &offered.silent {
             self.note(&RunNote::LeftOut { why: error.to_string() });
@@ -443,13 +444,13 @@ impl Reporter {
         }
     }
 
-    /// An abandoned run goes on.
+    /// Reports that an abandoned run is resumed.
     pub fn picked_up(&self, run: &RunRecord) {
         let done = run.state.word();
         self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
     }
 
-    /// What was found between ledger and broker.
+    /// Reports the actions of a recovery.
     pub fn recovered<'a>(&self, actions: impl Iterator<Item = &'a Action>) {
         for action in actions {
             match action {
@@ -473,7 +474,7 @@ impl Reporter {
         }
     }
 
-    /// What happens while a run is driven.
+    /// Reports an event of a driven run.
     pub fn event(&self, event: DeployEvent) {
         match event {
             DeployEvent::State(state) => self.state(&state),
@@ -580,7 +581,7 @@ impl Reporter {
         }
     }
 
-    /// What happens on a host.
+    /// Reports an event on a host.
     pub fn host(&self, event: HostEvent) {
         match event {
             HostEvent::Uploading { name, sent, total } => {
@@ -600,14 +601,13 @@ impl Reporter {
         self.say(&in_words(note));
     }
 
-    /// The worker's own report.
+    /// Shows the worker's progress.
     pub fn progress(&self, progress: &Progress) {
         let detail = self.stands(detail(progress));
         self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
     }
 
-    /// How far it is, what the run has cost in which time and until when it may, and the rest,
-    /// which a narrow terminal cuts off.
+    /// Progress, elapsed time, cost and deadline, then details, which a narrow terminal cuts off.
     fn stands(&self, [how_far, rest]: [String; 2]) -> String {
         let mut now = self.lock();
         let began = *now.began.get_or_insert_with(Instant::now);
@@ -616,7 +616,7 @@ impl Reporter {
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("; ")
     }
 
-    /// A bar on a terminal; a line now and then elsewhere.
+    /// Shows a bar on a terminal; otherwise prints a line from time to time.
     fn measure(&self, label: &str, position: u64, length: u64, detail: &str) {
         if self.quiet {
             return;
@@ -639,14 +639,14 @@ impl Reporter {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn done(&self) {
         if let Some(bar) = self.lock().bar.take() {
             bar.finish_and_clear();
         }
     }
 
-    /// Ends the line on which a terminal shows the key that interrupts. A bar takes it away
+    /// Starts a new line after the key that a terminal echoes on an interrupt. A bar removes it
     /// itself.
     fn begin_line(&self) {
         if self.echoes && self.lock().bar.is_none() {
@@ -672,36 +672,37 @@ impl Reporter {
     }
 }
 
-/// Pictures of the same: on a terminal each in the place of the one before, elsewhere below it.
+/// Successive pictures: on a terminal each replaces the previous one, otherwise it is printed
+/// below.
 pub struct Screen<'a> {
     reporter: &'a Reporter,
     bar: Option<ProgressBar>,
 }
 
 impl Screen<'_> {
-    /// The next one: the document to programs, in one line; the text to people.
+    /// Shows the next picture: the document for programs on one line, the text for people.
     pub fn show<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         match &self.bar {
-            // In place, and in one piece: nothing flickers.
+            // Redrawn in place in one write, without flicker.
             Some(bar) => bar.set_message(text().trim_end_matches('\n').to_owned()),
             None => self.reporter.line(document, text),
         }
     }
 
-    /// Until the next one.
+    /// Pause before the next picture.
     pub fn pause(&self) -> Duration {
         if self.bar.is_some() { REDRAW_PAUSE } else { PICTURE_PAUSE }
     }
 }
 
 fn new_bar() -> ProgressBar {
-    // What does not fit is cut off: a line that is broken would be drawn again and again.
+    // Long lines are cut, since wrapped lines would be redrawn repeatedly.
     let style = ProgressStyle::with_template("{prefix:.bold} {bar:10.cyan/dim} {wide_msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(0).with_style(style)
 }
 
-/// How far the work is and what is left of it; its pace and the weights.
+/// Progress and remaining time; rate and weights.
 fn detail(progress: &Progress) -> [String; 2] {
     let (mut how_far, mut rest) = (Vec::new(), Vec::new());
     if progress.phase == Phase::Layers {
@@ -748,13 +749,13 @@ fn phase(phase: Phase) -> &'static str {
     }
 }
 
-/// Whether only `-v` shows it.
+/// Whether the event is shown with `-v` only.
 fn is_detail(event: &HostEvent) -> bool {
     use HostEvent::{AlreadyThere, Connected, Fetching, Launched, Log};
     matches!(event, AlreadyThere { .. } | Connected | Fetching { .. } | Launched { .. } | Log(_))
 }
 
-/// What happened on a host, in a sentence; empty for what is shown in other ways.
+/// Sentence for a host event; empty for events that are shown otherwise.
 fn on_host(event: &HostEvent) -> String {
     let sentence = match event {
         HostEvent::Waiting { what, attempt, .. } => format!("Waiting for SSH (attempt {attempt}): {what}"),
@@ -778,7 +779,7 @@ fn short_name(name: &str) -> String {
     clean(name.as_bytes(), NAME)
 }
 
-/// What a host is, and what is odd about it.
+/// Description of a host, with anomalies.
 fn host_facts(facts: &HostFacts) -> String {
     let cores = facts.cores.map(|cores| counted(cores as usize, "CPU core"));
     let ram = facts.ram.map(|ram| format!("{ram} memory"));
@@ -791,7 +792,7 @@ fn host_facts(facts: &HostFacts) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// A note about a run, in a sentence.
+/// Sentence for a note.
 fn in_words(note: &RunNote) -> String {
     let sentence = match note {
         RunNote::LeftOut { why } => format!("Left out, it does not answer: {why}"),
@@ -822,7 +823,7 @@ fn in_words(note: &RunNote) -> String {
     clean(sentence.as_bytes(), LINE)
 }
 
-/// In words, after "it was ended: ".
+/// Reason, after "it was ended: ".
 pub fn stray(why: Stray) -> &'static str {
     match why {
         Stray::UnknownRun => "its time was up, and no run of the ledger accounts for it",
@@ -832,7 +833,7 @@ pub fn stray(why: Stray) -> &'static str {
     }
 }
 
-/// In words, after "it was brought to its end: ".
+/// Reason, after "it was brought to its end: ".
 pub fn finish(why: Finish) -> &'static str {
     match why {
         Finish::Ending => "its instance was about to be ended",

@@ -15,114 +15,114 @@ use crate::run::{Membership, RunEvent, RunOutcome, RunState};
 use crate::survey::{Index, IndexEntry, ModelOutcome, outcome};
 use crate::units::{Usd, UsdPerHour};
 
-/// The whole picture.
+/// Status of all runs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Status {
-    /// The moment it is true of, in Unix seconds.
+    /// Time of the status, in Unix seconds.
     pub at: u64,
-    /// Runs that are not over, oldest first.
+    /// Active runs, oldest first.
     pub under_way: Vec<UnderWay>,
-    /// Runs that are, oldest first.
+    /// Finished runs, oldest first.
     pub over: Vec<Over>,
-    /// Runs whose records cannot be read; what they cost is not among the figures.
+    /// Runs with unreadable records; their cost is not included.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<Unreadable>,
     /// Surveys among the results, by name.
     pub surveys: Vec<SurveyStatus>,
-    /// By all runs of the ledger.
+    /// Cost of all runs of the ledger.
     pub spent: Usd,
-    /// What the runs under way may still cost until their time limits.
+    /// Maximum additional cost of active runs until their time limits.
     pub reserved: Usd,
 }
 
-/// A run that is not over.
+/// An active run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct UnderWay {
     /// Its id.
     pub run: String,
-    /// The survey it is part of.
+    /// The survey of the run.
     pub survey: Option<String>,
     /// Hub id or folder.
     pub model: String,
-    /// One word.
+    /// State in one word.
     pub state: String,
-    /// Why it waits in its cluster's queue, where that was asked.
+    /// Why it waits in its cluster's queue, if queried.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits: Option<String>,
-    /// How far its worker is, as the process heard last that drives it.
+    /// Latest progress of its worker, as stored by its driver.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// Some process looks after it, or it is kept at the user's request.
+    /// Whether a process drives it, or the user keeps it.
     pub looked_after: bool,
-    /// The instance stays at the user's request.
+    /// Whether the user keeps the instance.
     pub held: bool,
-    /// Its worker was left to work on without any process here, at the user's request.
+    /// Whether the user detached it.
     pub detached: bool,
-    /// Where its instance is, or may be.
+    /// Broker of its instance, or of a possible one.
     pub broker: Option<String>,
     /// Its instance.
     pub instance: Option<String>,
-    /// What that bills.
+    /// Price of the instance.
     pub price: Option<UsdPerHour>,
-    /// So far.
+    /// Cost so far.
     pub cost: Usd,
-    /// By its time limit.
+    /// Maximum cost until the time limit.
     pub at_most: Usd,
-    /// When it is done by its worker's own measure, else by the plan's estimate, in Unix seconds.
+    /// Expected end by its worker's progress, else by the plan, in Unix seconds.
     pub expected: Option<u64>,
-    /// When its instance has no right to exist any more, in Unix seconds.
+    /// Deadline of its instance, in Unix seconds.
     pub deadline: Option<u64>,
 }
 
-/// A run that is over.
+/// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Over {
     /// Its id.
     pub run: String,
-    /// The survey it is part of.
+    /// The survey of the run.
     pub survey: Option<String>,
     /// Hub id or folder.
     pub model: String,
-    /// How it ended, in words.
+    /// Outcome as text.
     pub ending: String,
-    /// Whole results came home.
+    /// Whether complete results were saved.
     pub completed: bool,
-    /// A later run of the same work completed, or is under way.
+    /// Whether a later run of the same work completed or is active.
     pub superseded: bool,
-    /// What to do about it.
+    /// The remedy.
     pub hint: Option<String>,
-    /// What it cost.
+    /// Cost of the run.
     pub cost: Usd,
-    /// When, in Unix seconds.
+    /// End in Unix seconds.
     pub ended: u64,
-    /// What came home.
+    /// Folder of the saved results.
     pub folder: Option<String>,
-    /// What was found; `None` where the results are not there (any more).
+    /// Figures; `None` if the results are missing.
     pub figures: Option<HeadlineFigures>,
 }
 
-/// The figures that a table has room for.
+/// Figures for a table.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct HeadlineFigures {
     /// Distinct systematic features over layers, the paper's count.
     pub features: f64,
-    /// Of the same pass.
+    /// Perplexity of the same pass.
     pub perplexity: Option<f64>,
 }
 
-/// A survey by its index.
+/// A survey with its index.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SurveyStatus {
-    /// Where its results are.
+    /// Folder of its results.
     pub folder: PathBuf,
-    /// What became of each model.
+    /// Outcome of each model.
     pub index: Index,
-    /// By all its runs.
+    /// Cost of all its runs.
     pub spent: Usd,
 }
 
 impl HeadlineFigures {
-    /// Those of a folder of results.
+    /// Reads the figures of a result folder.
     pub fn read(folder: &Path) -> Option<Self> {
         let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MOST).ok()?).ok()?;
         let mut verdicts = results.verdicts.iter();
@@ -132,10 +132,10 @@ impl HeadlineFigures {
 }
 
 impl Status {
-    /// Reads the ledger and the surveys below `results`.
+    /// Reads the ledger and the surveys in `results`.
     ///
     /// # Errors
-    /// What the ledger says.
+    /// Errors of the ledger.
     pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
         let Records { runs, unreadable } = ledger.records()?;
         let mut driven = Vec::new();
@@ -156,14 +156,13 @@ impl Status {
         Ok(status)
     }
 
-    /// Whether anything here may change without anybody's doing: a process drives it, or it has
-    /// time left.
+    /// Whether a run may change by itself: a process drives it, or it has time left.
     pub fn is_at_work(&self) -> bool {
         let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
-    /// Whether a run under way has its instance at this broker.
+    /// Whether an active run has its instance at this broker.
     pub fn uses(&self, broker: &str) -> bool {
         self.under_way.iter().any(|run| run.instance.is_some() && run.broker.as_deref() == Some(broker))
     }
@@ -198,8 +197,8 @@ impl Status {
         }
     }
 
-    /// From the runs, those that a process drives, and the surveys' folders and indices. Each run
-    /// is looked at a few times, however many there are.
+    /// Computes the status from runs, driven ids, and the surveys' folders and indices. Cost is
+    /// linear in the number of runs.
     fn of(runs: &[RunRecord], driven: &[String], surveys: Vec<(PathBuf, Index)>, now_ms: u64) -> Self {
         let mut spent_by: HashMap<&str, Usd> = HashMap::new();
         for run in runs {
@@ -229,8 +228,8 @@ impl Status {
     }
 }
 
-/// Every survey that has an index in a folder below `results`, by name. What cannot be read is for
-/// `compare` to say.
+/// Every survey with an index in a folder of `results`, sorted by name. Unreadable ones are
+/// reported by `compare`.
 fn surveys(results: &Path) -> Vec<(PathBuf, Index)> {
     let entries = std::fs::read_dir(results).into_iter().flatten().filter_map(Result::ok);
     let mut found: Vec<(PathBuf, Index)> =
@@ -266,7 +265,7 @@ impl UnderWay {
         }
     }
 
-    /// What the worker measures is nearer than any estimate.
+    /// Replaces the estimate by the worker's measurement.
     fn note_progress(&mut self, progress: Option<Progress>) {
         let left = |progress: &Progress| Duration::try_from_secs_f64(progress.eta_seconds?).ok();
         let measured = progress
@@ -362,7 +361,7 @@ impl<'a> Mended<'a> {
         (&run.spec.job_key, run.spec.survey.as_ref())
     }
 
-    /// Whether a later run of the same work did, or may do, what this one did not.
+    /// Whether a later run of the same work completed or is active.
     fn after(&self, run: &RunRecord) -> bool {
         self.0.get(&Self::work(run)).is_some_and(|latest| *latest > run.created_at_ms)
     }
@@ -402,7 +401,7 @@ pub(crate) mod tests {
     /// 2026-06-01T12:00:00Z.
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
 
-    /// A run of the survey `moe-two` that began `minutes` ago, one event each minute.
+    /// A run of the survey `moe-two` that began `minutes` ago, with one event per minute.
     pub(crate) fn run(id: &str, model: &str, minutes: u64, events: Vec<RunEvent>) -> RunRecord {
         let survey = Some(Membership { survey: "moe-two".into(), model: model.replace('/', "--") });
         let spec = RunSpec { model: model.into(), job_key: model.into(), survey, ..spec(Path::new("/nowhere")) };
@@ -435,8 +434,8 @@ pub(crate) mod tests {
         rented(id).into_iter().chain(end).collect()
     }
 
-    /// One of each: complete (with real results at `home`), failed, under way, abandoned, and
-    /// refused for want of an offer.
+    /// One run of each kind: complete (with real results at `home`), failed, active, abandoned,
+    /// and without an offer.
     pub(crate) fn status(home: &Path) -> Status {
         let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
         let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
@@ -488,7 +487,7 @@ pub(crate) mod tests {
         assert!(status.is_at_work() && !running.detached && !status.under_way[1].detached);
         assert_eq!((running.cost, running.at_most), (Usd::from_dollars(1.0), Usd::from_dollars(4.0)));
         assert_eq!(status.reserved, Usd::from_dollars(6.0), "half an hour of two instances");
-        // Four seconds of arithmetic, counted from the launch three minutes after the create call.
+        // Four seconds of arithmetic from the launch, three minutes after the create call.
         assert_eq!(running.expected, Some(NOW_MS / 1000 - 10 * 60 + 3 * 60 + 4));
         let (mut running, plan) = (running.clone(), running.expected);
         let line = r#"{"schema":1,"at_ms":60000,"phase":"layers","layer":3,"layers":8,"bytes_read":1,"bytes_total":2,
@@ -509,7 +508,7 @@ pub(crate) mod tests {
     }
 
     impl Status {
-        /// The same, with the folders of another one.
+        /// The status with the folders of another one.
         fn moved(mut self, other: &Self) -> Self {
             for (survey, to) in self.surveys.iter_mut().zip(&other.surveys) {
                 survey.folder.clone_from(&to.folder);

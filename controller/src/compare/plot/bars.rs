@@ -1,4 +1,4 @@
-//! Bars from 0, side by side: a row of them per thing that is compared.
+//! Horizontal bars from 0, in groups.
 
 use plotters::element::{PathElement, Rectangle};
 use plotters::style::Color;
@@ -7,25 +7,25 @@ use super::scale::{AxisKind, Scale};
 use super::{Colour, LEGEND, Mark, Plot, WIDTH, chart, draw, legend, legend_places, mesh};
 use crate::compare::bootstrap::Estimate;
 
-/// Rows at most.
+/// Maximum rows.
 const ROWS: usize = 48;
-/// Height of a bar with the space below it, and of the space between rows.
+/// Height of a bar with its margin, and of the space between rows.
 const BAR: u32 = 24;
 const BETWEEN: u32 = 20;
-/// How much of a row its bars fill.
+/// Share of a row that its bars fill.
 const SPAN: f64 = 0.84;
 
-/// Bars of one thing.
+/// Bars of one group.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Row {
-    /// What stands beside them.
+    /// Label of the group.
     pub label: String,
-    /// One per series, from top to bottom; `None` where there is no value.
+    /// One per series, from top to bottom; `None` without a value.
     pub bars: Vec<Option<Estimate>>,
 }
 
-/// Rows from top to bottom, their bars in the colours of the series, intervals as lines. `[x, y]`
-/// is what the axes say. `None` if there is no bar to draw.
+/// Rows from top to bottom with bars in the colours of the series, and intervals as lines. `[x,
+/// y]` are the axis labels. `None` without bars.
 pub fn bars(
     name: &str,
     title: &str,
@@ -67,7 +67,7 @@ pub fn bars(
     Some(Plot::new(name, title, description, &drawing))
 }
 
-/// Whether an axis from 0 can hold it.
+/// Whether the value can be drawn on an axis from 0.
 fn fits(bar: &Estimate) -> bool {
     let holds = |value: f64| value.is_finite() && value >= 0.0;
     holds(bar.value) && bar.interval.is_none_or(|ends| ends.into_iter().all(holds))

@@ -1,11 +1,11 @@
-//! The colours of a plot: each has a meaning, and a value on paper and on a dark screen.
+//! Colours of plots by meaning, with values for light and dark mode.
 
 use plotters::style::RGBColor;
 
-/// A colour by what it stands for.
+/// A colour by its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Colour {
-    /// What is drawn on.
+    /// Background.
     Surface,
     /// Text and axes.
     Ink,
@@ -13,29 +13,29 @@ pub enum Colour {
     Muted,
     /// The grid.
     Grid,
-    /// The first quantity, and so on.
+    /// First series.
     First,
-    /// The second.
+    /// Second series.
     Second,
-    /// The third.
+    /// Third series.
     Third,
-    /// The fourth.
+    /// Fourth series.
     Fourth,
-    /// A step of a scale of magnitudes, from 0: nothing of note, to 7: the largest.
+    /// Step of a magnitude scale, from 0 (below the threshold) to 7 (the largest).
     Heat(u8),
 }
 
 /// Red, green, blue.
 pub type Rgb = [u8; 3];
 
-/// A colour with its value on paper and on a dark screen.
+/// A colour with its values for light and dark mode.
 pub type Tint = (Colour, Rgb, Rgb);
 
 impl Colour {
-    /// Steps of [`Self::Heat`].
+    /// Number of steps of [`Self::Heat`].
     pub const STEPS: u8 = 8;
 
-    /// Each with its value on paper and on a dark screen.
+    /// All colours with their values for light and dark mode.
     pub const ALL: [Tint; 16] = [
         (Self::Surface, [0xff, 0xff, 0xff], [0x14, 0x18, 0x1d]),
         (Self::Ink, [0x1b, 0x1f, 0x24], [0xe6, 0xea, 0xef]),
@@ -55,7 +55,7 @@ impl Colour {
         (Self::Heat(7), [0x45, 0x0d, 0x54], [0xfb, 0xe0, 0x6b]),
     ];
 
-    /// Its value on paper.
+    /// Value in light mode.
     pub(super) fn rgb(self) -> RGBColor {
         let [r, g, b] = Self::ALL.iter().find(|(colour, ..)| *colour == self).map_or([0; 3], |(_, light, _)| *light);
         RGBColor(r, g, b)

@@ -1,29 +1,27 @@
-//! Where the keys of points stand, so that they touch nothing: beside their point, or at the end
-//! of a line where it is crowded. Points in one place share a key, and so do those that find no
-//! room.
+//! Places the keys of points without overlaps: beside their point, or at the end of a line in
+//! crowded areas. Points in one place share a key, and so do points without space.
 
 use std::f64::consts::TAU;
 
-/// Widths, in a font of wide letters, of a digit or letter of a key and of what stands between
-/// them; the height of a key.
+/// Estimated widths of a character of a key and of a separator, and the height of a key.
 const CHARACTER: i32 = 18;
 const BETWEEN: i32 = 10;
 const HEIGHT: i32 = 27;
-/// Between a key and the next, which would be read as one.
+/// Minimum gap between two keys.
 const GAP: i32 = 6;
-/// Points no farther apart than this are one to the eye.
+/// Maximum distance of points that count as one.
 const CLOSE: i32 = 4;
-/// From a point to the middle of a key at the end of a line: the least, the most, and the steps.
+/// Distance from a point to the centre of a key at the end of a line: minimum, maximum, step.
 const NEAREST: i32 = 40;
 const FARTHEST: i32 = 320;
 const STEP: usize = 10;
-/// Ways in which such a line may go.
+/// Number of directions of such a line.
 const DIRECTIONS: i32 = 24;
 
-/// A place of the drawing.
+/// A position in the drawing.
 pub(super) type Place = (i32, i32);
 
-/// A part of the drawing.
+/// A rectangle of the drawing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Area {
     pub(super) left: i32,
@@ -32,37 +30,37 @@ pub(super) struct Area {
     pub(super) bottom: i32,
 }
 
-/// A point that has a key.
+/// A point with a key.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Keyed<'a> {
-    /// Points of different groups share no key.
+    /// Points of different groups never share a key.
     pub(super) group: usize,
-    /// Where it is.
+    /// Position.
     pub(super) at: Place,
-    /// Its key; none if empty.
+    /// Its key; empty: none.
     pub(super) key: &'a str,
 }
 
-/// A key, or several, as it is written.
+/// A placed label of one or several keys.
 #[derive(Clone, Debug)]
 pub(super) struct Label {
     /// `1`, or `1-3, 7`.
     pub(super) text: String,
     /// Its rectangle in the drawing, pixels.
     pub(super) area: Area,
-    /// The line from its point, if it does not stand beside it.
+    /// The line from its point, unless it is beside it.
     pub(super) line: Option<[Place; 2]>,
 }
 
-/// Points of a group that share a key.
+/// Points of a group with a shared key.
 struct Shared<'a> {
     group: usize,
     at: Place,
     keys: Vec<&'a str>,
 }
 
-/// The keys of these points, inside `room` and off all `marks`. Where there is no room at all, the
-/// last one of a group stands where it hides least.
+/// Places the keys of these points inside `room` and outside all `marks`. Without any space, the
+/// last one of a group is placed where it hides least.
 pub(super) fn labels(points: &[Keyed<'_>], room: Area, marks: &[Area]) -> Vec<Label> {
     let mut shared: Vec<Shared<'_>> = Vec::new();
     for point in points.iter().filter(|point| !point.key.is_empty()) {
@@ -83,7 +81,7 @@ pub(super) fn labels(points: &[Keyed<'_>], room: Area, marks: &[Area]) -> Vec<La
     }
 }
 
-/// Finds a place for each, one after the other; gives also who found none.
+/// Places the labels one after another. Returns those without space, too.
 fn lay(shared: &[Shared<'_>], room: Area, marks: &[Area]) -> (Vec<Label>, Vec<usize>) {
     let mut labels: Vec<Label> = Vec::new();
     let mut lines: Vec<Area> = Vec::new();
@@ -113,8 +111,8 @@ fn lay(shared: &[Shared<'_>], room: Area, marks: &[Area]) -> (Vec<Label>, Vec<us
     (labels, homeless)
 }
 
-/// Lets those without a place share the key of the nearest point of their group; `false` if nobody
-/// has one to share.
+/// Merges labels without space into that of the nearest point of their group; `false` if there is
+/// none.
 fn give_away(shared: &mut Vec<Shared<'_>>, homeless: &[usize]) -> bool {
     let before = shared.len();
     for &from in homeless {
@@ -131,7 +129,7 @@ fn give_away(shared: &mut Vec<Shared<'_>>, homeless: &[usize]) -> bool {
     shared.len() < before
 }
 
-/// Keys as one text: numbers in a row by the first and the last.
+/// Keys as one text, with ranges of numbers.
 fn together(keys: &[&str]) -> String {
     let mut keys = keys.to_vec();
     keys.sort_by_key(|key| (key.len(), *key));
@@ -143,7 +141,7 @@ fn together(keys: &[&str]) -> String {
     runs.collect::<Vec<_>>().join(", ")
 }
 
-/// The six places beside a point.
+/// The six positions beside a point.
 fn beside((x, y): Place, (width, height): (i32, i32)) -> [Area; 6] {
     let mark = super::POINT;
     let (right, left, middle) = (x + mark + 2, x - mark - 2 - width, x - width / 2);
@@ -153,7 +151,7 @@ fn beside((x, y): Place, (width, height): (i32, i32)) -> [Area; 6] {
     corners.map(|(left, top)| Area { left, top, right: left + width, bottom: top + height })
 }
 
-/// Places around a point, each with a line to it, from near to far.
+/// Positions around a point with a connecting line, from near to far.
 fn away((x, y): Place, (width, height): (i32, i32)) -> impl Iterator<Item = (Area, Option<[Place; 2]>)> {
     let turns = (0..DIRECTIONS).map(|direction| f64::from(direction) * TAU / f64::from(DIRECTIONS));
     let ways: Vec<(f64, f64)> = turns.map(|angle| (angle.cos(), angle.sin())).collect();
@@ -169,7 +167,7 @@ fn away((x, y): Place, (width, height): (i32, i32)) -> impl Iterator<Item = (Are
     })
 }
 
-/// Small areas along a line, so close together that no key slips through.
+/// Small areas along a line that cover it for overlap tests.
 pub(super) fn along(from: Place, to: Place) -> impl Iterator<Item = Area> {
     let (x, y) = (to.0 - from.0, to.1 - from.1);
     let steps = x.abs().max(y.abs()) / 6 + 1;
@@ -177,19 +175,19 @@ pub(super) fn along(from: Place, to: Place) -> impl Iterator<Item = Area> {
 }
 
 impl Area {
-    /// All that is no farther from a place than `by`, on either axis.
+    /// The square within `by` of a position.
     pub(super) fn around(x: i32, y: i32, by: i32) -> Self {
         Self { left: x - by, top: y - by, right: x + by, bottom: y + by }
     }
 
-    /// Size of what it shares with another.
+    /// Area of the intersection.
     fn common(&self, other: &Self) -> i32 {
         let width = self.right.min(other.right) - self.left.max(other.left);
         let height = self.bottom.min(other.bottom) - self.top.max(other.top);
         width.max(0) * height.max(0)
     }
 
-    /// Whether another lies in it.
+    /// Whether `other` is inside.
     fn holds(&self, other: &Self) -> bool {
         self.left <= other.left && other.right <= self.right && self.top <= other.top && other.bottom <= self.bottom
     }
@@ -201,7 +199,7 @@ mod tests {
 
     const ROOM: Area = Area { left: 148, top: 68, right: 836, bottom: 483 };
 
-    /// Lays the keys 1, 2, 3, ... of these points; proves that they touch nothing.
+    /// Places the keys 1, 2, 3, ... of these points and asserts that nothing overlaps.
     fn laid(places: &[Place]) -> Vec<Label> {
         let keys: Vec<String> = (1..=places.len()).map(|number| number.to_string()).collect();
         let points: Vec<Keyed<'_>> =
@@ -238,7 +236,7 @@ mod tests {
         let row: Vec<Place> = (0..12).map(|i| (330 + 6 * i, 200 + 15 * (i % 3))).collect();
         let labels = laid(&row);
         assert!(labels.len() > 8 && labels.iter().any(|label| label.line.is_some()), "{labels:?}");
-        // At the edges of the room, too.
+        // Also at the edges of the room.
         laid(&[(150, 70), (151, 80), (800, 70), (150, 480), (800, 480), (795, 475)]);
     }
 

@@ -1,4 +1,4 @@
-//! The axes of a plot: where a value stands, and which places are named.
+//! Axes of a plot: positions of values and ticks.
 
 use std::ops::Range;
 
@@ -6,26 +6,25 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 
 use crate::compare::table::short;
 
-/// Places of a logarithmic axis that are named: their names (100 M) must not touch.
+/// Maximum ticks of a logarithmic axis, so that their labels (100 M) do not touch.
 const MOST_NAMES: usize = 6;
 
-/// What an axis does with its values.
+/// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AxisKind {
-    /// From 0 to what is needed.
+    /// Linear from 0.
     Linear,
-    /// Powers of ten are equally far apart; values must be positive.
+    /// Logarithmic; values must be positive.
     Log,
-    /// From 0, and as far as it takes: powers of ten are almost equally far apart. For counts,
-    /// which may be 0.
+    /// Logarithm of the value plus one, from 0: for counts, which may be 0.
     Count,
     /// 0 to 100.
     Percent,
-    /// Whole numbers from 0, as layers have.
+    /// Whole numbers from 0, such as layers.
     Index,
 }
 
-/// An axis with the places that are named.
+/// An axis with its ticks.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Scale {
     low: f64,
@@ -34,12 +33,12 @@ pub(super) struct Scale {
     ticks: Vec<(f64, String)>,
 }
 
-/// What is evenly spread along an axis.
+/// The function that is linear along an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     Values,
     Logarithms,
-    /// Logarithms of the next number.
+    /// Logarithm of the value plus one.
     Successors,
 }
 
@@ -62,7 +61,7 @@ impl Shape {
 }
 
 impl Scale {
-    /// One that holds all values, which are finite and, on a logarithmic axis, positive.
+    /// An axis for all values, which must be finite and, for a logarithmic axis, positive.
     pub(super) fn of(kind: AxisKind, values: impl Iterator<Item = f64>) -> Self {
         let (least, most) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         match kind {
@@ -77,7 +76,7 @@ impl Scale {
         }
     }
 
-    /// Every `step` from `low` to `high`, with some space beside them.
+    /// Ticks at every `step` from `low` to `high`, with a margin.
     fn even(low: f64, high: f64, step: f64, space: f64) -> Self {
         let count = ((high - low) / step).floor() as usize;
         let ticks = (0..=count.min(1000)).map(|i| low + i as f64 * step).map(|at| (at, short(at))).collect();
@@ -85,11 +84,11 @@ impl Scale {
     }
 
     fn log(least: f64, most: f64) -> Self {
-        // A tenth of the way on either side, and never less than a factor of two in all.
+        // A margin of a tenth on both sides, and at least a factor of two in total.
         let space = ((most / least).log10() * 0.1).max(0.17);
         let (low, high) = (least.log10() - space, most.log10() + space);
         let decades = (low.floor() as i32)..=(high.ceil() as i32);
-        // No more than find room for their names (100 M, 200 M).
+        // Limited by the width of the labels (100 M, 200 M).
         let steps: &[f64] = if high - low < 0.71 {
             &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0]
         } else if high - low < 2.05 {
@@ -112,14 +111,14 @@ impl Scale {
         Self { low: -0.1, high: shape.of(most) + 0.15, shape, ticks }
     }
 
-    /// One place per label, from 0.
+    /// One position per label, from 0.
     pub(super) fn labels(labels: &[&str]) -> Self {
         let ticks = labels.iter().enumerate().map(|(i, label)| (i as f64, (*label).to_owned())).collect();
         Self { low: -0.5, high: labels.len() as f64 - 0.5, shape: Shape::Values, ticks }
     }
 }
 
-/// The next of 1, 2, 5, 10, 20, ... and their parts.
+/// The next of 1, 2, 5, 10, 20, ... and their fractions.
 fn nice(step: f64) -> f64 {
     if step <= 0.0 {
         return 1.0;

@@ -1,5 +1,4 @@
-//! What rounding to few bits costs, plain and rotated: of one model by format, of all models in
-//! MXFP4.
+//! Quantisation errors, plain and rotated: of one model by format, of all models in MXFP4.
 
 use outliers_protocol::{NumberFormat, QuantizationErrors, Results};
 
@@ -10,10 +9,10 @@ use crate::compare::plot::{Colour, Plot, Row, bars};
 
 const INTERVALS: &str = "Lines: 95 % intervals over sequences.";
 
-/// Of as many rotations there are bars.
+/// One colour per rotation.
 const COLOURS: [Colour; 4] = [Colour::First, Colour::Second, Colour::Third, Colour::Fourth];
 
-/// Four formats with every rotation. `None` unless it was measured.
+/// Four formats with every rotation. `None` without the measurement.
 pub(super) fn of_model(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let errors = results.quantization_error.as_ref()?;
     let rotations = rotations([errors]);
@@ -24,7 +23,7 @@ pub(super) fn of_model(name: &str, title: &str, results: &Results) -> Option<Plo
     bars(name, title, &description, ["error, % of x^2", "format"], &series(&rotations), &rows)
 }
 
-/// MXFP4 with every rotation, a row per model. `None` if no model measured it.
+/// MXFP4 with every rotation, a row per model. `None` without the measurement.
 pub(super) fn across(comparison: &Comparison) -> Option<Plot> {
     let models: Vec<(&Compared, &QuantizationErrors)> = comparison.models.iter().filter_map(measured).collect();
     let rotations = rotations(models.iter().map(|(_, errors)| *errors));
@@ -49,7 +48,7 @@ fn measured(model: &Compared) -> Option<(&Compared, &QuantizationErrors)> {
     Some((model, model.results()?.quantization_error.as_ref()?))
 }
 
-/// Dimensions that are rotated together, those that the errors have.
+/// The rotated block sizes in the errors.
 fn rotations<'a>(errors: impl IntoIterator<Item = &'a QuantizationErrors>) -> Vec<usize> {
     let all = errors.into_iter().flat_map(|errors| &errors.norm_outputs);
     let mut rotations: Vec<usize> = all.map(|pooled| pooled.all.rotation).collect();
@@ -73,7 +72,7 @@ fn row(label: String, format: NumberFormat, rotations: &[usize], errors: &Quanti
     Row { label, bars: rotations.iter().map(bar).collect() }
 }
 
-/// What fits beside an axis.
+/// Short name for an axis.
 fn short(format: NumberFormat) -> &'static str {
     match format {
         NumberFormat::Int8PerToken => "INT8",
@@ -110,7 +109,7 @@ mod tests {
         change(&folders[0], files::RESULTS, |results| results["quantization_error"] = errors());
         let compared = compared();
         let count = |plot: &Plot, colour: &str| plot.svg.matches(&format!("fill=\"{colour}\"")).count();
-        // One in the legend each.
+        // One is in the legend.
         let all = across(&compared).unwrap();
         assert_eq!([count(&all, "#0B5CAD"), count(&all, "#B04A00")], [1 + 1, 1 + 1], "{}", all.svg);
         let one = compared.models.iter().find_map(|model| of_model("n", "t", model.results()?)).unwrap();

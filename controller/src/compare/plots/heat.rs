@@ -1,10 +1,10 @@
-//! The steps of a heat map.
+//! Steps of a heat map.
 
 use crate::compare::plot::Colour;
 use crate::compare::table::short;
 
-/// Steps from the threshold to the largest magnitude, each the same factor; below the threshold:
-/// step 0.
+/// Steps from the threshold to the largest magnitude by a constant factor; step 0 is below the
+/// threshold.
 pub(super) struct Heat {
     pub(super) threshold: f64,
     pub(super) largest: f64,

@@ -13,7 +13,7 @@ use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, hea
 use crate::compare::statistics::Statistics;
 use crate::compare::threshold_sweep::{self, SweepPoint};
 
-/// Features in a heat map.
+/// Maximum features in a heat map.
 const FEATURES: usize = 24;
 
 const LAYER: Axis = Axis { label: "layer", kind: AxisKind::Index };
@@ -69,7 +69,7 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
     points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
 }
 
-/// Features in the order of tables and heat maps: systematic ones first, by magnitude.
+/// Features in the order of tables and heat maps: systematic ones first, then by magnitude.
 pub fn strongest(results: &Results) -> Vec<&Feature> {
     let mut features: Vec<&Feature> = results.features.iter().collect();
     features.sort_by(|a, b| {
@@ -187,20 +187,20 @@ fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
     points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: AxisKind::Linear }], &groups)
 }
 
-/// Quartiles, over the norm outputs where a feature has outliers, of its value of largest
-/// magnitude at each; signed. `None` if it has none.
+/// Quartiles of a feature's signed peaks over the norm outputs with outliers. `None` if it has
+/// none.
 pub fn peak_quartiles(statistics: &Statistics, feature: usize) -> Option<[f64; 3]> {
     quartiles(peaks(statistics, feature))
 }
 
-/// A feature's value of largest magnitude at each norm output where it has outliers.
+/// A feature's peak at each norm output with outliers.
 pub(super) fn peaks(statistics: &Statistics, feature: usize) -> Vec<f64> {
     let sites = 0..statistics.count.rows().len();
     let with_outliers = sites.filter(|site| statistics.count.at(*site, feature) > 0);
     with_outliers.map(|site| f64::from(statistics.peak(site, feature))).collect()
 }
 
-/// Each one of the values: between two of opposite sign there may be none.
+/// Each quartile is one of the values: a mean of values of opposite sign may be misleading.
 pub fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;

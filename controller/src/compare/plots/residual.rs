@@ -1,12 +1,12 @@
-//! The residual stream of one sequence: its largest dimensions and some others, token by token.
+//! Heat map of the residual stream of one sequence: its largest dimensions and some others, by
+//! token.
 
 use outliers_protocol::{MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, Results};
 
 use super::heat::Heat;
 use crate::compare::plot::{Plot, heat};
 
-/// Dimension x token after the layer with the largest sinks. `None` unless residual sinks were
-/// measured.
+/// Dimension x token after the layer with the largest sinks. `None` without the measurement.
 pub(super) fn map(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let map = results.residual_sinks.as_ref()?.map.as_ref()?;
     let shown = || map.dims.iter().take(2 * MAPPED_DIMS);
@@ -49,7 +49,7 @@ mod tests {
         let plot = map("n", "t", &results).unwrap();
         assert!(plot.description.contains("after layer 3"), "{}", plot.description);
         assert!(plot.svg.contains(">\n17\n<") && plot.svg.contains(">\n4*\n<"), "{}", plot.svg);
-        // One in the legend each.
+        // One is in the legend.
         let cells = |colour: &str| plot.svg.matches(&format!("fill=\"{colour}\"")).count();
         assert_eq!((cells("#450D54"), cells("#EFF2F5")), (40 + 1, 40 + 1), "{}", plot.svg);
     }

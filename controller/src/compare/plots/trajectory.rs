@@ -1,4 +1,4 @@
-//! The same model at several points of its training: features over the tokens it had seen.
+//! Features of a model over its training, by the tokens seen.
 
 use std::collections::BTreeMap;
 
@@ -21,8 +21,7 @@ const MARKS: [Mark; 8] = [
     mark(Colour::Fourth, true, false),
 ];
 
-/// One curve per model that is there at two numbers of tokens seen, or more. `None` if there is no
-/// such model.
+/// One curve per model with results at two or more numbers of tokens. `None` without such a model.
 pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
     let mut curves: BTreeMap<String, Vec<Point>> = BTreeMap::new();
     for model in &comparison.models {
@@ -59,7 +58,7 @@ pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
     Some(plot.keyed(&names))
 }
 
-/// Of which model it is a checkpoint, and after how many tokens.
+/// The model of a checkpoint, and its number of training tokens.
 fn seen(model: &Compared) -> Option<(String, f64)> {
     let last = |id: &str| id.rsplit('/').next().unwrap_or_default().to_owned();
     if let Some(ModelSource::Hub { id, revision }) = model.provenance.as_ref().map(|metadata| &metadata.job.model)
@@ -74,7 +73,7 @@ fn seen(model: &Compared) -> Option<(String, f64)> {
     Some((stem.to_owned(), amount(tokens)?))
 }
 
-/// `5033B` or `10T`.
+/// Parses `5033B` or `10T`.
 fn amount(text: &str) -> Option<f64> {
     let (number, unit) = match (text.strip_suffix('B'), text.strip_suffix('T')) {
         (Some(number), _) => (number, 1e9),

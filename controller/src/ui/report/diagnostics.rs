@@ -1,5 +1,4 @@
-//! What a run measured beside the outlier features, in a few lines: only what is there, never a
-//! wall.
+//! A short summary of a run's optional measurements.
 
 use outliers_protocol::{
     AblationArm, AttentionSinks, MassiveActivations, NumberFormat, OtherSite, Point, QuantizationErrors, ResidualSinks,
@@ -10,11 +9,11 @@ use super::table::{number, table, text};
 use crate::text::{clean, counted};
 use crate::units::figure;
 
-/// Dimensions, experts and layers shown; the file has them all.
+/// Maximum dimensions, experts and layers shown; the file contains all.
 const SHOWN: usize = 5;
 
-/// The model without some features, what outliers cost, massive activations, the sites asked for,
-/// super experts, sinks, spikes and routers. Empty if nothing of it was measured.
+/// Ablation, quantisation errors, massive activations, other sites, super experts, sinks, spikes
+/// and routers. Empty if none was measured.
 pub(super) fn diagnostics(results: &Results) -> String {
     let mut out = ablation(&results.ablation);
     out += &results.quantization_error.as_ref().map(quantization).unwrap_or_default();
@@ -33,10 +32,10 @@ pub(super) fn diagnostics(results: &Results) -> String {
     out + &routers(&results.routers)
 }
 
-/// Columns of what is measured without some features.
+/// Columns of an ablation.
 pub const WITHOUT: [&str; 4] = ["perplexity", "of the whole", "largest probability", "largest attention share"];
 
-/// Their cells.
+/// Cells of an ablation.
 pub fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
     [
         figure(arm.perplexity.perplexity, 4),
@@ -46,7 +45,7 @@ pub fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
     ]
 }
 
-/// The model without some features, beside the whole one.
+/// The ablated model beside the whole one.
 fn ablation(arms: &[AblationArm]) -> String {
     let Some(whole) = arms.first() else { return String::new() };
     let mut rows = table(&[&["without", "features"], &WITHOUT[..]].concat());
@@ -57,7 +56,7 @@ fn ablation(arms: &[AblationArm]) -> String {
     format!("\n{rows}\n")
 }
 
-/// A kind of site in words.
+/// Name of a kind of site.
 pub fn name(point: Point) -> &'static str {
     match point {
         Point::BeforeAttention => "norm before attention",
@@ -71,8 +70,7 @@ pub fn name(point: Point) -> &'static str {
     }
 }
 
-/// One line per kind of site: the largest value and where, and how far single dimensions stand out
-/// of a token's vector.
+/// One line per kind of site: the largest value with its location, and kurtosis.
 fn sites(results: &Results) -> String {
     let mut rows = table(&[
         "values at",
@@ -112,7 +110,7 @@ fn sites(results: &Results) -> String {
     )
 }
 
-/// A line per format, rotated and not.
+/// A line per format, plain and rotated.
 fn quantization(errors: &QuantizationErrors) -> String {
     let mut rotations: Vec<usize> = errors.norm_outputs.iter().map(|pooled| pooled.all.rotation).collect();
     rotations.sort_unstable();

@@ -1,6 +1,5 @@
-//! One table as text. On a terminal it is as wide as that at most: long names lose their middle,
-//! sentences take several lines, and a word is broken last. Whatever comes from elsewhere is
-//! cleaned on its way in.
+//! Tables as text. On a terminal a table has at most its width: long names lose their middle,
+//! sentences are wrapped, and words are broken last. Untrusted text is sanitised.
 
 use std::fmt;
 
@@ -8,37 +7,37 @@ use comfy_table::{CellAlignment, ColumnConstraint, ContentLineStyle, LineStyle, 
 
 use crate::text::{clean, columns, shorten, shorten_facts};
 
-/// Terminals that are narrower, or say so, are not followed.
+/// Minimum supported terminal width.
 const NARROWEST: u16 = 20;
-/// Widest column where the terminal's width is not known: longer cells take several lines.
+/// Maximum column width if the terminal's width is unknown. Longer cells are wrapped.
 const WIDEST: u16 = 200;
-/// Columns that a shortened name keeps: usually, and without room.
+/// Minimum columns of a shortened name: usually, and without space.
 const LEAST_NAME: u16 = 16;
 const SHORTEST_NAME: u16 = 10;
-/// Before a name is shortened, sentences are broken into lines of this width.
+/// Width to which sentences are wrapped before names are shortened.
 const SENTENCE: u16 = 28;
-/// Longer words, such as paths, are broken before a number takes several lines.
+/// Longer words, such as paths, are broken before numbers are wrapped.
 const LONGEST_WORD: u16 = 28;
-/// Where words have to be broken, the last columns that all but ids keep.
+/// Minimum width of columns other than ids if words must be broken.
 const LEAST: u16 = 6;
-/// Spaces on both sides of a column, and where room is scarce.
+/// Padding on both sides of a column, and without space.
 const PADDING: (u16, u16) = (1, 1);
 const SCARCE_PADDING: (u16, u16) = (0, 1);
 
-/// One line below the header, nothing else: what remains reads well in a log, too.
+/// Only a line below the header, which is readable in a log, too.
 const STYLE: TableStyle = TableStyle::new()
     .header_lines(ContentLineStyle::none())
     .header_separator(LineStyle::none().fill('─'))
     .content_lines(ContentLineStyle::none());
 
-/// Rows below a header.
+/// Rows with a header.
 #[derive(Clone, Debug)]
 pub struct Table {
     header: Vec<String>,
     rows: Vec<Vec<Cell>>,
 }
 
-/// What stands in a column of a row.
+/// A cell.
 #[derive(Clone, Debug)]
 pub struct Cell {
     text: String,
@@ -47,15 +46,15 @@ pub struct Cell {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Takes several lines where there is no room.
+    /// Wrapped if space is short.
     Sentence,
-    /// Loses its middle there.
+    /// Loses its middle if space is short.
     Name,
-    /// Loses some of its parts there.
+    /// Loses some of its items if space is short.
     Facts,
-    /// Is typed again, so it stays whole.
+    /// Kept whole, since users copy it.
     Id,
-    /// Read from its right end.
+    /// Right-aligned.
     Number,
 }
 
@@ -64,34 +63,32 @@ pub fn table(header: &[&str]) -> Table {
     Table { header: header.iter().map(|&name| name.to_owned()).collect(), rows: Vec::new() }
 }
 
-/// Text from elsewhere, made fit for a terminal.
+/// A cell of untrusted text.
 pub fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
 }
 
-/// A name from elsewhere, which is no sentence: one that is long would pad the lines of all
-/// others.
+/// A cell with an untrusted name, which is shortened instead of wrapped.
 pub fn name(name: &str) -> Cell {
     Cell { kind: Kind::Name, ..Cell::new(clean(name.as_bytes(), 100)) }
 }
 
-/// Facts in one line, parted by commas, the most telling ones first and last.
+/// A cell of comma-separated items, the most important first and last.
 pub fn facts(facts: &str) -> Cell {
     Cell { kind: Kind::Facts, ..text(facts) }
 }
 
-/// What is copied into the next command.
+/// A cell with an id for the next command.
 pub fn id(id: &str) -> Cell {
     Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 200)) }
 }
 
-/// A figure, or anything that is read from its right end.
+/// A right-aligned cell.
 pub fn number(text: impl fmt::Display) -> Cell {
     Cell { kind: Kind::Number, ..Cell::new(text) }
 }
 
-/// The lines of a text, each broken between words where it is wider than the terminal that is
-/// standard output.
+/// Wraps the lines of a text between words to the width of the terminal on standard output.
 pub fn paragraphs(text: &str) -> String {
     folded(text, comfy_table::Table::new().width())
 }
@@ -120,19 +117,19 @@ fn folded(text: &str, width: Option<u16>) -> String {
 }
 
 impl Cell {
-    /// Words of ours, in one line or several.
+    /// A cell of trusted text.
     pub fn new(text: impl fmt::Display) -> Self {
         Self { text: text.to_string(), kind: Kind::Sentence }
     }
 }
 
 impl Table {
-    /// Adds a row, with a cell per column.
+    /// Adds a row with a cell per column.
     pub fn add_row(&mut self, cells: impl IntoIterator<Item = Cell>) {
         self.rows.push(cells.into_iter().collect());
     }
 
-    /// Leaves out the columns in which no row has anything.
+    /// Removes empty columns.
     #[must_use]
     pub fn without_empty_columns(mut self) -> Self {
         let says_something = |cell: &Cell| !matches!(cell.text.as_str(), "" | "-");
@@ -145,7 +142,7 @@ impl Table {
         self
     }
 
-    /// The table as text of at most this width, if all columns fit at all.
+    /// The table as text of at most this width, if possible.
     pub fn within(&self, width: Option<u16>) -> String {
         let whole = self.laid_out(&self.rows, None, PADDING);
         let Some(width) = width.filter(|width| *width >= NARROWEST) else { return whole.trim_fmt() };
@@ -155,7 +152,7 @@ impl Table {
         self.laid_out(&rows, Some(&widths), padding).trim_fmt()
     }
 
-    /// Widths of the columns that fit `room` together with the padding beside them.
+    /// Widths of the columns that fit `room` with their padding.
     fn widths(&self, natural: &[u16], room: usize) -> (Vec<u16>, (u16, u16)) {
         let columns: Vec<(Kind, u16)> =
             (0..natural.len()).map(|column| (self.kind(column), self.longest_word(column))).collect();
@@ -173,13 +170,13 @@ impl Table {
         (widths, SCARCE_PADDING)
     }
 
-    /// What a column holds: the kind of its cells that gives way first.
+    /// The kind of a column: of its cells the one that is narrowed first.
     fn kind(&self, column: usize) -> Kind {
         let holds = |kind: &Kind| self.rows.iter().any(|row| row.get(column).is_some_and(|cell| cell.kind == *kind));
         [Kind::Sentence, Kind::Name, Kind::Facts, Kind::Id].into_iter().find(holds).unwrap_or(Kind::Number)
     }
 
-    /// How wide the longest word of a column is; of names, the one of their header.
+    /// Width of the longest word of a column; for names, of their header.
     fn longest_word(&self, column: usize) -> u16 {
         let cells = self.rows.iter().filter_map(|row| row.get(column));
         let cells = cells.filter(|cell| !matches!(cell.kind, Kind::Name | Kind::Facts)).map(|cell| &cell.text);
@@ -208,8 +205,8 @@ impl Table {
     }
 }
 
-/// Makes columns narrower until they fit `room`, in each step the widest first. Each has its kind
-/// and its longest word. Tells whether they fit.
+/// Narrows columns until they fit `room`, in each step the widest first. Each column has its kind
+/// and its longest word. Returns whether they fit.
 fn give_way(widths: &mut [u16], columns: &[(Kind, u16)], steps: &[Step], room: usize) -> bool {
     for step in steps {
         while together(widths) > room {
@@ -226,25 +223,25 @@ fn together(widths: &[u16]) -> usize {
     widths.iter().copied().map(usize::from).sum()
 }
 
-/// What gives way where there is no room for all, from what loses least by it to what loses most.
+/// Steps of narrowing, from the least harmful on.
 #[derive(Clone, Copy)]
 enum Step {
-    /// Sentences take a few lines.
+    /// Wrap sentences.
     Sentences,
-    /// Names are shortened.
+    /// Shorten names.
     Names,
-    /// Sentences and numbers take a line per word.
+    /// Wrap sentences and numbers to a line per word.
     Words,
-    /// Names are shortened to what is hardly one.
+    /// Shorten names to the minimum.
     ShortNames,
-    /// Words are broken.
+    /// Break words.
     AllButIds,
-    /// Ids, too.
+    /// Break ids as well.
     All,
 }
 
 impl Step {
-    /// To what width a column with such a longest word gives way in this step, if it does.
+    /// Width of a column after this step, if the step applies to it.
     fn least(self, (kind, word): (Kind, u16)) -> Option<u16> {
         match (self, kind) {
             (Self::Sentences, Kind::Sentence) => Some(SENTENCE.max(word.min(LONGEST_WORD))),
@@ -259,7 +256,7 @@ impl Step {
     }
 }
 
-/// Names as they fit columns that are narrower than all that stands in them.
+/// Shortens names to columns narrower than their content.
 fn shortened(row: &[Cell], widths: &[u16], natural: &[u16]) -> Vec<Cell> {
     let cells = row.iter().zip(widths.iter().zip(natural)).map(|(cell, (width, natural))| {
         let text = match cell.kind {
@@ -272,7 +269,7 @@ fn shortened(row: &[Cell], widths: &[u16], natural: &[u16]) -> Vec<Cell> {
     cells.collect()
 }
 
-/// As wide as the terminal that is standard output; as wide as it has to be in a file or a pipe.
+/// Limited to the terminal's width on standard output; unlimited in a file or pipe.
 impl fmt::Display for Table {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.within(comfy_table::Table::new().width()))

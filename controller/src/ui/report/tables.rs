@@ -1,4 +1,4 @@
-//! What commands print for people.
+//! Output of commands for people.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -23,17 +23,17 @@ use crate::text::{clean, counted};
 use crate::ui::status::Status;
 use crate::units::{Bytes, Usd, figure, grouped, operations};
 
-/// Lines shown of what may be long; the file, or `--json`, has them all.
+/// Maximum lines of long lists; the file, or `--json`, contains all.
 pub const TOP: usize = 10;
 
 fn percent(share: Option<f64>) -> Cell {
     number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
 }
 
-/// The verdicts side by side, perplexity, the strongest features and what else was measured.
+/// Verdicts, perplexity, the strongest features and optional measurements.
 ///
-/// `model` is its name here; the results have the one on the instance. What was not verified of
-/// the weights is said below the verdicts.
+/// `model` is its local name; results contain the one on the instance. Unverified weights are
+/// reported below the verdicts.
 pub fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
     let thresholds = results.thresholds;
     let mut out = format!(
@@ -95,7 +95,7 @@ fn features(results: &Results) -> String {
             (false, true) => "norm outputs",
             (false, false) => "-",
         };
-        // At the site of the largest magnitude: a large gain makes large values of small ones.
+        // From the site of the largest magnitude, since a large gain enlarges small values.
         let peak = |of: fn(&FeaturePeak) -> Option<f32>| {
             number(feature.peak.as_ref().and_then(of).map_or_else(|| "-".to_owned(), |value| figure(value.into(), 2)))
         };
@@ -120,8 +120,8 @@ fn features(results: &Results) -> String {
     format!("\n{table}\n{rest}")
 }
 
-/// What can be rented: what a run is estimated to take and cost, and what it costs at most until
-/// the time limit, or by what is agreed to if that is less.
+/// Offers with the estimated time and cost of a run, and the maximum cost until the time limit, or
+/// the agreed amount if it is less.
 pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
     let mut table = table(&["#", "broker", "what", "price", "takes", "costs", "at most"]);
     for (i, offer) in offers.iter().take(most).enumerate() {
@@ -144,14 +144,14 @@ pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd
     format!("{table}\n{rest}")
 }
 
-/// Marks a run that does not end in time.
+/// Marks a run that exceeds its time limit.
 const OVER: &str = "(!)";
 
 fn mark(is_over: bool) -> String {
     if is_over { format!(" {OVER}") } else { String::new() }
 }
 
-/// What the filters removed.
+/// Results of the filters.
 pub fn steps(considered: usize, steps: &[Step]) -> String {
     let removed = steps.iter().filter(|step| step.removed > 0);
     let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
@@ -161,7 +161,7 @@ pub fn steps(considered: usize, steps: &[Step]) -> String {
     }
 }
 
-/// What a run would need, after what is to be known of the choice of its weights.
+/// The needs of a run, after notes on its weights.
 pub fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
     let together = plan.micro_batch_tokens.map(|tokens| grouped(tokens as u64));
@@ -203,7 +203,7 @@ pub fn needs(inspection: &Inspection) -> String {
     format!("{notes}{table}\n")
 }
 
-/// How long a run takes and what it costs: a line for each part, with what was assumed.
+/// Time and cost of a run, with a line for each part and its assumptions.
 pub fn estimate(estimate: &Estimate) -> String {
     let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
     let mut out = String::new();
@@ -229,7 +229,7 @@ pub fn estimate(estimate: &Estimate) -> String {
     out
 }
 
-/// A checkpoint.
+/// Description of a checkpoint.
 pub fn inspection(inspection: &Inspection) -> String {
     let mut out = format!(
         "{} ({}), revision {}\nwidth {}, vocabulary {}, {}, {}, head {}, tokenizer {}\n",
@@ -255,7 +255,7 @@ pub fn inspection(inspection: &Inspection) -> String {
     }
     let mut table =
         table(&["layers", "kind", "experts", "tensors", "parameters", "bytes", "norms before attention, before MLP"]);
-    // Layers in a row that are alike but for their number share a line.
+    // Consecutive layers that differ only in their index share a line.
     let norms = |layer: &LayerInspection| {
         let of_layer = inspection.sites.iter().filter(|site| site.layer == layer.layer);
         let number = format!(".{}.", layer.layer);
@@ -301,7 +301,7 @@ pub fn inspection(inspection: &Inspection) -> String {
     paragraphs(&(out + &needs(inspection)))
 }
 
-/// All runs.
+/// Table of all runs.
 pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
     for (run, driven) in runs.iter().zip(driven) {
@@ -323,12 +323,12 @@ pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     if runs.is_empty() { "no runs yet\n".to_owned() } else { format!("{table}\n") }
 }
 
-/// What a run is that no process drives.
+/// State of a run without a driver.
 fn alone(detached: bool) -> &'static str {
     if detached { "detached" } else { "abandoned" }
 }
 
-/// One run with all that happened.
+/// One run with its events.
 pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
     let state = match driven || run.state.is_at_rest() {
@@ -455,7 +455,7 @@ pub fn status(status: &Status) -> String {
     }
 }
 
-/// What a worker does, after the state of its run.
+/// Progress of a worker, after the state of its run.
 fn how_far(progress: &Progress) -> String {
     let Progress { phase, layer, layers, tokens_per_second, .. } = progress;
     match phase {
@@ -467,7 +467,7 @@ fn how_far(progress: &Progress) -> String {
     }
 }
 
-/// Where a run is, else where it may be.
+/// The broker of a run, or its possible brokers.
 fn broker(run: &RunRecord) -> &str {
     run.state.offer().map_or(&run.spec.brokers, |offer| &offer.broker)
 }
@@ -543,7 +543,7 @@ pub fn instance(
     format!("{table}\n")
 }
 
-/// What this program makes of instances, in words.
+/// Descriptions of instances by their actions.
 pub fn what_they_are<'a>(listed: &[Instance], actions: impl IntoIterator<Item = &'a Action>) -> Vec<String> {
     let (mut of_instances, mut of_runs) = (HashMap::<&InstanceId, String>::new(), HashMap::<&str, String>::new());
     for action in actions {
@@ -583,7 +583,7 @@ fn left_alone(why: Leave) -> &'static str {
     }
 }
 
-/// Where a finished run's files are and what it cost.
+/// Results' folder and cost of a finished run.
 pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
     let mut out = String::new();
     if let Some(results) = run.state.results() {
