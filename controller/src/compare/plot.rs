@@ -194,8 +194,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
     Some(Plot::new(name, title, description, &drawing))
 }
 
-/// A table of steps as coloured cells: `rows` from top to bottom, each with its label and its
-/// cells. `None` if there is none.
+/// A heat map: `rows` from top to bottom, each with its label and its cells. `None` without rows.
 pub fn heat(
     name: &str,
     title: &str,

@@ -1,4 +1,4 @@
-//! What becomes of a model without some of its features: the paper's evidence that outlier features matter (LLM.int8(), section 4.2).
+//! Ablation: the model with some features set to 0 (LLM.int8(), section 4.2).
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -8,54 +8,55 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Perplexity, Results, files};
 
-/// Features to take away: beside the whole tokens, a copy of them passes in which every norm's output has 0 there, and one in
-/// which as many others, drawn at random, are 0.
+/// Features to ablate. In one copy of the tokens, these features are 0 in every norm's output; in
+/// another copy, equally many random features are 0.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ablation {
     /// Hidden dimensions, ascending, each once.
     pub features: Vec<usize>,
-    /// What the others are drawn by.
+    /// Seed of the random features.
     #[serde(default)]
     pub seed: u64,
 }
 
 impl Ablation {
-    /// The features themselves.
+    /// An ablation of `features`, in any order.
     ///
     /// # Errors
-    /// There are none.
+    /// `features` is empty.
     pub fn of(mut features: Vec<usize>) -> Result<Self, String> {
         features.sort_unstable();
         features.dedup();
         if features.is_empty() {
-            return Err("there is no feature to take away".to_owned());
+            return Err("there is no feature to ablate".to_owned());
         }
         Ok(Self { features, seed: 0 })
     }
 
-    /// What an earlier run found: the features that are systematic over its whole corpus, by layers, as the paper counts.
+    /// An ablation of the features that are systematic over the whole corpus of an earlier run, by
+    /// layers as in the paper.
     fn found(results: &Results) -> Result<Self, String> {
         let systematic = results.features.iter().filter(|feature| feature.systematic_by_layers);
         Self::of(systematic.map(|feature| feature.dim).collect())
-            .map_err(|_| format!("the results of {} have no systematic feature to take away", results.model))
+            .map_err(|_| format!("the results of {} have no systematic feature to ablate", results.model))
     }
 }
 
-/// Which copy of the tokens.
+/// Which features a copy of the tokens is without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Removed {
-    /// As the model is.
+    /// None: the whole model.
     Nothing,
-    /// The features asked for.
+    /// The features of the job.
     Named,
-    /// As many others, at random.
+    /// Equally many random features.
     Random,
 }
 
 impl Removed {
-    /// For tables.
+    /// The label in tables.
     pub fn label(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
@@ -65,31 +66,35 @@ impl Removed {
     }
 }
 
-/// What was measured with some features taken away.
+/// What was measured with some features set to 0.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AblationArm {
-    /// What was taken away.
+    /// Which features: none, those of the job, or random ones.
     pub removed: Removed,
-    /// Which features, ascending.
+    /// The features that were 0, ascending.
     pub features: Vec<usize>,
-    /// Taken away at every norm's output that feeds attention or MLP, with all that follows from it in later layers.
+    /// Perplexity with the features 0 at every norm output that feeds attention or MLP, in all
+    /// layers.
     pub perplexity: Perplexity,
-    /// Largest probability in the distribution of the next token; mean over the predicted tokens, of the same pass as the perplexity.
+    /// Largest probability in the distribution of the next token: mean over the predicted tokens
+    /// of the same pass as the perplexity.
     pub top_probability: f64,
-    /// Largest share that softmax attention gives to one key; mean over the layers that have it of [`Self::attention_by_layer`]. `None` if no layer
-    /// has.
+    /// Largest share that softmax attention gives to one key: mean of [`Self::attention_by_layer`]
+    /// over the layers with softmax attention. `None` without such a layer.
     pub attention: Option<f64>,
-    /// The same, layer by layer: mean over heads and queries. Each layer by itself: its input is that of the whole model, but for the features, so
-    /// that nothing is handed on from layer to layer (as in the paper). `None` where a layer has no softmax.
+    /// Largest share that softmax attention gives to one key, by layer: mean over heads and
+    /// queries. Each layer's input is the whole model's, with the features set to 0, so effects of
+    /// earlier layers are not included (as in the paper). `None` for a layer without softmax.
     pub attention_by_layer: Vec<Option<f64>>,
 }
 
-/// Features as people name them: dimensions separated by commas (`1512,7,2070`), or the results of an earlier run.
+/// Features from the command line: dimensions separated by commas (`1512,7,2070`), or the results
+/// of an earlier run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ablate {
     /// The features' dimensions.
     Features(Vec<usize>),
-    /// A `results.json`.
+    /// Path of a `results.json`.
     Results(PathBuf),
 }
 
@@ -111,10 +116,10 @@ impl FromStr for Ablate {
 }
 
 impl Ablate {
-    /// The features themselves; `read` reads a file of results.
+    /// The ablation of these features with `seed`; `read` reads a file of results.
     ///
     /// # Errors
-    /// What is wrong with the file, or that there is no feature.
+    /// The file of results is unusable, or there is no feature to ablate.
     pub fn ablation(&self, seed: u64, read: impl Fn(&Path) -> io::Result<String>) -> Result<Ablation, String> {
         let ablation = match self {
             Self::Features(features) => Ablation::of(features.clone())?,

@@ -1,44 +1,44 @@
 //! The format of a corpus file, from the extension of its name.
-//! This is the one place that knows the endings.
+//! No other code has a list of the extensions.
 
 use std::fmt;
 
 /// How a corpus file is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CorpusFormat {
-    /// How it holds documents, unpacked.
+    /// Format of the content after decompression.
     pub content: CorpusContent,
-    /// How it is packed, if it is.
+    /// Compression of the whole file; `None`: none.
     pub compression: Option<CorpusCompression>,
 }
 
-/// How a file holds documents.
+/// Format of a file's documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CorpusContent {
-    /// It is one.
+    /// The whole file is one document.
     Text,
     /// One JSON object per line.
     JsonLines,
     /// An array of JSON objects or strings, or JSON Lines.
     Json,
-    /// A row of columns each, under a header row; columns are separated by commas.
+    /// Comma-separated columns under a header row; each row is a document.
     Csv,
-    /// The same, separated by tabs.
+    /// Tab-separated columns under a header row; each row is a document.
     Tsv,
-    /// A row each.
+    /// Parquet; each row is a document.
     Parquet,
 }
 
-/// How a whole file is packed.
+/// Compression of a whole file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CorpusCompression {
-    /// RFC 1952.
+    /// gzip (RFC 1952).
     Gzip,
-    /// RFC 8878.
+    /// Zstandard (RFC 8878).
     Zstd,
 }
 
-/// The first ending of a content is the one it is written with.
+/// Extensions by content. A format is displayed with the first extension of its content.
 const CONTENTS: [(&str, CorpusContent); 7] = [
     ("txt", CorpusContent::Text),
     ("parquet", CorpusContent::Parquet),
@@ -52,7 +52,8 @@ const COMPRESSIONS: [(&str, CorpusCompression); 2] =
     [("gz", CorpusCompression::Gzip), ("zst", CorpusCompression::Zstd)];
 
 impl CorpusFormat {
-    /// By a file's name, in any letter case; a name without a known ending is a text's.
+    /// The format of a file by its name, in any letter case. A name without a known extension is a
+    /// text file's.
     pub fn of(name: &str) -> Self {
         let name = name.to_ascii_lowercase();
         let (name, compression) = match split(&name, &COMPRESSIONS) {
@@ -64,13 +65,13 @@ impl CorpusFormat {
     }
 }
 
-/// What comes before a known ending, and what that ending means.
+/// The part of `name` before a known extension, and the value of that extension.
 fn split<'a, T: Copy>(name: &'a str, endings: &[(&str, T)]) -> Option<(&'a str, T)> {
     let (rest, ending) = name.rsplit_once('.')?;
     endings.iter().find(|(known, _)| *known == ending).map(|(_, meaning)| (rest, *meaning))
 }
 
-/// The ending of a name that is read in this way, without the point before it.
+/// The extension of the format, without the first dot.
 impl fmt::Display for CorpusFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(ending(self.content, &CONTENTS))?;

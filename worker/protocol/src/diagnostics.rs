@@ -1,5 +1,5 @@
-//! What is measured in the same pass beside the outlier features. Bounded by layers, sites,
-//! experts and fixed list lengths; never by occurrences.
+//! Measurements of the same pass in addition to outlier features. Their size depends on layers,
+//! sites, experts and fixed list lengths, not on the number of occurrences.
 //!
 //! A *row* is the vector of one token at one site: `hidden` values `x_1 .. x_d`. At
 //! [`crate::Point::ExpertOut`] a row is one token at one of its experts, so that a token has
@@ -38,22 +38,22 @@ pub struct RowStatistics {
 pub struct MagnitudeQuantiles {
     /// Median.
     pub p50: f64,
-    /// 90 % are at most this.
+    /// 90th percentile.
     pub p90: f64,
-    /// 99 %.
+    /// 99th percentile.
     pub p99: f64,
-    /// 99.9 %.
+    /// 99.9th percentile.
     pub p99_9: f64,
 }
 
-/// How a number per row is spread over rows.
+/// Distribution of a number over rows.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RowSpread {
-    /// Rows that have such a number.
+    /// Rows that have the number.
     pub rows: u64,
-    /// Mean over them.
+    /// Mean over these rows.
     pub mean: f64,
-    /// Median over them, within 1.6 %.
+    /// Median over these rows, within 1.6 %.
     pub p50: f64,
     /// 99th percentile, within 1.6 %.
     pub p99: f64,
@@ -61,11 +61,11 @@ pub struct RowSpread {
     pub max: f64,
 }
 
-/// The gain vector of one studied norm: what multiplies the normalised values (1 + the stored
-/// weight where that is centred at zero).
+/// Gain vector of a studied norm, which multiplies the normalised values (1 + the stored weight if
+/// the weight is centred at zero).
 ///
-/// An RMSNorm's output is bounded by `|y_i| <= sqrt(hidden) * |gain_i|`, so that a threshold at
-/// norm outputs is partly one on gains.
+/// An RMSNorm's output is bounded by `|y_i| <= sqrt(hidden) * |gain_i|`, so a threshold at norm
+/// outputs is in part a threshold on gains.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GainSummary {
     /// Largest |gain|.
@@ -76,8 +76,8 @@ pub struct GainSummary {
     pub rms: f64,
 }
 
-/// The value of largest magnitude a feature has at any studied norm output (the first such site),
-/// and how much of it is the norm's gain.
+/// Value of largest magnitude of a feature over all studied norm outputs (the first such site),
+/// and the norm's gain there.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct FeaturePeak {
     /// Layer of the site.
@@ -104,11 +104,11 @@ pub struct OtherSite {
     pub max_abs: f32,
     /// Root mean square of all values.
     pub rms: f64,
-    /// Row by row.
+    /// Statistics by row.
     pub rows: RowStatistics,
 }
 
-/// The values of largest magnitude at one kind of site, all layers together.
+/// The values of largest magnitude at one kind of site, over all layers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TopRecords {
     /// Which kind.
@@ -118,7 +118,7 @@ pub struct TopRecords {
     pub records: Vec<Record>,
 }
 
-/// One value and where it stands.
+/// One value and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// Layer, from 0.
@@ -160,13 +160,13 @@ pub struct MassiveActivations {
     pub values: u64,
     /// Distinct (sequence, position) with one after any layer.
     pub tokens: u64,
-    /// Those of them at position 0.
+    /// Tokens at position 0 with one after any layer.
     pub tokens_at_position_0: u64,
     /// Sequences with one.
     pub sequences: u64,
     /// Dimensions with one.
     pub n_dims: usize,
-    /// The dimensions with the most, at most [`MASSIVE_DIMS`].
+    /// Dimensions with the most massive activations, at most [`MASSIVE_DIMS`].
     pub dims: Vec<MassiveDim>,
     /// `values` with the median of the token's own values in the rule.
     pub values_by_token_median: u64,
@@ -185,9 +185,9 @@ pub struct MassiveDim {
     pub values_at_position_0: u64,
     /// Layers with one.
     pub n_layers: usize,
-    /// First of them.
+    /// First layer with one.
     pub first_layer: usize,
-    /// Last of them.
+    /// Last layer with one.
     pub last_layer: usize,
     /// Smallest massive value, signed.
     pub min: f32,
@@ -244,7 +244,7 @@ pub struct RouterSummary {
     pub never_hit: usize,
     /// Tokens of the busiest expert over the mean per expert; 1 is even.
     pub max_over_mean: f64,
-    /// The busiest expert; the first of several.
+    /// The expert with the most tokens; the first of equals.
     pub busiest: usize,
     /// Entropy of the experts' shares of all (token, expert) pairs, over the logarithm of their
     /// number; 1 is even, 0 all to one.
@@ -252,14 +252,14 @@ pub struct RouterSummary {
     /// Sum of a token's gate weights, mean over tokens. Gate weights are those multiplied into the
     /// experts' outputs (inputs, in Llama 4).
     pub gate_mass_per_token: f64,
-    /// The same for tokens at position 0 alone.
+    /// Sum of a token's gate weights, mean over tokens at position 0.
     pub gate_mass_per_token_at_position_0: f64,
-    /// The expert with the largest share of the gate mass of tokens at position 0; the first of
-    /// several.
+    /// Expert with the largest share of the gate mass of tokens at position 0; the first of
+    /// equals.
     pub favourite_at_position_0: usize,
-    /// That share.
+    /// That expert's share.
     pub favourite_share_at_position_0: f64,
-    /// The same expert's share of the gate mass of all other tokens.
+    /// That expert's share of the gate mass of all other tokens.
     pub favourite_share_elsewhere: f64,
 }
 
@@ -269,8 +269,8 @@ pub struct RouterSummary {
 /// routed experts with a token in the first `layers_considered` layers. A candidate is over
 /// `percentile_99_5` and over 0.1 x `max`.
 ///
-/// The largest of A always is one, unless it has an equal: only its distance to `runner_up` says
-/// whether it is out of the ordinary.
+/// The largest value of A is always a candidate, unless another is equal to it. Its distance to
+/// `runner_up` shows whether it is exceptional.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SuperExperts {
     /// The rule in words.
@@ -283,9 +283,9 @@ pub struct SuperExperts {
     pub percentile_99_5: f64,
     /// Largest of A.
     pub max: f32,
-    /// Those over both, largest first.
+    /// Experts over both limits, largest first.
     pub candidates: Vec<ExpertPeak>,
-    /// The largest of A that is no candidate: how far the candidates stand out.
+    /// Largest expert of A that is not a candidate, to compare the candidates with.
     pub runner_up: Option<ExpertPeak>,
 }
 

@@ -1,4 +1,4 @@
-//! What a run writes for other programs to read, where a job asks for it (`--export`).
+//! Files for other programs that a job can ask for (`--export`).
 
 use std::str::FromStr;
 
@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{SiteKind, files};
 
-/// What is written for other programs.
+/// A kind of file for other programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Export {
@@ -20,10 +20,10 @@ pub enum Export {
 }
 
 impl Export {
-    /// All of them.
+    /// All exports.
     pub const ALL: [Self; 3] = [Self::Imatrix, Self::ActScales, Self::Reap];
 
-    /// As people write it.
+    /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Imatrix => "imatrix",
@@ -32,7 +32,7 @@ impl Export {
         }
     }
 
-    /// Names of its files among the results.
+    /// Names of its files in the results.
     pub fn files(self) -> &'static [&'static str] {
         match self {
             Self::Imatrix => &[files::IMATRIX],
@@ -41,7 +41,7 @@ impl Export {
         }
     }
 
-    /// Kinds of sites that are studied for it, asked for or not.
+    /// Kinds of sites that it needs; they are studied even if the job does not name them.
     pub fn needs(self) -> &'static [SiteKind] {
         match self {
             Self::Imatrix | Self::ActScales => &[],
@@ -50,7 +50,7 @@ impl Export {
     }
 }
 
-/// By its [name](Export::name).
+/// Reads a [name](Export::name).
 impl FromStr for Export {
     type Err = String;
 

@@ -1,4 +1,4 @@
-//! Sets of indices as people write them.
+//! Sets of indices and their text form.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,8 +7,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// A set of indices, written as ascending ranges: `0-3, 7`. However large its indices are, it
-/// holds the ranges alone.
+/// A set of indices, written as ascending ranges: `0-3, 7`. It stores ranges, so its size does not
+/// depend on how large the indices are.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct IndexSet(Vec<RangeInclusive<usize>>);
@@ -55,7 +55,7 @@ impl FromStr for IndexSet {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{text:?} is no set of indices: write ascending ranges such as 0-3, 7");
+        let wrong = || format!("{text:?} is not a set of indices: write ascending ranges such as 0-3, 7");
         let mut ranges: Vec<RangeInclusive<usize>> = Vec::new();
         for part in text.split(',').map(str::trim).filter(|_| !text.trim().is_empty()) {
             let (start, end) = part.split_once('-').unwrap_or((part, part));

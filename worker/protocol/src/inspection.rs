@@ -1,4 +1,4 @@
-//! What a checkpoint is, before any weight is read.
+//! What a checkpoint contains, read without its weights.
 
 use std::collections::BTreeMap;
 
@@ -24,14 +24,13 @@ pub struct Inspection {
     pub hidden: usize,
     /// Rows of the embedding.
     pub vocab: usize,
-    /// Longest sequence that is computed.
+    /// Most positions that the model computes.
     pub max_positions: Option<usize>,
-    /// The head is the embedding.
+    /// Whether the head is the embedding.
     pub tied_head: bool,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Those of them that are there for one token, as in
-    /// [`crate::ModelProvenance::active_parameters`].
+    /// Parameters used for one token, as in [`crate::ModelProvenance::active_parameters`].
     pub active_parameters: u64,
     /// Bytes of the tensors used, as stored.
     pub stored_bytes: u64,
@@ -45,9 +44,9 @@ pub struct Inspection {
     pub layers: Vec<LayerInspection>,
     /// The studied norm outputs, in order of computation.
     pub sites: Vec<SiteInspection>,
-    /// Gains of other norms of the layers, with `{layer}` for the layer: nothing is projected from
-    /// their outputs (norms of a sublayer's output), or only experts read them. They act and are
-    /// not studied.
+    /// Gain tensors of norms in the layers that are not studied, with `{layer}` for the layer
+    /// number. No projection reads their output (norms of a sublayer's output), or only experts
+    /// do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unstudied_norms: Vec<String>,
     /// Tensors on disk that a text-only pass of the main stack does not use, by reason.
@@ -61,25 +60,25 @@ pub struct Inspection {
     pub checkpoint_notes: Vec<String>,
     /// Files the run needs, with their sizes.
     pub files: Vec<FileBytes>,
-    /// Files of a hub model beside those: configuration, tokenizer and index.
+    /// Other files of a hub model: configuration, tokenizer and index.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub description: Vec<FileBytes>,
-    /// Tokenizer file; `None`: only ready token ids can be used.
+    /// Tokenizer file. `None`: only token ids can be used.
     pub tokenizer: Option<String>,
     /// What a run over the given number of tokens needs.
     pub plan: PlanFigures,
 }
 
-/// Tensors on disk that are known and left unread.
+/// Known tensors on disk that are not read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IgnoredTensors {
-    /// What they are.
+    /// What the tensors are.
     pub why: String,
-    /// How many.
+    /// Number of tensors.
     pub tensors: usize,
-    /// Their bytes.
+    /// Size in bytes.
     pub bytes: u64,
-    /// The name of the first.
+    /// Name of the first tensor.
     pub example: String,
 }
 
@@ -88,7 +87,7 @@ pub struct IgnoredTensors {
 pub struct LayerInspection {
     /// Layer, from 0.
     pub layer: usize,
-    /// In words: mixer and feed-forward.
+    /// Description: mixer and feed-forward.
     pub kind: String,
     /// Routed experts; 0 for a dense layer.
     pub experts: usize,
@@ -107,7 +106,7 @@ pub struct SiteInspection {
     pub layer: usize,
     /// Where in the layer.
     pub point: Point,
-    /// The tensor holding the norm's gain.
+    /// Tensor of the norm's gain.
     pub tensor: String,
 }
 
@@ -120,7 +119,7 @@ pub struct FileBytes {
     pub bytes: u64,
 }
 
-/// What a run needs: arithmetic over the headers and the job, nothing measured.
+/// What a run needs, computed from the headers and the job; nothing is measured.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PlanFigures {
     /// Number of sequences.
@@ -129,17 +128,17 @@ pub struct PlanFigures {
     pub tokens_per_sequence: usize,
     /// Bytes per value of the forward pass (4 for f32, 2 for bf16).
     pub compute_bytes_per_value: u64,
-    /// Floating-point operations of the whole run: 2 x parameters a token is multiplied with x
-    /// tokens, plus causal attention.
+    /// Floating-point operations of the whole run: 2 x parameters that a token is multiplied with
+    /// x tokens, plus causal attention.
     pub flops: f64,
-    /// Tokens computed together: as asked for, or what the devices of this machine have memory
-    /// for. `None`: as many as fit on the GPU that is rented.
+    /// Tokens per micro-batch: the job's number, or what fits on this machine's devices. `None`:
+    /// the most that fit on the rented GPU.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro_batch_tokens: Option<usize>,
-    /// Device memory when streamed: hidden states, the two largest streaming units, workspace.
-    /// What a run needs at least: micro-batches that grow with the memory are not counted. Bytes.
+    /// Device memory in bytes when weights are streamed: hidden states, the two largest streaming
+    /// units, workspace. This is the minimum; larger micro-batches are not counted.
     pub streamed_memory_bytes: u64,
-    /// Device memory when every weight stays. Bytes.
+    /// Device memory in bytes when every weight stays on the device.
     pub resident_memory_bytes: u64,
     /// Memory of the host that a run on GPUs needs at least, without what holds bytes for hashes;
     /// 0 for a run on CPUs, whose device memory it is. Bytes.
@@ -147,38 +146,37 @@ pub struct PlanFigures {
     pub host_memory_bytes: u64,
     /// Hidden states held between layers. Bytes.
     pub hidden_state_bytes: u64,
-    /// Host memory that holds bytes until the hash of their file reaches them, where weights
-    /// stream from the hub; with less, some files are not verified. Bytes.
+    /// Bytes of host memory for parts of files that wait for their hash, if weights stream from
+    /// the hub. With less memory, some files are not verified.
     #[serde(default)]
     pub hash_memory_bytes: u64,
-    /// Weights on the instance's disk: none where they stream from the hub. Bytes.
+    /// Bytes of weights on the instance's disk; 0 if they stream from the hub.
     pub disk_bytes: u64,
     /// Weight bytes the run reads.
     pub bytes_to_read: u64,
-    /// What GPUs do beside the arithmetic.
+    /// Transfers and kernel launches of GPUs.
     #[serde(default)]
     pub on_gpus: GpuWork,
-    /// The files that are written for other programs, each with the most bytes that it can have.
+    /// Files for other programs, each with its largest size in bytes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exports: Vec<FileBytes>,
 }
 
-/// What a run on GPUs moves and launches: counted, but for the launches of a layer, which are
-/// assumed.
+/// Transfers and kernel launches of a run on GPUs. All are counted, except the launches in a
+/// layer, which are estimated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuWork {
     /// Bytes from the host to GPUs: weights as they are stored, and the rows of the embedding that
     /// the text uses.
     pub host_to_device_bytes: u64,
-    /// Bytes from GPUs to the host: summaries of statistics, values that are measured on the host
-    /// as f32, and three numbers per token and block of logits.
+    /// Bytes from GPUs to the host: summaries of statistics, values measured on the host as f32,
+    /// and three numbers per token and block of logits.
     pub device_to_host_bytes: u64,
-    /// Bytes of hidden states that go from GPU to GPU where there are several: all, after each
-    /// layer.
+    /// Bytes of hidden states from GPU to GPU: all of them after each layer, with several GPUs.
     pub passed_on_bytes: u64,
-    /// Bytes that statistics read from the GPUs' own memory.
+    /// Bytes that statistics read from the GPUs' memory.
     pub statistics_bytes: u64,
-    /// Kernels that are launched.
+    /// Number of kernel launches.
     pub launches: u64,
 }
 
@@ -187,15 +185,15 @@ pub struct GpuWork {
 pub struct VersionInfo {
     /// Version of the worker.
     pub version: String,
-    /// Version of the documents it speaks.
+    /// Version of the documents.
     pub schema: u32,
-    /// Target triple's parts: `x86_64-linux`.
+    /// Platform of the build: `x86_64-linux`.
     pub target: String,
-    /// Built with CUDA: it uses NVIDIA's GPUs where there are some.
+    /// Whether the worker is built with CUDA.
     pub cuda: bool,
-    /// If so, the oldest CUDA that a driver may serve: `11.8`.
+    /// The oldest CUDA version that the driver must support: `11.8`. `None` without CUDA.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub oldest_cuda: Option<String>,
-    /// Architectures it knows.
+    /// Architectures that the worker supports.
     pub architectures: Vec<String>,
 }

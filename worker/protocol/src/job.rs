@@ -1,4 +1,4 @@
-//! The job: which model over which text, counted how.
+//! The job: which model, which text, and what is counted.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -11,11 +11,13 @@ use crate::{Ablation, Export, Measurement, Point, SCHEMA};
 /// Name of the English text that ships with the worker.
 pub const BUILTIN_CORPUS: &str = "shakespeare";
 
-/// Tokens computed together where a job does not say, on CPUs; what is planned for GPUs at least.
+/// Tokens per micro-batch on CPUs unless the job has another number; the least that is planned for
+/// GPUs.
 pub const MICRO_BATCH_TOKENS: usize = 4096;
 
-/// One run of the worker. Everything that can change a number in the report is in here; where the
-/// output goes is not. Names are also read as options are spelt, as in files that people write.
+/// One run of the worker. It holds everything that can change a number in the report; it does not
+/// hold the output folder. Fields may also be spelt as the command line's options, for files that
+/// people write.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JobSpec {
@@ -24,10 +26,10 @@ pub struct JobSpec {
     pub schema: u32,
     /// The checkpoint.
     pub model: ModelSource,
-    /// What reports call the model, where its path on the instance is not what was asked for.
+    /// Name of the model in reports, if it differs from the model's path on the instance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
-    /// Where its weights come from. `None`: straight from the hub, or from the model's folder.
+    /// Source of the weights. `None`: the hub, or the model's folder.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weights: Option<Weights>,
     /// The text.
@@ -36,45 +38,45 @@ pub struct JobSpec {
     /// Arithmetic of the forward pass.
     #[serde(default)]
     pub precision: Precision,
-    /// Devices as typed: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: the GPUs if there
-    /// are any, else `cpu`.
+    /// Devices as on the command line: `cpu`, `cpu:2` (two logical devices), `cuda:0`. Empty: all
+    /// GPUs, or `cpu` without a GPU.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<String>,
-    /// Only the first N layers: a quick look, without perplexity. `None`: all.
+    /// Number of layers to run, from the first; the results then have no perplexity. `None`: all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub layers: Option<usize>,
-    /// When a feature counts.
+    /// Thresholds of outlier features.
     #[serde(default)]
     pub thresholds: Thresholds,
-    /// What is studied. Norm outputs always are, whether named or not; every other kind costs a
+    /// Kinds of sites that are studied. Norm outputs are always studied; each other kind costs a
     /// pass over its values.
     #[serde(default = "norms_alone", skip_serializing_if = "is_norms_alone")]
     pub sites: BTreeSet<SiteKind>,
-    /// What is measured beside, from the same values.
+    /// What else is measured in the same pass.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub measure: BTreeSet<Measurement>,
-    /// What is written for other programs, from the same pass.
+    /// Files to write for other programs in the same pass.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub export: BTreeSet<Export>,
-    /// File name inside the output folder for every studied activation, as safetensors. Large:
-    /// tokens x hidden x sites x 4 bytes. Outputs of single experts are never saved.
+    /// Name of a safetensors file in the output folder for every studied activation: tokens x
+    /// hidden x sites x 4 bytes. Outputs of single experts are not saved.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "save-activations")]
     pub save_activations: Option<String>,
-    /// File name inside the output folder for a time line of the pass, as JSON in Chrome's trace
+    /// Name of a file in the output folder for a timeline of the pass, as JSON in Chrome's trace
     /// event format.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
-    /// Features to take away in copies of the tokens that pass beside them.
+    /// Features to ablate. Ablated copies of the tokens pass through each layer beside the tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ablation: Option<Ablation>,
-    /// Tokens computed together; whole sequences, at least one. `None`: on GPUs as many as fit,
-    /// else 4,096.
+    /// Tokens per micro-batch, in whole sequences, at least one. `None`: on GPUs the most that
+    /// fit, on CPUs 4,096.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "micro-batch-tokens")]
     pub micro_batch_tokens: Option<usize>,
-    /// Bytes of weights that may be in memory at a time, decoded and on their way together.
-    /// `None`: by what is free.
+    /// Most bytes of weights in memory at a time, decoded and in transfer together. `None`: a
+    /// share of the free memory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[serde(alias = "stream-budget-bytes")]
     pub stream_budget_bytes: Option<u64>,
@@ -92,7 +94,7 @@ fn is_norms_alone(sites: &BTreeSet<SiteKind>) -> bool {
     sites.iter().all(|kind| *kind == SiteKind::Norms)
 }
 
-/// Kinds of sites that can be asked for.
+/// Kinds of sites that a job can study.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SiteKind {
@@ -112,11 +114,11 @@ pub enum SiteKind {
 }
 
 impl SiteKind {
-    /// All of them.
+    /// All kinds.
     pub const ALL: [Self; 5] = [Self::Norms, Self::Residual, Self::AttentionOut, Self::MlpOut, Self::ExpertOut];
 }
 
-/// Kinds as people write them: one by its name (`expert-out`), or `all`.
+/// Kinds of sites from the command line: one by its name (`expert-out`), or `all`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SiteKinds(pub Vec<SiteKind>);
 
@@ -150,7 +152,7 @@ impl From<Point> for SiteKind {
 }
 
 impl JobSpec {
-    /// A job with the defaults of every option but the model.
+    /// A job over `model` with the defaults of all other options.
     pub fn new(model: ModelSource) -> Self {
         Self {
             schema: SCHEMA,
@@ -173,7 +175,8 @@ impl JobSpec {
         }
     }
 
-    /// What is studied: what was asked for, and what measurements and exports need.
+    /// Kinds of sites that are studied: those of the job, and those that its measurements and
+    /// exports need.
     pub fn kinds(&self) -> BTreeSet<SiteKind> {
         let measured = self.measure.iter().flat_map(|measurement| measurement.needs());
         let exported = self.export.iter().flat_map(|export| export.needs());
@@ -185,13 +188,13 @@ impl JobSpec {
         point.is_norm_output() || self.kinds().contains(&point.into())
     }
 
-    /// What reports call the model.
+    /// Name of the model in reports.
     pub fn model_name(&self) -> &str {
         self.label.as_deref().unwrap_or(self.model.name())
     }
 }
 
-/// Where the checkpoint is, seen from the machine that runs the worker.
+/// Where the checkpoint is, as seen by the machine that runs the worker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ModelSource {
@@ -215,7 +218,7 @@ fn main_branch() -> String {
 }
 
 impl ModelSource {
-    /// What was typed: hub id or path.
+    /// Hub id or path, as given.
     pub fn name(&self) -> &str {
         match self {
             Self::Hub { id, .. } => id,
@@ -225,35 +228,35 @@ impl ModelSource {
 }
 
 impl JobSpec {
-    /// Whether the worker asks the hub for something: it needs the token, and the address where
-    /// that is another one.
+    /// Whether the worker sends requests to the hub. It then needs the token, and the hub's
+    /// address if that is not the default.
     pub fn asks_the_hub(&self) -> bool {
         matches!(self.model, ModelSource::Hub { .. }) || matches!(self.corpus.source, CorpusSource::Dataset(_))
     }
 }
 
-/// Where weights come from, where that is not where the model is.
+/// Source of the weights, if it is not the model's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Weights {
-    /// Over the network as they are used; none of them is written to disk.
+    /// Streamed from the hub; no weight is written to disk.
     Hub,
-    /// Fetched into the hub's cache folder first, and found there by the next run.
+    /// Downloaded into the Hugging Face cache first; the next run finds them there.
     Cache,
     /// The weight files of another folder.
     Local {
         /// Absolute, or relative to the worker's current folder.
         path: String,
     },
-    /// Made-up numbers of the shapes and dtypes that the configuration asks for: for measurements,
-    /// and for trying a model without having it.
+    /// Random weights in the shapes and dtypes of the configuration, for benchmarks and to try a
+    /// model without a download.
     Synthetic {
-        /// Equal seeds make equal weights.
+        /// Seed. Equal seeds give equal weights.
         seed: u64,
     },
 }
 
-/// As people write them: `hub`, `cache`, `local:DIR`, `synthetic:SEED`.
+/// Reads `hub`, `cache`, `local:DIR` or `synthetic:SEED`.
 impl FromStr for Weights {
     type Err = String;
 
@@ -271,7 +274,7 @@ impl FromStr for Weights {
     }
 }
 
-/// As [`FromStr`] reads them.
+/// Writes what [`FromStr`] reads.
 impl fmt::Display for Weights {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -289,7 +292,7 @@ impl fmt::Display for Weights {
 pub struct CorpusSpec {
     /// Where the text or the token ids come from.
     pub source: CorpusSource,
-    /// Sequences to run. With token ids: at most this many rows; `None` takes all rows (text: 16).
+    /// Sequences to run. With token ids: the most rows; `None` takes all rows (text: 16).
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "num-sequences")]
     pub num_sequences: Option<usize>,
@@ -302,15 +305,15 @@ pub struct CorpusSpec {
     pub bos: BosPolicy,
     /// How documents become windows.
     pub packing: Packing,
-    /// The field or column that holds the text, where documents have several.
+    /// Field or column that holds the text of a document.
     #[serde(alias = "text-field")]
     pub text_field: String,
     /// Number of documents to skip first.
     #[serde(skip_serializing_if = "is_zero")]
     #[serde(alias = "skip-documents")]
     pub skip_documents: usize,
-    /// Documents come in an order made from this seed, not as they are stored: files, the blocks
-    /// of each file and the documents of each block are shuffled, so that only the blocks in use
+    /// Seed by which documents are shuffled. `None`: documents come in stored order. Files, the
+    /// blocks of each file and the documents of each block are shuffled, so only the blocks in use
     /// are read.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[serde(alias = "shuffle-seed")]
@@ -336,20 +339,20 @@ impl Default for CorpusSpec {
     }
 }
 
-/// Where the token ids come from.
+/// Source of the text or the token ids.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum CorpusSource {
     /// A text shipped with the worker.
     Builtin(String),
-    /// UTF-8 text files, one document each, and files of many documents;
-    /// [`CorpusFormat`](crate::CorpusFormat) tells them by their names.
+    /// UTF-8 text files, one document each, and files of many documents.
+    /// [`CorpusFormat`](crate::CorpusFormat) has the formats by file name.
     /// JSON Lines and Parquet files are read only as far as needed.
     Files(Vec<String>),
-    /// A dataset on the hub, read in ranges: no more of it than is needed.
+    /// A dataset on the hub, read in byte ranges as far as needed.
     Dataset(Dataset),
-    /// Ready token ids, fed to the model as they are: a safetensors file with `input_ids` i64
-    /// `[sequences, tokens]`, or a JSON list of lists. Never decoded nor encoded again.
+    /// Token ids, used as they are: a safetensors file with `input_ids` i64 `[sequences, tokens]`,
+    /// or a JSON list of lists.
     #[serde(alias = "token-ids")]
     TokenIds(String),
 }
@@ -368,13 +371,12 @@ pub struct Dataset {
     pub path: String,
 }
 
-/// FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024), as it was when this was
-/// written.
+/// FineWeb-Edu's sample of 10 billion tokens (Penedo et al. 2024), at a fixed commit.
 const FINEWEB_EDU: (&str, &str, &str, &str) =
     ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "sample/10BT");
 
-/// As people write it: `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10
-/// billion tokens at one commit.
+/// Reads `owner/name[@REVISION][:PATH]`, or `fineweb-edu` for its sample of 10 billion tokens at
+/// one commit.
 impl FromStr for Dataset {
     type Err = String;
 
@@ -392,7 +394,7 @@ impl FromStr for Dataset {
     }
 }
 
-/// As [`FromStr`] reads it.
+/// Writes what [`FromStr`] reads.
 impl fmt::Display for Dataset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}@{}", self.id, self.revision)?;
@@ -400,13 +402,13 @@ impl fmt::Display for Dataset {
     }
 }
 
-/// Whether each window starts with the beginning-of-sequence token. Massive activations sit on it,
-/// so it is never left to chance.
+/// Whether each window starts with the beginning-of-sequence token. The choice is always recorded,
+/// because massive activations are at this token.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "snake_case")]
 pub enum BosPolicy {
-    /// As the family's own tokenizer does on plain text.
+    /// As the model family's own tokenizer does on plain text.
     #[default]
     Auto,
     /// Always; an error if the tokenizer has none.
@@ -419,20 +421,19 @@ pub enum BosPolicy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Packing {
-    /// All documents one after another, then cut.
+    /// All documents one after another, then cut into windows.
     #[default]
     Packed,
-    /// Each document cut by itself; the rest that does not fill a window is dropped.
+    /// Each document cut by itself. The rest that does not fill a window is dropped.
     Separate,
-    /// The predecessor's way, to compare with its figures: all documents joined by spaces, and
-    /// each window begins in the middle of the one before it, so that nearly every token is
-    /// counted twice. (The predecessor also decoded and encoded every window again; here its ids
-    /// stay.)
+    /// The predecessor project's packing, to compare with its figures: all documents are joined by
+    /// spaces and each window begins in the middle of the window before it, so nearly every token
+    /// is counted twice. (The predecessor also decoded and encoded every window again; this
+    /// packing keeps the token ids.)
     Overlapping,
 }
 
-/// Arithmetic of the forward pass. Statistics are always taken on the values as computed, widened
-/// to f32.
+/// Arithmetic of the forward pass. Statistics are taken on the computed values, widened to f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "clap", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
@@ -442,7 +443,7 @@ pub enum Precision {
     Auto,
     /// 32-bit floats.
     F32,
-    /// bfloat16: values from 5.984375 up round to 6 and count.
+    /// bfloat16. Values from 5.984375 up round to 6 and count as outliers.
     Bf16,
     /// 16-bit floats. Several surveyed models overflow in them.
     F16,

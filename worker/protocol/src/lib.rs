@@ -1,7 +1,7 @@
-//! What the controller and the worker say to each other, and nothing else.
+//! Documents that the controller and the worker exchange.
 //!
-//! Every document carries a `schema` number; a reader refuses a number it does not know instead of
-//! guessing. Field names are the report's labels, so each says what it counts and in which unit.
+//! Every document has a `schema` number; a reader refuses an unknown number. Field names are the
+//! report's labels and say what is counted and in which unit.
 //!
 //! | document | file | written by |
 //! |---|---|---|
@@ -64,16 +64,15 @@ pub use results::{
 };
 pub use size::ByteSize;
 
-/// Version of all documents in this crate. Raised when a reader of the old one would misread the
-/// new one.
+/// Version of all documents in this crate. It is raised when a reader of the old version would
+/// misread the new one.
 pub const SCHEMA: u32 = 1;
 
-/// Environment variable of a worker: most requests to the hub in five minutes, its share of what
-/// all runs together may ask.
+/// Environment variable of a worker: the most requests to the hub in five minutes, as this run's
+/// share of the limit for all runs.
 pub const HUB_REQUESTS: &str = "OUTLIERS_HUB_REQUESTS";
 
-/// Names of the files in a run's output folder, the same on the instance and on the user's
-/// machine.
+/// Names of the files in a run's output folder, on the instance and on the user's machine.
 pub mod files {
     /// The job, as the worker read it.
     pub const JOB: &str = "job.json";
@@ -94,14 +93,15 @@ pub mod files {
     pub const INPUT_SCALES: &str = "input_scales.json";
     /// Saliency of every expert, JSON ([`crate::Export::Reap`]).
     pub const REAP: &str = "reap.json";
-    /// Save point of a pass. It is deleted when the run is complete, and never part of the results.
+    /// Checkpoint of a pass. It is deleted when the run is complete and is not part of the
+    /// results.
     pub const SAVE_POINT: &str = "savepoint";
     /// The [`crate::Manifest`].
     pub const MANIFEST: &str = "manifest.json";
-    /// Everything the worker said.
+    /// Standard output and standard error of the worker.
     pub const LOG: &str = "worker.log";
     /// Process id of the launched worker's wrapper.
     pub const PID: &str = "worker.pid";
-    /// The worker's exit status in decimal, written by its wrapper when it ended.
+    /// Exit status of the worker in decimal, written by its wrapper.
     pub const EXIT_CODE: &str = "exit_code";
 }

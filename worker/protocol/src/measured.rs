@@ -1,5 +1,4 @@
-//! What is measured where a job asks for it (`--measure`): each figure with its paper and its
-//! exact rule.
+//! Measurements that a job can ask for (`--measure`), each with its paper and its exact rule.
 //!
 //! A *row* is the vector of one token at one site, as in [`crate::RowStatistics`].
 
@@ -11,14 +10,15 @@ use crate::{Point, Record, SiteKind};
 
 /// Dimensions listed per layer in [`ResidualSinkLayer::dims`].
 pub const RESIDUAL_SINKS: usize = 20;
-/// Dimensions with the largest shares, and as many others at most, in [`ResidualMap::dims`].
+/// Number of dimensions with the largest shares in [`ResidualMap::dims`], and the most other
+/// dimensions there.
 pub const MAPPED_DIMS: usize = 8;
 /// Positions in [`MappedDim::values`] at most.
 pub const MAPPED_POSITIONS: usize = 64;
 /// Approximate number of sampled rows of a site. All rows if there are fewer.
 pub const QUANTIZED_ROWS: usize = 512;
 
-/// Something that is measured where it is asked for.
+/// A measurement that a job can ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Measurement {
@@ -33,10 +33,10 @@ pub enum Measurement {
 }
 
 impl Measurement {
-    /// All of them.
+    /// All measurements.
     pub const ALL: [Self; 4] = [Self::QuantizationError, Self::ResidualSinks, Self::SpikeLife, Self::AttentionSinks];
 
-    /// As people write it.
+    /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::QuantizationError => "quantization-error",
@@ -46,7 +46,7 @@ impl Measurement {
         }
     }
 
-    /// Kinds of sites that are studied for it, asked for or not.
+    /// Kinds of sites that it needs; they are studied even if the job does not name them.
     pub fn needs(self) -> &'static [SiteKind] {
         match self {
             Self::QuantizationError => &[],
@@ -56,7 +56,7 @@ impl Measurement {
     }
 }
 
-/// By its [name](Measurement::name).
+/// Reads a [name](Measurement::name).
 impl FromStr for Measurement {
     type Err = String;
 
@@ -88,10 +88,10 @@ pub enum NumberFormat {
 }
 
 impl NumberFormat {
-    /// All of them.
+    /// All formats.
     pub const ALL: [Self; 4] = [Self::Int8PerToken, Self::Fp8Per128, Self::Mxfp4, Self::Nvfp4];
 
-    /// For tables.
+    /// The label in tables.
     pub fn label(self) -> &'static str {
         match self {
             Self::Int8PerToken => "INT8 per token",
@@ -101,7 +101,7 @@ impl NumberFormat {
         }
     }
 
-    /// Values of a block: those that share a scale, or 128 where a whole row does.
+    /// Values that share a scale; 128 if a whole row shares one.
     pub fn block(self) -> usize {
         match self {
             Self::Int8PerToken | Self::Fp8Per128 => 128,
@@ -111,8 +111,8 @@ impl NumberFormat {
     }
 }
 
-/// What rounding activations to few bits costs (arXiv 2509.23202, 2603.08713, 2604.17789), on
-/// sampled rows.
+/// Error of activations rounded to few bits (arXiv 2509.23202, 2603.08713, 2604.17789), on sampled
+/// rows.
 ///
 /// The error of a row is `|Q(x) - x|^2 / |x|^2`; means are over rows. Rows of zeros are left out.
 /// A rotation multiplies each block of 16, 32 or 128 consecutive dimensions by an orthonormal
@@ -121,7 +121,7 @@ impl NumberFormat {
 pub struct QuantizationErrors {
     /// The rule in words.
     pub rule: String,
-    /// All norm outputs together, one entry per rotation and format.
+    /// Errors over all norm outputs, one entry per rotation and format.
     pub norm_outputs: Vec<PooledQuantization>,
     /// One entry per studied site.
     pub sites: Vec<SiteQuantization>,
@@ -133,7 +133,7 @@ pub struct PooledQuantization {
     /// Over all rows.
     #[serde(flatten)]
     pub all: QuantizationError,
-    /// Mean error of each sequence's rows; `None` where none was sampled.
+    /// Mean error of each sequence's rows; `None` for a sequence without sampled rows.
     pub per_sequence: Vec<Option<f64>>,
 }
 
@@ -153,7 +153,7 @@ pub struct SiteQuantization {
 pub struct QuantizationError {
     /// The format.
     pub format: NumberFormat,
-    /// Dimensions that are rotated together; 0: none are.
+    /// Dimensions that are rotated together; 0 without a rotation.
     pub rotation: usize,
     /// Rows that were quantised.
     pub rows: u64,
@@ -169,24 +169,25 @@ pub struct QuantizationError {
 
 // ---------------------------------------------------------------------------- residual sinks
 
-/// Dimensions of the residual stream that are large at most tokens (arXiv 2601.22966), other than
-/// massive activations, which are at few.
+/// Residual sinks: dimensions of the residual stream that are large at most tokens (arXiv
+/// 2601.22966). Massive activations, in contrast, are large at few tokens.
 ///
-/// The paper's readable parts state no number. Here a dimension is a sink after a layer if |x| >=
-/// T x RMS of the token's row at half of the tokens or more, T being the magnitude threshold: an
-/// RMSNorm with gains of 1 would make an outlier of it.
+/// The paper's accessible parts give no threshold. Here a dimension is a sink after a layer if |x|
+/// >= T x RMS of the token's row at half of the tokens or more, where T is the magnitude
+/// threshold. An RMSNorm with gains of 1 would make it an outlier.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResidualSinks {
     /// The rule in words.
     pub rule: String,
     /// One entry per layer.
     pub layers: Vec<ResidualSinkLayer>,
-    /// Each sequence's mean over tokens of the share of x^2 in the sinks of the layer with the
-    /// largest [`ResidualSinkLayer::share_of_squares`] (of equals the last), of those of them that
-    /// are among the [`RESIDUAL_SINKS`] largest there within the sequence. Empty without sinks.
+    /// Share of x^2 in the residual sinks of one layer, mean over tokens, per sequence. The layer
+    /// is the one with the largest [`ResidualSinkLayer::share_of_squares`] (the last of equals);
+    /// its sinks are those that are among the [`RESIDUAL_SINKS`] largest within the sequence.
+    /// Empty without sinks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub per_sequence: Vec<f64>,
-    /// Some of the first sequence's values after that layer.
+    /// Values of the first sequence after that layer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map: Option<ResidualMap>,
 }
@@ -197,7 +198,7 @@ pub struct ResidualMap {
     /// Layer, from 0.
     pub layer: usize,
     /// The [`MAPPED_DIMS`] dimensions with the largest shares of x^2 within the sequence, the
-    /// largest first; then as many or fewer others, evenly spread.
+    /// largest first; then at most the same number of other dimensions, evenly spaced.
     pub dims: Vec<MappedDim>,
 }
 
@@ -218,12 +219,12 @@ pub struct MappedDim {
 pub struct ResidualSinkLayer {
     /// Layer, from 0.
     pub layer: usize,
-    /// How many dimensions are sinks.
+    /// Number of sinks.
     pub n_dims: usize,
-    /// Share s of a token's sum of x^2 that is in them, mean over tokens, 0 to 1. The norm that
-    /// follows makes all other dimensions sqrt(1 - s) as large as they would be without them.
+    /// Share s of a token's sum of x^2 in the sinks, mean over tokens, 0 to 1. The next norm
+    /// scales all other dimensions by sqrt(1 - s) compared with a stream without sinks.
     pub share_of_squares: f64,
-    /// Those with the largest shares, at most [`RESIDUAL_SINKS`].
+    /// Sinks with the largest shares, at most [`RESIDUAL_SINKS`].
     pub dims: Vec<ResidualSink>,
 }
 
@@ -232,12 +233,12 @@ pub struct ResidualSinkLayer {
 pub struct ResidualSink {
     /// Hidden dimension.
     pub dim: usize,
-    /// Share of the tokens at which it is large, 0 to 1.
+    /// Share of the tokens at which the dimension is large, 0 to 1.
     pub share_of_tokens: f64,
-    /// Share of a token's sum of x^2 that is in it, mean over tokens, 0 to 1.
+    /// Share of a token's sum of x^2 in this dimension, mean over tokens, 0 to 1.
     pub share_of_squares: f64,
-    /// The gain there of the norm before the next layer's attention; `None` if no such norm
-    /// follows.
+    /// Gain at this dimension of the norm before the next layer's attention; `None` without such a
+    /// norm.
     pub gain: Option<f32>,
 }
 
@@ -246,22 +247,22 @@ pub struct ResidualSink {
 /// Layers in which the first token's spike starts and ends (arXiv 2603.05498).
 ///
 /// A token's magnitude is its largest |x| in the residual stream. A layer has a spike if the mean
-/// magnitude of first tokens, over sequences, is at least ten times that of all other tokens; the
-/// factor is ours.
+/// magnitude of first tokens, over sequences, is at least ten times that of all other tokens. The
+/// factor ten is this project's choice, not the paper's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpikeLife {
     /// The rule in words.
     pub rule: String,
-    /// First layer after which there is a spike; `None`: there is none.
+    /// First layer after which there is a spike; `None` without a spike.
     pub onset_layer: Option<usize>,
-    /// First layer after which there is none any more; `None`: there never was one, or it stays to
-    /// the end.
+    /// First layer after which the spike has ended; `None` without a spike, or if it lasts to the
+    /// end.
     pub fall_layer: Option<usize>,
     /// One entry per layer.
     pub layers: Vec<SpikeLayer>,
 }
 
-/// First tokens against the rest, at one layer.
+/// Magnitudes of first tokens and of other tokens at one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpikeLayer {
     /// Layer, from 0.
@@ -280,13 +281,13 @@ pub struct SpikeLayer {
     pub mlp_out: Option<Record>,
     /// Largest |x| that the MLP or the experts add to other tokens.
     pub mlp_out_others: f32,
-    /// Length of the mean of the first tokens' rows, each made a unit vector, 0 to 1: 1 if they
-    /// point the same way in every sequence.
+    /// Length of the mean of the first tokens' rows, each scaled to unit length, 0 to 1. 1: they
+    /// have the same direction in every sequence.
     pub agreement: f64,
     /// Cosine of that mean with the previous layer's; `None` at the first layer.
     pub cosine_with_previous: Option<f64>,
-    /// Each sequence's magnitude of the first token less ten times the mean of its others: there
-    /// is a spike where the mean of these is not negative. Empty in sequences of one token.
+    /// Per sequence: magnitude of the first token minus ten times the mean of the other tokens. A
+    /// layer has a spike if the mean of these is not negative. Empty in sequences of one token.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub margins: Vec<f32>,
 }
@@ -294,7 +295,7 @@ pub struct SpikeLayer {
 // ---------------------------------------------------------------------------- attention sinks
 
 /// Attention on the first key, and the size of hidden states (F-Attn and M-Act of arXiv
-/// 2505.06708). Either may be there without the other (arXiv 2603.17771): none is inferred from
+/// 2505.06708). Each can occur without the other (arXiv 2603.17771), so neither is inferred from
 /// the other.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionSinks {
@@ -314,7 +315,7 @@ pub struct AttentionSinks {
     pub layers: Vec<AttentionSinkLayer>,
 }
 
-/// One layer.
+/// Attention on the first key at one layer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct AttentionSinkLayer {
     /// Layer, from 0.
@@ -322,8 +323,8 @@ pub struct AttentionSinkLayer {
     /// Mean over heads; `None` if the layer has no softmax or no query counts.
     pub first_key: Option<f64>,
     /// Share that a query gives to the first key of its sequence, 0 to 1, mean over queries, per
-    /// head. Queries count that see it, but for the first one, which sees nothing else. Learned
-    /// sinks take part in the softmax and are no key.
+    /// head. The first query is left out, because it sees only that key; so are queries that do
+    /// not see it. Learned sinks take part in the softmax but are not keys.
     pub heads: Vec<f64>,
     /// Largest |x| of a row of the residual stream after the layer, mean over tokens.
     pub largest_hidden: f64,

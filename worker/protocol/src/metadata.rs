@@ -1,4 +1,4 @@
-//! Where the numbers come from.
+//! Provenance of the results.
 
 use std::collections::BTreeMap;
 
@@ -24,21 +24,21 @@ pub struct Metadata {
     pub tokenizer: Option<TokenizerProvenance>,
     /// The text.
     pub corpus: CorpusProvenance,
-    /// Devices, in the order layers are dealt to them.
+    /// Devices, in the order of the layers that they hold.
     pub devices: Vec<DeviceInfo>,
     /// The machine.
     pub host: HostInfo,
-    /// Weight bytes read from storage, each counted as often as it was read.
+    /// Weight bytes read from storage; bytes read twice count twice.
     pub weight_bytes_read: u64,
     /// Weight bytes of the tensors used.
     pub weight_bytes_expected: u64,
-    /// The layer at which this process took up an earlier one's pass; what it read, and its
-    /// seconds, are of the rest alone.
+    /// First layer that this process ran, if it resumed an earlier pass. Bytes and seconds are
+    /// those of the layers from there on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resumed_at_layer: Option<usize>,
-    /// Peak resident memory of the worker process, bytes; `None` where the system does not tell.
+    /// Peak resident memory of the worker process, bytes; `None` if the system does not report it.
     pub peak_memory_bytes: Option<u64>,
-    /// Tokens that were computed together, in whole sequences; `None` in older runs.
+    /// Tokens per micro-batch, in whole sequences; `None` in older runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub micro_batch_tokens: Option<usize>,
     /// Bytes copied from the host to GPUs, weights included; `None` on CPUs, and in older runs.
@@ -49,13 +49,13 @@ pub struct Metadata {
     pub device_to_host_bytes: Option<u64>,
     /// Wall seconds per phase.
     pub seconds: BTreeMap<String, f64>,
-    /// Milliseconds since the Unix epoch.
+    /// Start, in milliseconds since the Unix epoch.
     pub started_at_ms: u64,
-    /// Milliseconds since the Unix epoch.
+    /// End, in milliseconds since the Unix epoch.
     pub finished_at_ms: u64,
 }
 
-/// Which checkpoint.
+/// Provenance of the checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelProvenance {
     /// Hub id or folder.
@@ -68,35 +68,35 @@ pub struct ModelProvenance {
     pub config_sha256: String,
     /// Parameters of the tensors used.
     pub parameters: u64,
-    /// Those of them that are there for one token, as models are commonly described: all, but of
-    /// routed experts the top-k of each layer. The embedding counts whole, once where it is the
-    /// head as well: of a dense model all parameters are active. `None` in older runs.
+    /// Parameters used for one token, in the common sense: all parameters, but of routed experts
+    /// only the top-k of each layer. The embedding counts in full, and once if it is also the
+    /// head; in a dense model all parameters are active. `None` in older runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub active_parameters: Option<u64>,
     /// Bytes per stored dtype of the tensors used.
     pub stored_dtypes: BTreeMap<String, u64>,
-    /// Tensors on disk that were known and left unread, by reason.
+    /// Known tensors on disk that were not read, by reason.
     pub ignored: Vec<IgnoredTensors>,
     /// Tensors on disk that the architecture does not explain.
     pub unexplained: Vec<String>,
-    /// How config.json was read. `None` in older runs, which gave absent keys one default for all
+    /// How config.json was read. `None` in older runs, which used the same defaults for all
     /// families.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ConfigReading>,
-    /// What is not as config.json and the index of the weights say.
+    /// Differences between the checkpoint and its config.json or weight index.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub checkpoint_notes: Vec<String>,
-    /// Which weight files were compared with the hashes that the hub lists. `None` in older runs,
-    /// and where weights are made up.
+    /// Which weight files were compared with the hashes on the hub. `None` in older runs and with
+    /// synthetic weights.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_verification: Option<WeightVerification>,
 }
 
-/// How the bytes of weight files, as they were read, compare with the hashes that the hub lists. A
-/// file that differs fails the run.
+/// Comparison of the weight files, as they were read, with the hashes on the hub. A file that
+/// differs fails the run.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WeightVerification {
-    /// Files whose hash is the one listed.
+    /// Number of files whose hash is equal.
     pub verified_files: usize,
     /// Files that were not compared, by reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -106,9 +106,9 @@ pub struct WeightVerification {
 /// Weight files that were read without a comparison of their hash.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnverifiedWeights {
-    /// Why not.
+    /// Reason.
     pub reason: String,
-    /// Their names.
+    /// File names.
     pub files: Vec<String>,
 }
 
@@ -130,8 +130,8 @@ impl WeightVerification {
     }
 }
 
-/// Version of the rules by which config.json is read: it counts up whenever a checkpoint may come
-/// to mean something else.
+/// Version of the rules by which config.json is read. It is raised when a checkpoint may be read
+/// differently.
 pub const CONFIG_RULES: u32 = 2;
 
 /// How config.json was read.
@@ -139,18 +139,18 @@ pub const CONFIG_RULES: u32 = 2;
 pub struct ConfigReading {
     /// [`CONFIG_RULES`] of the program that read it.
     pub rules: u32,
-    /// The configuration class of transformers that says what an absent key means.
+    /// Configuration class of transformers whose defaults apply to absent keys.
     pub class: String,
     /// Settings that config.json leaves out, with the class's defaults.
     pub defaults: BTreeMap<String, Value>,
     /// Settings that are null where the class allows it.
     pub nulls: Vec<String>,
-    /// Keys that neither the class nor the program knows; they changed nothing.
+    /// Keys that neither the class nor the worker knows. They have no effect.
     pub unknown: Vec<String>,
 }
 
 impl ConfigReading {
-    /// Which settings are not in the file, and what stood in for them.
+    /// One line for the absent settings with their defaults, and one for null settings.
     pub fn explain(&self) -> Option<String> {
         let defaults: Vec<String> = self.defaults.iter().map(|(key, value)| format!("{key} = {value}")).collect();
         let absent = (!defaults.is_empty())
@@ -161,24 +161,24 @@ impl ConfigReading {
     }
 }
 
-/// Which tokenizer.
+/// Provenance of the tokenizer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenizerProvenance {
-    /// File name; several with ` + ` between them.
+    /// File name; several are joined by ` + `.
     pub file: String,
-    /// SHA-256 of that file, or of several one after another.
+    /// SHA-256 of that file, or of several concatenated.
     pub sha256: String,
     /// Number of entries.
     pub vocab: usize,
-    /// Token id put before each window; `None`: none.
+    /// Token id before each window; `None`: none.
     pub bos_token_id: Option<u32>,
 }
 
-/// Which text.
+/// Provenance of the text.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct CorpusProvenance {
-    /// Built-in name, file names, token-id file, or a dataset with its commit; of documents, which
-    /// were read.
+    /// Name of the built-in text, file names, token-id file, or dataset with its commit; for
+    /// documents, also which of them were read.
     pub source: String,
     /// SHA-256 of the text that was read, or of the token-id bytes, in order.
     pub sha256: String,
@@ -192,18 +192,18 @@ pub struct CorpusProvenance {
     pub tokens_available: usize,
 }
 
-/// One device.
+/// Provenance of a device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DeviceInfo {
     /// As in `--devices`.
     pub name: String,
     /// Model name of the CPU or GPU.
     pub description: String,
-    /// Its memory, bytes.
+    /// Memory of the device, bytes.
     pub memory_bytes: Option<u64>,
 }
 
-/// The machine.
+/// Provenance of the machine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct HostInfo {
     /// Operating system and version.
@@ -212,6 +212,6 @@ pub struct HostInfo {
     pub cpu: String,
     /// Threads the worker uses.
     pub threads: usize,
-    /// Memory in bytes; `None` where the system does not tell.
+    /// Memory in bytes; `None` if the system does not report it.
     pub memory_bytes: Option<u64>,
 }

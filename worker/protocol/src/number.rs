@@ -1,4 +1,4 @@
-//! Numbers as people write them.
+//! Numbers on the command line and in files.
 
 use std::str::FromStr;
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 /// A count or a seed.
 ///
 /// # Errors
-/// In words: it is negative, or no whole number, or too large.
+/// `text` is negative, not a whole number, or too large.
 pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| match text.strip_prefix('-').map(str::parse::<f64>) {
         Some(Ok(_)) => "it must be positive".to_owned(),
@@ -18,8 +18,8 @@ pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
     })
 }
 
-/// Declares a number that people give, with its bounds: everything out of them is refused where it
-/// is read, on the command line and in files alike.
+/// Declares a number type with bounds. A number out of bounds is refused on the command line and
+/// in files.
 macro_rules! bounded {
     ($(#[$doc:meta])* $name:ident, $most:literal, $rule:literal) => {
         $(#[$doc])*
@@ -28,7 +28,7 @@ macro_rules! bounded {
         pub struct $name(f64);
 
         impl $name {
-            /// The number itself.
+            /// The number.
             pub fn get(self) -> f64 {
                 self.0
             }
@@ -71,7 +71,7 @@ bounded! {
 }
 
 bounded! {
-    /// A share of something.
+    /// A share.
     Fraction, 1.0, "a positive number up to 1"
 }
 

@@ -1,8 +1,8 @@
 //! The options of a job, from both command lines and from files. Any of them may
 //! be missing.
 //!
-//! A new option is a field of [`JobOptions`] (its docstring is the help text), a field of
-//! [`JobSpec`], and the line of [`JobOptions::job`] that connects them.
+//! To add an option, add a field to [`JobOptions`] (its docstring is the help text) and a field to
+//! [`JobSpec`], and connect them in [`JobOptions::job`].
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,21 +20,21 @@ use crate::{
 /// Headings of options in `--help`.
 #[cfg(feature = "clap")]
 pub mod headings {
-    /// The checkpoint.
+    /// Heading of the options that choose the checkpoint.
     pub const MODEL: &str = "Model";
-    /// What it reads.
+    /// Heading of the options that choose the text.
     pub const TEXT: &str = "Text";
-    /// What is counted and measured.
+    /// Heading of the options that choose what is counted and measured.
     pub const MEASURE: &str = "What to measure";
-    /// Arithmetic, devices and memory.
+    /// Heading of the options for precision, devices and memory.
     pub const COMPUTE: &str = "How to compute";
-    /// What is written, and how.
+    /// Heading of the options for the files that are written.
     pub const OUTPUT: &str = "Output";
 }
 #[cfg(feature = "clap")]
 use headings::{COMPUTE, MEASURE, MODEL, OUTPUT, TEXT};
 
-/// Options from two places, made into one.
+/// Merges options from two sources.
 pub trait Merge {
     /// The value of `self` if given, else that of the other.
     #[must_use]
@@ -47,14 +47,14 @@ impl<T> Merge for Option<T> {
     }
 }
 
-/// A list is given as a whole.
+/// A list replaces the other list as a whole.
 impl<T> Merge for Vec<T> {
     fn merge(self, other: Self) -> Self {
         if self.is_empty() { other } else { self }
     }
 }
 
-/// An absent switch does not turn it off.
+/// A switch that is absent does not turn off one that is set.
 impl Merge for bool {
     fn merge(self, other: Self) -> Self {
         self || other
@@ -84,7 +84,8 @@ macro_rules! mergeable {
 }
 
 mergeable! {
-    /// The weights, the text, and how it is run.
+    /// Options of a job: the weights, the text, what is measured, how it is computed and what is
+    /// written.
     #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
     #[cfg_attr(feature = "clap", derive(clap::Args))]
     #[serde(default, rename_all = "kebab-case")]
@@ -97,8 +98,9 @@ mergeable! {
         #[cfg_attr(feature = "clap", arg(long, value_name = "WHERE", help_heading = MODEL))]
         #[serde(deserialize_with = "written")]
         pub weights: Option<Weights>,
-        /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of what
-        /// is free, 4 GiB at most]. A quarter as much again may hold bytes of files until their
+        /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of the
+        /// free memory, 4 GiB at most]. Bytes of files whose hash is not compared yet take at most
+        /// another quarter of this; with the default, at most half of the memory left free.
         /// hash is compared; with the default, half of what is left free.
         #[cfg_attr(feature = "clap", arg(long, value_name = "SIZE", allow_hyphen_values = true,
             help_heading = COMPUTE))]
@@ -116,12 +118,13 @@ mergeable! {
         #[serde(alias = "sequence_length")]
         pub sequence_length: Option<usize>,
         /// Text files, one document each, or .parquet, .jsonl, .ndjson, .json, .csv and .tsv files
-        /// with many; also packed (.gz, .zst) [default: the English text shipped with the worker].
+        /// with many documents; .gz and .zst files are decompressed [default: the English text
+        /// shipped with the worker].
         #[cfg_attr(feature = "clap", arg(long, value_name = "PATH", num_args = 1..,
             conflicts_with_all = ["token_ids", "dataset"], help_heading = TEXT))]
         pub corpus: Vec<PathBuf>,
-        /// Dataset on the hub, read as far as needed: owner/name[@REVISION][:FOLDER], or
-        /// fineweb-edu (its sample of ten billion tokens, at one commit).
+        /// Dataset on the hub: owner/name[@REVISION][:FOLDER], or fineweb-edu (its sample of ten
+        /// billion tokens, at one commit). Only the parts that the run needs are downloaded.
         #[cfg_attr(feature = "clap", arg(long, value_name = "ID", conflicts_with = "token_ids", help_heading = TEXT))]
         #[serde(deserialize_with = "written")]
         pub dataset: Option<Dataset>,
@@ -138,94 +141,96 @@ mergeable! {
         #[cfg_attr(feature = "clap", arg(long, value_name = "SEED", value_parser = whole::<u64>,
             allow_negative_numbers = true, help_heading = TEXT))]
         pub shuffle: Option<u64>,
-        /// Ready token ids: safetensors with `input_ids` i64 [sequences, tokens], or a JSON list
-        /// of lists.
+        /// Token ids instead of text: safetensors with `input_ids` i64 [sequences, tokens], or a
+        /// JSON list of lists.
         #[cfg_attr(feature = "clap", arg(long, value_name = "FILE", help_heading = TEXT))]
         #[serde(alias = "token_ids")]
         pub token_ids: Option<PathBuf>,
-        /// Whether each window starts with the BOS token; auto: as the family's own tokenizer does
-        /// [default: auto].
+        /// Whether each window starts with the BOS token. auto: as the model family's own
+        /// tokenizer does [default: auto].
         #[cfg_attr(feature = "clap", arg(long, value_enum, help_heading = TEXT))]
         pub bos: Option<BosPolicy>,
-        /// Cut each document by itself, instead of packing them one after another.
+        /// Cut each document into windows by itself. Without this option, documents are packed one
+        /// after another.
         #[cfg_attr(feature = "clap", arg(long, help_heading = TEXT))]
         #[serde(alias = "separate_documents")]
         pub separate_documents: bool,
-        /// Join all documents by spaces and begin each window in the middle of the one before it,
-        /// as the predecessor did: to compare with its figures.
+        /// Join all documents by spaces and begin each window in the middle of the window before
+        /// it, as the predecessor project did. Use it to compare with the predecessor's figures.
         #[cfg_attr(feature = "clap", arg(long, conflicts_with = "separate_documents", help_heading = TEXT))]
         #[serde(alias = "overlapping_windows")]
         pub overlapping_windows: bool,
-        /// Arithmetic; auto: f32 on a CPU, bf16 on a GPU. In bf16 everything from 5.984375 up
-        /// rounds to 6 and counts [default: auto].
+        /// Arithmetic. auto: f32 on a CPU, bf16 on a GPU. In bf16 every value from 5.984375 up
+        /// rounds to 6 and counts as an outlier [default: auto].
         #[cfg_attr(feature = "clap", arg(long, value_enum, help_heading = COMPUTE))]
         pub precision: Option<Precision>,
-        /// Only the first N layers: a quick look, without perplexity.
+        /// Run only the first N layers. The results then have no perplexity.
         #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
             allow_negative_numbers = true, help_heading = MEASURE))]
         pub layers: Option<usize>,
         /// cpu, cpu:2 (two logical devices), cuda:0,cuda:1 [default: all GPUs, else the CPU].
         #[cfg_attr(feature = "clap", arg(long, value_name = "LIST", value_delimiter = ',', help_heading = COMPUTE))]
         pub devices: Vec<String>,
-        /// Tokens computed together, in whole sequences [default: on GPUs as many as fit, 65536 at
-        /// most; else 4096].
+        /// Tokens per micro-batch, in whole sequences [default: on GPUs the most that fit, 65536
+        /// at most; on CPUs 4096].
         #[cfg_attr(feature = "clap", arg(long, value_name = "N", value_parser = whole::<usize>,
             allow_negative_numbers = true, help_heading = COMPUTE))]
         #[serde(alias = "micro_batch_tokens")]
         pub micro_batch_tokens: Option<usize>,
-        /// What to study beside the norm outputs, which always are, separated by commas: residual
-        /// (massive activations), attention-out, mlp-out, expert-out (super experts), all. Costs a
-        /// pass over those values, no arithmetic of the model.
+        /// Sites to study in addition to the norm outputs, separated by commas: residual (massive
+        /// activations), attention-out, mlp-out, expert-out (super experts), all. Each costs a
+        /// pass over its values and changes no arithmetic of the model.
         #[cfg_attr(feature = "clap", arg(long, value_name = "KINDS", value_delimiter = ',', help_heading = MEASURE))]
         #[serde(deserialize_with = "all_written")]
         pub sites: Vec<SiteKinds>,
-        /// What to measure beside, from the same pass, separated by commas: quantization-error
-        /// (what outliers cost in 8 and 4 bits), residual-sinks, spike-life, attention-sinks.
+        /// What else to measure in the same pass, separated by commas: quantization-error (the
+        /// error that outliers cause in 8 and 4 bits), residual-sinks, spike-life,
+        /// attention-sinks.
         #[cfg_attr(feature = "clap", arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = MEASURE))]
         #[serde(deserialize_with = "all_written")]
         pub measure: Vec<Measurement>,
-        /// What to write for other programs, from the same pass, separated by commas: imatrix
+        /// Files to write for other programs in the same pass, separated by commas: imatrix
         /// (llama.cpp's importance matrix), act-scales (SmoothQuant's scales; FP8 and NVFP4 input
-        /// scales), reap (saliency of experts). Not with --ablate.
+        /// scales), reap (saliency of experts). Cannot be used with --ablate.
         #[cfg_attr(feature = "clap", arg(long, value_name = "NAMES", value_delimiter = ',', help_heading = OUTPUT))]
         #[serde(deserialize_with = "all_written")]
         pub export: Vec<Export>,
-        /// Also write every studied activation to this file among the results. Large: tokens x
-        /// hidden x sites x 4 bytes.
+        /// Also write every studied activation to this file in the results folder. Its size is
+        /// tokens x hidden x sites x 4 bytes.
         #[cfg_attr(feature = "clap", arg(long, value_name = "FILE.safetensors", help_heading = OUTPUT))]
         #[serde(alias = "save_activations")]
         pub save_activations: Option<String>,
-        /// Also write a time line of the pass to this file among the results, for Chrome's trace
-        /// viewer or Perfetto.
+        /// Also write a timeline of the pass to this file in the results folder, for Chrome's
+        /// trace viewer or Perfetto.
         #[cfg_attr(feature = "clap", arg(long, value_name = "FILE.json", help_heading = OUTPUT))]
         pub trace: Option<String>,
-        /// Also measure perplexity and the sharpness of attention without some features, and
-        /// without equally many random ones, as the paper did: their dimensions (1512,7,2070), or
-        /// the folder of an earlier run's results, whose systematic features are meant. Copies of
-        /// the tokens pass beside them, in the same run: no weight is read again.
+        /// Also measure perplexity and the sharpness of attention with these features set to 0,
+        /// and with equally many random features set to 0: dimensions (1512,7,2070), or the
+        /// results folder of an earlier run, for its systematic features. Ablated copies of the
+        /// tokens pass through each layer in the same run, so no weight is read twice.
         #[cfg_attr(feature = "clap", arg(long, value_name = "FEATURES", conflicts_with = "layers",
             help_heading = MEASURE))]
         #[serde(deserialize_with = "written")]
         pub ablate: Option<Ablate>,
-        /// Seed for the random control features [default: 0].
+        /// Seed of the random control features [default: 0].
         #[cfg_attr(feature = "clap", arg(long, value_name = "SEED", value_parser = whole::<u64>,
             allow_negative_numbers = true, requires = "ablate", help_heading = MEASURE))]
         #[serde(alias = "ablate_seed")]
         pub ablate_seed: Option<u64>,
-        /// What reports call the model, and the folder of its results [default: as --model has
-        /// it].
-        // No file says it: there the options are those of many models.
+        /// Name of the model in reports, and of its results folder [default: the value of
+        /// --model].
+        // Not read from a file: a file's options apply to many models.
         #[cfg_attr(feature = "clap", arg(long, value_name = "NAME", help_heading = OUTPUT))]
         #[serde(skip)]
         pub name: Option<String>,
-        /// When a feature counts.
+        /// Thresholds of outlier features.
         #[cfg_attr(feature = "clap", command(flatten))]
         pub thresholds: ThresholdOptions,
     }
 }
 
 mergeable! {
-    /// When a value is an outlier, and when a feature is systematic.
+    /// Thresholds: when a value is an outlier, and when a feature is systematic.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Deserialize)]
     #[cfg_attr(feature = "clap", derive(clap::Args))]
     #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
@@ -267,8 +272,8 @@ const MOST_OF_EACH: usize = 100_000_000;
 const MOST_TOKENS: usize = 100_000_000_000;
 
 impl JobOptions {
-    /// The job over `model` that these options describe; paths stay as they are written. `read`
-    /// reads a file of results.
+    /// The job over `model` with these options. Paths are not changed. `read` reads a file of
+    /// results.
     ///
     /// # Errors
     /// In words: there are no features to take away ([`Ablate::ablation`]), a path is not UTF-8, or
@@ -335,14 +340,14 @@ fn source(
     })
 }
 
-/// A value that is written in files as it is typed.
+/// A value whose form in files is its form on the command line.
 struct Written<T>(T);
 
 impl<'de, T: FromStr<Err = String>> Deserialize<'de> for Written<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         text.parse::<T>().map(Self).map_err(|why| {
-            // Which of a list it is.
+            // The message names the item of a list that is wrong.
             de::Error::custom(if why.contains(&text) { why } else { format!("{text:?}: {why}") })
         })
     }

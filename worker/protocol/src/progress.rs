@@ -1,30 +1,31 @@
-//! What the worker says while it runs.
+//! Progress of a running worker.
 
 use serde::{Deserialize, Serialize};
 
-/// One line of `progress.jsonl`. Lines are appended whole; a reader resumes at the byte after the last newline it saw.
+/// One line of `progress.jsonl`. Each line is appended whole; a reader resumes after the last
+/// newline that it read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
     /// Document version.
     pub schema: u32,
-    /// Milliseconds since the Unix epoch, the worker's clock.
+    /// Milliseconds since the Unix epoch, by the worker's clock.
     pub at_ms: u64,
-    /// What is going on.
+    /// Current phase.
     pub phase: Phase,
-    /// Layers finished.
+    /// Number of finished layers.
     pub layer: usize,
-    /// Layers to do.
+    /// Number of layers to run.
     pub layers: usize,
     /// Weight bytes read so far.
     pub bytes_read: u64,
     /// Weight bytes the whole run will read.
     pub bytes_total: u64,
-    /// Tokens of the corpus per second, were every layer as fast as those finished; 0 while unknown.
+    /// Tokens of the corpus per second, estimated from the finished layers; 0 while unknown.
     pub tokens_per_second: f64,
-    /// Seconds to the end by the same measure.
+    /// Estimated seconds to the end; `None` while unknown.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub eta_seconds: Option<f64>,
-    /// A sentence for people.
+    /// Text for people.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
@@ -35,22 +36,22 @@ pub struct Progress {
 pub enum Phase {
     /// Reading the job, opening devices.
     Starting,
-    /// Fetching metadata and weights from the hub into the cache.
+    /// Downloads metadata and weights from the hub into the cache.
     Fetching,
-    /// Comparing the files' headers with what the architecture expects.
+    /// Compares the files' headers with the architecture.
     Checking,
-    /// Text to token ids.
+    /// Encodes the text into token ids.
     Tokenizing,
-    /// Token ids to hidden states.
+    /// Computes the hidden states of token ids.
     Embedding,
-    /// The layers.
+    /// Runs the layers.
     Layers,
-    /// Final norm, head, perplexity.
+    /// Runs the final norm and the head; computes perplexity.
     Head,
-    /// Verdicts and files.
+    /// Computes verdicts and writes files.
     Writing,
     /// All files are in place.
     Done,
-    /// It ended with an error; the manifest has it.
+    /// The run ended with an error; the manifest has the error.
     Failed,
 }

@@ -1,4 +1,5 @@
-//! What was counted. Bounded by hidden size, layers and sequences; never by occurrences.
+//! Outlier counts of a run. Their size depends on hidden size, layers and sequences, not on the
+//! number of occurrences.
 
 use serde::{Deserialize, Serialize};
 
@@ -25,9 +26,9 @@ pub struct Results {
     pub n_layers: usize,
     /// Norm outputs studied (2 per layer in most families).
     pub n_sites: usize,
-    /// Gains of other norms of the layers, with `{layer}` for the layer: nothing is projected from
-    /// their outputs (norms of a sublayer's output), or only experts read them. They act and are
-    /// not studied.
+    /// Gain tensors of norms in the layers that are not studied, with `{layer}` for the layer
+    /// number. No projection reads their output (norms of a sublayer's output), or only experts
+    /// do.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unstudied_norms: Vec<String>,
     /// Hidden size: the number of features.
@@ -36,7 +37,7 @@ pub struct Results {
     pub sequences: usize,
     /// Tokens per sequence.
     pub tokens_per_sequence: usize,
-    /// The counts, side by side, each under its label.
+    /// Counts of systematic features, one per reading and axis.
     pub verdicts: Vec<Verdict>,
     /// Features with at least one occurrence, ascending by dimension.
     pub features: Vec<Feature>,
@@ -50,10 +51,10 @@ pub struct Results {
     pub max_abs: f32,
     /// `None` when only some layers were run.
     pub perplexity: Option<Perplexity>,
-    /// Studied sites that are not norm outputs, layer by layer; empty unless asked for.
+    /// Studied sites that are not norm outputs, by layer; empty unless the job asks for them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub other_sites: Vec<OtherSite>,
-    /// Massive activations; `None` unless the residual stream was asked for.
+    /// Massive activations; `None` unless the job asks for the residual stream.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub massive_activations: Option<MassiveActivations>,
     /// The largest values per kind of studied site, norm outputs included.
@@ -62,11 +63,11 @@ pub struct Results {
     /// One entry per mixture-of-experts layer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub routers: Vec<RouterSummary>,
-    /// Super-expert candidates; `None` unless the experts' outputs were asked for and there are
-    /// experts.
+    /// Super-expert candidates; `None` without experts or unless the job asks for their outputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub super_experts: Option<SuperExperts>,
-    /// What outliers cost in few bits; this and the next three: `None` unless asked for.
+    /// Error of quantised activations. This and the next three fields are `None` unless the job
+    /// asks for them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantization_error: Option<QuantizationErrors>,
     /// Dimensions of the residual stream that are large at most tokens.
@@ -78,7 +79,7 @@ pub struct Results {
     /// Attention on the first key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub attention_sinks: Option<AttentionSinks>,
-    /// The model without some features, the whole model first; empty unless asked for.
+    /// The whole model, then the model with features set to 0; empty unless the job asks for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ablation: Vec<AblationArm>,
 }
@@ -88,15 +89,15 @@ pub struct Results {
 pub struct Verdict {
     /// How sequences were pooled.
     pub reading: Reading,
-    /// What "25 % of layers" was taken of.
+    /// What the share of layers is taken of.
     pub axis: Axis,
     /// The label for tables.
     pub label: String,
     /// Number of systematic features; a mean over sequences need not be whole.
     pub count: f64,
-    /// Mean layer (or site) percentage over what was counted; `None` when nothing was.
+    /// Mean layer (or site) percentage over the counted features; `None` without any.
     pub mean_layer_percent: Option<f64>,
-    /// Mean percentage of sequence positions over what was counted; `None` when nothing was.
+    /// Mean percentage of sequence positions over the counted features; `None` without any.
     pub mean_sequence_percent: Option<f64>,
 }
 
@@ -109,8 +110,8 @@ pub enum Reading {
     /// Features judged within each sequence; the mean count per sequence. Percentages are means
     /// over (sequence, feature) records.
     MeanPerSequence,
-    /// Features judged within each sequence; counts added up, so that one feature counts once per
-    /// sequence. The predecessor's published figures are this, over sites.
+    /// Features judged within each sequence; counts are added up, so a feature counts once per
+    /// sequence. The predecessor project's published figures are this count, over sites.
     SumOverSequences,
 }
 
@@ -118,7 +119,7 @@ pub enum Reading {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Axis {
-    /// Layers: one counts if any of its sites fires (the paper).
+    /// Layers; a layer counts if any of its sites has an occurrence (the paper).
     Layers,
     /// Norm outputs, two per layer in most families (the predecessor).
     Sites,
@@ -128,8 +129,8 @@ pub enum Axis {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Point {
-    /// Norm output, input of the attention projections (site 0). Where one norm feeds attention
-    /// and MLP, of both.
+    /// Norm output, input of the attention projections (site 0). If the same norm feeds the MLP,
+    /// also the MLP's input.
     BeforeAttention,
     /// Norm output, input of the MLP, or of router and experts (site 1).
     BeforeMlp,
@@ -141,17 +142,18 @@ pub enum Point {
     AfterMlp,
     /// The residual stream after the layer.
     Residual,
-    /// What the mixer (attention or its like) adds to the residual stream.
+    /// What the mixer (attention, linear attention or a state-space layer) adds to the residual
+    /// stream.
     AttentionOut,
     /// What the feed-forward (MLP, or shared and routed experts together) adds to the residual
     /// stream.
     MlpOut,
-    /// Output of a routed expert's down projection, before its weight.
+    /// Output of a routed expert's down projection, before the gate weight.
     ExpertOut,
 }
 
 impl Point {
-    /// Whether it is a norm's output: the values studied by the definition of outlier features.
+    /// Whether it is a norm output, where outlier features are defined.
     pub fn is_norm_output(self) -> bool {
         matches!(self, Self::BeforeAttention | Self::BeforeMlp | Self::AfterAttention | Self::AfterMlp)
     }
@@ -188,7 +190,7 @@ pub struct Feature {
     pub position_fraction: f64,
     /// (site, sequence, position) triples.
     pub occurrences: u64,
-    /// Those with x > 0.
+    /// Occurrences with x > 0.
     pub positive: u64,
     /// Signs of the occurrences.
     pub sided: Sided,
@@ -198,7 +200,7 @@ pub struct Feature {
     pub min: f32,
     /// Largest magnitude.
     pub max_abs: f32,
-    /// Where that is, and the norm's gain there.
+    /// Site of the largest magnitude, and the norm's gain there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub peak: Option<FeaturePeak>,
     /// Systematic over the whole corpus, share taken of layers.
@@ -213,19 +215,20 @@ pub struct Feature {
     pub layers_before_attention: Vec<usize>,
     /// Layers whose MLP input has an occurrence.
     pub layers_before_mlp: Vec<usize>,
-    /// Where it has occurrences, sequence by sequence; sequences without one are left out. Only of
-    /// features that are systematic, by either axis, in any sample of the sequences drawn with
-    /// replacement; empty in older runs.
+    /// Occurrences by sequence, without sequences that have none. Present for features that are
+    /// systematic, by either axis, in some sample of the sequences drawn with replacement; empty
+    /// in older runs.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub within: Vec<WithinSequence>,
-    /// Its value of largest magnitude, signed, at each norm output with an occurrence, in the
-    /// order of [`Results::sites`]: what quartiles are taken of. Of the same features as `within`.
+    /// Value of largest magnitude, signed, at each norm output with an occurrence, in the order of
+    /// [`Results::sites`]. Quartiles are taken of these values. Present for the features that have
+    /// `within`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub peaks: Vec<f32>,
 }
 
-/// Where a feature has occurrences within one sequence. This decides whether the feature is
-/// systematic there, or over any set of sequences.
+/// Occurrences of a feature within one sequence. They determine whether the feature is systematic
+/// there, or over any set of sequences.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WithinSequence {
     /// Index of the sequence.
@@ -267,10 +270,11 @@ pub struct SiteSummary {
     pub max_abs: f32,
     /// Root mean square of all values.
     pub rms: f64,
-    /// Fourth central moment over squared second one, all values pooled; 3 for a Gaussian. The
-    /// pooled excess kurtosis of arXiv 2506.19697 is this less 3. Token by token: `rows.kurtosis`.
+    /// Fourth central moment over the squared second one, all values pooled; 3 for a Gaussian. The
+    /// pooled excess kurtosis of arXiv 2506.19697 is this value minus 3. `rows.kurtosis` has it by
+    /// token.
     pub kurtosis: f64,
-    /// Row by row.
+    /// Statistics by row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rows: Option<RowStatistics>,
     /// The norm's gain.
@@ -289,15 +293,15 @@ pub struct Perplexity {
     pub predicted_tokens: u64,
 }
 
-/// `manifest.json`, the last file a worker writes: every other file with its size and hash, and
-/// how the run ended.
+/// `manifest.json`, the last file that a worker writes: outcome of the run, and all other files
+/// with their sizes and hashes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Document version.
     pub schema: u32,
-    /// Whole results, or why not.
+    /// Outcome of the run.
     pub outcome: Outcome,
-    /// The files to fetch. Names are plain file names, never paths.
+    /// Files to fetch. Names are plain file names, without folders.
     pub files: Vec<FileEntry>,
 }
 
@@ -305,7 +309,7 @@ pub struct Manifest {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
-    /// Results are whole.
+    /// The results are complete.
     Complete,
     /// The worker ended with an error.
     Failed(Failure),
@@ -314,16 +318,16 @@ pub enum Outcome {
 /// Why a worker ended without results.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Failure {
-    /// For programs.
+    /// Kind of the failure, for programs.
     pub kind: FailureKind,
-    /// What went wrong, and where.
+    /// Cause, with the file or device that it is about.
     pub message: String,
-    /// What to do about it.
+    /// What the user can do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-/// Kinds of failure a caller may treat differently.
+/// Kinds of failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureKind {
@@ -331,21 +335,21 @@ pub enum FailureKind {
     Job,
     /// Unknown model or revision.
     ModelNotFound,
-    /// The hub wants a token, or the token has no access.
+    /// The hub requires a token, or the token has no access.
     ModelGated,
-    /// The architecture is not known.
+    /// The architecture is not supported.
     Unsupported,
-    /// Files missing, damaged, or not what the architecture expects.
+    /// Files are missing, damaged, or do not fit the architecture.
     Checkpoint,
-    /// No text, or too little.
+    /// There is no text, or too little.
     Corpus,
-    /// No such device, or it failed.
+    /// There is no such device, or it failed.
     Device,
-    /// Disk full or unreadable.
+    /// The disk is full or unreadable.
     Storage,
-    /// The hub could not be reached or answered with errors.
+    /// The hub is unreachable or answered with errors.
     Network,
-    /// Anything else.
+    /// Any other failure.
     Internal,
 }
 

@@ -1,4 +1,4 @@
-//! Amounts of memory as people write them.
+//! Amounts of memory and their text form.
 
 use std::fmt;
 use std::str::FromStr;
@@ -47,7 +47,7 @@ impl TryFrom<String> for ByteSize {
     }
 }
 
-/// Exact, and read back as the same.
+/// Writes the exact number of bytes in a form that can be read again.
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} B", self.0)
