@@ -1,10 +1,11 @@
-//! Empty libraries under the names that the tensor library wants linked. What it calls stands in `src/table.rs` instead, so that linkers,
-//! which leave out shared libraries that nothing is taken from, leave out all of these.
+//! Empty libraries with the names that the tensor library links. The functions that it calls are
+//! in `src/table.rs`, so linkers leave out these libraries: they leave out shared libraries
+//! without used symbols.
 
 use std::path::Path;
 use std::process::Command;
 
-/// `moe` is the tensor library's own, with products that are not used: see `nvcc.sh`.
+/// `moe` is the tensor library's own library, for products that are not used: see `nvcc.sh`.
 const WANTED: [&str; 7] = ["cuda", "cublas", "cublasLt", "curand", "nvrtc", "cudart", "moe"];
 
 fn main() {

@@ -1,8 +1,7 @@
-//! Kernels as GPUs run them, behind the end of this program's file, where `assemble.py` puts them.
+//! Assembled kernels (cubins), appended to this program's file by `assemble.py`.
 //!
-//! The tensor library asks the driver to load PTX, which the driver would have to compile. It is
-//! given what was assembled from the same PTX instead, where that fits the GPU; else it is given
-//! the PTX.
+//! The tensor library passes PTX to the driver, which would compile it. [`serve`] passes the
+//! driver the cubin that was assembled from the same PTX, if it fits the GPU.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
@@ -17,15 +16,14 @@ use sha2::{Digest, Sha256};
 
 use crate::table::{self, Slot};
 
-/// The last bytes of a program that kernels follow.
+/// Last bytes of a program with appended kernels.
 pub(crate) const MAGIC: [u8; 8] = *b"cubins 1";
-/// How many kernels there are, bytes of all that follows the program, [`MAGIC`].
+/// Trailer: number of kernels, bytes of all that follows the program, [`MAGIC`].
 const END: usize = 24;
-/// SHA-256 of the PTX, compute capability times ten, where it begins behind the program, its
-/// bytes.
+/// Entry: SHA-256 of the PTX, ten times the compute capability, offset behind the program, length.
 const ENTRY: usize = 56;
 
-/// What follows a program.
+/// The data appended to a program.
 pub(crate) struct Archive {
     file: File,
     entries: Vec<Entry>,
@@ -35,13 +33,13 @@ struct Entry {
     ptx: [u8; 32],
     /// Ten times the compute capability.
     compute: u64,
-    /// In the file, packed.
+    /// Offset and length of the packed image in the file.
     at: u64,
     len: usize,
 }
 
 impl Archive {
-    /// Of a program; `None` if nothing follows it.
+    /// Kernels of a program's file; `None` if none are appended.
     pub(crate) fn open(program: &Path) -> Option<Self> {
         let file = File::open(program).ok()?;
         let end = file.metadata().ok()?.len();
@@ -65,8 +63,8 @@ impl Archive {
         Some(Self { file, entries })
     }
 
-    /// What was assembled from PTX of this hash for a GPU of this compute capability, or for an
-    /// older one of the same major number: GPUs run that too.
+    /// The cubin assembled from the PTX with this hash for this compute capability, or for an
+    /// older one of the same major number, which the GPU can also run.
     pub(crate) fn cubin(&self, ptx: &[u8; 32], (major, minor): (u32, u32)) -> Option<Vec<u8>> {
         let (least, most) = (u64::from(10 * major), u64::from(10 * major + minor));
         let fits = |entry: &&Entry| entry.ptx == *ptx && (least..=most).contains(&entry.compute);
@@ -87,10 +85,10 @@ fn number(bytes: &[u8], at: usize) -> u64 {
 /// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MODULE.html>
 type LoadFunction = unsafe extern "C" fn(*mut c_void, *const c_char) -> c_int;
 
-/// The driver's function.
+/// Address of the driver's `cuModuleLoadData`.
 static DRIVER: AtomicPtr<c_void> = AtomicPtr::new(std::ptr::null_mut());
 
-/// Gives the driver assembled kernels from now on. The table holds the driver's functions.
+/// Makes the driver load assembled kernels from now on. The table holds the driver's functions.
 pub(crate) fn serve() {
     DRIVER.store(table::function(Slot::cuModuleLoadData), Ordering::Release);
     table::replace(Slot::cuModuleLoadData, load as LoadFunction as *mut c_void);
@@ -113,8 +111,8 @@ unsafe extern "C" fn load(module: *mut c_void, image: *const c_char) -> c_int {
     unsafe { driver(module, image) }
 }
 
-/// What was assembled from this PTX for the GPUs that are there, whichever of them is meant: the
-/// driver refuses what is for another.
+/// Cubins assembled from this PTX for the GPUs that are present. The driver refuses a cubin for
+/// another GPU.
 fn assembled(ptx: &CStr) -> Vec<Vec<u8>> {
     static ARCHIVE: OnceLock<Option<Archive>> = OnceLock::new();
     let archive = ARCHIVE.get_or_init(|| Archive::open(Path::new("/proc/self/exe")));

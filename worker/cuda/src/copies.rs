@@ -1,4 +1,4 @@
-//! What copies between host and GPU reach alone, and whether a GPU has anything to do.
+//! Rates of copies between host and GPU, and whether a GPU's stream is idle.
 
 use std::ffi::{c_int, c_void};
 use std::sync::Arc;
@@ -7,13 +7,13 @@ use std::time::Instant;
 use cudarc::driver::sys::CUresult;
 use cudarc::driver::{CudaStream, DriverError};
 
-/// Bytes of a copy whose start does not count.
+/// Bytes of a copy so large that its launch time does not matter.
 const BYTES: usize = 16 << 20;
 
-/// Bytes per second of copies from pinned memory to a GPU and back, the fastest of some rounds.
+/// Bytes per second of copies from pinned memory to a GPU and back, the fastest of several rounds.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn copy_rates(stream: &Arc<CudaStream>, rounds: usize) -> Result<[f64; 2], DriverError> {
     // SAFETY: bytes may be anything.
     let mut pinned = unsafe { stream.context().alloc_pinned_with_flags::<u8>(BYTES, 0) }?;
@@ -38,8 +38,8 @@ unsafe extern "C" {
     fn cuStreamQuery(stream: *mut c_void) -> c_int;
 }
 
-/// Whether a stream has done all that it was asked for; `None` where the driver does not tell.
-/// Waits for nothing. <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__STREAM.html>
+/// Whether a stream has finished all its work; `None` if the driver does not report it. Does not
+/// wait. <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__STREAM.html>
 pub fn is_idle(stream: &CudaStream) -> Option<bool> {
     stream.context().bind_to_thread().ok()?;
     // SAFETY: a stream that is there as long as this borrows it.

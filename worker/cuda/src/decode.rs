@@ -1,5 +1,5 @@
-//! Stored bytes, as the kernels of `decode.cu` are told what they mean. Their CPU form is the
-//! worker's `dtype`.
+//! Decodes stored weights on a GPU, with the kernels of `decode.cu`. The worker's `dtype` is the
+//! CPU form.
 
 use std::ops::Range;
 
@@ -11,31 +11,31 @@ use rayon::prelude::*;
 use crate::kernels::Argument::{Address, Float, Number as Word};
 use crate::kernels::{File, Grid, launch, number};
 
-/// Threads of a block, as in `values.cuh`.
+/// Threads per block, as in `values.cuh`.
 const THREADS: usize = 256;
 /// Bytes that a thread copies at a time.
 const COPIED_AT_ONCE: usize = 1 << 19;
 /// Alignment of scales, bytes.
 const ALIGNMENT: usize = 16;
 
-/// How a number is stored, by the numbers of `decode.cu`.
+/// Storage format of a number; the discriminants are those of `decode.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Number {
-    /// Single precision.
+    /// IEEE single precision (f32).
     F32 = 0,
-    /// IEEE's half precision.
+    /// IEEE half precision (f16).
     F16 = 1,
-    /// Half of single precision, of the same range.
+    /// bfloat16.
     Bf16 = 2,
-    /// A power of two.
+    /// Powers of two (E8M0).
     E8m0 = 3,
-    /// FP8 of 3 bits of mantissa, without infinities.
+    /// FP8 E4M3: 3 bits of mantissa, no infinities.
     E4m3 = 4,
 }
 
 impl Number {
-    /// Bytes of one.
+    /// Bytes per number.
     fn size(self) -> usize {
         match self {
             Self::F32 => 4,
@@ -45,9 +45,9 @@ impl Number {
     }
 }
 
-/// A dtype that stored numbers become.
+/// A dtype that stored numbers are decoded to.
 pub trait Value {
-    /// Its name, in those of kernels too.
+    /// Its name, also in the kernels' names.
     const NAME: &'static str;
     /// How it is stored.
     const STORED: Number;
@@ -68,55 +68,55 @@ impl Value for f16 {
     const STORED: Number = Number::F16;
 }
 
-/// What stored bytes mean.
+/// Layout of stored bytes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Form {
-    /// Floats one after the other.
+    /// Consecutive floats.
     Plain(Number),
-    /// Codes in e4m3 of a matrix, under a scale for each tile.
+    /// A matrix of FP8 E4M3 codes with a scale per tile.
     Tiles {
-        /// How scales are stored.
+        /// Storage format of the scales.
         scales: Number,
         /// Columns of the matrix.
         columns: usize,
-        /// Rows and columns of a tile, no more than the matrix has.
+        /// Rows and columns of a tile, at most those of the matrix.
         tile: [usize; 2],
     },
-    /// Two codes of 4 bits per byte, the low half first, under a scale for each group.
+    /// Two codes of 4 bits per byte, low half first, with a scale per group.
     Pairs {
-        /// What they mean.
+        /// Format of the codes.
         codes: Codes,
-        /// How scales are stored.
+        /// Storage format of the scales.
         scales: Number,
-        /// What multiplies all scales.
+        /// Factor of all scales.
         whole: f32,
-        /// Values of a group, an even number.
+        /// Values of a group; an even number.
         group: usize,
     },
 }
 
-/// What codes of 4 bits mean.
+/// Format of 4-bit codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Codes {
-    /// Floats: e2m1.
+    /// Floats: E2M1.
     Floats,
-    /// Integers, less 8.
+    /// Integers, minus 8.
     Integers,
 }
 
-/// A tensor as a checkpoint stores it, row after row. Lengths follow from the form and the number
-/// of values, and scales are finite: whoever makes one has checked that.
+/// A tensor as a checkpoint stores it, in row-major order. The caller has checked that lengths fit
+/// the form and the number of values, and that scales are finite.
 #[derive(Clone, Copy, Debug)]
 pub struct StoredTensor<'a> {
-    /// What the bytes mean.
+    /// Layout of the bytes.
     pub form: Form,
     /// One code per value.
     pub codes: &'a [u8],
-    /// Scales, where the form has some.
+    /// Scales, if the form has them.
     pub scales: &'a [u8],
 }
 
-/// Some of a stored tensor's values.
+/// A range of a stored tensor's values.
 #[derive(Debug)]
 pub(crate) struct Piece<'a> {
     values: Range<usize>,
@@ -124,19 +124,19 @@ pub(crate) struct Piece<'a> {
     scales: &'a [u8],
 }
 
-/// Addresses on the GPU that a piece is decoded with.
+/// GPU addresses for decoding a piece.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Places {
-    /// Of the piece's bytes, as [`Piece::copy_to`] arranges them.
+    /// Input: the piece's bytes, as [`Piece::copy_to`] arranges them.
     pub(crate) stored: CUdeviceptr,
-    /// Of its values.
+    /// Output: the values.
     pub(crate) values: CUdeviceptr,
-    /// Of the note about values that do not fit.
+    /// Output: the note about values that do not fit the dtype.
     pub(crate) note: CUdeviceptr,
 }
 
 impl<'a> StoredTensor<'a> {
-    /// Its `count` values in pieces of at most `room` bytes, where that many can be cut off.
+    /// Splits its `count` values into pieces of at most `room` bytes, where the form allows it.
     pub(crate) fn pieces(self, count: usize, room: usize) -> impl Iterator<Item = Piece<'a>> {
         let granule = match self.form {
             Form::Plain(_) => 1,
@@ -150,7 +150,7 @@ impl<'a> StoredTensor<'a> {
         (0..count).step_by(at_once).map(move |start| self.piece(start..count.min(start + at_once)))
     }
 
-    /// Whether a value's bytes are those of the number that it becomes.
+    /// Whether the stored bytes of a value equal its decoded bytes.
     pub(crate) fn is_stored_as<T: Value>(&self) -> bool {
         self.form == Form::Plain(T::STORED)
     }
@@ -172,15 +172,15 @@ impl<'a> StoredTensor<'a> {
         Piece { values, codes: &self.codes[codes], scales: &self.scales[scales] }
     }
 
-    /// Decodes a piece, in the order of the stream; `before` values of those that share its note
-    /// were decoded before.
+    /// Decodes a piece, in the order of the stream. `before`: values decoded earlier with the same
+    /// note.
     ///
     /// # Safety
     /// The places are of as many bytes and values as the piece has, and of a note; all of that
     /// belongs to the stream.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub(crate) unsafe fn launch<T: Value>(
         &self,
         stream: &CudaStream,
@@ -211,7 +211,7 @@ impl<'a> StoredTensor<'a> {
 }
 
 impl Piece<'_> {
-    /// Which values of the tensor these are.
+    /// Range of the tensor's values.
     pub(crate) fn values(&self) -> Range<usize> {
         self.values.clone()
     }
@@ -221,12 +221,12 @@ impl Piece<'_> {
         self.scales_at() + self.scales.len()
     }
 
-    /// Where its scales begin.
+    /// Offset of its scales.
     fn scales_at(&self) -> usize {
         if self.scales.is_empty() { self.codes.len() } else { self.codes.len().next_multiple_of(ALIGNMENT) }
     }
 
-    /// Copies codes and scales, with all threads.
+    /// Copies codes and scales with all threads.
     pub(crate) fn copy_to(&self, bytes: &mut [u8]) {
         let copy = |to: &mut [u8], from: &[u8]| {
             let parts = to.par_chunks_mut(COPIED_AT_ONCE).zip(from.par_chunks(COPIED_AT_ONCE));

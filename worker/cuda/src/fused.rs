@@ -1,7 +1,7 @@
-//! Norms, rotations, the softmax of attention, convolutions, gates and sums on a GPU, each by one
-//! kernel: what the worker's own loops compute on a CPU, in the same bits.
+//! Norms, rotary embeddings, attention softmax, convolutions, gates and sums on a GPU, each in one
+//! kernel. Results are bit-identical to the worker's CPU loops.
 //!
-//! Values are row-major and contiguous, and belong to the stream that is given.
+//! Values are row-major, contiguous and belong to the given stream.
 
 use std::sync::Arc;
 
@@ -11,16 +11,16 @@ use half::{bf16, f16};
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
 
-/// Threads of a block.
+/// Threads per block.
 const THREADS: usize = 256;
-/// Threads of a row that is looked at as a whole.
+/// Threads per row in kernels that reduce rows.
 const LANES: usize = 16;
-/// Columns of a block that works value by value.
+/// Columns per block in elementwise kernels.
 const COLUMNS: usize = 4 * THREADS;
 
-/// A dtype that kernels read and write; they compute in f32.
+/// A dtype that kernels read and write. They compute in f32.
 pub trait Real: DeviceRepr {
-    /// Its name in those of kernels.
+    /// Its name in the kernels' names.
     const DTYPE: &'static str;
 }
 
@@ -36,7 +36,7 @@ impl Real for f16 {
     const DTYPE: &'static str = "f16";
 }
 
-/// Launches a kernel that is there for each dtype, unless nothing is to be done.
+/// Launches a kernel that exists for each dtype, if there are values.
 ///
 /// # Safety
 /// As [`launch`].
@@ -48,17 +48,17 @@ unsafe fn run<T: Real>(stream: &CudaStream, name: &str, grid: Grid, arguments: &
     unsafe { launch(stream, File::Fused, &format!("{name}_{}", T::DTYPE), grid, arguments) }
 }
 
-/// For kernels that look at rows as a whole.
+/// Launch of kernels that reduce rows.
 fn by_row(rows: usize) -> Grid {
     Grid { blocks: [rows.div_ceil(THREADS / LANES), 1], threads: THREADS }
 }
 
-/// For kernels that work value by value.
+/// Launch of elementwise kernels.
 fn by_value(rows: usize, columns: usize) -> Grid {
     Grid { blocks: [rows, columns.div_ceil(COLUMNS)], threads: THREADS }
 }
 
-/// Number of values of a row.
+/// Number of rows of `width` values.
 fn rows(values: usize, width: usize) -> usize {
     assert!(width > 0 && values.is_multiple_of(width), "{values} values are not rows of {width}");
     values / width
@@ -68,7 +68,7 @@ fn rows(values: usize, width: usize) -> usize {
 /// `gain`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn rms_norm<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
@@ -95,7 +95,7 @@ pub fn rms_norm<T: Real>(
 /// `(x - mean) / sqrt(variance + eps) * gain + bias` over rows as wide as `gain`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn layer_norm<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
@@ -119,7 +119,7 @@ pub fn layer_norm<T: Real>(
     Ok(out)
 }
 
-/// Which part of a row turns, and by which angles.
+/// Which part of a row is rotated, and by which angles.
 #[derive(Clone, Copy, Debug)]
 pub struct Rotation {
     /// Values of a row: whole heads.
@@ -128,19 +128,19 @@ pub struct Rotation {
     pub positions: usize,
     /// Values of a head.
     pub head_dim: usize,
-    /// The first value of a head that turns.
+    /// First value of a head that is rotated.
     pub first: usize,
-    /// Pairs of a head that turn.
+    /// Pairs of a head that are rotated.
     pub pairs: usize,
-    /// Members of a pair are neighbours; else they are `pairs` apart.
+    /// Whether the two values of a pair are adjacent; otherwise they are `pairs` apart.
     pub interleaved: bool,
 }
 
-/// Turns pairs of each head by the angles of their position. `table`: cosines of all positions and
-/// pairs, then their sines.
+/// Rotates pairs of each head by the angles of their position. `table`: cosines of all positions
+/// and pairs, then their sines.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn rope<T: Real>(
     stream: &CudaStream,
     x: &mut CudaViewMut<'_, T>,
@@ -159,32 +159,32 @@ pub fn rope<T: Real>(
     unsafe { run::<T>(stream, "rope", by_value(rows, width / head_dim * pairs), &arguments) }
 }
 
-/// What a block of scores stands for.
+/// Shape, positions and mask of a block of attention scores.
 #[derive(Clone, Copy, Debug)]
 pub struct Scores {
     /// Columns.
     pub keys: usize,
-    /// Rows of a head: queries, one position after another.
+    /// Rows per head: queries at consecutive positions.
     pub queries: usize,
     /// Position of the first query.
     pub first_query: usize,
     /// Position of the first key.
     pub first_key: usize,
-    /// How many keys a query sees at most, the last up to its own.
+    /// Sliding window: most keys that a query sees, up to its own position.
     pub window: usize,
-    /// Keys of a chunk, where a query sees those in its own chunk instead.
+    /// Chunked attention: keys per chunk. A query sees the keys of its own chunk only.
     pub chunk: Option<usize>,
-    /// What multiplies scores.
+    /// Factor of the scores.
     pub scale: f32,
-    /// The head of the first rows: which sink is its.
+    /// Head of the first rows, to index `sinks`.
     pub first_head: usize,
 }
 
-/// Softmax over the keys that each query sees, in place. `sinks`: a logit for each head, which
-/// takes part unscaled and has no value.
+/// Softmax over the keys that each query sees, in place. `sinks`: one logit per head, unscaled,
+/// without a value.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn softmax<T: Real>(
     stream: &CudaStream,
     x: &mut CudaViewMut<'_, T>,
@@ -196,7 +196,7 @@ pub fn softmax<T: Real>(
     let heads = sinks.map_or(1, CudaView::len);
     let sinks = sinks.map(|sinks| sinks.device_ptr(stream));
     let (x, _x) = x.device_ptr_mut(stream);
-    // What is larger than any position hides nothing.
+    // A window larger than any position masks nothing.
     let limit = |keys: usize| Number(u32::try_from(keys.max(1)).unwrap_or(u32::MAX));
     let arguments = [
         Address(x),
@@ -216,11 +216,11 @@ pub fn softmax<T: Real>(
     unsafe { run::<T>(stream, "softmax", by_row(rows), &arguments) }
 }
 
-/// Of each row of logits the largest, the sum of `exp(logit - largest)`, and the logit at its
-/// target's column: 0 where there is no such column.
+/// Per row of logits: the largest, the sum of `exp(logit - largest)`, and the logit at the
+/// target's column, or 0 without such a column.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn logit_parts<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
@@ -241,7 +241,7 @@ pub fn logit_parts<T: Real>(
     Ok(parts)
 }
 
-/// A causal convolution of each channel, what follows it, and how channels are arranged.
+/// Shape and layout of a causal depthwise convolution.
 #[derive(Clone, Copy, Debug)]
 pub struct Convolution {
     /// Heads of a token.
@@ -252,9 +252,9 @@ pub struct Convolution {
     pub width: usize,
     /// Taps of a channel.
     pub kernel: usize,
-    /// Whose taps are those of the first head's first channel.
+    /// Channel of the taps for the first head's first channel.
     pub first_channel: usize,
-    /// Length to which the vector of each head is scaled in the end.
+    /// Length to which each head's vector is scaled after the convolution, if any.
     pub length: Option<f32>,
 }
 
@@ -262,7 +262,7 @@ pub struct Convolution {
 /// `bias` `[channels]` and applies SiLU, to `[sequences * heads, positions, width]`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn convolution<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
@@ -291,21 +291,21 @@ pub fn convolution<T: Real>(
     Ok(out)
 }
 
-/// How a gate opens, as the kernel is told: which formula, the largest magnitude and the slope.
+/// Activation of a gate: formula, clamp and slope, with the kernel's numbers.
 #[derive(Clone, Copy, Debug)]
 pub struct Gate {
-    /// 0 SiLU, 1 sigmoid, 2 GELU in its tanh form, 3 clamped.
+    /// 0 SiLU, 1 sigmoid, 2 tanh GELU, 3 clamped.
     pub kind: u32,
-    /// Largest magnitude of a clamped one.
+    /// Largest magnitude of the clamped activation.
     pub limit: f32,
-    /// Slope inside the sigmoid of a clamped one.
+    /// Slope in the sigmoid of the clamped activation.
     pub alpha: f32,
 }
 
-/// Puts what gates let through of `up` in their place; both are rows of `width`.
+/// Replaces `up` by `activation(gates) * up`; both have rows of `width`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn gated<T: Real>(
     stream: &CudaStream,
     gates: &mut CudaViewMut<'_, T>,
@@ -321,10 +321,11 @@ pub fn gated<T: Real>(
     unsafe { gate::<T>(stream, [gates, up, gates], [rows, width], [width, 1], how) }
 }
 
-/// The same where both are in one row, `joined` `[rows, 2 * inner]`: in halves, or interleaved.
+/// As [`gated`], for gates and up values in one row `joined` `[rows, 2 * inner]`: in halves, or
+/// interleaved.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn gated_joined<T: Real>(
     stream: &Arc<CudaStream>,
     joined: &CudaView<'_, T>,
@@ -346,10 +347,8 @@ pub fn gated_joined<T: Real>(
     Ok(out)
 }
 
-/// # Safety
-/// Addresses of gates, of what they open for, both of `rows` rows that are `stride` values apart
-/// and of `width` columns that are `step` values apart, and of room for `rows` times `width`
-/// values.
+/// `gates` and `up` are addresses of `rows` rows, `stride` values apart, with `width` columns,
+/// `step` values apart. The output has room for `rows` times `width` values.
 unsafe fn gate<T: Real>(
     stream: &CudaStream,
     addresses: [u64; 3],
@@ -364,11 +363,10 @@ unsafe fn gate<T: Real>(
     unsafe { run::<T>(stream, "gate", by_value(rows, width), &arguments) }
 }
 
-/// Applies an activation in place to rows of `width`: 0 ReLU, 1 its square, 2 GELU in its tanh
-/// form.
+/// Applies an activation in place to rows of `width`: 0 ReLU, 1 squared ReLU, 2 tanh GELU.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn activate<T: Real>(
     stream: &CudaStream,
     x: &mut CudaViewMut<'_, T>,
@@ -381,10 +379,11 @@ pub fn activate<T: Real>(
     unsafe { run::<T>(stream, "activate", by_value(rows, width), &[Address(x), number(width), Number(kind)]) }
 }
 
-/// `x + y` in the place of `x`, rows of `width`; `y` is as many, or one row for all.
+/// Adds `y` to `x` in place, in rows of `width`. `y` has the shape of `x`, or is one row for all
+/// rows.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn sum<T: Real>(
     stream: &CudaStream,
     x: &mut CudaViewMut<'_, T>,

@@ -1,5 +1,5 @@
-//! Kernels of our own (`worker/cuda/kernels`), launched by their names. A GPU's driver reads a
-//! file when the first of its kernels is launched there.
+//! This crate's kernels (`worker/cuda/kernels`), launched by name. The driver loads a file on a
+//! GPU when its first kernel is launched there.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -9,7 +9,7 @@ use cudarc::driver::result::{self, DriverError, module};
 use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule};
 use cudarc::driver::{CudaContext, CudaStream};
 
-/// Names the files, each with its PTX, which ends with a zero.
+/// Declares the kernel files, each with its PTX, which ends with a zero byte.
 macro_rules! files {
     ($($file:ident $name:literal)*) => {
         /// A file of kernels.
@@ -23,7 +23,7 @@ macro_rules! files {
                 }
             }
 
-            /// Its source, without what all share.
+            /// Its source, without the shared header.
             #[cfg(test)]
             fn source(self) -> &'static str {
                 match self {
@@ -49,10 +49,10 @@ files! {
     Rows "rows"
 }
 
-/// What a kernel is given.
+/// An argument of a kernel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Argument {
-    /// In the GPU's memory.
+    /// An address in GPU memory.
     Address(CUdeviceptr),
     Number(u32),
     Float(f32),
@@ -67,12 +67,12 @@ pub(crate) fn number(number: usize) -> Argument {
     Argument::Number(counted.unwrap_or_else(|_| panic!("{number} rows, values or tokens; kernels count below 2^32")))
 }
 
-/// How a kernel is launched.
+/// Grid and block of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
-    /// Along x and y.
+    /// Blocks along x and y.
     pub(crate) blocks: [usize; 2],
-    /// Of each block.
+    /// Threads per block.
     pub(crate) threads: usize,
 }
 
@@ -86,7 +86,7 @@ const SHARED_BYTES: usize = 48 << 10;
 /// which belongs to this stream.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub(crate) unsafe fn launch(
     stream: &CudaStream,
     file: File,
@@ -137,7 +137,7 @@ pub(crate) unsafe fn launch_sharing(
     }
 }
 
-/// What was loaded on a GPU. It is never unloaded, and keeps the context in which it was.
+/// Modules loaded on a GPU. They are never unloaded and keep their context alive.
 struct Loaded {
     context: Arc<CudaContext>,
     modules: HashMap<File, CUmodule>,
@@ -147,7 +147,7 @@ struct Loaded {
 // SAFETY: handles of the driver, which any thread may use.
 unsafe impl Send for Loaded {}
 
-/// A kernel on a GPU, whose context is this thread's.
+/// A kernel on the GPU whose context is current on this thread.
 fn function(context: &Arc<CudaContext>, file: File, name: &str) -> Result<CUfunction, DriverError> {
     static LOADED: Mutex<Vec<Loaded>> = Mutex::new(Vec::new());
     let mut all = LOADED.lock().unwrap_or_else(PoisonError::into_inner);

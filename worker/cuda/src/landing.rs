@@ -1,5 +1,5 @@
-//! Summaries on their way from a GPU to the host: they are copied to pinned memory, and an event
-//! says when they are there. Until it is read, neither the host nor the GPU waits for the other.
+//! Copies summaries from a GPU to pinned host memory without blocking. An event is recorded after
+//! the copy; neither side waits until the summary is read.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,25 +12,25 @@ use cudarc::driver::{
 
 /// Bytes of the smallest buffer.
 const LEAST: usize = 1 << 18;
-/// Parts of a buffer begin where any number may.
+/// Alignment of the parts of a buffer.
 const ALIGNMENT: usize = 8;
 
-/// Buffers to which nothing is copied, for the next summary: pinning memory takes long.
+/// Free buffers, kept for reuse because pinning memory is slow.
 static SPARE: Mutex<Vec<PinnedHostSlice<u8>>> = Mutex::new(Vec::new());
 
-/// A buffer of at least so many bytes, pinned in this context.
+/// A buffer of at least `bytes` bytes, pinned in this context.
 fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>, DriverError> {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
     let here: Vec<usize> = (0..spare.len()).filter(|at| spare[*at].context().cu_ctx() == context.cu_ctx()).collect();
     let fits = here.iter().filter(|at| spare[**at].len() >= bytes).min_by_key(|at| spare[**at].len());
-    // One that is too small makes room for a larger one.
+    // A buffer that is too small is freed before a larger one is allocated.
     let chosen = fits.or_else(|| here.iter().max_by_key(|at| spare[**at].len())).copied();
     let taken = chosen.map(|at| spare.swap_remove(at));
     match taken {
         Some(buffer) if buffer.len() >= bytes => Ok(buffer),
         small => {
             drop(small);
-            // Not write-combined, as is the library's default: what is there is read.
+            // Not write-combined (the library's default), because the host reads the buffer.
             // SAFETY: bytes may be anything.
             unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(LEAST), 0) }
         }
@@ -65,31 +65,31 @@ pub(crate) struct Part<'a> {
 }
 
 impl<'a> Part<'a> {
-    /// All of a slice, which is read on that stream.
+    /// A whole slice, read on its stream.
     pub(crate) fn of<T>(slice: &'a CudaSlice<T>, stream: &'a CudaStream) -> Self {
         Self::at(slice.device_ptr(stream), slice.len() * size_of::<T>())
     }
 
-    /// So many bytes at an address.
+    /// `bytes` bytes at an address.
     pub(crate) fn at((address, read): (CUdeviceptr, SyncOnDrop<'a>), bytes: usize) -> Self {
         Self { address, bytes, _read: read }
     }
 }
 
-/// Summaries that land in one buffer, which nobody else sees before they are there.
+/// Summaries copied into one buffer, which cannot be read before the copy is complete.
 pub(crate) struct Landing {
-    /// There until this is dropped.
+    /// `Some` until this is dropped.
     buffer: Option<PinnedHostSlice<u8>>,
-    /// Where each part is.
+    /// Range of each part.
     parts: Vec<Range<usize>>,
     landed: CudaEvent,
 }
 
 impl Landing {
-    /// Has the stream copy the parts, in their order, after all that it was asked for before.
+    /// Enqueues copies of the parts, in order, on the stream.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub(crate) fn ask(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
         let context = stream.context();
         context.bind_to_thread()?;
@@ -100,7 +100,7 @@ impl Landing {
             start..start + part.bytes
         };
         let places = parts.iter().map(&mut place).collect();
-        // Whoever waits for it sleeps.
+        // The event blocks: a waiting thread sleeps.
         let landed = context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
         let mut landing = Self { buffer: Some(take(context, end)?), parts: places, landed };
         let buffer = landing.buffer.as_mut().expect("it was just put there").as_mut_slice()?;
@@ -110,36 +110,36 @@ impl Landing {
             // given to anybody else before the event.
             unsafe { result::memcpy_dtoh_async(place, part.address, stream.cu_stream()) }
         });
-        // After an error, too: whoever drops this waits for what was asked for before it.
+        // Also recorded after an error: drop waits for the copies enqueued before it.
         landing.landed.record(stream)?;
         asked?;
         Ok(landing)
     }
 
-    /// Whether all of it is there.
+    /// Whether the copies are complete.
     ///
     /// # Errors
-    /// The driver's, also of what was asked for before.
+    /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub(crate) fn is_there(&self) -> Result<bool, DriverError> {
         self.landed.context().bind_to_thread()?;
         self.landed.try_is_complete()
     }
 
-    /// Waits until all of it is there.
+    /// Waits until the copies are complete.
     ///
     /// # Errors
-    /// The driver's, also of what was asked for before.
+    /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
         self.landed.synchronize()
     }
 
-    /// Has the first part copied to a GPU as soon as it is there, by a stream of that GPU.
+    /// Enqueues a copy of the first part to a GPU, on a stream of that GPU, after the first copy.
     ///
     /// # Safety
     /// There is room for it at `to`. This is dropped when the copy is done.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub(crate) unsafe fn go_on(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
         stream.wait(&self.landed)?;
         stream.context().bind_to_thread()?;
@@ -149,17 +149,17 @@ impl Landing {
         unsafe { result::memcpy_htod_async(to, &buffer.as_slice()?[place], stream.cu_stream()) }
     }
 
-    /// The bytes of a part, for which this waits.
+    /// The bytes of a part. Waits for the copy.
     fn part(&self, part: usize) -> Result<&[u8], DriverError> {
         self.wait()?;
         let buffer = self.buffer.as_ref().expect("there until this is dropped");
         Ok(&buffer.as_slice()?[self.parts[part].clone()])
     }
 
-    /// The numbers of a part, for which this waits.
+    /// The numbers of a part. Waits for the copy.
     ///
     /// # Errors
-    /// The driver's, also of what was asked for before.
+    /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub(crate) fn u32s(&self, part: usize) -> Result<Vec<u32>, DriverError> {
         Ok(self.part(part)?.as_chunks::<4>().0.iter().map(|bytes| u32::from_le_bytes(*bytes)).collect())
     }

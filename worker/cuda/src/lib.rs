@@ -1,8 +1,9 @@
-//! NVIDIA's driver and libraries, found when the program runs instead of when it is built: one
-//! program that starts on machines with and without them, and says what it lacks.
+//! NVIDIA's driver and libraries, loaded at run time. One program starts on machines with and
+//! without them, and reports which are missing.
 //!
-//! Linking this crate is what satisfies the tensor library's `-lcuda -lcublas ..` (see
-//! `table.rs`); its kernels are built through `nvcc.sh`. Our own lie in `kernels/`, compiled.
+//! Linking this crate provides the functions of the tensor library's `-lcuda -lcublas ..` (see
+//! `table.rs`). The tensor library's kernels are built through `nvcc.sh`; this crate's kernels are
+//! in `kernels/`, compiled.
 #![cfg(all(target_arch = "x86_64", target_os = "linux"))]
 
 mod assembled;
@@ -51,7 +52,7 @@ pub use statistics::{Activation, Look, Seen, Stored};
 use table::Of;
 pub use traffic::{Traffic, traffic};
 
-/// A version of CUDA: major, minor.
+/// A CUDA version: major, minor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct CudaVersion(pub u32, pub u32);
 
@@ -61,19 +62,19 @@ impl fmt::Display for CudaVersion {
     }
 }
 
-/// What a driver must serve for the kernels to be read: drivers from R520 on. `nvcc.sh` writes the
-/// PTX version that this stands for.
+/// The oldest CUDA version whose drivers load the kernels: drivers from R520 on. `nvcc.sh` writes
+/// the matching PTX version.
 pub const OLDEST: CudaVersion = CudaVersion(11, 8);
 
-/// What the kernels are compiled for, and all that is newer: the first with bf16.
+/// The oldest compute capability that the kernels run on: the first with bf16.
 pub const OLDEST_COMPUTE: (u32, u32) = (8, 0);
 
-/// A GPU, as its driver describes it.
+/// A GPU, as its driver reports it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Gpu {
     /// Its name, such as `NVIDIA H100 80GB HBM3`.
     pub name: String,
-    /// All of its memory, in bytes.
+    /// Total memory in bytes.
     pub memory_bytes: u64,
     /// Compute capability: major, minor.
     pub compute: (u32, u32),
@@ -82,37 +83,37 @@ pub struct Gpu {
 /// A driver and its GPUs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DriverInfo {
-    /// The newest CUDA that the driver serves.
+    /// The newest CUDA version that the driver supports.
     pub driver: CudaVersion,
-    /// By the driver's index.
+    /// In the order of the driver's indices.
     pub gpus: Vec<Gpu>,
     /// cuBLAS multiplies several matrices of different sizes by one call: 12.5 and newer do.
     pub grouped_products: bool,
 }
 
-/// Why no GPU serves.
+/// Why no GPU is usable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Unavailable {
     /// There is no driver.
     NoDriver {
-        /// What the system said.
+        /// The system's error message.
         why: String,
     },
     /// The driver shows no GPU.
     NoGpu {
-        /// Its number for why; 0 when it counted none.
+        /// The driver's error number; 0 if it reported no GPU.
         code: i32,
     },
-    /// The driver does not read our kernels.
+    /// The driver is too old for the kernels.
     OldDriver {
-        /// What it serves.
+        /// The CUDA version that it supports.
         driver: CudaVersion,
     },
-    /// A library is missing beside driver and GPUs.
+    /// A library is missing, though driver and GPUs are present.
     NoLibrary {
-        /// Its name.
+        /// Name of the library.
         name: &'static str,
-        /// Why not, for each place.
+        /// Reason for each place that was searched.
         why: String,
     },
 }
@@ -132,17 +133,16 @@ impl fmt::Display for Unavailable {
 impl std::error::Error for Unavailable {}
 
 impl Unavailable {
-    /// Whether there is a GPU all the same, which somebody pays for perhaps.
+    /// Whether a GPU is present. It may be rented, so the user should know of it.
     pub fn wastes_a_gpu(&self) -> bool {
         matches!(self, Self::OldDriver { .. } | Self::NoLibrary { .. })
     }
 }
 
-/// Looks for driver, GPUs and libraries, once. What calls them must come after this: until then
-/// every call fails.
+/// Loads driver and libraries and lists GPUs, once. Functions of the table fail until then.
 ///
 /// # Errors
-/// Why no GPU serves.
+/// Why no GPU is usable.
 pub fn find() -> Result<&'static DriverInfo, &'static Unavailable> {
     static FOUND: OnceLock<Result<DriverInfo, Unavailable>> = OnceLock::new();
     FOUND.get_or_init(look).as_ref()
@@ -170,15 +170,15 @@ fn look() -> Result<DriverInfo, Unavailable> {
     Ok(found)
 }
 
-/// Has the driver keep what is given back on a GPU: by default it returns all of that to the
-/// system whenever anybody waits for the GPU, and gets it from there again.
+/// Makes the driver keep freed GPU memory for reuse. By default it returns that memory to the
+/// system at each synchronisation.
 ///
 /// # Errors
-/// The driver's number for why not.
+/// The driver's error number.
 /// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MALLOC__ASYNC.html>
 pub fn keep_memory(gpu: u32) -> Result<(), i32> {
     const RELEASE_THRESHOLD: c_int = 4;
-    // Some virtual GPUs keep none, and take memory in another way.
+    // Some virtual GPUs have no memory pool.
     const NOT_SUPPORTED: c_int = 801;
     let done = |code| if code == 0 { Ok(()) } else { Err(code) };
     let (mut device, mut pool, all) = (0, std::ptr::null_mut(), u64::MAX);

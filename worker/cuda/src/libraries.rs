@@ -1,27 +1,27 @@
-//! Where NVIDIA's libraries may lie: where the system looks, in a CUDA installation, and in Python's packages, as images for machine
-//! learning have them.
+//! Search for NVIDIA's libraries: the system's search path, CUDA installations, and Python
+//! packages, as in images for machine learning.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
 use libloading::Library;
 
-/// CUDA installations, beside what the system searches.
+/// CUDA installations that are searched after the system's path.
 const INSTALLED: [&str; 2] = ["/usr/local/cuda/lib64", "/usr/local/cuda/targets/x86_64-linux/lib"];
-/// Where Pythons are, each in a folder `python3.*`.
+/// Folders with Python installations, each `python3.*`.
 const PYTHONS: [&str; 5] = ["/usr/lib", "/usr/local/lib", "/opt/conda/lib", "/venv/main/lib", "/opt/venv/lib"];
 /// Releases of cuBLAS whose functions, as far as they are needed, are the same.
 const BLAS_RELEASES: [u32; 3] = [13, 12, 11];
 
-/// A library that stays until the program ends: the table keeps its addresses.
+/// A library that stays loaded until the program ends, because the table keeps its addresses.
 type Kept = &'static Library;
 
-/// The driver's own, from where the system has it and nowhere else: it must be that of the running kernel module.
+/// The driver library from the system's search path only: it must fit the running kernel module.
 pub(crate) fn driver() -> Result<Kept, String> {
     open(Path::new("libcuda.so.1"))
 }
 
-/// cuBLAS, the newest that a driver for this major version of CUDA serves.
+/// The newest cuBLAS for the driver's CUDA version.
 pub(crate) fn blas(driver: u32) -> Result<Kept, String> {
     let names: Vec<String> = BLAS_RELEASES
         .iter()
@@ -31,19 +31,20 @@ pub(crate) fn blas(driver: u32) -> Result<Kept, String> {
     search(&names, &["cublas", "cu13"])
 }
 
-/// cuRAND, which newer Python packages leave out.
+/// cuRAND. Newer Python packages do not contain it.
 pub(crate) fn random() -> Result<Kept, String> {
     search(&["libcurand.so.10".to_owned()], &["curand", "cu13"])
 }
 
-/// The first of these names that opens, in the order of the names. Else what each place said, the last of it.
+/// Opens the first of these names that loads, in order. The error is the last one of each place.
 fn search(names: &[String], packages: &[&str]) -> Result<Kept, String> {
     let folders: Vec<PathBuf> = INSTALLED.iter().map(PathBuf::from).chain(in_packages(packages)).collect();
     let mut said = String::new();
     for name in names {
         let places = std::iter::once(PathBuf::from(name)).chain(folders.iter().map(|folder| folder.join(name)));
         for place in places {
-            // Asked first: what is not there at all would hide what is there and does not open.
+            // Existing files are tried first: an error of a missing file would hide the error of a
+            // file that does not load.
             if place.is_absolute() && !place.exists() {
                 continue;
             }
@@ -75,7 +76,7 @@ fn open(path: &Path) -> Result<Kept, String> {
     // SAFETY: NVIDIA's libraries may be opened at any time; what else has their names runs with our rights, as everything on the
     // library path does.
     let library = unsafe { Library::new(path) }.map_err(|error| {
-        // The system's own words say which file, and what of it.
+        // The system's message names the file and the cause.
         error.source().map_or_else(|| error.to_string(), ToString::to_string)
     })?;
     Ok(Box::leak(Box::new(library)))

@@ -1,5 +1,5 @@
-//! From one GPU to another while both compute: directly where the driver lets one read the other's
-//! memory, else through pinned memory of the host.
+//! Copies values from one GPU to another while both compute: directly if the driver allows peer
+//! access, otherwise through pinned host memory.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,25 +11,25 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut
 use crate::landing::{Landing, Part, StreamPerContext};
 use crate::statistics::Stored;
 
-/// Values on their way to another GPU. What they are copied from may be given back after this was
-/// dropped or has arrived, not before.
+/// Values in transfer to another GPU. Their source may be freed after the transfer is complete or
+/// this is dropped, not before.
 #[must_use]
 pub struct Passing {
-    /// Where they go; `None` when they were taken.
+    /// The destination; `None` after the values were taken.
     bytes: Option<CudaSlice<u8>>,
     arrived: CudaEvent,
-    /// The stream that computes what they are copied from, and gives it back.
+    /// The stream that computes and frees the source.
     from: Arc<CudaStream>,
-    /// Where they are between two GPUs that do not reach each other.
+    /// The host buffer, if the GPUs have no peer access.
     through: Option<Landing>,
 }
 
 impl Passing {
-    /// Has values, which `from` computes, copied to the GPU on which `to` computes. Waits for
-    /// nothing.
+    /// Starts the copy of values computed by `from` to the GPU on which `to` computes. Does not
+    /// wait.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn start(x: &Stored<'_>, from: &Arc<CudaStream>, to: &Arc<CudaStream>) -> Result<Self, DriverError> {
         // A stream to which others send.
         static MAIL: StreamPerContext = StreamPerContext::new();
@@ -54,16 +54,16 @@ impl Passing {
             unsafe { landing.go_on(at, &mail) }?;
             Some(landing)
         };
-        // Whoever waits for it sleeps.
+        // The event blocks: a waiting thread sleeps.
         let arrived = mail.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
         from.context().bind_to_thread()?;
         Ok(Self { bytes: Some(bytes), arrived, from: Arc::clone(from), through })
     }
 
-    /// The values, for what `compute` is asked for from now on. `T` is their type.
+    /// The values, usable by work enqueued on `compute` from now on. `T` is their type.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn arrive<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
         compute.wait(&self.arrived)?;
         let bytes = self.bytes.take().expect("there until it arrives");
@@ -78,10 +78,10 @@ impl Passing {
 
 impl Drop for Passing {
     fn drop(&mut self) {
-        // After an error of a GPU nothing is copied any more.
+        // After a GPU error no copy is pending.
         let _ = self.from.wait(&self.arrived);
         if self.through.is_some() {
-            // Nothing is copied from the host's memory any more, which others are given then.
+            // No copy reads the host buffer any more, so it can be reused.
             let _ = self.arrived.synchronize();
         }
     }
@@ -100,7 +100,7 @@ fn reaches(reader: &CudaContext, other: &CudaContext) -> bool {
     reaches
 }
 
-/// `CUmemAccessDesc`: the kind of place and its number, and what it may do.
+/// `CUmemAccessDesc`: location type, location number, access flags.
 #[repr(C)]
 struct Access {
     kind: c_uint,
@@ -148,7 +148,7 @@ mod tests {
             let passing = Passing::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
             bytes += 4 * values.len() as u64;
             if round % 9 == 8 {
-                // Nobody takes them.
+                // Dropped without being taken.
                 drop((passing, source));
                 continue;
             }
@@ -165,7 +165,7 @@ mod tests {
             drop(source);
             assert_eq!(second.clone_dtoh(&there).unwrap(), values);
         }
-        // Brought there at first.
+        // The values that were copied first.
         let through_the_host = crate::traffic().to_gpus - bytes;
         println!("said: {}", if through_the_host == 0 { "directly" } else { "through the host" });
     }

@@ -1,8 +1,8 @@
-//! Routers on a GPU: which experts each token goes to, the pairs of token and expert in the order
-//! of experts, what experts are sent, and the sums of what they make, in the bits of the CPU's
-//! forms (`ffn` in the worker).
+//! MoE routers on a GPU: the experts of each token, (token, expert) pairs sorted by expert, inputs
+//! of experts and weighted sums of their outputs. Results are bit-identical to the CPU forms
+//! (`ffn` in the worker).
 //!
-//! Values are row-major and contiguous, and belong to the stream that is given.
+//! Values are row-major, contiguous and belong to the given stream.
 
 use std::sync::Arc;
 
@@ -13,57 +13,59 @@ use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{File, Grid, launch, number};
 use crate::landing::{Landing, Part};
 
-/// Threads of most blocks.
+/// Threads per block of most kernels.
 const THREADS: usize = 256;
-/// Threads that choose for a token.
+/// Threads that choose the experts of a token.
 const LANES: usize = 32;
-/// Tokens whose choices are counted together.
+/// Tokens per block when choices are counted.
 const TILE: usize = 64;
-/// Windows of 32 exponents of f64 that numbers of f32 are in.
+/// Windows of 32 f64 exponents that cover all f32 values.
 const WINDOWS: usize = 9;
-/// The first of them.
+/// The first window.
 const FIRST_WINDOW: u16 = 27;
-/// Numbers of a load: tokens at position 0, and two halves per window of two sums.
+/// Numbers per expert load: tokens at position 0, and two halves per window for two sums.
 const LOAD: usize = 1 + 4 * WINDOWS;
 
-/// How logits become choices, by the numbers of `route.cu`.
+/// How logits become choices; the discriminants are those of `route.cu`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Kind {
-    /// Softmax over all experts, then the best.
+    /// Softmax over all experts, then top-k.
     SoftmaxTopK = 0,
-    /// The best, then softmax over those.
+    /// Top-k, then softmax over the chosen experts.
     TopKSoftmax = 1,
-    /// Sigmoids, chosen with a correction, groups judged by their two best.
+    /// Sigmoids; top-k of sigmoid plus correction; groups ranked by the sum of their two best.
     SigmoidGroups = 2,
-    /// The best; sigmoids of those.
+    /// Top-k, then sigmoids of the chosen experts.
     SigmoidOfInput = 3,
-    /// Softmax over all experts, groups judged by their best.
+    /// Softmax over all experts; groups ranked by their best expert.
     SoftmaxGroups = 4,
-    /// Softmax over all experts, the best divided by their sum, times a number of each.
+    /// Softmax over all experts; chosen weights are divided by their sum and multiplied by a
+    /// factor per expert.
     NormedSoftmax = 5,
 }
 
 /// A router's rule.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// Which one.
+    /// Scoring.
     pub kind: Kind,
-    /// Groups of neighbouring experts, of equal sizes.
+    /// Number of groups of adjacent experts, of equal size.
     pub groups: usize,
-    /// Groups that are chosen from.
+    /// Number of groups from which experts are chosen.
     pub top_groups: usize,
-    /// Weights are divided by their sum.
+    /// Whether weights are divided by their sum.
     pub normalise: bool,
-    /// What multiplies weights.
+    /// Factor of the weights.
     pub factor: f32,
 }
 
-/// Chooses for each row of `logits` `[rows, experts]`: experts, ascending, and their weights, both
-/// `[rows, top_k]`. `per_expert` `[experts]` corrects or multiplies, where the rule says so.
+/// Chooses experts for each row of `logits` `[rows, experts]`. Returns experts, ascending, and
+/// their weights, both `[rows, top_k]`. `per_expert` `[experts]` is the correction or factor of
+/// the rule.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn choose(
     stream: &Arc<CudaStream>,
     logits: &CudaView<'_, f32>,
@@ -107,30 +109,30 @@ pub fn choose(
     Ok((chosen, weights))
 }
 
-/// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.
+/// Positions of rows: rows of sequences of `tokens` tokens each, starting at `first_token`.
 #[derive(Clone, Copy, Debug)]
 pub struct Positions {
-    /// The token that the first row is.
+    /// Token of the first row.
     pub first_token: usize,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     pub tokens: usize,
 }
 
-/// Pairs of token and expert in the order of experts.
+/// (token, expert) pairs sorted by expert.
 pub struct Sorted {
     /// Tokens, ascending within an expert.
     pub tokens: CudaSlice<u32>,
     /// Weights, in the same order.
     pub weights: CudaSlice<f32>,
-    /// What the host is told of them.
+    /// Counts per expert, for the host.
     pub counts: Arriving,
 }
 
-/// Sorts choices of `top_k` experts per token by expert. What each of the `experts` was sent is
-/// summed up too if it is to be told by `positions`.
+/// Sorts the choices of `top_k` experts per token by expert. With `positions`, also sums the load
+/// of each expert.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn sort(
     stream: &Arc<CudaStream>,
     chosen: &CudaView<'_, u32>,
@@ -176,14 +178,14 @@ pub fn sort(
     Ok(Sorted { tokens, weights: sorted, counts })
 }
 
-/// What one expert was sent.
+/// Load of one expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Load {
     /// Tokens at position 0.
     pub tokens_at_position_0: u64,
-    /// The sum of the weights of all its tokens.
+    /// Sum of the weights of its tokens.
     pub mass: Mass,
-    /// The sum of the weights of its tokens at position 0.
+    /// Sum of the weights of its tokens at position 0.
     pub mass_at_position_0: Mass,
 }
 
@@ -195,13 +197,13 @@ impl Mass {
     fn new(halves: &[u64]) -> Self {
         let whole = |window: usize| {
             let [low, high] = [halves[2 * window], halves[2 * window + 1]].map(|half| i128::from(half as i64));
-            // In units of an f64's last bit instead of an f32's.
+            // In units of an f64's last bit.
             ((high << 32) + low) << 29
         };
         Self(std::array::from_fn(whole))
     }
 
-    /// As windows of 32 exponents `w` and whole numbers of 2^(32 w - 1075), without zeros.
+    /// As windows of 32 exponents `w` with whole numbers of 2^(32 w - 1075); zeros are left out.
     pub fn windows(&self) -> impl Iterator<Item = (u16, i128)> {
         (FIRST_WINDOW..).zip(self.0).filter(|(_, whole)| *whole != 0)
     }
@@ -218,11 +220,11 @@ impl Arriving {
         Ok(Self { landing: Landing::ask(stream, &[Part::of(counts, stream)])?, experts })
     }
 
-    /// Where each expert's pairs begin, and after the last expert where they end; what each was
-    /// sent, if that was asked for. Waits for them.
+    /// First pair of each expert, and after the last expert the number of pairs; and the load of
+    /// each expert, if requested. Waits for the copy.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn wait(self) -> Result<(Vec<usize>, Vec<Load>), DriverError> {
         let counts = self.landing.u64s(0)?;
         let (firsts, loads) = counts.split_at(self.experts + 1);
@@ -242,7 +244,7 @@ impl Arriving {
 /// any, which are of all pairs, as `tokens` are.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn gather_rows<T: Real>(
     stream: &Arc<CudaStream>,
     out: &mut CudaViewMut<'_, T>,
@@ -273,11 +275,11 @@ pub fn gather_rows<T: Real>(
     unsafe { launch(stream, File::Route, &format!("gather_rows_{}", T::DTYPE), grid, &arguments) }
 }
 
-/// `out[tokens[i]] += weights[i] * made[i]` over rows of `width`; without weights they are 1.
+/// `out[tokens[i]] += weights[i] * made[i]` over rows of `width`; without `weights` they are 1.
 /// `tokens` are distinct rows of `out`.
 ///
 /// # Errors
-/// The driver's.
+/// Errors of the CUDA driver.
 pub fn add_rows<T: Real>(
     stream: &CudaStream,
     out: &mut CudaViewMut<'_, T>,
@@ -299,7 +301,7 @@ pub fn add_rows<T: Real>(
     unsafe { launch(stream, File::Route, &format!("add_rows_{}", T::DTYPE), grid, &arguments) }
 }
 
-/// Memory that a kernel writes before anything is read from it.
+/// Uninitialised memory, for a kernel that writes all of it.
 fn room<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, DriverError> {
     // SAFETY: what each call is for.
     unsafe { stream.alloc::<T>(len) }

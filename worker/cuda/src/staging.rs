@@ -1,10 +1,9 @@
-//! From the host's memory to a GPU while that computes: stored bytes go through pinned buffers that
-//! are filled in turn, and are decoded there, by a stream of their own.
+//! Uploads stored weights to a GPU while it computes: bytes are copied through a ring of pinned
+//! buffers and decoded on a separate stream.
 //!
-//! A copy from memory that is not pinned goes through the driver's own buffer, and one on the
-//! stream that computes waits for all that was asked of it before. Here what was brought belongs
-//! to the stream that computes as soon as it is on its way: the tensor library waits for nothing
-//! else that it is given. So that stream is told of an [`UploadFence`] before it uses any of it.
+//! A copy from pageable memory goes through the driver's own buffer, and a copy on the compute
+//! stream waits for earlier work there. The tensor library does not wait for other streams, so the
+//! compute stream must wait on an [`UploadFence`] before it uses uploaded values.
 
 use std::sync::Arc;
 
@@ -13,86 +12,86 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut
 
 use crate::decode::{Places, StoredTensor, Value};
 
-/// Bytes of a buffer, where a piece that cannot be divided does not take more.
+/// Bytes of a buffer, unless an indivisible piece is larger.
 const BUFFER: usize = 16 << 20;
-/// How many there are: one that is filled, one that is copied, and as many again, since small
-/// tensors come between large ones.
+/// Number of buffers: one being filled, one being copied, and two more because small tensors come
+/// between large ones.
 const BUFFERS: usize = 4;
 /// Bytes that are pinned for one way, unless a piece that cannot be divided takes more.
 pub const PINNED: usize = BUFFERS * BUFFER;
 /// Notes that are allocated together.
 const NOTES: usize = 512;
-/// Values that share a note at most: their places have 32 bits.
+/// Most values per note: offsets have 32 bits.
 const NOTED_TOGETHER: usize = 1 << 31;
 
-/// A way to one GPU.
+/// Uploads to one GPU.
 pub struct Staging {
-    /// The stream that computes with what is brought.
+    /// The compute stream, which uses the uploaded values.
     compute: Arc<CudaStream>,
     stream: Arc<CudaStream>,
-    /// For what is read back, which waits for neither of the others.
+    /// Stream for downloads; it does not wait for the other two.
     aside: Arc<CudaStream>,
     buffers: [Buffer; BUFFERS],
-    /// Filled next: the one that was for the longest time not.
+    /// Ring of buffers; the least recently filled is next.
     next: usize,
-    /// A piece of stored bytes on the GPU, where its values do not take their place.
+    /// GPU buffer for stored bytes that are not decoded in place.
     stored: Option<CudaSlice<u8>>,
-    /// Of what was brought since the last fence.
+    /// Notes about uploads since the last fence.
     notes: Vec<Notes>,
 }
 
 #[derive(Default)]
 struct Buffer {
     memory: Option<PinnedHostSlice<u8>>,
-    /// When the last copy from it is done.
+    /// Event of the last copy from the buffer.
     copied: Option<CudaEvent>,
 }
 
-/// What kernels note about values that do not fit, on the GPU.
+/// Notes on the GPU about values that do not fit their dtype.
 struct Notes {
-    /// A word each, as `decode.cu` has it.
+    /// One word per note, as in `decode.cu`.
     words: CudaSlice<u64>,
     about: Vec<Noted>,
 }
 
-/// What a note is about.
+/// The tensor and range of a note.
 struct Noted {
     tensor: String,
-    /// The first of its values that the note is about.
+    /// First value that the note covers.
     first: usize,
     dtype: &'static str,
 }
 
-/// The first value of a tensor that its dtype does not hold.
+/// The first value of a tensor that is out of range for its dtype.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Misfit {
     /// The tensor's name.
     pub tensor: String,
-    /// Which of its values it is.
+    /// Index of the value.
     pub at: usize,
-    /// The value before it was rounded.
+    /// The value before rounding.
     pub value: f32,
-    /// What it was to become: `f32`, `bf16` or `f16`.
+    /// The target dtype: `f32`, `bf16` or `f16`.
     pub dtype: &'static str,
 }
 
 impl Staging {
-    /// A way to the GPU on which that stream computes. Memory is taken when it is needed.
+    /// Uploads to the GPU of this stream. Memory is allocated on demand.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn new(compute: Arc<CudaStream>) -> Result<Self, DriverError> {
         let (stream, aside) = (compute.context().new_stream()?, compute.context().new_stream()?);
         Ok(Self { compute, stream, aside, buffers: Default::default(), next: 0, stored: None, notes: Vec::new() })
     }
 
-    /// Brings a stored tensor of `count` values and decodes it on the GPU, piece by piece. The
-    /// values are on their way when this returns, and must neither be used nor dropped before an
-    /// [`upload_fence`](Self::upload_fence) that follows it. The fence reports values that do not
-    /// fit `T`. `tensor` is its name.
+    /// Uploads a stored tensor of `count` values and decodes it on the GPU, piece by piece.
+    /// Returns before the copies are complete: the values must not be used or dropped before a
+    /// later [`upload_fence`](Self::upload_fence), which reports values that do not fit `T`.
+    /// `tensor` is its name, for errors.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn decode<T: Value>(
         &mut self,
         stored: StoredTensor<'_>,
@@ -103,7 +102,7 @@ impl Staging {
         // after all that is computed until then. SAFETY: nobody sees it before all of it is asked
         // to be written.
         let mut bytes = unsafe { self.stream.alloc::<u8>(count * size_of::<T>()) }?;
-        // Values of the same size take the place of what they were stored as.
+        // Values of the size of their stored form are decoded in place.
         let in_place = stored.is_stored_as::<T>();
         let (mut note, mut noted_from) = (0, 0);
         for piece in stored.pieces(count, BUFFER - BUFFER / 64) {
@@ -132,7 +131,7 @@ impl Staging {
                     Places { stored: at, values: at, note }
                 }
             };
-            // Whoever waits for it sleeps.
+            // The event blocks: a waiting thread sleeps.
             buffer.copied = Some(self.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?);
             // SAFETY: room for the piece's bytes and values, and a note, all of this stream, which
             // copies the next piece after this one is decoded.
@@ -142,7 +141,7 @@ impl Staging {
         Ok(unsafe { self.compute.upgrade_device_ptr(bytes.leak(), count) })
     }
 
-    /// The address of a new note.
+    /// GPU address of a new note.
     fn note(&mut self, about: Noted) -> Result<CUdeviceptr, DriverError> {
         if self.notes.last().is_none_or(|notes| notes.about.len() == NOTES) {
             self.notes.push(Notes { words: self.stream.alloc_zeros::<u64>(NOTES)?, about: Vec::new() });
@@ -153,10 +152,10 @@ impl Staging {
         Ok(notes.words.device_ptr_mut(&self.stream).0 + at as CUdeviceptr)
     }
 
-    /// Buffer on the GPU for a piece of this size in bytes.
+    /// GPU buffer for a piece of this size in bytes.
     fn make_room(&mut self, len: usize) -> Result<(), DriverError> {
         if self.stored.as_ref().is_none_or(|room| room.len() < len) {
-            // There are never both: a plan counts one.
+            // The old buffer is freed first: a plan counts one.
             self.stored = None;
             self.stream.synchronize()?;
             // SAFETY: nothing of it is read before it was written.
@@ -165,19 +164,19 @@ impl Staging {
         Ok(())
     }
 
-    /// Of all that was brought so far.
+    /// A fence after all uploads so far.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn upload_fence(&mut self) -> Result<UploadFence, DriverError> {
-        // Whoever waits for it sleeps.
+        // The event blocks: a waiting thread sleeps.
         let decoded = self.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
         let (compute, aside) = (Arc::clone(&self.compute), Arc::clone(&self.aside));
         Ok(UploadFence { decoded: Some(decoded), compute, aside, notes: std::mem::take(&mut self.notes) })
     }
 }
 
-/// When what was brought is there.
+/// Event after the last upload.
 #[must_use]
 pub struct UploadFence {
     decoded: Option<CudaEvent>,
@@ -187,11 +186,11 @@ pub struct UploadFence {
 }
 
 impl UploadFence {
-    /// What the computing stream is asked for from now on is done after the fence. The host waits
-    /// for it, too, and learns of the first value that does not fit its dtype, if there is one.
+    /// Makes later work on the compute stream wait for the fence. The host waits too, and gets the
+    /// first value that does not fit its dtype, if any.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn wait(mut self) -> Result<Option<Misfit>, DriverError> {
         let Some(decoded) = self.decoded.take() else { return Ok(None) };
         self.compute.wait(&decoded)?;
@@ -206,18 +205,17 @@ impl UploadFence {
 }
 
 impl Drop for UploadFence {
-    /// Nobody uses what arrives. But it is given back on the computing stream, which must not be
-    /// before its copies are done.
+    /// An unused upload is freed on the compute stream, which must wait for its copies.
     fn drop(&mut self) {
         if let Some(decoded) = self.decoded.take() {
-            // After an error of the GPU nothing is copied any more.
+            // After a GPU error no copy is pending.
             let _ = self.compute.wait(&decoded);
         }
     }
 }
 
 impl Notes {
-    /// The first misfit, in the order of tensors. They have been written.
+    /// The first misfit in the order of tensors, after all notes are written.
     fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<Misfit>, DriverError> {
         let words = stream.clone_dtoh(&self.words.slice(..self.about.len()))?;
         let misfit = |(word, about): (&u64, &Noted)| Misfit {
@@ -230,22 +228,22 @@ impl Notes {
     }
 }
 
-/// When all is done that a stream was asked for so far.
+/// Waits for all work on a stream.
 pub struct ReleaseFence(CudaEvent);
 
 impl ReleaseFence {
-    /// Of what was dropped, among other things.
+    /// Includes the copies of values that were dropped.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn from(compute: &CudaStream) -> Result<Self, DriverError> {
         Ok(Self(compute.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?))
     }
 
-    /// Until then.
+    /// Waits for the event.
     ///
     /// # Errors
-    /// The driver's, also of what was asked for.
+    /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub fn wait(self) -> Result<(), DriverError> {
         self.0.synchronize()
     }
@@ -254,19 +252,19 @@ impl ReleaseFence {
 impl Drop for Staging {
     fn drop(&mut self) {
         for buffer in &mut self.buffers {
-            // After an error of the GPU nothing is copied any more.
+            // After a GPU error no copy is pending.
             let _ = buffer.wait();
         }
     }
 }
 
 impl Buffer {
-    /// Until nothing is copied from it any more.
+    /// Waits until no copy reads the buffer.
     fn wait(&mut self) -> Result<(), DriverError> {
         self.copied.take().map_or(Ok(()), |copied| copied.synchronize())
     }
 
-    /// `len` bytes that may be written to, aligned for any number.
+    /// `len` writable bytes, aligned for any number type.
     fn free(&mut self, context: &Arc<CudaContext>, len: usize) -> Result<&mut [u8], DriverError> {
         self.wait()?;
         if self.memory.as_ref().is_none_or(|memory| memory.len() < len) {
@@ -286,7 +284,7 @@ mod tests {
     use crate::decode::{Form, Number};
     use crate::tests::said_by;
 
-    /// The values of a tensor of the test as they are stored, every other in bf16.
+    /// Stored values of the test's tensors; every second tensor is bf16.
     fn stored(tensor: usize, count: usize) -> (Number, Vec<u8>) {
         if tensor.is_multiple_of(2) {
             (Number::F32, (0..count).flat_map(|at| value(tensor, at).to_le_bytes()).collect())
@@ -295,7 +293,7 @@ mod tests {
         }
     }
 
-    /// Bits of a value as f32: all are finite.
+    /// Bits of a value as f32; all are finite.
     fn value(tensor: usize, at: usize) -> u32 {
         let bits = (tensor * 1_000_003 + at) as u32;
         if tensor.is_multiple_of(2) { bits } else { (bits % 0x7f80) << 16 }
@@ -308,8 +306,8 @@ mod tests {
         let context = CudaContext::new(0).unwrap();
         let compute = context.new_stream().unwrap();
         let mut staging = Staging::new(Arc::clone(&compute)).unwrap();
-        // Of many sizes, a few larger than a buffer; of what was brought, some is given back while
-        // the rest is on its way.
+        // Many sizes, some larger than a buffer. Some uploads are freed before the rest is
+        // complete.
         let sizes = (0..115).map(|i| if i % 40 == 0 { BUFFER / 4 + 1000 * i + i } else { 1 + 97 * i * (i % 5) });
         let (mut kept, mut brought, mut taken) = (Vec::new(), 0, 0);
         for (tensor, count) in sizes.enumerate() {
@@ -326,7 +324,7 @@ mod tests {
             assert_eq!(upload_fence.wait().unwrap(), None);
             // A note.
             taken += 8;
-            // What the computing stream makes of it.
+            // Work of the compute stream on the values.
             kept.push((tensor, compute.clone_dtod(&slice).unwrap()));
             if tensor % 30 == 29 {
                 let (tensor, copy) = kept.swap_remove(0);

@@ -1,6 +1,5 @@
-//! What one pass over activations finds, on the GPU where they lie and in their own dtype: the
-//! kernels beside `outliers_scan`'s CPU forms. Summaries alone leave the GPU, and are read when
-//! they have come.
+//! Statistics of activations on the GPU in their own dtype, in one pass: the GPU forms of
+//! `outliers_scan`. Only summaries are copied to the host.
 
 use std::sync::Arc;
 
@@ -13,25 +12,25 @@ use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
 use crate::landing::{Landing, Part, StreamPerContext};
 
-/// Threads of most blocks, and values of a digit of a magnitude.
+/// Threads per block of most kernels, and values per digit of a magnitude.
 const THREADS: usize = 256;
-/// Rows of a block that takes moments: eight threads each.
+/// Rows per block of the moments kernel: eight threads each.
 const MOMENT_ROWS: usize = THREADS / 8;
-/// How many large values there is room for at first.
+/// Initial capacity for large values.
 const ROOM: usize = 1 << 12;
 
 /// Values in a GPU's memory.
 pub enum Stored<'a> {
     /// Single precision.
     F32(CudaView<'a, f32>),
-    /// Half of it, of the same range.
+    /// bfloat16.
     Bf16(CudaView<'a, bf16>),
-    /// IEEE's half precision.
+    /// IEEE half precision.
     F16(CudaView<'a, f16>),
 }
 
 impl Stored<'_> {
-    /// Its name in those of kernels.
+    /// Its name in the kernels' names.
     fn dtype(&self) -> &'static str {
         match self {
             Self::F32(_) => "f32",
@@ -40,7 +39,7 @@ impl Stored<'_> {
         }
     }
 
-    /// Shifts of the digits that its magnitudes have, the highest first.
+    /// Shifts of the digits of its magnitudes, highest first.
     fn shifts(&self) -> &'static [u32] {
         match self {
             Self::F32(_) => &[24, 16, 8, 0],
@@ -49,7 +48,7 @@ impl Stored<'_> {
         }
     }
 
-    /// The same values.
+    /// A copy of the reference.
     fn again(&self) -> Stored<'_> {
         match self {
             Self::F32(x) => Stored::F32(x.slice(..)),
@@ -66,7 +65,7 @@ impl Stored<'_> {
         }
     }
 
-    /// Bytes that they take.
+    /// Size in bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.len() * if matches!(self, Self::F32(_)) { size_of::<f32>() } else { size_of::<u16>() }
     }
@@ -80,7 +79,7 @@ impl Stored<'_> {
     }
 }
 
-/// Activations on a GPU, of which a [`Look`] can be asked for.
+/// Activations on a GPU.
 pub struct Activation<'a> {
     stream: Arc<CudaStream>,
     x: Stored<'a>,
@@ -90,20 +89,20 @@ pub struct Activation<'a> {
 }
 
 impl<'a> Activation<'a> {
-    /// `x` `[rows, width]`, row-major; rows of whole sequences of `tokens` each. `stream` is the
-    /// one that computes them.
+    /// `x` `[rows, width]`, row-major: whole sequences of `tokens` rows each. `stream` computes
+    /// them.
     pub fn new(stream: Arc<CudaStream>, x: Stored<'a>, width: usize, tokens: usize) -> Self {
         let rows = x.len() / width;
         debug_assert!(tokens == 0 || rows.is_multiple_of(tokens), "{rows} rows are not of whole sequences");
         Self { stream, x, rows, width, tokens }
     }
 
-    /// Asks for rows and magnitudes; for columns, where a value exceeds whose |x| >= `threshold` >
-    /// 0; and for medians of sequences. Nothing is waited for: the summaries are on their way to
-    /// the host when this returns.
+    /// Enqueues the statistics: rows and magnitudes; columns, if there is a `threshold` > 0
+    /// (values with |x| >= `threshold`); and medians of sequences, if requested. Returns before
+    /// the summaries are copied.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<Look, DriverError> {
         let (rows, width, tokens) = (self.rows, self.width, self.tokens);
         let mut look = Look { rows, width, tokens, landing: None, marks: None, medians: None };
@@ -177,7 +176,7 @@ impl<'a> Activation<'a> {
         Ok(OfColumns { marks, counts, extremes, sums })
     }
 
-    /// The highest digits of each sequence's median.
+    /// Histogram of the highest digit of each sequence's median.
     fn look_for_medians(&self) -> Result<CudaSlice<u32>, DriverError> {
         let sequences = self.sequences();
         let rank = (self.tokens * self.width - 1) as u64 / 2;
@@ -196,7 +195,7 @@ impl<'a> Activation<'a> {
         Ok(prefixes)
     }
 
-    /// The words of `marks` of some columns, `[listed, strips]`.
+    /// The words of `marks` of the listed columns, `[listed, strips]`.
     fn positions(&self, marks: &CudaSlice<u32>, listed: &[usize], strips: usize) -> Result<Vec<u32>, DriverError> {
         if listed.is_empty() {
             return Ok(Vec::new());
@@ -213,11 +212,11 @@ impl<'a> Activation<'a> {
         self.stream.clone_dtoh(&words)
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
-    /// of rows and columns.
+    /// Values of the listed rows whose |x| has at least the given bits, in order of rows and
+    /// columns.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
         if asked.is_empty() {
             return Ok(Vec::new());
@@ -256,18 +255,18 @@ impl<'a> Activation<'a> {
         self.rows / self.tokens
     }
 
-    /// A block for each strip.
+    /// One block per strip.
     fn strips(&self) -> Grid {
         Grid { blocks: [self.sequences() * self.tokens.div_ceil(STRIP), 1], threads: THREADS }
     }
 
-    /// The address of what a kernel reads or writes. All of it is allocated, used and given back
-    /// on the one stream, whose order is enough.
+    /// GPU address of memory that is allocated, used and freed on this stream, so no further
+    /// synchronisation is needed.
     fn to<T>(&self, slice: &mut CudaSlice<T>) -> Argument {
         Address(slice.device_ptr_mut(&self.stream).0)
     }
 
-    /// Launches a kernel that takes the values first, and is there for each dtype.
+    /// Launches a kernel whose first argument is the values; one kernel per dtype.
     ///
     /// # Safety
     /// As [`launch`].
@@ -288,41 +287,41 @@ struct OfRows {
 
 /// Summaries of columns, on the GPU.
 struct OfColumns {
-    /// Where they exceed, which stays there.
+    /// Marks of exceeding values, kept on the GPU.
     marks: CudaSlice<u32>,
     counts: CudaSlice<u32>,
     extremes: CudaSlice<f32>,
     sums: CudaSlice<f64>,
 }
 
-/// What was asked of activations, on its way to the host.
+/// Requested statistics in transfer to the host.
 #[must_use]
 pub struct Look {
     rows: usize,
     width: usize,
     tokens: usize,
-    /// `None` of no rows. Parts: those of rows, those of columns if these were asked for, medians.
+    /// `None` without rows. Parts: rows, columns (if requested), medians.
     landing: Option<Landing>,
-    /// If columns were asked for: the threshold, and where they exceed.
+    /// With columns: the threshold and the marks.
     marks: Option<(f32, CudaSlice<u32>)>,
-    /// If medians were asked for: their part, and the shift of their last digit.
+    /// With medians: their part, and the shift of their last digit.
     medians: Option<(usize, u32)>,
 }
 
 impl Look {
-    /// Whether all of it is there, so that nobody would wait for it.
+    /// Whether the copies are complete.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn is_there(&self) -> Result<bool, DriverError> {
         self.landing.as_ref().map_or(Ok(true), Landing::is_there)
     }
 
-    /// The activations of which it was asked, looked at. What has to be asked of them still is
+    /// The statistics. Further requests run on a separate stream.
     /// computed beside what the GPU was asked for meanwhile.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<Seen<'a>, DriverError> {
         assert_eq!((self.rows, self.width, self.tokens), (of.rows, of.width, of.tokens), "other activations");
         static ASIDE: StreamPerContext = StreamPerContext::new();
@@ -332,24 +331,23 @@ impl Look {
     }
 }
 
-/// Activations that were looked at, in the numbers of [`outliers_scan::Rows`]. Everything waits for
-/// the [`Look`].
+/// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`Look`].
 pub struct Seen<'a> {
     look: &'a Look,
-    /// By a stream that does not compute them: they are there when the look is.
+    /// A stream that does not compute the activations. They are complete when the look is.
     activation: Activation<'a>,
 }
 
 impl Seen<'_> {
-    /// Rows.
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.look.rows
     }
 
-    /// Rows and magnitudes of each sequence.
+    /// Rows and magnitudes by sequence.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
         let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
         let (rows, tokens) = (self.look.rows, self.look.tokens);
@@ -367,11 +365,11 @@ impl Seen<'_> {
         Ok(counts.chunks_exact(BINS).enumerate().map(sequence).collect())
     }
 
-    /// Columns of each sequence; a value exceeds where |x| >= `threshold`, which is the one that
-    /// was asked for.
+    /// Columns by sequence. A value exceeds if |x| >= `threshold`, which must be the requested
+    /// one.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
         let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
         let (asked, marks) = self.look.marks.as_ref().expect("columns were asked for");
@@ -406,11 +404,11 @@ impl Seen<'_> {
         Ok((0..sequences).map(sequence).collect())
     }
 
-    /// The exact median |x| of each sequence, the lower of the two middle ones, which were asked
-    /// for.
+    /// Exact median |x| of each sequence, the lower of the two middle values. It must have been
+    /// requested.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
         let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
         let (part, last) = self.look.medians.expect("medians were asked for");
@@ -419,11 +417,11 @@ impl Seen<'_> {
         Ok(landing.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
-    /// of rows and columns.
+    /// Values of the listed rows whose |x| has at least the given bits, in order of rows and
+    /// columns.
     ///
     /// # Errors
-    /// The driver's.
+    /// Errors of the CUDA driver.
     pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
         self.look.landing.as_ref().map_or(Ok(()), Landing::wait)?;
         self.activation.large(asked)

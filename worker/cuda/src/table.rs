@@ -1,34 +1,34 @@
-//! The functions of NVIDIA's libraries that the tensor library calls, as jumps through a table
-//! that is filled when the program runs.
+//! Jump table for the functions of NVIDIA's libraries that the tensor library calls, filled at run
+//! time.
 //!
-//! The tensor library links against `libcuda`, `libcublas` and others, so a program built with it
-//! does not even start where one of them is missing, and needs them all where it is built. Here
-//! each function is one jump to an address in [`SLOTS`]; until [`fill`] has found the real one,
-//! that is a function which answers [`MISSING`].
+//! The tensor library links `libcuda`, `libcublas` and others, so a program built with it needs
+//! them all to build and to start. This module defines each function as a jump to an address in
+//! [`SLOTS`]. Until [`fill`] has set the address, the jump goes to a function that returns
+//! [`MISSING`].
 
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 use libloading::Library;
 
-/// `CUDA_ERROR_NO_DEVICE`; the other libraries' numbers from 100 on mean nothing, so they read as
-/// unknown errors.
+/// `CUDA_ERROR_NO_DEVICE`. The other libraries define no errors from 100 on and report it as
+/// unknown.
 pub(crate) const MISSING: i32 = 100;
 
-/// Answers every call that has nowhere to go. The ABI lets it ignore arguments.
+/// Target of calls without a library. The ABI allows it to ignore arguments.
 extern "C" fn missing() -> i32 {
     MISSING
 }
 
-/// Answers calls of a library that is not needed for what is done: as if they had worked.
+/// Target of calls to a library that is not needed: returns success.
 extern "C" fn unneeded() -> i32 {
     0
 }
 
-/// Names `$function`s, one table for all, and a jump for each.
+/// Defines a jump for each `$function` and one table for all.
 macro_rules! table {
     ($($library:ident { $($function:ident)* })*) => {
-        /// Where each function is.
+        /// Address of each function.
         #[derive(Clone, Copy)]
         #[repr(usize)]
         #[expect(non_camel_case_types, reason = "names of C functions")]
@@ -56,7 +56,7 @@ macro_rules! table {
 static SLOTS: [AtomicPtr<c_void>; NAMES.len()] =
     [const { AtomicPtr::new(missing as extern "C" fn() -> i32 as *mut c_void) }; NAMES.len()];
 
-/// Points the table at what `library` has; names the first function that it lacks.
+/// Sets the table's addresses from `library`. Returns the first function that it lacks.
 pub(crate) fn fill(of: Of, library: &'static Library) -> Result<(), &'static str> {
     let functions = || NAMES.iter().zip(&SLOTS).filter(|((whose, _), _)| *whose == of);
     for ((_, name), slot) in functions() {
@@ -69,18 +69,18 @@ pub(crate) fn fill(of: Of, library: &'static Library) -> Result<(), &'static str
     Ok(())
 }
 
-/// The function that is called now.
+/// The current address of a function.
 pub(crate) fn function(slot: Slot) -> *mut c_void {
     SLOTS[slot as usize].load(Ordering::Acquire)
 }
 
-/// Points the table at another one.
+/// Replaces the address of a function.
 pub(crate) fn replace(slot: Slot, function: *mut c_void) {
     SLOTS[slot as usize].store(function, Ordering::Release);
 }
 
-/// Points the table at functions that do nothing. Those that would give something go on to fail:
-/// what they leave out would be taken for it.
+/// Points the table at functions that do nothing. Functions with outputs keep failing, because
+/// their outputs would not be set.
 pub(crate) fn do_without(of: Of) {
     let gives_nothing = |name: &str| !name.starts_with("curandGenerate");
     for (_, slot) in NAMES.iter().zip(&SLOTS).filter(|((whose, name), _)| *whose == of && gives_nothing(name)) {
@@ -88,8 +88,8 @@ pub(crate) fn do_without(of: Of) {
     }
 }
 
-// All that the tensor library calls for what is done here, and `find`. What else it may call one
-// day the linker names.
+// All functions that the tensor library calls in this program, and `find`. The linker reports any
+// other.
 table! {
     Driver {
         cuInit

@@ -1,5 +1,5 @@
-//! Made-up drivers and libraries, each looked for by a process of its own: what is found is found
-//! once.
+//! Tests with fake drivers and libraries. Each runs in its own process, because libraries are
+//! loaded once per process.
 
 use std::io::Write;
 use std::path::Path;
@@ -12,10 +12,10 @@ use super::*;
 use crate::assembled::{Archive, MAGIC};
 use crate::table::NAMES;
 
-/// Set for the process that looks.
+/// Set in the process that loads the libraries.
 const LOOKS: &str = "OUTLIERS_CUDA_TEST";
 
-/// One GPU of 40 GiB under a driver for CUDA 12.4, but for what a test says otherwise.
+/// One GPU of 40 GiB under a driver for CUDA 12.4, unless a test changes them.
 const GPU: [(&str, &str); 7] = [
     ("cuDriverGetVersion", "(int *v) { *v = 12040; return 0; }"),
     ("cuDeviceGetCount", "(int *n) { *n = 1; return 0; }"),
@@ -49,17 +49,17 @@ fn library(folder: &Path, name: &str, of: Of, special: &[(&str, &str)]) {
     assert!(compile.status().unwrap().success());
 }
 
-/// What a process says that finds its libraries in `folder`.
+/// Output of a process that loads its libraries from `folder`.
 fn looked_for_in(folder: &Path) -> String {
     said_by("tests::look_and_tell", &[("LD_LIBRARY_PATH", &folder.to_string_lossy()), (LOOKS, "1")])
 }
 
-/// What an ignored test says in a process of its own.
+/// Output of an ignored test in its own process.
 pub(crate) fn said_by(test: &str, environment: &[(&str, &str)]) -> String {
     said_by_program(&std::env::current_exe().unwrap(), test, environment)
 }
 
-/// The same of a copy of these tests.
+/// The same, from a copy of the test program.
 fn said_by_program(program: &Path, test: &str, environment: &[(&str, &str)]) -> String {
     let mut process = Command::new(program);
     process.args(["--exact", test, "--ignored", "--nocapture"]).envs(environment.iter().copied());
@@ -110,7 +110,7 @@ fn look_and_tell() {
 fn without_a_driver_every_call_reports_no_device() {
     let empty = folder();
     let said = looked_for_in(empty.path());
-    // This machine may have a driver of its own.
+    // This machine may have a driver.
     assert!(said.starts_with("100 then "), "{said}");
     if !Path::new("/proc/driver/nvidia").exists() {
         assert!(said.starts_with("100 then 100 no NVIDIA driver: ") && said.ends_with("(wasted: false)"), "{said}");
@@ -165,11 +165,11 @@ fn copied_bytes_are_counted_by_direction() {
     library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies[..]].concat());
     library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
     let said = said_by("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
-    // What the driver refused was not copied.
+    // A copy that the driver refused is not counted.
     assert_eq!(said, format!("true [0, 1, 0] {:?}", Traffic { to_gpus: 30, from_gpus: 700 }));
 }
 
-/// PTX, ten times a compute capability and what was assembled, as they stand behind a program.
+/// PTX, ten times a compute capability and a cubin, as appended to a program.
 fn archive(of: &[(&str, u64, &str)]) -> Vec<u8> {
     let (mut kernels, mut index) = (Vec::new(), Vec::new());
     for (ptx, compute, cubin) in of {
@@ -230,7 +230,8 @@ fn load_and_tell() {
 
 #[test]
 fn cubin_is_loaded_and_ptx_where_the_driver_refuses_it() {
-    // It tells the first letter of what it was given last, and refuses what begins with an X.
+    // The fake driver prints the first letter of its last image, and refuses images that begin
+    // with X.
     let load =
         ("cuModuleLoadData", "(long *module, const char *image) { *module = *image; return *image == 'X' ? 209 : 0; }");
     let folder = folder();
@@ -267,7 +268,7 @@ fn missing_or_old_libraries_are_named() {
     assert!(none.contains("shows no GPU (wasted: false)"), "{none}");
     let broken = with("cuDeviceGetCount", "(int *n) { return 999; }");
     assert!(broken.contains("shows no GPU (its error 999)"), "{broken}");
-    // A driver for CUDA 10 would take none of the releases that are looked for, wherever they lie.
+    // A driver for CUDA 10 supports none of the releases, wherever they are.
     let poor = folder();
     std::fs::write(poor.path().join("empty.c"), "int cuInit(int flags) { return 0; }").unwrap();
     let mut compile = Command::new("cc");

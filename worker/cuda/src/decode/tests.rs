@@ -1,4 +1,4 @@
-//! The kernels beside the CPU's forms, on the GPU that the processor stands for.
+//! Compares the decoding kernels with the CPU forms, on the fake GPU that runs on the CPU.
 
 use std::sync::Arc;
 
@@ -27,12 +27,12 @@ fn noise(seed: usize, len: usize) -> Vec<u8> {
     (0..len).map(|_| next()).collect()
 }
 
-/// Codes in e4m3, all of them numbers.
+/// FP8 E4M3 codes without NaN.
 fn numbers(seed: usize, len: usize) -> Vec<u8> {
     noise(seed, len).into_iter().map(|code| if code & 0x7f == 0x7f { 0x3c } else { code }).collect()
 }
 
-/// Scales that are finite in all that they may be stored as.
+/// Scales that are finite in every storage format.
 fn scales(seed: usize, count: usize, stored: Number) -> Vec<u8> {
     let float = |byte: u8| (f32::from(byte) - 100.0) * 1e-3;
     let of = |byte: u8| match stored {
@@ -64,7 +64,7 @@ fn bytes(tensor: &Tensor) -> Vec<u8> {
     }
 }
 
-/// The GPU's values, and the word that is noted about them, decoded in pieces of so many bytes.
+/// The GPU's values and the note about them, decoded in pieces of the given number of bytes.
 fn in_pieces<T: Value>(gpu: &Gpu, stored: StoredTensor<'_>, count: usize, room: usize) -> (Vec<u8>, u64) {
     let stream = &gpu.compute;
     let mut values = stream.alloc_zeros::<u8>(count * size_of::<T>()).unwrap();
@@ -116,7 +116,7 @@ fn compare_as<T: Value>(
     }
 }
 
-/// Decodes with both, to every dtype.
+/// Decodes with CPU and GPU to every dtype and compares.
 fn compare(gpu: &mut Gpu, encoded: &Encoded<'_>, stored: StoredTensor<'_>, shape: &[usize]) {
     compare_as::<f32>(gpu, encoded, stored, shape, DType::F32);
     compare_as::<bf16>(gpu, encoded, stored, shape, DType::BF16);
@@ -157,14 +157,14 @@ fn decode_with_both() {
     for (number, count) in [Number::F32, Number::F16, Number::Bf16].into_iter().zip([1, 255, 1009]) {
         for count in [count, count + 1, 3 * count] {
             let mut codes = noise(count, count * number.size());
-            // All of them finite, some tiny.
+            // All are finite, some tiny.
             codes.iter_mut().skip(number.size() - 1).step_by(number.size()).for_each(|high| *high &= 0xbf);
             plain(gpu, number, &codes);
-            // Of these some are no numbers.
+            // Some of these are NaN.
             plain(gpu, number, &noise(count, count * number.size()));
         }
     }
-    // What rounds to infinity in one dtype, and what just does not.
+    // Values at both sides of the limit from which one dtype rounds to infinity.
     let edges = [65_519.996, 65_520.0, 3.39e38, f32::MAX, f32::INFINITY, f32::NAN];
     for edge in edges {
         let codes: Vec<u8> = [1.0, -edge, edge, 2.0].iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -189,7 +189,7 @@ fn decode_with_both() {
             let scales = scales(count, tile_count, number);
             tiles(gpu, &numbers(count, count), &scales, number, shape, block);
         }
-        // Too large for one dtype, or for all.
+        // Too large for one dtype, or for all dtypes.
         for scale in [200f32, 1e36] {
             let scales = scale.to_le_bytes().repeat(tile_count);
             tiles(gpu, &numbers(count, count), &scales, Number::F32, shape, block);

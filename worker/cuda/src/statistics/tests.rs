@@ -1,4 +1,4 @@
-//! The kernels beside the CPU's forms, on the GPU that the processor stands for.
+//! Compares the statistics kernels with the CPU forms, on the fake GPU that runs on the CPU.
 
 use cudarc::driver::CudaContext;
 use outliers_scan::Rows;
@@ -6,7 +6,7 @@ use outliers_scan::Rows;
 use super::*;
 use crate::tests::said_by;
 
-/// Numbers that look random.
+/// Pseudo-random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -20,7 +20,8 @@ impl Dice {
     }
 }
 
-/// Rows of many kinds: wild columns, exact thresholds, zeros, tiny and huge values, equal rows.
+/// Rows of many kinds: columns with large values, values equal to the threshold, zeros, tiny and
+/// huge values, equal rows.
 fn values(dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
     let wild: Vec<bool> = (0..width).map(|_| dice.below(4) == 0).collect();
     let mut x = Vec::new();
@@ -45,7 +46,7 @@ fn values(dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) 
     x.into_iter().map(rounded).collect()
 }
 
-/// Has `see` look at values that are copied to the GPU in their dtype.
+/// Calls `see` with values copied to the GPU in their dtype.
 fn with<T>(stream: &Arc<CudaStream>, x: &[f32], dtype: &str, see: impl FnOnce(Stored<'_>) -> T) -> T {
     let half = |bits: fn(f32) -> u16| stream.clone_htod(&x.iter().map(|v| bits(*v)).collect::<Vec<_>>()).unwrap();
     // SAFETY: these types are their 16 bits.
@@ -58,7 +59,7 @@ fn with<T>(stream: &Arc<CudaStream>, x: &[f32], dtype: &str, see: impl FnOnce(St
     }
 }
 
-/// Asks both for the same.
+/// Compares the statistics of both.
 fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) {
     let x = values(dice, [width, tokens, sequences], dtype);
     let cpu = Rows { x: &x, width, tokens };
@@ -81,7 +82,7 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]
     });
 }
 
-/// Asks for several looks before it reads the first, in the order in which they were asked for.
+/// Enqueues several looks before it reads the first, then reads them in the same order.
 fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
     let (width, tokens) = (61, 33);
     let all: Vec<Vec<f32>> = (0..5).map(|_| values(dice, [width, tokens, 1], "f32")).collect();
@@ -89,7 +90,7 @@ fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
     let activation = |x| Activation::new(Arc::clone(stream), Stored::F32(x), width, tokens);
     let activations: Vec<_> = slices.iter().map(|slice| activation(slice.as_view())).collect();
     let looks: Vec<_> = activations.iter().map(|of| of.look(Some(6.0), true).unwrap()).collect();
-    // What the stream is asked for later waits for nobody.
+    // Later work on the stream does not delay the result.
     let later = stream.clone_dtod(&slices[0]).unwrap();
     for ((x, activation), look) in all.iter().zip(&activations).zip(&looks) {
         let (cpu, gpu) = (Rows { x, width, tokens }, look.seen(activation).unwrap());
@@ -116,7 +117,7 @@ fn look_at_both() {
             compare(&stream, &mut dice, size, dtype);
         }
     }
-    // More large values than there is room for at first, and what is not finite.
+    // More large values than the initial capacity, and non-finite values.
     let mut x = vec![1.0; 3 * ROOM];
     (x[5], x[ROOM + 3]) = (f32::NAN, f32::NEG_INFINITY);
     with(&stream, &x, "bf16", |stored| {
