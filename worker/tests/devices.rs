@@ -1,5 +1,5 @@
-//! Layers dealt to several devices: no bit depends on how many there are, which thread is slow, or
-//! what is loaded ahead.
+//! Layers on several devices: results are bit-identical for any number of devices, delay of a
+//! thread, or prefetch.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 use std::collections::BTreeMap;
@@ -30,7 +30,7 @@ use outliers_worker::run::export::{self, Exports};
 use outliers_worker::run::watch::Watch;
 use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
 
-/// Dense ones in all three orders of norms, mixtures of every kind, every stored format.
+/// Dense models in all three orders of norms, MoE of every kind, every stored format.
 const FIXTURES: [&str; 12] = [
     "deepseek-v3-fp8",
     "glm4-moe-grouped",
@@ -50,8 +50,8 @@ fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
 }
 
-/// A checkpoint, and its reference's token ids five times over in other orders, so that there are
-/// more micro-batches than devices.
+/// A checkpoint, with its reference's token ids in five orders, so that there are more
+/// micro-batches than devices.
 struct Fixture {
     job: JobSpec,
     checkpoint: Checkpoint,
@@ -76,7 +76,7 @@ impl Fixture {
         Self { job, checkpoint: Checkpoint::open_folder(&model).unwrap(), tokens, arms: Arms::whole() }
     }
 
-    /// With two more arms.
+    /// With two ablated arms.
     fn ablated(mut self) -> Self {
         let model = Model::open(&self.checkpoint.config, &*self.checkpoint.weights, None).unwrap();
         self.arms =
@@ -88,7 +88,7 @@ impl Fixture {
         Study::new(Scope::new(&self.job, &model.spec, &self.tokens), self.job.thresholds.magnitude)
     }
 
-    /// A pass in micro-batches of one sequence, experts in groups of two or three.
+    /// A pass in micro-batches of one sequence, with experts in groups of two or three.
     fn pass<O: Observer>(
         &self,
         how: How,
@@ -117,7 +117,7 @@ impl Fixture {
         Ok((observer, predicted))
     }
 
-    /// Everything that was measured, bit by bit.
+    /// All measurements, bit by bit.
     fn measured(&self, how: How, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
         let watch = |_: &Model<'_>, study| {
             let exports = Exports::new(&self.job);
@@ -137,7 +137,7 @@ struct Measured {
     study: Vec<u8>,
     sharpness: Sharpness,
     exported: BTreeMap<usize, export::Layer>,
-    /// Of each arm.
+    /// Measurements of each arm.
     predicted: Vec<(Vec<u32>, u64)>,
 }
 
@@ -160,11 +160,10 @@ impl How {
     }
 }
 
-/// A checkpoint's source that dawdles, each reading for another time, and fails on tensors of one
-/// name.
+/// A source of weights that delays each read by another time, and fails on tensors of one name.
 struct Faulty<'a> {
     of: &'a dyn WeightSource,
-    /// 0: none.
+    /// 0: no delay.
     most_milliseconds: u64,
     reads: AtomicU64,
     fails_on: Option<String>,
@@ -186,7 +185,7 @@ impl WeightSource for Faulty<'_> {
             return Err(WorkerError::network("the wire is cut"));
         }
         let mixed = self.reads.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-        // Most readings are fast, some of any length are not.
+        // Most reads are fast; some are slow.
         if mixed.is_multiple_of(8) {
             std::thread::sleep(Duration::from_millis(mixed / 8 % (self.most_milliseconds + 1)));
         }
@@ -229,7 +228,7 @@ fn devices_delays_and_prefetch_change_no_bit() {
     }
 }
 
-/// The prefix that the tensors of a layer have in every fixture used here.
+/// Prefix of a layer's tensors in every fixture used here.
 fn of_layer(model: &Model<'_>, layer: usize) -> String {
     let needs = model.spec.units(u64::MAX).into_iter().find(|unit| unit.layer == layer).expect("a layer").needs;
     let name = model.name_of(layer, &needs[0]);
@@ -303,7 +302,7 @@ fn one_error_stops_all_devices_and_names_its_place() {
     }
 }
 
-/// Looks on like a study, and does something at certain sites.
+/// A study that does something at certain sites.
 struct Meddling<F> {
     study: Study,
     meddle: Arc<F>,
@@ -341,7 +340,7 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for Meddling<F> {
 }
 
 impl Fixture {
-    /// A pass that is meddled with at every site, by the first token of the micro-batch.
+    /// A pass with an action at every site, keyed by the first token of the micro-batch.
     fn meddled(&self, how: How, meter: &Meter, meddle: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
         let meddle = Arc::new(meddle);
         let observer = |_: &Model<'_>, study| Meddling { study, meddle };
@@ -365,7 +364,7 @@ fn error_or_panic_while_computing_leaves_no_thread_waiting() {
     assert!(caught.is_err());
 }
 
-/// Something that happens once, which others wait for.
+/// An event that others wait for.
 #[derive(Default)]
 struct Moment {
     happened: Mutex<bool>,
@@ -378,7 +377,7 @@ impl Moment {
         self.changed.notify_all();
     }
 
-    /// False if it does not come.
+    /// `false` after a timeout.
     fn wait(&self) -> bool {
         let happened = self.happened.lock().unwrap();
         let long = Duration::from_secs(30);
@@ -386,7 +385,7 @@ impl Moment {
     }
 }
 
-/// From when to when a layer worked on a micro-batch, by the meter.
+/// Start and end of a layer's work on a micro-batch, by the meter.
 fn worked(spans: &[Span], layer: usize, micro_batch: usize) -> Range<Duration> {
     let about = |span: &&Span| {
         let batches = span.subject.micro_batches.as_ref();
@@ -405,8 +404,8 @@ fn next_layer_starts_before_the_previous_one_finishes() {
         let last_token = last * fixture.tokens.tokens;
         let meter = Meter::with_spans();
         let next_began = Moment::default();
-        // The end of layer 0 on the last micro-batch waits for the beginning of layer 1 on the
-        // first: without a wavefront, for ever.
+        // The end of layer 0 on the last micro-batch waits for the start of layer 1 on the first.
+        // Without a wavefront, this would wait forever.
         fixture
             .meddled(How { group_elements: u64::MAX, ..How::on(2) }, &meter, |site, first_token| {
                 if site.layer == 1 && first_token == 0 {
@@ -432,7 +431,7 @@ fn next_layer_starts_before_the_previous_one_finishes() {
     }
 }
 
-/// A row of a trace: what was done from when to when, microseconds.
+/// A row of a trace: start and end in microseconds.
 type Row = Vec<(String, f64, f64, serde_json::Value)>;
 
 #[test]

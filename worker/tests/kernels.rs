@@ -24,7 +24,7 @@ fn gpu() -> &'static Device {
     })
 }
 
-/// Numbers that look random, and some that are special.
+/// Pseudo-random numbers, and some special ones.
 struct Dice(u64);
 
 impl Dice {
@@ -59,14 +59,14 @@ fn on_gpu(x: &Tensor) -> Tensor {
     x.to_device(gpu()).unwrap()
 }
 
-/// The bits of all values in f64; what is no number is one number.
+/// The bits of all values as f64; all NaN are equal.
 fn bits(x: &Tensor) -> Vec<u64> {
     let x = x.to_device(&Device::Cpu).unwrap().flatten_all().unwrap().to_dtype(DType::F64).unwrap();
     let bits = |value: f64| if value.is_nan() { u64::MAX } else { value.to_bits() };
     x.to_vec1::<f64>().unwrap().into_iter().map(bits).collect()
 }
 
-/// Both do the same to the same tensors; an operation may overwrite the first.
+/// Runs an operation on CPU and GPU with the same tensors. It may overwrite the first tensor.
 fn same(tensors: &[&Tensor], operation: impl Fn(&[Tensor]) -> Tensor) -> Result<(), TestCaseError> {
     let copies: Vec<Tensor> = tensors.iter().map(|tensor| tensor.copy().unwrap()).collect();
     let there: Vec<Tensor> = tensors.iter().map(|tensor| on_gpu(tensor)).collect();
@@ -240,7 +240,7 @@ proptest! {
         same(&[&x, &gain], |of| fused::rms_norm(&of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &residual], |of| fused::rms_norm_onto(&of[2], &of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &bias], |of| fused::layer_norm(&of[0], &of[1], &of[2], 1e-5).unwrap())?;
-        // Of some rows the same as of all.
+        // Some rows give the same as all rows.
         let (first, x, gain) = (rows / 2, on_gpu(&x), on_gpu(&gain));
         let all = fused::rms_norm(&x, &gain, 1e-5).unwrap().narrow(0, first, rows - first).unwrap();
         let some = fused::rms_norm(&x.narrow(0, first, rows - first).unwrap(), &gain, 1e-5).unwrap();
@@ -282,7 +282,7 @@ proptest! {
         let spec = RopeSpec { theta: 50.0, dims: 2 * pairs, pairing, scaling: RopeScaling::None };
         let part = RotatedPart { head_dim: first + 2 * pairs + after, first };
         let x = Dice(seed).tensor(&[sequences * positions, heads * part.head_dim], dtype);
-        // A table may cover more positions than there are.
+        // A table may cover more positions than needed.
         let table = |device: &Device| spec.table(positions + 3, device).unwrap();
         same(&[&x], |of| fused::rope(of[0].clone(), &table(of[0].device()), part, positions).unwrap())?;
     }

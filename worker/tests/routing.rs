@@ -1,6 +1,6 @@
-//! Routing on a GPU beside its form for CPUs: the same bits, whatever the sizes, and nothing of the
-//! size of tokens comes back. Needs a GPU, or the one that `tests/gpu/install_fake_driver.sh` makes
-//! of the processor: `tests/gpu.sh` runs it there.
+//! MoE routing on a GPU compared with the CPU form, bit by bit, at many sizes; nothing of the size
+//! of the tokens is copied to the host. Needs a GPU, or the fake one of
+//! `tests/gpu/install_fake_driver.sh`, which `tests/gpu.sh` uses.
 #![cfg(feature = "cuda")]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -22,13 +22,13 @@ fn gpu() -> &'static Device {
     })
 }
 
-/// One test at a time: bytes that are copied are counted for the whole process.
+/// One test at a time: copied bytes are counted for the whole process.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Numbers that look random.
+/// Pseudo-random numbers.
 struct Dice(u64);
 
 impl Dice {
@@ -41,7 +41,7 @@ impl Dice {
         self.next() as f32 / 2f32.powi(31)
     }
 
-    /// Often the same as another, and sometimes none.
+    /// Often equal to another number, sometimes NaN.
     fn logit(&mut self, all_numbers: bool) -> f32 {
         match self.next() % 400 {
             0 if !all_numbers => f32::NAN,
@@ -58,7 +58,7 @@ fn tensor(values: Vec<f32>, shape: &[usize], dtype: DType) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap()
 }
 
-/// The bits of all values; what is no number is one number.
+/// The bits of all values; all NaN are equal.
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| if value.is_nan() { u32::MAX } else { value.to_bits() }).collect()
 }
@@ -68,7 +68,7 @@ fn values(x: &Tensor) -> Vec<f32> {
     x.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
 }
 
-/// A router and what it is given.
+/// A router and its inputs.
 #[derive(Clone, Debug)]
 struct Case {
     spec: RouterSpec,
@@ -103,7 +103,7 @@ prop_compose! {
 }
 
 impl Case {
-    /// Chooses on both, by the same logits.
+    /// Chooses experts on CPU and GPU from the same logits.
     fn choose(&self, dice: &mut Dice, all_numbers: bool) -> [Choices; 2] {
         let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| dice.logit(all_numbers)).collect();
         let logits = tensor(logits, &[self.rows, self.experts], DType::F32);
@@ -203,7 +203,7 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
         let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
         routed.arrive().unwrap();
-        // Where each expert's rows begin, and 37 numbers about each if they are to be seen.
+        // First row of each expert, and 37 numbers per expert if `positions` is given.
         let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
         assert_eq!(gpu::traffic().since(before).from_gpus, 8 * numbers as u64, "{rows} rows, {positions:?}");
     }

@@ -1,8 +1,9 @@
-//! The worker's memory. A pass makes and drops tensors of many MiB, layer after layer. The C library gives such blocks back to the
-//! system, which fills the next ones with zeros, page by page: a tenth of the time of a pass on a CPU.
+//! Allocator of the worker. A pass allocates and frees tensors of many MiB in every layer. The C
+//! library returns such blocks to the system, and new blocks are zeroed page by page, which takes
+//! a tenth of the time of a pass on a CPU.
 //!
-//! Here a block that is dropped is kept for the next that fits into it, but only as far as what is in use and what is kept do not
-//! exceed together the most that was ever in use at once. So a process never takes more than it would without.
+//! This allocator keeps freed blocks for reuse. Used and kept bytes together never exceed the most
+//! bytes that were in use at once, so a process needs no more memory than without it.
 
 #[cfg_attr(target_os = "linux", path = "linux/blocks.rs")]
 #[cfg_attr(not(target_os = "linux"), path = "none.rs")]
@@ -10,12 +11,13 @@ mod blocks;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 
-/// The system's allocator, but for large blocks on Linux.
+/// The system's allocator, except for large blocks on Linux.
 #[derive(Debug)]
 pub struct Heap;
 
 // SAFETY: large blocks are memory of their own, which nobody else has until they are deallocated; all others are the system's.
-// Which of both a block is depends on its layout alone, which callers give again.
+// The layout alone determines which allocator a block belongs to, and callers pass the same layout
+// to free it.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match blocks::size(layout) {

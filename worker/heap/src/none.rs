@@ -1,4 +1,4 @@
-//! Where all blocks are the system's.
+//! Other systems: all blocks are from the system's allocator.
 
 use std::alloc::Layout;
 

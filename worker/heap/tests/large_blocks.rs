@@ -1,4 +1,4 @@
-//! The allocator as programs meet it: under vectors.
+//! Tests of the allocator with vectors.
 
 #![cfg(target_os = "linux")]
 
@@ -11,15 +11,15 @@ static HEAP: outliers_heap::Heap = outliers_heap::Heap;
 
 const MIB: usize = 1 << 20;
 
-/// Bytes of this process in memory: proc_pid_status(5).
+/// Resident bytes of this process: proc_pid_status(5).
 fn resident() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").expect("Linux tells");
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("of every process");
     line.trim_end_matches("kB").trim().parse::<usize>().expect("a number of kB") << 10
 }
 
-/// Vectors are made, grown, cut and dropped, each filled with its own number; none ever finds
-/// another's.
+/// Vectors are made, grown, cut and dropped, each filled with its own number. None may contain
+/// another's number.
 fn live(steps: &[(u8, usize, usize)]) {
     let mut vectors: Vec<(usize, Vec<usize>)> = Vec::new();
     for (number, &(kind, which, length)) in steps.iter().enumerate() {
@@ -57,7 +57,7 @@ proptest! {
     }
 }
 
-/// In a process of its own, where nobody else takes memory meanwhile.
+/// Runs in its own process, so that nothing else allocates memory.
 #[test]
 fn resident_memory_never_exceeds_peak_use() {
     const ALONE: &str = "OUTLIERS_HEAP_ALONE";

@@ -1,4 +1,4 @@
-//! Where there is none of it.
+//! Other processors: no unit.
 
 use half::bf16;
 

@@ -1,5 +1,5 @@
-//! Against sums in f64, by all that this processor has. If that is nothing there is nothing to
-//! test, and the test says so.
+//! Compares every unit of this processor with sums in f64. On a processor without units, the tests
+//! print that nothing is tested.
 
 use std::cell::Cell;
 use std::io::Write;
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use crate::{Order, Real, Unit};
 
-/// A number of the test, as f64 and back.
+/// A number type of the tests, with conversions to and from f64.
 pub(crate) trait Number: Real {
     /// Half a unit in the last place, relative.
     const ROUNDING: f64;
@@ -47,7 +47,7 @@ fn numbers<T: Number>(count: usize, seed: u64) -> Vec<T> {
     (0..count).map(|_| T::of((next() - 0.5) * 2f32.powf(12.0 * next() - 6.0))).collect()
 }
 
-/// Says, once a test, that nothing is tested here: the harness keeps what passing tests print.
+/// Prints that nothing is tested here.
 pub(crate) fn not_checked() {
     thread_local! {
         static SAID: Cell<bool> = const { Cell::new(false) };
@@ -81,7 +81,7 @@ fn check<A: Number>(m: usize, n: usize, k: usize, order: Order) {
     }
 }
 
-/// Whether something appends products of `[m, k]` and `[n, k]` to what there is.
+/// Whether a unit adds products of `[m, k]` and `[n, k]` to the result.
 pub(crate) fn check_by<A: Number>(
     by: &str,
     [m, n, k]: [usize; 3],
@@ -93,8 +93,8 @@ pub(crate) fn check_by<A: Number>(
     let mut got = vec![A::of(7.0)];
     append(&mut got, &a, &b);
     assert_eq!((got.len(), got.remove(0).wide()), (m * n + 1, 7.0), "what there was stays");
-    // Against the sum of the magnitudes of the terms. Each of three products per value is rounded
-    // once to f32, to either side.
+    // The error bound is relative to the sum of the terms' magnitudes. Each of three products per
+    // value is rounded once to f32.
     let tolerance = A::ROUNDING + f32::ROUNDING * (3.0 * k as f64).sqrt();
     for (i, got) in got.iter().enumerate() {
         let terms = || (0..k).map(|at| a[i / n * k + at].wide() * of_b(i % n, at));
@@ -115,7 +115,7 @@ fn check_all(m: usize, n: usize, k: usize) {
 fn products_of_whole_blocks_equal_the_reference() {
     check_all(32, 32, 32);
     check_all(96, 128, 256);
-    // More rows and columns than are taken at once.
+    // More rows and columns than one block has.
     check::<f32>(1100, 40, 8192, Order::Rows);
     check::<bf16>(33, 200, 8192, Order::Columns);
 }

@@ -1,20 +1,21 @@
-//! One pass over the columns of a sequence: how often they exceed and where, extremes, moments.
+//! Statistics of a sequence's columns in one pass: counts and positions of exceeding values,
+//! extremes, moments.
 
 use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
-/// Rows summed in f32 before they are added to the f64 sums, from the first of a sequence on.
+/// Rows summed in f32 before they are added to the f64 sums.
 pub const STRIP: usize = 32;
-/// Columns in one stripe, which one thread looks at.
+/// Columns per stripe; one thread scans a stripe.
 const STRIPE: usize = 64;
 
-/// What is kept of a column.
+/// Statistics of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Column {
     /// Values with |x| >= T.
     pub count: u64,
-    /// Those with x > 0.
+    /// Exceeding values with x > 0.
     pub positive: u64,
     /// Largest value.
     pub max: f32,
@@ -31,7 +32,7 @@ pub struct Column {
 }
 
 impl Column {
-    /// Of no values.
+    /// Statistics of no values.
     pub const EMPTY: Self = Self {
         count: 0,
         positive: 0,
@@ -43,7 +44,7 @@ impl Column {
         sum4: 0.0,
     };
 
-    /// Adds another's values.
+    /// Adds the statistics of another column.
     pub fn merge(&mut self, other: &Self) {
         self.count += other.count;
         self.positive += other.positive;
@@ -66,21 +67,21 @@ impl Column {
     }
 }
 
-/// Where a column exceeds.
+/// Positions at which a column exceeds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Marks {
     /// The column.
     pub dim: usize,
-    /// One bit per position of the sequence, the first in the lowest.
+    /// One bit per position of the sequence, lowest bit first.
     pub positions: Vec<u64>,
 }
 
-/// The columns of a sequence, looked at.
+/// Statistics of a sequence's columns.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Columns {
-    /// One per column, in order.
+    /// One entry per column, in order.
     pub columns: Vec<Column>,
-    /// Of those that exceed anywhere, in order.
+    /// Columns that exceed at some position, in order.
     pub marks: Vec<Marks>,
 }
 
@@ -97,20 +98,19 @@ impl Columns {
         whole
     }
 
-    /// Whether all sums of squares are finite: with a value that is not, none means anything.
+    /// Whether all sums of squares are finite. With a non-finite value, no sum is valid.
     pub fn are_finite(&self) -> bool {
         self.columns.iter().all(|column| column.sum2.is_finite())
     }
 }
 
-/// The columns from `first` on that are in one stripe.
+/// Scans one stripe of columns, from `first` on.
 fn stripe(x: &[f32], width: usize, first: usize, threshold: f32) -> Columns {
     let count = STRIPE.min(width - first);
     let words = (x.len() / width).div_ceil(64);
     let mut columns = vec![Column::EMPTY; count];
     let mut marks = [const { Vec::new() }; STRIPE];
-    // Zeros stand in for the columns a last, partial stripe does not have; T > 0 keeps them from
-    // counting.
+    // A partial last stripe is filled with zeros. They are not counted, because T > 0.
     let mut row_buffer = [0f32; STRIPE];
     let mut position = 0;
     for rows in x.chunks(width * STRIP) {
@@ -128,7 +128,7 @@ fn stripe(x: &[f32], width: usize, first: usize, threshold: f32) -> Columns {
     Columns { columns, marks: marks.map(|(j, positions)| Marks { dim: first + j, positions }).collect() }
 }
 
-/// Records where a row exceeds; no words yet where nothing did.
+/// Records which columns exceed in a row. Words are allocated on demand.
 fn mark(marks: &mut [Vec<u64>; STRIPE], row: &[f32; STRIPE], threshold: f32, position: usize, words: usize) {
     for (positions, v) in marks.iter_mut().zip(row) {
         if v.abs() >= threshold {
@@ -138,7 +138,7 @@ fn mark(marks: &mut [Vec<u64>; STRIPE], row: &[f32; STRIPE], threshold: f32, pos
     }
 }
 
-/// Sums of up to [`STRIP`] rows, in f32 so that the loop vectorises.
+/// Sums of up to [`STRIP`] rows, in f32 so that the loop is vectorised.
 #[derive(Clone, Copy)]
 struct Block {
     count: [u32; STRIPE],
@@ -157,7 +157,7 @@ impl Block {
         sums: [[0.0; STRIPE]; 4],
     };
 
-    /// Adds one row; says whether any value exceeds.
+    /// Adds one row. Returns whether any value exceeds.
     #[inline(always)]
     #[expect(clippy::needless_range_loop, reason = "nine arrays in lock step, which vectorise as written")]
     fn add(&mut self, row: &[f32; STRIPE], threshold: f32) -> bool {

@@ -5,22 +5,22 @@ use serde::{Deserialize, Serialize};
 /// A histogram of magnitudes in bins of a 32nd of an octave between 2^-32 and 2^32. Smaller
 /// magnitudes count as 0, larger ones as 2^32.
 ///
-/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, hence exact, associative
-/// and commutative. 256 bytes per octave between the smallest and the largest magnitude, so at
-/// most 16 KiB: there is one for every site of every layer.
+/// Quantiles are within 1.6 %: half the widest bin. Merging is addition, so it is exact,
+/// associative and commutative. A histogram needs 256 bytes per octave between the smallest and
+/// the largest magnitude, at most 16 KiB; there is one per site and layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Histogram {
-    /// The first bin that is kept, the first of its octave.
+    /// The first stored bin: the first bin of its octave.
     first: usize,
-    /// Whole octaves from it on. What lies outside is empty, so two histograms of the same values
-    /// are the same.
+    /// Counts of whole octaves from `first` on. Bins outside are empty, so histograms of the same
+    /// values are equal.
     counts: Vec<u64>,
     total: u64,
 }
 
-/// Bits of an f32's significand that choose the bin within an octave.
+/// Bits of an f32's significand that select the bin within an octave.
 const FRACTION_BITS: u32 = 5;
-/// What is below them.
+/// The bits below those.
 const DROPPED_BITS: u32 = f32::MANTISSA_DIGITS - 1 - FRACTION_BITS;
 /// Octaves on either side of 1.
 const OCTAVES: u32 = 32;
@@ -28,7 +28,7 @@ const OCTAVES: u32 = 32;
 const OCTAVE: usize = 1 << FRACTION_BITS;
 /// Bins.
 pub const BINS: usize = ((2 * OCTAVES) << FRACTION_BITS) as usize;
-/// The first bin's number in f32's own order of exponents and leading fractions.
+/// Number of the first bin, counted by f32 exponent and leading fraction bits.
 const FIRST: u32 = (f32::MAX_EXP as u32 - 1 - OCTAVES) << FRACTION_BITS;
 
 impl Histogram {
@@ -48,7 +48,7 @@ impl Histogram {
         self.total += 1;
     }
 
-    /// Of so many magnitudes in each of all [`BINS`].
+    /// From the counts of all [`BINS`].
     pub fn of_counts(counts: &[u64]) -> Self {
         let mut all = Self::default();
         for (bin, count) in counts.iter().enumerate().filter(|(_, count)| **count > 0) {
@@ -59,7 +59,7 @@ impl Histogram {
         all
     }
 
-    /// Keeps the bins from `low` to before `high` as well.
+    /// Extends the stored bins to include `low..high`.
     #[cold]
     fn reach(&mut self, low: usize, high: usize) {
         let (low, high) = (low / OCTAVE * OCTAVE, high.next_multiple_of(OCTAVE));
@@ -84,8 +84,8 @@ impl Histogram {
         self.total += other.total;
     }
 
-    /// The bin that holds the value of this rank (from 0, ascending), and how many values lie in
-    /// lower bins.
+    /// The bin of the value of this rank (from 0, ascending), and the number of values in lower
+    /// bins.
     pub fn bin_of_rank(&self, rank: u64) -> (usize, u64) {
         let mut below = 0;
         for (bin, count) in (self.first..).zip(&self.counts) {
@@ -97,15 +97,15 @@ impl Histogram {
         (BINS - 1, below)
     }
 
-    /// Bits of a magnitude below which none of the `count` largest values is, and few others are
-    /// above: the lowest of the bin that holds the least of them.
+    /// Bits of the lower bound of the bin with the `count`-th largest value. All of the `count`
+    /// largest values are at or above it, and few others.
     pub fn floor_of_largest(&self, count: u64) -> u32 {
         let bin = self.bin_of_rank(self.total.saturating_sub(count)).0;
         if count >= self.total || bin == 0 { 0 } else { (bin as u32 + FIRST) << DROPPED_BITS }
     }
 
-    /// The magnitude that a share `p` of the values does not exceed: the middle of its bin; 0 for
-    /// none or the lowest bin.
+    /// Quantile `p`: the middle of the bin that contains it. 0 if there are no values, or for the
+    /// lowest bin.
     pub fn quantile(&self, p: f64) -> f64 {
         if self.total == 0 {
             return 0.0;

@@ -1,9 +1,9 @@
-//! Values that are large, with their places.
+//! Large values with their positions.
 
-/// A value and where it stands.
+/// A value and its position.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Large {
-    /// Row, of all that are looked at.
+    /// Row, counted over all scanned rows.
     pub row: usize,
     /// Column.
     pub dim: usize,

@@ -1,9 +1,8 @@
-//! What one pass over activations finds.
+//! Statistics of activations in one pass.
 //!
-//! Each operation has one CPU form, here, and one kernel (`worker/cuda/kernels`) that gives the
-//! same numbers bit by bit. Both take rows of whole sequences and answer for each sequence, so
-//! that no number depends on how many sequences are looked at together, nor on the number of
-//! threads.
+//! Each operation has a CPU form in this crate and a kernel (`worker/cuda/kernels`) with
+//! bit-identical results. Both take rows of whole sequences and return results by sequence, so no
+//! number depends on the number of sequences per call or of threads.
 
 mod columns;
 mod histogram;
@@ -28,34 +27,34 @@ pub struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    /// `[tokens, width]` of each.
+    /// Shape of each sequence: `[tokens, width]`.
     fn sequences(self) -> impl Iterator<Item = &'a [f32]> {
         self.x.chunks((self.tokens * self.width).max(1))
     }
 
-    /// Rows.
+    /// Number of rows.
     pub fn rows(self) -> usize {
         self.x.len() / self.width
     }
 
-    /// Rows and magnitudes of each sequence.
+    /// Statistics of rows and magnitudes by sequence.
     pub fn scan(self) -> Vec<Scan> {
         self.sequences().map(|x| Scan::of(x, self.width)).collect()
     }
 
-    /// Columns of each sequence; a value exceeds where |x| >= `threshold` > 0.
+    /// Statistics of columns by sequence; a value exceeds if |x| >= `threshold` > 0.
     pub fn columns(self, threshold: f32) -> Vec<Columns> {
         self.sequences().map(|x| Columns::of(x, self.width, threshold)).collect()
     }
 
-    /// The exact median |x| of each sequence, the lower of the two middle ones; `scans` are
-    /// theirs.
+    /// Exact median |x| of each sequence, the lower of the two middle values. `scans` are the
+    /// sequences' [`rows`](Self::rows).
     pub fn medians(self, scans: &[Scan]) -> Vec<f32> {
         self.sequences().zip(scans).map(|(x, scan)| scan.median(x)).collect()
     }
 
-    /// The values of some rows whose |x| has at least the bits that are asked of the row, in order
-    /// of rows and columns.
+    /// Values of the listed rows whose |x| has at least the given bits, in order of rows and
+    /// columns.
     pub fn large(self, asked: &[(usize, u32)]) -> Vec<Large> {
         large::large(self.x, self.width, asked)
     }

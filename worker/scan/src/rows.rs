@@ -1,14 +1,14 @@
-//! One pass over each token's vector: largest value, median, moments.
+//! Statistics of each token's vector in one pass: largest value, median, moments.
 
 use rayon::prelude::*;
 
 use crate::Histogram;
 use crate::simd::vectorized;
 
-/// What one pass over a row finds.
+/// Statistics of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Row {
-    /// Bits of the largest |x|: in the order of magnitudes.
+    /// Bits of the largest |x|; they order as the magnitudes do.
     pub max_bits: u32,
     /// Median of |x|, the lower of the two middle ones.
     pub median: f32,
@@ -50,7 +50,7 @@ impl Row {
     }
 }
 
-/// Mean; sums of the second and fourth powers of what differs from it.
+/// Mean, and sums of the second and fourth powers of the differences from it.
 #[inline(always)]
 fn moments(x: &[f32]) -> (f64, [f64; 2]) {
     let mean = sum(x, |v| [v, 0.0])[0] / x.len() as f64;
@@ -61,7 +61,7 @@ fn moments(x: &[f32]) -> (f64, [f64; 2]) {
     (mean, powers)
 }
 
-/// Two sums in eight lanes each: always in the same order, and in one that vectorises.
+/// Two sums in eight lanes each, in a fixed order that can be vectorised.
 #[inline(always)]
 fn sum(x: &[f32], terms: impl Fn(f64) -> [f64; 2]) -> [f64; 2] {
     let mut lanes = [[0f64; 8]; 2];
@@ -84,12 +84,12 @@ fn sum(x: &[f32], terms: impl Fn(f64) -> [f64; 2]) -> [f64; 2] {
 /// Rows per task.
 const CHUNK: usize = 64;
 
-/// Some rows of a site, looked at.
+/// Statistics of rows of a site.
 #[derive(Clone, Debug)]
 pub struct Scan {
-    /// One per row, in order.
+    /// One entry per row, in order.
     pub rows: Vec<Row>,
-    /// |x| of all their values.
+    /// Histogram of |x| over all their values.
     pub magnitudes: Histogram,
 }
 
@@ -117,8 +117,8 @@ impl Scan {
         self.rows.iter().position(|row| row.max_bits >= f32::INFINITY.to_bits())
     }
 
-    /// The exact median |x| of the values `x` that were looked at, the lower of the two middle
-    /// ones: the histogram says in which bin it is.
+    /// Exact median |x| of the scanned values `x`, the lower of the two middle values, from the
+    /// histogram's bin.
     pub fn median(&self, x: &[f32]) -> f32 {
         let rank = (x.len() as u64 - 1) / 2;
         let (bin, below) = self.magnitudes.bin_of_rank(rank);
@@ -140,7 +140,7 @@ mod tests {
         magnitudes[(x.len() - 1) / 2]
     }
 
-    /// By the definition.
+    /// The definition, computed directly.
     fn kurtosis(x: &[f32]) -> f64 {
         let mean_of = |f: &dyn Fn(f64) -> f64| x.iter().map(|v| f(f64::from(*v))).sum::<f64>() / x.len() as f64;
         let mean = mean_of(&|v| v);

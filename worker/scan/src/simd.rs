@@ -1,10 +1,9 @@
-//! Loops with the vectors that this processor has.
+//! Loops compiled for wider vectors.
 
-/// Runs a loop with wider vectors than every processor of its kind has: its code is compiled
-/// again, for AVX2 and for AVX-512. Elsewhere than on x86-64 the plain code has the best already.
-/// Which of them ran cannot be told from the results: nothing is contracted or reordered.
+/// Runs a loop compiled for AVX2 or AVX-512 if the processor has them. On other platforms the
+/// plain code is already the best. Results are bit-identical: nothing is contracted or reordered.
 ///
-/// A closure that is not `#[inline(always)]` may stay outside, and as it was.
+/// The closure must be `#[inline(always)]`, or it may be compiled without the wider vectors.
 #[inline(always)]
 pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! Large blocks, straight from the system.
+//! Large blocks, mapped directly from the system.
 
 mod kept;
 
@@ -7,17 +7,17 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use self::kept::{Kept, Span};
 
-/// Smaller blocks are not worth the search.
+/// Minimum size of a large block. The search does not pay off for smaller blocks.
 const LEAST: usize = 256 << 10;
-/// Sizes are multiples of this: of whole pages, on every Linux.
+/// Sizes are multiples of this, so of whole pages on every Linux.
 const STEP: usize = 64 << 10;
-/// From here on the system is asked for pages of 2 MiB.
+/// Minimum size for which huge pages of 2 MiB are requested.
 const HUGE: usize = 2 << 20;
 
 struct Blocks {
     kept: Kept,
     in_use: usize,
-    /// The most that was in use at once.
+    /// The most bytes that were in use at once.
     most: usize,
 }
 
@@ -27,12 +27,13 @@ fn blocks() -> MutexGuard<'static, Blocks> {
     BLOCKS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Bytes of the block for such a layout. `None` if it is none of these.
+/// Bytes of the block for this layout; `None` if it is not a large block.
 pub(crate) fn size(layout: Layout) -> Option<usize> {
     (layout.size() >= LEAST && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
 }
 
-/// A block of this many bytes, and whether it has been used. `None` if the system has no more.
+/// A block of this size, and whether it has been used before. `None` if the system is out of
+/// memory.
 pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
     let mut blocks = blocks();
     blocks.in_use += bytes;
@@ -53,7 +54,7 @@ pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
     fresh.map(|block| (block, false))
 }
 
-/// Takes a block back that [`take`] gave.
+/// Frees a block from [`take`].
 pub(crate) fn give(block: *mut u8, bytes: usize) {
     let mut blocks = blocks();
     blocks.in_use -= bytes;
@@ -63,7 +64,7 @@ pub(crate) fn give(block: *mut u8, bytes: usize) {
 }
 
 impl Blocks {
-    /// Gives this many of the kept bytes back to the system.
+    /// Returns this many of the kept bytes to the system.
     fn give_back(&mut self, mut bytes: usize) {
         while bytes > 0
             && let Some(span) = self.kept.drop_some(bytes)

@@ -1,6 +1,6 @@
-//! Which memory is kept, as addresses alone.
+//! Bookkeeping of the kept memory, by address.
 
-/// Bytes from an address on.
+/// A range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Span {
     pub(crate) at: usize,
@@ -13,10 +13,10 @@ impl Span {
     }
 }
 
-/// Most spans that are kept.
+/// Most kept spans.
 const MOST: usize = 256;
 
-/// Spans that touch nowhere, in the order in which they were kept. Takes no memory beside itself.
+/// Kept spans, none adjacent to another, in the order in which they were kept. Allocates nothing.
 pub(crate) struct Kept {
     spans: [Span; MOST],
     count: usize,
@@ -28,12 +28,12 @@ impl Kept {
         Self { spans: [Span { at: 0, bytes: 0 }; MOST], count: 0, bytes: 0 }
     }
 
-    /// Of all spans.
+    /// Bytes of all spans.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// The address of this many bytes, in the span that they fill best.
+    /// Takes this many bytes from the smallest span that is large enough; returns their address.
     pub(crate) fn take(&mut self, bytes: usize) -> Option<usize> {
         let spans = &mut self.spans[..self.count];
         let (index, best) =
@@ -47,7 +47,8 @@ impl Kept {
         Some(at)
     }
 
-    /// Keeps a span, as one with those beside it. What can no longer be kept instead.
+    /// Keeps a span, merged with adjacent spans. Returns a span that is dropped for it, if the
+    /// list is full.
     #[must_use]
     pub(crate) fn keep(&mut self, mut span: Span) -> Option<Span> {
         self.bytes += span.bytes;
@@ -62,8 +63,7 @@ impl Kept {
         oldest
     }
 
-    /// At most so many bytes of what was kept longest, which are kept no more. `None` if there are
-    /// none.
+    /// Removes at most this many bytes of the oldest span. `None` if there is none.
     pub(crate) fn drop_some(&mut self, most: usize) -> Option<Span> {
         let oldest = self.spans[..self.count].first_mut()?;
         let bytes = most.min(oldest.bytes);
@@ -92,7 +92,7 @@ mod tests {
 
     use super::*;
 
-    /// What one step did to the places that are kept.
+    /// Result of one step of the test.
     fn without(places: &mut BTreeSet<usize>, span: Span) {
         for place in span.at..span.end() {
             assert!(places.remove(&place), "{place} was not kept");

@@ -1,4 +1,4 @@
-//! From rows of numbers to blocks that are multiplied, and from blocks of sums back to rows.
+//! Packs rows of numbers into blocks, and unpacks blocks of sums into rows.
 
 use std::arch::x86_64::*;
 
@@ -6,35 +6,35 @@ use half::bf16;
 
 use crate::Order;
 
-/// Rows of a block, and 32-bit columns of it.
+/// Rows and 32-bit columns of a block.
 pub(crate) const SIDE: usize = 16;
-/// Values of each row that are laid out in one step.
+/// Values per row that are packed in one step.
 pub(crate) const DEPTH: usize = 2 * SIDE;
 
-/// A row of a block, where loads like it best.
+/// A row of a block, aligned for loads.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
 pub(crate) struct BlockRow(pub(crate) [u16; DEPTH]);
 
-/// Most parts of a number.
+/// Most bf16 parts of a number.
 const MOST: usize = 3;
 
-/// A number that is a sum of bf16.
+/// A number that is a sum of bf16 parts.
 ///
 /// # Safety
-/// Implementations read no more than they are told, and write no more.
+/// Implementations access no more than `count` numbers.
 pub unsafe trait Real: Copy + Send + Sync {
-    /// Of how many.
+    /// Number of parts.
     const PARTS: usize;
 
-    /// The parts of `count` (at most 32) numbers, one after the other, zeros after them; and zeros
-    /// for parts that there are not.
+    /// The parts of `count` (at most 32) numbers, one after the other. Missing numbers and parts
+    /// are 0.
     ///
     /// # Safety
     /// AVX-512 (F, BW); `count` numbers at `from`.
     unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST];
 
-    /// At most 16 numbers as f32, zeros after them.
+    /// At most 16 numbers as f32. Missing numbers are 0.
     ///
     /// # Safety
     /// AVX-512 (F, BW); `count` numbers at `from`.
@@ -47,7 +47,7 @@ pub unsafe trait Real: Copy + Send + Sync {
     unsafe fn write(to: *mut Self, count: usize, sums: __m512i);
 }
 
-/// The lowest ones.
+/// Mask of the lowest `count` bits.
 fn mask(count: usize) -> u32 {
     if count >= DEPTH { !0 } else { (1 << count) - 1 }
 }
@@ -124,7 +124,7 @@ unsafe impl Real for bf16 {
     }
 }
 
-/// The parts of sixteen numbers, each in the upper half of 32 bits: a number's first eight
+/// The three parts of sixteen numbers, each in the upper half of 32 bits: the first eight
 /// significant bits, the next eight, and the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -139,7 +139,7 @@ fn split(x: __m512) -> [__m512i; MOST] {
     [high, middle, _mm512_sub_ps(rest, middle)].map(|part| _mm512_castps_si512(part))
 }
 
-/// Sixteen by sixteen values of 32 bits, rows and columns exchanged.
+/// Transposes sixteen by sixteen values of 32 bits.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 pub(crate) fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
@@ -148,7 +148,7 @@ pub(crate) fn transposed(r: [__m512i; SIDE]) -> [__m512i; SIDE] {
         t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
         t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
     }
-    // Of four rows, in each quarter of a register: column 0, 1, 2, 3 of that quarter.
+    // Of four rows, in each 128-bit part of a register: column 0, 1, 2, 3 of that part.
     let mut q = t;
     for i in 0..4 {
         let [a, b, c, d] = [t[4 * i], t[4 * i + 1], t[4 * i + 2], t[4 * i + 3]];
@@ -179,11 +179,11 @@ fn store(block: [__m512i; SIDE], into: &mut [BlockRow]) {
     }
 }
 
-/// `count` values of each of the sixteen rows, as `load` makes them; zeros of rows that there are
-/// not. (Most have as many as they could, which needs no masks then.)
+/// `count` values of each of sixteen rows, loaded by `load`; missing rows are 0. (Most blocks are
+/// full and need no masks.)
 ///
 /// # Safety
-/// `load` reads no more than it is told.
+/// `load` accesses no more than `count` values.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
 unsafe fn rows<T, R>(
@@ -200,8 +200,8 @@ unsafe fn rows<T, R>(
     })
 }
 
-/// At most sixteen rows of `a`, step by step and part by part: in each line two values of every
-/// row beside each other.
+/// Packs at most sixteen rows of `a` by step and part. Each line has two adjacent values of every
+/// row.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -216,7 +216,7 @@ pub(crate) unsafe fn pairs_of_right<A: Real>(a: &[A], k: usize, into: &mut [Bloc
     }
 }
 
-/// At most sixteen rows of `a`, step by step: in each line one value of every row, as f32.
+/// Packs at most sixteen rows of `a` by step. Each line has one value of every row, as f32.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -230,7 +230,7 @@ pub(crate) unsafe fn singles_of_right<A: Real>(a: &[A], k: usize, into: &mut [Bl
     }
 }
 
-/// At most sixteen rows of `b`, step by step: in each line the values of one row.
+/// Packs at most sixteen rows of `b` by step. Each line has the values of one row.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -258,8 +258,7 @@ pub(crate) unsafe fn pairs_of_left(b: &Matrix<'_>, first_row: usize, into: &mut 
     }
 }
 
-/// At most sixteen rows of `b`, half a step by half a step: in each line the values of one row, as
-/// f32.
+/// Packs at most sixteen rows of `b` by half step. Each line has the values of one row, as f32.
 ///
 /// # Safety
 /// AVX-512 (F, BW).
@@ -292,19 +291,18 @@ pub(crate) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// # Panics
-    /// If there are more values or fewer.
+    /// If `values` does not have `rows * k` values.
     pub(crate) fn new(values: &'a [bf16], order: Order, rows: usize, k: usize) -> Self {
         assert!(rows * k == values.len(), "{} values in {rows} rows of {k}", values.len());
         Self { values, order, rows, k }
     }
 
-    /// At most sixteen rows, of a matrix in that order.
+    /// At most sixteen rows, from a row-major matrix.
     fn rows_from(&self, first: usize) -> &[bf16] {
         &self.values[first * self.k..(first + SIDE).min(self.rows) * self.k]
     }
 
-    /// Values of at most sixteen rows in a column, of a matrix in that order; none of columns that
-    /// there are not.
+    /// Values of at most sixteen rows from a column-major matrix. Missing columns are left out.
     fn column(&self, at: usize, first: usize) -> &[bf16] {
         if at < self.k { &self.values[at * self.rows..][first..(first + SIDE).min(self.rows)] } else { &[] }
     }
@@ -316,7 +314,7 @@ mod tests {
 
     use super::*;
 
-    /// What the parts of sixteen numbers add up to.
+    /// Sums of the parts of sixteen numbers.
     #[target_feature(enable = "avx512f,avx512bw")]
     fn put_together(x: [f32; SIDE]) -> [f32; SIDE] {
         // SAFETY: sixteen numbers are there.
@@ -346,7 +344,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whose last part is a normal number: others count as zero on tiles.
+        /// Numbers whose last part is normal; AMX treats subnormal parts as zero.
         #[test]
         fn three_bf16_parts_sum_to_the_f32(sign in any::<bool>(), exponent in 24..255u32, fraction in 0..1u32 << 23) {
             check(f32::from_bits(u32::from(sign) << 31 | exponent << 23 | fraction));

@@ -1,4 +1,4 @@
-//! Products of whole matrices, in blocks that stay in a core's memory.
+//! Blocked products of whole matrices. Blocks fit into a core's cache.
 
 use std::arch::x86_64::*;
 use std::cell::RefCell;
@@ -8,42 +8,42 @@ use rayon::prelude::*;
 use super::pack::{BlockRow, DEPTH, Matrix, Real, SIDE, transposed};
 use crate::MEMORY;
 
-/// Rows of `b` that meet [`SIDE`] rows of `a` in one [`Method::multiply`].
+/// Rows of `b` per [`Method::multiply`]; `a` has [`SIDE`] rows.
 const BLOCK: usize = 2 * SIDE;
 
-/// Bytes of `b` that a core works on while rows of `a` pass: about its own memory.
+/// Bytes of packed `b` per core: about the size of its L2 cache.
 const LEFT: usize = 1 << 20;
 
-/// Sums of a block: each row is one of `b`, each column one of `a`.
+/// Sums of a block: rows are rows of `b`, columns are rows of `a`.
 #[repr(C, align(64))]
 pub(crate) struct Sums(pub(crate) [[[f32; SIDE]; SIDE]; 2]);
 
-/// How [`SIDE`] rows of either matrix are laid out, [`DEPTH`] values of each in one step, and
+/// How [`SIDE`] rows of either matrix are packed, [`DEPTH`] values of each per step, and
 /// multiplied.
 ///
 /// # Safety
-/// Implementations read and write as many lines as there are steps times [`Self::LEFT`] and [`Self::RIGHT`]. To call them, this processor
-/// has to have what they use.
+/// Implementations access steps x [`Self::LEFT`] and steps x [`Self::RIGHT`] lines. Callers must
+/// check that the processor has the instructions.
 pub(crate) unsafe trait Method<A> {
     /// Lines of rows of `b` per step.
     const LEFT: usize;
     /// Lines of rows of `a` per step.
     const RIGHT: usize;
 
-    /// Lays out rows of `b` from one on.
+    /// Packs rows of `b` from `row` on.
     unsafe fn pack_left(b: &Matrix<'_>, first_row: usize, into: &mut [BlockRow]);
 
-    /// Lays out rows of `a`, each of `k` values.
+    /// Packs rows of `a`, each of `k` values.
     unsafe fn pack_right(a: &[A], k: usize, into: &mut [BlockRow]);
 
-    /// This thread, for as long as what is returned lives.
+    /// Configures this thread's unit until the returned value is dropped.
     unsafe fn get_ready() -> impl Sized;
 
-    /// Twice [`SIDE`] rows of `b` times [`SIDE`] rows of `a`, on a thread that is ready.
+    /// Multiplies twice [`SIDE`] rows of `b` by [`SIDE`] rows of `a`, on a configured thread.
     unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, sums: &mut Sums);
 }
 
-/// A result in which each task has columns of its own.
+/// A result whose columns are divided among tasks.
 #[derive(Clone, Copy)]
 struct Out<T> {
     values: *mut T,
@@ -55,18 +55,17 @@ struct Out<T> {
 unsafe impl<T: Send> Sync for Out<T> {}
 
 thread_local! {
-    /// Memory for what is laid out, of `b` and of `a`, that each product uses again.
+    /// Buffers of a thread for packed `b` and `a`, reused by each product.
     static LINES: [RefCell<Vec<BlockRow>>; 2] = const { [RefCell::new(Vec::new()), RefCell::new(Vec::new())] };
 }
 
-/// `lines` lines of memory that this thread keeps, with anything in them.
+/// `lines` lines of this thread's buffer, uninitialised.
 fn with_memory<R>(which: usize, lines: usize, work: impl FnOnce(&mut [BlockRow]) -> R) -> R {
-    // Taken out while it is used: a thread that waits for others may be given other work of this
-    // kind.
+    // The buffer is taken out while in use: a thread that waits in the pool may run another
+    // product.
     let mut memory = LINES.with(|memory| memory[which].take());
     if memory.len() < lines {
-        // Another, not the same one grown: that would move what nobody needs, and perhaps take
-        // twice as much.
+        // A new buffer, because growing would copy the old content and may need twice the memory.
         drop(memory);
         memory = vec![BlockRow([0; DEPTH]); lines];
     }
@@ -99,12 +98,12 @@ pub(crate) unsafe fn append_by<A: Real, M: Method<A>>(out: &mut Vec<A>, a: &[A],
     unsafe { out.set_len(out.len() + m * n) };
 }
 
-/// Of [`DEPTH`] values each.
+/// Number of steps of [`DEPTH`] values.
 fn steps(k: usize) -> usize {
     k.div_ceil(DEPTH)
 }
 
-/// All of `b` over some rows of `a`.
+/// All of `b` times some rows of `a`.
 ///
 /// # Safety
 /// As [`append_by`]; nobody else writes to these rows.
@@ -116,7 +115,7 @@ unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out
         chunks.with_min_len(2).for_each(|(right, a)| unsafe { M::pack_right(a, b.k, right) });
         let right: &[BlockRow] = right;
         let in_memory = (LEFT / (size_of::<BlockRow>() * steps(b.k) * M::LEFT) * SIDE / BLOCK * BLOCK).max(BLOCK);
-        // As many for every thread: none waits for another's.
+        // The same number of rows for every thread, so that all finish together.
         let tasks = b.rows.div_ceil(in_memory).next_multiple_of(rayon::current_num_threads());
         let columns = b.rows.div_ceil(tasks).next_multiple_of(BLOCK);
         (0..b.rows.div_ceil(columns)).into_par_iter().for_each(|task| {
@@ -127,7 +126,7 @@ unsafe fn multiply_rows<A: Real, M: Method<A>>(a: &[A], b: &Matrix<'_>, out: Out
     });
 }
 
-/// Some rows of `b`, which become columns, over what is laid out of `a`.
+/// Some rows of `b`, the result's columns, times the packed `a`.
 ///
 /// # Safety
 /// As [`append_by`]; nobody else writes to these columns.
@@ -140,7 +139,7 @@ unsafe fn multiply_columns<A: Real, M: Method<A>>(
 ) {
     let steps = steps(b.k);
     let lines = steps * M::LEFT;
-    // Whole blocks: the second half of the last one may have no rows, and be multiplied all the
+    // Whole blocks: the second half of the last one may have no rows and is multiplied all the
     // same.
     with_memory(0, count.div_ceil(BLOCK) * 2 * lines, |left| {
         for (row, left) in (first..first + count).step_by(SIDE).zip(left.chunks_exact_mut(lines)) {
@@ -164,7 +163,7 @@ unsafe fn multiply_columns<A: Real, M: Method<A>>(
     });
 }
 
-/// A block of sums, as far as there are rows and columns for it.
+/// Adds a block of sums to the result's rows and columns.
 ///
 /// # Safety
 /// AVX-512 (F, BW); nobody else writes to these columns.
@@ -195,8 +194,7 @@ mod tests {
     use crate::Order;
     use crate::tests::{Number, check_by};
 
-    /// What the tile unit does, number by number (Intel's manual, TDPBF16PS): for processors that
-    /// have none.
+    /// Emulates the tile unit (Intel's manual, TDPBF16PS) for processors without AMX.
     struct ByHand;
 
     // SAFETY: reads and writes what tiles would.

@@ -9,14 +9,15 @@ use super::product::{Method, Sums};
 /// Bytes of a row of a tile.
 const ROW: usize = 64;
 
-/// Whether this processor has the unit, and the system lets this process use it.
+/// Whether this processor has AMX and the system permits its use.
 pub(crate) fn are_there() -> bool {
     // Intel's manual, CPUID leaf 7: AMX-BF16 and AMX-TILE.
     let wanted = 1 << 22 | 1 << 24;
     __cpuid_count(0, 0).eax >= 7 && __cpuid_count(7, 0).edx & wanted == wanted && is_granted()
 }
 
-/// Tiles are eight KiB more for the system to keep per thread, which it does for those that ask alone (Linux 5.16 on).
+/// Requests permission for AMX. Linux saves 8 KiB more per thread for processes that request it
+/// (since Linux 5.16).
 fn is_granted() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_int = 0x1023;
     const XFEATURE_XTILEDATA: libc::c_ulong = 18;
@@ -24,7 +25,7 @@ fn is_granted() -> bool {
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 }
 }
 
-/// The tiles of this thread, all of full size, until it is dropped.
+/// This thread's tile configuration, all tiles of full size. It is released on drop.
 struct Configured(());
 
 impl Configured {
@@ -81,14 +82,16 @@ unsafe impl<A: Real> Method<A> for Tiles {
     }
 }
 
-/// As [`Method::multiply`], of numbers in so many parts.
+/// As [`Method::multiply`], for numbers of `parts` parts.
 ///
-/// Of the eight tile registers five are used. A processor has more than it names, so that a load need not wait until the register's last
-/// product is done; but while the other thread of its core has tiles too, only so many that each name in use makes all others wait. On a
-/// Sapphire Rapids four sums at a time took 28 ns per product then, two of them 14; otherwise both take 7.4.
+/// Uses five of the eight tile registers. Registers are renamed, so a load need not wait for the
+/// last product of its register. If the core's other hyperthread uses tiles too, there are few
+/// spare registers and more names in use make all wait. On a Sapphire Rapids with both
+/// hyperthreads, four sums at a time took 28 ns per product and two took 14; with one, both take
+/// 7.4.
 ///
 /// # Safety
-/// Tiles are [`Configured`]. After each address of `left` there are `steps` tiles, after `right` `steps * parts`.
+/// Tiles are [`Configured`]. `left` points to `steps` tiles each, `right` to `steps * parts`.
 unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, parts: usize, sums: &mut Sums) {
     let [mut first, mut second] = left;
     let mut right = right;

@@ -1,4 +1,4 @@
-//! Which of them a processor has, as Linux gives them to programs on x86-64.
+//! Units that Linux on x86-64 reports.
 
 mod pack;
 mod product;
@@ -17,14 +17,14 @@ use crate::Order;
 
 pub(crate) use pack::Real;
 
-/// A way to multiply that [was found](found).
+/// A unit that was [found](found).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Tiles of AMX.
     Tiles,
     /// AVX-512, and AVX512_BF16 for bf16.
     Pairs,
-    /// AVX-512 as the first processors have it.
+    /// AVX-512 without AVX512_BF16.
     Singles,
 }
 

@@ -1,17 +1,18 @@
-//! AVX-512: sixteen sums at a time, of which each row of `b` has its own.
+//! AVX-512: sixteen sums at a time per row of `b`.
 
 use std::arch::x86_64::*;
 
 use super::pack::{self, BlockRow, Matrix, Real, SIDE};
 use super::product::{Method, Sums};
 
-/// Pairs of bf16.
+/// Pairs of bf16 (AVX512_BF16).
 pub(crate) struct Pairs;
 
-/// Single f32, which bf16 become.
+/// Single f32; bf16 is converted to f32.
 pub(crate) struct Singles;
 
-/// A block of `b` times one of `a`: lines of `right`, one after the other, each times one 32-bit value of every row of `left`.
+/// A block of `b` times a block of `a`: each line of `right` times one 32-bit value of every row
+/// of `left`.
 macro_rules! multiply {
     ($name:ident, $features:literal, $add:ident) => {
         /// # Safety
@@ -42,7 +43,7 @@ macro_rules! multiply {
     };
 }
 
-/// Two products and a sum in each place.
+/// Adds two products to each sum.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bf16")]
 fn add_pairs(sum: __m512, x: __m512i, y: __m512i) -> __m512 {
@@ -51,7 +52,7 @@ fn add_pairs(sum: __m512, x: __m512i, y: __m512i) -> __m512 {
     _mm512_dpbf16_ps(sum, x, y)
 }
 
-/// A product and a sum in each place.
+/// Adds one product to each sum.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn add_singles(sum: __m512, x: __m512i, y: __m512i) -> __m512 {
