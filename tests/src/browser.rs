@@ -1,4 +1,4 @@
-//! What a person sees of a page, by a real browser without a window.
+//! Pages in a real headless browser.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::collections::BTreeSet;
@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-/// What a reader's window shows, measured from outside: the page itself lets no script run.
+/// Measures of a page in a window, taken from outside: the page permits no script.
 const PROBE: &str = r"
 const frame = document.querySelector('iframe');
 frame.addEventListener('load', () => {
@@ -43,7 +43,7 @@ frame.addEventListener('load', () => {
 pub struct Browser(PathBuf);
 
 impl Browser {
-    /// The one that is installed.
+    /// The installed browser.
     pub fn find() -> Option<Self> {
         let path = std::env::var_os("PATH")?;
         let names = ["chromium", "chromium-browser", "google-chrome"];
@@ -51,7 +51,7 @@ impl Browser {
         places.into_iter().find(|place| place.is_file()).map(Self)
     }
 
-    /// The document that a page becomes, and what the browser complains of.
+    /// The rendered document, and the browser's messages.
     fn open(&self, page: &Path, dark: bool) -> (String, Vec<String>) {
         let profile = tempfile::tempdir().unwrap();
         let mut command = Command::new(&self.0);
@@ -82,10 +82,12 @@ impl Browser {
         serde_json::from_str(&measured.replace("&amp;", "&")).unwrap()
     }
 
-    /// Opens a page of `outliers compare` on a phone and on a desk, by day and by night.
+    /// Opens a page of `outliers compare` in a phone-sized and a desktop window, in light and dark
+    /// mode.
     ///
     /// # Panics
-    /// If it cannot be read there, the browser complains, or it does not have exactly these `plots`.
+    /// If it does not fit the window, the browser reports an error, or it does not have exactly
+    /// these `plots`.
     pub fn assert_readable(&self, page: &Path, title: &str, plots: &BTreeSet<String>) {
         let (_, complaints) = self.open(page, false);
         assert!(complaints.is_empty(), "{complaints:?}");

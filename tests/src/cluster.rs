@@ -1,5 +1,5 @@
-//! A cluster: a real OpenSSH server as its login node, before Slurm itself or before a stand-in
-//! for Slurm's commands.
+//! A cluster: a real OpenSSH server as the login node, with Slurm or with a fake of Slurm's
+//! commands.
 
 use std::fs::{self, File};
 use std::os::unix::fs::PermissionsExt;
@@ -13,25 +13,25 @@ use tempfile::TempDir;
 use crate::programs::workspace;
 use crate::sshd::Sshd;
 
-/// Longer than Slurm's daemons take to find each other on a busy machine.
+/// Longer than Slurm's daemons need to connect on a busy machine.
 const COMES_UP: Duration = Duration::from_secs(180);
 
-/// See the module. All of it ends when it is dropped.
+/// See the module. Everything ends on drop.
 pub struct Cluster {
     /// The login node.
     pub sshd: Sshd,
     folder: TempDir,
-    /// Slurm's daemons; none before the stand-in.
+    /// Slurm's daemons; empty with the fake.
     daemons: Vec<Child>,
     environment: Vec<(String, String)>,
 }
 
 impl Cluster {
-    /// A login node with `tests/slurm/stand_in.sh`. `None`, after saying so, on a machine without
-    /// OpenSSH's server.
+    /// A login node with `tests/slurm/stand_in.sh`. `None`, with a message, without an OpenSSH
+    /// server.
     ///
     /// # Errors
-    /// Files cannot be written, or the server does not come up.
+    /// Files cannot be written, or the server does not start.
     pub fn stand_in() -> Result<Option<Self>> {
         let folder = tempfile::tempdir()?;
         let commands = folder.path().join("bin");
@@ -44,13 +44,12 @@ impl Cluster {
         Self::behind(folder, environment)
     }
 
-    /// A login node before Slurm's own daemons, with one node of this machine's processors. They
-    /// are taken from where Debian's packages `slurmctld`, `slurmd` and `slurm-client` put them,
-    /// below the folder that `OUTLIERS_SLURM` names if they were only unpacked. `None`, after
-    /// saying so, where they are not.
+    /// A login node with Slurm's daemons and one node of this machine's processors. The daemons
+    /// are those of Debian's packages `slurmctld`, `slurmd` and `slurm-client`, below the folder
+    /// `OUTLIERS_SLURM` if they were only unpacked. `None`, with a message, without them.
     ///
     /// # Errors
-    /// They do not come up.
+    /// The daemons do not start.
     pub fn real() -> Result<Option<Self>> {
         let root = std::env::var_os("OUTLIERS_SLURM").map_or_else(|| PathBuf::from("/"), PathBuf::from);
         let (controller, node) = (root.join("usr/sbin/slurmctld"), root.join("usr/sbin/slurmd"));
@@ -77,7 +76,7 @@ impl Cluster {
         if root != Path::new("/") {
             let paths = format!("{}:{}", libraries.display(), plugins.display());
             environment.push(("LD_LIBRARY_PATH".to_owned(), paths));
-            // Programs that are only unpacked look for this one at a fixed path.
+            // Unpacked programs look for this one at a fixed path.
             options.extend(["-d".to_owned(), node.to_string_lossy().replace("/slurmd", "/slurmstepd")]);
         }
         let Some(mut cluster) = Self::behind(folder, environment)? else { return Ok(None) };
@@ -129,7 +128,7 @@ impl Cluster {
         bail!("Slurm does not come up: {} {}", log(0), log(1))
     }
 
-    /// What one of Slurm's commands prints.
+    /// Output of a Slurm command.
     pub fn says(&self, command: &str, arguments: &[&str]) -> String {
         let path = self.environment.iter().find(|(name, _)| name == "PATH").map(|(_, path)| path.clone());
         let path = path.unwrap_or_default();
@@ -139,7 +138,7 @@ impl Cluster {
         out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default()
     }
 
-    /// The settings that lead here, with a queue that is looked at often.
+    /// Settings for this cluster, with a short polling interval.
     pub fn settings(&self) -> String {
         let config = self.ssh_config();
         format!("[brokers.slurm]\nhost = \"cluster\"\nssh-config = {config:?}\nlisting-interval = \"1s\"\n")
@@ -150,7 +149,7 @@ impl Cluster {
         self.folder.path().join("ssh_config")
     }
 
-    /// From now on one of the stand-in's commands prints this, whatever it is asked.
+    /// Replaces the output of one of the fake's commands from now on.
     ///
     /// # Errors
     /// A file cannot be written.
@@ -170,7 +169,7 @@ impl Cluster {
         Ok(fs::write(self.folder.path().join("known_hosts"), "")?)
     }
 
-    /// From now on the stand-in's nodes reach nothing outside, but for those of the partition
+    /// Cuts the fake's nodes off from the network from now on, except those of the partition
     /// `net`.
     ///
     /// # Errors
@@ -182,7 +181,7 @@ impl Cluster {
         Ok(fs::set_permissions(&curl, fs::Permissions::from_mode(0o755))?)
     }
 
-    /// Tells the stand-in what goes wrong next.
+    /// Injects the fake's next fault.
     ///
     /// # Errors
     /// The file cannot be written.
@@ -190,37 +189,37 @@ impl Cluster {
         Ok(fs::write(self.folder.path().join(how), words)?)
     }
 
-    /// It goes wrong no more.
+    /// Removes the fault.
     pub fn goes_well(&self, how: &str) {
-        // It may have happened already.
+        // The fault may have been consumed.
         let _ = fs::remove_file(self.folder.path().join(how));
     }
 
-    /// The stand-in's jobs.
+    /// Jobs of the fake.
     pub fn jobs(&self) -> usize {
         fs::read_dir(self.folder.path().join("jobs")).map_or(0, Iterator::count)
     }
 
-    /// The most jobs that waited or ran at the same time before the stand-in.
+    /// Most jobs that waited or ran at the same time.
     pub fn most_jobs(&self) -> usize {
         let live = fs::read_to_string(self.folder.path().join("live")).unwrap_or_default();
         live.lines().filter_map(|line| line.trim().parse().ok()).max().unwrap_or(0)
     }
 
-    /// The names of all jobs that were submitted to the stand-in.
+    /// Names of all jobs that were submitted to the fake.
     pub fn job_names(&self) -> Vec<String> {
         let entries = fs::read_dir(self.folder.path().join("jobs")).into_iter().flatten().flatten();
         let name = |job: fs::DirEntry| fs::read_to_string(job.path().join("name")).unwrap_or_default();
         entries.map(|job| name(job).trim().to_owned()).collect()
     }
 
-    /// How often the stand-in was asked something that begins so.
+    /// Number of the fake's calls that begin with `command`.
     pub fn asked(&self, what: &str) -> usize {
         let asked = fs::read_to_string(self.folder.path().join("asked")).unwrap_or_default();
         asked.lines().filter(|line| line.starts_with(what)).count()
     }
 
-    /// What is left of all leases on the shared file system.
+    /// Leases that are left on the shared file system.
     pub fn leases(&self) -> PathBuf {
         self.sshd.home().join("outliers-jobs")
     }
@@ -229,7 +228,7 @@ impl Cluster {
 impl Drop for Cluster {
     fn drop(&mut self) {
         for daemon in &mut self.daemons {
-            // A destructor has nobody to tell.
+            // A destructor cannot report errors.
             let _ = daemon.kill();
             let _ = daemon.wait();
         }

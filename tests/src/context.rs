@@ -1,4 +1,4 @@
-//! What a test runs in: a folder to work in, a state of its own, and the two programs.
+//! Environment of a test: a working folder, its own state, and the two programs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::programs::controller;
 
-/// Longer than anything here takes on a busy machine; a test that waits so long has failed.
+/// Timeout of a test: longer than any step takes on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// See the module. Everything on it goes when it is dropped.
+/// See the module. Removed on drop.
 pub struct TestContext {
     folder: tempfile::TempDir,
     environment: Vec<(String, String)>,
@@ -68,12 +68,12 @@ impl TestContext {
         Said::from(self.command(arguments).output().expect("the controller starts"))
     }
 
-    /// Starts `outliers ARGUMENTS`; what it says goes to files.
+    /// Starts `outliers ARGUMENTS`; its output goes to files.
     pub fn start<S: AsRef<std::ffi::OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Child {
         self.begin(&mut self.command(arguments))
     }
 
-    /// The same by another program, which becomes `outliers`: `nohup`.
+    /// The same through a wrapper program, as `nohup`.
     pub fn start_under<S: AsRef<std::ffi::OsStr>>(
         &self,
         other: &[&str],
@@ -92,12 +92,12 @@ impl TestContext {
         command.stdout(file("stdout")).stderr(file("stderr")).spawn().expect("the controller starts")
     }
 
-    /// What the last started command said on standard error so far.
+    /// Standard error of the last started command so far.
     pub fn stderr(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("stderr")).unwrap_or_default()
     }
 
-    /// What the last started command printed so far.
+    /// Standard output of the last started command so far.
     pub fn stdout(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("stdout")).unwrap_or_default()
     }
@@ -116,7 +116,7 @@ impl TestContext {
         folders[0].clone()
     }
 
-    /// The results that came home.
+    /// The fetched results.
     pub fn results(&self) -> Results {
         let path = self.results_folder().join("results.json");
         serde_json::from_slice(&std::fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
@@ -138,8 +138,7 @@ impl TestContext {
         }
     }
 
-    /// The closing assertion: the cloud bills nothing, and nothing that was started from this
-    /// context runs.
+    /// Final assertion: the cloud bills nothing, and no process of this context runs.
     pub fn assert_nothing_left(&self) {
         let bill = self.bill();
         assert!(bill.running.is_empty(), "still billing: {:?}", bill.running);
@@ -160,7 +159,7 @@ fn processes_naming(folder: &Path) -> Vec<u32> {
         .collect()
 }
 
-/// What a command said, and how it ended.
+/// Output and exit code of a command.
 #[derive(Debug)]
 pub struct Said {
     /// Exit code; `None` if a signal ended it.
@@ -179,10 +178,10 @@ impl From<Output> for Said {
 }
 
 impl Said {
-    /// It went well.
+    /// Asserts success.
     ///
     /// # Panics
-    /// If it did not, with all it said.
+    /// If it failed; with all its output.
     #[must_use]
     pub fn ok(self) -> Self {
         assert_eq!(self.code, Some(0), "{self:?}");

@@ -1,5 +1,4 @@
-//! A line between a client and a server on this machine: long, narrow or about to break, as asked
-//! for.
+//! A link between a client and a server on this machine, with a given latency, bandwidth or break.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -11,11 +10,11 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use outliers::cloud::broker::SshEndpoint;
 
-/// Bytes that travel together.
+/// Bytes per piece.
 const PIECE: usize = 64 << 10;
-/// Pieces under way at once on a wide line: enough for 1 GB/s over a quarter of a second.
+/// Pieces in flight on a fast link: enough for 1 GB/s over a quarter of a second.
 const WIDE: usize = 4096;
-/// On a narrow one: the queue of a common router.
+/// Pieces in flight on a slow link: the queue of a common router.
 const NARROW: usize = 32;
 
 /// A TCP relay on a loopback port. It has neither slow start nor losses. Ends, with its
@@ -27,13 +26,13 @@ pub struct FlakyLink {
 
 struct Shared {
     target: (String, u16),
-    /// What comes down before anything the server says.
+    /// Bytes sent to the client before the server's.
     preface: Vec<u8>,
     /// Each way.
     delay: Duration,
     /// Bytes per second, each way.
     rate: Option<f64>,
-    /// Bytes that still go up before everything breaks off.
+    /// Bytes until the link breaks.
     until_cut: AtomicI64,
     /// Bytes that went up so far.
     carried: AtomicU64,
@@ -42,17 +41,17 @@ struct Shared {
 }
 
 impl FlakyLink {
-    /// A line to `server` on which an answer takes `round_trip`, as wide as this machine allows.
+    /// A link to `server` with this round-trip time, without a bandwidth limit.
     pub fn long(server: &SshEndpoint, round_trip: Duration) -> Result<Self> {
         Self::new(server, Vec::new(), round_trip, None)
     }
 
-    /// A line to `server` on which a gateway says `preface` first.
+    /// A link to `server` through a gateway that sends `preface` first.
     pub fn with_preface(server: &SshEndpoint, preface: &[u8]) -> Result<Self> {
         Self::new(server, preface.to_vec(), Duration::ZERO, None)
     }
 
-    /// A line to `server` that carries this many bytes per second each way.
+    /// A link to `server` with this many bytes per second each way.
     pub fn narrow(server: &SshEndpoint, bytes_per_second: u64) -> Result<Self> {
         Self::new(server, Vec::new(), Duration::ZERO, Some(bytes_per_second as f64))
     }
@@ -76,7 +75,7 @@ impl FlakyLink {
                 if theirs.over.load(Ordering::Relaxed) {
                     return;
                 }
-                // A server that is down lets the client find a connection that ends at once.
+                // If the server is down, the client's connection ends at once.
                 let _ = relay(&theirs, client);
             }
         });
@@ -84,17 +83,17 @@ impl FlakyLink {
         Ok(Self { endpoint, shared })
     }
 
-    /// Where it begins.
+    /// Address of the link.
     pub fn endpoint(&self) -> SshEndpoint {
         self.endpoint.clone()
     }
 
-    /// All connections break off once so many more bytes went up; those made afterwards are whole.
+    /// Breaks all connections after this many more bytes; later connections are not affected.
     pub fn cut_after(&self, bytes: u64) {
         self.shared.until_cut.store(bytes as i64, Ordering::Relaxed);
     }
 
-    /// Bytes that the client has sent through it.
+    /// Bytes that the client has sent.
     pub fn carried_up(&self) -> u64 {
         self.shared.carried.load(Ordering::Relaxed)
     }
@@ -104,7 +103,7 @@ impl Drop for FlakyLink {
     fn drop(&mut self) {
         self.shared.over.store(true, Ordering::Relaxed);
         self.shared.cut();
-        // Wakes the listener, so that it sees that it is over.
+        // Wakes the listener, so that it ends.
         let _ = TcpStream::connect(("127.0.0.1", self.endpoint.port));
     }
 }
@@ -112,7 +111,7 @@ impl Drop for FlakyLink {
 impl Shared {
     fn cut(&self) {
         for socket in self.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            // It may have ended by itself.
+            // It may have ended.
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
@@ -141,7 +140,7 @@ fn relay(shared: &Arc<Shared>, mut client: TcpStream) -> std::io::Result<()> {
     Ok(())
 }
 
-/// One direction: a thread that takes, a thread that gives when the time has come.
+/// One direction: one thread reads, another writes after the delay.
 fn carry(shared: &Arc<Shared>, from: TcpStream, to: TcpStream, up: bool) {
     let (send, receive) = sync_channel(if shared.rate.is_some() { NARROW } else { WIDE });
     let ours = shared.clone();
@@ -172,6 +171,6 @@ fn give(line: &Receiver<(Instant, Vec<u8>)>, mut to: TcpStream) {
             return;
         }
     }
-    // The other side learns that nothing more comes; it may still be speaking.
+    // Closes the write half; the other side may still send.
     let _ = to.shutdown(Shutdown::Write);
 }

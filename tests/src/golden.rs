@@ -123,7 +123,7 @@ fn assert_figures_equal(reference: &Value, results: &Results) {
     }
 }
 
-/// Where features are within each sequence, of all for which it is told.
+/// Positions of features within each sequence, for features that have them.
 fn assert_sequences_equal(reference: &Value, results: &Results) {
     // A layer of one block has one of the two sites.
     let place = |index: usize| {

@@ -26,36 +26,36 @@ pub use repo::Repo;
 use wire::Line;
 pub use wire::Wire;
 
-/// What goes wrong with a request.
+/// A fault of a request.
 #[derive(Clone, Debug)]
 pub enum Fault {
     /// An error status, with headers and a body that looks like a page.
     Status(u16, Vec<(&'static str, String)>),
     /// The body ends after this many bytes, although more were announced.
     Truncate(usize),
-    /// The body falls silent after this many bytes.
+    /// The body stalls after this many bytes.
     Stall(usize),
-    /// The right number of wrong bytes.
+    /// The right number of bytes, with wrong content.
     Corrupt,
-    /// One bit of the file's byte at this place is another.
+    /// One bit of the byte at this offset is flipped.
     FlipBit(usize),
-    /// The whole file, whatever range was asked for.
+    /// The whole file, for any range.
     IgnoreRange,
-    /// A well-formed answer to a range of only this many bytes.
+    /// A valid answer with only this many bytes of the range.
     Short(usize),
-    /// This many bytes per second, never silent.
+    /// This many bytes per second, without a stall.
     Slow(u64),
-    /// The right number of bytes from another place, honestly described.
+    /// The right number of bytes from another range, which the headers state.
     OtherPlace,
-    /// An error page with the status of a success.
+    /// An error page with status 200.
     Page,
     /// The entity tag of another version of the file.
     OtherVersion,
-    /// A listing without sizes and hashes, as some mirrors give.
+    /// A listing without sizes and hashes, as from some mirrors.
     BareListing,
 }
 
-/// A request as it came in.
+/// A request as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seen {
     /// HTTP method.
@@ -66,7 +66,7 @@ pub struct Seen {
     pub range: Option<String>,
     /// The `Authorization` header.
     pub authorization: Option<String>,
-    /// It came to the file server, not to the hub itself.
+    /// Whether the file server received it, not the hub.
     pub cdn: bool,
 }
 
@@ -75,7 +75,7 @@ struct Shared {
     repos: BTreeMap<String, Repo>,
     faults: Vec<(String, usize, Fault)>,
     seen: Vec<Seen>,
-    /// Signatures of earlier generations have expired.
+    /// Generation of signatures; earlier ones are expired.
     generation: usize,
     /// Number of requests that a signature serves.
     uses: Option<usize>,
@@ -103,15 +103,15 @@ impl MockHub {
     /// Starts hub and file server on free ports, in a thread of their own.
     ///
     /// # Errors
-    /// When no port can be opened.
+    /// No port can be opened.
     pub fn start(repos: impl IntoIterator<Item = Repo>) -> Result<Self> {
         Self::behind(Wire::default(), repos)
     }
 
-    /// The same at the other end of a wire.
+    /// The same behind a link.
     ///
     /// # Errors
-    /// When no port can be opened.
+    /// No port can be opened.
     pub fn behind(wire: Wire, repos: impl IntoIterator<Item = Repo>) -> Result<Self> {
         let repos = repos.into_iter().map(|repo| (repo.address(), repo)).collect();
         let shared = Arc::new(Mutex::new(Shared { repos, ..Shared::default() }));
@@ -133,18 +133,19 @@ impl MockHub {
             runtime.spawn(serve(hub, hub_server));
             runtime.spawn(serve(cdn, cdn_server));
             let _ = runtime.block_on(stopped);
-            // Not a graceful end: a stalled answer would keep it waiting.
+            // Not a graceful shutdown, which would wait for a stalled answer.
             runtime.shutdown_background();
         });
         Ok(Self { address, shared, line, stop: Some(stop), thread: Some(thread) })
     }
 
-    /// The endpoint.
+    /// Its endpoint.
     pub fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Lets the next `times` requests whose path contains `path` go wrong. Later faults wait for earlier ones.
+    /// Injects a fault into the next `times` requests whose path contains `path`. Later faults
+    /// wait for earlier ones.
     pub fn fail(&self, path: &str, times: usize, fault: Fault) {
         self.lock().faults.push((path.to_owned(), times, fault));
     }
@@ -154,7 +155,7 @@ impl MockHub {
         self.lock().uses = Some(uses);
     }
 
-    /// Bytes of weight files (and whatever came in their place) that were sent so far.
+    /// Bytes of weight files (or of answers in their place) sent so far.
     pub fn carried(&self) -> u64 {
         self.line.carried()
     }
@@ -224,7 +225,7 @@ fn refusal(status: u16, headers: &[(&'static str, String)]) -> Response<Body> {
     reply
 }
 
-/// What servers send in the place of what was asked for.
+/// Answers other than the requested one.
 const PAGE: &[u8] = b"<html><body>error page</body></html>";
 
 /// Status and `X-Error-Code`.
@@ -235,7 +236,7 @@ impl Server {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Writes a request down, and says what goes wrong with it.
+    /// Records a request and returns its fault, if any.
     fn note(&self, request: Request) -> (Seen, Option<Fault>) {
         let text = |name: HeaderName| {
             let value = request.headers().get(name)?;
@@ -255,7 +256,7 @@ impl Server {
     }
 
     fn repo(&self, prefix: &str, owner: &str, name: &str) -> Result<Repo, Refused> {
-        // The hub does not tell strangers what does not exist from what is private.
+        // The hub does not distinguish missing from private repositories without a token.
         self.lock().repos.get(&format!("{prefix}{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
     }
 
@@ -300,7 +301,7 @@ impl Server {
         Ok(reply(StatusCode::FOUND, headers, Body::empty()))
     }
 
-    /// Whether a signed address still serves; counts its uses.
+    /// Whether a signed address is still valid; counts its uses.
     fn check_signature(&self, path: &str) -> Result<(), Refused> {
         let mut shared = self.lock();
         if !path.ends_with(&format!("signature=SIGNED-{}", shared.generation)) {
@@ -357,7 +358,7 @@ impl Server {
         }
         let status = if range.is_some() { StatusCode::PARTIAL_CONTENT } else { StatusCode::OK };
         let bytes = whole.slice(piece);
-        // Small files are the hub's own: they are not counted.
+        // Small files are served by the hub and are not counted.
         let line = if large { &self.line } else { &Line::new(Wire::default()) };
         let body = wire::body(line, bytes, fault.as_ref());
         Ok(reply(status, headers, body))

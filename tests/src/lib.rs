@@ -1,4 +1,4 @@
-//! The servers and machines the end-to-end tests run against, and what they compare with.
+//! Servers, machines and references of the end-to-end tests.
 
 pub mod browser;
 pub mod cluster;
@@ -31,14 +31,14 @@ pub fn noise(len: usize) -> Vec<u8> {
     std::iter::repeat_with(&mut next).flatten().take(len).collect()
 }
 
-/// Says what a test counted to whoever runs it, though it passes: the harness keeps what tests print.
+/// Prints what a test counted, even if it passes: the test harness captures other output.
 pub fn tell(line: &str) {
-    // Nobody listens, then.
+    // Standard error is closed.
     let _ = writeln!(std::io::stdout(), "{line}");
 }
 
-/// Says that the test of this thread was not made, or not all of it, for lack of something on this
-/// machine. `.ci/run` counts these tests as skipped.
+/// Reports that this thread's test was skipped, in whole or in part, because this machine lacks
+/// something. `.ci/run` counts these tests as skipped.
 pub fn not_checked(why: &str) {
     let thread = std::thread::current();
     tell(&format!("NOT checked: {}: {why}", thread.name().unwrap_or("a test")));

@@ -52,8 +52,8 @@ fn built() -> &'static Path {
             }
         }
         build.env("CARGO_TARGET_DIR", folder.parent().expect("profiles lie in the target folder"));
-        // What cargo tells a test of its own package, build scripts of libraries take for a change of theirs: without this, the TLS library
-        // and all that stands on it were built anew by every test run, and anew by the next build after it.
+        // Cargo sets variables for a test's package that build scripts of libraries treat as
+        // changes. Without this, each test run would rebuild the TLS library and its dependents.
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
                 build.env_remove(name);

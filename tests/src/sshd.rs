@@ -1,5 +1,4 @@
-//! A real OpenSSH server on a loopback port, with a configuration, keys and a home folder of its
-//! own.
+//! A real OpenSSH server on a loopback port, with its own configuration, keys and home folder.
 
 use std::fs::{self, File};
 use std::net::{TcpListener, TcpStream};
@@ -15,7 +14,7 @@ use outliers::host::keys::RunKey;
 use outliers::host::transport::ssh::HostKeyPin;
 use tempfile::TempDir;
 
-/// Where a root `sshd` wants an empty folder of root's.
+/// Privilege separation folder of a root `sshd`: empty and owned by root.
 const PRIVILEGE_SEPARATION: &str = "/run/sshd";
 
 /// A running `sshd` as the current user. Ends, with every session it serves, when dropped.
@@ -31,14 +30,14 @@ pub struct Sshd {
 }
 
 impl Sshd {
-    /// Starts a server that lets [`Sshd::key`] in. `None`, after saying so, on a machine without
-    /// OpenSSH's server.
+    /// Starts a server that accepts [`Sshd::key`]. `None`, with a message, without an OpenSSH
+    /// server.
     pub fn start() -> Result<Option<Self>> {
         Self::start_with("")
     }
 
-    /// The same with more lines of `sshd_config`, which win over ours. `{folder}` in them is the
-    /// server's own folder.
+    /// The same with more lines of `sshd_config`, which take precedence. `{folder}` in them is the
+    /// server's folder.
     pub fn start_with(config: &str) -> Result<Option<Self>> {
         let Some(program) = find("sshd", &["/usr/sbin", "/usr/local/sbin", "/usr/bin", "/sbin"]) else {
             crate::not_checked("no sshd is installed");
@@ -46,7 +45,7 @@ impl Sshd {
         };
         make_privilege_separation_folder()?;
         let mut log = String::new();
-        // Another process may take the port between our look and the server's start.
+        // Another process may take the port before the server starts.
         for _ in 0..5 {
             let server = Self::prepare(&program, config)?;
             if server.is_up()? {
@@ -80,7 +79,7 @@ impl Sshd {
         })
     }
 
-    /// Whether it listens; `false` when it ended instead.
+    /// Whether it listens; `false` if it ended.
     fn is_up(&self) -> Result<bool> {
         let until = Instant::now() + Duration::from_secs(20);
         while Instant::now() < until {
@@ -95,12 +94,12 @@ impl Sshd {
         Ok(false)
     }
 
-    /// Where it listens, and as whom to log in.
+    /// Address and user.
     pub fn endpoint(&self) -> SshEndpoint {
         SshEndpoint { host: "127.0.0.1".to_owned(), port: self.port, user: self.user.clone() }
     }
 
-    /// The key it lets in.
+    /// The key that it accepts.
     pub fn key(&self) -> &RunKey {
         &self.key
     }
@@ -110,18 +109,18 @@ impl Sshd {
         &self.host_key
     }
 
-    /// What `$HOME` is in its sessions: an empty folder, not the user's real one.
+    /// `$HOME` of its sessions: an empty folder, not the user's.
     pub fn home(&self) -> PathBuf {
         self.folder.path().join("home")
     }
 
-    /// Gives the home folder a disk of its own of so many MiB; false, after saying so, where
-    /// nothing can be mounted. It goes with the server.
+    /// Mounts a disk of this many MiB as the home folder; `false`, with a message, if mounting is
+    /// not possible. It is unmounted with the server.
     pub fn shrink_home(&mut self, mib: u32) -> bool {
         self.mount_home(&format!("size={mib}m"))
     }
 
-    /// The same with these options of `mount`, as `noexec`.
+    /// The same with options of `mount`, as `noexec`.
     pub fn mount_home(&mut self, options: &str) -> bool {
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(self.home());
@@ -132,14 +131,14 @@ impl Sshd {
         self.mounted
     }
 
-    /// Lets another public key in as well.
+    /// Accepts another public key.
     pub fn authorize(&self, public_line: &str) -> Result<()> {
         let file = self.folder.path().join("authorized_keys");
         let known = fs::read_to_string(&file)?;
         fs::write(file, format!("{known}{public_line}\n")).context("authorized_keys")
     }
 
-    /// What the server said.
+    /// Log of the server.
     pub fn log(&self) -> String {
         fs::read_to_string(self.folder.path().join("sshd.log")).unwrap_or_default()
     }
@@ -156,7 +155,7 @@ impl Sshd {
         Ok(())
     }
 
-    /// Starts it again: the same port, keys and files.
+    /// Restarts it with the same port, keys and files.
     pub fn come_back(&self) -> Result<()> {
         *self.child() = spawn(&self.program, self.folder.path())?;
         match self.is_up()? {
@@ -165,13 +164,13 @@ impl Sshd {
         }
     }
 
-    /// Kills the processes that serve connections, as a broken line would; the server itself goes
-    /// on. Returns how many.
+    /// Kills the processes that serve connections, as a broken link does; the server keeps
+    /// running. Returns their number.
     pub fn kill_sessions(&self) -> Result<usize> {
         self.signal_sessions("-KILL")
     }
 
-    /// Stops those processes without ending them: a line on which nothing comes any more.
+    /// Stops those processes without ending them, so that the link stalls.
     pub fn freeze_sessions(&self) -> Result<usize> {
         self.signal_sessions("-STOP")
     }
@@ -179,7 +178,7 @@ impl Sshd {
     fn signal_sessions(&self, signal: &str) -> Result<usize> {
         let sessions = self.sessions()?;
         for pid in &sessions {
-            // It may have ended by itself.
+            // It may have ended.
             let _ = Command::new("kill").args([signal, &pid.to_string()]).stderr(Stdio::null()).status();
         }
         Ok(sessions.len())
@@ -209,7 +208,7 @@ impl Sshd {
 
 impl Drop for Sshd {
     fn drop(&mut self) {
-        // A destructor has nobody to tell; what stays behind would be seen in the process table.
+        // A destructor cannot report errors; a leftover process would show in the process table.
         let _ = self.kill_sessions();
         let _ = self.child().kill();
         let _ = self.child().wait();
@@ -233,7 +232,7 @@ fn spawn(program: &Path, folder: &Path) -> Result<Child> {
 
 fn configuration(folder: &Path, port: u16, first: &str) -> String {
     let folder = folder.display().to_string();
-    // The first value of an option wins.
+    // The first value of an option applies.
     let ours = "
         ListenAddress 127.0.0.1
         HostKey {folder}/host_key
@@ -249,12 +248,12 @@ fn configuration(folder: &Path, port: u16, first: &str) -> String {
         MaxStartups 100
         LogLevel VERBOSE
     ";
-    // This one may not come twice.
+    // This option must not be repeated.
     let sftp = if first.contains("Subsystem") { "" } else { "Subsystem sftp internal-sftp" };
     format!("{first}\nPort {port}\n{ours}\n{sftp}\n").replace("{folder}", &folder)
 }
 
-/// The first program of this name in `PATH` or in `more`: `sshd` is seldom in a user's path.
+/// The first program of this name in `PATH` or in `more`: `sshd` is often not in a user's path.
 fn find(name: &str, more: &[&str]) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let listed = std::env::split_paths(&path).chain(more.iter().map(PathBuf::from));

@@ -1,8 +1,8 @@
-//! Files as `torch.save` writes them, with tensors that lie in their storages as a test wants.
+//! Files in the format of `torch.save`, with a chosen layout of tensors in their storages.
 
 use std::path::Path;
 
-/// A tensor with a storage of its own.
+/// A tensor with its own storage.
 pub struct Tensor {
     /// The tensor's name.
     pub name: String,
@@ -12,7 +12,7 @@ pub struct Tensor {
     pub size: usize,
     /// Dimensions, outermost first.
     pub shape: Vec<u64>,
-    /// Values from one index to the next, per dimension.
+    /// Strides in values, per dimension.
     pub strides: Vec<u64>,
     /// The storage.
     pub bytes: Vec<u8>,
@@ -21,7 +21,7 @@ pub struct Tensor {
 /// Writes a dictionary of tensors.
 ///
 /// # Errors
-/// The disk's.
+/// I/O errors.
 pub fn save(path: &Path, tensors: &[Tensor]) -> std::io::Result<()> {
     let mut records = vec![("archive/data.pkl".to_owned(), pickle(tensors))];
     let data = tensors.iter().enumerate().map(|(key, tensor)| (format!("archive/data/{key}"), tensor.bytes.clone()));

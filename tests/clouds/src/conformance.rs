@@ -1,7 +1,7 @@
-//! What every broker does, whatever its cloud: one plain function per property.
+//! Conformance tests of brokers: one function per property, for every cloud.
 //!
-//! [`life`] needs nothing but a broker, so the local one is held to it too; everything else needs
-//! a cloud that goes wrong on request. A function panics with what is wrong.
+//! [`life`] needs only a broker, so it also runs against the local one. The others need a cloud
+//! with injected faults. A function panics with the difference it found.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -18,12 +18,12 @@ pub mod life;
 pub mod listing;
 pub mod offers;
 
-/// Disk of every lease here.
+/// Disk of every lease in these tests.
 pub(crate) const DISK_GIB: u64 = 100;
-/// More looks than any fake needs to bring an instance up.
+/// Most polls until an instance of any fake is up.
 const LOOKS: u32 = 20;
 
-/// A lease that is nobody else's.
+/// A lease with a unique id.
 pub fn lease() -> Lease {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
@@ -37,25 +37,25 @@ pub fn lease() -> Lease {
     Lease { tag, ssh_public_key: key.to_owned(), disk: Bytes::from_gib(DISK_GIB), stage: None }
 }
 
-/// What a run asks for that wants one A100.
+/// Requirements of a run on one A100.
 pub fn want() -> GpuRequest {
     GpuRequest { gpu_count: Some(1), min_disk: Some(Bytes::from_gib(DISK_GIB)), ..GpuRequest::default() }
 }
 
-/// The offer made of this stock, if there is one.
+/// The offer of this stock, if there is one.
 fn find<'a>(offers: &'a Offers, stock: &Stock) -> Option<&'a Offer> {
     offers.offers.iter().find(|offer| {
         offer.gpu.as_deref() == Some(stock.gpu.canonical())
             && offer.gpu_count == stock.gpus
             && offer.spot == stock.spot
-            // Two of a kind are in different places here.
+            // Stocks of the same kind are in different places here.
             && offer.region.as_deref().is_none_or(|region| {
                 region.contains(stock.region) || region.contains(stock.country)
             })
     })
 }
 
-/// The offer that all creations here are of: the first stock there is.
+/// The offer of all creations here: the first stock.
 async fn first_offer(broker: &dyn Broker) -> Offer {
     let offers = broker.offers(&want()).await.expect("a cloud that works shows its offers");
     let stock = &Stock::mixed()[0];
@@ -75,7 +75,7 @@ async fn found(broker: &dyn Broker, lease: &Lease) -> Vec<Instance> {
     listed.into_iter().filter(|instance| instance.tag().as_ref() == Some(&lease.tag)).collect()
 }
 
-/// Ids of what bills.
+/// Ids of instances that bill.
 fn live(cloud: &FakeCloud) -> Vec<InstanceId> {
     cloud.world().live().map(|instance| InstanceId(instance.id.clone())).collect()
 }

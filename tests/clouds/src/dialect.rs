@@ -1,4 +1,4 @@
-//! What a cloud understands and how it speaks.
+//! The API of a cloud: requests, answers, errors.
 
 pub mod lambda;
 pub mod prime;
@@ -15,7 +15,7 @@ pub fn all() -> Vec<Box<dyn Dialect>> {
     vec![Box::new(lambda::Lambda), Box::new(prime::Prime), Box::new(runpod::RunPod::default()), Box::new(vast::Vast)]
 }
 
-/// A cloud's own description of its API: a file of OpenAPI.
+/// A cloud's published OpenAPI description.
 #[derive(Clone, Copy, Debug)]
 pub struct Document {
     /// Name of the file.
@@ -28,44 +28,44 @@ pub struct Document {
 
 /// One cloud's API over a [`World`]: state in, reply out.
 ///
-/// Strict: what the real cloud would refuse (an unknown field, a wrong type, a missing key, a
-/// wrong path) is refused here too. The core has checked the key and the account's funds, and
-/// injects faults, before a dialect sees a request.
+/// Strict: it refuses what the real cloud refuses (an unknown field, a wrong type, a missing key,
+/// a wrong path). The server has checked the key and the funds, and injected faults, before it
+/// calls a dialect.
 pub trait Dialect: Send + Sync + 'static {
-    /// The cloud that speaks it.
+    /// The cloud with this API.
     fn cloud(&self) -> &'static CloudKind;
 
-    /// The cloud's own description of its API, if there is one.
+    /// The cloud's published API description, if there is one.
     fn document(&self) -> Option<Document> {
         None
     }
 
-    /// What the request is for; `None`: the API has no such call.
+    /// The kind of the request; `None`: the API has no such call.
     fn operation(&self, request: &Request) -> Option<Op>;
 
-    /// Does what the request asks and answers.
+    /// Executes the request and returns the answer.
     ///
     /// # Errors
-    /// A refusal, which [`Dialect::refuse`] puts into words.
+    /// A refusal; [`Dialect::refuse`] makes an answer of it.
     fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal>;
 
-    /// A refusal in the cloud's own words.
+    /// The cloud's answer for a refusal.
     fn refuse(&self, refusal: &Refusal, on: Op) -> Answer;
 
-    /// The stock as far as this cloud tells of it (what it does not tell is `None`, or rounded as
-    /// it rounds); `None`: it cannot offer such a thing at all.
+    /// The stock as this cloud reports it: unreported values are `None`, others are rounded as the
+    /// cloud does. `None`: the cloud cannot offer such stock.
     fn shows(&self, stock: &Stock) -> Option<Stock> {
         Some(stock.clone())
     }
 
-    /// What `stock` costs with this much disk.
+    /// Price of `stock` with this much disk.
     fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {
         let _ = disk_gib;
         stock.price
     }
 
-    /// Whether its listings say how much there is in all, so that one that ends too early can be
-    /// told ([`World::truncates`]).
+    /// Whether its lists have a total count, so that truncated ones are detected
+    /// ([`World::truncates`]).
     fn tells_totals(&self) -> bool {
         false
     }

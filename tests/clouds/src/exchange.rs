@@ -1,4 +1,4 @@
-//! What goes over the wire, as a dialect sees it.
+//! Requests and answers as a dialect sees them.
 
 use outliers::cloud::http::Method;
 use serde::de::DeserializeOwned;
@@ -19,7 +19,7 @@ pub struct Request {
     pub authorization: Option<String>,
     /// The body as text; empty when there is none.
     pub body: String,
-    /// What the dialect takes it for; `None`: the API has no such call.
+    /// The request's kind; `None`: the API has no such call.
     pub op: Option<Op>,
 }
 
@@ -38,26 +38,26 @@ impl Request {
     /// The body as JSON.
     ///
     /// # Errors
-    /// [`Refusal::Invalid`] when it is none.
+    /// [`Refusal::Invalid`] if it is not JSON.
     pub fn json(&self) -> Result<Value, Refusal> {
         self.read()
     }
 
-    /// The body read as `T`, which should deny unknown fields as far as the real cloud does.
+    /// The body as `T`, which should refuse the unknown fields that the real cloud refuses.
     ///
     /// # Errors
-    /// [`Refusal::Invalid`] with what is wrong.
+    /// [`Refusal::Invalid`] with the cause.
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, Refusal> {
         serde_json::from_str(&self.body).map_err(|error| Refusal::Invalid(error.to_string()))
     }
 }
 
-/// What is sent back.
+/// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// HTTP status.
     pub status: u16,
-    /// Headers beside the length.
+    /// Headers other than the length.
     pub headers: Vec<(&'static str, String)>,
     /// The body as text.
     pub body: String,
@@ -74,7 +74,7 @@ impl Answer {
         Self { status, headers: vec![("content-type", "text/plain".to_owned())], body: body.to_owned() }
     }
 
-    /// Nothing but a status.
+    /// A status without a body.
     pub fn empty(status: u16) -> Self {
         Self { status, headers: Vec::new(), body: String::new() }
     }

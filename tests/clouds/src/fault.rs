@@ -1,19 +1,19 @@
-//! What goes wrong, the same for every cloud.
+//! Faults, the same for every cloud.
 
 use crate::Answer;
 
-/// What a request is for, whatever a cloud calls it.
+/// Kind of a request, for all clouds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
-    /// Whose key this is.
+    /// Reads the account of a key.
     Check,
-    /// What can be rented.
+    /// Lists offers.
     Offers,
-    /// The call that rents an instance.
+    /// Rents an instance.
     Create,
-    /// All instances.
+    /// Lists instances.
     List,
-    /// One instance.
+    /// Reads one instance.
     Get,
     /// Ends an instance.
     Terminate,
@@ -21,57 +21,57 @@ pub enum Op {
     Keys,
 }
 
-/// Why a cloud does not do what it is asked; each dialect has its own words for it.
+/// Why a cloud refuses a request. Each dialect makes its own answer of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Refusal {
     /// Sold out.
     NoCapacity,
-    /// The key is none.
+    /// The key is invalid.
     Unauthorized,
     /// The account cannot pay.
     Funds,
-    /// The request is wrong; says what.
+    /// The request is invalid; with the cause.
     Invalid(String),
-    /// Too many requests; seconds to wait, if the cloud says.
+    /// Too many requests; seconds to wait, if the cloud reports them.
     RateLimited(Option<u64>),
-    /// There is no such thing.
+    /// Not found.
     NotFound,
-    /// The cloud's own failure, with this status.
+    /// A server error with this status.
     Broken(u16),
 }
 
-/// Something that will go wrong.
+/// A fault to inject.
 #[derive(Clone, Debug)]
 pub struct Fault {
-    /// With requests of this kind.
+    /// Kind of the requests.
     pub on: Op,
-    /// Whether the cloud does what it is asked and only its answer goes wrong.
+    /// Whether the request takes effect and only its answer is faulty.
     pub applied: bool,
-    /// In which way.
+    /// How the answer is faulty.
     pub how: How,
-    /// With how many requests.
+    /// Number of requests.
     pub times: u32,
 }
 
-/// How an answer goes wrong.
+/// How an answer is faulty.
 #[derive(Clone, Debug)]
 pub enum How {
-    /// It is a refusal in the cloud's own words.
+    /// The cloud's refusal.
     Refuse(Refusal),
-    /// It is this.
+    /// This answer.
     Say(Answer),
-    /// It never comes.
+    /// No answer.
     Hang,
-    /// The connection breaks in the middle of the body.
+    /// The connection breaks within the body.
     CutBody,
-    /// It is a success whose body is half a JSON document.
+    /// Status 200 with half a JSON document.
     NotJson,
-    /// It is a success whose body is a JSON document of another form.
+    /// Status 200 with a JSON document of another form.
     OtherJson,
-    /// It is a success whose body is a web page.
+    /// Status 200 with a web page.
     Html,
-    /// It is a success without a body.
+    /// Status 200 without a body.
     Empty,
-    /// It is a refusal that repeats the request's key.
+    /// A refusal that repeats the request's key.
     EchoKey,
 }

@@ -1,8 +1,8 @@
-//! Clouds that are not there, for tests.
+//! Fake clouds for tests.
 //!
-//! A [`FakeCloud`] is an HTTP server on a loopback port with a [`World`] behind it: stock, instances, a clock, a bill, and
-//! [`Fault`]s to come. What it says and understands is a [`Dialect`], one per real cloud; everything that is the same for all
-//! clouds, faults above all, is done once, here. The real brokers are tested against it.
+//! A [`FakeCloud`] is an HTTP server on a loopback port with a [`World`]: stock, instances, a
+//! clock, a bill and [`Fault`]s. Its API is a [`Dialect`], one per real cloud; all other code is
+//! shared. The real brokers are tested against it.
 
 pub mod conformance;
 pub mod dialect;

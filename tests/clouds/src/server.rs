@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, World};
 
-/// The key that every fake cloud takes.
+/// The key that every fake cloud accepts.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
 
 /// Largest request body that is read.
@@ -44,7 +44,7 @@ impl FakeCloud {
         Self::boxed(Box::new(dialect))
     }
 
-    /// The same of a dialect chosen at run time.
+    /// The same for a dialect chosen at run time.
     pub fn boxed(dialect: Box<dyn Dialect>) -> Self {
         let base: Uri = dialect.cloud().base_url.parse().expect("a cloud's base URL is a URL");
         let base = base.path().trim_end_matches('/').to_owned();
@@ -59,28 +59,27 @@ impl FakeCloud {
         Self { shared, url, stop: Some(stop), thread: Some(thread) }
     }
 
-    /// Where it answers, in place of the cloud's own base URL.
+    /// Base URL, in place of the real cloud's.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// What it speaks.
+    /// Its dialect.
     pub fn dialect(&self) -> &dyn Dialect {
         &*self.shared.dialect
     }
 
-    /// Everything it knows. The cloud waits as long as this is held: not across an `await`.
+    /// The cloud's state. Requests wait while it is locked, so do not hold it across an `await`.
     pub fn world(&self) -> MutexGuard<'_, World> {
         self.shared.lock()
     }
 
-    /// The real broker, speaking to this cloud with the right key and little patience between
-    /// attempts.
+    /// The real broker for this cloud, with the right key and short waits between attempts.
     pub fn broker(&self) -> Box<dyn Broker> {
         self.connect(KEY, limits(), None)
     }
 
-    /// The same, which soon gives up on an answer: for tests in which none comes.
+    /// The same with a short timeout, for tests without an answer.
     pub fn impatient_broker(&self) -> Box<dyn Broker> {
         self.connect(KEY, Limits { read: Duration::from_millis(300), ..limits() }, None)
     }
@@ -94,7 +93,7 @@ impl FakeCloud {
     }
 }
 
-/// Limits under which tests take milliseconds.
+/// Limits for tests: waits take milliseconds.
 pub fn limits() -> Limits {
     Limits {
         connect: Duration::from_secs(5),
@@ -117,11 +116,11 @@ impl Drop for FakeCloud {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, World> {
-        // A test that failed while it held the world has said so.
+        // A test that panicked with the lock has already failed.
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What to send; how it gets lost, if it does.
+    /// The answer, and how it is lost, if it is.
     fn answer(&self, mut request: Request) -> (Answer, Option<Loss>) {
         request.op = self.dialect.operation(&request);
         let world = &mut *self.lock();
@@ -183,7 +182,7 @@ fn tell(world: &World, number: usize, moment: Moment) {
     }
 }
 
-/// How an answer is lost on its way.
+/// How an answer is lost.
 enum Loss {
     Whole,
     Half,
@@ -224,7 +223,7 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
     };
     let answer = answer.header("date", date(ahead));
     tokio::spawn(async move {
-        // The answer leaves first.
+        // The answer is sent first.
         tokio::time::sleep(Duration::from_millis(2)).await;
         tell(&shared.lock(), number, Moment::Answered);
     });
@@ -234,7 +233,7 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
     respond(answer, loss)
 }
 
-/// The header of an answer that is sent now, by a clock that is so many seconds ahead.
+/// The `Date` header of an answer, by a clock that is `ahead` seconds ahead.
 fn date(ahead: i64) -> String {
     let (now, by) = (SystemTime::now(), Duration::from_secs(ahead.unsigned_abs()));
     httpdate::fmt_http_date(if ahead < 0 { now - by } else { now + by })

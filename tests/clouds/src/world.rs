@@ -1,4 +1,4 @@
-//! What is behind a cloud's API: stock, instances, keys, a clock, a bill.
+//! State behind a cloud's API: stock, instances, keys, a clock, a bill.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -24,7 +24,7 @@ pub enum Gpu {
 }
 
 impl Gpu {
-    /// The name in offers, whatever the cloud calls it.
+    /// Its common name.
     pub fn canonical(self) -> &'static str {
         match self {
             Self::A100 => "A100-80GB",
@@ -33,7 +33,7 @@ impl Gpu {
         }
     }
 
-    /// Memory it is sold with, in GiB.
+    /// Nominal memory in GiB.
     pub fn sold_gib(self) -> u64 {
         match self {
             Self::A100 | Self::H100 => 80,
@@ -41,7 +41,7 @@ impl Gpu {
         }
     }
 
-    /// Memory its driver reports, in MiB: less than it is sold with.
+    /// Memory that its driver reports, in MiB: less than nominal.
     pub fn reported_mib(self) -> u64 {
         match self {
             Self::A100 => 81_251,
@@ -51,43 +51,43 @@ impl Gpu {
     }
 }
 
-/// Something a cloud rents out. A dialect leaves out what its cloud cannot offer.
+/// Stock of a cloud. A dialect leaves out what its cloud cannot offer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stock {
-    /// Names it in this world; digits only, as some clouds count their offers.
+    /// Id in this world; digits only, since some clouds number their offers.
     pub id: String,
     /// GPU model.
     pub gpu: Gpu,
     /// Number of GPUs.
     pub gpus: u32,
-    /// Memory of the host in GiB; `None`: the cloud does not know.
+    /// Memory of the host in GiB; `None`: not reported.
     pub ram_gib: Option<u64>,
     /// CPU cores.
     pub cores: u32,
-    /// Disk that can be had, in GiB.
+    /// Largest disk in GiB.
     pub disk_gib: u64,
-    /// Whole instance without disk that is charged apart.
+    /// Price of the whole instance without disk, where disk is priced apart.
     pub price: UsdPerHour,
-    /// Where: `us-kansas-2`.
+    /// Region: `us-kansas-2`.
     pub region: &'static str,
-    /// ISO code: `US`.
+    /// ISO country code: `US`.
     pub country: &'static str,
-    /// In a data centre, not at somebody's home.
+    /// Whether it is in a data centre and not in a private home.
     pub secure: bool,
-    /// May be taken back at any time.
+    /// Whether it is interruptible.
     pub spot: bool,
-    /// What the price is in: `USD`.
+    /// Currency: `USD`.
     pub currency: &'static str,
-    /// Hours that are paid in advance.
+    /// Hours of prepayment.
     pub prepaid_hours: Option<u32>,
     /// Newest CUDA version of the host's driver: major, minor.
     pub cuda: (u32, u32),
-    /// How many can still be rented.
+    /// Number available.
     pub left: u32,
 }
 
 impl Stock {
-    /// Secure, on demand, priced in dollars, enough for every test.
+    /// Secure, on demand, priced in dollars, large enough for every test.
     pub fn plain(id: &str, gpu: Gpu, gpus: u32, dollars: f64) -> Self {
         Self {
             id: id.to_owned(),
@@ -108,7 +108,7 @@ impl Stock {
         }
     }
 
-    /// One of everything that brokers must tell apart.
+    /// One stock per property that brokers must distinguish.
     pub fn mixed() -> Vec<Self> {
         let plain = Self::plain;
         vec![
@@ -128,16 +128,16 @@ impl Stock {
         ]
     }
 
-    /// Whether it can be had now, on demand, for dollars, without paying in advance.
+    /// Whether it is available now, on demand, for dollars, without prepayment.
     pub fn is_plain(&self) -> bool {
         self.left > 0 && !self.spot && self.currency == "USD" && self.prepaid_hours.is_none()
     }
 }
 
-/// What a create request asks for.
+/// Content of a creation request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Order {
-    /// Of this stock.
+    /// Id of the stock.
     pub stock: String,
     /// Name or label.
     pub name: String,
@@ -145,23 +145,23 @@ pub struct Order {
     pub disk_gib: u64,
     /// OpenSSH public key that may log in.
     pub public_key: Option<String>,
-    /// With everything.
+    /// All GPUs of the stock.
     pub price: UsdPerHour,
 }
 
-/// A field of an instance that the API shows otherwise than it should, in lists and alone.
+/// An altered field of an instance, in lists and single queries.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Odd {
-    /// Of this instance.
+    /// Id of the instance.
     pub id: String,
-    /// This field.
+    /// Name of the field.
     pub field: String,
-    /// Is this; `None`: is missing.
+    /// Its value; `None`: missing.
     pub value: Option<Value>,
 }
 
 impl Odd {
-    /// The answer with the oddity in it.
+    /// The answer with the altered field.
     pub(crate) fn put_into(&self, answer: &mut Value) {
         each_entry(answer, &mut |entry| {
             if id_of(entry).as_ref() != Some(&self.id) {
@@ -183,7 +183,7 @@ fn id_of(entry: &Map<String, Value>) -> Option<String> {
     }
 }
 
-/// Everything in an answer that has an id.
+/// Every object of an answer that has an id.
 fn each_entry(answer: &mut Value, act: &mut impl FnMut(&mut Map<String, Value>)) {
     match answer {
         Value::Array(entries) => entries.iter_mut().for_each(|entry| each_entry(entry, act)),
@@ -198,27 +198,27 @@ fn each_entry(answer: &mut Value, act: &mut impl FnMut(&mut Map<String, Value>))
     }
 }
 
-/// Where an instance is in its life.
+/// State of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Life {
     /// Not reachable yet.
     Booting,
     /// It has an address.
     Running,
-    /// It will not come up, and bills.
+    /// Failed, and billed.
     Failed,
-    /// Stopped, and bills.
+    /// Stopped, and billed.
     Stopped,
-    /// Gone; clouds may show it for a while ([`World::lingers`]).
+    /// Ended. Clouds may list it for a while ([`World::lingers`]).
     Ended,
 }
 
-/// An instance that is or was.
+/// A current or former instance.
 #[derive(Clone, Debug, PartialEq)]
 pub struct FakeInstance {
-    /// The cloud's id; digits only, as some clouds count theirs.
+    /// The cloud's id; digits only, since some clouds number theirs.
     pub id: String,
-    /// What was rented.
+    /// Its stock.
     pub stock: Stock,
     /// Name or label.
     pub name: String,
@@ -226,20 +226,19 @@ pub struct FakeInstance {
     pub disk_gib: u64,
     /// OpenSSH public key that may log in.
     pub public_key: Option<String>,
-    /// What it bills.
+    /// Price per hour.
     pub price: UsdPerHour,
-    /// Where it is in its life.
+    /// State.
     pub life: Life,
-    /// A word to show as its status instead of the cloud's own, as if the cloud had invented a new
-    /// one.
+    /// A status to show instead of the cloud's, to imitate a new one.
     pub odd_status: Option<String>,
-    /// Where its SSH server listens once it runs.
+    /// Address of its SSH server once it runs.
     pub ssh: SshEndpoint,
-    /// Unix seconds.
+    /// Start, Unix seconds.
     pub created_at: u64,
-    /// Unix seconds.
+    /// End, Unix seconds.
     pub ended_at: Option<u64>,
-    /// How often the list was read since it was made, and since it ended.
+    /// Number of list reads since its creation, and since its end.
     listings: u32,
     looks: u32,
 }
@@ -250,7 +249,7 @@ impl FakeInstance {
         self.life != Life::Ended
     }
 
-    /// What it cost until now.
+    /// Cost until now.
     pub fn cost(&self, now: u64) -> Usd {
         let end = self.ended_at.unwrap_or(now);
         self.price.cost(Duration::from_secs(end.saturating_sub(self.created_at)))
@@ -270,67 +269,68 @@ pub struct SshKey {
 
 /// A machine behind an instance; dropped when the instance ends.
 pub struct Rented {
-    /// Where its SSH server listens.
+    /// Address of its SSH server.
     pub ssh: SshEndpoint,
-    /// Lives as long as the instance.
+    /// Dropped with the instance.
     pub machine: Box<dyn Any + Send>,
 }
 
-/// How far a request has come.
+/// Stage of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
-    /// It is here, and nothing has happened.
+    /// Received; no effect yet.
     Arrived,
-    /// What it asks for has happened, and nothing was said.
+    /// It has taken effect; no answer yet.
     Applied,
-    /// The answer is on its way.
+    /// The answer is being sent.
     Answered,
 }
 
-/// Hears of requests.
+/// Listener for requests.
 pub type Watch = Arc<dyn Fn(usize, Moment) + Send + Sync>;
 
-/// Makes the machine behind an instance.
+/// Makes the machine of an instance.
 pub type Host = Arc<dyn Fn(&FakeInstance) -> Rented + Send + Sync>;
 
-/// Everything a fake cloud knows. Tests read and change it freely.
+/// State of a fake cloud. Tests may read and change it.
 pub struct World {
-    /// Unix seconds; the bill follows it. Stands still unless a test moves it, or gives it a pace.
+    /// Unix seconds, by which the bill is computed. Stands still unless a test advances it or sets
+    /// a pace.
     pub now: u64,
     /// Seconds that pass with each request.
     pub pace: u64,
-    /// What is rented out.
+    /// Stock.
     pub stock: Vec<Stock>,
-    /// All instances that ever were.
+    /// All current and former instances.
     pub instances: Vec<FakeInstance>,
     /// SSH keys of the account.
     pub keys: Vec<SshKey>,
-    /// What is odd about an instance.
+    /// Altered fields of instances.
     pub odd: Option<Odd>,
     /// Every field that an instance was shown with.
     pub fields: BTreeMap<String, Value>,
-    /// What will go wrong, first come first.
+    /// Faults to inject, in order.
     pub faults: Vec<Fault>,
     /// All requests so far.
     pub requests: Vec<Request>,
-    /// Most instances in one page of a listing, where a cloud has pages.
+    /// Items per page, for clouds with pages.
     pub page_size: usize,
-    /// Listings end before the last page although more are announced, where a cloud announces
+    /// Lists end before the last page, though they announce more, for clouds that announce it
     /// ([`crate::Dialect::tells_totals`]).
     pub truncates: bool,
-    /// Listings in which a new instance is not shown yet.
+    /// Number of lists in which a new instance is not shown yet.
     pub shown_after: u32,
-    /// Looks at an instance, listings included, before it runs.
+    /// Number of polls, lists included, before an instance runs.
     pub boots_after: u32,
-    /// Listings and looks at which an ended instance is still shown.
+    /// Number of polls in which an ended instance is still shown.
     pub lingers: u32,
-    /// Seconds by which its clock is ahead of this machine's, as the date of its answers tells.
+    /// Seconds by which the clock in its answers is ahead of this machine's.
     pub clock_ahead: i64,
-    /// Whether the account can pay.
+    /// Whether the account has funds.
     pub funds: bool,
-    /// Real machines instead of addresses of which nobody answers.
+    /// Real machines, instead of addresses where nothing listens.
     pub host: Option<Host>,
-    /// Is told of every request, by its number from 1 on, as it goes through the cloud.
+    /// Called at each stage of each request, with the request's number from 1 on.
     pub watch: Option<Watch>,
     machines: BTreeMap<String, Box<dyn Any + Send>>,
     made: u64,
@@ -370,22 +370,22 @@ impl Default for World {
 }
 
 impl World {
-    /// Lets the next request of this kind go wrong before anything happens.
+    /// Injects a fault into the next request of this kind, which has no effect.
     pub fn fail(&mut self, on: Op, how: How) {
         self.faults.push(Fault { on, applied: false, how, times: 1 });
     }
 
-    /// Lets the next request of this kind happen and only its answer go wrong.
+    /// Injects a fault into the answer of the next request of this kind, which takes effect.
     pub fn fail_after(&mut self, on: Op, how: How) {
         self.faults.push(Fault { on, applied: true, how, times: 1 });
     }
 
-    /// Lets every request of this kind go wrong before anything happens.
+    /// Injects a fault into every request of this kind, none of which has an effect.
     pub fn fail_always(&mut self, on: Op, how: How) {
         self.faults.push(Fault { on, applied: false, how, times: u32::MAX });
     }
 
-    /// What is shown of instances: remembered, and with what is odd about them.
+    /// An instance as shown, with its altered fields; its fields are recorded.
     pub(crate) fn show(&mut self, body: &mut String) {
         let Ok(mut answer) = serde_json::from_str::<Value>(body) else { return };
         each_entry(&mut answer, &mut |entry| {
@@ -406,12 +406,12 @@ impl World {
         Some(fault)
     }
 
-    /// How many requests of this kind there were.
+    /// Number of requests of this kind.
     pub fn count(&self, op: Op) -> usize {
         self.requests.iter().filter(|request| request.op == Some(op)).count()
     }
 
-    /// A number that no other instance or key of this world has.
+    /// A number that is unique in this world.
     pub fn new_id(&mut self) -> String {
         self.made += 1;
         (70_000 + self.made).to_string()
@@ -422,7 +422,7 @@ impl World {
         self.stock.iter().find(|stock| stock.id == id)
     }
 
-    /// Rents, if some are left.
+    /// Rents an instance, if the stock is available.
     ///
     /// # Errors
     /// [`Refusal::NotFound`] for an unknown stock, [`Refusal::NoCapacity`] for one that is sold out.
@@ -439,7 +439,7 @@ impl World {
             price: order.price,
             life: Life::Booting,
             odd_status: None,
-            // An address that is nobody's, RFC 5737.
+            // An address for documentation, RFC 5737.
             ssh: SshEndpoint { host: "198.51.100.7".to_owned(), port: 22, user: "root".to_owned() },
             created_at: self.now,
             ended_at: None,
@@ -460,13 +460,13 @@ impl World {
         instance
     }
 
-    /// Puts an instance into the account as if somebody had rented it by other means.
+    /// Adds an instance as if it was rented by other means.
     pub fn plant(&mut self, name: &str) -> String {
         let stock = self.stock.iter().find(|stock| stock.is_plain()).expect("there is something to rent").clone();
         let (price, stock) = (stock.price, stock.id);
         let order = Order { stock, name: name.to_owned(), disk_gib: 20, public_key: None, price };
         let id = self.rent(order).expect("it is left").id;
-        // It has been there for long.
+        // It is an old instance.
         self.change(&id, |instance| instance.listings = u32::MAX / 2);
         id
     }
@@ -478,7 +478,7 @@ impl World {
         }
     }
 
-    /// Ends an instance; whether there was a live one.
+    /// Ends an instance. Returns whether it was live.
     pub fn end(&mut self, id: &str) -> bool {
         let now = self.now;
         let Some(instance) = self.instances.iter_mut().find(|instance| instance.id == id && instance.is_live()) else {
@@ -496,7 +496,7 @@ impl World {
         self.instances.iter().filter(|instance| instance.is_live())
     }
 
-    /// Counts a reading of the whole list; call it once per listing, with the first page.
+    /// Counts a list read; call it once per list, with the first page.
     pub fn pass_listing(&mut self) {
         let boots_after = self.boots_after;
         for instance in &mut self.instances {
@@ -505,7 +505,7 @@ impl World {
         }
     }
 
-    /// What a listing shows now, oldest first.
+    /// Instances in a list now, oldest first.
     pub fn listed(&self) -> Vec<FakeInstance> {
         let shown = |instance: &&FakeInstance| match instance.life {
             Life::Ended => instance.looks <= self.lingers,
@@ -514,7 +514,7 @@ impl World {
         self.instances.iter().filter(shown).cloned().collect()
     }
 
-    /// Looks at one instance; `None` when the cloud knows none.
+    /// Reads one instance; `None` if there is none.
     pub fn look_at(&mut self, id: &str) -> Option<FakeInstance> {
         let (boots_after, lingers) = (self.boots_after, self.lingers);
         let instance = self.instances.iter_mut().find(|instance| instance.id == id)?;
@@ -522,7 +522,7 @@ impl World {
         Some(instance.clone()).filter(|instance| instance.is_live() || instance.looks <= lingers)
     }
 
-    /// What everything cost until now.
+    /// Cost of all instances until now.
     pub fn bill(&self) -> Usd {
         self.instances.iter().map(|instance| instance.cost(self.now)).sum()
     }

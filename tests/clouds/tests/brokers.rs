@@ -68,7 +68,7 @@ clouds! {
     runpod = dialect::runpod::RunPod::default();
 }
 
-/// What every broker can show, that of this machine too.
+/// Properties of every broker, the local one included.
 async fn lives_of(broker: &dyn Broker, disk: Bytes) {
     let want = GpuRequest { min_disk: Some(disk), ..GpuRequest::default() };
     let found = broker.offers(&want).await.expect("there are offers").offers;

@@ -1,4 +1,4 @@
-//! What only Lambda does.
+//! Properties of Lambda only.
 
 use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Instance, Lease, Offer};
 use outliers_clouds::conformance::lease;
@@ -62,7 +62,7 @@ async fn refusals_map_to_error_kinds() {
         ("global/invalid-parameters", BrokerErrorKind::Rejected),
         ("global/object-does-not-exist", BrokerErrorKind::NotFound),
         ("global/something-new", BrokerErrorKind::Rejected),
-        // Its own failures, under whatever status, leave open what became of the request.
+        // The cloud's internal errors, under any status, leave the outcome unknown.
         ("global/internal-error", BrokerErrorKind::Maybe),
         ("provider/internal-unavailable", BrokerErrorKind::Maybe),
     ] {

@@ -1,4 +1,4 @@
-//! What only Prime Intellect does.
+//! Properties of Prime Intellect only.
 
 use outliers::cloud::broker::{BrokerErrorKind, Dropped, GpuRequest, InstanceId, InstanceState, Lease, Offer};
 use outliers::units::{Bytes, UsdPerHour};

@@ -1,4 +1,4 @@
-//! What only RunPod does: keeps deadlines, takes bids, lets a pod end itself.
+//! Properties of RunPod only: deadlines, bids, pods that end themselves.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -101,7 +101,7 @@ async fn host_details_are_queried_only_when_needed() {
         "gpuCount": 1, "secureCloud": true, "minDisk": 20, "dataCenterId": "us-kansas-2", "minMemoryInGb": 100
     });
     assert_eq!(questions(&cloud), [expected]);
-    // What was offered is what is asked for.
+    // The request is as the offer.
     cloud.world().stock[0].ram_gib = Some(100);
     assert_eq!(broker.create(&offer, &lease(&cloud)).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
 }
@@ -148,8 +148,8 @@ async fn out_of_stock_is_reported() {
     assert_eq!(offers.dropped[0].reason, "its price makes no sense");
 }
 
-/// Runs the script with which a pod ends itself, with `programs` in place of all others but the
-/// shell's; what they were called with.
+/// Runs the script with which a pod ends itself, with `programs` as its only external commands.
+/// Returns their arguments.
 fn end_itself(programs: &[(&str, &str)]) -> (bool, String, String) {
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("log");

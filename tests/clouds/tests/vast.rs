@@ -1,4 +1,4 @@
-//! What only Vast.ai does.
+//! Properties of Vast.ai only.
 
 use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, InstanceId, InstanceState, Lease, Offer, Tier};
 use outliers::cloud::estimate::Work;
@@ -123,8 +123,8 @@ async fn instance_ids_must_be_numbers() {
     assert!(cloud.world().requests.is_empty());
 }
 
-/// As hosts were reported to be offered: V100 and Quadro RTX below compute capability 8.0, GH200
-/// with an ARM processor; A100X is an Ampere card.
+/// Hosts as they were observed in offers: V100 and Quadro RTX are below compute capability 8.0,
+/// GH200 has an ARM processor; A100X is an Ampere card.
 #[tokio::test]
 async fn unsupported_hosts_are_excluded_and_counted() {
     let ask = |id: u32, gpu: &str, capability: u32, arch: &str| {

@@ -1,4 +1,4 @@
-//! What a hub stores: folders as repositories.
+//! Repositories of the hub: folders.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,14 +14,14 @@ use sha1::Digest as _;
 #[derive(Clone, Debug)]
 pub struct Repo {
     pub(super) id: String,
-    /// What stands before its id in addresses.
+    /// Prefix of its id in URLs.
     prefix: &'static str,
     folder: PathBuf,
     pub(super) token: Option<String>,
     kept: Arc<Mutex<HashMap<PathBuf, Stored>>>,
 }
 
-/// A file's content with its hashes, which would take longer than everything else if they were made for each request.
+/// Content of a file with its hashes, which are computed once because this is slow.
 #[derive(Clone, Debug)]
 pub(super) struct Stored {
     pub(super) bytes: Bytes,
@@ -43,12 +43,12 @@ impl Repo {
         self
     }
 
-    /// Where it is on the hub.
+    /// Its path on the hub.
     pub(super) fn address(&self) -> String {
         format!("{}{}", self.prefix, self.id)
     }
 
-    /// Gated: files only with this token.
+    /// Makes it gated: files need this token.
     #[must_use]
     pub fn gated(mut self, token: &str) -> Self {
         self.token = Some(token.to_owned());
@@ -74,7 +74,7 @@ impl Repo {
         Some(stored)
     }
 
-    /// As on the real hub: weights are stored apart from git, the rest is in it.
+    /// As on the real hub: weights are in LFS, all else is in git.
     pub(super) fn is_large(file: &str) -> bool {
         [".safetensors", ".bin", ".parquet", ".jsonl"].iter().any(|ending| file.ends_with(ending))
     }
@@ -84,7 +84,7 @@ impl Repo {
         if Self::is_large(file) { stored.sha256.clone() } else { stored.git_sha1.clone() }
     }
 
-    /// What the model API says; `bare`: without sizes and hashes, as some mirrors do.
+    /// Answer of the model API; `bare`: without sizes and hashes, as from some mirrors.
     pub(super) fn listing(&self, bare: bool) -> Value {
         let mut names = Vec::new();
         collect(&self.folder, "", &mut names);

@@ -1,4 +1,4 @@
-//! The way from the hub to its clients: how long it is, how wide, and what is lost on it.
+//! The link from the hub to its clients: latency, bandwidth and counted bytes.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,22 +12,22 @@ use tokio::time::Instant;
 
 use super::Fault;
 
-/// Bytes that travel together.
+/// Bytes per piece.
 const PACKET: usize = 64 << 10;
 
-/// Length and width of all connections together.
+/// Latency and bandwidth of all connections together.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Wire {
-    /// From a request to the beginning of its answer.
+    /// Time from a request to the start of its answer.
     pub latency: Duration,
-    /// Bytes per second of all answers together; `None`: as fast as the machine.
+    /// Bytes per second of all answers together; `None`: unlimited.
     pub bytes_per_second: Option<u64>,
 }
 
 /// A wire in use.
 pub(super) struct Line {
     wire: Wire,
-    /// When it will have carried what was given to it so far.
+    /// When the bytes so far will have been sent.
     free_at: Mutex<Instant>,
     carried: AtomicU64,
 }
@@ -41,7 +41,7 @@ impl Line {
         self.wire.latency
     }
 
-    /// Bytes of bodies that went over it.
+    /// Bytes of bodies sent.
     pub(super) fn carried(&self) -> u64 {
         self.carried.load(Ordering::Relaxed)
     }
@@ -71,7 +71,7 @@ pub(super) fn body(line: &Arc<Line>, bytes: Bytes, fault: Option<&Fault>) -> Bod
         Some(Fault::Slow(rate)) => (bytes, Some(*rate)),
         _ => (bytes, None),
     };
-    // A slow connection sends small packets: it is never silent.
+    // A slow connection sends small packets, so it does not stall.
     let packet = pace.map_or(PACKET, |rate| (rate / 20).max(1) as usize);
     let starts = (0..sent.len()).step_by(packet);
     let packets: Vec<Bytes> = starts.map(|at| sent.slice(at..sent.len().min(at + packet))).collect();
@@ -82,7 +82,7 @@ pub(super) fn body(line: &Arc<Line>, bytes: Bytes, fault: Option<&Fault>) -> Bod
     });
     match fault {
         Some(Fault::Truncate(_)) => Body::from_stream(arriving.chain(stream::once(async {
-            // A moment for the bytes before it to leave.
+            // Leaves time to send the bytes before it.
             tokio::time::sleep(Duration::from_millis(50)).await;
             Err(std::io::Error::other("cut"))
         }))),

@@ -1,5 +1,5 @@
-//! Answers that are none: a failed reading is an error, never "nothing"; what can be asked again
-//! is; keys are shown nowhere.
+//! Invalid answers: a failed read is an error, never an empty result; requests that can be
+//! repeated are retried; keys are never shown.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,7 +9,7 @@ use outliers::cloud::http::Explain;
 use super::{first_offer, kind, lease, live, rent, want};
 use crate::{FakeCloud, How, KEY, Op, Refusal, limits};
 
-/// A key that is none is said to be one.
+/// An invalid key is reported as invalid.
 pub async fn a_wrong_key_is_told(cloud: &FakeCloud) {
     let broker = cloud.connect("sk-wrong-0000", limits(), None);
     let offer = first_offer(&*cloud.broker()).await;
@@ -19,13 +19,13 @@ pub async fn a_wrong_key_is_told(cloud: &FakeCloud) {
     assert_eq!(kind(&listed), Some(BrokerErrorKind::Auth), "{listed:?}");
     let made = broker.create(&offer, &lease()).await;
     assert_eq!(kind(&made), Some(BrokerErrorKind::Auth), "{made:?}");
-    // It may be that offers are for everybody.
+    // Offers may be public.
     let offers = broker.offers(&want()).await;
     assert!(matches!(kind(&offers), None | Some(BrokerErrorKind::Auth)), "{offers:?}");
     assert_eq!(live(cloud), []);
 }
 
-/// A reading that fails once succeeds.
+/// A read that fails once is retried.
 pub async fn readings_are_tried_again(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
@@ -37,7 +37,7 @@ pub async fn readings_are_tried_again(cloud: &FakeCloud) {
     }
 }
 
-/// A termination whose answer is lost is asked for again, and is a success.
+/// A termination whose answer is lost is retried and succeeds.
 pub async fn terminations_are_tried_again(cloud: &FakeCloud) {
     let broker = cloud.broker();
     for how in [How::Refuse(Refusal::Broken(500)), How::CutBody] {
@@ -48,7 +48,7 @@ pub async fn terminations_are_tried_again(cloud: &FakeCloud) {
     }
 }
 
-/// The same when no answer comes.
+/// The same without any answer.
 pub async fn unanswered_terminations_are_tried_again(cloud: &FakeCloud) {
     let (_, made) = rent(&*cloud.broker()).await;
     cloud.world().fail_after(Op::Terminate, How::Hang);
@@ -56,7 +56,7 @@ pub async fn unanswered_terminations_are_tried_again(cloud: &FakeCloud) {
     assert_eq!(live(cloud), []);
 }
 
-/// A list that is none is an error, never empty.
+/// An invalid list is an error, not an empty list.
 pub async fn nonsense_is_no_list(cloud: &FakeCloud) {
     let broker = cloud.broker();
     rent(&*broker).await;
@@ -68,14 +68,14 @@ pub async fn nonsense_is_no_list(cloud: &FakeCloud) {
     }
 }
 
-/// The same when no answer comes.
+/// The same without any answer.
 pub async fn silence_is_no_list(cloud: &FakeCloud) {
     cloud.world().fail_always(Op::List, How::Hang);
     let listed = cloud.impatient_broker().list().await;
     assert_eq!(kind(&listed), Some(BrokerErrorKind::Unavailable), "{listed:?}");
 }
 
-/// Offers that are none are an error.
+/// Invalid offers are an error.
 pub async fn nonsense_is_no_offer(cloud: &FakeCloud) {
     let broker = cloud.broker();
     for how in nonsense() {
@@ -86,7 +86,7 @@ pub async fn nonsense_is_no_offer(cloud: &FakeCloud) {
     }
 }
 
-/// An instance that cannot be read is not gone.
+/// An instance whose answer is unreadable is not reported as gone.
 pub async fn nonsense_is_not_gone(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
@@ -98,8 +98,7 @@ pub async fn nonsense_is_not_gone(cloud: &FakeCloud) {
     }
 }
 
-/// The account's key is in no error, no debug output and no explanation, though the cloud repeats
-/// it.
+/// The account's key is in no error, debug output or explanation, even if the cloud repeats it.
 pub async fn keys_are_shown_nowhere(cloud: &FakeCloud) {
     let heard = Arc::new(Mutex::new(String::new()));
     let listener = heard.clone();
@@ -127,7 +126,7 @@ pub async fn keys_are_shown_nowhere(cloud: &FakeCloud) {
     }
 }
 
-/// An id that would be another path is no id.
+/// An id that would change the path is refused.
 pub async fn ids_stay_ids(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
@@ -135,7 +134,7 @@ pub async fn ids_stay_ids(cloud: &FakeCloud) {
         let id = InstanceId(id);
         let read: Result<Option<Instance>, BrokerError> = broker.get(&id).await;
         assert!(!matches!(read, Ok(Some(_))), "{id}: {read:?}");
-        // Refused or not there: both will do.
+        // Refused or not found: both are correct.
         let _ = broker.terminate(&id).await;
     }
     assert_eq!(live(cloud), [made.id]);
@@ -147,7 +146,7 @@ fn nonsense() -> [How; 7] {
     [How::NotJson, How::OtherJson, How::Html, How::Empty, How::CutBody, broken, How::Say(teapot)]
 }
 
-/// A kind that says that it is not known, or cannot be had.
+/// Whether the kind means unknown or unavailable.
 fn is_trouble(kind: BrokerErrorKind) -> bool {
     matches!(kind, BrokerErrorKind::Unavailable | BrokerErrorKind::Rejected)
 }

@@ -1,4 +1,4 @@
-//! A creation whose answer is lost is never made again, and what came of it is found by its tag.
+//! A creation whose answer is lost is not repeated; its instance is found by its tag.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use outliers::cloud::broker::{Broker, BrokerErrorKind};
 use super::{first_offer, found, kind, lease, live, rent};
 use crate::{FakeCloud, Fault, How, Op, Refusal};
 
-/// The lease's tag, key and disk are on the instance from the first moment.
+/// The instance has the lease's tag, key and disk from the start.
 pub async fn carries_the_lease(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -21,7 +21,7 @@ pub async fn carries_the_lease(cloud: &FakeCloud) {
     assert_eq!(world.count(Op::Create), 1);
 }
 
-/// Nothing of a lease is left in the account after its instance ended.
+/// Nothing of a lease is in the account after its instance ended.
 pub async fn leaves_nothing_behind(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
@@ -29,7 +29,7 @@ pub async fn leaves_nothing_behind(cloud: &FakeCloud) {
     assert_eq!(cloud.world().keys, []);
 }
 
-/// Keys of leases whose time is over go with the next termination; those of others stay.
+/// A termination removes keys of expired leases, and keeps those of others.
 pub async fn sweeps_old_keys(cloud: &FakeCloud) {
     let key = |id: &str, name: &str| crate::SshKey {
         id: id.to_owned(),
@@ -49,11 +49,11 @@ pub async fn sweeps_old_keys(cloud: &FakeCloud) {
     assert_eq!(left, expected);
 }
 
-/// No capacity is said in the cloud's own words, and nothing came of it.
+/// Missing capacity is reported in the cloud's words, and nothing is rented.
 pub async fn knows_no_capacity(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let offer = first_offer(&*broker).await;
-    // Somebody else was faster.
+    // Another customer rented it first.
     cloud.world().stock[0].left = 0;
     let made = broker.create(&offer, &lease()).await;
     assert_eq!(kind(&made), Some(BrokerErrorKind::NoCapacity), "{made:?}");
@@ -63,7 +63,7 @@ pub async fn knows_no_capacity(cloud: &FakeCloud) {
     assert_eq!(cloud.world().count(Op::Create), 1);
 }
 
-/// An account that cannot pay is told so.
+/// An account without funds is reported.
 pub async fn knows_no_funds(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let offer = first_offer(&*broker).await;
@@ -73,7 +73,7 @@ pub async fn knows_no_funds(cloud: &FakeCloud) {
     assert_eq!(live(cloud), []);
 }
 
-/// A request that the cloud calls wrong is not made again.
+/// A request that the cloud refuses as invalid is not repeated.
 pub async fn knows_a_wrong_request(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let offer = first_offer(&*broker).await;
@@ -85,7 +85,8 @@ pub async fn knows_a_wrong_request(cloud: &FakeCloud) {
     assert_eq!(cloud.world().count(Op::Create), 1);
 }
 
-/// Told to come back later, it does, and not before: one instance comes of it.
+/// After `Retry-After`, the request is repeated when that time is over, and one instance is
+/// created.
 pub async fn waits_when_told_to(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (offer, lease) = (first_offer(&*broker).await, lease());
@@ -97,7 +98,7 @@ pub async fn waits_when_told_to(cloud: &FakeCloud) {
     assert_eq!(found(&*broker, &lease).await.len(), 1);
 }
 
-/// The same when it is not told when.
+/// The same without a time.
 pub async fn waits_when_not_told_how_long(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (offer, lease) = (first_offer(&*broker).await, lease());
@@ -107,7 +108,7 @@ pub async fn waits_when_not_told_how_long(cloud: &FakeCloud) {
     assert_eq!(found(&*broker, &lease).await.len(), 1);
 }
 
-/// Who is always too early is told so, and has nothing.
+/// If every request is throttled, that is reported and nothing is rented.
 pub async fn gives_up_when_always_too_early(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let offer = first_offer(&*broker).await;
@@ -117,38 +118,37 @@ pub async fn gives_up_when_always_too_early(cloud: &FakeCloud) {
     assert_eq!(live(cloud), []);
 }
 
-/// A server error before anything happened: it may have happened, and the list says that it did
-/// not.
+/// A server error before the creation: the outcome is unknown, and the list shows no instance.
 pub async fn failing_before_it_is_done(cloud: &FakeCloud) {
     for status in [500, 502, 503, 504] {
         lost(cloud, How::Refuse(Refusal::Broken(status)), false).await;
     }
 }
 
-/// A server error after it happened: it may have happened, and the list says that it did.
+/// A server error after the creation: the outcome is unknown, and the list shows the instance.
 pub async fn failing_after_it_is_done(cloud: &FakeCloud) {
     for status in [500, 502, 503, 504] {
         lost(cloud, How::Refuse(Refusal::Broken(status)), true).await;
     }
 }
 
-/// No answer, and nothing happened.
+/// No answer; nothing was created.
 pub async fn unanswered_before_it_is_done(cloud: &FakeCloud) {
     lost(cloud, How::Hang, false).await;
 }
 
-/// No answer, and it happened.
+/// No answer; the instance was created.
 pub async fn unanswered_after_it_is_done(cloud: &FakeCloud) {
     lost(cloud, How::Hang, true).await;
 }
 
-/// The connection breaks in the middle of the answer.
+/// The connection breaks within the answer.
 pub async fn cut_off(cloud: &FakeCloud) {
     lost(cloud, How::CutBody, false).await;
     lost(cloud, How::CutBody, true).await;
 }
 
-/// An answer that makes no sense says neither that it happened nor that it did not.
+/// An invalid answer leaves the outcome unknown.
 pub async fn answered_with_nonsense(cloud: &FakeCloud) {
     for how in [How::NotJson, How::OtherJson, How::Html, How::Empty] {
         lost(cloud, how.clone(), false).await;
@@ -156,8 +156,8 @@ pub async fn answered_with_nonsense(cloud: &FakeCloud) {
     }
 }
 
-/// After a creation whose answer is lost there are exactly as many instances as the cloud made,
-/// and the list finds them.
+/// After a creation whose answer is lost, the list shows exactly the instances that the cloud
+/// created.
 async fn lost(cloud: &FakeCloud, how: How, applied: bool) {
     let patient = cloud.broker();
     let (offer, lease) = (first_offer(&*patient).await, lease());

@@ -1,11 +1,11 @@
-//! A life of an instance without misfortune. Needs nothing but a broker.
+//! The life of an instance without faults. Needs only a broker.
 
 use outliers::cloud::broker::{Broker, Instance, InstanceState, Lease, Offer};
 use outliers::units::Bytes;
 
 use super::{LOOKS, lease};
 
-/// What it can do is what it says.
+/// The broker's capabilities are as declared.
 pub fn capabilities_are_true(broker: &dyn Broker) {
     let capabilities = broker.capabilities();
     assert_eq!(capabilities.self_destruct, broker.self_destruct().is_some());
@@ -14,13 +14,13 @@ pub fn capabilities_are_true(broker: &dyn Broker) {
     }
 }
 
-/// A good key is good.
+/// A valid key is accepted.
 pub async fn a_good_key_is_good(broker: &dyn Broker) {
     broker.check().await.expect("the account is in order");
 }
 
-/// An instance carries its lease's tag in the reply, in every list and alone, until it is ended;
-/// and can be ended twice. `offer` is one with so much disk.
+/// An instance has its lease's tag in the creation's answer, in lists and in single queries until
+/// it ends. Ending it twice succeeds. `offer` gets the disk's size.
 pub async fn a_life(broker: &dyn Broker, offer: &Offer, disk: Bytes) {
     let lease = Lease { disk, ..lease() };
     let made = broker.create(offer, &lease).await.expect("it can be rented");
@@ -43,7 +43,7 @@ pub async fn a_life(broker: &dyn Broker, offer: &Offer, disk: Bytes) {
     assert!(after.is_none_or(|instance| instance.state == InstanceState::Terminating), "and alone");
 }
 
-/// Two leases are two instances, and ending one leaves the other alone.
+/// Two leases are two instances; ending one does not affect the other.
 pub async fn instances_are_apart(broker: &dyn Broker, offer: &Offer, disk: Bytes) {
     let (first, second) = (Lease { disk, ..lease() }, Lease { disk, ..lease() });
     let one = broker.create(offer, &first).await.expect("it can be rented");

@@ -1,4 +1,4 @@
-//! Lists are whole or an error, and instances are what the cloud says they are.
+//! Lists are complete or an error, and instances are as the cloud has them.
 
 use std::collections::BTreeSet;
 
@@ -9,7 +9,7 @@ use super::life::ready;
 use super::{found, kind, rent};
 use crate::{FakeCloud, Life, Odd, Op};
 
-/// Every page is read, and each instance comes once.
+/// Every page is read, and each instance is listed once.
 pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
     let planted: BTreeSet<String> = {
         let mut world = cloud.world();
@@ -23,7 +23,7 @@ pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
     assert_eq!(listed, planted);
 }
 
-/// A list that announces more than it shows is an error.
+/// A list that announces more entries than it has is an error.
 pub async fn that_is_cut_short_is_an_error(cloud: &FakeCloud) {
     if !cloud.dialect().tells_totals() {
         return;
@@ -42,7 +42,7 @@ pub async fn may_be_empty(cloud: &FakeCloud) {
     assert_eq!(cloud.broker().list().await.expect("it is read"), []);
 }
 
-/// Others' instances are listed, and are not ours.
+/// Instances of other owners are listed as such.
 pub async fn shows_what_is_not_ours(cloud: &FakeCloud) {
     let names = ["somebody's box", "", "outliers", "outliers-a-b-c-soon", "outliers-A-b-c-1"];
     names.iter().for_each(|name| drop(cloud.world().plant(name)));
@@ -51,8 +51,8 @@ pub async fn shows_what_is_not_ours(cloud: &FakeCloud) {
     assert!(listed.iter().all(|instance| instance.tag().is_none()), "{listed:?}");
 }
 
-/// What is ready says where: the address the cloud gave, and one that is ready alone is ready in
-/// the list.
+/// A ready instance has the address of the cloud. An instance that is ready in a single query is
+/// also ready in the list.
 pub async fn says_where_to_log_in(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -63,8 +63,7 @@ pub async fn says_where_to_log_in(cloud: &FakeCloud) {
     assert_eq!(listed[0].state, InstanceState::Ready(alone));
 }
 
-/// A status that nobody has heard of is handed on as a word; the instance is listed with its tag,
-/// and can be ended.
+/// An unknown status is passed on as text; the instance is listed with its tag and can be ended.
 pub async fn survives_unknown_words(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -83,8 +82,8 @@ pub async fn survives_unknown_words(cloud: &FakeCloud) {
     assert_eq!(cloud.world().live().count(), 0);
 }
 
-/// Whatever field of an instance is missing, null or of another type: the others are listed as
-/// ever, and it is listed too, by its id or by its tag, and can be ended.
+/// If any field of an instance is missing, null or of another type, the other instances are listed
+/// unchanged. The instance is listed by its id or tag, and can be ended.
 pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
     let stranger = cloud.world().plant("somebody's box");
     let broker = cloud.broker();
@@ -112,7 +111,7 @@ pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
     assert_eq!(cloud.world().live().count(), 1);
 }
 
-/// The same value otherwise written: a number as a text, a text as a number.
+/// The same value in another notation: a number as a string, a string as a number.
 fn of_another_type(value: &Value) -> Value {
     match value {
         Value::Number(number) => json!(number.to_string()),
@@ -121,7 +120,7 @@ fn of_another_type(value: &Value) -> Value {
     }
 }
 
-/// An entry of which neither id nor name can be read is counted: it may be anybody's.
+/// An entry with neither id nor name is counted, because its owner is unknown.
 pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
     let id = cloud.world().plant("somebody's box");
     cloud.world().odd = Some(Odd { id, field: "id".to_owned(), value: Some(json!([7])) });
@@ -130,7 +129,7 @@ pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
     assert!(matches!(listed[0].state, InstanceState::Unreadable(_)) && listed[0].id.0.is_empty(), "{listed:?}");
 }
 
-/// One that will not come up, or stands still, is not called ready.
+/// An instance that fails or is stopped is not reported as ready.
 pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
@@ -141,8 +140,8 @@ pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
     }
 }
 
-/// A new instance that the list does not show yet is missing, not an error; one that has ended and
-/// is still shown is not ready.
+/// A new instance that is not listed yet is missing, not an error. An ended one that is still
+/// listed is not ready.
 pub async fn may_be_late(cloud: &FakeCloud) {
     {
         let mut world = cloud.world();
@@ -160,7 +159,7 @@ pub async fn may_be_late(cloud: &FakeCloud) {
     broker.terminate(&made.id).await.expect("what has ended is ended");
 }
 
-/// What ended by other hands is gone; to end it is a success.
+/// An instance that ended by other means is gone; ending it succeeds.
 pub async fn forgets_what_ended(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -170,7 +169,7 @@ pub async fn forgets_what_ended(cloud: &FakeCloud) {
     broker.terminate(&made.id).await.expect("it is gone");
 }
 
-/// An instance that does not go is not reported gone.
+/// An instance that does not end is not reported as gone.
 pub async fn terminate_says_when_it_cannot(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;

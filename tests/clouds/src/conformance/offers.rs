@@ -1,4 +1,4 @@
-//! What is for rent: in our units, at the price of everything, and nothing that cannot be compared.
+//! Offers: in this program's units, at the full price, without any that cannot be compared.
 
 use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Offer, Offers, Tier};
 use outliers::cloud::estimate::Work;
@@ -8,11 +8,10 @@ use outliers::units::{Bytes, Usd, UsdPerHour};
 use super::{DISK_GIB, find, kind, lease, want};
 use crate::{FakeCloud, Op, Stock};
 
-/// Gigabytes that one says and the other understands as gibibytes are 7 % apart; wrong units are
-/// further.
+/// GB taken for GiB are off by 7 %; other wrong units by more.
 const ROUNDING: f64 = 0.08;
 
-/// Every offer says what it is in our units; what its cloud does not tell is unknown.
+/// Every offer is in this program's units. What its cloud does not report is unknown.
 pub async fn are_in_our_units(cloud: &FakeCloud) {
     for stock in shown(cloud).iter().filter(|stock| stock.is_plain()) {
         let offers = offers(cloud, stock, false).await;
@@ -31,7 +30,7 @@ pub async fn are_in_our_units(cloud: &FakeCloud) {
     }
 }
 
-/// A price is that of the whole instance, the disk asked for included.
+/// The price is that of the whole instance, with the requested disk.
 pub async fn are_priced_whole(cloud: &FakeCloud) {
     for stock in shown(cloud).iter().filter(|stock| stock.is_plain()) {
         let offers = offers(cloud, stock, false).await;
@@ -42,7 +41,7 @@ pub async fn are_priced_whole(cloud: &FakeCloud) {
     }
 }
 
-/// What is sold out, priced in other money or paid in advance is no offer; where it is shown, a
+/// Stock that is sold out, priced in another currency or prepaid is not offered; if it is shown, a
 /// reason is given.
 pub async fn are_what_can_be_had(cloud: &FakeCloud) {
     for stock in shown(cloud).iter().filter(|stock| !stock.is_plain() && !stock.spot) {
@@ -54,7 +53,7 @@ pub async fn are_what_can_be_had(cloud: &FakeCloud) {
     }
 }
 
-/// What may be taken back is offered to those who say that they take it, and is marked.
+/// Interruptible stock is offered only on request, and is marked.
 pub async fn may_be_taken_back_only_if_wanted(cloud: &FakeCloud) {
     let spot = cloud.dialect();
     let capable = cloud.broker().capabilities().spot;
@@ -66,7 +65,7 @@ pub async fn may_be_taken_back_only_if_wanted(cloud: &FakeCloud) {
     }
 }
 
-/// A broker that asks its cloud for less leaves out nothing that the market would keep.
+/// A query with filters leaves out no offer that the market would keep.
 pub async fn left_out_are_none_that_the_market_keeps(cloud: &FakeCloud) {
     let mut wanted = Vec::new();
     for gpu_filter in [None, Some("H100 SXM"), Some("a100"), Some("rtx 4090")] {
@@ -82,7 +81,8 @@ pub async fn left_out_are_none_that_the_market_keeps(cloud: &FakeCloud) {
                         region: region.map(str::to_owned),
                         tier,
                         spot,
-                        // Some clouds never say it, and the market then keeps none of theirs.
+                        // Some clouds do not report it; the market then keeps none of their
+                        // offers.
                         min_cuda: if gpus == 2 { "12.8".parse().ok() } else { None },
                         ..want()
                     });
@@ -92,7 +92,7 @@ pub async fn left_out_are_none_that_the_market_keeps(cloud: &FakeCloud) {
     }
     let mut kept_of_any = 0;
     for want in wanted {
-        // All that changes what an offer is, and nothing that leaves one out.
+        // Options that change an offer, without filters.
         let plain = GpuRequest {
             gpu_count: want.gpu_count,
             spot: want.spot,
@@ -108,21 +108,21 @@ pub async fn left_out_are_none_that_the_market_keeps(cloud: &FakeCloud) {
     assert!(kept_of_any > 0, "the market keeps something");
 }
 
-/// What the market keeps for `want` of the offers that come when `asked` is asked for.
+/// The offers that the market keeps for `want` when the broker is queried with `asked`.
 async fn kept(cloud: &FakeCloud, asked: &GpuRequest, want: &GpuRequest) -> Vec<(Option<String>, u32, Option<String>)> {
     let offers = cloud.broker().offers(asked).await.expect("a cloud that works shows its offers").offers;
     let selected = market::select(offers, want, &Work::default()).map_or_else(|_| Vec::new(), |found| found.offers);
     selected.into_iter().map(|offer| (offer.gpu_raw, offer.gpu_count, offer.region)).collect()
 }
 
-/// An account whose cloud has nothing is told so without an error.
+/// A cloud without offers is not an error.
 pub async fn may_be_none(cloud: &FakeCloud) {
     cloud.world().stock.clear();
     let offers = cloud.broker().offers(&want()).await.expect("nothing is an answer too");
     assert_eq!(offers.offers, []);
 }
 
-/// Nothing is rented for a key that is not the cloud's own, and no request is made of it.
+/// With an invalid key nothing is rented and no request is sent.
 pub async fn of_others_are_refused(cloud: &FakeCloud) {
     let broker = cloud.broker();
     for key in ["", "{}", "null", "../../instances", "{\"x\": 1}"] {

@@ -75,7 +75,7 @@ impl Dialect for Lambda {
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
-        // Its own machines in its own halls, by the hour, in dollars.
+        // Lambda's own machines and data centres, by the hour, in dollars.
         let sold = stock.secure && !stock.spot && stock.currency == "USD" && stock.prepaid_hours.is_none();
         sold.then(|| stock.clone())
     }
@@ -129,7 +129,7 @@ fn launch(world: &mut World, launch: Launch) -> Result<Value, Refusal> {
     Ok(json!({"instance_ids": [world.rent(order)?.id]}))
 }
 
-/// `None`: one has ended already, for which this cloud has no words of its own.
+/// `None`: an ended instance, for which this cloud has no status.
 fn terminate(world: &mut World, terminate: &Terminate) -> Result<Option<Value>, Refusal> {
     let mut ended = Vec::new();
     for id in &terminate.instance_ids {

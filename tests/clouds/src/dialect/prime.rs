@@ -35,7 +35,7 @@ impl Dialect for Prime {
         match (method, &path[..]) {
             ("GET", ["availability", "gpus"]) => Some(Op::Offers),
             ("POST", ["pods", ""]) => Some(Op::Create),
-            // There is no other call that only asks whether the key is good.
+            // Checks the key: the API has no other call for this.
             ("GET", ["pods", ""]) if request.parameter("limit") == Some("1") => Some(Op::Check),
             ("GET", ["pods", ""]) => Some(Op::List),
             ("GET", ["pods", id]) if !id.is_empty() => Some(Op::Get),
@@ -127,20 +127,20 @@ fn count(request: &Request, name: &str, default: usize) -> Result<usize, Refusal
 }
 
 fn only(request: &Request, known: &[&str]) -> Result<(), Refusal> {
-    // The real one ignores what it does not know; a test should not.
+    // The real API ignores unknown parameters; the fake refuses them.
     match request.query.iter().find(|(name, _)| !known.contains(&name.as_str())) {
         Some((name, _)) => Err(invalid(&format!("{name}: unknown parameter"))),
         None => Ok(()),
     }
 }
 
-/// The part of `items` that is asked for.
+/// The requested page of `items`.
 fn page(world: &World, request: &Request, items: Vec<Value>) -> Result<Value, Refusal> {
     only(request, &["offset", "limit"])?;
     let (offset, limit) = (count(request, "offset", 0)?, count(request, "limit", 100)?);
     let total = items.len();
     let most = limit.min(world.page_size.max(1));
-    // One that ends too early shows its first page and nothing after.
+    // A truncated list has a first page and none after it.
     let most = if world.truncates && offset > 0 { 0 } else { most };
     let data: Vec<Value> = items.into_iter().skip(offset).take(most).collect();
     Ok(json!({"total_count": total, "offset": offset, "limit": limit, "data": data}))
@@ -270,8 +270,7 @@ struct NewPod {
 }
 
 impl NewPod {
-    /// Whether it names `stock`, with everything that tells it from others of the same machine
-    /// type.
+    /// Whether it identifies `stock` among all stocks of the same machine type.
     fn names(&self, stock: &Stock) -> bool {
         self.cloud_id == cloud_id(stock)
             && self.gpu_type == gpu_type(stock.gpu)

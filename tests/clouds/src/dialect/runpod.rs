@@ -19,9 +19,9 @@ mod graphql;
 /// RunPod's API.
 #[derive(Debug, Default)]
 pub struct RunPod {
-    /// When it ends which pod by itself, Unix seconds.
+    /// Deadline of each pod, Unix seconds.
     deadlines: Mutex<BTreeMap<String, u64>>,
-    /// Its GraphQL is there no more.
+    /// Its GraphQL API is gone.
     rest_alone: bool,
 }
 
@@ -42,7 +42,7 @@ impl Dialect for RunPod {
             ("GET", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Get),
             ("DELETE", ["v2", "pods", id]) if !id.is_empty() => Some(Op::Terminate),
             ("POST", ["v2", "pods"]) => Some(Op::Create),
-            // Nothing goes wrong with what is not there.
+            // Faults do not apply to calls that do not exist.
             ("POST", ["graphql"]) if self.rest_alone => Some(Op::Keys),
             ("POST", ["graphql"]) => graphql::operation(request),
             _ => None,
@@ -76,8 +76,8 @@ impl Dialect for RunPod {
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
-        // By the second, in dollars. Of a host's memory it tells on demand, and a disk is made to
-        // measure.
+        // Billed by the second, in dollars. Host memory is reported on request, and disks have the
+        // requested size.
         let sold = stock.currency == "USD" && stock.prepaid_hours.is_none();
         sold.then(|| Stock { ram_gib: None, disk_gib: DISK_GIB, ..stock.clone() })
     }
@@ -94,7 +94,7 @@ impl Dialect for RunPod {
 }
 
 impl RunPod {
-    /// As it may be some day: REST v2 and nothing else.
+    /// A possible future API: REST v2 without GraphQL.
     pub fn rest_alone() -> Self {
         Self { rest_alone: true, ..Self::default() }
     }
@@ -150,14 +150,14 @@ fn gpu_id(gpu: Gpu) -> &'static str {
 
 const GPUS: [Gpu; 3] = [Gpu::A100, Gpu::H100, Gpu::Rtx4090];
 
-/// What it rents out at all, of this kind, by whole hosts.
+/// Whether it offers stock of this kind at all.
 fn sold(world: &World, gpu: Gpu, secure: bool, spot: bool) -> impl Iterator<Item = &Stock> {
     let for_dollars = |stock: &&Stock| stock.currency == "USD" && stock.prepaid_hours.is_none();
     let of_kind = move |stock: &&Stock| stock.gpu == gpu && stock.secure == secure && stock.spot == spot;
     world.stock.iter().filter(for_dollars).filter(of_kind)
 }
 
-/// What the catalogue is asked for.
+/// Query of the catalogue.
 struct Question {
     count: u32,
     secure: bool,
@@ -207,7 +207,7 @@ fn gpu_type(world: &World, gpu: Gpu, question: &Question) -> Option<Value> {
     let fits = |stock: &&Stock| stock.gpus == question.count && stock.cuda >= question.min_cuda;
     let in_stock: Vec<&Stock> =
         sold(world, gpu, question.secure, false).filter(fits).filter(|stock| stock.left > 0).collect();
-    // One price per type and tier: the cheapest of what is asked for, else of anything.
+    // One price per type and tier: the cheapest that matches, or else the cheapest.
     let price = |secure: bool| {
         let each = |stock: &Stock| stock.price.0.dollars() / f64::from(stock.gpus);
         let asked = in_stock.iter().filter(|stock| stock.secure == secure).map(|stock| each(stock)).reduce(f64::min);
@@ -239,7 +239,7 @@ fn gpu_type(world: &World, gpu: Gpu, question: &Question) -> Option<Value> {
     Some(shown)
 }
 
-/// `POST /v2/pods`: strict, and one type of GPU at one place.
+/// `POST /v2/pods`: strict, one type of GPU in one place.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct Create {
@@ -289,7 +289,7 @@ fn create(cloud: &RunPod, world: &mut World, create: &Create) -> Result<Answer, 
     Ok(Answer::json(201, &pod(&world.rent(order)?)))
 }
 
-/// `GET /v2/pods`. In pages, as it has been seen to do.
+/// `GET /v2/pods`, in pages, as the real API was observed to do.
 fn pods(world: &mut World, request: &Request) -> Result<Answer, Refusal> {
     if let Some((name, _)) = request.query.iter().find(|(name, _)| name != "cursor") {
         return Err(invalid(format!("query parameter '{name}' not allowed")));

@@ -23,8 +23,8 @@ impl Dialect for Vast {
     }
 
     fn document(&self) -> Option<Document> {
-        // It lists some operators of a filter and describes others in words; its own client sends
-        // who it is.
+        // The documentation lists some filter operators and describes others. Its client sends its
+        // own name.
         Some(Document { file: "vast.json", elsewhere: &[], wrong: &["/num_gpus/eq", "/client_id"] })
     }
 
@@ -74,7 +74,7 @@ impl Dialect for Vast {
             Refusal::NoCapacity => {
                 (410, "no_such_ask", "error 410/3907: no_such_ask Instance type 1234567 is no longer available.")
             }
-            // Where offers are searched, a wrong key is something that is not found.
+            // A wrong key in an offers query is answered with status 404.
             Refusal::Unauthorized if on == Op::Offers => (404, "not_found", "Invalid user key"),
             Refusal::Unauthorized => (401, "auth_error", "Invalid user key"),
             Refusal::Funds => (400, "insufficient_credit", "Your account lacks credit; see the billing page."),
@@ -161,7 +161,7 @@ struct Filter {
     conditions: Vec<(String, Value)>,
 }
 
-/// Fields that can be searched by, and what they look at.
+/// Fields for filters, and their values.
 const SEARCHABLE: &[(&str, &str)] = &[
     ("gpu_name", "gpu_name"),
     ("num_gpus", "num_gpus"),
@@ -216,8 +216,7 @@ impl Filter {
     }
 }
 
-/// An offer, and beside it what is searched by but not shown under that name; real replies have
-/// more fields than anybody knows.
+/// An offer as shown, and its fields that only filters use. Real answers have more fields.
 fn ask(stock: &Stock, storage: f64) -> Value {
     let id: u64 = stock.id.parse().unwrap_or_default();
     let base = stock.price.0.dollars();
@@ -230,7 +229,7 @@ fn ask(stock: &Stock, storage: f64) -> Value {
         "num_gpus": stock.gpus,
         "gpu_ram": stock.gpu.reported_mib(),
         "gpu_frac": 0.5,
-        // The machine has twice what is rented out here.
+        // The machine has twice the offered share.
         "cpu_cores": stock.ram_gib.map(|_| 2 * stock.cores),
         "cpu_cores_effective": f64::from(stock.cores),
         "cpu_ram": stock.ram_gib.map(|gib| 2 * gib * 1024),
@@ -276,9 +275,9 @@ struct Create {
     onstart: Option<String>,
     target_state: Option<String>,
     cancel_unavail: Option<bool>,
-    /// Makes it a bid.
+    /// Makes it an interruptible bid.
     price: Option<f64>,
-    /// An object, whatever the specification says.
+    /// An object, contrary to the specification.
     env: Option<Map<String, Value>>,
 }
 
@@ -294,7 +293,7 @@ impl Create {
             ("runtype", !one_of(&self.runtype, &runtypes)),
             ("onstart", self.onstart.as_ref().is_some_and(|script| script.len() > 4048)),
             ("target_state", !one_of(&self.target_state, &["running", "stopped"])),
-            // Otherwise it might wait for its GPUs, stopped and billed.
+            // Without this, the instance might wait for its GPUs, stopped and billed.
             ("cancel_unavail", self.cancel_unavail == Some(false)),
             ("price", self.price.is_some_and(|price| !(0.001..=128.0).contains(&price))),
             ("env", self.env.as_ref().is_some_and(|env| env.values().any(|value| !value.is_string()))),
@@ -326,7 +325,7 @@ fn create(world: &mut World, ask: &str, create: Create) -> Result<Answer, Refusa
     let contract: u64 = id.parse().unwrap_or_default();
     let least = if stock.spot { stock.price.0.dollars() } else { stock.price.0.dollars() / 2.0 };
     if create.price.is_some_and(|bid| bid < least) {
-        // It stands there, stopped and billed, and the answer is an error.
+        // The instance exists, stopped and billed, and the answer is an error.
         world.change(&id, |instance| instance.life = Life::Stopped);
         let msg = "error 400/3620: bid price too low; instance created in stopped state";
         return Ok(Answer::json(
@@ -340,7 +339,7 @@ fn create(world: &mut World, ask: &str, create: Create) -> Result<Answer, Refusa
     ))
 }
 
-/// The public key that a start script lets in.
+/// The public key that the start script installs.
 fn key_in(script: &str) -> Option<String> {
     let key = &script[script.find("ssh-")?..];
     Some(key[..key.find('\'')?].to_owned())
@@ -363,7 +362,7 @@ fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
     };
     let id_of = |instance: &FakeInstance| instance.id.parse::<u64>().unwrap_or_default();
     let mut all = world.listed();
-    // It has no word for what is on its way out: what was destroyed is not there.
+    // There is no status for an ending instance: a destroyed one is not listed.
     all.retain(FakeInstance::is_live);
     all.sort_by_key(id_of);
     let rest: Vec<&FakeInstance> = all.iter().filter(|instance| id_of(instance) > after).collect();
@@ -409,7 +408,7 @@ fn instance(instance: &FakeInstance) -> Value {
         "is_bid": stock.spot,
         "geolocation": format!("{}, {}", stock.region, stock.country),
         "public_ipaddr": format!("{}\n", instance.ssh.host),
-        // The relay, of which nobody answers here.
+        // The SSH relay, where nothing listens.
         "ssh_host": "ssh5.vast.invalid",
         "ssh_port": 15610,
         "ssh_idx": "5",

@@ -1,7 +1,7 @@
-//! What the brokers send is what the clouds' own descriptions of their APIs allow, as far as those
-//! are right.
+//! Requests of the brokers conform to the clouds' published API descriptions, except where those
+//! are known to be wrong.
 //!
-//! `specs/README.md` says where they are from and what was left out of them.
+//! `specs/README.md` lists their sources and what was left out.
 
 use outliers::cloud::broker::{Broker, GpuRequest};
 use outliers::units::Bytes;
@@ -44,7 +44,7 @@ fn base_path(dialect: &dyn Dialect) -> String {
     host_and_path.find('/').map_or_else(String::new, |at| host_and_path[at..].trim_end_matches('/').to_owned())
 }
 
-/// What a broker says in a life of an instance, wants of every kind before it.
+/// Requests of a broker in the life of an instance, after queries of every kind.
 async fn all_requests(cloud: &FakeCloud) -> Vec<Request> {
     let broker = cloud.broker();
     let lease = lease();

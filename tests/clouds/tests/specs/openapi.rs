@@ -1,20 +1,19 @@
-//! As much of OpenAPI as it takes to judge a request: paths, parameters of the query, and schemas
-//! of bodies.
+//! The part of OpenAPI that validates requests: paths, query parameters and schemas of bodies.
 //!
-//! Stricter than the standard in one place: a field that a schema does not name is wrong unless it
-//! says that others may be there. Patterns and formats of strings are not looked at.
+//! Stricter than the standard in one place: a field that a schema does not name is wrong, unless
+//! the schema allows additional ones. Patterns and formats of strings are not checked.
 
 use std::collections::BTreeSet;
 
 use outliers_clouds::Request;
 use serde_json::{Map, Value};
 
-/// Something in a request that its API does not describe.
+/// A deviation of a request from its API description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Complaint {
-    /// Where: a JSON pointer into the body, `?name` in the query, `` for the whole.
+    /// Place: a JSON pointer into the body, `?name` in the query, empty for the whole request.
     pub(crate) at: String,
-    /// What is wrong there.
+    /// What is wrong.
     pub(crate) what: String,
 }
 
@@ -28,7 +27,7 @@ impl OpenApi {
         Ok(Self(json_of(yaml)))
     }
 
-    /// What is wrong with the request, of an API whose paths begin with `base`.
+    /// Deviations of the request, for an API whose paths begin with `base`.
     pub(crate) fn complaints(&self, request: &Request, base: &str) -> Vec<Complaint> {
         let path = format!("{base}{}", request.path);
         let method = request.method.as_str().to_lowercase();
@@ -41,7 +40,7 @@ impl OpenApi {
         match (request.body.as_str(), schema) {
             ("", _) if body["required"] == true => found.push(complaint("", "it needs a body")),
             ("", _) => {}
-            // An empty object says nothing.
+            // An empty object constrains nothing.
             ("{}", Value::Null) => {}
             (_, Value::Null) => found.push(complaint("", "it takes no body")),
             (text, schema) => match serde_json::from_str(text) {
@@ -52,8 +51,8 @@ impl OpenApi {
         found
     }
 
-    /// The described path that fits best, and its operation. A slash at the end does not matter:
-    /// descriptions leave it out.
+    /// The best matching path, and its operation. A trailing slash is ignored: descriptions leave
+    /// it out.
     fn operation(&self, path: &str, method: &str) -> Option<(&Value, &Value)> {
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         let fits = |template: &str| {
@@ -116,7 +115,7 @@ impl OpenApi {
         }
     }
 
-    /// The same for a part of a schema: it does not know which fields the other parts name.
+    /// The same for a part of a schema, which does not have the field names of the other parts.
     fn judge_open(&self, value: &Value, part: &Value, at: &str, found: &mut Vec<Complaint>) {
         let mut part = self.resolved(part).clone();
         if let Some(part) = part.as_object_mut() {
@@ -131,7 +130,7 @@ impl OpenApi {
             self.judge(value, choice, at, &mut found);
             found
         });
-        // What is nearest to right tells most.
+        // The alternative with the fewest deviations is reported.
         if let Some(fewest) = judged.min_by_key(Vec::len) {
             found.extend(fewest);
         }
@@ -152,7 +151,7 @@ impl OpenApi {
                 Some(schema) => self.judge(value, schema, &at, found),
                 None if known.contains(name) || others == &Value::Bool(true) => {}
                 None if others.is_object() => self.judge(value, others, &at, found),
-                // A schema that names no field says nothing of fields.
+                // A schema without fields does not constrain fields.
                 None if known.is_empty() && others.is_null() => {}
                 None => found.push(complaint(&at, "there is no such field")),
             }
@@ -168,7 +167,7 @@ impl OpenApi {
         }
     }
 
-    /// What a reference leads to.
+    /// Resolves a reference.
     fn resolved<'a>(&'a self, schema: &'a Value) -> &'a Value {
         let mut schema = schema;
         while let Some(reference) = schema["$ref"].as_str() {

@@ -1,4 +1,5 @@
-//! The GraphQL half: four operations, told apart by the field they ask for, with input types checked as a server would.
+//! The GraphQL API: four operations, distinguished by their field, with input types checked as by
+//! a server.
 
 use outliers::calendar::from_rfc3339;
 use serde::Deserialize;
@@ -10,7 +11,7 @@ use crate::{Answer, Dialect, Op, Order, Refusal, Request, Stock, World};
 pub(super) const SOLD_OUT: &str =
     "There are no longer any instances available with the requested specifications. Please refresh and try again.";
 
-/// Fields, the types of their inputs as a query may declare them, and what can be selected of their values.
+/// Fields, the types of their inputs, and the selectable fields of their values.
 const FIELDS: [(&str, Option<&str>, &[&str], Op); 5] = [
     ("myself", None, &["id", "email", "clientBalance", "currentSpendPerHr"], Op::Check),
     ("gpuTypes", Some("GpuLowestPriceInput"), OF_TYPES, Op::Offers),
@@ -45,13 +46,13 @@ struct Document {
 }
 
 impl Document {
-    /// The one field it asks for.
+    /// The field of the query.
     fn field(&self) -> Option<&'static str> {
         let words: Vec<&str> = names(&self.query).collect();
         FIELDS.iter().map(|(field, ..)| *field).find(|field| words.contains(field))
     }
 
-    /// The value of its one variable, if the whole is a document that a server would take.
+    /// The value of its variable, if the document is valid.
     fn variable<T: for<'de> Deserialize<'de>>(&self, field: &str) -> Result<Option<T>, Refusal> {
         let known = FIELDS.iter().find(|(name, ..)| *name == field).ok_or_else(|| unknown(field))?;
         let (_, input, selectable, _) = known;
@@ -91,7 +92,7 @@ pub(super) fn operation(request: &Request) -> Option<Op> {
     FIELDS.iter().find(|(name, ..)| *name == field).map(|(.., op)| *op)
 }
 
-/// A refusal: a success with `errors`, but for what is refused before GraphQL is reached or understood.
+/// A refusal: status 200 with `errors`, except for errors before GraphQL is parsed.
 pub(super) fn refuse(refusal: &Refusal) -> Answer {
     let error = |message: &str, code: &str| json!([{"message": message, "extensions": {"code": code}}]);
     let done = |message: &str| Answer::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
@@ -132,7 +133,7 @@ impl RunPod {
     fn rent(&self, world: &mut World, input: Rent, spot: bool) -> Result<Value, Refusal> {
         let deadline = input.check(spot)?;
         let stock = input.choose(world, spot)?.clone();
-        // What it calls a GB may be a GiB; nobody gets more than that.
+        // RunPod's GB may be a GiB; this is the smaller reading.
         let disk_gib = (input.container_disk_in_gb * 1_000_000_000) >> 30;
         let public_key = input.env.iter().find(|variable| variable.key == "PUBLIC_KEY");
         let order = Order {
@@ -156,7 +157,8 @@ struct Terminate {
     pod_id: String,
 }
 
-/// `PodFindAndDeployOnDemandInput`, and with a bid `PodRentInterruptableInput`. What this fake could not honour is left out.
+/// `PodFindAndDeployOnDemandInput`, and with a bid `PodRentInterruptableInput`, without fields
+/// that this fake cannot honour.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Rent {
@@ -194,7 +196,7 @@ struct Variable {
 }
 
 impl Rent {
-    /// The deadline, if all makes sense.
+    /// The deadline, if valid.
     fn check(&self, spot: bool) -> Result<Option<u64>, Refusal> {
         let wrong = if self.bid_per_gpu.is_some() != spot {
             Some("bidPerGpu belongs to a bid, and to nothing else")
