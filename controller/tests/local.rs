@@ -19,10 +19,10 @@ use tempfile::TempDir;
 
 const EXE: &str = env!("CARGO_BIN_EXE_outliers");
 
-/// After this nothing is hoped for any more: no bound, on a busy machine much takes long.
+/// Timeout of waits; long, because a busy machine is slow.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
-/// A cloud of its own, which a failing test does not leave running.
+/// A local cloud that is stopped when dropped, also by a failing test.
 struct Cloud {
     broker: LocalBroker,
     root: TempDir,
@@ -30,8 +30,8 @@ struct Cloud {
 
 impl Drop for Cloud {
     fn drop(&mut self) {
-        // Tests run within a runtime, which cannot be entered again: another thread, another
-        // runtime.
+        // Tests run in a runtime, which cannot be entered again, so this uses a runtime on another
+        // thread.
         let broker = self.broker.clone();
         let ended = std::thread::spawn(move || {
             let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -106,7 +106,7 @@ async fn text(there: &Arc<dyn Transport>, command: &str) -> String {
 }
 
 fn alive(pid: u32) -> bool {
-    // A zombie has no memory: its line for it is missing.
+    // A zombie has no memory and no line for it.
     let status = fs::read_to_string(format!("/proc/{pid}/status"));
     if Path::new("/proc/self/status").exists() {
         return status.is_ok_and(|text| !text.contains("State:\tZ"));
@@ -201,7 +201,7 @@ async fn detached_child_survives_its_controller() {
     let instance = cloud.rent().await;
     let said = text(&cloud.reach(&instance), "setsid nohup sleep 300 </dev/null >log 2>&1 & echo $!").await;
     let pid: u32 = said.parse().unwrap();
-    // Another one, which has started nothing.
+    // Another lease, without processes.
     let other = LocalBroker::new(cloud.root(), PathBuf::from(EXE));
     let there = other.way(&instance.id).unwrap().transport;
     assert_eq!(text(&there, &format!("kill -0 {pid} && echo lives")).await, "lives");
@@ -209,7 +209,8 @@ async fn detached_child_survives_its_controller() {
     assert!(!alive(pid));
 }
 
-/// Starts processes, each of which sheds what would find it but for one mark; returns their ids.
+/// Starts processes, each of which has only one of the marks by which it can be found; returns
+/// their ids.
 async fn shed_marks(there: &Arc<dyn Transport>) -> Vec<u32> {
     let script = "
         setsid nohup sleep 301 </dev/null >/dev/null 2>&1 & echo $!
@@ -217,7 +218,7 @@ async fn shed_marks(there: &Arc<dyn Transport>) -> Vec<u32> {
         trap '' TERM; setsid sh -c 'trap \"\" TERM HUP; while :; do sleep 303; done' </dev/null >/dev/null 2>&1 & echo $!
         cp /bin/sleep ./worker; setsid env -i ./worker 304 </dev/null >/dev/null 2>&1 & echo $!";
     let pids: Vec<u32> = text(there, script).await.lines().map(|line| line.parse().unwrap()).collect();
-    // The last two become what they are a moment after they were started.
+    // The last two change shortly after their start.
     let name = |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     until("their start", || name(pids[3]).starts_with(b"./worker") || !Path::new("/proc/self").exists()).await;
     pids
@@ -229,7 +230,7 @@ async fn terminate_ends_processes_of_other_sessions_and_stopped_ones() {
     let instance = cloud.rent().await;
     let there = cloud.reach(&instance);
     let mut pids = shed_marks(&there).await;
-    // In a session of its own: a group that loses its parent while a member is stopped gets a
+    // In its own session: a process group whose parent ends while a member is stopped gets a
     // SIGHUP.
     let script = "
         setsid sleep 305 </dev/null >/dev/null 2>&1 & P=$!
@@ -371,8 +372,8 @@ async fn instance_survives_its_creator() {
         let output = Command::new("ps").args(["-o", &format!("{name}="), "-p", &pid.to_string()]).output().unwrap();
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     };
-    // A session of its own, without a terminal: neither a hang-up nor a Ctrl-C of its creator's
-    // reaches it.
+    // Its own session without a terminal: neither a hang-up nor a Ctrl-C of its creator's reaches
+    // it.
     assert_eq!((field("sess"), field("pgid")), (pid.to_string(), pid.to_string()));
     assert_eq!(field("tty"), "?");
     // Another controller finds and ends it.
@@ -421,8 +422,7 @@ async fn interrupted_create_is_listed_and_can_be_terminated() {
     let cloud = Cloud::new();
     let instance = cloud.rent().await;
     let folder = cloud.folder(&instance);
-    // As a controller leaves it that is killed between the intent and the process: no process,
-    // nothing it would write.
+    // The state after a controller was killed between the intent and the start of the process.
     kill(instance_pid(&cloud, &instance), "-KILL");
     for name in ["ready.json", "log"] {
         fs::remove_file(folder.join(name)).unwrap();
@@ -457,7 +457,7 @@ async fn interrupted_termination_can_be_completed() {
         assert!(begun.elapsed() < TIMEOUT);
     }
     assert!(matches!(cloud.only().await.state, InstanceState::Failed(_)));
-    // Cut short after the bill, and after the folder was moved away.
+    // Interrupted after the bill, and after the folder was moved.
     fs::create_dir(cloud.root().join("instances/.gone-i-abcdefghijkl")).unwrap();
     cloud.broker.terminate(&InstanceId("i-abcdefghijkl".to_owned())).await.unwrap();
     assert!(!cloud.root().join("instances/.gone-i-abcdefghijkl").exists());

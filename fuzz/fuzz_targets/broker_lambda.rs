@@ -1,4 +1,4 @@
-//! What Lambda answers.
+//! Answers of Lambda.
 
 #![no_main]
 

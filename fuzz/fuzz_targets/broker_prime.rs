@@ -1,4 +1,4 @@
-//! What Prime Intellect answers.
+//! Answers of Prime Intellect.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What RunPod answers.
+//! Answers of RunPod.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What Vast.ai answers.
+//! Answers of Vast.ai.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! What a rented host prints, and what its files hold.
+//! Output and files of a rented host.
 
 #![no_main]
 

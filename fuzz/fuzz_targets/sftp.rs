@@ -1,4 +1,4 @@
-//! What a host's SFTP server answers.
+//! Answers of a host's SFTP server.
 
 #![no_main]
 

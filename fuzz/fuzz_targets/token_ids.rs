@@ -1,4 +1,4 @@
-//! Ready token ids.
+//! Files of token ids.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! A file of a tokenizer, in any form.
+//! Files of a tokenizer, in any format.
 
 #![no_main]
 

@@ -1,4 +1,4 @@
-//! Answers without a server: what a cloud might say, without the cost of saying it.
+//! HTTP answers without a server.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,7 +7,7 @@ use async_trait::async_trait;
 use outliers::cloud::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
 use outliers::cloud::http::{Answer, Call, HttpTransport, NoAnswer};
 
-/// What is still to be said. Clones share it.
+/// The remaining answers. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub struct Answers(Arc<Mutex<VecDeque<Vec<u8>>>>);
 
@@ -25,7 +25,7 @@ impl Answers {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = answers;
     }
 
-    /// The next; after the last the connection breaks.
+    /// The next answer; after the last the connection breaks.
     fn next(&self) -> Result<Answer, NoAnswer> {
         let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let broke = || NoAnswer { certainly_not_taken: false, words: "the connection broke".to_owned() };

@@ -12,11 +12,11 @@ use serde_json::Value;
 
 use crate::assert_harmless;
 
-/// Tensors of which a list is made here; the largest published checkpoints have a hundred thousand.
+/// Most tensors that are listed here; the largest published checkpoints have a hundred thousand.
 const MOST_TENSORS: usize = 1 << 17;
 
-/// A safetensors file: if its header is taken, the tensors tile the file, and nothing after the
-/// header was needed to know it.
+/// A safetensors file. If its header is accepted, the tensors tile the file, and only the header
+/// was needed to know it.
 pub fn header(file: &[u8]) {
     let len = file.len() as u64;
     let Some(header) = good(Header::parse(file, len)) else { return };
@@ -34,8 +34,8 @@ pub fn header(file: &[u8]) {
     assert_eq!(alone, Some(header), "something behind the header counts");
 }
 
-/// A `pytorch_model.bin`, which holds a pickle of any protocol: if it is taken, the tensors can be
-/// counted, and those without gaps lie inside the file.
+/// A `pytorch_model.bin` with a pickle of any protocol. If it is accepted, the tensors can be
+/// counted, and those without gaps are inside the file.
 pub fn pickle(file: &[u8]) {
     let len = file.len() as u64;
     let read = |range: Range<u64>| {
@@ -49,7 +49,7 @@ pub fn pickle(file: &[u8]) {
     }
 }
 
-/// A `config.json`: if it is taken, the names and shapes of all its tensors can be told.
+/// A `config.json`. If it is accepted, the names and shapes of all its tensors can be computed.
 pub fn config(text: &[u8]) {
     let Ok(value) = serde_json::from_slice::<Value>(text) else { return };
     let Some(architecture) = good(arch::read(&value)) else { return };
@@ -83,7 +83,7 @@ pub fn index(text: &[u8]) {
     }
 }
 
-/// What was taken, or nothing after an error that is fit for a terminal.
+/// The accepted value; `None` after an error that is safe for a terminal.
 pub(crate) fn good<T>(result: Result<T, WorkerError>) -> Option<T> {
     let error = match result {
         Ok(value) => return Some(value),

@@ -1,4 +1,4 @@
-//! A cloud that says whatever it is told to, and the real broker that has to live with it.
+//! A cloud with given answers, and the real broker.
 
 use std::sync::Arc;
 
@@ -15,9 +15,9 @@ use crate::assert_harmless;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
 const KEY: &str = "sk-fuzz-7d1e";
-/// How many offers of one answer are ordered.
+/// Most offers of one answer that are ordered.
 const MOST_ORDERS: usize = 3;
-/// Nobody asks more per hour.
+/// A price per hour above every limit.
 const HIGHEST: f64 = 100_000.0;
 
 /// A broker and its cloud.
@@ -25,12 +25,12 @@ pub struct Cloud {
     runtime: Runtime,
     broker: Box<dyn Broker>,
     answers: Answers,
-    /// Something to order.
+    /// An order.
     offer: Offer,
 }
 
 impl Cloud {
-    /// The cloud called `name`, of which `stock` are good answers to a question for offers.
+    /// The cloud called `name`; `stock` are good answers to a query for offers.
     pub fn new(name: &str, stock: &[u8]) -> Self {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
         let answers = Answers::default();
@@ -38,7 +38,7 @@ impl Cloud {
         let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
         let runtime = crate::impatient();
         let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
-        // Paces begin now, and that takes the runtime's clock.
+        // Rate limits start now and need the runtime's clock.
         let broker = runtime.block_on(async { (kind.connect)(access) });
         answers.say(stock);
         let found = runtime.block_on(broker.offers(&want())).expect("good answers are understood");
@@ -46,8 +46,8 @@ impl Cloud {
         Self { runtime, broker, answers, offer }
     }
 
-    /// Asks everything that can be asked, each question answered by `script` (see
-    /// [`Answers::say`]) from its beginning.
+    /// Makes every request of a broker. Each is answered by `script` (see [`Answers::say`]) from
+    /// its start.
     pub fn hear(&self, script: &[u8]) {
         let id = InstanceId("17".to_owned());
         self.runtime.block_on(async {
@@ -73,7 +73,7 @@ impl Cloud {
     }
 }
 
-/// Asks for as much as there are questions.
+/// A request with all filters.
 fn want() -> GpuRequest {
     GpuRequest {
         gpu_count: Some(1),
@@ -93,7 +93,7 @@ fn lease() -> Lease {
     }
 }
 
-/// What came of a call, if it is no error; errors can be shown to anybody.
+/// The result of a call, or `None` after an error, which must be safe to show.
 fn good<T>(result: Result<T, BrokerError>) -> Option<T> {
     let error = match result {
         Ok(value) => return Some(value),

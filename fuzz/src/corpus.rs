@@ -1,4 +1,4 @@
-//! Corpora that somebody else wrote.
+//! Corpora from untrusted files.
 
 use std::fs;
 use std::path::Path;
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::checkpoint::good;
 
-/// Endings, from which the first byte of an input chooses: a digit, in seeds.
+/// Extensions, selected by the first byte of an input: a digit, in seeds.
 const ENDINGS: [&str; 12] = [
     "txt",
     "jsonl",
@@ -28,15 +28,15 @@ const ENDINGS: [&str; 12] = [
     "ndjson.zst",
 ];
 
-/// Files of a tokenizer, from which the first byte of an input chooses; the last stands beside a
-/// good tokenizer.json.
+/// Files of a tokenizer, selected by the first byte of an input; the last is beside a good
+/// tokenizer.json.
 const TOKENIZERS: [&str; 4] = ["tokenizer.json", "merges.txt", "tiktoken.model", "tokenizer_config.json"];
-/// A text with all that cuts words.
+/// A text with every kind of word boundary.
 const TEXT: &str = "a b  ab\n<unk> it's 123 e\u{301} 漢字 <|x|> aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa";
-/// No token's id is so large.
+/// Larger than any token id.
 const VOCAB: usize = 1 << 32;
 
-/// A file of documents: if it is taken, it makes windows of what was asked for.
+/// A file of documents. If it is accepted, it gives windows of the requested size.
 pub fn documents(input: &[u8]) {
     let Some((ending, bytes)) = input.split_first() else { return };
     let model = model();
@@ -46,7 +46,7 @@ pub fn documents(input: &[u8]) {
     assert!(tokens.tokens == 2 && tokens.provenance.tokens_available >= tokens.ids.len());
 }
 
-/// Ready token ids: if they are taken, they are the model's.
+/// Token ids. If they are accepted, they are valid for the model.
 pub fn token_ids(bytes: &[u8]) {
     let model = model();
     let path = model.join("ids");
@@ -55,8 +55,8 @@ pub fn token_ids(bytes: &[u8]) {
     assert!(tokens.ids.iter().all(|id| (0..3).contains(id)), "{:?}", tokens.ids);
 }
 
-/// A file of a tokenizer: if it is taken, it makes windows of a text, or an error of it, and no
-/// text grows without end.
+/// A file of a tokenizer. If it is accepted, it gives windows of a text or an error, with bounded
+/// size.
 pub fn tokenizer(input: &[u8]) {
     let Some((which, bytes)) = input.split_first() else { return };
     let which = TOKENIZERS[usize::from(which.wrapping_sub(b'0')) % TOKENIZERS.len()];
@@ -80,8 +80,8 @@ fn name(path: &Path) -> String {
     path.to_str().expect("it is plain").to_owned()
 }
 
-/// The tokens of a source for a model of so many embeddings, or nothing after an error that is fit
-/// for a terminal.
+/// The tokens of a source for a model with this vocabulary; `None` after an error that is safe for
+/// a terminal.
 fn load(source: CorpusSource, length: Option<usize>, model: &Path, vocab: usize) -> Option<Tokens> {
     let spec = CorpusSpec { source, sequence_length: length, ..CorpusSpec::default() };
     let hub = Hub::new(HubOptions::new("/nowhere")).expect("it is asked for nothing");
@@ -90,7 +90,7 @@ fn load(source: CorpusSource, length: Option<usize>, model: &Path, vocab: usize)
     Some(tokens)
 }
 
-/// A folder with a tokenizer that knows one word.
+/// A folder with a tokenizer of one word.
 fn model() -> &'static Path {
     static MODEL: OnceLock<TempDir> = OnceLock::new();
     let made = MODEL.get_or_init(|| {

@@ -1,4 +1,4 @@
-//! A rented host that says whatever it is told to.
+//! A rented host with given answers.
 
 use std::collections::VecDeque;
 use std::path::Path;
@@ -13,16 +13,16 @@ use tokio::time::Instant;
 
 use crate::assert_harmless;
 
-/// Where it begins to speak after a login shell's greetings.
+/// Mark after a login shell's greeting.
 const MARK: &[u8] = b"\n@outliers@\n";
-/// Between two answers of a script.
+/// Separator of a script's answers.
 const NEXT: &[u8] = b"===\n";
-/// The only run on it.
+/// The only run on the host.
 const RUN: &str = "r1";
 
-/// Asks a host everything that can be asked, each question answered by `script` from its
-/// beginning: what a command prints or a file holds, with lines `===` between. An answer with `!`
-/// before it failed; to one with `-` there is no file.
+/// Makes every request to a host. Each is answered by `script` from its start: output of commands
+/// or content of files, separated by lines `===`. An answer with `!` before it is a failure; with
+/// `-`, there is no file.
 pub fn hear(script: &[u8]) {
     let answered = || RemoteHost::new(Arc::new(Scripted::new(script)), "host");
     crate::run(async {
@@ -50,8 +50,8 @@ pub fn hear(script: &[u8]) {
     });
 }
 
-/// Follows a run whose progress file and log are `text`, in one piece and in several: what is told
-/// is the same.
+/// Follows a run whose progress file and log are `text`, received in one piece and in several. The
+/// events must be equal.
 pub fn follow(text: &[u8]) {
     let whole = crate::run(followed(text, text.len()));
     let pieces = crate::run(followed(text, text.len() / 8 + 1));
@@ -70,7 +70,7 @@ async fn followed(text: &[u8], step: usize) -> Vec<String> {
     let deadline = Instant::now() + Duration::from_secs(3600);
     good(host.follow(RUN, &mut Cursor::default(), deadline, &on).await).expect("this host is a good one");
     let mut told = told.into_inner().unwrap_or_else(PoisonError::into_inner);
-    // Progress and log are two files: in which order their lines are told depends on the pieces.
+    // Progress and log are two files, so the order of their lines depends on the pieces.
     told.sort_by_key(|event| event.starts_with("Log"));
     told
 }
@@ -94,7 +94,7 @@ fn names(folder: &Path) -> Vec<String> {
     names
 }
 
-/// Answers in turn; after the last it fails.
+/// Answers in turn; fails after the last.
 struct Scripted(Mutex<VecDeque<Vec<u8>>>);
 
 impl Scripted {
@@ -106,7 +106,7 @@ impl Scripted {
                 _ => answers.push_back(Vec::new()),
             }
         }
-        // The end of a line before a `===` belongs to that.
+        // The newline before a `===` belongs to the separator.
         answers
             .iter_mut()
             .filter(|answer| answer.ends_with(b"\n"))
@@ -155,7 +155,7 @@ impl Transport for Scripted {
     }
 }
 
-/// A worker's files that grow by `step` bytes between two looks, as a good host shows them.
+/// A worker's files that grow by `step` bytes between two polls.
 struct Growing {
     text: Vec<u8>,
     step: usize,
@@ -163,7 +163,7 @@ struct Growing {
 }
 
 impl Growing {
-    /// What the script that looks prints: it names each file with the bytes that are known of it.
+    /// Output of the polling script: the name of each file with its new bytes.
     fn look(&self, script: &str) -> Vec<u8> {
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         *shown = self.text.len().min(*shown + self.step);
@@ -207,7 +207,7 @@ impl Transport for Growing {
     }
 }
 
-/// Following takes nothing but commands.
+/// Following uses only commands.
 fn unasked() -> TransportError {
     TransportError::new(TransportErrorKind::Remote, "nobody asks for that")
 }

@@ -1,4 +1,4 @@
-//! An SFTP server that answers whatever it is told to.
+//! An SFTP server with given answers.
 
 use std::time::Duration;
 
@@ -7,16 +7,16 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 
 use crate::assert_harmless;
 
-/// Longest request that is read; ours are names and figures.
+/// Longest request that is read; the client's have names and numbers only.
 const LONGEST: usize = 64 << 10;
-/// Longest that an answer may take, by a clock that does not wait.
+/// Longest time for an answer, by the runtime's clock.
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The first request, the only one without a number, and the answer to it.
+/// The first request, the only one without a number, and its answer.
 const INIT: u8 = 1;
 const VERSION: u8 = 2;
 
-/// Reads a file from the server: `script` is where to begin (8 bytes), how much to take (2 bytes),
-/// and answers, each with its length (2 bytes) before it: the packet's type and what follows the
+/// Reads a file from the server. `script` has the offset (8 bytes), the length (2 bytes) and
+/// answers, each with its length (2 bytes) first, then the packet's type and the data after the
 /// request's number. All little-endian.
 pub fn read(script: &[u8]) {
     let Some((offset, rest)) = script.split_first_chunk::<8>() else { return };
@@ -35,7 +35,7 @@ pub fn read(script: &[u8]) {
     });
 }
 
-/// Answers in turn, each to the request that came; after the last it hangs up.
+/// Answers each request in turn; closes after the last.
 async fn serve(mut stream: DuplexStream, answers: Vec<u8>) {
     let mut answers = &answers[..];
     while let Some(request) = request(&mut stream).await {

@@ -1,5 +1,4 @@
-//! The worker without some features, beside Hugging Face transformers without them
-//! (`tests/ablation.py` made the numbers).
+//! Ablations, compared with Hugging Face transformers (numbers from `tests/ablation.py`).
 
 use std::path::Path;
 
@@ -9,7 +8,7 @@ use outliers_tests::programs::{golden, goldens, run_worker};
 use outliers_worker::commands::demo;
 use serde::Deserialize;
 
-/// What transformers gives.
+/// The figures of transformers.
 #[derive(Deserialize)]
 struct Arm {
     features: Vec<usize>,
@@ -78,7 +77,7 @@ fn ablation_of_the_demos_features_equals_the_reference() {
     compare("demo", &results.ablation, &theirs);
 }
 
-/// What one run found is what the next one takes away.
+/// Systematic features of one run are ablated in the next.
 #[test]
 fn deploy_ablates_features_found_by_an_earlier_run() {
     let folder = tempfile::tempdir().unwrap();

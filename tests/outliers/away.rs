@@ -1,5 +1,5 @@
-//! Runs whose controller goes away, on purpose or with its terminal, and what looks on from
-//! elsewhere.
+//! Runs whose controller ends, by option or with its terminal, and other processes that watch
+//! them.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -14,7 +14,7 @@ use crate::deploy::{signal, slow_deploy, worker_is_busy};
 const SIGHUP: i32 = 1;
 const SIGINT: i32 = 2;
 
-/// Whatever the tests themselves were started under.
+/// Removes settings of the environment in which the tests were started.
 const WITH_HANGUPS: [&str; 2] = ["env", "--default-signal=HUP"];
 
 #[test]
@@ -67,7 +67,7 @@ fn detached_run_continues_and_attach_saves_its_results() {
     let instance = context.bill().running[0].id.0.clone();
     assert_eq!(document["instance"], instance.as_str());
 
-    // Its guard misses nobody until the time limit.
+    // Its guard does not act before the time limit.
     let folder = context.state().join("local/instances").join(&instance).join("home/outliers").join(&id);
     let terms = std::fs::read_to_string(folder.join("guard.terms")).unwrap();
     assert!(terms.contains("lease=0 unclaimed=0"), "{terms}");
@@ -91,7 +91,7 @@ fn detached_run_continues_and_attach_saves_its_results() {
     assert_eq!(context.bill().entries.len(), 1, "rented once");
 }
 
-/// Where an instance is never ended but by a controller, it is not left alone.
+/// Detaching is refused if only a controller can end the instance.
 #[test]
 fn detach_is_refused_on_clouds_without_self_termination() {
     let cloud = FakeCloud::start(Lambda);

@@ -1,5 +1,5 @@
-//! The same model described in other words, as other programs save it: what transformers takes for
-//! the same is computed the same, to the activations recorded from it.
+//! The same model with other configurations and files, as other programs save it. Activations must
+//! equal those recorded from transformers.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,8 +12,8 @@ use serde_json::{Value, json};
 
 use crate::worker::{copy, edit_config, failure, read, run_like};
 
-/// Runs an altered fixture, compares with what was recorded of the original, and tells what is
-/// noted of the checkpoint.
+/// Runs an altered fixture, compares with the original's reference, and returns the notes about
+/// the checkpoint.
 fn assert_same(name: &str, alter: impl Fn(&Path)) -> Metadata {
     let model = copy(name);
     alter(model.path());
@@ -33,7 +33,7 @@ fn without(keys: &'static [&'static str]) -> impl Fn(&Path) {
     }
 }
 
-/// Tensors of a file, to be changed and written again.
+/// Tensors of a file, to be changed and written.
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
 fn edit_tensors(model: &Path, edit: impl Fn(Tensors) -> Tensors) {
@@ -50,8 +50,7 @@ fn edit_tensors(model: &Path, edit: impl Fn(Tensors) -> Tensors) {
 
 #[test]
 fn absent_config_keys_get_the_defaults_of_their_class() {
-    // The last number: how many of them have a default of their own, and are not derived from
-    // others.
+    // The last number: attributes with a default of their own, not derived from others.
     for (fixture, keys, defaults) in [
         ("mixtral", &["rope_theta"][..], 1),
         ("gpt-oss-mxfp4", &["rope_theta", "attention_bias", "swiglu_limit", "layer_types"], 3),
@@ -103,7 +102,7 @@ fn tensors_without_the_model_prefix_are_found() {
 
 #[test]
 fn stored_lm_head_is_used_despite_tied_embeddings() {
-    // Its golden values are those of a head that differs from the embedding.
+    // Its reference was computed with a head that differs from the embedding.
     let metadata = assert_same("qwen2-stored-head", |_| {});
     assert!(metadata.model.checkpoint_notes[0].contains("a head of its own"), "{:?}", metadata.model.checkpoint_notes);
     let metadata = assert_same("qwen3", |model| {
@@ -191,7 +190,7 @@ fn multimodal_class_decides_whether_the_head_is_tied() {
         serde_json::from_slice::<Value>(&said.stdout).unwrap()
     };
     assert!(tied(false)["checkpoint_notes"].is_null());
-    // What is stored counts all the same.
+    // The stored dtype applies all the same.
     assert!(tied(true)["checkpoint_notes"][0].as_str().unwrap().contains("a head of its own"));
 }
 
@@ -278,7 +277,7 @@ fn sequences_longer_than_the_sparse_indexer_limit_are_refused() {
         let inspect = run_worker(inspect);
         assert_eq!(inspect.status.code(), Some(2));
         assert!(String::from_utf8_lossy(&inspect.stderr).contains("at most 31"));
-        // As long as it selects every key, it is told and left.
+        // If it selects every key, it is noted and ignored.
         let ignored = assert_same(name, |model| edit_config(model, |config| config["index_topk"] = json!(32)));
         let ignored = ignored.model.ignored.into_iter().find(|ignored| ignored.why.contains("index_topk")).unwrap();
         assert!(ignored.tensors >= 5 * indexers && ignored.example.contains("indexer"), "{ignored:?}");
@@ -302,7 +301,7 @@ fn unknown_config_keys_are_printed_and_recorded() {
 
 #[test]
 fn wrong_config_default_is_a_checkpoint_error() {
-    // The class says 128, the tensors 32.
+    // The default of the class is 128, the tensors have 32.
     let model = copy("qwen3");
     without(&["head_dim"])(model.path());
     let (kind, said) = failure(model.path(), &[]);

@@ -19,10 +19,10 @@ mod kills;
 
 const FIXTURE: &str = "olmoe-bf16";
 
-/// A context on which only these clouds are known.
+/// A context with these clouds only.
 pub(super) struct Place {
     pub(super) context: TestContext,
-    /// Where the hosts' tools lie: an `nvidia-smi` that names the GPUs that were rented.
+    /// Folder of the hosts' tools: an `nvidia-smi` that lists the rented GPUs.
     tools: tempfile::TempDir,
 }
 
@@ -57,7 +57,7 @@ impl Place {
         self.host_with(cloud, "", |server| Rented { ssh: server.endpoint(), machine: Box::new(server) })
     }
 
-    /// The same with these lines in its `sshd_config`, and reached as `rented` says.
+    /// The same with these lines in its `sshd_config` and the address of `rented`.
     fn host_with(
         &self,
         cloud: &FakeCloud,
@@ -75,7 +75,7 @@ impl Place {
         Some(())
     }
 
-    /// Deploys a fixture that is uploaded, on whatever has an A100.
+    /// Deploys an uploaded fixture on any offer with an A100.
     fn deploy(&self) -> Said {
         self.context.run(Self::deployment())
     }
@@ -109,8 +109,7 @@ impl Place {
         usual.into_iter().chain(rest).map(str::to_owned).collect()
     }
 
-    /// Two A100s of which the first cannot be had, then the same results as anywhere, and nothing
-    /// left.
+    /// Of two A100s the first is sold out. Results are as on other instances, and nothing is left.
     fn full_run(&self, cloud: &FakeCloud) {
         {
             let mut world = cloud.world();
@@ -144,13 +143,13 @@ impl Place {
     }
 }
 
-/// The closing assertion: the cloud bills nothing.
+/// Final assertion: the cloud bills nothing.
 pub(super) fn nothing_left(cloud: &FakeCloud) {
     let world = cloud.world();
     assert_eq!(world.live().count(), 0, "still billing: {world:?}");
 }
 
-/// A person's shell on a kept instance, which has to show the host key that it showed first.
+/// An SSH session on a kept instance, which must show its first host key.
 #[test]
 fn ssh_to_a_held_instance_checks_its_host_key() {
     let cloud = FakeCloud::start(RunPod::default());
@@ -168,7 +167,7 @@ fn ssh_to_a_held_instance_checks_its_host_key() {
     if shell("command -v ssh").status.success() {
         let said = shell(&format!("{} 'echo entered' 2>&1", command.trim()));
         assert!(String::from_utf8_lossy(&said.stdout).contains("entered"), "{said:?}");
-        // Somebody else behind the same address.
+        // Another host at the same address.
         let run = listed["instances"][0]["name"].as_str().unwrap().split('-').nth(2).unwrap();
         let known_hosts = place.context.state().join("runs").join(run).join("known_hosts");
         let known = std::fs::read_to_string(&known_hosts).unwrap();
@@ -207,8 +206,8 @@ fn deploy_to_prime_completes() {
     deploys_to(Prime);
 }
 
-/// Lambda gives an address and nothing else: user and port are what its images have, unless the
-/// settings say otherwise.
+/// Lambda reports only an address: user and port are those of its images, unless the settings have
+/// others.
 #[test]
 fn deploy_to_lambda_completes() {
     let Some(server) = Sshd::start().unwrap() else { return };
@@ -222,7 +221,7 @@ fn deploy_to_lambda_completes() {
     place.full_run(&cloud);
 }
 
-/// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that allows one
+/// A gateway's text before the SSH version (RFC 4253, section 4.2), and a server that permits one
 /// session.
 #[test]
 fn deploy_works_with_an_ssh_banner_and_one_session() {
@@ -239,7 +238,7 @@ fn deploy_works_with_an_ssh_banner_and_one_session() {
     }
 }
 
-/// Whoever pays for a GPU wants it used.
+/// A rented GPU must be used.
 #[test]
 fn unsupported_gpus_are_not_rented() {
     let cloud = FakeCloud::start(Vast);
@@ -251,7 +250,7 @@ fn unsupported_gpus_are_not_rented() {
     let said = format!("{plain:?}");
     assert!(said.contains("without CUDA") && said.contains("outliers worker build --cuda"), "{said}");
 
-    // One that uses GPUs, but none under drivers of today.
+    // A worker with CUDA that no current driver supports.
     let tools = tempfile::tempdir().unwrap();
     let program = tools.path().join("outliers-worker");
     let version = String::from_utf8(run_worker(["version", "--json"]).stdout).unwrap();
@@ -268,8 +267,8 @@ fn unsupported_gpus_are_not_rented() {
     assert_eq!(cloud.world().count(Op::Create), 0);
 }
 
-/// Of an offer that is dearer than the one that was shown, as much time is rented as what was
-/// agreed pays for.
+/// If the rented offer is dearer than the shown one, the time limit is reduced to the agreed
+/// amount.
 #[test]
 fn amount_paid_is_at_most_the_amount_shown() {
     let cloud = FakeCloud::start(Vast);
@@ -307,7 +306,7 @@ fn amount_paid_is_at_most_the_amount_shown() {
     nothing_left(&cloud);
 }
 
-/// The start of an instance alone is estimated to take five minutes.
+/// The start of an instance is estimated to take five minutes.
 #[test]
 fn run_over_its_time_limit_needs_allow_cut_short() {
     let cloud = FakeCloud::start(Vast);
@@ -413,7 +412,7 @@ fn offers_queries_all_clouds_concurrently() {
     assert!(said.stderr.contains("--max-price") && said.stderr.contains("would find"), "{said:?}");
 }
 
-/// On a machine that knows nothing: exactly what is overdue and of the owner ends, on every cloud.
+/// On a machine without a ledger: exactly the owner's overdue instances end, on every cloud.
 #[test]
 fn reap_needs_only_api_keys() {
     let clouds = [
@@ -467,8 +466,8 @@ fn doctor_reports_each_problem() {
     assert!(said.stdout.contains("runpod account") && !said.stdout.contains("lambda"), "{said:?}");
 }
 
-/// Five hundred instances of others and one stray of ours: all are shown, only ours is ours, and
-/// the program stays small.
+/// Five hundred instances of others and one stray of this ledger: all are listed, only the stray
+/// is this ledger's, and memory stays small.
 #[test]
 fn large_account_is_listed_whole_and_only_our_stray_is_ours() {
     let cloud = FakeCloud::start(RunPod::default());

@@ -1,5 +1,5 @@
-//! Text from a dataset on the hub: the same windows as from files, by a few ranges, whatever
-//! happens to them.
+//! Text from a dataset on the hub: the same windows as from files, with few range requests, under
+//! all faults.
 
 use std::fs;
 use std::io::Write;
@@ -23,11 +23,11 @@ use serde_json::{Value, json};
 
 const ID: &str = "owner/texts";
 const FOLDER: &str = "sample/10BT";
-/// Documents of a file, and of a block of it.
+/// Documents per file, and per block.
 const ROWS: usize = 2000;
 const BLOCK: usize = 10;
 
-/// A dataset of two files, a model, and the hub that has the first.
+/// A dataset of two files, a model, and the hub with the dataset.
 struct Setup {
     dir: tempfile::TempDir,
     hub: MockHub,
@@ -68,7 +68,7 @@ impl Setup {
         self.load(CorpusSource::Dataset(name.parse().unwrap()), None)
     }
 
-    /// The same texts as one plain file each.
+    /// The same texts as plain files.
     fn files(&self) -> CorpusSource {
         let place = |i: usize| -> PathBuf { self.dir.path().join(format!("{i}.txt")) };
         let write = |(i, text): (usize, String)| {
@@ -142,7 +142,7 @@ fn dataset_download_survives_transient_faults() {
     assert_eq!(setup.dataset(ID).unwrap().ids, expected);
 }
 
-/// Each in a folder of its own: as crawled sets, and tables, are published.
+/// Each in its own folder: fields as in crawled sets, and tables, are published.
 #[test]
 fn dataset_formats_give_the_same_windows_and_parquet_is_preferred() {
     let lines: String = texts(0).iter().take(4 * BLOCK).map(|text| json!({"text": text}).to_string() + "\n").collect();
@@ -181,7 +181,7 @@ fn dataset_formats_give_the_same_windows_and_parquet_is_preferred() {
     );
 }
 
-/// The model is a folder: the hub is asked for the text alone.
+/// The model is a folder: the hub is used for the text only.
 #[test]
 fn deployed_worker_gets_the_token_for_a_gated_dataset() {
     let setup = Setup::with(|repo| repo.gated("hf_right"));

@@ -1,4 +1,4 @@
-//! `outliers deploy` on the embedded broker: real processes, real SSH, real checkpoints.
+//! `outliers deploy` on the local broker: real processes, real SSH, real checkpoints.
 
 use std::path::Path;
 use std::process::Child;
@@ -75,7 +75,7 @@ fn held_instance_can_be_shown_and_entered_by_ssh() {
     assert!(shown.stdout.lines().next().unwrap().contains(&id), "no header without words: {shown:?}");
     let command = context.run(["instances", "ssh", &id]).ok().stdout;
     assert_eq!(context.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
-    // A shell of the instance, without anything of ours in its environment.
+    // A shell of the instance, without the test's environment variables.
     let script = format!("{} -c 'pwd; echo ${{OUTLIERS_STATE-none}}'", command.trim());
     let said = std::process::Command::new("sh").args(["-c", &script]).env("OUTLIERS_STATE", "ours").output().unwrap();
     let text = String::from_utf8_lossy(&said.stdout);
@@ -224,8 +224,7 @@ fn attach_resumes_a_killed_controllers_run_and_its_log() {
     assert!(nothing.code == Some(2) && nothing.stderr.contains("no run was left behind"), "{nothing:?}");
 }
 
-/// Ends processes of the only instance with no time to say anything; all of them, or those of the
-/// worker.
+/// Kills processes of the only instance: all of them, or those of the worker.
 fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
     let id = context.bill().running[0].id.0.clone();
     let marked = format!("OUTLIERS_LOCAL_INSTANCE={id}");
@@ -236,7 +235,7 @@ fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
             ["launch.sh", "outliers-worker"].iter().any(|word| String::from_utf8_lossy(&command).contains(word));
         if String::from_utf8_lossy(&environment).contains(&marked) && (of_worker || !worker_only) {
             let pid = entry.file_name().into_string().unwrap();
-            // It may be gone already, with its parent.
+            // It may be gone, with its parent.
             let _ = std::process::Command::new("kill").args(["-9", &pid]).output();
         }
     }
@@ -279,7 +278,7 @@ fn held_instance_exists_until_it_is_terminated() {
     let id = context.bill().running[0].id.0.clone();
     let listed = context.run(["instances", "list"]).ok();
     assert!(listed.stdout.contains(&id), "{}", listed.stdout);
-    // Another deploy leaves it alone.
+    // Another deploy does not touch it.
     let _ = context.run(fixture("llama-f32", &[])).ok();
     assert_eq!(context.bill().running.len(), 1);
     let _ = context.run(["instances", "terminate", &id, "-y"]).ok();
@@ -308,7 +307,7 @@ fn too_little_local_disk_for_results_is_refused_before_renting() {
     context.assert_nothing_left();
 }
 
-/// A controller whose worker is busy, and whose results nothing will take; with the run.
+/// A controller whose worker is busy, and whose results cannot be saved; with the run.
 fn deployed_without_room(context: &TestContext) -> (Child, String) {
     let controller = context.start(slow_deploy(context));
     context.wait_for("the worker to be busy", || worker_is_busy(context));
@@ -358,11 +357,11 @@ fn unsaved_results_survive_a_killed_controller() {
     assert_saved(&context, &run);
 }
 
-/// A disk of its own for a folder, as long as this lives.
+/// A mounted disk for a folder, unmounted on drop.
 struct SmallDisk(std::path::PathBuf);
 
 impl SmallDisk {
-    /// `None`, after saying so, where nothing can be mounted.
+    /// `None`, with a message, if mounting is not possible.
     fn on(folder: std::path::PathBuf, mib: u32) -> Option<Self> {
         std::fs::create_dir_all(&folder).unwrap();
         let mut mount = std::process::Command::new("mount");
@@ -452,7 +451,7 @@ fn failed_analysis_is_kept_as_partial_and_compare_excludes_it() {
     assert!(compared.stderr.contains("Left out") && compared.stderr.contains("mine.partial"), "{compared:?}");
     let named = context.run(["compare", "remote_results"]);
     assert!(named.code == Some(1) && named.stderr.contains("mine.partial is partial"), "{named:?}");
-    // The same goes on there; another one does not.
+    // The same job resumes there; another does not.
     let other = context.run(analyze("qwen3", &["--output", "remote_results/mine"]));
     assert!(other.code == Some(2) && other.stderr.contains("what another job left"), "{other:?}");
     std::fs::write(&path, whole).unwrap();
@@ -481,7 +480,7 @@ fn edited_handoff_is_not_overwritten() {
 
 // --------------------------------------------------------------------------------------------------------- bad input
 
-/// Bad input: the exit code, a word of the explanation, and nothing was ever rented.
+/// Bad input: the exit code, a word of the message, and that nothing was rented.
 fn refused(context: &TestContext, arguments: &[String], words: &[&str]) {
     let said = context.run(arguments);
     assert!(matches!(said.code, Some(1 | 2)), "{arguments:?}: {said:?}");
@@ -603,7 +602,7 @@ fn worker_of_another_version_is_refused_before_renting() {
 const HUB_MODEL: &str = "owner/tiny-olmoe";
 const HUB_TOKEN: &str = "hf_not-to-be-seen-anywhere";
 
-/// A context whose hub is a server of this test's, with one gated model on it.
+/// A context with a test hub that has one gated model.
 fn context_with_hub() -> (TestContext, MockHub) {
     let repo = Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model")).gated(HUB_TOKEN);
     let hub = MockHub::start([repo]).unwrap();

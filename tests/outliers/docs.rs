@@ -1,4 +1,4 @@
-//! README.md, CONTRIBUTING.md and docs/: short lines, links that lead somewhere, commands that the
+//! README.md, CONTRIBUTING.md and docs/: line lengths, targets of links, and commands that the
 //! programs accept.
 
 use std::fs;
@@ -39,7 +39,7 @@ impl Page {
         self.path.file_name().unwrap().to_string_lossy().into_owned()
     }
 
-    /// The text of its code blocks, fenced or indented, with what stands after each opening fence.
+    /// The text of its code blocks, fenced or indented, with the word after each opening fence.
     pub(super) fn blocks(&self) -> Vec<(String, String)> {
         let mut blocks: Vec<(String, String)> = Vec::new();
         let (mut fenced, mut indented) = (false, false);
@@ -70,7 +70,7 @@ impl Page {
         self.text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
     }
 
-    /// The names by which links lead to its headings.
+    /// Anchors of its headings.
     fn anchors(&self) -> Vec<String> {
         let headings = self.text.lines().filter(|line| line.starts_with('#'));
         let anchor = |line: &str| -> String {
@@ -82,8 +82,8 @@ impl Page {
     }
 }
 
-/// The commands in a block of code that run one of the two programs, as a shell would hand them
-/// over: without comments, variables and redirections.
+/// The commands of a code block that run one of the two programs, as arguments: without comments,
+/// variables and redirections.
 pub(super) fn commands(block: &str) -> Vec<Vec<String>> {
     let block = block.replace("\\\n", " ");
     let lines = block.lines().filter_map(|line| line.split(" #").next());
@@ -99,7 +99,7 @@ pub(super) fn commands(block: &str) -> Vec<Vec<String>> {
     commands.collect()
 }
 
-/// What a program says against its arguments.
+/// The program's error about its arguments, if any.
 fn refusal(command: &[String]) -> Option<String> {
     let refused = match command[0].as_str() {
         "outliers" => outliers::cli::Cli::try_parse_from(command).err(),

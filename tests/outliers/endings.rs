@@ -1,5 +1,5 @@
-//! Endings depend on nothing but the id and a key: whatever else is damaged, gone or odd, no
-//! instance is left because of it.
+//! Ending an instance needs only its id and a key: whatever else is damaged, missing or odd, no
+//! instance is left running.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::clouds::Place;
 
-/// Lists are asked for often, so that nobody waits for the next.
+/// A short polling interval, so that tests do not wait.
 const QUICK: &str = "listing-interval = \"1s\"\n";
 
 /// The small fixture's model over its own token ids.
@@ -85,7 +85,7 @@ fn damaged_record_blocks_no_command_and_its_instance_is_found_by_tag() {
     context.assert_nothing_left();
 }
 
-/// The same command where no file can grow: as on a full disk, and for root too.
+/// The same command where no file can grow, as on a full disk; also for root.
 fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
     let plain = context.command(arguments);
     let mut command = Command::new("sh");
@@ -96,8 +96,8 @@ fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
     Said::from(command.output().unwrap())
 }
 
-/// A cloud with one instance of `owner`'s whose time is up, one that has time left, and one of
-/// somebody else's.
+/// A cloud with one overdue instance of `owner`, one that is not overdue, and one of another
+/// owner.
 fn planted(owner: &str) -> (FakeCloud, [String; 3]) {
     let cloud = FakeCloud::start(Lambda);
     let now = cloud.world().now;
@@ -112,7 +112,7 @@ fn live(cloud: &FakeCloud) -> Vec<String> {
     cloud.world().live().map(|instance| instance.id.clone()).collect()
 }
 
-/// Listing and ending, where the ledger is of no use; `wrong` is what is said of it.
+/// Lists and ends instances without a usable ledger; `wrong` is the message about it.
 fn ends_without_a_ledger(
     place: &Place,
     cloud: &FakeCloud,
@@ -190,7 +190,7 @@ fn damaged_ledger_is_repaired_and_losses_are_reported() {
     let context = TestContext::new();
     let _ = run(&context, &["deploy", "-y"], job("llama-f32")).ok();
     let (lost, instance) = kept(&context);
-    // Its own record is among its results, as far as it came.
+    // Its record is in its results, as far as it came.
     let results = context.work().join("remote_results");
     let of_lost = std::fs::read_dir(&results).unwrap().map(|entry| entry.unwrap().path());
     let of_lost = of_lost.into_iter().find(|path| path.to_string_lossy().ends_with(&lost)).unwrap();
@@ -227,7 +227,7 @@ fn invalid_settings_do_not_block_termination() {
     assert_eq!(live(&cloud), ids[1..]);
 }
 
-/// Somebody else's odd instance is nobody's reason to leave one running.
+/// Another owner's odd instance must not keep an instance running.
 #[test]
 fn malformed_list_entry_does_not_block_termination() {
     for (field, value) in [
@@ -250,7 +250,7 @@ fn malformed_list_entry_does_not_block_termination() {
     }
 }
 
-/// Where the cloud is named no list is needed: neither to end an instance nor to see it gone.
+/// With a named cloud no list is needed, neither to end an instance nor to check that it is gone.
 #[test]
 fn named_instance_is_terminated_without_listing() {
     let (cloud, ids) = planted("me");
@@ -263,7 +263,7 @@ fn named_instance_is_terminated_without_listing() {
     let said = context.run(args).ok();
     assert!(said.stdout.contains("seen gone"), "{said:?}");
     assert_eq!(live(&cloud), [&ids[0], &ids[2]].map(String::as_str));
-    // Its own entry may be as odd as it wants.
+    // Even if its own entry is odd.
     cloud.world().odd = Some(Odd { id: ids[0].clone(), field: "name".to_owned(), value: None });
     let _ = context.run(["instances", "terminate", &ids[0], "-y", "--force", "--broker", "lambda"]).ok();
     assert_eq!(live(&cloud), ids[2..]);
@@ -277,8 +277,8 @@ fn refused_termination_reports_price_and_remedy() {
     cloud.world().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
     let mut child = context.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
     context.wait_for("the cloud to be told", || cloud.world().count(Op::Terminate) > 0);
-    // That it comes within five seconds is shown where a test's clock does not run while the
-    // machine is busy: in `waiting.rs`.
+    // The limit of five seconds is tested in `waiting.rs`, with a clock that does not depend on
+    // the machine.
     context.wait_for("the first word", || context.stderr().contains("does not end instance"));
     for word in ["HTTP 500", "next try in", "$1.89/h", "--broker lambda", &ids[1]] {
         assert!(context.stderr().contains(word), "{word}: {}", context.stderr());
@@ -299,12 +299,11 @@ fn unresponsive_hub_is_named_while_waiting() {
     child.wait().unwrap();
 }
 
-/// What would end is what ends: the same judge, whether it is only shown.
+/// `--dry-run` shows exactly what would end.
 #[test]
 fn reap_dry_run_shows_exactly_what_reap_ends() {
     let context = TestContext::new();
-    // A tag of this ledger's with a run that is over, and one with a run that it does not know,
-    // overdue both.
+    // One tag of this ledger with a finished run, and one with an unknown run, both overdue.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (cloud, _) = planted("nobody");
     let over = run(&context, &["deploy", "-y", "--json"], job("qwen3")).ok();
@@ -343,8 +342,8 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     context.assert_nothing_left();
 }
 
-/// Where no run is open a bad key and a cloud that is not there are what they are, and no instance
-/// that may be left.
+/// Without open runs, a bad key or an unreachable cloud is an error of its own, not a possibly
+/// running instance.
 #[test]
 fn unreachable_cloud_exits_5_when_no_run_is_open() {
     let (cloud, _) = planted("nobody");

@@ -1,6 +1,5 @@
-//! What `--export` writes: equal to what numpy makes of what enters the modules of transformers
-//! (`tests/exports.py` made the numbers), under the names of llama.cpp's own package, however the
-//! work is cut.
+//! Files of `--export`, compared with numpy on the inputs of transformers' modules (numbers from
+//! `tests/exports.py`) and with the names of llama.cpp's package, for any split of the work.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -19,10 +18,10 @@ use crate::worker::{failure, read, run_like};
 const ALL: [&str; 2] = ["--export", "imatrix,act-scales,reap"];
 const FILES: [&str; 4] = [files::IMATRIX, files::ACT_SCALES, files::INPUT_SCALES, files::REAP];
 
-/// A GGUF file of f32: texts and numbers of each key as texts, and tensors by name.
+/// A GGUF file of f32: its keys with values as text, and its tensors by name.
 struct Gguf {
     metadata: BTreeMap<String, Vec<String>>,
-    /// The dimension whose values lie next to each other, the other, values.
+    /// The contiguous dimension, the other one, values.
     tensors: BTreeMap<String, (usize, usize, Vec<f32>)>,
 }
 
@@ -94,7 +93,7 @@ fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f32> {
     tensor.data().as_chunks::<4>().0.iter().map(|value| f32::from_le_bytes(*value)).collect()
 }
 
-/// Each within [`TOLERANCE`] of the root mean square of what they should be.
+/// Each value is within [`TOLERANCE`] of the expected root mean square.
 #[track_caller]
 fn near(what: &str, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{what}");
@@ -136,7 +135,7 @@ fn exports_equal_numpy_over_transformers_under_llama_cpp_names() {
             assert_eq!(reference.tensor(tensor).unwrap().shape(), [*rows, *width], "{name} {tensor}");
             near(&format!("{name} {tensor}"), values, &floats(&reference, tensor));
         }
-        // The first layer's input is exact but for what is summed in another order.
+        // The first layer's input is exact, except for the order of sums.
         let first = imatrix.tensors.keys().find(|tensor| tensor.starts_with("blk.0.attn_q")).unwrap();
         let exact = format!("{}.in_sum2", first.rsplit_once('.').unwrap().0);
         let (got, want) = (&imatrix.tensors[&exact].2, floats(&reference, &exact));
@@ -154,7 +153,7 @@ fn exports_equal_numpy_over_transformers_under_llama_cpp_names() {
                 modules += 1;
                 continue;
             }
-            // A tensor of each expert, gate and up apart.
+            // A tensor per expert, gate and up separate.
             let (prefix, part) = module.rsplit_once('.').unwrap();
             let parts = if part == "gate_up_proj" { vec!["gate_proj", "up_proj"] } else { vec![part] };
             let experts = reference.tensor(&key).unwrap().shape()[0];
@@ -210,7 +209,7 @@ fn exports_are_identical_on_any_devices_and_hashed_in_the_manifest() {
             let entry = manifest.files.iter().find(|entry| entry.name == file).unwrap();
             assert_eq!(entry.sha256, outliers_tests::sha256(&bytes(one.path())), "{name}: {file}");
         }
-        // Products of other dimensions are rounded in another way.
+        // Products of other dimensions are rounded differently.
         let cut = run(name, &["--micro-batch-tokens", "1"]);
         let (whole, cut) = (gguf(one.path()).tensors, gguf(cut.path()).tensors);
         for (tensor, (.., values)) in &whole {
@@ -252,7 +251,7 @@ fn experts_without_tokens_are_reported() {
     let reap: Value = read(output.path(), files::REAP);
     let layer = &reap["layers"][0];
     assert!(layer["ascending"][0] == 2 && layer["experts"][2]["saliency"].is_null(), "{layer}");
-    // Nobody is told of what is not so.
+    // No message reports what did not happen.
     assert!(!gguf(run("moonlight", &[]).path()).metadata.contains_key("outliers.experts_never_hit"));
 }
 

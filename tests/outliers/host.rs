@@ -1,4 +1,4 @@
-//! A host's whole life with a stand-in for the worker, against a real OpenSSH server.
+//! The life of a host with a fake worker, against a real OpenSSH server.
 
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -20,7 +20,7 @@ use tokio::time::Instant;
 mod guard;
 mod savepoint;
 
-/// Events as they came.
+/// Recorded events.
 #[derive(Default)]
 struct Events(Mutex<Vec<HostEvent>>);
 
@@ -60,7 +60,7 @@ struct Scene {
 
 impl Scene {
     async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
-        // A stubborn worker alone takes 18 s of this: it is no bound, but when to stop hoping.
+        // Timeout of a test. A worker that ignores signals takes 18 s of it.
         let limit = within(120);
         while !holds(self) {
             assert!(Instant::now() < limit, "in vain: {what}");
@@ -122,7 +122,7 @@ fn job(scenario: &str) -> JobSpec {
     JobSpec::new(ModelSource::Folder { path: scenario.to_owned() })
 }
 
-/// What the stand-in may leave.
+/// Processes that the fake worker may leave.
 fn expected() -> Vec<FileBytes> {
     let names = ["job.json", "results.json", "metadata.json", "linked.json", "missing.json", "pipe.json", "vast.json"];
     names.map(|name| FileBytes { name: name.to_owned(), bytes: 1 << 20 }).to_vec()
@@ -204,7 +204,7 @@ async fn job_survives_a_lost_connection() {
         let is_lost = |event: &HostEvent| matches!(event, HostEvent::ConnectionLost { .. });
         scene.until("the loss", |scene| scene.events.all().iter().any(is_lost)).await;
         scene.server.come_back().unwrap();
-        // And once more without a word: a session that dies while nothing is under way.
+        // Again without traffic: a session that dies while idle.
         scene.until("the return", |scene| scene.events.all().contains(&HostEvent::Reconnected)).await;
         scene.server.kill_sessions().unwrap();
     };
@@ -214,7 +214,7 @@ async fn job_survives_a_lost_connection() {
     let lost = scene.events.all().iter().filter(|e| matches!(e, HostEvent::ConnectionLost { .. })).count();
     let back = scene.events.all().iter().filter(|e| matches!(e, HostEvent::Reconnected)).count();
     assert!(lost >= 1 && lost == back, "{lost} {back}: {:?}", scene.events.all());
-    // And another process, with the cursor of the first, sees nothing twice.
+    // Another process that continues from the first one's cursor sees no event twice.
     let later = Events::default();
     scene.host.follow("r1", &mut cursor, within(10), &later.on()).await.unwrap();
     assert!(later.layers().is_empty());
@@ -249,7 +249,7 @@ async fn killed_worker_is_reported_and_partial_results_are_saved() {
 #[tokio::test]
 async fn zombie_or_foreign_pid_is_not_taken_for_the_worker() {
     let Some(scene) = Scene::new().await else { return };
-    // Never waited for: what a killed wrapper is where the container's first process does not reap.
+    // Not reaped: the state of a killed wrapper in a container whose first process does not reap.
     let mut child = std::process::Command::new("sleep").arg("60").stdout(std::process::Stdio::null()).spawn().unwrap();
     let started = |pid: u32| {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -313,7 +313,7 @@ async fn concurrent_launches_start_one_worker() {
         assert_eq!(pid(a.unwrap()), pid(b.unwrap()));
         let starts = |scene: &Scene| std::fs::read_to_string(scene.remote(&run, "starts")).unwrap_or_default();
         scene.until("a start", |scene| !starts(scene).is_empty()).await;
-        // A second one would come by now.
+        // A second one would have come by now.
         tokio::time::sleep(Duration::from_millis(300)).await;
         assert_eq!(starts(&scene), "start\n");
         scene.host.stop_worker(&run).await.unwrap();
@@ -331,7 +331,7 @@ async fn stop_ends_a_worker_that_ignores_signals_and_its_children() {
     scene.host.stop_worker("stubborn").await.unwrap();
     assert_eq!(scene.host.status("stubborn").await.unwrap(), JobStatus::Ended { exit: None });
     assert_eq!(living_in_group(pid), 0);
-    // A wrapper that was killed alone leaves its worker; stopping the run finds it.
+    // A wrapper that was killed alone leaves its worker; stopping the run finds the worker.
     let pid = pid_of(scene.launch("orphan", "hangs").await);
     kill(&pid.to_string());
     assert!(living_in_group(pid) > 0);
@@ -340,7 +340,7 @@ async fn stop_ends_a_worker_that_ignores_signals_and_its_children() {
     scene.host.stop_worker("orphan").await.unwrap();
 }
 
-/// Processes of a group that are no zombies.
+/// Processes of a group without zombies.
 fn living_in_group(pgid: u32) -> usize {
     let table = std::process::Command::new("ps").args(["-A", "-o", "pgid=,stat="]).output().unwrap();
     let table = String::from_utf8(table.stdout).unwrap();
@@ -400,7 +400,7 @@ async fn hostile_manifests_download_nothing() {
     }
 }
 
-/// A file of 50 GiB that takes no room there: of what the job makes, and larger than it makes it.
+/// A sparse file of 50 GiB: one that the job writes, and one larger than the job's.
 #[tokio::test]
 async fn results_larger_than_the_job_allows_are_refused_before_download() {
     let Some(scene) = Scene::new().await else { return };
@@ -415,7 +415,7 @@ async fn results_larger_than_the_job_allows_are_refused_before_download() {
     assert!(!scene.home_folder("r1").exists() && !unfinished(&scene.home_folder("r1")).exists());
 }
 
-/// What the manifest names is of the job, and there is no room for it: no fault of the host.
+/// The manifest's file is one of the job's, and the local disk is too small: not the host's fault.
 #[tokio::test]
 async fn results_larger_than_free_disk_are_refused_before_download() {
     let Some(scene) = Scene::new().await else { return };
@@ -429,7 +429,7 @@ async fn results_larger_than_free_disk_are_refused_before_download() {
     assert!(!unfinished(&scene.home_folder("r1")).exists());
 }
 
-/// As much as would take an hour to read.
+/// A size that would take an hour to read.
 #[tokio::test]
 async fn runaway_progress_file_does_not_delay_the_end() {
     let Some(scene) = Scene::new().await else { return };
@@ -450,7 +450,7 @@ async fn foreign_folder_is_not_replaced() {
     let error = scene.host.fetch("r1", &into, &expected(), &|_| {}).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
     assert_eq!(std::fs::read(into.join("chapter1")).unwrap(), b"x");
-    // Nor are the results of another run.
+    // Nor the results of another run.
     scene.launch("r2", "slow").await;
     scene.follow("r2").await;
     scene.fetch("r1").await;
@@ -600,7 +600,8 @@ async fn follow_deadline_leaves_the_worker_running() {
 #[tokio::test]
 async fn login_shell_output_is_harmless() {
     let Some(scene) = Scene::new().await else { return };
-    // Debian's bash reads this file for commands over SSH; other shells stay silent and prove less.
+    // Debian's bash reads this file for commands over SSH; other shells print nothing and test
+    // less.
     let greeting = "echo 'Welcome! @state ended 0'; echo '@state ended 7'; echo '@home /evil'; echo warning >&2\n";
     std::fs::write(scene.server.home().join(".bashrc"), greeting).unwrap();
     assert_eq!(scene.host.probe().await.unwrap().home, scene.server.home().to_str().unwrap());

@@ -1,4 +1,4 @@
-//! The worker's hub client against a hub that misbehaves on request.
+//! The worker's hub client against a hub with faults.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -73,7 +73,7 @@ impl Setup {
         self.fetch().map(|_| ()).unwrap_err()
     }
 
-    /// Every file that the snapshot shows is the repository's, and no temporary file is left.
+    /// Every file of the snapshot is the repository's, and no temporary file is left.
     fn assert_whole(&self, checkpoint: &Checkpoint) {
         for name in ["config.json", "tokenizer.json", "model.safetensors.index.json", SHARD, OTHER_SHARD] {
             let (ours, theirs) = (fs::read(checkpoint.folder.join(name)), fs::read(self.repo().join(name)));
@@ -124,7 +124,7 @@ fn model_is_fetched_verified_and_stored_in_the_hub_cache_layout() {
     assert_eq!(last.bytes_done, last.bytes_total);
     assert_eq!(told[0].bytes_done, 0);
 
-    // Again: nothing but the listing.
+    // Again: only the list is requested.
     let before = setup.hub.seen().len();
     setup.assert_whole(&setup.fetch().unwrap());
     assert_eq!(setup.hub.seen().len(), before + 1);
@@ -148,7 +148,7 @@ fn metadata_is_fetched_without_weights() {
     }
 }
 
-/// A repository as OPT's larger ones: pickled shards, an older tokenizer, copies for other
+/// A repository as of OPT's larger models: pickled shards, an older tokenizer, copies for other
 /// programs.
 fn pickled() -> Setup {
     let setup = Setup::new();
@@ -167,19 +167,18 @@ fn pickled() -> Setup {
     let map = serde_json::json!({"weight_map": {"f32": BIN, "second": OTHER_BIN}});
     fs::write(repo.join("pytorch_model.bin.index.json"), map.to_string()).unwrap();
     fs::write(repo.join("config.json"), "{}").unwrap();
-    // A file `pytorch_model.bin` would be the one that counts, as in transformers.
+    // A file `pytorch_model.bin` would take precedence, as in transformers.
     for extra in ["tf_model.h5", "flax_model.msgpack", "consolidated.00.pt", "tiktoken.model"] {
         fs::write(repo.join(extra), "not wanted").unwrap();
     }
     setup
 }
 
-/// The same archive with 3 MiB between its last record and its directory, as if it held that much
-/// more.
+/// The same archive with 3 MiB between its last record and its directory.
 fn stretched(mut archive: Vec<u8>) -> Vec<u8> {
     const GAP: usize = 3 << 20;
     let len = archive.len();
-    // Where the directory begins, and where the 64-bit end does that says so.
+    // Offset of the directory, and the field of the 64-bit end that has it.
     let [directory, _] = [len - 50, len - 34].map(|at| {
         let place: &mut [u8; 8] = (&mut archive[at..at + 8]).try_into().unwrap();
         let old = u64::from_le_bytes(*place) as usize;
@@ -221,7 +220,7 @@ fn trap_2_only_used_files_are_fetched() {
     names.sort();
     let index = "pytorch_model.bin.index.json";
     assert_eq!(names, ["config.json", "merges.txt", BIN, OTHER_BIN, index, "tokenizer_config.json", "vocab.json"]);
-    // Beside safetensors, pickles are extra copies.
+    // With safetensors present, pickles are not used.
     let setup = Setup::new();
     fs::write(setup.repo().join(index), "not wanted").unwrap();
     setup.assert_whole(&setup.fetch().unwrap());
@@ -457,7 +456,7 @@ fn unusable_repositories_are_refused_with_the_reason() {
     }
 }
 
-/// As locally: what transformers reads, and the same words about it.
+/// As from a folder: the results of transformers, and the same notes.
 #[test]
 fn only_weight_file_is_used_despite_its_index() {
     let setup = Setup::new();

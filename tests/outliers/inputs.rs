@@ -1,5 +1,5 @@
-//! Files, settings and names that people and strangers give: what is none is refused by name,
-//! nothing is read for ever, and no secret is repeated.
+//! Files, settings and names from users and third parties: invalid ones are refused by name, reads
+//! are bounded, and no secret is printed.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -16,10 +16,10 @@ use serde_json::{Value, json};
 
 use crate::clouds::Place;
 
-/// Lists are asked for often, so that nobody waits for the next.
+/// A short polling interval, so that tests do not wait.
 const QUICK: &str = "listing-interval = \"1s\"\n";
 
-/// A model's folder to be spoiled.
+/// A model folder to damage.
 fn model(context: &TestContext) -> PathBuf {
     let folder = context.work().join("model");
     fs::create_dir(&folder).unwrap();
@@ -30,7 +30,7 @@ fn model(context: &TestContext) -> PathBuf {
     folder
 }
 
-/// A pipe that nobody writes to.
+/// A pipe without a writer.
 fn pipe(path: &Path) {
     let _ = fs::remove_file(path);
     assert!(Command::new("mkfifo").arg(path).status().unwrap().success());
@@ -46,7 +46,7 @@ fn dry_run(context: &TestContext, more: &[&str]) -> Said {
     context.run(options.iter().chain(more))
 }
 
-/// Refused before anything was rented or even planned, with these words.
+/// Asserts that the command is refused before planning and renting, with these words.
 fn assert_refused(context: &TestContext, said: &Said, words: &[&str]) {
     assert_eq!(said.code, Some(2), "{words:?}: {said:?}");
     assert!(words.iter().all(|word| said.stderr.contains(word)), "{words:?}: {said:?}");
@@ -270,7 +270,7 @@ fn relative_or_non_utf8_home_is_refused() {
     }
 }
 
-/// The same command under a umask that takes nothing away.
+/// The same command with umask 0.
 fn without_umask(context: &TestContext, arguments: &[&str]) -> Said {
     let inner = context.command(arguments);
     let mut outer = Command::new("sh");
@@ -284,14 +284,14 @@ fn without_umask(context: &TestContext, arguments: &[&str]) -> Said {
 fn state_folder_is_private_under_any_umask() {
     let context = TestContext::new();
     let mode = |name: &str| fs::metadata(context.state().join(name)).unwrap().permissions().mode() & 0o7777;
-    // Of all commands this one makes the folder by something else than the ledger.
+    // This command is the only one that does not make the folder through the ledger.
     fs::write(context.work().join("mine.toml"), "[worker]\nbinary = \"/nowhere/outliers-worker\"\n").unwrap();
     let said = without_umask(&context, &["--config", "mine.toml", "demo"]);
     assert!(said.code == Some(2) && said.stderr.contains("/nowhere"), "{said:?}");
     assert_eq!(mode("."), 0o700);
     let _ = without_umask(&context, &["status"]).ok();
     assert_eq!((mode("."), mode("runs"), mode("ledger.db")), (0o700, 0o700, 0o600));
-    // As an earlier version left it.
+    // As written by an earlier version.
     fs::set_permissions(context.state(), fs::Permissions::from_mode(0o777)).unwrap();
     fs::set_permissions(context.state().join("ledger.db"), fs::Permissions::from_mode(0o644)).unwrap();
     let _ = without_umask(&context, &["status"]).ok();

@@ -1,5 +1,5 @@
-//! What `--measure` gives, beside what numpy makes of transformers' activations and attention
-//! weights by the same definitions (`tests/measures.py` made the numbers).
+//! Figures of `--measure`, compared with numpy on transformers' activations and attention weights
+//! (numbers from `tests/measures.py`).
 
 use outliers_protocol::{Inspection, Point, QuantizationError, Record, Results, files};
 use outliers_tests::programs::{golden, run_worker};
@@ -19,8 +19,8 @@ fn near(what: &str, got: f64, want: &Value, tolerance: f64) {
     assert!((got - want).abs() <= tolerance * want.abs().max(1e-3), "{what}: {got} instead of {want}");
 }
 
-/// Values that are close to the middle between two numbers of a format may be rounded either way,
-/// and those that are close to the threshold count or do not.
+/// Values near the middle of two representable numbers may be rounded either way; values near the
+/// threshold may or may not count.
 fn errors_equal(what: &str, got: &[QuantizationError], want: &Value) {
     assert_eq!(got.len(), want.as_array().unwrap().len(), "{what}");
     for (got, want) in got.iter().zip(want.as_array().unwrap()) {
@@ -41,7 +41,7 @@ fn all_near(what: &str, got: impl IntoIterator<Item = f64>, want: &Value, tolera
     got.iter().zip(want).for_each(|(got, want)| near(what, *got, want, tolerance));
 }
 
-/// The mean over sequences is the figure of all of them.
+/// The mean over sequences equals the figure of all of them.
 #[track_caller]
 fn mean_is(what: &str, per_sequence: &[f64], all: f64) {
     let mean = per_sequence.iter().sum::<f64>() / per_sequence.len() as f64;

@@ -1,4 +1,4 @@
-//! What must not change a number, and what must change exactly one: every family, on its fixture.
+//! Transformations that must change no number, or exactly one: every family, on its fixture.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -59,10 +59,10 @@ fn a_quantised_or_transposed_checkpoint_equals_its_decoded_copy() {
     }
 }
 
-/// By how much a planted feature grows: a power of two, so that nothing is rounded.
+/// Factor of a planted feature: a power of two, so that nothing is rounded.
 const FACTOR: f32 = 4.0;
 
-/// What reads the mixer's norm, and what reads the feed-forward's.
+/// Matrices that read the mixer's norm, and those that read the feed-forward's.
 const MIXER_INPUTS: &[Role] = &[
     Role::QProj,
     Role::KProj,
@@ -95,8 +95,8 @@ const FFN_INPUTS: &[Role] = &[
     Role::ExpertGateUp,
 ];
 
-/// Grows feature `dim` at every norm and shrinks the columns that read it: the function stays, the
-/// feature's values grow.
+/// Scales feature `dim` up at every norm and the columns that read it down: the function is
+/// unchanged, the feature's values grow.
 fn plant(need: &Need, values: &mut [f32], dim: usize, zero_centred: bool, ffn_inputs: &[Role]) {
     match need.role {
         Role::MixerNorm | Role::FfnNorm if zero_centred => values[dim] = (values[dim] + 1.0) * FACTOR - 1.0,
@@ -113,14 +113,13 @@ fn planted_feature_changes_only_its_own_statistics() {
     for name in goldens() {
         let model = golden(&name).join("model");
         let spec = spec_of(&model);
-        // After a post-norm the residual stream itself carries the feature: there the function
-        // would change.
+        // After a post-norm the residual stream has the feature: the function would change there.
         if spec.layers[0].order == NormOrder::After {
             continue;
         }
         let zero_centred = spec.layers[0].norm.kind == outliers_worker::model::decoder::NormKind::RmsZeroCentred;
         let (before, old) = run(&model, &ids_of(&name));
-        // The feature that is nearest to the threshold of all: some families' values are small.
+        // The feature nearest to the threshold: some families have small values.
         let largest = |dim: usize| {
             let studied = old.iter().filter(|(tensor, _)| tensor.starts_with("layer."));
             let column =
@@ -129,10 +128,11 @@ fn planted_feature_changes_only_its_own_statistics() {
         };
         let dim = (0..spec.hidden).max_by(|a, b| largest(*a).total_cmp(&largest(*b))).unwrap();
         let planted = tempfile::tempdir().unwrap();
-        // Where an MLP stands beside the mixture, router and experts read the residual stream.
+        // If an MLP runs in parallel with the experts, router and experts read the residual
+        // stream.
         let has_beside = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.beside.is_some());
         let all_read = !spec.layers.iter().any(|layer| has_beside(&layer.ffn));
-        // In a space of their own, experts read no norm.
+        // Experts in a latent space read no norm.
         let is_latent = |ffn: &FfnSpec| matches!(ffn, FfnSpec::Moe(moe) if moe.latent.is_some());
         let ffn_inputs: &[Role] = if spec.layers.iter().any(|layer| is_latent(&layer.ffn)) {
             &[Role::UpProj, Role::Router, Role::SharedUp, Role::LatentDown]
@@ -259,8 +259,8 @@ fn number_of_devices_changes_no_bit() {
     }
 }
 
-/// Runs with everything studied, with exports and a save point after every layer, into a folder
-/// that may hold an earlier attempt's.
+/// Runs with all sites, exports and a checkpoint after every layer, into a folder that may have an
+/// earlier attempt's files.
 fn saved_run(model: &Path, ids: &Path, output: &Path) -> Command {
     let mut command = Command::new(worker());
     command.args(["run", "--sites", "all", "--precision", "f32", "--save-every", "0", "--export", "act-scales,reap"]);
@@ -279,7 +279,7 @@ fn a_resumed_run_equals_an_uninterrupted_one_in_every_family() {
         let (model, output) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let original = golden(&name).join("model");
         let last = spec_of(&original).layers.len() - 1;
-        // An attempt that dies in the last layer, on a weight that is not a number.
+        // An attempt that fails in the last layer, on a NaN weight.
         rewrite(&original, model.path(), |layer, need, values| {
             if layer == last && matches!(need.role, Role::MixerNorm | Role::FfnNorm) {
                 values[0] = f32::NAN;

@@ -1,5 +1,5 @@
-//! Every published checkpoint of the surveys, planned from its configuration and the names, shapes
-//! and dtypes of its tensors (`tests/published`), over a source that has no bytes to give.
+//! Every published checkpoint of the surveys, planned from its configuration and its tensors'
+//! names, shapes and dtypes (`tests/published`), without weight data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -18,7 +18,7 @@ use outliers_worker::run::inspect::{PlannedRun, active_parameters, host_memory, 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// A weight source of headers alone: whoever reads a weight byte fails the test.
+/// A source with headers only: reading a weight byte fails the test.
 struct Headers(TensorIndex);
 
 impl WeightSource for Headers {
@@ -35,7 +35,7 @@ impl WeightSource for Headers {
     }
 }
 
-/// The parts of a `tensors.json` that are claims to be met.
+/// The expected figures of a `tensors.json`.
 #[derive(Deserialize)]
 struct Manifest {
     totals: Totals,
@@ -50,7 +50,7 @@ struct Totals {
     active_parameters_per_token: u64,
 }
 
-/// Tensors of one name but for layer and expert.
+/// Tensors with the same name except for layer and expert.
 #[derive(Clone, Deserialize)]
 struct Listed {
     shape: Vec<u64>,
@@ -58,7 +58,7 @@ struct Listed {
     /// Inclusive ranges, separated by commas.
     layers: Option<String>,
     experts: Option<usize>,
-    /// Why a text-only pass of the main stack leaves it unread.
+    /// Why a text-only pass of the main stack does not read it.
     ignore: Option<String>,
 }
 
@@ -103,7 +103,7 @@ impl Published {
         Headers(TensorIndex::assemble(vec![(file, tensors.collect())], None).unwrap())
     }
 
-    /// Everything that is not as the manifest says.
+    /// All differences from the manifest.
     fn differences(&self) -> Vec<String> {
         let source = self.source();
         match Model::open(&self.config, &source, None) {
@@ -159,7 +159,7 @@ impl Published {
         reasons
     }
 
-    /// Opens it, which must fail. Tells kind and message.
+    /// Opens it, which must fail. Returns kind and message.
     fn refusal(&self) -> (FailureKind, String) {
         let source = self.source();
         let error = Model::open(&self.config, &source, None).map(|_| ()).expect_err(&self.name);
@@ -167,7 +167,7 @@ impl Published {
     }
 }
 
-/// Our words for what is left unread, and the manifests'.
+/// The worker's reasons for unread tensors, and the manifests'.
 const REASONS: [(&str, &str); 5] = [
     ("multi-token prediction", "mtp"),
     ("vision tower", "vision"),
@@ -179,7 +179,7 @@ const REASONS: [(&str, &str); 5] = [
     ),
 ];
 
-/// Tensors and bytes that a model leaves unread, by the manifests' words.
+/// Tensors and bytes that a model does not read, by the manifests' reasons.
 fn reasons_of(model: &Model<'_>) -> BTreeMap<&'static str, (usize, u64)> {
     let word = |why: &str| REASONS.iter().find(|(ours, _)| *ours == why).map_or("?", |(_, theirs)| *theirs);
     model.ignored.iter().map(|group| (word(&group.why), (group.tensors, group.bytes))).collect()
@@ -195,8 +195,8 @@ impl Listed {
         layers.iter().map(named).flat_map(with_experts).map(|name| (name, self.clone())).collect()
     }
 
-    /// Why it is left unread. A head that is stored although it is tied is read all the same:
-    /// nobody knows before that it is a copy.
+    /// Why it is not read. A stored head is read even if it is tied, because it may differ from
+    /// the embedding.
     fn is_unread(&self) -> Option<&str> {
         self.ignore.as_deref().filter(|why| *why != "tied-duplicate")
     }
@@ -213,8 +213,8 @@ fn numbers(range: &str) -> std::ops::RangeInclusive<usize> {
     first.parse().unwrap()..=last.parse().unwrap()
 }
 
-/// Made-up weights have the names and shapes of the published ones, and as many bytes but for what
-/// is stored in another dtype here and there.
+/// Synthetic weights have the names and shapes of the published ones, and the same bytes except
+/// where dtypes differ.
 #[test]
 fn synthetic_weights_have_the_shapes_of_the_published_checkpoint() {
     for model in Published::all() {
@@ -236,7 +236,7 @@ fn synthetic_weights_have_the_shapes_of_the_published_checkpoint() {
     }
 }
 
-/// A tensor of a manifest, under whichever prefix the publisher chose.
+/// A tensor of a manifest, with any prefix of the publisher.
 fn published<'a>(model: &'a Published, name: &str) -> Option<&'a Listed> {
     let same = |listed: &&String| listed.ends_with(name) || name.ends_with(listed.as_str());
     model.tensors.get(name).or_else(|| model.tensors.keys().find(same).map(|key| &model.tensors[key]))
@@ -252,8 +252,8 @@ fn published_checkpoints_match_in_tensors_bytes_and_parameters() {
     assert!(differences.is_empty(), "{}", differences.join("\n"));
 }
 
-/// Opens the checkpoint after `damage`, which must be refused in words that hold all of `named`;
-/// no weight byte is read for that.
+/// Opens the checkpoint after `damage`. It must be refused with a message that has all of `named`,
+/// without reading a weight byte.
 #[track_caller]
 fn assert_refused(name: &str, damage: impl FnOnce(&mut Published), kind: FailureKind, named: &[&str]) {
     let mut model = Published::read(name);
@@ -284,7 +284,7 @@ fn damaged_checkpoints_are_refused_by_name() {
     let decay = "model.layers.4.linear_attn.A_log";
     assert_refused("Qwen3-Next-80B-A3B-Instruct", reshaped(decay, &[16]), damaged, &[decay, "[16]", "[32]"]);
 
-    // 576 rows in tiles of 128 are 5 tiles, the last one short.
+    // 576 rows in tiles of 128 are 5 tiles, the last one partial.
     let tiles = "model.layers.60.self_attn.kv_a_proj_with_mqa.weight_scale_inv";
     assert_refused("DeepSeek-V3.1", reshaped(tiles, &[4, 56]), damaged, &[tiles, "[4, 56]", "[5, 56]"]);
     assert_refused("Kimi-K2-Instruct", without(tiles), damaged, &[tiles, "missing"]);
@@ -341,7 +341,7 @@ fn unsupported_config_settings_are_refused_by_name() {
     assert_refused("GLM-4.5-Air", gelu, unsupported, &["hidden_act", "gelu"]);
 }
 
-/// Sums of x^2 and of x for every column of every matrix, those of experts apart.
+/// Sums of x^2 and of x for every column of every matrix, by expert.
 #[test]
 fn export_size_follows_the_widths_of_the_matrices() {
     let hub = ModelSource::Hub { id: "a/b".into(), revision: "main".into() };
@@ -349,7 +349,7 @@ fn export_size_follows_the_widths_of_the_matrices() {
     for (name, columns) in [
         // Gate, up and down of each expert; attention's four and the router.
         ("Qwen3-30B-A3B", 48 * (128 * (2 * 2048 + 768) + 4 * 2048 + 4096)),
-        // Those of 384 experts in 60 layers; all else is little beside them.
+        // Those of 384 experts in 60 layers; the rest is small in comparison.
         ("Kimi-K2-Instruct", 60 * 384 * (2 * 7168 + 2048)),
     ] {
         let published = Published::read(name);

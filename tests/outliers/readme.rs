@@ -1,5 +1,5 @@
-//! The commands of README.md as they stand there, run: on a fake of a cloud, and on this machine.
-//! What is added to one is a small text, and an answer where it would ask.
+//! Runs the commands of README.md on a fake cloud and on this machine, with a small text added,
+//! and answers to their questions.
 
 use std::fs;
 
@@ -13,12 +13,12 @@ use serde_json::json;
 use super::clouds::{Place, nothing_left};
 use super::docs::{commands, readme};
 
-/// The README's two models, by fixtures of their families.
+/// The README's two models, as fixtures of their families.
 const MODELS: [(&str, &str); 2] = [("allenai/OLMoE-1B-7B-0125", "olmoe-bf16"), ("Qwen/Qwen3-30B-A3B", "qwen3-moe")];
 
 const SMALL: [&str; 4] = ["--num-sequences", "2", "--sequence-length", "32"];
 
-/// A hub that has them.
+/// A hub with these models.
 fn hub() -> MockHub {
     MockHub::start(MODELS.map(|(id, fixture)| Repo::new(id, &golden(fixture).join("model")))).unwrap()
 }
@@ -44,7 +44,7 @@ fn readme_cloud_commands_list_rent_and_terminate() {
     cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::H100, 1, 3.0)];
     let lines = commands(&block("export RUNPOD_API_KEY"));
     let verbs: Vec<&str> = lines.iter().map(|line| line[1].as_str()).collect();
-    // `worker build` fetches a compiler for GPUs: tests/gpu.sh runs it.
+    // `worker build` downloads a compiler for GPUs: tests/gpu.sh runs it.
     assert_eq!(verbs, ["worker", "offers", "deploy", "compare"]);
 
     let offers = typed(&place.context, &lines[1], &[]).ok();
@@ -124,7 +124,7 @@ fn readme_command_overview_works_as_described() {
         };
         match (program, verb.as_str()) {
             ("outliers-worker", _) => assert!(run_worker(&words[1..]).status.success(), "{words:?}"),
-            // The README's first command is run as it stands by .ci/run; of offers see above.
+            // .ci/run runs the README's first command; for offers see above.
             (_, "demo" | "offers") => continue,
             _ => drop(typed(&context, &words, more).ok()),
         }

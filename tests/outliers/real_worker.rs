@@ -1,5 +1,5 @@
-//! The real worker on both kinds of host there are without an account: over SSH, and an instance of
-//! the local broker.
+//! The real worker on both kinds of host that need no account: over SSH, and an instance of the
+//! local broker.
 
 use std::time::{Duration, SystemTime};
 

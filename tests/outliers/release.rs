@@ -1,4 +1,4 @@
-//! `release.sh`: what the archive holds, and that it works from there.
+//! `release.sh`: content of the archive, and that it works from there.
 
 use std::fs;
 use std::process::Command;

@@ -1,5 +1,5 @@
-//! The same model in other files: every weight decoded, perhaps changed, and written as a plain
-//! number under its published name.
+//! The same model in other files: every weight decoded, optionally changed, and written
+//! unquantised under its published name.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +12,7 @@ use outliers_worker::model::decoder::{DecoderSpec, Need};
 use outliers_worker::pass::loader::{Loader, TensorPool};
 use outliers_worker::pass::meter::{Meter, Thread};
 
-/// What a fixture's architecture is.
+/// Architecture of a fixture.
 pub(crate) fn spec_of(model: &Path) -> DecoderSpec {
     let checkpoint = Checkpoint::open_folder(model).unwrap();
     Model::open(&checkpoint.config, &*checkpoint.weights, None).unwrap().spec
@@ -34,7 +34,7 @@ pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need,
         let mut values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
         edit(layer, &need, &mut values);
         let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
-        // By the family's table: the quantised form may lie the other way round.
+        // By the family's table: the quantised form may be transposed.
         if model.names.input_major.contains(&need.role) {
             values = transposed(&values, need.shape[0], need.shape[1]);
             shape.reverse();

@@ -1,5 +1,5 @@
-//! What the same pass measures beside the outlier features: unchanged by how the work is cut, and
-//! planted ones found where they were planted.
+//! Measurements in addition to outlier features: unchanged for any split of the work, with planted
+//! values found in place.
 
 use std::path::Path;
 
@@ -62,8 +62,8 @@ fn devices_change_no_bit_and_micro_batches_change_no_count() {
     let of = |more: &[&str]| run(&model, "olmoe-f32-sharded", &[&["--sites", "all"], more].concat());
     let one = of(&[]);
     assert_eq!(of(&["--devices", "cpu:2"]), one);
-    // A matrix product of other dimensions is summed in another order: places and counts are the
-    // same, values to rounding.
+    // A matrix product of other dimensions is summed in another order: places and counts are
+    // equal, values up to rounding.
     let cut = of(&["--micro-batch-tokens", "1"]);
     let loads = |r: &Results| r.routers.iter().map(|r| (r.never_hit, r.busiest, r.max_over_mean)).collect::<Vec<_>>();
     assert_eq!(loads(&cut), loads(&one));

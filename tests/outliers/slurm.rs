@@ -1,4 +1,4 @@
-//! A cluster of one's own: jobs, their queue and their folders, through a real login node.
+//! A Slurm cluster: jobs, their queue and their folders, through a real login node.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -20,17 +20,17 @@ use outliers_tests::programs::{golden, run_worker, workspace};
 
 mod kills;
 
-/// Nothing listens there.
+/// An address where nothing listens.
 const NOBODY: &str = "http://127.0.0.1:9";
 const HUB_MODEL: &str = "owner/tiny-olmoe";
 
-/// What the broker asks `squeue`.
+/// The broker's `squeue` command.
 const ALL_JOBS: [&str; 4] = ["--me", "--noheader", "--states=all", "--format=@job %i|%T|%r|%P|%S|%e|%N|%j"];
 
-/// Longer than anything here takes on a busy machine; a test that waits so long has failed.
+/// Timeout of a test: longer than any step takes on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(180);
 
-/// A cluster with the stand-in's commands, and a desk whose settings lead there.
+/// A cluster with the fake commands, and a context whose settings use it.
 fn office() -> Option<(Cluster, TestContext)> {
     let cluster = Cluster::stand_in().unwrap()?;
     let context = context(&cluster);
@@ -53,7 +53,7 @@ fn deploy(fixture: &str) -> Vec<String> {
     words.iter().chain(&job).map(|word| (*word).to_owned()).collect()
 }
 
-/// The same of a model of the hub's.
+/// The same for a model on the hub.
 fn hub_deploy(more: &[&str]) -> Vec<String> {
     let ids = golden("olmoe-bf16").join("golden.safetensors");
     let words = ["deploy", "-y", "--broker", "slurm", "--gpu-count", "0", "--model", HUB_MODEL];
@@ -61,7 +61,7 @@ fn hub_deploy(more: &[&str]) -> Vec<String> {
     words.iter().chain(&job).chain(more).map(|word| (*word).to_owned()).collect()
 }
 
-/// A cluster whose nodes reach nothing outside, and a desk that reaches a hub with one model.
+/// A cluster whose nodes have no network, and a context with a hub of one model.
 fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
     let cluster = Cluster::stand_in().unwrap()?;
     cluster.cut_off().unwrap();
@@ -70,7 +70,7 @@ fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
     Some((cluster, context, hub))
 }
 
-/// The same where the partition `net` reaches the hub, and jobs fetch models there.
+/// The same, with a partition `net` that reaches the hub, where jobs fetch models.
 fn office_with_stage(partition: &str) -> Option<(Cluster, TestContext, MockHub)> {
     if std::process::Command::new("curl").arg("--version").output().is_err() {
         outliers_tests::not_checked("no curl is installed");
@@ -302,7 +302,7 @@ fn survey_respects_its_limit_of_concurrent_jobs() {
     cluster.goes_wrong("hold", "Priority").unwrap();
     let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
     context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
-    // Another one would be submitted by now.
+    // Another one would have been submitted by now.
     let looks = cluster.asked("squeue");
     context.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
     assert_eq!(cluster.jobs(), 2, "{}", context.stderr());
@@ -369,7 +369,7 @@ fn job_over_the_gpu_hour_limit_is_not_submitted() {
     assert_eq!(cluster.jobs(), 0);
 }
 
-/// Kills a controller whose job waits in the queue; what `instances list` then shows.
+/// Kills a controller whose job waits in the queue. Returns the output of `instances list`.
 fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde_json::Value {
     cluster.goes_wrong("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
@@ -639,7 +639,7 @@ fn requeued_job_resumes_mid_pass() {
     context.assert_nothing_left();
 }
 
-/// What there is of a run that was cut off came home, and nothing of it is left.
+/// The partial results of an interrupted run were fetched, and nothing of it is left.
 fn was_cut_off(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
     assert_eq!(code, Some(4), "{}", context.stderr());
     let runs = context.json(&["runs", "list"]);
@@ -666,7 +666,7 @@ fn job_at_its_time_limit_saves_partial_results() {
     was_cut_off(code, &cluster, &context);
 }
 
-/// Slurm lets it wait for half a minute.
+/// Slurm makes it wait for half a minute.
 #[test]
 #[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
 fn real_slurm_requeued_job_gives_the_same_bits() {
@@ -691,7 +691,7 @@ fn real_slurm_requeued_job_gives_the_same_bits() {
     context.assert_nothing_left();
 }
 
-/// The shortest time limit that Slurm has is a minute, and it looks twice a minute.
+/// Slurm's shortest time limit is a minute, which it checks twice a minute.
 #[test]
 #[ignore = "takes two minutes: cargo test --workspace --test outliers -- --ignored slurm::"]
 fn real_slurm_ends_a_job_at_its_time_limit() {
@@ -701,7 +701,7 @@ fn real_slurm_ends_a_job_at_its_time_limit() {
     std::fs::write(&text, "All that glisters is not gold; often have you heard that told. ".repeat(75_000)).unwrap();
     let more = ["--max-duration", "1m", "--allow-cut-short", "--corpus", text.to_str().unwrap()];
     let mut child = busy(&cluster, &context, "1500", "\"tokenizing\"", &more);
-    // A controller that is there stops the worker in time.
+    // A controller stops the worker in time.
     child.kill().unwrap();
     child.wait().unwrap();
     let live = || cluster.says("squeue", &["-h", "-t", "PENDING,RUNNING,COMPLETING"]);
@@ -816,7 +816,7 @@ async fn concurrent_queue_queries_share_one_squeue_call() {
 #[tokio::test(flavor = "multi_thread")]
 async fn queue_queries_of_several_processes_share_one_squeue_call() {
     let Some(cluster) = Cluster::stand_in().unwrap() else { return };
-    // All that they share is the folder on the cluster, which any run has made.
+    // They share only the folder on the cluster, which any run makes.
     std::fs::create_dir(cluster.leases()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let brokers: Vec<Slurm> = (0..4).map(|_| broker(&cluster, folder.path(), Duration::from_secs(3600))).collect();
@@ -870,7 +870,7 @@ async fn ssh_program_transfers_files_intact() {
     std::fs::write(&from, &content).unwrap();
     let remote = cluster.sshd.home().join("it's a file");
     let remote = remote.to_str().unwrap();
-    // The middle last, as after a broken line.
+    // The middle last, as after a broken connection.
     let middle = 65_536..131_072;
     for parts in [&[0..65_536, 131_072..3_000_001][..], std::slice::from_ref(&middle)] {
         let what = SendRequest { local: &from, remote, parts, progress: &|_| {} };
@@ -884,7 +884,7 @@ async fn ssh_program_transfers_files_intact() {
     assert_eq!(ssh.read_from("/no/such", 0, 1).await.unwrap(), None);
     ssh.put_bytes(b"new", remote, 0o600).await.unwrap();
     assert_eq!(std::fs::read(remote).unwrap(), b"new");
-    // The line breaks; the next command makes another.
+    // The connection breaks; the next command opens another.
     assert!(cluster.sshd.kill_sessions().unwrap() > 0);
     let mut again = ssh.exec("echo again", b"", limit).await;
     if let Err(error) = &again {

@@ -68,7 +68,7 @@ async fn large_streams_flow_both_ways_concurrently() {
 async fn commands_run_concurrently_and_end_at_their_time_limit() {
     let Some(server) = Sshd::start().unwrap() else { return };
     let ssh = connect(&server).await;
-    // Each waits for what the other does.
+    // Each waits for the other.
     let first = ssh.exec("touch a; until [ -e b ]; do sleep 0.05; done; echo a", b"", LIMIT);
     let second = ssh.exec("touch b; until [ -e a ]; do sleep 0.05; done; echo b", b"", LIMIT);
     let both = tokio::join!(first, second);
@@ -178,7 +178,7 @@ async fn wrong_client_and_host_keys_give_different_errors() {
     assert!(
         changed.message.contains(&other.fingerprint()) && changed.message.contains(&server.host_key().fingerprint())
     );
-    // Taken on trust the first time, and then held to.
+    // Trusted on first use, then pinned.
     let (_, seen) = SshTransport::connect(&server.endpoint(), server.key().private_path(), None).await.unwrap();
     assert_eq!(&seen, server.host_key());
     let by_print = HostKeyPin::new(&seen.fingerprint()).unwrap();
@@ -221,7 +221,7 @@ enum Rude {
     Excuse,
 }
 
-/// A server that accepts and then is rude.
+/// A server that accepts and then closes at once.
 fn rude_server(how: Rude) -> u16 {
     use std::io::Write;
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -257,11 +257,11 @@ async fn next_call_reconnects_after_a_lost_connection() {
     let file = server.home().join("file");
     let file = file.to_str().unwrap();
     ssh.put_bytes(b"content", file, 0o600).await.unwrap();
-    // A command starts in the user's real home, not in the server's.
+    // A command starts in the user's home, not in the server's.
     let started = server.home().join("started");
     let command = format!("touch {}; sleep 20; echo done", started.display());
     let (lost, killed) = tokio::join!(ssh.exec(&command, b"", LIMIT), async {
-        // Killed before the command runs, the session would only be made again.
+        // If the session is killed before the command runs, it would be opened again.
         let begins = async {
             while !started.exists() {
                 tokio::time::sleep(Duration::from_millis(20)).await;
@@ -274,8 +274,8 @@ async fn next_call_reconnects_after_a_lost_connection() {
     assert_eq!(lost.unwrap_err().kind, Kind::Reset);
     assert_eq!(ssh.exec("echo back", b"", LIMIT).await.unwrap().stdout, b"back\n");
     assert_eq!(ssh.read_from(file, 0, 100).await.unwrap().unwrap(), b"content");
-    // And while nothing was under way. On a busy machine the news of the end may come after the
-    // next call has begun: that one call then is the one that finds out.
+    // Also while idle. On a busy machine the end may be detected after the next call has begun;
+    // that call then fails.
     server.kill_sessions().unwrap();
     tokio::time::sleep(Duration::from_millis(300)).await;
     let read = match ssh.read_from(file, 0, 100).await {

@@ -1,5 +1,4 @@
-//! The same deploy against a real OpenSSH server, as an instance of a small cloud of this test's
-//! own.
+//! The same deploy against a real OpenSSH server, as an instance of a small test cloud.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -27,13 +26,13 @@ use outliers_tests::sshd::Sshd;
 struct SshdCloud {
     instances: Mutex<Vec<(Instance, Sshd)>>,
     created: Mutex<usize>,
-    /// Instances let nobody in: what was sent as the key is not installed.
+    /// Instances accept no login: the key is not installed.
     deaf: bool,
-    /// MiB of disk of an instance, where that can be arranged.
+    /// MiB of disk of an instance, where it can be mounted.
     disk: Option<u32>,
     /// More lines of the servers' configuration.
     config: &'static str,
-    /// Nothing can be run from an instance's home folder.
+    /// Programs cannot be run from an instance's home folder.
     noexec: bool,
 }
 
@@ -147,7 +146,7 @@ async fn drive(cloud: &Arc<SshdCloud>, run: RunWriter, timeouts: Timeouts) -> Ru
     record
 }
 
-/// Whether there is an OpenSSH server to test with; says so if not.
+/// Whether there is an OpenSSH server; prints a message if not.
 fn sshd_is_here() -> bool {
     Sshd::start().unwrap().is_some()
 }
@@ -196,12 +195,12 @@ async fn deploy_works_with_one_channel_and_a_noexec_home() {
     clear_away();
 }
 
-/// Removes the worker that lies beside a home folder.
+/// Removes the worker beside a home folder.
 fn clear_away() {
     use std::os::unix::fs::MetadataExt;
     let here = tempfile::tempdir().unwrap();
     let (user, sha256) = (here.path().metadata().unwrap().uid(), sha256(&std::fs::read(worker()).unwrap()));
-    // Where no home could be mounted, there is none.
+    // Without a mounted home, there is none.
     let _ = std::fs::remove_dir_all(format!("/var/tmp/outliers-{user}/bin/{sha256}"));
 }
 
@@ -228,7 +227,7 @@ async fn instance_with_an_unpinned_host_key_is_terminated() {
     let folder = tempfile::tempdir().unwrap();
     let (cloud, ledger) = (Arc::new(SshdCloud::default()), Ledger::open(&folder.path().join("state")).unwrap());
     let mut run = ledger.plan(&spec("llama-f32", &folder.path().join("results"))).unwrap();
-    // A controller got as far as pinning a key; then the host behind the address became another.
+    // A controller had pinned a key; then another host got the address.
     let tag = LeaseTag {
         owner: run.owner().to_owned(),
         run: run.record().id.clone(),

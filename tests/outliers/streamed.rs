@@ -1,5 +1,5 @@
-//! Weights straight from the hub: the same bytes, each fetched once, none on disk, and every fault
-//! of the way survived or named.
+//! Weights streamed from the hub: the same bytes, each fetched once, none on disk; every network
+//! fault is survived or reported.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ const HASH_MEMORY: u64 = 64 << 20;
 /// Largest part with that little memory.
 const PART: u64 = 1 << 20;
 
-/// Patience with ranges.
+/// Timeout of range requests.
 fn patient(setup: Setup) -> Setup {
     let timeouts = Timeouts {
         response: Duration::from_secs(20),
@@ -43,7 +43,7 @@ impl Setup {
         Hub::new(self.options()).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap()
     }
 
-    /// All tensors of the model, read from the hub with `fault` happening to this many requests
+    /// All tensors of the model, read from the hub with `fault` injected into this many requests
     /// for weights.
     fn read_with(&self, fault: &Fault, times: usize) -> Result<Tensors, WorkerError> {
         let checkpoint = self.stream();
@@ -55,7 +55,7 @@ impl Setup {
         read_all(&*Checkpoint::open_folder(&self.repo()).unwrap().weights).unwrap()
     }
 
-    /// Requests for weights, without the one per file that brings its header.
+    /// Requests for weights, without the request per file for its header.
     fn ranges(&self) -> Vec<Seen> {
         let (mut ranges, mut files) = (Vec::new(), Vec::new());
         for seen in self.hub.seen().into_iter().filter(|seen| seen.path.contains(".safetensors") && !seen.cdn) {
@@ -84,14 +84,14 @@ fn read_all(weights: &dyn WeightSource) -> Result<Tensors, WorkerError> {
     read_all_holding(weights, HASH_MEMORY)
 }
 
-/// The same with this much memory for bytes that wait for their hash.
+/// The same with this much memory for bytes whose hash is pending.
 fn read_all_holding(weights: &dyn WeightSource, hash_memory: u64) -> Result<Tensors, WorkerError> {
     let entries = in_order(weights);
     weights.announce(&announced(&entries), hash_memory);
     entries.into_iter().map(|entry| Ok((entry.name.clone(), read(weights, &entry, 0..entry.len)?))).collect()
 }
 
-/// Not the order of the files: as a pass, it comes back to both of them.
+/// Not in file order: like a pass, it returns to both files.
 fn in_order(weights: &dyn WeightSource) -> Vec<TensorEntry> {
     weights.names().map(|name| weights.entry(name).unwrap().clone()).collect()
 }
@@ -299,7 +299,7 @@ fn replaced_file_is_not_mixed_with_its_old_content() {
     fs::write(&path, &bytes).unwrap();
     let error = read_all(&*checkpoint.weights).unwrap_err();
     assert!(error.message().contains("changed while it was read"), "{error}");
-    // Another length, and a server that does not tell versions apart, would be noticed too.
+    // Another length, or a server without versions, would be detected too.
     bytes.truncate(bytes.len() - 10);
     fs::write(&path, &bytes).unwrap();
     let error = read_all(&*checkpoint.weights).unwrap_err();
@@ -309,7 +309,7 @@ fn replaced_file_is_not_mixed_with_its_old_content() {
 #[test]
 fn late_range_is_requested_again_before_its_timeout() {
     let mut setup = patient(Setup::new());
-    // Nobody would notice the silence otherwise.
+    // Without this, the stall would not be detected.
     setup.timeouts.silence = Duration::from_secs(600);
     setup.timeouts.response = Duration::from_secs(600);
     for fault in [Fault::Stall(1000), Fault::Slow(1000)] {
@@ -422,7 +422,7 @@ fn unannounced_ranges_can_be_read() {
     let stored = &setup.stored()["lm_head.weight"];
     assert!(read(weights, &entry, 0..entry.len).unwrap() == *stored);
     weights.announce(&announced(std::slice::from_ref(&entry)), 0);
-    // In pieces, twice, and across what is left.
+    // In pieces, twice, and across the rest.
     for range in [10..20, 0..entry.len, 5..entry.len - 5, 0..entry.len] {
         let expected = &stored[range.start as usize..range.end as usize];
         assert!(read(weights, &entry, range.clone()).unwrap() == expected, "{range:?}");

@@ -1,5 +1,5 @@
-//! `outliers survey` on the embedded broker: one tiny checkpoint per family of the nine-model
-//! survey, real processes, real deaths.
+//! `outliers survey` on the local broker: one tiny checkpoint per family of the nine-model survey,
+//! real processes, real kills.
 
 use std::path::{Path, PathBuf};
 use std::process::Child;
@@ -11,7 +11,7 @@ use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;
 use serde_json::Value;
 
-/// The nine-model survey's models, in its order, by the fixtures of their families.
+/// The nine-model survey's models, in order, as fixtures of their families.
 const NINE: [&str; 9] = [
     "qwen3-moe",
     "gpt-oss-mxfp4",
@@ -24,10 +24,10 @@ const NINE: [&str; 9] = [
     "kimi-k2-fp8",
 ];
 
-/// The one that is to fail.
+/// The model that must fail.
 const BROKEN: &str = "olmoe-bf16";
 
-/// A context with copies of these models in folders of their own, and a survey of them.
+/// A context with copies of these models in their own folders, and a survey of them.
 fn context(models: &[&str]) -> TestContext {
     let context = TestContext::new();
     for model in models {
@@ -56,7 +56,7 @@ fn survey<'a>(more: &[&'a str]) -> Vec<&'a str> {
     arguments.iter().chain(more).copied().collect()
 }
 
-/// Values that are no numbers in place of a model's weights: its headers are as before.
+/// NaN values in place of a model's weights; headers are unchanged.
 fn spoil(context: &TestContext, model: &str) -> PathBuf {
     let weights = context.work().join("models").join(model).join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
@@ -66,7 +66,7 @@ fn spoil(context: &TestContext, model: &str) -> PathBuf {
     weights
 }
 
-/// Of each model in the index: its name, what became of it, and why.
+/// Name, outcome and reason of each model in the index.
 fn index(context: &TestContext) -> Vec<(String, String, String)> {
     let text = std::fs::read(context.work().join("remote_results/nine/index.json")).unwrap();
     let index: Value = serde_json::from_slice(&text).unwrap();
@@ -95,9 +95,8 @@ fn read_page(context: &TestContext) {
     }
 }
 
-/// Kills the controller at a moment when instances are running: it is halted first, so that the
-/// moment stays. All of them are up: one that was not even started would be billed, and then
-/// another.
+/// Kills the controller while instances are running. It is stopped first, so that the state does
+/// not change. All instances are up: one that was not started would be billed and replaced.
 fn kill_in_the_midst(context: &TestContext, controller: &mut Child) {
     context.wait_for("the survey to be in its midst", || {
         signal(controller, "STOP");
@@ -118,7 +117,7 @@ fn signal(child: &Child, name: &str) {
     assert!(sent.unwrap().success());
 }
 
-/// Parallel 2, one model failing on purpose, the controller killed in mid-run.
+/// Parallel 2, one failing model, the controller killed in mid-run.
 #[test]
 fn survey_with_a_broken_model_survives_controller_death() {
     let context = context(&NINE);
@@ -192,8 +191,8 @@ fn survey_with_a_broken_model_survives_controller_death() {
     assert!(!status.contains("may still cost"), "{status}");
 }
 
-/// As a controller leaves it that dies between noting an instance and starting it. There is only
-/// this machine to rent.
+/// The state after a controller was killed between recording an instance and starting it. Only
+/// this machine can be rented.
 #[test]
 fn instance_that_never_starts_is_replaced() {
     let context = context(&NINE[..1]);
@@ -203,7 +202,7 @@ fn instance_that_never_starts_is_replaced() {
     controller.wait().unwrap();
     let instance = context.state().join("local/instances").join(&context.bill().running[0].id.0);
     let ready = instance.join("ready.json");
-    // It may have been started already.
+    // It may have been started.
     context.wait_for("it to be up", || {
         ready.exists() || !matches!(context.bill().running[0].state, InstanceState::Booting)
     });
@@ -224,7 +223,7 @@ fn instance_that_never_starts_is_replaced() {
     context.assert_nothing_left();
 }
 
-/// What the results' own records and hashes tell is not rented again.
+/// A run with valid records and hashes in its results is not rented again.
 #[test]
 fn survey_resumes_from_index_and_results_without_a_ledger() {
     let context = context(&NINE[..3]);
@@ -244,7 +243,7 @@ fn survey_resumes_from_index_and_results_without_a_ledger() {
     let mended = context.run(survey(&["--rerun-failed"])).ok();
     assert!(mended.stdout.contains("3 of 3 complete"), "{mended:?}");
     assert_eq!(context.bill().entries.len(), rented + 1, "only what failed was run again");
-    // What is not as it was written is not believed, and not overwritten either.
+    // Altered results are neither trusted nor overwritten.
     std::fs::remove_file(context.state().join("ledger.db")).unwrap();
     for end in ["-wal", "-shm"] {
         let _ = std::fs::remove_file(context.state().join(format!("ledger.db{end}")));
@@ -325,7 +324,7 @@ fn all_survey_errors_are_reported_together_before_renting() {
     context.assert_nothing_left();
 }
 
-/// Turns are for the hub: workers that read nothing from it start at once.
+/// Start times are spread for the hub: workers that do not use it start at once.
 #[test]
 fn workers_without_hub_weights_start_without_throttling() {
     let context = context(&["llama-f32", "qwen3"]);

@@ -1,5 +1,5 @@
-//! Folders as people have them: several sets of weights, views in pickles, files that are not what
-//! they are called. What runs, runs as in transformers; the fixtures say what that is.
+//! Model folders with unusual content: several sets of weights, views in pickles, files with a
+//! wrong extension. Results must equal those of transformers, as recorded in the fixtures.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ const FIXTURE: &str = "llama-f32";
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Runs a model that must compute what transformers computes of a fixture.
+/// Runs a model whose results must equal those of transformers for a fixture.
 fn run_as(name: &str, model: &Path) -> Metadata {
     let output = run_like(name, model, &["--save-activations", "activations.safetensors"]);
     let compared = assert_activations_equal(
@@ -89,8 +89,8 @@ fn ordinary_checkpoint_has_no_notes() {
     assert_eq!(inspect(&golden(FIXTURE).join("model")).checkpoint_notes, Vec::<String>::new());
 }
 
-/// The same weights as pickled views: matrices by column, vectors as every other value, and a
-/// buffer of complex numbers.
+/// The same weights as pickled views: matrices column-major, vectors with stride 2, and a buffer
+/// of complex numbers.
 fn as_views(model: &Path) {
     let file = fs::read(model.join(SINGLE)).unwrap();
     let view = |(name, view): (String, safetensors::tensor::TensorView<'_>)| {

@@ -1,5 +1,5 @@
-//! The worker alone: exact against the reference, however the work is cut, and plain about bad
-//! input.
+//! The worker alone: exact against the reference for any split of the work, and clear errors for
+//! bad input.
 
 use std::path::Path;
 
@@ -36,8 +36,8 @@ pub(crate) fn run_like(name: &str, model: &Path, more: &[&str]) -> tempfile::Tem
 fn fixtures_equal_the_reference() {
     let names = goldens();
     assert!(names.len() >= 47, "{names:?}");
-    // With our own loops, and with the tensor library's operations where GPUs have no kernel of
-    // ours.
+    // With the worker's loops, and with the tensor library's operations for which GPUs have no
+    // kernel of the worker.
     for (name, how) in names.iter().flat_map(|name| [(name, None), (name, Some("--composed"))]) {
         let options = ["--save-activations", "activations.safetensors"].into_iter().chain(how);
         let output = run_fixture(name, &options.collect::<Vec<_>>());
@@ -58,7 +58,7 @@ fn fixtures_equal_the_reference() {
 fn micro_batch_size_changes_no_count() {
     for name in goldens() {
         // A matrix product of other dimensions is summed in another order: counts are exact,
-        // values to rounding.
+        // values equal up to rounding.
         let one_by_one = run_fixture(&name, &["--micro-batch-tokens", "1", "--save-activations", "a.safetensors"]);
         let fixture = golden(&name);
         assert_activations_equal(&fixture.join("golden.safetensors"), &one_by_one.path().join("a.safetensors"));
@@ -153,8 +153,7 @@ pub(crate) fn copy(name: &str) -> tempfile::TempDir {
     folder
 }
 
-/// Runs a job that must fail: the manifest, the exit code and the words on standard error say the
-/// same.
+/// Runs a job that must fail: manifest, exit code and standard error must agree.
 pub(crate) fn failure(model: &Path, more: &[&str]) -> (FailureKind, String) {
     let output = tempfile::tempdir().unwrap();
     let mut arguments = vec!["run", "--model", model.to_str().unwrap(), "--output", output.path().to_str().unwrap()];

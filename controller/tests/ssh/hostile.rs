@@ -1,5 +1,5 @@
-//! What a hostile host may do to this machine, and that none of it does harm: a whole run for each
-//! attack, against a small SSH server of this test's own, and a line about each in the test's log.
+//! Attacks of a hostile host: a whole run per attack, against a small SSH server, and a line about
+//! each in the test's log.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -33,31 +33,30 @@ mod host;
 use cloud::{Cloud, NAME};
 use host::{Bad, tampering};
 
-/// Longer than any of it takes on a busy machine: an attack that is not over then has kept an
-/// instance.
+/// Timeout of an attack. Later, it would have kept an instance.
 const TIMEOUT: Duration = Duration::from_secs(150);
-/// From the login to the worker's start, for hosts that are to be exchanged.
+/// Timeout from login to the worker's start, for hosts that must be replaced.
 const READY: Duration = Duration::from_secs(20);
-/// No file of a run of the small fixture is larger.
+/// Upper bound of the files of a run of the small fixture.
 const LARGEST: u64 = 64 << 20;
-/// At the same time.
+/// Attacks that run at the same time.
 const AT_ONCE: usize = 6;
 
-/// How a run must end.
+/// Required end of a run.
 #[derive(Clone, Copy)]
 enum Expect {
-    /// With whole results, of so many instances.
+    /// With complete results, after this many instances.
     Completed(usize),
-    /// Without whole results.
+    /// Without complete results.
     Refused,
-    /// In whatever way.
+    /// With or without results.
     Over,
-    /// In whatever way, and no file of this name came here.
+    /// With or without results, but without a file of this name.
     Without(&'static str),
 }
 
 /// What a host does, what it does to the worker's files before the worker ends (for `tamper.sh`),
-/// and what is to become of the run.
+/// and how the run must end.
 type Row = (&'static str, Bad, &'static str, Expect);
 
 const ROWS: [Row; 23] = [
@@ -150,7 +149,7 @@ async fn over(attack: impl Future<Output = Result<String, String>>) -> Result<St
     tokio::time::timeout(TIMEOUT, attack).await.unwrap_or_else(|_| Err("it does not end".to_owned()))
 }
 
-/// One attack, and the outcome in words.
+/// Runs one attack; returns the outcome as text.
 async fn played((_, bad, attack, expect): &Row, worker: &Path) -> Result<String, String> {
     let here = tempfile::tempdir().unwrap();
     let (cloud, program) = (Arc::new(Cloud::new(*bad)), tampering(worker, attack, here.path()));
@@ -187,7 +186,7 @@ fn demand(holds: bool, why: impl FnOnce() -> String) -> Result<(), String> {
     if holds { Ok(()) } else { Err(why()) }
 }
 
-/// Nothing that came is too large, a link, or lies where no results belong.
+/// No received file is too large, a link, or outside the results.
 fn files_are_harmless(here: &Path, expect: Expect) -> Result<(), String> {
     let mut names: Vec<String> = Vec::new();
     let mut folders = vec![here.to_owned()];
@@ -211,7 +210,7 @@ fn files_are_harmless(here: &Path, expect: Expect) -> Result<(), String> {
     demand(!names.iter().any(|name| name == unwanted), || format!("{unwanted} came here"))
 }
 
-/// All that a host says of itself.
+/// All output of the host.
 fn words(facts: HostFacts) -> String {
     let gpus = facts.gpus.into_iter().flat_map(|gpu| [gpu.name, gpu.driver, gpu.uuid]);
     [facts.os, facts.arch, facts.user, facts.home].into_iter().chain(gpus).collect::<Vec<_>>().join(" ")
@@ -282,7 +281,7 @@ async fn spec(results: &Path) -> RunSpec {
     }
 }
 
-/// An attempt to connect, which must fail in one of these ways.
+/// An attempt to connect, which must fail with one of these errors.
 async fn refused_as(port: u16, kinds: &[Kind]) -> Result<String, String> {
     let folder = tempfile::tempdir().unwrap();
     let key = RunKey::create(folder.path(), "key", "").unwrap();
@@ -307,7 +306,7 @@ async fn endless_preface() -> Result<String, String> {
     outcome
 }
 
-/// Servers that know nothing but what was broken long ago.
+/// Servers that support only broken algorithms.
 async fn weak_algorithms() -> Result<String, String> {
     let kex = |name| Preferred { kex: Cow::Owned(vec![name]), ..Preferred::DEFAULT };
     let cipher = |name| Preferred { cipher: Cow::Owned(vec![name]), ..Preferred::DEFAULT };
@@ -338,20 +337,20 @@ async fn weak_algorithms() -> Result<String, String> {
                 drop(running.await);
             }
         });
-        // Both sides find out, and either may be the first to hang up.
+        // Both sides detect it; either may close first.
         words = refused_as(port, &[Kind::Remote, Kind::Reset]).await?;
         serving.abort();
     }
     Ok(words)
 }
 
-/// What `rogue` plays, which fails by itself.
+/// The server that `rogue` runs, whose errors are ignored.
 async fn lying_files() -> Result<String, String> {
     crate::rogue::lying_files().await;
     Ok("refused, or cut to what was asked for".to_owned())
 }
 
-/// Lets everybody in.
+/// Accepts every login.
 struct Trusting;
 
 impl russh::server::Handler for Trusting {

@@ -1,4 +1,4 @@
-//! Hosts and lines that misbehave: real OpenSSH servers behind bad lines, and servers that lie.
+//! Hosts and links that misbehave: real OpenSSH servers behind bad links, and hostile servers.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod hostile;

@@ -1,4 +1,4 @@
-//! A server that lies: what it may say, and that none of it does harm.
+//! A hostile server: its wrong answers, and that none does harm.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -20,10 +20,10 @@ use tempfile::TempDir;
 
 const LIMIT: Duration = Duration::from_secs(20);
 
-/// What the host prints for a script, after the mark an honest shell would print.
+/// Output for a script, after the mark that a correct shell prints.
 type Answer = Arc<dyn Fn(&str) -> Vec<u8> + Send + Sync>;
 
-/// One connection of the liar.
+/// One connection of the server.
 struct Liar {
     answer: Answer,
     channels: HashMap<ChannelId, Channel<Msg>>,
@@ -89,7 +89,7 @@ impl Handler for Liar {
     }
 }
 
-/// What the liar does to commands that are one word.
+/// Answer to commands of one word.
 async fn misbehave(handle: Handle, id: ChannelId, command: Vec<u8>) {
     let say = |text: &'static [u8]| handle.data(id, text.to_vec());
     match command.as_slice() {
@@ -109,7 +109,7 @@ async fn misbehave(handle: Handle, id: ChannelId, command: Vec<u8>) {
     let _ = handle.close(id).await;
 }
 
-/// Files that are what their names say.
+/// Files with correct names and content.
 struct LyingFiles;
 
 impl russh_sftp::server::Handler for LyingFiles {
@@ -164,7 +164,7 @@ impl russh_sftp::server::Handler for LyingFiles {
     }
 }
 
-/// A connection to a liar.
+/// A connection to the hostile server.
 async fn liar(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> (SshTransport, TempDir) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = listener.local_addr().unwrap().port();
@@ -175,7 +175,7 @@ async fn liar(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> (SshT
         while let Ok((stream, _)) = listener.accept().await {
             let liar = Liar { answer: answer.clone(), channels: HashMap::new(), scripts: HashMap::new() };
             let running = russh::server::run_stream(config.clone(), stream, liar).await.unwrap();
-            // It ends when the client goes, in whatever way.
+            // It ends with the client.
             tokio::spawn(async move { drop(running.await) });
         }
     });
@@ -203,7 +203,7 @@ async fn irregular_files_and_wrong_lengths_are_errors() {
     lying_files().await;
 }
 
-/// Asks a liar for files.
+/// Requests files from the hostile server.
 pub(crate) async fn lying_files() {
     let (ssh, folder) = liar(|_| Vec::new()).await;
     let home = |name: &str| folder.path().join(name);
@@ -221,8 +221,8 @@ pub(crate) async fn lying_files() {
     assert_eq!(cut.len(), 5, "no sum of ours runs over");
 }
 
-/// Fetches from a host that has a home folder, gives this answer when asked for its manifest and
-/// loose files, and then none.
+/// Fetches from a host with a home folder that sends this answer to the request for its manifest
+/// and loose files, and then none.
 async fn fetch(files: Vec<u8>, into: &Path) -> HostErrorKind {
     let answer = move |script: &str| match (script.contains("manifest.json"), script.contains("piece")) {
         (true, _) => files.clone(),
@@ -278,7 +278,7 @@ async fn huge_or_false_manifest_downloads_nothing() {
     assert!(!into.exists());
 }
 
-/// What follows from a host whose progress file holds these bytes again and again and never ends.
+/// Result of following a host whose progress file repeats these bytes without end.
 async fn follow(progress: Vec<u8>) -> Vec<HostEvent> {
     let answer = move |script: &str| match script.contains("take()") {
         true => {
@@ -306,7 +306,7 @@ async fn endless_progress_file_ends_at_the_deadline() {
     assert_eq!(endless.len(), 1, "one line, told once");
     let deep = [&[b'['; 50_000][..], b"\n{\"schema\":1e999}\n\x1b]0;owned\x07{\n"].concat();
     let bombs = bad(follow(deep).await);
-    // What lies behind is passed over, and with it the line in which the reader comes down.
+    // The skipped part, and the line at its end, are dropped.
     assert!(bombs.len() == 3 || bombs.len() % 3 == 2, "{}", bombs.len());
     for line in endless.iter().chain(&bombs) {
         assert!(line.chars().count() <= 201 && !line.chars().any(char::is_control), "{line:?}");

@@ -1,4 +1,4 @@
-//! What the tests share: a server, a link to it, and a host at its end.
+//! Fixtures of the tests: a server, a link to it, and a host behind it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use outliers_tests::flaky_link::FlakyLink;
 use outliers_tests::sshd::Sshd;
 use tempfile::TempDir;
 
-/// A connection that loses patience soon.
+/// A connection with short timeouts.
 pub(crate) const HASTY: Tuning =
     Tuning { keepalive: Duration::from_millis(500), stall: Duration::from_secs(1), rekey_after: 1 << 30 };
 
@@ -23,14 +23,14 @@ pub(crate) struct Scene {
 }
 
 impl Scene {
-    /// With more lines of `sshd_config`. `None` where there is no OpenSSH.
+    /// With more lines of `sshd_config`. `None` without OpenSSH.
     pub(crate) fn new(config: &str, link: impl FnOnce(&SshEndpoint) -> FlakyLink) -> Option<Self> {
         let server = Sshd::start_with(config).unwrap()?;
         let link = link(&server.endpoint());
         Some(Self { server, link, here: tempfile::tempdir().unwrap() })
     }
 
-    /// At the end of a link like the one within this machine.
+    /// Behind a link without delay.
     pub(crate) fn near(config: &str) -> Option<Self> {
         Self::new(config, |server| FlakyLink::long(server, Duration::ZERO).unwrap())
     }

@@ -1,4 +1,4 @@
-//! What a connection bears.
+//! Faults that a connection must survive.
 
 use std::time::Duration;
 
@@ -9,8 +9,8 @@ use outliers_tests::flaky_link::FlakyLink;
 
 use crate::scene::{HASTY, Scene};
 
-/// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client takes 1023
-/// of 8192 characters.
+/// RFC 4253, section 4.2: a server may send lines before its version. OpenSSH's client accepts
+/// 1023 lines of 8192 characters.
 #[tokio::test(flavor = "multi_thread")]
 async fn text_before_the_ssh_version_is_skipped_as_openssh_does() {
     let text = |length: usize, end: &str| format!("{}{end}", "x".repeat(length));

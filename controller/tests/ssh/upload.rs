@@ -1,4 +1,4 @@
-//! Uploads over lines that are long, narrow, silent or break.
+//! Uploads over links that are slow, narrow, stalled or break.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ async fn push(host: &RemoteHost, file: &Path, on: impl Fn(HostEvent) + Send + Sy
     host.push_file(file, PLACE, 1 << 40, &on).await.unwrap().into()
 }
 
-/// Pushes a file until more than `bytes` of it are acknowledged, and then forgets about it, as a
+/// Pushes a file until more than `bytes` of it are acknowledged, then drops the upload, as a
 /// killed controller does.
 async fn push_some(host: RemoteHost, file: &Path, bytes: u64) {
     let enough = tokio::sync::Notify::new();
@@ -37,7 +37,7 @@ async fn push_some(host: RemoteHost, file: &Path, bytes: u64) {
     drop(host);
 }
 
-/// Sends a whole file as it is.
+/// Sends a whole file without resuming.
 async fn send(
     ssh: &SshTransport,
     local: &Path,
@@ -49,7 +49,7 @@ async fn send(
     ssh.send(&SendRequest { local, remote, parts, progress }).await
 }
 
-/// Same content, and nothing beside it.
+/// The same content, and no other file beside it.
 fn assert_arrived(file: &Path, there: &Path) {
     assert_eq!(sha256(&std::fs::read(there).unwrap()), sha256(&std::fs::read(file).unwrap()));
     assert_eq!(names(there.parent().unwrap()), ["big"]);
@@ -90,7 +90,7 @@ async fn partial_upload_of_a_killed_controller_is_resumed_and_corrected() {
     push_some(scene.host(Tuning::default()).await, &file, 40 * MB as u64).await;
     let part = part(&scene);
     assert_eq!(part.metadata().unwrap().permissions().mode() & 0o777, 0o600);
-    // A disk that turns bits, within what had arrived.
+    // A disk error within the bytes that had arrived.
     let mut there = std::fs::read(&part).unwrap();
     there[5 * MB] ^= 1;
     std::fs::write(&part, &there).unwrap();
@@ -129,13 +129,13 @@ async fn foreign_partial_file_is_replaced_and_its_link_target_kept() {
         let placed = push(&scene.host(Tuning::default()).await, &file, |_| {}).await;
         assert_arrived(&file, &placed);
         assert_eq!(std::fs::read(&precious).unwrap(), b"not ours");
-        // The next kind finds the place as before.
+        // The next kind finds the same state.
         std::fs::rename(&placed, &part).unwrap();
     }
 }
 
-/// The kernel refuses to start a program that somebody may still write to, and a server notices
-/// late that its client is gone.
+/// The kernel refuses to start a program that is open for writing, and a server detects late that
+/// its client is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn program_starts_while_a_dead_connection_holds_it_open() {
     let Some(scene) = Scene::near("") else { return };
@@ -165,8 +165,8 @@ async fn silent_connection_is_abandoned_and_a_slow_one_is_not() {
     let link = |server: &_| FlakyLink::narrow(server, 2 * MB as u64).unwrap();
     let Some(scene) = Scene::new("", link) else { return };
     let file = scene.file("big", &noise(8 * MB));
-    // Every request of the file is under way at once, and the last waits four times longer than
-    // the patience.
+    // All requests of the file are in flight at once, and the last one waits four times the
+    // timeout.
     let placed = push(&scene.host(HASTY).await, &file, |_| {}).await;
     assert_arrived(&file, &placed);
     let ssh = scene.ssh(HASTY).await;

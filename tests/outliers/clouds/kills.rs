@@ -1,9 +1,9 @@
-//! kill -9 of the real controller, at every request to a cloud and at moments between them; then
-//! the same command once more.
+//! kill -9 of the real controller at every request to a cloud and at times between them; then the
+//! same command again.
 //!
 //! The cloud is a fake over real HTTP, with a bill; the instances are real OpenSSH servers, the
-//! ledger and the results real files. Its list shows an entry that cannot be read as it should,
-//! and it refuses to end anything at first. `tests/kills.sh N` strikes at N points.
+//! ledger and the results real files. Its list has an entry that is partly unreadable, and it
+//! refuses terminations at first. `tests/kills.sh N` tests N points.
 
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -16,18 +16,18 @@ use outliers_tests::tell;
 
 use super::*;
 
-/// Without being asked for more.
+/// Default number of points.
 const POINTS: usize = 12;
 const MOMENTS: [Moment; 3] = [Moment::Arrived, Moment::Applied, Moment::Answered];
-/// Somebody else's instance, in the same account.
+/// Another owner's instance in the same account.
 const STRANGER: &str = "somebodys-web-server";
 
-/// Where the controller dies.
+/// When the controller is killed.
 #[derive(Clone, Copy, Debug)]
 enum Point {
     /// At the n-th request to the cloud, from 1 on.
     Request(usize, Moment),
-    /// After this part of the time that a run takes.
+    /// After this share of a run's time.
     Time(f64),
 }
 
@@ -49,11 +49,11 @@ fn scene() -> Option<(FakeCloud, Place)> {
     Some((cloud, place))
 }
 
-/// Starts a deploy that dies when its `at`-th request has come so far.
+/// Starts a deploy that is killed when its `at`-th request reaches this stage.
 fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
     let (aim, struck) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
     let target = aim.clone();
-    // Nobody is answered before the aim is taken.
+    // Requests wait until the point is set.
     let mut world = cloud.world();
     world.watch = Some(Arc::new(move |number, moment| {
         if (number, moment) == (at, when) && !struck.swap(true, Ordering::SeqCst) {
@@ -66,7 +66,7 @@ fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) ->
     controller
 }
 
-/// One point: whether the controller was still there to be struck.
+/// Tests one point. Returns whether the controller was still running.
 fn strike(point: Point, whole: Duration) -> bool {
     let (cloud, place) = scene().expect("there was a server a moment ago");
     let mut controller = match point {
@@ -87,9 +87,9 @@ fn strike(point: Point, whole: Duration) -> bool {
     died
 }
 
-/// The closing assertion: nothing of ours bills, what was paid is no more than what was agreed,
-/// every run is closed with whole results or a named loss, and the cloud's list holds what is
-/// somebody else's.
+/// Final assertion: nothing of this ledger bills, the amount paid is at most the agreed one, every
+/// run is closed with complete results or a reported loss, and other owners' instances are still
+/// listed.
 fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
     let world = cloud.world();
     let left: Vec<&str> = world.live().map(|instance| instance.name.as_str()).collect();
@@ -131,7 +131,7 @@ fn kill(pid: usize) {
 #[test]
 fn controller_killed_at_any_point_leaves_no_instance_and_loses_no_result() {
     let Some((cloud, place)) = scene() else { return };
-    // The first run of all may have to wait for the programs to be built.
+    // The first run may wait for the programs to be built.
     let _ = place.context.run(["completions", "bash"]).ok();
     let begun = Instant::now();
     let _ = place.deploy().ok();

@@ -1,14 +1,14 @@
-//! The guard on a host, against a real OpenSSH server: nobody looks after the run any more, in
-//! every way in which that happens.
+//! The guard on a host, against a real OpenSSH server: every way in which a run loses its
+//! controller.
 
 use outliers::host::GuardConfig;
 use outliers::run::GuardTimeouts;
 
 use super::*;
 
-/// Stands for a cloud's own order.
+/// Replaces a cloud's termination command.
 const END: &str = "echo ended >> \"$HOME/ended\"";
-/// One that is not taken.
+/// A termination command that fails.
 const FAILS: &str = "echo 'no such pod' >&2; exit 1";
 
 fn terms(lease_s: u64, unclaimed_s: u64, left_s: u64, end_itself: Option<&'static str>) -> GuardConfig {
@@ -50,8 +50,8 @@ async fn guard_ends_worker_and_instance_without_heartbeat() {
 #[tokio::test]
 async fn heartbeat_keeps_the_instance_and_a_killed_guard_is_replaced() {
     let Some(scene) = Scene::new().await else { return };
-    // On a busy machine a word of ours takes seconds: the lease is many times as long as the
-    // pause, and we speak for longer than the lease.
+    // On a busy machine a renewal takes seconds: the lease is many times the pause, and renewals
+    // last longer than the lease.
     scene.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
     let first = scene.guard_pid("r");
     kill(&first.to_string());
@@ -118,8 +118,8 @@ async fn one_guard_runs_per_folder_and_ends_with_it() {
     assert!(!scene.told_to_end());
 }
 
-/// A whole life where the server opens one channel at a time; the lease is renewed while the
-/// worker is followed.
+/// A run where the server permits one channel at a time; the lease is renewed while the worker is
+/// followed.
 #[tokio::test]
 async fn worker_guard_and_follower_share_one_ssh_channel() {
     let Some(scene) = Scene::with("MaxSessions 1").await else { return };

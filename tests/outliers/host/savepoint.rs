@@ -1,4 +1,4 @@
-//! Save points are fetched while the worker runs and sent to the next instance.
+//! Checkpoints of a pass are fetched while the worker runs and sent to the next instance.
 
 use outliers::host::Stamp;
 use outliers::units::Bytes;

@@ -1,7 +1,7 @@
-//! kill -9 of the real controller at commands to a cluster and at moments between them; then
-//! `attach`, or the same command once more where it had not begun.
+//! kill -9 of the real controller at commands to a cluster and at times between them; then
+//! `attach`, or the same command again if the run had not begun.
 //!
-//! `tests/kills.sh N slurm` strikes at N points.
+//! `tests/kills.sh N slurm` tests N points.
 
 use std::collections::BTreeSet;
 
@@ -12,15 +12,15 @@ use serde_json::Value;
 use super::*;
 
 const FIXTURE: &str = "llama-f32";
-/// Without being asked for more.
+/// Default number of points.
 const POINTS: usize = 6;
 
-/// Where the controller dies.
+/// When the controller is killed.
 #[derive(Clone, Copy, Debug)]
 enum Point {
     /// At the n-th of Slurm's commands, from 1 on.
     Command(usize, &'static str),
-    /// After this part of the time that a run takes.
+    /// After this share of a run's time.
     Time(f64),
 }
 
@@ -29,7 +29,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     let (cluster, context) = office().expect("there was a server a moment ago");
     let mut controller = context.start(deploy(FIXTURE));
     match point {
-        // It looks at the model before it asks for anything.
+        // It reads the model before its first command.
         Point::Command(number, when) => {
             cluster.goes_wrong("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
         }
@@ -57,8 +57,8 @@ fn is_whole(run: &Value) -> bool {
     run["state"]["results"]["complete"] == true
 }
 
-/// The closing assertion: at most one job per intent, none of them in the queue, nothing in
-/// scratch, and whole results of a run that is closed.
+/// Final assertion: at most one job per intent, none in the queue, nothing in scratch, and
+/// complete results of a closed run.
 fn agreed(cluster: &Cluster, context: &TestContext, what: &str) {
     let names = cluster.job_names();
     let apart: BTreeSet<&String> = names.iter().collect();
@@ -81,7 +81,7 @@ fn agreed(cluster: &Cluster, context: &TestContext, what: &str) {
 #[test]
 fn slurm_controller_killed_at_any_point_leaves_no_job_and_loses_no_result() {
     let Some((cluster, context)) = office() else { return };
-    // The first run of all may have to wait for the programs to be built.
+    // The first run may wait for the programs to be built.
     let _ = context.run(["completions", "bash"]).ok();
     let begun = Instant::now();
     let _ = context.run(deploy(FIXTURE)).ok();

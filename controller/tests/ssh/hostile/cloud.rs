@@ -1,4 +1,4 @@
-//! A cloud of hostile hosts: the first offer is one, the second is not.
+//! A cloud whose first offer is a hostile host and whose second is a good one.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,7 +13,7 @@ use super::host::{Bad, Host, Tally};
 
 /// The only cloud.
 pub(crate) const NAME: &str = "hostile";
-/// The offer whose host is not.
+/// The offer with the good host.
 const GOOD: &str = "good";
 
 /// See the module.
@@ -29,7 +29,7 @@ impl Cloud {
         Self { bad, instances: Mutex::default(), created: Mutex::default(), tally: Arc::default() }
     }
 
-    /// Instances so far, and those that are left.
+    /// Number of instances so far, and of running ones.
     pub(crate) fn count(&self) -> (usize, usize) {
         (*self.created.lock().unwrap(), self.instances.lock().unwrap().len())
     }

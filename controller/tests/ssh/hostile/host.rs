@@ -1,5 +1,4 @@
-//! A host with a shell and a home folder of its own, which does what it is told and one bad thing
-//! besides.
+//! A host with a shell and a home folder that works, except for one attack.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -18,26 +17,26 @@ use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinHandle;
 
-/// What a host does to who logs in.
+/// Attack on a client that logs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Bad {
-    /// Nothing.
+    /// None.
     Nothing,
-    /// No command ever ends, or says a word.
+    /// Commands never end and print nothing.
     Silence,
-    /// Commands say a byte a second, and never end.
+    /// Commands print a byte a second and never end.
     Drip,
-    /// Commands talk without end.
+    /// Commands print without end.
     Flood,
-    /// Commands work; SFTP is there, and never answers.
+    /// Commands work; SFTP starts and never answers.
     SilentFiles,
-    /// It opens channels, of all kinds, as many as it can.
+    /// It opens channels of all kinds, the most it can.
     OpensChannels,
-    /// It asks for ports and sockets to be forwarded.
+    /// It requests forwarding of ports and sockets.
     AsksForForwards,
 }
 
-/// What a client let a host do.
+/// What a client permitted.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     accepted: AtomicUsize,
@@ -55,7 +54,7 @@ impl Tally {
     }
 }
 
-/// A running host. It ends, with what was started on it, when dropped.
+/// A running host. It ends, with its processes, on drop.
 pub(crate) struct Host {
     home: TempDir,
     port: u16,
@@ -75,7 +74,7 @@ impl Host {
                 let channels = HashMap::new();
                 let connection = Connection { bad, home: place.clone(), tally: tally.clone(), channels };
                 if let Ok(running) = russh::server::run_stream(config.clone(), stream, connection).await {
-                    // It ends when the client goes, in whatever way.
+                    // It ends with the client.
                     tokio::spawn(async move { drop(running.await) });
                 }
             }
@@ -96,7 +95,7 @@ impl Drop for Host {
             for name in ["guard.pid", "worker.pid"] {
                 let text = std::fs::read_to_string(run.path().join(name)).unwrap_or_default();
                 let Some(pid) = text.lines().next().filter(|pid| pid.parse::<u32>().is_ok()) else { continue };
-                // Each leads a group of its own, and may have ended.
+                // Each leads its own process group, and may have ended.
                 let _ = Command::new("kill").args(["-9", "--", &format!("-{pid}")]).stderr(Stdio::null()).status();
             }
         }
@@ -142,7 +141,7 @@ impl Handler for Connection {
         session.channel_success(id)?;
         let Some(channel) = self.channels.remove(&id) else { return Ok(()) };
         match self.bad {
-            // A host that opens channels is waited for, so that nobody is done before.
+            // Waits for a host that opens channels, so that no command ends before it.
             Bad::Silence | Bad::OpensChannels => drop(tokio::spawn(hold(channel))),
             Bad::Drip => drop(tokio::spawn(talk(channel, 1, Duration::from_secs(1)))),
             Bad::Flood => drop(tokio::spawn(talk(channel, 30_000, Duration::ZERO))),
@@ -164,20 +163,20 @@ impl Handler for Connection {
     }
 }
 
-/// Keeps a channel, and says nothing.
+/// Keeps a channel open and sends nothing.
 async fn hold(channel: Channel<Msg>) {
     std::future::pending::<()>().await;
     drop(channel);
 }
 
-/// Sends this many bytes again and again, for as long as somebody listens.
+/// Sends these bytes repeatedly until the client closes.
 async fn talk(channel: Channel<Msg>, bytes: usize, pause: Duration) {
     while channel.data_bytes(vec![b'y'; bytes]).await.is_ok() {
         tokio::time::sleep(pause).await;
     }
 }
 
-/// Runs a command as a login shell does, when all of its input has come.
+/// Runs a command as a login shell does, after all of its input was received.
 async fn run(command: Vec<u8>, home: PathBuf, channel: Channel<Msg>) {
     let (input, output) = channel.split();
     let fed = gather(input).await;
@@ -186,12 +185,12 @@ async fn run(command: Vec<u8>, home: PathBuf, channel: Channel<Msg>) {
     let mut child = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
     let feed = async move {
-        // A command need not read what it is given.
+        // A command need not read its input.
         let _ = stdin.write_all(&fed).await;
     };
     let (said, ()) = tokio::join!(child.wait_with_output(), feed);
     let said = said.unwrap();
-    // Refused when the client is gone.
+    // An error if the client is gone.
     if !said.stdout.is_empty() {
         let _ = output.data_bytes(said.stdout).await;
     }
@@ -217,7 +216,7 @@ async fn gather(mut input: ChannelReadHalf) -> Vec<u8> {
     fed
 }
 
-/// As many as were opened when it was first tried; none was refused then.
+/// Number of channels opened at first; none was refused.
 const MANY: usize = 81_000;
 
 async fn open_channels(handle: Handle, tally: Arc<Tally>) {
@@ -246,8 +245,7 @@ async fn ask_for_forwards(handle: Handle, tally: Arc<Tally>) {
     }
 }
 
-/// A program in place of the worker: the real one, and what `attack` does to its files before it
-/// ends.
+/// A wrapper of the worker: the real worker, after which `attack` alters its files.
 pub(crate) fn tampering(worker: &Path, attack: &str, folder: &Path) -> PathBuf {
     use std::os::unix::fs::PermissionsExt;
     let program = folder.join("outliers-worker");
