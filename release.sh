@@ -42,7 +42,7 @@ rm -rf "$place"
 mkdir -p "$place/completions"
 install -m 755 "$from/outliers" "$place/outliers"
 install -m 755 "$worker" "$place/outliers-worker-portable"
-# The name by which the controller looks for the one of its own machine.
+# The name under which the controller looks for this machine's worker.
 ln -s outliers-worker-portable "$place/outliers-worker"
 "$place/outliers-worker-portable" version --json > "$place/outliers-worker-portable.json"
 for shell in bash zsh fish; do

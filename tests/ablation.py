@@ -38,7 +38,7 @@ def strongest(golden):
 
 
 def drawn(features, hidden, seed=0):
-    """As many other features, as the worker draws them."""
+    """Equally many other features, drawn as the worker does."""
     whole = (1 << 64) - 1
 
     def mix(counter):
@@ -52,7 +52,7 @@ def drawn(features, hidden, seed=0):
 
 
 def kept(features, hidden):
-    """What takes them out of a norm's output."""
+    """The mask that sets them to 0 in a norm's output."""
     mask = np.ones(hidden)
     mask[features] = 0
     return mask
@@ -94,7 +94,7 @@ def predictions(torch, hf, model, ids, mask):
 
 
 def attention(torch, hf, model, ids, masks):
-    """Per layer and mask, the mean of the largest attention weight; the whole model's hidden states go in."""
+    """Mean of the largest attention weight per layer and mask, with the whole model's hidden states as input."""
     found, handles = {}, []
     norm_last = getattr(model.config, "do_layer_norm_before", True) is False
 
@@ -103,7 +103,8 @@ def attention(torch, hf, model, ids, masks):
             shares = [output[1]]
             for mask in masks[1:]:
                 x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                # The first layer of a model whose norms come last reads the embedding, which is no norm's output.
+                # In a post-norm model the first layer reads the embedding, which is not a norm
+                # output.
                 x = x if norm_last and layer == 0 else x * mask
                 inner = {**kwargs, "hidden_states": x} if "hidden_states" in kwargs else kwargs
                 shares.append(module.forward(*(args if "hidden_states" in kwargs else (x, *args[1:])), **inner)[1])
@@ -112,10 +113,10 @@ def attention(torch, hf, model, ids, masks):
 
     for layer, block in enumerate(hf.layers_of(model)):
         module = getattr(block, "self_attn", getattr(block, "attn", None))
-        # Nemotron-H calls every block so.
+        # Nemotron-H names the module of every block `mixer`.
         if type(getattr(block, "mixer", None)).__name__.endswith("Attention"):
             module = block.mixer
-        # Kimi Linear calls a DeltaNet so, too.
+        # In Kimi Linear, DeltaNet modules have this name, too.
         if module is not None and getattr(block, "block_type", None) != "linear_attention":
             handles.append(module.register_forward_hook(look(layer), with_kwargs=True))
     model(input_ids=ids, use_cache=False)
@@ -125,13 +126,13 @@ def attention(torch, hf, model, ids, masks):
 
 
 def difference(ours, theirs):
-    """The largest of the differences that matter, of one arm."""
+    """The largest difference of one arm."""
     shares = [abs(a - b) for a, b in zip(ours["attention_by_layer"], theirs["attention_by_layer"], strict=True) if b is not None or a is not None]
     return max([abs(ours["perplexity"]["mean_nll"] - theirs["mean_nll"]), abs(ours["top_probability"] - theirs["top_probability"]), *shares])
 
 
 def direct(torch, hf, checkpoint, ids, removed):
-    """What transformers gives, one entry per list of features."""
+    """Figures of transformers, one entry per list of features."""
     model, ids = hf.load_oracle(checkpoint), torch.from_numpy(ids)
     hidden = hf.sites_of(model)[0][3].weight.shape[0]
     masks = [without(torch, features, hidden) for features in removed]

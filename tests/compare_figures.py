@@ -18,7 +18,7 @@ def shares(feature, axis, reference):
 
 
 def figures(reference):
-    """Every count with its mean L % and S %, from the features that the reference found over all sequences and within each."""
+    """Every count with its mean L % and S %, from the reference's features over all sequences and within each."""
     def systematic(part, axis):
         found = [shares(feature, axis, reference) for feature in part["features"]]
         return [s for s in found if s[0] >= reference["layer_fraction_min"] and s[1] >= reference["position_fraction_min"]]
@@ -35,7 +35,7 @@ def figures(reference):
 
 
 def compared(controller, folder):
-    """What `outliers compare` says of a run: (count, L %, S %) by reading and axis."""
+    """Figures of `outliers compare`: (count, L %, S %) by reading and axis."""
     command = [controller, "compare", "--format", "json", folder]
     printed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     value = lambda estimate: estimate and estimate["value"]
@@ -44,7 +44,7 @@ def compared(controller, folder):
 
 
 def differences(reference, controller, folder):
-    """What is not equal, in words."""
+    """Differences, as text."""
     ours, wrong = compared(controller, folder), []
     for want in figures(reference):
         have = ours.pop((want["reading"], want["axis"]), [None] * 3)

@@ -85,7 +85,7 @@ def top_records(what, got, layers, ids):
 
 
 def massive_hits(x):
-    """x: [S, N, H] -> which values are massive by the median of their sequence, and of their token"""
+    """x: [S, N, H] -> masks of massive values by the median of their sequence, and of their token"""
     a = np.abs(x)
     medians = np.stack([lower_median(s) for s in x])[:, None, None], lower_median(x, -1)[..., None]
     return tuple((a > 100) & (a >= 1000 * median.astype(np.float64)) for median in medians)
@@ -173,7 +173,7 @@ def super_experts(got, statistics, peaks, n_layers):
 
 
 def compare(golden, results, statistics, model):
-    """Adds what differs to `wrong`. `golden` and `model`: arrays by name; without a `model` gains and experts are left out."""
+    """Adds differences to `wrong`. `golden` and `model`: arrays by name; without a `model` gains and experts are left out."""
     ids, n_layers = golden["input_ids"], results["n_layers"]
     hidden = golden["layer.0.site.0"].shape[-1]
     names = {"attention_out": "attn_out", "mlp_out": "mlp_out", "residual": "block_out"}

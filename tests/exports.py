@@ -25,7 +25,7 @@ def name_map(family, layers):
 
 
 class Sums:
-    """Of what enters a matrix, by column."""
+    """Statistics of a matrix's input, by column."""
 
     def __init__(self):
         self.rows, self.squares, self.values, self.largest = 0, 0.0, 0.0, 0.0
@@ -46,7 +46,7 @@ def silu(x):
 
 
 def watch(model):
-    """What enters each module, by its name, of experts apart; the sums behind saliencies, by (module, expert)."""
+    """Statistics of each module's input by name, per expert; sums for saliencies by (module, expert)."""
     import torch
     inputs, outputs, savings = defaultdict(Sums), defaultdict(Sums), defaultdict(list)
 

@@ -21,10 +21,10 @@ names=("$@")
 tree=$PWD/target/faults/tree
 log=$PWD/target/faults/log
 mkdir -p "$tree"
-# All files count as new: what an earlier call built may hold a bug.
+# All files count as new: an earlier build may contain a bug.
 git ls-files -z --cached --others --exclude-standard | tar --null -T - --ignore-failed-read -c | tar -x -m -C "$tree"
 cd "$tree"
-# The copy is no part of the repository around it.
+# The copy is not part of the surrounding repository.
 export GIT_CEILING_DIRECTORIES=${tree%/tree} CARGO_TARGET_DIR=${tree%/tree}/build
 unset OUTLIERS_SEED OUTLIERS_SCHEDULES
 

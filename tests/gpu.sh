@@ -20,7 +20,8 @@ fi
 worker=$(realpath "$worker")
 tests/gpu/install_fake_driver.sh "$work/gpu"
 
-# Runs something with so many GPUs, whose streams take up to so many microseconds longer now and then.
+# Runs a command with this many GPUs, whose streams are randomly delayed by up to this many
+# microseconds.
 with() {
     local gpus=$1 delay=$2
     shift 2
@@ -66,7 +67,7 @@ echo "== what a run copies to its GPU and back is counted"
 fixture=tests/golden/olmoe-bf16
 with 1 0 "$worker" run --model "$fixture/model" --token-ids "$fixture/golden.safetensors" --output "$work/copied" \
     --devices cuda:0 2> "$work/said"
-# It holds assembled kernels, and goes back to PTX where a GPU refuses them, as this one does.
+# The worker has assembled kernels and falls back to PTX if a GPU refuses them, as this one does.
 grep -q "assembled for other GPUs" "$work/said"
 "$python" - "$work/copied" "$fixture" <<'EOF'
 import json, pathlib, sys
@@ -74,11 +75,11 @@ import json, pathlib, sys
 folder = pathlib.Path(sys.argv[1])
 metadata, results = (json.loads((folder / name).read_text()) for name in ("metadata.json", "results.json"))
 there, back = metadata["host_to_device_bytes"], metadata["device_to_host_bytes"]
-# All weights but the embedding cross, as they are stored, in bf16: half of what the pass has.
+# All weights except the embedding are copied as stored, in bf16: half the size that the pass uses.
 vocab = json.loads(pathlib.Path(sys.argv[2], "model/config.json").read_text())["vocab_size"]
 weights = 2 * (metadata["model"]["parameters"] - vocab * results["hidden"])
 assert weights <= there < 1.5 * weights, (there, weights)
-# Of the logits comes back what their likelihoods need, and norm outputs in f32 at most.
+# For logits only the numbers for likelihoods are copied back; norm outputs in f32 at most.
 tokens = results["sequences"] * results["tokens_per_sequence"]
 assert 0 < back < 4 * tokens * (results["hidden"] * results["n_sites"] + vocab), back
 print(f"host to device {there} bytes, device to host {back} bytes")
@@ -132,7 +133,7 @@ file = bytearray(path.read_bytes())
 (length,) = struct.unpack("<Q", file[:8])
 header = json.loads(file[8 : 8 + length])
 begin, _ = header["model.layers.0.mlp.down_proj.weight"]["data_offsets"]
-# NaN in e4m3.
+# NaN in FP8 E4M3.
 file[8 + length + begin + 5] = 0x7F
 path.write_bytes(file)
 EOF
@@ -147,14 +148,14 @@ done
 cmp "$work/said.cpu" "$work/said.cuda:0"
 
 echo "== norms, rotations, softmax and gates are one kernel each, for all sequences together"
-# A dense model and a mixture: all launches of a run over so many sequences.
+# A dense and an MoE model: all launches of a run over this many sequences.
 for fixture in llama-f32 olmoe-bf16; do
     for sequences in 1 2; do
         with 1 0 env OUTLIERS_GPU_LAUNCHES="$work/launches" "$worker" run --model "tests/golden/$fixture/model" \
             --token-ids "tests/golden/$fixture/golden.safetensors" --num-sequences $sequences \
             --output "$work/launched-$fixture-$sequences" --devices cuda:0 2> "$work/said"
         for kernel in rms_norm rope softmax gate sum; do grep -qE "^[0-9]+ ${kernel}_(f32|bf16)$" "$work/launches"; done
-        # What the tensor library would need of them.
+        # Launches of the tensor library for the same.
         if grep -E ' u(exp|sqrt|silu|sqr)_' "$work/launches"; then exit 1; fi
         grep -oE '^[0-9]+ (product|softmax.*)$' "$work/launches" > "$work/launches.$sequences"
         awk -v of="$fixture, $sequences sequences" '{ n += $1 } END { print of ": " n " launches" }' "$work/launches"

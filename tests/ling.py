@@ -29,7 +29,7 @@ SEQUENCES, TOKENS, THRESHOLD = 2, 32, 6.0
 
 
 def weights(rng):
-    """Random ones under the published names; two features with large gains."""
+    """Random weights with the published names; two features have large gains."""
     c = CONFIG
     hidden, heads, kv, d = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"]
     matrix = lambda rows, columns: rng.normal(0, columns**-0.5, (rows, columns)).astype(np.float32)
@@ -58,7 +58,7 @@ def weights(rng):
 
 
 class Ling:
-    """The forward pass by its definition. `mask` multiplies every studied norm's output; `seen` takes what is recorded."""
+    """The forward pass by its definition. `mask` multiplies every studied norm's output; `seen` receives the recorded values."""
 
     def __init__(self, w):
         self.w = {name: value.astype(np.float64) for name, value in w.items()}
@@ -82,7 +82,7 @@ class Ling:
         return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles), x[..., width:]], -1)
 
     def attention(self, x, at):
-        """Of one sequence; and the largest share of each query."""
+        """Attention of one sequence, and the largest share of each query."""
         heads, kv, d = CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"], CONFIG["head_dim"]
         qkv = self.linear(x, f"{at}.query_key_value").reshape(len(x), heads + 2 * kv, d).transpose(1, 0, 2)
         query, key, value = qkv[:heads], qkv[heads:heads + kv], qkv[heads + kv:]

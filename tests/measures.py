@@ -14,7 +14,7 @@ import numpy as np
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 NAMES = ["llama-f32", "gpt-oss-mxfp4", "deepseek-v2-lite"]
-# Low enough that some dimensions of 64 can be sinks.
+# Low, so that some of 64 dimensions are sinks.
 THRESHOLD = 2.0
 
 
@@ -32,7 +32,7 @@ E2M1, E4M3 = grid(1, 0, 6.0), grid(3, -6, 448.0)
 
 
 def nearest(x, numbers):
-    """The nearest of the numbers, by search; of two the one with an even mantissa, which stands at an even place."""
+    """The nearest of the numbers, by search. A tie goes to the even mantissa, which has an even index."""
     magnitude = np.minimum(np.abs(x), numbers[-1])
     above = np.clip(np.searchsorted(numbers, magnitude), 1, len(numbers) - 1)
     low, high = numbers[above - 1], numbers[above]
@@ -110,7 +110,7 @@ def sinks(x):
 
 
 def most_sinks(residual, found):
-    """residual: [layers, sequences, tokens, hidden]; found: what sinks() says of each layer. Of the layer with the largest share: the share
+    """residual: [layers, sequences, tokens, hidden]; found: result of sinks() per layer. Of the layer with the largest share: the share
     of each sequence, and the map of the first"""
     most = max(range(len(found)), key=lambda layer: (found[layer]["share_of_squares"], layer))
     x, hidden = residual[most], residual.shape[-1]

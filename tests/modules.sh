@@ -14,7 +14,7 @@ uses() {
         ! -path '*/deploy/fake.rs' ! -path '*/deploy/schedules.rs' | sort)
     awk '
         FNR == 1 { test = marked = 0; split(FILENAME, part, "/src/"); from = part[2]; sub(/[\/.].*/, "", from) }
-        # A module of tests stands last in its file.
+        # The module of tests is the last in its file.
         /^#\[cfg\(test\)\]/ { marked = 1; next }
         marked && /^(pub(\([a-z]+\))? )?mod [a-z_0-9]+ \{/ { test = 1 }
         !/^#/ { marked = 0 }

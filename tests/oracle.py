@@ -28,27 +28,27 @@ import compare_figures
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
 HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; on the CPU the worst is 0.033
-# Where eight layers amplify rounding, f32 itself does not hold 1e-4: against a run in f64, the
-# reference's own f32 values turn out up to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, whose norms
-# come last) wrong and ours 1.4e-4 and 1.2e-4, neither always the better one. Router choices and
-# statistics must be equal all the same.
+# With eight layers that amplify rounding, f32 itself is not within 1e-4: compared with f64, the
+# reference's f32 values are off by up to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, post-norm), the
+# worker's by 1.4e-4 and 1.2e-4. Router choices and statistics must be equal all the same.
 TOLERANCES = {"qwen3_next": 3e-4, "opt_350m": 2e-4}
-# What exceeds these is set beside the reference in f64: gemma4 in twelve layers of random
-# weights, whose f32 in transformers is up to 3.4e-3 off f64 and ours up to 4.1e-3 (by root mean
-# squares 1.7e-4 and 2.6e-4).
+# Values beyond these are compared with the reference in f64: gemma4 in twelve layers of random
+# weights, where f32 is off f64 by up to 3.4e-3 in transformers and 4.1e-3 in the worker (by root
+# mean squares 1.7e-4 and 2.6e-4).
 FACTOR = 2
 NEAR_TIE = 1e-3
 
-# The data from which the worker reads a config.json, and the model types of its families.
+# Data by which the worker reads a config.json, and the model types of its families.
 CLASSES = HERE.parent / "worker" / "src" / "model" / "arch" / "config" / "classes.json"
 MODEL_TYPES = ["afmoe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "gemma3", "gemma4", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "gpt2", "gpt_oss", "gptj", "kimi_k25", "kimi_linear", "llama", "llama4",
                "minimax_m2", "mixtral", "nemotron_h", "olmoe", "opt", "qwen2", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 
-# Latent attention with less in it.
+# Latent attention with smaller dimensions.
 NARROW = {"hidden_size": 64, "q_lora_rank": 24, "kv_lora_rank": 32, "intermediate_size": 72}
 IN_TURN = ["linear_attention", "full_attention"]
 KINDS = ["sliding_attention", "full_attention"]
-# Fixtures: family, seed, how it is stored, configuration. Small on purpose; what each exercises is in golden/README.md.
+# Fixtures: family, seed, storage, configuration. Small on purpose; golden/README.md says what each
+# tests.
 FIXTURES = {
     "deepseek-v3-fp8": ("deepseek_v3", 5, {}, {"num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
                                                "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
@@ -77,7 +77,8 @@ FIXTURES = {
     "qwen3": ("qwen3", 20, {}, {"num_hidden_layers": 3}),
     "qwen3-moe": ("qwen3_moe", 21, {}, {"num_hidden_layers": 3, "num_experts": 6, "mlp_only_layers": [1]}),
     "qwen3-next": ("qwen3_next", 22, {}, {"num_hidden_layers": 4, "num_experts": 4}),
-    # What config.json leaves out, and what transformers 5 makes of it. The windows are 4 tokens long.
+    # Keys that config.json leaves out, and the defaults of transformers 5. The windows are 4
+    # tokens long.
     "qwen2-stored-head": ("qwen2", 23, {"stored_head": True}, {"num_hidden_layers": 2}),
     "qwen3-defaults": ("qwen3", 24, {"without": ["head_dim", "max_window_layers", "rope_theta"]},
                        {"num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128, "use_sliding_window": True,
@@ -120,7 +121,8 @@ FIXTURES = {
 # The chunks of DeltaNet are 64 tokens long; windows and attention chunks here are 16.
 FIXTURE_TOKENS = {"kimi-linear": 72, "nemotron-h": 72, "qwen3-next": 72}
 
-# Shapes beside the two presets: one expert, all experts, a head of the other kind, head counts that do not divide the hidden size.
+# Shapes in addition to the two presets: one expert, all experts, untied heads, head counts that do
+# not divide the hidden size.
 ONE = {"num_experts": 1, "num_experts_per_tok": 1}
 ALL = {"num_experts": 5, "num_experts_per_tok": 5}
 ROUTED = {"n_routed_experts": 5, "num_experts_per_tok": 5}
@@ -167,16 +169,16 @@ ODD = {
     "glm_moe_dsa_fp8": [{"v_head_dim": 10}],
     "kimi_linear": [{"num_experts": 5, "num_experts_per_token": 5}, {"q_lora_rank": 24, "v_head_dim": 10},
                     {"num_expert_group": 4, "topk_group": 2}],
-    # Transformers ties nothing in this class, and cannot read again what it saved as tied.
+    # Transformers ties nothing in this class, and cannot load a tied checkpoint that it saved.
     "nemotron_h": [ROUTED, {"n_groups": 1, "use_conv_bias": False}],
     "nemotron_h_latent": [ROUTED, {"n_group": 4, "topk_group": 2}],
 }
-# Families whose configurations are walked over, key by key: one of each class.
+# Families whose configurations are tested key by key: one of each class.
 WALKED = ["afmoe", "kimi_linear", "nemotron_h", "deepseek_v2", "gemma3", "gemma3_text", "gemma4", "qwen3_5", "qwen3_5_moe", "minimax_m2", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "olmoe", "qwen3_moe", "mixtral", "gpt_oss", "glm4_moe", "qwen3_next", "llama4_scout", "llama4_maverick", "deepseek_v3", "gpt2", "opt",
           "gptj", "llama", "qwen3", "qwen2"]
 
 
-# The codes of NVFP4 and MXFP4 without their sign.
+# Unsigned codes of NVFP4 and MXFP4.
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
 
 
@@ -219,8 +221,8 @@ def tiles_of(scales, shape, side):
     return scales.float().repeat_interleave(side, 0)[:shape[0]].repeat_interleave(side, 1)[:, :shape[1]]
 
 
-# How a checkpoint is stored again in formats that the reference does not write: each matrix but
-# those named, and what config.json says.
+# How a checkpoint is stored in formats that the reference does not write: all matrices except
+# those named, and the quantization entry of config.json.
 PLAIN = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "bias", "A_log", "conv1d")
 FORMATS = {
     "nvfp4": (nvfp4, {"quant_method": "modelopt", "quant_algo": "NVFP4", "producer": {"name": "modelopt"}}),
@@ -230,7 +232,7 @@ FORMATS = {
 
 
 def teach(hf):
-    """Lets the reference read these formats: it gets the plain values."""
+    """Makes the reference read these formats as plain values."""
     dequantized = hf.dequantized
 
     def with_ours(tensors, dtype=None):
@@ -270,7 +272,7 @@ def load_oracle(folder):
     canonical = hf.canonical_router
 
     def with_all_experts(module, output):
-        """Where every expert is chosen there is no next one to be near, which the reference's margin does not foresee."""
+        """With all experts chosen there is no runner-up, which the reference's margin does not handle."""
         llama4 = type(module).__name__ == "Llama4Router"
         scores = output[1] if llama4 else output[0]
         chosen = module.top_k if llama4 else output[2].shape[-1]
@@ -340,7 +342,7 @@ def fixtures(arguments):
         print(f"{name:24} {size / 1024:6.0f} KiB", flush=True)
 
 
-# Runs for the tests of what reads results: of which fixture, and what is studied.
+# Runs for the tests of readers of results: fixture, and what is studied.
 RESULTS = {"mixture": ("olmoe-bf16", ["norms", "residual", "expert_out"]), "dense": ("gpt2", ["norms"])}
 
 
@@ -368,7 +370,7 @@ def results(arguments):
 
 
 def goldens(arguments):
-    """Every recorded fixture on the devices and in the precision asked for."""
+    """Every recorded fixture on the given devices and in the given precision."""
     failed = 0
     for folder in sorted(path.parent for path in (HERE / "golden").glob("*/golden.safetensors")):
         family = json.loads((folder / "model" / "config.json").read_text()).get("model_type")
@@ -404,7 +406,7 @@ def compare_on_average(golden, candidate, tolerance):
 
 
 def compare_activations(golden, candidate, tolerance=TOLERANCE):
-    """What differs, in the order of computation."""
+    """Differences, in the order of computation."""
     wrong = []
     for name, want in golden.items():
         if name.endswith((".margin", ".logits")) and name.startswith("router."):
@@ -442,7 +444,7 @@ def compare_with_f64(exact, golden, ours):
     for name, want in exact.items():
         if name.startswith("router.") or want.dtype.kind != "f" or name not in ours:
             continue
-        # Likelihoods are of all tokens but the first.
+        # Likelihoods are those of all tokens but the first.
         which = counts[:, 1:] if name == "nll" else counts
         want = want.reshape(*which.shape, -1)[which]
         off = lambda x: float(np.sqrt(np.mean((x.reshape(*which.shape, -1)[which] - want) ** 2) / np.mean(want**2)))
@@ -455,7 +457,7 @@ def compare_with_f64(exact, golden, ours):
 
 
 def run_case(oracle, worker, controller, case, folder):
-    """Makes a case and runs the worker on it, and `compare` on that: an error in words, or the line that sums it up."""
+    """Makes a case, runs the worker and `compare` on it. Returns an error text, or a summary line."""
     record(oracle, case, folder, 96, 4)
     output = folder / "out"
     run = subprocess.run(
@@ -553,7 +555,8 @@ class Walk:
         if not only:
             yield "(all)", ["-", "-", self.outcome("", whole)]
         published, saved = self.settings(self.published), self.settings(self.saved)
-        # What is not a setting of the model, and what decides in which form Python gets the logits.
+        # Keys that are not settings of the model, and keys for the return type of Python's
+        # forward().
         hidden = {"architectures", "model_type", "quantization_config", "text_config", "vision_config", "return_dict"}
         for key in sorted({*published, *saved, *self.fields} - hidden):
             if key.startswith("_") and key not in published or only and key not in only:
@@ -592,7 +595,7 @@ class Walk:
             return "", load_file(Path(output) / "a.safetensors")
 
     def theirs(self):
-        """Activations of transformers; an error where it makes up weights that the file lacks."""
+        """Activations of transformers; an error if it initialises weights that the file lacks."""
         from golden import record
 
         info = {}
@@ -604,8 +607,8 @@ class Walk:
 
 
 # A class that transformers lacks. The published code (`configuration_bailing_moe_v2.py`) was not
-# read: what is not in Ling-mini-2.0's config.json, or is another value there
-# (`routed_scaling_factor`), is unknown and stands here as recalled.
+# read: settings that Ling-mini-2.0's config.json lacks, or that differ there
+# (`routed_scaling_factor`), are unverified.
 LACKING = {"BailingMoeV2Config": {
     "model_type": "bailing_moe_v2",
     "attributes": {"vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120, "num_hidden_layers": 20, "num_attention_heads": 16,

@@ -125,7 +125,7 @@ def weights(gguf, reader, config):
 
 
 def tokenizer(values):
-    """SmolLM2's: byte-level BPE in which each digit is a word."""
+    """SmolLM2's tokenizer: byte-level BPE with one token per digit."""
     assert (values["tokenizer.ggml.model"], values["tokenizer.ggml.pre"]) == ("gpt2", "smollm")
     tokens, kinds = values["tokenizer.ggml.tokens"], values["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in values["tokenizer.ggml.merges"]]
@@ -214,7 +214,7 @@ def massive_line(values, first, start, end):
 
 
 def table(rows):
-    """Prints (figure, transformers, worker); true if any two differ: fractions by more than the tolerance, the rest at all."""
+    """Prints (figure, transformers, worker). Returns whether any differ: fractions by more than the tolerance, others at all."""
     shown = lambda x: f"{x:,.4f}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else str(x)
     lines, failed = [("", "transformers", "worker", "relative difference")], False
     for figure, theirs, ours in rows:
@@ -251,7 +251,7 @@ def is_sampled(token, tokens):
 
 
 def quantized_otherwise(values, errors):
-    """What differs of the quantization error: at the first and the last norm output, and where MXFP4 is worst."""
+    """Differences of the quantization error: at the first and the last norm output, and where MXFP4 is worst."""
     of = lambda site, way: next(error["error"] for error in site["errors"] if (error["format"], error["rotation"]) == way)
     sites, wrong = [site for site in errors["sites"] if site["point"] in NORMS], []
     for i in sorted({0, len(sites) - 1, max(range(len(sites)), key=lambda i: of(sites[i], ("mxfp4", 0)))}):
@@ -268,7 +268,7 @@ def quantized_otherwise(values, errors):
 
 
 def measured_otherwise(values, shares, results):
-    """What differs of --measure."""
+    """Differences of --measure."""
     measures.THRESHOLD = float(THRESHOLD)
     residual, attention, mlp = ([values[f"debug.{i}.{name}"] for i in range(results["n_layers"])] for name in ("block_out", "attn_out", "mlp_out"))
     residual = np.stack(residual).astype(np.float64)
@@ -288,7 +288,7 @@ def measured_otherwise(values, shares, results):
 
 
 def say(results):
-    """Prints what --measure says of the model."""
+    """Prints the figures of --measure."""
     percent = lambda share: f"{100 * share:.3g} %"
     for pooled in results["quantization_error"]["norm_outputs"]:
         rotation = f"rotated by {pooled['rotation']}" if pooled["rotation"] else "plain"
@@ -311,7 +311,7 @@ def say(results):
 
 
 def compare(values, mean_nll, shares, folder, out):
-    """Prints what transformers and the worker found; true if any of it differs."""
+    """Prints the figures of transformers and the worker. Returns whether any differ."""
     results, metadata = (json.loads((out / name).read_text()) for name in ("results.json", "metadata.json"))
     layers = range(results["n_layers"])
     residual = np.stack([values[f"debug.{i}.block_out"] for i in layers])

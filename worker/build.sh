@@ -27,22 +27,23 @@ toolkit=$(worker/toolkit.sh)
 rustup target add "$target" 2>/dev/null || true
 export CARGO_ZIGBUILD_ZIG_PATH=$toolkit/ziglang/zig
 export CUDA_HOME=$toolkit/nvidia/cu13 REAL_NVCC=$toolkit/nvidia/cu13/bin/nvcc NVCC=$PWD/worker/cuda/nvcc.sh
-# The first GPUs with bf16, and all that came after: see nvcc.sh. No GPU is asked, none need be there.
+# Compute capability of the first GPUs with bf16; newer ones run the same PTX: see nvcc.sh. No GPU
+# is needed to build.
 export CUDA_COMPUTE_CAP=80 CUDARC_CUDA_VERSION=12040
 "$toolkit"/cargo_zigbuild-*.data/scripts/cargo-zigbuild zigbuild --release --locked --package outliers-worker \
     ${features[@]+"${features[@]}"} --target "$target.$glibc"
 
 mkdir -p "$(dirname "$output")"
-# What runs from the old one goes on with it.
+# Processes of the old program keep using it.
 cp "$build/$target/release/outliers-worker" "$output.part"
 if [ ${#features[@]} -gt 0 ]; then
-    # So that no GPU's driver has to compile them.
+    # So that drivers need not compile them.
     find "$build/$target"/release/build/candle-kernels-*/out worker/cuda -name '*.ptx' \
         -exec python3 worker/cuda/assemble.py "$output.part" "$toolkit" {} +
 fi
 mv -f "$output.part" "$output"
 "$output" version
-# What it is, for controllers on machines that cannot run it.
+# The worker's description, for controllers on machines that cannot run it.
 "$output" version --json > "$output.json.part"
 mv -f "$output.json.part" "$output.json"
 echo "$output: $(($(wc -c < "$output") / 1000000)) MB, $(($(gzip -c "$output" | wc -c) / 1000000)) MB compressed"

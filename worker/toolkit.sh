@@ -28,7 +28,7 @@ if [ ! -e "$toolkit" ]; then
         python3 -m zipfile -e "$wheel" "$into"
     done
     rm -r "$fresh/wheels"
-    # The archives forget who may run.
+    # The archives lack executable permissions.
     chmod +x "$fresh/ziglang/zig" "$fresh"/cargo_zigbuild-*.data/scripts/* "$fresh"/nvidia/cu13/bin/* \
         "$fresh"/nvidia/cu13/nvvm/bin/* "$fresh"/ptxas-cu1[12]/nvidia/cuda_nvcc/bin/ptxas
     mv "$fresh" "$toolkit" 2>/dev/null || { [ -e "$toolkit" ] && rm -rf "$fresh"; }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Stands in for outliers-worker. The job's model path names the scenario.
+# A fake outliers-worker. The job's model path names the scenario.
 if [ "$1" = version ]; then
   echo '{"version":"VERSION","schema":1,"target":"any","cuda":false,"architectures":["llama"]}'
   exit 0

@@ -43,14 +43,14 @@ start() {
         cd "$(cat "$1/chdir")" || exit 1
         SLURM_JOB_ID=${1##*/} SLURM_JOB_PARTITION=$(cat "$1/partition")
         export SLURM_JOB_ID SLURM_JOB_PARTITION
-        # It outlives what asks its script to end.
+        # It outlives the call that makes its script end.
         setsid sh -c 'trap : TERM; sh "$0/script"; echo $? > "$0/status"' "$1" \
             < /dev/null >> "$(cat "$1/output")" 2>&1 &
         echo $! > "$1/pid"
     )
 }
 
-# Whether a job has nothing to wait for. One whose dependency can never be satisfied is cancelled.
+# Whether a job can start. A job whose dependency can never be satisfied is cancelled.
 may_start() {
     [ -f "$state/hold" ] && return 1
     first=$(cat "$1/after")
@@ -61,7 +61,7 @@ may_start() {
     return 1
 }
 
-# Jobs that wait or run.
+# Waiting and running jobs.
 live() {
     count=0
     for job in "$jobs"/*/; do
@@ -71,7 +71,7 @@ live() {
     echo $count
 }
 
-# Asks all processes of a job to end, and ends them.
+# Sends SIGTERM to all processes of a job, and SIGKILL to those that remain.
 stop() {
     kill -TERM -"$(cat "$1/pid")"
     i=0
@@ -154,7 +154,7 @@ queue() {
         fi
         starts=N/A ends=N/A node='' reason=None
         if [ -f "$state/end" ] && [ -f "$job/pid" ] && [ ! -f "$job/over" ]; then
-            # What has used up its time is asked first.
+            # Jobs past their time limit get SIGTERM first.
             if grep -q TIMEOUT "$state/end"; then stop "$job"; else kill -KILL -"$(cat "$job/pid")"; fi
             cp "$state/end" "$job/over"
         fi
@@ -191,7 +191,7 @@ account() {
 
 control() {
     if [ "$1" = requeue ]; then
-        # It never looks as if it had ended.
+        # It is never shown as ended.
         : > "$jobs/$2/back"
         stop "$jobs/$2"
         rm -f "$jobs/$2/pid" "$jobs/$2/status"
@@ -221,7 +221,7 @@ cancel() {
         fi
         [ -f "$job/over" ] || echo CANCELLED > "$job/over"
     done
-    # One that is not there is no error.
+    # A missing job is not an error.
     exit 0
 }
 

@@ -22,7 +22,7 @@ part() {
     [ $code -eq 0 ] || { echo "FAILED with $code"; [ $failed -ne 0 ] || failed=$code; }
 }
 
-# Runs a command, and says how much of the GPU's memory was taken at most meanwhile, as its driver saw it five times a second.
+# Runs a command and prints the most GPU memory used, polled five times a second from the driver.
 with_peak_memory() {
     local name=$1
     shift
@@ -36,7 +36,7 @@ with_peak_memory() {
     return $code
 }
 
-# A published configuration at full width, with made-up weights, in bf16: DEPTH layers of it.
+# A published configuration at full width, with random weights, in bf16: DEPTH layers of it.
 width() {
     local name=$1 depth=$2
     with_peak_memory "$name" timeout 240 "$worker" bench run --model "$root/tests/published/$name" --weights synthetic:1 \
@@ -45,7 +45,7 @@ width() {
 
 devices() {
     "$worker" devices
-    # Without it all that follows would fail one by one.
+    # Without it, all further parts would fail.
     "$worker" devices --json | grep -q "\"$device\""
 }
 

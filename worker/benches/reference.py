@@ -82,7 +82,7 @@ def worker(options, model, ids, folder):
 
 
 def products(options, model):
-    """Seconds of the pass's multiplications by themselves, in the worker's precision."""
+    """Seconds of the pass's matrix products only, in the worker's precision."""
     ask = [options.worker.resolve(), "inspect", "--model", model, "--json"]
     ask += ["--num-sequences", options.seqs, "--sequence-length", options.tokens]
     operations = json.loads(timed(ask, options.threads)[0])["plan"]["flops"]
