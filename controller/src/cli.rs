@@ -127,7 +127,7 @@ pub enum Command {
     ///
     /// Example: outliers attach last
     Attach {
-        /// The beginning of its id, or `last` [default: the only one that nobody drives].
+        /// Prefix of the run's id, or `last` [default: the only run that no process drives].
         run: Option<String>,
         /// Save the results in this folder instead, also while another process drives the run: for
         /// a run whose results cannot be saved.

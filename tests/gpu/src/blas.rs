@@ -1,4 +1,4 @@
-//! Products of matrices, as cuBLAS defines them.
+//! Matrix products as cuBLAS defines them.
 //!
 //! <https://docs.nvidia.com/cuda/cublas/#cublasgemmstridedbatchedex>
 
@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 use crate::memory::{Memory, Reader};
 
-/// `cudaDataType_t`, as far as matrices come in it.
+/// `cudaDataType_t`, the types of matrices only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     F32,
@@ -53,7 +53,7 @@ impl Kind {
         }
     }
 
-    /// What two vectors make together, summed up in f32 but for f64.
+    /// Dot product, summed in f32, or in f64 for f64.
     fn sum(self, a: &[f64], b: &[f64]) -> f64 {
         let products = a.iter().zip(b).map(|(a, b)| a * b);
         match self {
@@ -63,16 +63,16 @@ impl Kind {
     }
 }
 
-/// One matrix per item of a batch, column after column.
+/// One matrix per item of a batch, column-major.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matrix {
     pub(crate) address: u64,
     pub(crate) kind: Kind,
-    /// Rows and columns are exchanged before it is used.
+    /// Whether it is transposed before use.
     pub(crate) transposed: bool,
-    /// Values from one column to the next.
+    /// Stride between columns, in values.
     pub(crate) leading: usize,
-    /// Values from one item to the next.
+    /// Stride between items, in values.
     pub(crate) stride: i64,
 }
 
@@ -107,7 +107,7 @@ pub(crate) struct Product {
 
 impl Product {
     /// # Errors
-    /// Values outside of what is allocated.
+    /// An address is outside of allocated memory.
     pub(crate) fn run(&self, memory: &Memory) -> Result<(), String> {
         let memory = &mut memory.reader();
         for item in 0..self.batch {
@@ -126,7 +126,7 @@ impl Product {
                 for row in 0..self.rows {
                     let row_of_a = &a[row * self.depth..][..self.depth];
                     let sum = self.c.kind.sum(row_of_a, &column_of_b);
-                    // Without a share of the old values, these need not be numbers.
+                    // With beta = 0 the old values may be NaN.
                     let old =
                         if self.beta == 0.0 { 0.0 } else { self.beta * self.c.value(item, row, column, memory)? };
                     memory.write(self.c.address_of(item, row, column), &self.c.kind.narrow(self.alpha * sum + old))?;

@@ -1,4 +1,4 @@
-//! The functions themselves, by the names and in the order of arguments that NVIDIA gave them.
+//! The driver's functions, with NVIDIA's names and order of arguments.
 //!
 //! All take addresses as their descriptions say: <https://docs.nvidia.com/cuda/cuda-driver-api/>
 
@@ -30,12 +30,12 @@ enum Code {
     LaunchFailed = 719,
 }
 
-/// What all GPUs have in common.
+/// State shared by all GPUs.
 struct Machine {
     gpus: usize,
     memory_bytes: usize,
     delay: Duration,
-    /// Whether they read each other's memory.
+    /// Whether the GPUs have peer access.
     peers: bool,
     peak: Option<Peak>,
     launches: Option<Launches>,
@@ -45,7 +45,7 @@ struct Machine {
     functions: Handles<Function>,
     /// The stream that each product of a handle is asked of.
     blas: Handles<AtomicU64>,
-    /// The streams that need not be created, by GPU.
+    /// The predefined streams, by GPU.
     own: Mutex<BTreeMap<usize, Arc<Stream>>>,
 }
 
@@ -84,7 +84,7 @@ impl Launches {
 static MEMORY: Memory = Memory::new();
 
 thread_local! {
-    /// The GPU that calls without a stream are about, as its index and one.
+    /// The GPU of calls without a stream, as its index plus one.
     static CURRENT: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -92,7 +92,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Things by numbers, which a caller may have wrong.
+/// Objects by handle; callers may pass invalid handles.
 struct Handles<T> {
     by_number: Mutex<BTreeMap<u64, Arc<T>>>,
 }
@@ -103,7 +103,7 @@ impl<T> Handles<T> {
     }
 
     fn add(&self, value: T) -> u64 {
-        // The lowest numbers mean something.
+        // The lowest handles are predefined streams.
         static NEXT: AtomicU64 = AtomicU64::new(0x1000);
         let number = NEXT.fetch_add(0x10, Ordering::Relaxed);
         lock(&self.by_number).insert(number, Arc::new(value));
@@ -142,10 +142,10 @@ fn answer(result: Result<(), Code>) -> c_int {
     result.err().unwrap_or(Code::Success) as c_int
 }
 
-/// Writes a result where it is wanted.
+/// Writes a result, if a place is given.
 ///
 /// # Safety
-/// Room for one, or nothing, at `to`.
+/// `to` is null or has room for one value.
 unsafe fn give<T>(to: *mut T, value: T) -> Result<(), Code> {
     if to.is_null() {
         return Err(Code::InvalidValue);
@@ -159,7 +159,7 @@ fn current() -> Result<usize, Code> {
     CURRENT.get().checked_sub(1).ok_or(Code::InvalidContext)
 }
 
-/// A stream by its number; 0 to 2 are those that need not be created.
+/// A stream by its handle; 0 to 2 are predefined.
 fn stream(number: u64) -> Result<Arc<Stream>, Code> {
     let machine = machine();
     if number > 2 {
@@ -242,15 +242,15 @@ pub unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, _device: c_int) 
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) -> c_int {
     let known = match attribute {
-        // Threads per block; of a warp.
+        // Threads per block; threads per warp.
         1 => 1024,
         10 => 32,
-        // Processors.
+        // Multiprocessors.
         16 => 4,
         // Compute capability 8.0.
         75 => 8,
         76 => 0,
-        // Memory is allocated in the order of streams.
+        // Memory pools (stream-ordered allocation) are supported.
         115 => 1,
         _ => 0,
     };
@@ -339,7 +339,7 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut u64, bytes: usize) -> c_int
 pub unsafe extern "C" fn cuMemAllocAsync(address: *mut u64, bytes: usize, on: u64) -> c_int {
     let allocated = stream(on).and_then(|stream| {
         let new = allocate(bytes)?;
-        // It is the caller's when the stream comes to it: what others wrote there before is lost.
+        // The memory belongs to the caller in stream order; its earlier content is lost.
         stream.ask(move || MEMORY.reader().forget(new, bytes));
         Ok(new)
     });
@@ -365,7 +365,7 @@ pub unsafe extern "C" fn cuMemHostAlloc(address: *mut u64, bytes: usize, _flags:
 
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeHost(address: u64) -> c_int {
-    // Nothing says that it waits for what is still copied from there.
+    // Does not wait for copies from this memory, as the driver need not.
     answer(MEMORY.free(address).map_err(failed))
 }
 
@@ -605,14 +605,14 @@ pub extern "C" fn cublasSetStream_v2(handle: u64, on: u64) -> c_int {
     answer(machine().blas.get(handle).map(|handle| handle.store(on, Ordering::SeqCst)))
 }
 
-/// Rows, columns, depth, and how many of such products.
+/// Rows, columns, depth, batch size.
 type Sizes = [c_int; 4];
 
 fn matrix(address: u64, transpose: c_int, kind: Option<Kind>, leading: c_int, stride: c_longlong) -> Option<Matrix> {
     Some(Matrix { address, kind: kind?, transposed: transpose != 0, leading: leading as usize, stride })
 }
 
-/// Addresses are checked when it is computed.
+/// Addresses are checked when the product is computed.
 fn product(handle: u64, sizes: Sizes, [alpha, beta]: [f64; 2], matrices: [Option<Matrix>; 3]) -> c_int {
     let Ok(on) = machine().blas.get(handle).and_then(|handle| stream(handle.load(Ordering::SeqCst))) else {
         return NO_HANDLE;

@@ -1,16 +1,15 @@
-//! What was allocated, on GPUs and as host memory that they read by themselves. Addresses are real
-//! ones of this process; all else is refused instead of touched. Memory that nobody wrote to, or
-//! that was given back, holds no numbers.
+//! Allocated memory: on GPUs, and pinned on the host. Addresses are addresses of this process;
+//! accesses outside of allocations are refused. Unwritten and freed memory holds NaN.
 
 use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
-/// In every byte of memory that means nothing: NaN in every dtype.
+/// Byte of unwritten memory: NaN in every dtype.
 const NOTHING: u8 = 0xff;
 const ALIGNMENT: usize = 256;
 
-/// Whose memory it is.
+/// Owner of memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
     /// A GPU by its index.
@@ -40,7 +39,7 @@ impl Memory {
         self.live.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The address of new memory.
+    /// Allocates memory.
     pub(crate) fn allocate(&self, len: usize, owner: Owner) -> u64 {
         let layout = layout(len);
         // SAFETY: the layout is not empty; what is allocated is written to at once.
@@ -57,10 +56,10 @@ impl Memory {
         address
     }
 
-    /// Gives back what [`allocate`](Self::allocate) gave.
+    /// Frees memory from [`allocate`](Self::allocate).
     ///
     /// # Errors
-    /// It did not.
+    /// The address was not allocated.
     pub(crate) fn free(&self, address: u64) -> Result<(), String> {
         let mut live = self.live.write().unwrap_or_else(PoisonError::into_inner);
         let Allocation { len, .. } =
@@ -80,7 +79,7 @@ impl Memory {
         self.lock().values().filter(|allocation| allocation.owner == owner).map(|allocation| allocation.len).sum()
     }
 
-    /// Whether an address is of pinned memory.
+    /// Whether an address is in pinned memory.
     pub(crate) fn is_pinned(&self, address: u64) -> bool {
         let live = self.lock();
         let below = live.range(..=address).next_back();
@@ -89,7 +88,7 @@ impl Memory {
         })
     }
 
-    /// For many reads and writes; nothing can be given back meanwhile.
+    /// Locks the memory for several accesses; nothing can be freed meanwhile.
     pub(crate) fn reader(&self) -> Reader<'_> {
         Reader { live: self.lock(), last: 0..0 }
     }
@@ -99,15 +98,15 @@ fn layout(len: usize) -> Layout {
     Layout::from_size_align(len.max(1), ALIGNMENT).unwrap_or(Layout::new::<u64>())
 }
 
-/// Reads and writes what is allocated.
+/// Reads and writes allocated memory.
 pub(crate) struct Reader<'a> {
     live: RwLockReadGuard<'a, BTreeMap<u64, Allocation>>,
-    /// The allocation of the last access, which most likely is that of the next.
+    /// The allocation of the last access, which the next access most likely uses too.
     last: std::ops::Range<u64>,
 }
 
 impl Reader<'_> {
-    /// Whether these bytes are of one allocation.
+    /// Checks that these bytes are in one allocation.
     ///
     /// # Errors
     /// They are not.
@@ -144,7 +143,7 @@ impl Reader<'_> {
         Ok(())
     }
 
-    /// As if nobody had written there.
+    /// Marks the bytes as unwritten.
     ///
     /// # Errors
     /// The bytes are not allocated.

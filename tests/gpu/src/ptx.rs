@@ -1,4 +1,4 @@
-//! NVIDIA's virtual instructions (PTX), as far as kernels of the tensor library use them.
+//! The PTX instructions that the worker's kernels use.
 //!
 //! <https://docs.nvidia.com/cuda/parallel-thread-execution/>
 
@@ -11,11 +11,11 @@ use std::collections::HashMap;
 
 pub(crate) use run::{Grid, run};
 
-/// What numbers an instruction takes.
+/// Type of an instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Type {
     Pred,
-    /// This many bits, without a sign or without a meaning.
+    /// Untyped or unsigned, with this many bits.
     U(u32),
     S(u32),
     F16,
@@ -40,16 +40,16 @@ impl Type {
     }
 }
 
-/// Where a value comes from.
+/// An operand.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Source {
     Register(u32),
-    /// Its bits, as its instruction's type has them.
+    /// A constant, as bits of the instruction's type.
     Value(u64),
     Special(Special),
 }
 
-/// What a thread is told about itself.
+/// A special register.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Special {
     /// Of x, y, z.
@@ -62,7 +62,7 @@ pub(crate) enum Special {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Space {
-    /// Also any address that does not say which.
+    /// Also generic addresses.
     Global,
     Shared,
     Local,
@@ -86,7 +86,7 @@ pub(crate) enum Two {
     MulWide,
     Div,
     Rem,
-    /// A number rather than what is none.
+    /// A number in preference to NaN.
     Min,
     Max,
     MinNan,
@@ -119,7 +119,7 @@ pub(crate) enum One {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Comparison {
     pub(crate) order: Order,
-    /// True also where one is no number.
+    /// Also true for NaN.
     pub(crate) or_unordered: bool,
 }
 
@@ -140,7 +140,7 @@ pub(crate) enum Atomic {
     CompareAndSwap,
 }
 
-/// An address: a register or symbol, and what is added.
+/// An address: a register or symbol, and an offset.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Address {
     pub(crate) base: Source,
@@ -153,7 +153,7 @@ pub(crate) enum Operation {
         to: u32,
         of: Source,
     },
-    /// Several registers as one, the lowest bits first.
+    /// Packs several registers into one, lowest bits first.
     Pack {
         to: u32,
         of: Vec<Source>,
@@ -177,20 +177,20 @@ pub(crate) enum Operation {
         to: u32,
         of: [Source; 2],
     },
-    /// A product and a sum, rounded once.
+    /// Fused multiply-add, rounded once.
     Fused {
         kind: Type,
         rounding: Rounding,
         to: u32,
         of: [Source; 3],
     },
-    /// Of two numbers of 16 bits in each register.
+    /// On two 16-bit numbers in each register.
     FusedPair {
         kind: Type,
         to: u32,
         of: [Source; 3],
     },
-    /// Of integers: the lower half of the product, or all of it.
+    /// Integer product: the lower half, or all of it.
     MulAdd {
         kind: Type,
         wide: bool,
@@ -203,7 +203,7 @@ pub(crate) enum Operation {
         to: u32,
         of: [Source; 2],
     },
-    /// As a number instead of a predicate.
+    /// Sets a register instead of a predicate.
     Set {
         what: Comparison,
         kind: Type,
@@ -248,9 +248,9 @@ pub(crate) enum Operation {
     Jump {
         to: usize,
     },
-    /// Until all threads of the block are there.
+    /// Barrier of a block.
     Barrier,
-    /// The value of the thread of the same warp whose number differs in these bits.
+    /// Exchange within a warp: with the thread whose index differs in these bits.
     Butterfly {
         to: u32,
         of: Source,
@@ -290,35 +290,35 @@ pub(crate) enum Operation {
         of: [Vec<Source>; 3],
     },
     End,
-    /// What is not known here: an error if it is ever reached.
+    /// An unsupported instruction: an error when it is executed.
     Unknown {
         text: String,
     },
 }
 
-/// An instruction, and the predicate it depends on.
+/// An instruction and its predicate.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Instruction {
-    /// The register, and what it must be.
+    /// The register and its required value.
     pub(crate) only_if: Option<(u32, bool)>,
     pub(crate) operation: Operation,
 }
 
-/// A kernel, ready to run.
+/// A parsed kernel.
 #[derive(Debug)]
 pub(crate) struct Kernel {
     pub(crate) name: String,
-    /// Bytes of each parameter, and where it begins among all.
+    /// Size and offset of each parameter.
     pub(crate) parameters: Vec<(usize, usize)>,
     pub(crate) registers: usize,
-    /// Bytes shared by the threads of a block, without what a launch adds.
+    /// Bytes of shared memory, without a launch's dynamic part.
     pub(crate) shared: usize,
-    /// Bytes of each thread.
+    /// Bytes of local memory per thread.
     pub(crate) local: usize,
     pub(crate) code: Vec<Instruction>,
 }
 
-/// The kernels of a file by their names, each parsed when it is first asked for.
+/// The kernels of a file by name, each parsed on first use.
 pub(crate) struct Module {
     text: String,
     /// What the memory is called that launches add to what blocks share.
@@ -334,7 +334,7 @@ impl Module {
         Self { text, added, kernels }
     }
 
-    /// `None`: there is no such kernel.
+    /// `None` without a kernel of this name.
     pub(crate) fn kernel(&self, name: &str) -> Option<Kernel> {
         let range = self.kernels.get(name)?;
         Some(parse::kernel(name, &self.text[range.clone()], &self.added))

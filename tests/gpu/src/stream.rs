@@ -1,12 +1,11 @@
-//! Streams: what is asked of one is done in order, by a thread of its own and at its own time;
-//! between two there is no order but by events.
+//! Streams: each runs its work in order on its own thread; only events order work of two streams.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// What a stream is to do.
+/// Work of a stream.
 enum Task {
     Work(Box<dyn FnOnce() -> Result<(), String> + Send>),
     Reach(Arc<Event>, u64),
@@ -17,7 +16,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A number that only grows, and whoever waits for it.
+/// A counter that only grows, with waiting threads.
 #[derive(Debug, Default)]
 struct Counter {
     value: Mutex<u64>,
@@ -39,28 +38,28 @@ impl Counter {
     }
 }
 
-/// A moment in a stream.
+/// An event.
 #[derive(Debug, Default)]
 pub(crate) struct Event {
-    /// How often it was recorded.
+    /// Number of records.
     recorded: AtomicU64,
-    /// The last of these that was reached.
+    /// The last record that was reached.
     reached: Counter,
 }
 
 impl Event {
-    /// Until all that came before it was last recorded is done.
+    /// Waits for the work before the last record.
     pub(crate) fn synchronize(&self) {
         self.reached.wait_for(self.recorded.load(Ordering::SeqCst));
     }
 
-    /// Whether all that came before it was last recorded is done.
+    /// Whether the work before the last record is done.
     pub(crate) fn is_reached(&self) -> bool {
         *lock(&self.reached.value) >= self.recorded.load(Ordering::SeqCst)
     }
 }
 
-/// Work in order.
+/// A stream.
 #[derive(Debug)]
 pub(crate) struct Stream {
     tasks: Sender<(u64, Task)>,
@@ -70,8 +69,7 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
-    /// One whose tasks now and then take up to `delay` longer, each time others, as a real one's
-    /// may.
+    /// A stream whose tasks are randomly delayed by up to `delay`.
     pub(crate) fn new(delay: Duration) -> Self {
         let (tasks, receiver) = channel::<(u64, Task)>();
         let (done, failed) = (Arc::new(Counter::default()), Arc::new(Mutex::new(None)));
@@ -87,7 +85,7 @@ impl Stream {
                 match task {
                     Task::Reach(event, ticket) => event.reached.reach(ticket),
                     Task::WaitFor(event, ticket) => event.reached.wait_for(ticket),
-                    // After an error nothing more is done, as on a GPU.
+                    // After an error no work is done, as on a GPU.
                     Task::Work(_) if lock(&failure).is_some() => {}
                     Task::Work(work) => {
                         if let Err(why) = work() {
@@ -102,38 +100,38 @@ impl Stream {
         Self { tasks, asked: AtomicU64::new(0), done, failed }
     }
 
-    /// Asks for something, after all that was asked for before.
+    /// Enqueues work.
     pub(crate) fn ask(&self, work: impl FnOnce() -> Result<(), String> + Send + 'static) {
         self.add(Task::Work(Box::new(work)));
     }
 
     fn add(&self, task: Task) {
         let number = self.asked.fetch_add(1, Ordering::SeqCst) + 1;
-        // Its thread ends with the stream alone.
+        // The thread ends with the stream.
         let _ = self.tasks.send((number, task));
     }
 
-    /// Until all that was asked for is done.
+    /// Waits for all enqueued work.
     ///
     /// # Errors
-    /// Something of it failed.
+    /// An operation failed.
     pub(crate) fn synchronize(&self) -> Result<(), String> {
         self.done.wait_for(self.asked.load(Ordering::SeqCst));
         lock(&self.failed).clone().map_or(Ok(()), Err)
     }
 
-    /// Whether all that was asked for is done.
+    /// Whether all enqueued work is done.
     pub(crate) fn is_done(&self) -> bool {
         *lock(&self.done.value) >= self.asked.load(Ordering::SeqCst)
     }
 
-    /// The event is reached when all that was asked for so far is done.
+    /// Records the event after all enqueued work.
     pub(crate) fn record(&self, event: &Arc<Event>) {
         let ticket = event.recorded.fetch_add(1, Ordering::SeqCst) + 1;
         self.add(Task::Reach(Arc::clone(event), ticket));
     }
 
-    /// What is asked for from now on is done after the event as it was last recorded.
+    /// Makes later work wait for the event's last record.
     pub(crate) fn wait(&self, event: &Arc<Event>) {
         let ticket = event.recorded.load(Ordering::SeqCst);
         self.add(Task::WaitFor(Arc::clone(event), ticket));

@@ -1,4 +1,4 @@
-//! From text to instructions. What is not known becomes an instruction that fails when it is reached, with its text.
+//! Parser of PTX. An unsupported instruction is kept with its text and fails when it is executed.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -10,7 +10,7 @@ use super::{
     Type,
 };
 
-/// Where the text of each kernel lies.
+/// Ranges of the kernels' text.
 pub(super) fn kernels(text: &str) -> HashMap<String, Range<usize>> {
     const ENTRY: &str = ".entry ";
     let mut found = HashMap::new();
@@ -45,7 +45,7 @@ fn is_name(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '_' | '$')
 }
 
-/// Comments become spaces.
+/// Replaces comments by spaces.
 fn without_comments(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect::<Vec<_>>().join("\n")
 }
@@ -93,8 +93,8 @@ enum Statement {
     Instruction(String),
 }
 
-/// A body's statements. A brace where a statement would begin opens or closes a scope, which means nothing here: what inline
-/// assembly declares is written before it is read.
+/// Statements of a body. Braces of scopes are ignored: inline assembly declares its registers and
+/// writes them before it reads them.
 fn split(body: &str) -> Vec<Statement> {
     let mut statements = Vec::new();
     let mut current = String::new();
@@ -126,11 +126,11 @@ fn split(body: &str) -> Vec<Statement> {
     statements
 }
 
-/// Names of what a kernel declares.
+/// Symbols of a kernel.
 #[derive(Default)]
 struct Scope {
     registers: HashMap<String, u32>,
-    /// Addresses within parameters, shared and local memory.
+    /// Offsets within parameters, shared and local memory.
     symbols: HashMap<String, u64>,
     labels: HashMap<String, usize>,
     shared: usize,
@@ -188,7 +188,7 @@ impl Scope {
         let at = match directive.split_whitespace().next() {
             Some("shared") => place(&mut self.shared),
             Some("local") => place(&mut self.local),
-            // Registers get their numbers where they are first named.
+            // Registers are numbered in order of first use.
             _ => return,
         };
         self.symbols.insert(declared_name(directive), at);
@@ -224,7 +224,7 @@ impl Scope {
         if let Some(what) = comparison(words.get(1).copied().unwrap_or_default())
             && matches!(words[0], "setp" | "set")
         {
-            // A second register of a predicate, or one that is combined with it, has not been seen.
+            // Predicates with a second register or a combination are unsupported.
             let [to, a, b] = operands.as_slice() else { return None };
             let kind = *kinds.last()?;
             let of = [self.source(a, kind)?, self.source(b, kind)?];
@@ -326,7 +326,7 @@ impl Scope {
         }
     }
 
-    /// A number, or a register, which in generated code holds the same number.
+    /// A number or a register.
     fn is_number(&mut self, text: &str) -> bool {
         self.source(text, Type::U(32)).is_some()
     }
@@ -450,7 +450,7 @@ impl Scope {
                     "copysign" => Two::CopySign,
                     _ => return None,
                 };
-                // How far is always a number of 32 bits.
+                // The shift distance is always 32 bits.
                 let second = if matches!(what, Two::Shl | Two::Shr) { Type::U(32) } else { kind };
                 let of = [self.source(a, kind)?, self.source(b, second)?];
                 Some(Operation::Two { what, kind, rounding, to: self.register(to), of })
@@ -506,7 +506,7 @@ fn rounding(words: &[&str]) -> Rounding {
         .unwrap_or(Rounding::Nearest)
 }
 
-/// Of instructions that take two numbers in one register.
+/// Instructions with two numbers per register.
 fn pair_type(words: &[&str]) -> Option<Type> {
     words.iter().find_map(|word| word.strip_suffix("x2").and_then(type_of))
 }
@@ -550,7 +550,7 @@ fn braced(text: &str) -> Option<Vec<String>> {
     Some(inner.split(',').map(|part| part.trim().to_owned()).collect())
 }
 
-/// Separated by commas that are not within braces.
+/// Splits at commas outside of braces.
 fn operand_list(text: &str) -> Vec<String> {
     let mut operands = vec![String::new()];
     let mut depth = 0;
@@ -571,7 +571,7 @@ fn operand_list(text: &str) -> Vec<String> {
     operands.into_iter().map(|operand| operand.trim().to_owned()).filter(|operand| !operand.is_empty()).collect()
 }
 
-/// The bits of a number: `0f3F800000` and `0d..` are floats as bits, all others integers.
+/// Bits of a number: `0f3F800000` and `0d..` are floats as bits, all others integers.
 fn number(text: &str, kind: Type) -> Option<u64> {
     let hex = |digits: &str| u64::from_str_radix(digits.trim_end_matches(['U', 'u']), 16).ok();
     let lower = text.to_ascii_lowercase();

@@ -1,5 +1,4 @@
-//! Runs a kernel: block after block, the threads of each in turn until all of them wait for each
-//! other.
+//! Runs a kernel: block after block, and each thread until all wait at a barrier.
 
 use half::{bf16, f16};
 
@@ -9,8 +8,7 @@ use super::{
 };
 use crate::memory::Memory;
 
-/// Blocks, and threads of each, along x, y, z; bytes that the threads of a block share beside what
-/// the kernel declares.
+/// Blocks and threads along x, y, z; bytes of dynamic shared memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
@@ -18,14 +16,14 @@ pub(crate) struct Grid {
     pub(crate) shared: usize,
 }
 
-/// Threads that exchange values.
+/// Threads of a warp.
 const WARP: usize = 32;
 
-/// Runs all of a kernel.
+/// Runs all blocks of a kernel.
 ///
 /// # Errors
-/// An instruction that is not known, an address outside of what was allocated, threads that wait for others that ended: what, and in which
-/// kernel.
+/// An unsupported instruction, an address outside of allocated memory, or threads that wait for
+/// ended ones; with the kernel's name.
 pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memory) -> Result<(), String> {
     let [x, y, z] = grid.blocks;
     let count = grid.threads.iter().product::<u32>() as usize;
@@ -45,13 +43,13 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
     Ok(())
 }
 
-/// Where a thread stands.
+/// State of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ThreadState {
     Runs,
-    /// Before this instruction, together with the others of its block.
+    /// At a barrier before this instruction.
     AtBarrier,
-    /// Together with those of its warp.
+    /// At an exchange within its warp.
     AtExchange,
     Ended,
 }
@@ -139,7 +137,7 @@ impl Block<'_> {
         }
     }
 
-    /// Exchanges values between the threads of a warp, if those that have not ended all ask for it.
+    /// Exchanges values within a warp, if all running threads wait for it.
     fn exchange(&self, warp: usize, lanes: &mut [Thread]) -> Result<bool, String> {
         let mut asking = lanes.iter().filter(|thread| thread.standing != ThreadState::Ended);
         let Some(at) = asking.next().filter(|first| first.standing == ThreadState::AtExchange).map(|first| first.at)
@@ -258,7 +256,7 @@ impl Block<'_> {
         }
     }
 
-    /// Until it has to wait, or ends.
+    /// Runs until the thread waits or ends.
     fn advance(&mut self, number: usize, thread: &mut Thread) -> Result<(), String> {
         let kernel = self.kernel;
         while let Some(Instruction { only_if, operation }) = kernel.code.get(thread.at) {
@@ -381,8 +379,8 @@ impl Block<'_> {
                 let bytes = kind.bits() as usize / 8;
                 let at = self.address(number, thread, at);
                 let of: Vec<u64> = of.iter().map(|of| read(thread, of)).collect();
-                // Kernels of one stream run one after the other, blocks and threads too: nothing
-                // comes between.
+                // Kernels of a stream run one after the other, as do blocks and threads here, so
+                // the operation is atomic.
                 let old = self.load(thread, *space, at, bytes)?;
                 let new = match (what, of.as_slice()) {
                     (Atomic::Add, [value]) => two(Two::Add, *kind, Rounding::Nearest, old, *value)?,
@@ -485,7 +483,7 @@ fn little_endian(bytes: &[u8]) -> u64 {
     bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
-/// The lowest ones.
+/// Mask of the lowest bits.
 fn mask(bits: u32) -> u64 {
     if bits >= 64 { u64::MAX } else { (1 << bits) - 1 }
 }
@@ -514,8 +512,8 @@ fn float_bits(kind: Type, value: f64) -> u64 {
     }
 }
 
-/// An f32 that rounds to 16 bits as `value` does: truncated, with the lowest bit set if anything
-/// was lost. The library's conversions from f64 drop the lower 32 bits.
+/// An f32 that rounds to 16 bits as `value` does: truncated, with the lowest bit set if bits were
+/// lost. (The library's conversions from f64 drop the lower 32 bits.)
 fn to_odd(value: f64) -> f32 {
     let nearest = value as f32;
     if f64::from(nearest) == value || !value.is_finite() {
@@ -525,7 +523,7 @@ fn to_odd(value: f64) -> f32 {
     f32::from_bits((nearest.to_bits() - u32::from(is_above)) | 1)
 }
 
-/// An f32, rounded otherwise than to nearest.
+/// An f32 with another rounding mode.
 fn rounded_to_f32(value: f64, rounding: Rounding) -> f64 {
     let nearest = value as f32;
     let wrong = match rounding {
@@ -623,7 +621,7 @@ fn two_floats(what: Two, kind: Type, rounding: Rounding, a: u64, b: u64) -> u64 
         Two::MinNan | Two::MaxNan if x.is_nan() || y.is_nan() => f64::NAN,
         Two::MinNan => x.min(y),
         Two::MaxNan => x.max(y),
-        // The sign of the first, for all the rest of the second.
+        // The sign of the first operand, with the magnitude of the second.
         Two::CopySign => {
             let sign = 1 << (kind.bits() - 1);
             return a & sign | b & !sign;
@@ -695,7 +693,7 @@ fn convert(from: Type, into: Type, rounding: Rounding, to_integer: bool, saturat
                 _ => (value as u64).min(mask(width)),
             };
             let at_most = if let Type::S(bits) = into { mask(bits - 1) } else { mask(width) };
-            // The limit itself is one too much.
+            // The limit itself is out of range.
             let converted =
                 if value >= 2f64.powi(width as i32 - 1) && matches!(into, Type::S(_)) { at_most } else { converted };
             converted & mask(width)

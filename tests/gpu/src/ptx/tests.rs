@@ -1,9 +1,9 @@
-//! Kernels as the compiler writes them.
+//! Tests with kernels as the compiler writes them.
 
 use super::*;
 use crate::memory::{Memory, Owner};
 
-/// Runs `text`'s only kernel over `values`; what they are afterwards.
+/// Runs the only kernel of `text` on `values`; returns the values afterwards.
 fn after(text: &str, values: &[u32], count: u32, grid: Grid) -> Result<Vec<u32>, String> {
     let module = Module::new(text.to_owned());
     let memory = Memory::new();
@@ -47,8 +47,7 @@ fn threads_have_ids_and_branch() {
 
 #[test]
 fn warp_shuffles_and_block_barriers_work() {
-    // Each warp sums up by exchanges, and leaves its sum to the first thread, which adds those of
-    // both.
+    // Each warp sums by exchanges; the first thread adds the sums of both warps.
     let body = format!(
         ".shared .align 4 .b8 sums[8];\n{PLACE}ld.global.u32 %r6, [%rd4];\nmov.u32 %r7, 16;\n$L__BB0_1:\n\
         shfl.sync.bfly.b32 %r8|%p1, %r6, %r7, 31, -1;\nadd.s32 %r6, %r6, %r8;\nshr.u32 %r7, %r7, 1;\nsetp.ne.s32 %p2, %r7, 0;\n@%p2 bra $L__BB0_1;\n\
@@ -62,7 +61,7 @@ fn warp_shuffles_and_block_barriers_work() {
 
 #[test]
 fn shared_memory_atomics_count() {
-    // The first thread clears, all add one and leave their number if it is the largest.
+    // The first thread clears the value; all add one and store their index if it is the largest.
     let body = format!(
         ".shared .align 4 .b8 counts[8];\n{PLACE}mov.u32 %r6, 0;\nst.shared.u32 [counts], %r6;\nst.shared.u32 [counts+4], %r6;\nbar.sync 0;\n\
         atom.shared.add.u32 %r7, [counts], 1;\natom.shared.max.u32 %r8, [counts+4], %r5;\nbar.sync 0;\n\
