@@ -14,8 +14,8 @@ fn floats(file: &SafeTensors<'_>, name: &str) -> Vec<f64> {
     tensor.data().as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect()
 }
 
-/// Compares every tensor both files hold: floats within [`TOLERANCE`] of the golden tensor's RMS, integers (token ids, expert
-/// choices) exactly. Returns how many were compared.
+/// Compares every tensor both files hold: floats within [`TOLERANCE`] of the golden tensor's RMS,
+/// integers (token ids, expert choices) exactly. Returns how many were compared.
 ///
 /// # Panics
 /// On the first difference, naming the tensor.
@@ -44,7 +44,8 @@ pub fn assert_activations_equal(golden: &Path, dump: &Path) -> usize {
     names.len()
 }
 
-/// Compares results with the reference's statistics: every count, share and verdict exactly, extremes within rounding.
+/// Compares results with the reference's statistics: every count, share and verdict exactly,
+/// extremes within rounding.
 ///
 /// # Panics
 /// On the first difference.
@@ -88,7 +89,8 @@ pub fn assert_statistics_equal(reference: &Path, results: &Results) {
     }
 }
 
-/// Every count with its mean L % and S %, from the shares that the reference found over all sequences and within each.
+/// Every count with its mean L % and S %, from the shares that the reference found over all
+/// sequences and within each.
 fn assert_figures_equal(reference: &Value, results: &Results) {
     let number = |value: &Value| value.as_f64().expect("number");
     let sequences = reference["per_sequence"].as_array().expect("list");

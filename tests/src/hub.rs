@@ -1,7 +1,8 @@
 //! A Hugging Face hub on the loopback interface: folders served as repositories, faults on request.
 //!
-//! It answers as the real one does where clients depend on it: the model API with `blobs=true`, `resolve` with ranges,
-//! commit and entity-tag headers, large files behind a redirect to signed addresses of another origin that expire, `X-Error-Code` on refusals.
+//! It answers as the real one does where clients depend on it: the model API with `blobs=true`,
+//! `resolve` with ranges, commit and entity-tag headers, large files behind a redirect to signed
+//! addresses of another origin that expire, `X-Error-Code` on refusals.
 
 mod repo;
 mod wire;

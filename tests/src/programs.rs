@@ -36,14 +36,16 @@ pub fn worker() -> PathBuf {
     built().join("outliers-worker")
 }
 
-/// Builds both programs: a test binary does not make cargo build another package's programs, and must not run stale ones.
+/// Builds both programs: a test binary does not make cargo build another package's programs, and
+/// must not run stale ones.
 fn built() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
         let test = std::env::current_exe().expect("this program has a path");
         let folder = test.ancestors().nth(2).expect("tests lie in <profile>/deps").to_owned();
         let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-        // The whole workspace: naming packages would unify features differently and build everything a second time.
+        // The whole workspace: naming packages would unify features differently and build
+        // everything a second time.
         build.current_dir(workspace()).args(["build", "--workspace", "--bins", "--quiet"]);
         match folder.file_name().and_then(|name| name.to_str()) {
             Some("debug") | None => {}

@@ -425,7 +425,8 @@ impl World {
     /// Rents an instance, if the stock is available.
     ///
     /// # Errors
-    /// [`Refusal::NotFound`] for an unknown stock, [`Refusal::NoCapacity`] for one that is sold out.
+    /// [`Refusal::NotFound`] for an unknown stock, [`Refusal::NoCapacity`] for one that is sold
+    /// out.
     pub fn rent(&mut self, order: Order) -> Result<FakeInstance, Refusal> {
         let stock = self.stock.iter_mut().find(|stock| stock.id == order.stock).ok_or(Refusal::NotFound)?;
         stock.left = stock.left.checked_sub(1).ok_or(Refusal::NoCapacity)?;

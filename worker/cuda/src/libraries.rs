@@ -73,8 +73,8 @@ fn in_packages(packages: &[&str]) -> Vec<PathBuf> {
 }
 
 fn open(path: &Path) -> Result<Kept, String> {
-    // SAFETY: NVIDIA's libraries may be opened at any time; what else has their names runs with our rights, as everything on the
-    // library path does.
+    // SAFETY: NVIDIA's libraries may be opened at any time; what else has their names runs with
+    // our rights, as everything on the library path does.
     let library = unsafe { Library::new(path) }.map_err(|error| {
         // The system's message names the file and the cause.
         error.source().map_or_else(|| error.to_string(), ToString::to_string)

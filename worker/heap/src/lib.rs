@@ -15,9 +15,9 @@ use std::alloc::{GlobalAlloc, Layout, System};
 #[derive(Debug)]
 pub struct Heap;
 
-// SAFETY: large blocks are memory of their own, which nobody else has until they are deallocated; all others are the system's.
-// The layout alone determines which allocator a block belongs to, and callers pass the same layout
-// to free it.
+// SAFETY: large blocks are memory of their own, which nobody else has until they are deallocated;
+// all others are the system's. The layout alone determines which allocator a block belongs to, and
+// callers pass the same layout to free it.
 unsafe impl GlobalAlloc for Heap {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match blocks::size(layout) {
@@ -59,7 +59,8 @@ unsafe impl GlobalAlloc for Heap {
             (Some(old), Some(new)) if old == new => return block,
             _ => {}
         }
-        // SAFETY: a layout that is not empty; what is copied lies within both blocks, which are two; the old one is the caller's.
+        // SAFETY: a layout that is not empty; what is copied lies within both blocks, which are
+        // two; the old one is the caller's.
         unsafe {
             let moved = self.alloc(new);
             if !moved.is_null() {

@@ -11,8 +11,10 @@ use crate::{
 /// `results.json`.
 ///
 /// Definitions (T = magnitude threshold, x = output of a studied norm, gain included):
-/// a feature *exceeds* at (site, sequence, position) when |x| >= T; *occurrences* counts those triples;
-/// *layers* are layers with an occurrence at either of their sites, *sites* are norm outputs with an occurrence;
+/// a feature *exceeds* at (site, sequence, position) when |x| >= T; *occurrences* counts those
+/// triples;
+/// *layers* are layers with an occurrence at either of their sites, *sites* are norm outputs with
+/// an occurrence;
 /// *positions* are distinct (sequence, position) pairs with an occurrence at any site.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Results {

@@ -121,7 +121,8 @@ pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &De
 /// unspecified.
 ///
 /// # Errors
-/// As [`decode`]. Internal: `into` is on another device, not contiguous, or of a dtype without a forward pass.
+/// As [`decode`]. Internal: `into` is on another device, not contiguous, or of a dtype without a
+/// forward pass.
 pub fn decode_into(stored: &Encoded<'_>, into: &Tensor, tensor: &str) -> Result<()> {
     stored.check(into.dims(), tensor)?;
     if into.elem_count() == 0 {
@@ -337,7 +338,8 @@ fn all<T: Compute>(format: &impl Format<T>, out: &mut [T::Bits], tensor: &str) -
 /// Decodes `bytes` to f32.
 ///
 /// # Errors
-/// Checkpoint: a value is NaN or infinite; the message names `tensor` and the index. Unsupported: the stored dtype.
+/// Checkpoint: a value is NaN or infinite; the message names `tensor` and the index. Unsupported:
+/// the stored dtype.
 pub fn to_f32(bytes: &[u8], stored: &StoredDtype, tensor: &str) -> Result<Vec<f32>> {
     let size = stored.size().filter(|_| can_decode(stored)).ok_or_else(|| undecodable(stored, tensor))?;
     let mut out = vec![0f32; bytes.len() / size as usize];

@@ -83,13 +83,15 @@ fn map(bytes: usize) -> Option<*mut u8> {
         return None;
     }
     if bytes >= HUGE {
-        // SAFETY: memory that was just mapped. That large pages are refused changes nothing but the time.
+        // SAFETY: memory that was just mapped. That large pages are refused changes nothing but
+        // the time.
         unsafe { libc::madvise(block, bytes, libc::MADV_HUGEPAGE) };
     }
     Some(block.cast())
 }
 
 fn unmap(span: Span) {
-    // SAFETY: this memory was mapped here, and nobody has it. (If the system has no room to note the hole, it stays mapped.)
+    // SAFETY: this memory was mapped here, and nobody has it. (If the system has no room to note
+    // the hole, it stays mapped.)
     unsafe { libc::munmap(span.at as *mut _, span.bytes) };
 }

@@ -95,7 +95,8 @@ unsafe impl<A: Real> Method<A> for Tiles {
 unsafe fn multiply(left: [*const BlockRow; 2], right: *const BlockRow, steps: usize, parts: usize, sums: &mut Sums) {
     let [mut first, mut second] = left;
     let mut right = right;
-    // SAFETY: all addresses are of tiles that the caller promised, or of `sums`, two tiles large. No other code knows these registers.
+    // SAFETY: all addresses are of tiles that the caller promised, or of `sums`, two tiles large.
+    // No other code knows these registers.
     unsafe {
         asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
         for _ in 0..steps {
