@@ -60,8 +60,11 @@ fn text_of_id(id: &Value) -> Option<String> {
 
 /// What an offer stands for, as the broker wrote it into its key.
 pub(super) fn sku<T: DeserializeOwned>(http: &Http, offer: &Offer) -> Result<T, BrokerError> {
-    let wrong = |_| http.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key));
-    serde_json::from_str(&offer.key).map_err(wrong)
+    let wrong = http.error(BrokerErrorKind::Rejected, format!("{:?} is no offer of this cloud's", offer.key));
+    if offer.broker != wrong.broker {
+        return Err(wrong);
+    }
+    serde_json::from_str(&offer.key).map_err(|_| wrong)
 }
 
 /// An instance that was just rented, where the cloud tells only its id.
