@@ -38,6 +38,10 @@ pub fn worker() -> PathBuf {
 
 /// Builds both programs: a test binary does not make cargo build another package's programs, and
 /// must not run stale ones.
+///
+/// `cargo test --workspace` has built them with the features of libraries that tests ask for.
+/// `cargo build` leaves these out, and would build most libraries and both programs a second time.
+/// So this asks for a test of each program's package, which needs the program.
 fn built() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
@@ -46,7 +50,8 @@ fn built() -> &'static Path {
         let mut build = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         // The whole workspace: naming packages would unify features differently and build
         // everything a second time.
-        build.current_dir(workspace()).args(["build", "--workspace", "--bins", "--quiet"]);
+        build.current_dir(workspace()).args(["test", "--workspace", "--no-run", "--quiet"]);
+        build.args(["--test", "local", "--test", "devices"]);
         match folder.file_name().and_then(|name| name.to_str()) {
             Some("debug") | None => {}
             Some(profile) => {
