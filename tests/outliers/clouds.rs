@@ -19,7 +19,11 @@ mod kills;
 
 const FIXTURE: &str = "olmoe-bf16";
 
-/// A context with these clouds only.
+/// Of a cloud's settings: its list is asked for often, so that no test waits ten seconds for the
+/// next, and that several times.
+pub(super) const QUICK: &str = "listing-interval = \"1s\"\n";
+
+/// A context on which only these clouds are known, each with [`QUICK`] settings.
 pub(super) struct Place {
     pub(super) context: TestContext,
     /// Folder of the hosts' tools: an `nvidia-smi` that lists the rented GPUs.
@@ -31,6 +35,7 @@ impl Place {
         Self::with_settings(clouds, "")
     }
 
+    /// With more settings: of the last cloud, and behind them any other section.
     pub(super) fn with_settings(clouds: &[&FakeCloud], more: &str) -> Self {
         let tools = tempfile::tempdir().unwrap();
         let smi = tools.path().join("nvidia-smi");
@@ -42,7 +47,7 @@ impl Place {
         let settings = tools.path().join("outliers.toml");
         let section = |cloud: &&FakeCloud| {
             let name = cloud.dialect().cloud().name;
-            format!("[brokers.{name}]\nbase-url = \"{}\"\n", cloud.url())
+            format!("[brokers.{name}]\nbase-url = \"{}\"\n{QUICK}", cloud.url())
         };
         std::fs::write(&settings, clouds.iter().map(section).collect::<String>() + more).unwrap();
         let mut context = TestContext::new().with("OUTLIERS_CONFIG", settings.to_str().unwrap());
@@ -153,7 +158,7 @@ pub(super) fn nothing_left(cloud: &FakeCloud) {
 #[test]
 fn ssh_to_a_held_instance_checks_its_host_key() {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
+    let place = Place::new(&[&cloud]);
     if place.host(&cloud).is_none() {
         return;
     }

@@ -16,9 +16,6 @@ use serde_json::{Value, json};
 
 use crate::clouds::Place;
 
-/// A short polling interval, so that tests do not wait.
-const QUICK: &str = "listing-interval = \"1s\"\n";
-
 /// A model folder to damage.
 fn model(context: &TestContext) -> PathBuf {
     let folder = context.work().join("model");
@@ -250,7 +247,7 @@ fn secrets_in_the_settings_are_never_printed() {
 #[test]
 fn failed_listing_does_not_claim_there_are_no_instances() {
     let cloud = FakeCloud::start(Lambda);
-    let place = Place::with_settings(&[&cloud], QUICK);
+    let place = Place::new(&[&cloud]);
     let list = ["instances", "list", "--broker", "lambda"];
     assert!(place.context.run(list).ok().stdout.contains("no instances"));
     cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));

@@ -34,7 +34,7 @@ enum Point {
 /// A cloud of its own with one place that uses it; `None` on a machine without an SSH server.
 fn scene() -> Option<(FakeCloud, Place)> {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::with_settings(&[&cloud], "listing-interval = \"1s\"\n");
+    let place = Place::new(&[&cloud]);
     {
         let mut world = cloud.world();
         world.stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
