@@ -9,7 +9,7 @@ use outliers_protocol::files;
 use outliers_tests::context::TestContext;
 
 use crate::clouds::Place;
-use crate::deploy::{signal, slow_deploy, worker_is_busy};
+use crate::deploy::{SLOW, signal, signal_worker, slow_deploy, worker_is_busy};
 
 const SIGHUP: i32 = 1;
 const SIGINT: i32 = 2;
@@ -25,7 +25,7 @@ fn deploy_under_nohup_survives_the_terminal() {
     signal(&controller, SIGHUP);
     let code = controller.wait().unwrap().code();
     assert_eq!(code, Some(0), "{}", context.stderr());
-    assert_eq!(context.results().sequences, 120);
+    assert_eq!(context.results().sequences, SLOW);
     context.assert_nothing_left();
 }
 
@@ -33,8 +33,9 @@ fn deploy_under_nohup_survives_the_terminal() {
 fn run_is_resumed_after_the_terminal_closes() {
     let context = TestContext::new();
     let mut controller = context.start_under(&WITH_HANGUPS, slow_deploy(&context));
-    context
-        .wait_for("the worker to be busy", || worker_is_busy(&context) && context.stderr().contains("The worker runs"));
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    signal_worker(&context, "STOP");
+    context.wait_for("the controller to know", || context.stderr().contains("The worker runs"));
     signal(&controller, SIGHUP);
     let code = controller.wait().unwrap().code();
     let said = context.stderr();
@@ -44,8 +45,9 @@ fn run_is_resumed_after_the_terminal_closes() {
     assert_eq!(context.bill().running.len(), 1, "it works on");
     let shown = context.run(["status"]).ok();
     assert!(shown.stdout.contains("launched, abandoned"), "{shown:?}");
+    signal_worker(&context, "CONT");
     let _ = context.run(["attach"]).ok();
-    assert_eq!(context.results().sequences, 120);
+    assert_eq!(context.results().sequences, SLOW);
     context.assert_nothing_left();
     assert_eq!(context.bill().entries.len(), 1, "the same instance, rented once");
 }
@@ -86,7 +88,7 @@ fn detached_run_continues_and_attach_saves_its_results() {
     assert_eq!(again.stdout, followed.stdout, "reading changes nothing");
     assert_eq!(context.bill().running.len(), 1, "what the worker left waits");
     let _ = context.run(["attach"]).ok();
-    assert_eq!(context.results().sequences, 120);
+    assert_eq!(context.results().sequences, SLOW);
     context.assert_nothing_left();
     assert_eq!(context.bill().entries.len(), 1, "rented once");
 }
@@ -111,11 +113,13 @@ fn logs_are_readable_while_another_process_drives_the_run() {
     let context = TestContext::new();
     let mut controller = context.start(slow_deploy(&context));
     context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    signal_worker(&context, "STOP");
     context.wait_for("its log to be written down", || {
         let said = context.run(["runs", "logs", "last"]);
         said.code == Some(0) && said.stdout.contains("layer 1/8")
     });
     assert!(controller.try_wait().unwrap().is_none(), "what there is is shown while the run goes on");
+    signal_worker(&context, "CONT");
     let followed = context.run(["runs", "logs", "last", "--follow"]).ok();
     assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
     let home = std::fs::read_to_string(context.results_folder().join(files::LOG)).unwrap();
@@ -128,7 +132,9 @@ fn status_watch_refreshes_until_no_run_is_active() {
     let context = TestContext::new();
     let mut controller = context.start(slow_deploy(&context));
     context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    signal_worker(&context, "STOP");
     context.wait_for("its progress to be shown", || context.run(["status"]).ok().stdout.contains(" of 8 layers"));
+    signal_worker(&context, "CONT");
     let said = context.run(["status", "--watch"]).ok();
     assert!(said.stdout.contains("launched") && said.stdout.contains("nothing is under way"), "{said:?}");
     assert!(!said.stdout.contains('\u{1b}'), "no terminal, nothing to redraw: {said:?}");

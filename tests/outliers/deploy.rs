@@ -1,7 +1,7 @@
 //! `outliers deploy` on the local broker: real processes, real SSH, real checkpoints.
 
-use std::path::Path;
-use std::process::Child;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 
 use outliers_protocol::files;
 use outliers_tests::context::TestContext;
@@ -22,33 +22,52 @@ fn fixture(name: &str, more: &[&str]) -> Vec<String> {
     arguments
 }
 
-/// A deploy that takes some seconds.
+/// Sequences of a slow deploy.
+pub(super) const SLOW: usize = 60;
+
+/// A deploy that takes some seconds. What needs longer than a moment in its midst halts the worker
+/// meanwhile (see [`signal_worker`]).
 pub(super) fn slow_deploy(context: &TestContext) -> Vec<String> {
     let model = context.work().join("model");
     if !model.exists() {
         assert!(run_worker(["demo-model", "--output", &text(&model)]).status.success());
     }
-    let arguments = ["deploy", "--model", &text(&model), "--num-sequences", "120", "--sequence-length", "512", "-y"];
+    let (model, sequences) = (text(&model), SLOW.to_string());
+    let arguments = ["deploy", "--model", &model, "--num-sequences", &sequences, "--sequence-length", "512", "-y"];
     arguments.map(str::to_owned).to_vec()
 }
 
 pub(super) fn signal(child: &Child, signal: i32) {
     let pid = i32::try_from(child.id()).expect("a pid");
-    let sent = std::process::Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status().unwrap();
+    let sent = Command::new("kill").args([format!("-{signal}"), pid.to_string()]).status().unwrap();
     assert!(sent.success());
 }
 
-/// Whether the worker of the only run has begun with its layers.
+/// Folders of the runs on all instances.
+fn run_folders(context: &TestContext) -> Vec<PathBuf> {
+    let below = |folder: PathBuf| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok);
+        entries.map(|entry| entry.path()).collect()
+    };
+    let instances = below(context.state().join("local/instances")).into_iter();
+    instances.flat_map(|instance| below(instance.join("home/outliers"))).collect()
+}
+
+/// Whether the worker of the only run has done its first layer, and said so.
 pub(super) fn worker_is_busy(context: &TestContext) -> bool {
-    let Ok(instances) = std::fs::read_dir(context.state().join("local/instances")) else { return false };
-    instances.filter_map(Result::ok).any(|instance| {
-        let runs =
-            std::fs::read_dir(instance.path().join("home/outliers")).into_iter().flatten().filter_map(Result::ok);
-        runs.into_iter().any(|run| {
-            std::fs::read_to_string(run.path().join(files::PROGRESS))
-                .is_ok_and(|text| text.contains("\"layers\",\"layer\":1"))
-        })
-    })
+    let log = |run: &PathBuf| std::fs::read_to_string(run.join(files::LOG)).unwrap_or_default();
+    run_folders(context).iter().any(|run| log(run).contains("layer 1/8"))
+}
+
+/// Halts the worker of the only run (`STOP`), so that it stays where it is however slow this
+/// machine is, or lets it go on (`CONT`).
+pub(super) fn signal_worker(context: &TestContext, name: &str) {
+    let runs = run_folders(context);
+    let pid = runs.iter().find_map(|run| std::fs::read_to_string(run.join(files::PID)).ok()).expect("a worker");
+    // Its wrapper leads a group.
+    let group = format!("-{}", pid.lines().next().expect("the wrapper's number"));
+    let sent = Command::new("kill").args([format!("-{name}").as_str(), "--", &group]).status().unwrap();
+    assert!(sent.success());
 }
 
 #[test]
@@ -77,7 +96,7 @@ fn held_instance_can_be_shown_and_entered_by_ssh() {
     assert_eq!(context.run(["instances", "ssh", &id[..5]]).ok().stdout, command, "the beginning is enough");
     // A shell of the instance, without the test's environment variables.
     let script = format!("{} -c 'pwd; echo ${{OUTLIERS_STATE-none}}'", command.trim());
-    let said = std::process::Command::new("sh").args(["-c", &script]).env("OUTLIERS_STATE", "ours").output().unwrap();
+    let said = Command::new("sh").args(["-c", &script]).env("OUTLIERS_STATE", "ours").output().unwrap();
     let text = String::from_utf8_lossy(&said.stdout);
     assert!(text.contains(&format!("{id}/home\n")) && text.ends_with("none\n"), "{command}: {said:?}");
     let stranger = context.run(["instances", "ssh", "i-nobody"]);
@@ -158,7 +177,7 @@ fn filter_that_removed_every_offer_is_named() {
     let said = context.run(fixture("llama-f32", &["--min-cpu-ram", "1000000"]));
     assert_eq!(said.code, Some(3), "{said:?}");
     assert!(said.stderr.contains("--min-cpu-ram"), "{}", said.stderr);
-    if std::process::Command::new("nvidia-smi").output().is_err() {
+    if Command::new("nvidia-smi").output().is_err() {
         let said = context.run(fixture("llama-f32", &["--gpu-filter", "A100"]));
         assert_eq!(said.code, Some(3), "{said:?}");
         assert!(said.stderr.contains("--gpu-filter"), "{}", said.stderr);
@@ -179,7 +198,7 @@ fn same_command_resumes_the_run_of_a_killed_controller() {
     let shown = context.run(["runs", "show", "last"]).ok();
     assert!(shown.stdout.contains(&context.bill().running[0].id.0), "{}", shown.stdout);
     let said = context.run(&arguments).ok();
-    assert_eq!(context.results().sequences, 120, "{said:?}");
+    assert_eq!(context.results().sequences, SLOW, "{said:?}");
     context.assert_nothing_left();
     assert_eq!(context.bill().entries.len(), 1, "the same instance, rented once");
 }
@@ -209,13 +228,16 @@ fn second_interrupt_skips_only_saving_results() {
 fn attach_resumes_a_killed_controllers_run_and_its_log() {
     let context = TestContext::new();
     let mut controller = context.start([slow_deploy(&context), vec!["-v".to_owned()]].concat());
+    context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    signal_worker(&context, "STOP");
     context.wait_for("the worker to be heard", || context.stderr().contains("layer 1/8"));
     let refused = context.run(["attach", "last"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("driven by another process"), "{refused:?}");
     controller.kill().unwrap();
     controller.wait().unwrap();
+    signal_worker(&context, "CONT");
     let said = context.run(["attach", "-v"]).ok();
-    assert_eq!(context.results().sequences, 120, "{said:?}");
+    assert_eq!(context.results().sequences, SLOW, "{said:?}");
     let goes_on = said.stderr.contains("layer 8/8") && !said.stderr.contains("layer 1/8");
     assert!(said.stderr.contains("Picking up run") && goes_on, "{said:?}");
     context.assert_nothing_left();
@@ -235,8 +257,8 @@ fn kill_on_the_instance(context: &TestContext, worker_only: bool) {
             ["launch.sh", "outliers-worker"].iter().any(|word| String::from_utf8_lossy(&command).contains(word));
         if String::from_utf8_lossy(&environment).contains(&marked) && (of_worker || !worker_only) {
             let pid = entry.file_name().into_string().unwrap();
-            // It may be gone, with its parent.
-            let _ = std::process::Command::new("kill").args(["-9", &pid]).output();
+            // It may be gone already, with its parent.
+            let _ = Command::new("kill").args(["-9", &pid]).output();
         }
     }
 }
@@ -253,7 +275,7 @@ fn run_completes_after_worker_or_instance_death() {
         let code = controller.wait().unwrap().code();
         assert_eq!(code, Some(0), "{}", context.stderr());
         assert!(context.stderr().contains(said), "{}", context.stderr());
-        assert_eq!(context.results().sequences, 120);
+        assert_eq!(context.results().sequences, SLOW);
         context.assert_nothing_left();
         assert_eq!(context.bill().entries.len(), instances, "{said}");
     }
@@ -311,11 +333,13 @@ fn too_little_local_disk_for_results_is_refused_before_renting() {
 fn deployed_without_room(context: &TestContext) -> (Child, String) {
     let controller = context.start(slow_deploy(context));
     context.wait_for("the worker to be busy", || worker_is_busy(context));
+    signal_worker(context, "STOP");
     let run = context.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
     let results = context.work().join("remote_results");
     std::fs::remove_dir(&results).unwrap();
     std::fs::write(&results, "in the way").unwrap();
     std::fs::write(context.state().join("runs").join(&run).join(format!("work-{run}.part")), "in the way").unwrap();
+    signal_worker(context, "CONT");
     context.wait_for("the results to fit nowhere", || context.stderr().contains("its results cannot be saved"));
     for word in ["keeps them until 20", "/h, $", " so far", &format!("outliers attach {run} --results DIR")] {
         assert!(context.stderr().contains(word), "{word:?} is missing: {}", context.stderr());
@@ -328,7 +352,7 @@ fn assert_saved(context: &TestContext, run: &str) {
     let folder = context.work().join("larger").join(format!("work-{run}"));
     let results = std::fs::read(folder.join(files::RESULTS)).unwrap();
     let results: serde_json::Value = serde_json::from_slice(&results).unwrap();
-    assert_eq!(results["sequences"], 120);
+    assert_eq!(results["sequences"], SLOW);
     context.assert_nothing_left();
     assert_eq!(context.bill().entries.len(), 1, "rented once");
     let late = context.run(["attach", run, "--results", "another"]);
@@ -357,14 +381,14 @@ fn unsaved_results_survive_a_killed_controller() {
     assert_saved(&context, &run);
 }
 
-/// A mounted disk for a folder, unmounted on drop.
-struct SmallDisk(std::path::PathBuf);
+/// A disk of its own for a folder, as long as this lives.
+struct SmallDisk(PathBuf);
 
 impl SmallDisk {
-    /// `None`, with a message, if mounting is not possible.
-    fn on(folder: std::path::PathBuf, mib: u32) -> Option<Self> {
+    /// `None`, after saying so, where nothing can be mounted.
+    fn on(folder: PathBuf, mib: u32) -> Option<Self> {
         std::fs::create_dir_all(&folder).unwrap();
-        let mut mount = std::process::Command::new("mount");
+        let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"]).arg(&folder);
         if mount.output().is_ok_and(|output| output.status.success()) {
             return Some(Self(folder));
@@ -382,7 +406,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
@@ -392,7 +416,9 @@ fn results_are_saved_beside_the_ledger_when_the_disk_fills() {
     let Some(disk) = SmallDisk::on(context.work().join("remote_results"), 256) else { return };
     let mut controller = context.start(slow_deploy(&context));
     context.wait_for("the worker to be busy", || worker_is_busy(&context));
+    signal_worker(&context, "STOP");
     disk.fill();
+    signal_worker(&context, "CONT");
     assert_eq!(controller.wait().unwrap().code(), Some(0), "{}", context.stderr());
     let run = context.json(&["runs", "list"])["runs"][0]["id"].as_str().unwrap().to_owned();
     let folder = context.state().join("runs").join(&run).join(format!("work-{run}"));
@@ -491,7 +517,7 @@ fn refused(context: &TestContext, arguments: &[String], words: &[&str]) {
     assert!(context.bill().entries.is_empty() && context.bill().running.is_empty(), "{arguments:?} rented something");
 }
 
-fn copied_model(context: &TestContext, name: &str) -> std::path::PathBuf {
+fn copied_model(context: &TestContext, name: &str) -> PathBuf {
     let copy = context.work().join(format!("copy-{}", rand_name()));
     std::fs::create_dir(&copy).unwrap();
     for entry in std::fs::read_dir(golden(name).join("model")).unwrap() {
@@ -634,7 +660,7 @@ fn gated_model_is_deployed_without_exposing_the_token() {
     }
 }
 
-fn files_below(folder: &Path) -> Vec<std::path::PathBuf> {
+fn files_below(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
     entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
 }
