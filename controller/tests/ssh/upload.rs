@@ -144,12 +144,12 @@ async fn program_starts_while_a_dead_connection_holds_it_open() {
         env!("CARGO_PKG_VERSION")
     );
     let mut program = format!("#!/bin/sh\necho '{version}'\nexit 0\n").into_bytes();
-    program.extend(noise(60 * MB));
+    program.extend(noise(24 * MB));
     let file = scene.file("worker", &program);
     let host = scene.host(HASTY).await;
     let frozen = AtomicBool::new(false);
     let on = |event| {
-        if matches!(event, HostEvent::Uploading { sent, .. } if sent > 30 * MB as u64)
+        if matches!(event, HostEvent::Uploading { sent, .. } if sent > 12 * MB as u64)
             && !frozen.swap(true, Ordering::Relaxed)
         {
             assert!(scene.server.freeze_sessions().unwrap() > 0);
@@ -197,7 +197,8 @@ async fn rekeying_by_either_side_during_a_transfer_works() {
     let often = Tuning { rekey_after: 2 << 20, ..Tuning::default() };
     for (config, tuning) in [("RekeyLimit 1M", Tuning::default()), ("", often), ("RekeyLimit 3M", often)] {
         let Some(scene) = Scene::near(config) else { return };
-        let content = noise(40 * MB);
+        // The keys of each transfer are renewed three times and more.
+        let content = noise(12 * MB);
         let file = scene.file("big", &content);
         let ssh = scene.ssh(tuning).await;
         let (remote, back) = (scene.there("big"), scene.here.path().join("back"));
