@@ -47,7 +47,7 @@ fn run(model: &Path, ids: &Path) -> Outcome {
 /// The same of a fixture as it is, once for all tests.
 fn own_run(name: &str) -> &'static Outcome {
     static RUNS: Mutex<BTreeMap<String, &'static OnceLock<Outcome>>> = Mutex::new(BTreeMap::new());
-    let cell = *RUNS.lock().unwrap().entry(name.to_owned()).or_insert_with(|| Box::leak(Box::default()));
+    let cell = *RUNS.lock().unwrap().entry(name.to_owned()).or_insert_with(|| Box::leak(Box::new(OnceLock::new())));
     cell.get_or_init(|| run(&golden(name).join("model"), &ids_of(name)))
 }
 
