@@ -3,7 +3,7 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use outliers_clouds::dialect::lambda::Lambda;
 use outliers_clouds::{FakeCloud, How, KEY, Odd, Op, Refusal};
@@ -306,6 +306,8 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     let over = run(&context, &["deploy", "-y", "--json"], job("qwen3")).ok();
     let over: serde_json::Value = serde_json::from_str(&over.stdout).unwrap();
     let over = over["run"]["id"].as_str().unwrap();
+    const TIME: Duration = Duration::from_secs(60);
+    let rented = Instant::now();
     let held = ["deploy", "-y", "--json", "--keep-running", "--max-duration", "60s"];
     let held: serde_json::Value = serde_json::from_str(&run(&context, &held, job("llama-f32")).ok().stdout).unwrap();
     let held = held["run"]["id"].as_str().unwrap().to_owned();
@@ -320,7 +322,10 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
         let said = Said::from(command.env("LAMBDA_API_KEY", KEY).output().unwrap()).ok();
         serde_json::from_str::<serde_json::Value>(&said.stdout).unwrap()
     };
-    context.wait_for("the held run's time to be up", || with(&["--dry-run"])["runs"].as_array().unwrap().len() == 1);
+    // Whoever asked all the time would keep a processor busy for a minute.
+    context.wait_for("the held run's time to be up", || {
+        rented.elapsed() >= TIME && with(&["--dry-run"])["runs"].as_array().unwrap().len() == 1
+    });
     let named = |document: &serde_json::Value| {
         let all = |list: &str, field: &str| {
             let found = document[list].as_array().unwrap().iter().map(|one| one[field].as_str().unwrap().to_owned());
