@@ -12,6 +12,8 @@ use crate::programs::controller;
 
 /// Timeout of a test: longer than any step takes on a busy machine.
 const TIMEOUT: Duration = Duration::from_secs(180);
+/// Least time between two looks at what is waited for.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// See the module. Removed on drop.
 pub struct TestContext {
@@ -132,9 +134,14 @@ impl TestContext {
     /// Waits until `ready`.
     pub fn wait_for(&self, what: &str, mut ready: impl FnMut() -> bool) {
         let begun = Instant::now();
-        while !ready() {
+        loop {
+            let asked = Instant::now();
+            if ready() {
+                return;
+            }
             assert!(begun.elapsed() < TIMEOUT, "waited for {what}; said: {}", self.stderr());
-            std::thread::sleep(Duration::from_millis(20));
+            // What runs a program to find out leaves the processors to what it waits for.
+            std::thread::sleep(PAUSE.max(2 * asked.elapsed()));
         }
     }
 
