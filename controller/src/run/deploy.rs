@@ -474,8 +474,7 @@ impl<'a> Driver<'a> {
 
     fn new_run_time(&self) -> Option<RunTime> {
         let instance = &self.run.state().rental()?.instance;
-        let time = self.cloud().ok()?.broker.run_time(instance)?;
-        self.run.record().is_news(time).then_some(time)
+        self.run.record().news(self.cloud().ok()?.broker.run_time(instance)?)
     }
 
     fn changed(&mut self) {

@@ -404,17 +404,31 @@ impl RunRecord {
     /// The cloud's own record of how long the present instance has run.
     pub fn run_time(&self) -> Option<RunTime> {
         self.state.rental()?;
+        self.run_times().next()
+    }
+
+    /// What is new in the cloud's record of how long the instance has run, if anything. Time that has
+    /// ended is never taken back, for a list may have forgotten it, or measure it a little shorter;
+    /// unless a start goes on that had only been interrupted.
+    pub fn news(&self, time: RunTime) -> Option<RunTime> {
+        let Some(known) = self.run_time() else { return Some(time) };
+        let goes_on = time.since != known.since && time.since.is_some_and(|since| self.has_begun_at(since));
+        let ended_s = if goes_on { time.ended_s } else { time.ended_s.max(known.ended_s) };
+        Some(RunTime { ended_s, ..time }).filter(|news| *news != known)
+    }
+
+    /// Whether the present instance had a start at that time, Unix seconds.
+    fn has_begun_at(&self, since: u64) -> bool {
+        self.run_times().any(|time| time.since == Some(since))
+    }
+
+    /// The cloud's records of how long the present instance has run, the last one first.
+    fn run_times(&self) -> impl Iterator<Item = RunTime> {
         let is_present = |entry: &&LedgerEntry| !matches!(entry.event, RunEvent::Creating { .. });
-        self.events.iter().rev().take_while(is_present).find_map(|entry| match entry.event {
+        self.events.iter().rev().take_while(is_present).filter_map(|entry| match entry.event {
             RunEvent::Metered { time } => Some(time),
             _ => None,
         })
-    }
-
-    /// Whether this record is another than the last one. Starts that have ended are never taken
-    /// back: a list that is older, or has forgotten, says less.
-    pub fn is_news(&self, time: RunTime) -> bool {
-        self.run_time().is_none_or(|known| known != time && known.ended_s <= time.ended_s)
     }
 
     /// Whether its instance waits in a queue, or may, as far as is known here.
@@ -1515,6 +1529,55 @@ pub(crate) mod tests {
             assert!(most >= at_most * 1_000_000 && most <= at_most * 1_250_000, "{most} at {at}");
             assert_eq!(record.gpu_time_at_most(at * 1000).seconds(), at_most * 2, "at {at}");
             assert_eq!((record.is_in_queue(), record.ends_at()), (waits, ends), "at {at}");
+        }
+    }
+
+    #[test]
+    fn second_start_counts_where_the_first_is_measured_shorter() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        let time = |ended_s, since: Option<u64>| RunTime { ended_s, since, until: since.map(|since| since + 60) };
+        for (told, news) in [
+            (time(0, Some(1000)), Some(time(0, Some(1000)))),
+            (time(0, Some(1000)), None),
+            // By the queue, then by the job's own script.
+            (time(31, None), Some(time(31, None))),
+            (time(29, None), None),
+            (time(29, Some(2000)), Some(time(31, Some(2000)))),
+            (time(29, Some(2000)), None),
+            // It is suspended, and goes on: the same start.
+            (time(40, None), Some(time(40, None))),
+            (time(31, Some(2000)), Some(time(31, Some(2000)))),
+            // It ends, and is forgotten.
+            (time(90, None), Some(time(90, None))),
+            (time(0, None), None),
+        ] {
+            let found = run.record().news(told);
+            assert_eq!(found, news, "{told:?} after {:?}", run.record().run_time());
+            if let Some(time) = found {
+                run.append(RunEvent::Metered { time }).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn ledger_of_an_earlier_version_is_opened_with_its_runs() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        let (id, owner) = (run.record().id.clone(), ledger.owner().to_owned());
+        drop((run, ledger));
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        for earlier in 1..SCHEMA {
+            raw.execute_batch(&format!("PRAGMA user_version = {earlier}")).unwrap();
+            let ledger = Ledger::open(folder.path()).unwrap();
+            assert_eq!((ledger.owner(), ledger.runs().unwrap().len()), (owner.as_str(), 1), "{earlier}");
+            assert_eq!(ledger.run(&id).unwrap().state.word(), "creating");
+            let version: i64 = raw.query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+            assert_eq!(version, SCHEMA, "an earlier program refuses it from now on");
         }
     }
 

@@ -130,7 +130,7 @@ fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError
         // The state may have changed since the listing. Then another process drives the run.
         if crate::run::next(run.state(), &event).is_ok() {
             let time = run.state().rental().and_then(|rental| cloud.broker.run_time(&rental.instance));
-            if let Some(time) = time.filter(|time| run.record().is_news(*time)) {
+            if let Some(time) = time.and_then(|time| run.record().news(time)) {
                 run.append(RunEvent::Metered { time })?;
             }
             run.append(event)?;
