@@ -627,11 +627,13 @@ impl<'a> Driver<'a> {
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 
-    /// When a job has used up what was agreed, or its --max-gpu-hours, in Unix seconds by its
-    /// cloud's clock: one that was put back into its queue has got all of its time again.
+    /// When a job has used up what was agreed, its --max-gpu-hours, or its share of what a survey may
+    /// take, in Unix seconds by its cloud's clock: one that was put back into its queue has got all
+    /// of its time again.
     fn is_used_up_at(&self) -> Option<u64> {
         let record = self.run.record();
-        let since = record.run_time()?.since?;
+        let time = record.run_time()?;
+        let since = time.since?;
         let (rental, since_ms) = (record.state.rental()?, since.saturating_mul(1000));
         let by_price = || rental.price.time(record.spec.quote.ceiling? - record.cost(since_ms));
         let by_gpus = || {
@@ -639,7 +641,11 @@ impl<'a> Driver<'a> {
             let seconds = left.max(0).checked_div(rental.offer.gpu_count.into())?;
             Some(Duration::from_secs(seconds.unsigned_abs()))
         };
-        let left = [by_price(), by_gpus()].into_iter().flatten().min()?;
+        // The rest of what a survey may take is reserved for its other runs.
+        let spec = &record.spec;
+        let is_shared = spec.survey.is_some() && (spec.budget.is_some() || spec.max_gpu_time.is_some());
+        let by_share = || is_shared.then(|| spec.limit().saturating_sub(Duration::from_secs(time.ended_s)));
+        let left = [by_price(), by_gpus(), by_share()].into_iter().flatten().min()?;
         Some(since.saturating_add(left.as_secs()))
     }
 

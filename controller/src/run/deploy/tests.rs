@@ -141,6 +141,32 @@ async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
     assert!(record.events.iter().any(|entry| entry.event.word() == "metered"), "{:?}", record.events);
 }
 
+/// What the other runs of a survey have reserved is not for one that was put back.
+#[tokio::test(start_paused = true)]
+async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
+    let (money, gpus) = (Some(Usd::from_dollars(99.0)), Some(GpuTime::from_seconds(360_000)));
+    for (budget, max_gpu_time, most) in [(money, None, 600), (None, gpus, 600), (None, None, 3600)] {
+        let (fake, home) = (Fake::new(), home());
+        let began = now_ms() / 1000;
+        fake.set(|world| {
+            world.endless = true;
+            world.offers.iter_mut().for_each(|offer| offer.queued = true);
+            // Its first start took 50 of 60 minutes, and it has got 60 again.
+            world.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
+        });
+        let begun = Instant::now();
+        let share = |spec: &mut RunSpec| {
+            let survey = Some(Membership { survey: "s".into(), model: "a".into() });
+            (spec.survey, spec.budget, spec.max_gpu_time) = (survey, budget, max_gpu_time);
+        };
+        let record = with(share, &fake, home.path()).await;
+        closed_and_clean(&fake, &record, "a second start");
+        assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
+        let took = begun.elapsed().as_secs();
+        assert!(took > most - most / 5 && took <= most, "{took} s of {most}: {budget:?} {max_gpu_time:?}");
+    }
+}
+
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect
 /// after it.
 async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
