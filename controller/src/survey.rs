@@ -7,4 +7,4 @@ pub mod member;
 
 pub use file::{Survey, SurveyError, SurveyModel, is_commit};
 pub use index::{Index, IndexEntry, ModelOutcome};
-pub use member::{Member, outcome};
+pub use member::{Member, Members};

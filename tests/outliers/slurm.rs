@@ -592,6 +592,12 @@ fn survey_is_counted_after_attach_brought_its_runs_home() {
     let models = standing["surveys"][0]["index"]["models"].as_array().unwrap();
     let complete = models.iter().filter(|line| line["outcome"] == "complete").count();
     assert_eq!((complete, models.len()), (2, 3), "{standing}");
+    let compared = context.run(["compare"]).ok();
+    assert!(compared.stderr.contains("Left out, not being whole results: "), "{compared:?}");
+    let index = std::fs::read(context.work().join("remote_results/three/index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    let outcomes: Vec<&str> = (0..3).filter_map(|i| index["models"][i]["outcome"].as_str()).collect();
+    assert_eq!(outcomes, ["complete", "complete", "open"], "{index}");
     assert!(!cluster.leases().exists(), "something is left in scratch");
     context.assert_nothing_left();
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::deploy::tell;
 use super::drive::{Deployed, drive};
 use super::prepare::{secrets, writable};
+use super::survey::refresh_indices;
 use super::{Context, ports};
 use crate::cloud::clouds::BadHosts;
 use crate::run::ledger::{Ledger, Records, RunRecord};
@@ -29,6 +30,7 @@ pub(super) async fn command(
         }
     }
     let deployed = if run.state.is_at_rest() { Deployed::of(run) } else { take_up(context, &ledger, &run).await? };
+    refresh_indices(context, &ledger);
     tell(context, &deployed);
     Ok(deployed.status())
 }

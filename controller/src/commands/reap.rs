@@ -10,6 +10,7 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::instances::LISTS;
+use super::survey::refresh_indices;
 use super::{Context, Home, SCHEMA, ports};
 use crate::cli::ReapArgs;
 use crate::cli::settings::Span;
@@ -96,6 +97,9 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
         let terminal = std::io::stdin().is_terminal();
         consent(context, &all, args, terminal, &mut std::io::stdin().lock())?;
         troubles.extend(end_all(context, &home, &clouds, &mut all).await);
+        if let Some(ledger) = &home.ledger {
+            refresh_indices(context, ledger);
+        }
     }
     let mut document = ReapReport {
         schema: SCHEMA,

@@ -7,6 +7,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::drive::Deployed;
+use super::survey::refresh_indices;
 use super::{Context, SCHEMA, ports};
 use crate::cli::RunsCommand;
 use crate::cloud::clouds::{BadHosts, Clouds};
@@ -93,6 +94,7 @@ async fn cancel(context: &Context, ledger: &Ledger, name: &str) -> Result<ExitSt
             None => ask(context, ledger, &run.id).await?,
         }
     };
+    refresh_indices(context, ledger);
     let deployed = Deployed::of(run);
     context.reporter.result(&deployed, || {
         let ending = deployed.run.state.ending().map(ToString::to_string).unwrap_or_default();

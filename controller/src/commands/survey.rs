@@ -1,5 +1,6 @@
 //! `survey`: checks many models, then deploys them concurrently.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use super::instances::LISTS;
@@ -10,7 +11,7 @@ use crate::cloud::clouds::{BadHosts, Clouds};
 use crate::run::deploy::{JobIdentity, recover};
 use crate::run::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::run::local_worker::LocalWorker;
-use crate::survey::{Index, Member, ModelOutcome, SurveyError, index};
+use crate::survey::{Index, Member, Members, ModelOutcome, SurveyError, index};
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{GpuTime, Usd};
@@ -82,7 +83,45 @@ pub(super) async fn command(context: &Context, asked: &SurveyRequest) -> Result<
     Ok(session.conclude(&ledger.runs()?, &stuck))
 }
 
-/// A model that cannot run.
+/// Brings the indices of surveys up to date after another command that ended runs. What cannot be
+/// written is said.
+pub(super) fn refresh_indices(context: &Context, ledger: &Ledger) {
+    if let Err(CliError { message, .. }) = refreshed(ledger) {
+        context.reporter.warn(&format!("a survey's index is not up to date: {message}"));
+    }
+}
+
+fn refreshed(ledger: &Ledger) -> Result<(), CliError> {
+    let runs = ledger.runs()?;
+    let members = Members::of(&runs);
+    let place = |run: &RunRecord| Some((run.spec.survey.as_ref()?.survey.clone(), run.spec.results.clone()));
+    let places: BTreeSet<(String, String)> = runs.iter().filter_map(place).collect();
+    for (survey, folder) in &places {
+        let folder = Path::new(folder);
+        let changed = || {
+            // One that cannot be read is for `compare` to say.
+            let index = Index::read(folder).ok().flatten().filter(|index| index.survey == *survey)?;
+            let now = members.in_folder(folder, index.clone());
+            (now != index).then_some(now)
+        };
+        if changed().is_none() {
+            continue;
+        }
+        // The survey's own command writes its index itself while it runs.
+        let Some(_only_one) = ledger.take_survey(survey)? else { continue };
+        if let Some(index) = changed() {
+            write(&index, folder)?;
+        }
+    }
+    Ok(())
+}
+
+fn write(index: &Index, folder: &Path) -> Result<(), CliError> {
+    let wrong = |error| CliError::failed(format!("{}: {error}", folder.join(index::FILE).display()));
+    index.write(folder).map_err(wrong)
+}
+
+/// A model that cannot be run.
 struct Problem {
     model: usize,
     cli_error: CliError,
@@ -273,8 +312,7 @@ impl<'a> Session<'a> {
             file: file.to_string_lossy().into_owned(),
             models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
         };
-        let wrong = |error| CliError::failed(format!("{}: {error}", self.asked.folder.join(index::FILE).display()));
-        index.write(&self.asked.folder).map_err(wrong)
+        write(&index, &self.asked.folder)
     }
 }
 

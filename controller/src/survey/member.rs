@@ -1,12 +1,13 @@
 //! The state of one model of a survey, by the ledger and the folders.
 
+use std::collections::HashMap;
 use std::path::Path;
 
-use super::index::{IndexEntry, ModelOutcome};
+use super::index::{Index, IndexEntry, ModelOutcome};
 use crate::files::{MOST, read_small};
 use crate::run::deploy::{JobIdentity, holds};
 use crate::run::ledger::{RUN_FILE, RunRecord};
-use crate::run::{Brought, Membership, RunFailureKind, RunOutcome};
+use crate::run::{Membership, RunFailureKind, RunOutcome};
 
 /// A model of a survey with its work.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +33,7 @@ impl Member<'_> {
     pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
-            let (outcome, why) = self.judge(run);
+            let (outcome, why) = judge(run, &self.folder.join(self.name));
             if outcome == ModelOutcome::Complete {
                 return (self.entry(Some(run), outcome, why), Some(run));
             }
@@ -68,42 +69,104 @@ impl Member<'_> {
     }
 
     fn entry(&self, run: Option<&RunRecord>, outcome: ModelOutcome, why: Option<String>) -> IndexEntry {
-        let results = run.filter(|_| outcome != ModelOutcome::Open).and_then(|run| run.state.results());
-        let name = |results: &Brought| Some(Path::new(&results.folder).file_name()?.to_str()?.to_owned());
         IndexEntry {
             name: self.name.to_owned(),
             model: self.identity.job.model.name().to_owned(),
             job_key: self.job_key.to_owned(),
             run: run.map(|run| run.id.clone()),
             outcome,
-            folder: results.and_then(name),
+            folder: run.and_then(|run| brought(run, outcome)),
             why,
         }
     }
+}
 
-    fn judge(&self, run: &RunRecord) -> (ModelOutcome, Option<String>) {
-        let Some(ending) = run.state.ending().filter(|_| run.state.is_at_rest()) else {
-            return (ModelOutcome::Open, None);
-        };
-        if *ending == RunOutcome::Completed {
-            let place = self.folder.join(self.name);
-            let Err(flaw) = holds(&place, &run.id) else { return (ModelOutcome::Complete, None) };
-            let elsewhere = run.state.results().map(|results| Path::new(&results.folder));
-            return match elsewhere.filter(|folder| *folder != place && holds(folder, &run.id).is_ok()) {
-                Some(folder) => {
-                    let (from, to) = (folder.display(), place.display());
-                    (ModelOutcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
-                }
-                // The results were removed, so the model counts as not run.
-                None => (ModelOutcome::Open, Some(flaw)),
-            };
+/// The runs of each model of all surveys, oldest first.
+pub struct Members<'a>(HashMap<&'a Membership, Vec<&'a RunRecord>>);
+
+impl<'a> Members<'a> {
+    /// From all runs of the ledger.
+    pub fn of(runs: &'a [RunRecord]) -> Self {
+        let mut of_model: HashMap<_, Vec<_>> = HashMap::new();
+        for run in runs {
+            if let Some(member) = &run.spec.survey {
+                of_model.entry(member).or_default().push(run);
+            }
         }
-        (outcome(run), Some(ending.to_string()))
+        Self(of_model)
+    }
+
+    /// An index as the runs' records have it: the survey's command wrote it, and `attach` may have
+    /// brought runs home since. Nothing is read of their results.
+    pub fn on(&self, index: Index) -> Index {
+        let by_record = |run: &RunRecord| {
+            let outcome = outcome(run);
+            let ending = run.state.ending().filter(|_| run.state.is_at_rest() && outcome != ModelOutcome::Complete);
+            (outcome, ending.map(ToString::to_string))
+        };
+        self.on_each(index, |run, _| by_record(run))
+    }
+
+    /// The same by the results in the survey's folder too.
+    pub fn in_folder(&self, folder: &Path, index: Index) -> Index {
+        self.on_each(index, |run, name| judge(run, &folder.join(name)))
+    }
+
+    fn on_each(&self, index: Index, judge: impl Fn(&RunRecord, &str) -> (ModelOutcome, Option<String>)) -> Index {
+        let models = index.models.into_iter().map(|line| self.on_line(&index.survey, line, &judge)).collect();
+        Index { models, ..index }
+    }
+
+    fn on_line(
+        &self,
+        survey: &str,
+        line: IndexEntry,
+        judge: impl Fn(&RunRecord, &str) -> (ModelOutcome, Option<String>),
+    ) -> IndexEntry {
+        let member = Membership { survey: survey.to_owned(), model: line.name.clone() };
+        let is_its = |run: &RunRecord| line.run.as_ref() == Some(&run.id);
+        let all = self.0.get(&member).into_iter().flatten().copied();
+        let mut latest: Vec<&RunRecord> = all.filter(|run| is_its(run) || run.spec.job_key == line.job_key).collect();
+        latest.sort_by_key(|run| outcome(run) == ModelOutcome::Complete);
+        let Some(run) = latest.pop() else { return line };
+        // The survey's command has looked at the files too.
+        let was_looked_at = is_its(run) && (line.outcome != ModelOutcome::Open || line.why.is_some());
+        if was_looked_at || line.outcome == ModelOutcome::Complete {
+            return line;
+        }
+        let (outcome, why) = judge(run, &line.name);
+        IndexEntry { run: Some(run.id.clone()), outcome, folder: brought(run, outcome), why, ..line }
     }
 }
 
+/// Name of the folder that came home, if one did.
+fn brought(run: &RunRecord, outcome: ModelOutcome) -> Option<String> {
+    let results = run.state.results().filter(|_| outcome != ModelOutcome::Open)?;
+    Some(Path::new(&results.folder).file_name()?.to_str()?.to_owned())
+}
+
+/// What became of a model by the record of a run, and by its results, which belong in `place`.
+fn judge(run: &RunRecord, place: &Path) -> (ModelOutcome, Option<String>) {
+    let Some(ending) = run.state.ending().filter(|_| run.state.is_at_rest()) else {
+        return (ModelOutcome::Open, None);
+    };
+    if *ending == RunOutcome::Completed {
+        let Err(flaw) = holds(place, &run.id) else { return (ModelOutcome::Complete, None) };
+        let elsewhere = run.state.results().map(|results| Path::new(&results.folder));
+        return match elsewhere.filter(|folder| *folder != place && holds(folder, &run.id).is_ok()) {
+            Some(folder) => {
+                let (from, to) = (folder.display(), place.display());
+                (ModelOutcome::Partial, Some(format!("its results could not be saved there: move {from} to {to}")))
+            }
+            // They were there: without them it is as if it had not been run.
+            None => (ModelOutcome::Open, Some(flaw)),
+        };
+    }
+    (outcome(run), Some(ending.to_string()))
+}
+
 /// What became of a model by a run's record alone: nothing is read of its results.
-pub fn outcome(run: &RunRecord) -> ModelOutcome {
+fn outcome(run: &RunRecord) -> ModelOutcome {
     match run.state.ending().filter(|_| run.state.is_at_rest()) {
         None => ModelOutcome::Open,
         Some(RunOutcome::Completed) => ModelOutcome::Complete,
@@ -131,7 +194,7 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::run::{FailureDetail, RunEvent, RunSpec};
+    use crate::run::{Brought, FailureDetail, RunEvent, RunSpec};
     use crate::ui::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a` with job and key.
@@ -195,6 +258,38 @@ mod tests {
         std::fs::write(whole.join("results.json"), "{}").unwrap();
         let damaged = line(home.path(), &job, &both[..1]);
         assert!(damaged.outcome == ModelOutcome::Open && damaged.why.unwrap().contains("results.json"));
+    }
+
+    #[test]
+    fn index_follows_runs_that_another_command_ended() {
+        let home = tempfile::tempdir().unwrap();
+        let whole = copy("mixture", &home.path().join("owner--a"));
+        std::fs::write(whole.join(RUN_FILE), r#"{"id":"r1"}"#).unwrap();
+        let brought = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let runs = [of_a("r1", ended("r1", brought, RunOutcome::Completed))];
+        let line = IndexEntry {
+            name: "owner--a".into(),
+            model: "owner/a".into(),
+            job_key: runs[0].spec.job_key.clone(),
+            run: None,
+            outcome: ModelOutcome::Open,
+            folder: None,
+            why: None,
+        };
+        let index = |line: &IndexEntry| Index {
+            schema: super::super::index::SCHEMA,
+            survey: "moe-two".into(),
+            file: "/s.toml".into(),
+            models: vec![line.clone()],
+        };
+        let now = Members::of(&runs).in_folder(home.path(), index(&line)).models.remove(0);
+        assert_eq!((now.outcome, now.run.as_deref()), (ModelOutcome::Complete, Some("r1")));
+        assert_eq!(now.folder.as_deref(), Some("owner--a"));
+        std::fs::write(whole.join("results.json"), "{}").unwrap();
+        assert_eq!(Members::of(&runs).in_folder(home.path(), index(&now)), index(&now), "it was looked at");
+        let damaged = Members::of(&runs).in_folder(home.path(), index(&line)).models.remove(0);
+        assert!(damaged.outcome == ModelOutcome::Open && damaged.why.unwrap().contains("results.json"));
+        assert_eq!(Members::of(&runs).on(index(&line)).models[0].outcome, ModelOutcome::Complete, "by the record");
     }
 
     #[test]

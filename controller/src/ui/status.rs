@@ -12,7 +12,7 @@ use crate::files::{MOST, read_small};
 use crate::run::deploy::read_progress;
 use crate::run::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Membership, RunEvent, RunOutcome, RunState};
-use crate::survey::{Index, IndexEntry, ModelOutcome, outcome};
+use crate::survey::{Index, Members};
 use crate::units::{Usd, UsdPerHour};
 
 /// Status of all runs.
@@ -295,53 +295,6 @@ fn expected(run: &RunRecord) -> Option<u64> {
     Some((Duration::from_millis(from) + Duration::from_secs_f64(seconds.max(0.0))).as_secs())
 }
 
-/// The runs of each model of a survey, oldest first.
-struct Members<'a>(HashMap<&'a Membership, Vec<&'a RunRecord>>);
-
-impl<'a> Members<'a> {
-    fn of(runs: &'a [RunRecord]) -> Self {
-        let mut of_model: HashMap<_, Vec<_>> = HashMap::new();
-        for run in runs {
-            if let Some(member) = &run.spec.survey {
-                of_model.entry(member).or_default().push(run);
-            }
-        }
-        Self(of_model)
-    }
-
-    /// An index as the runs' records have it: the survey's command wrote it, and `attach` may have
-    /// brought runs home since.
-    fn on(&self, index: Index) -> Index {
-        let models = index.models.into_iter().map(|line| self.on_line(&index.survey, line)).collect();
-        Index { models, ..index }
-    }
-
-    fn on_line(&self, survey: &str, line: IndexEntry) -> IndexEntry {
-        let member = Membership { survey: survey.to_owned(), model: line.name.clone() };
-        let is_its = |run: &RunRecord| line.run.as_ref() == Some(&run.id);
-        let all = self.0.get(&member).into_iter().flatten().copied();
-        let mut latest: Vec<&RunRecord> = all.filter(|run| is_its(run) || run.spec.job_key == line.job_key).collect();
-        latest.sort_by_key(|run| outcome(run) == ModelOutcome::Complete);
-        let Some(run) = latest.pop() else { return line };
-        // The survey's command has looked at the files too.
-        let was_looked_at = is_its(run) && (line.outcome != ModelOutcome::Open || line.why.is_some());
-        if was_looked_at || line.outcome == ModelOutcome::Complete {
-            return line;
-        }
-        let outcome = outcome(run);
-        let results = run.state.results().filter(|_| outcome != ModelOutcome::Open);
-        let name = |folder: &str| Some(Path::new(folder).file_name()?.to_str()?.to_owned());
-        let ending = run.state.ending().filter(|_| run.state.is_at_rest() && outcome != ModelOutcome::Complete);
-        IndexEntry {
-            run: Some(run.id.clone()),
-            outcome,
-            folder: results.and_then(|results| name(&results.folder)),
-            why: ending.map(ToString::to_string),
-            ..line
-        }
-    }
-}
-
 /// Of each work, when the last run of it that completed or is under way was created.
 struct Mended<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
 
@@ -396,7 +349,7 @@ pub(crate) mod tests {
     use crate::run::deploy::fake::{offer, spec};
     use crate::run::ledger::LedgerEntry;
     use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
-    use crate::survey::index;
+    use crate::survey::{IndexEntry, ModelOutcome, index};
 
     /// 2026-06-01T12:00:00Z.
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;

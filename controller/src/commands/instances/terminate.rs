@@ -9,6 +9,7 @@ use super::{LISTS, clouds, missing};
 use crate::cli::TerminateArgs;
 use crate::cloud::broker::{Instance, InstanceId};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
+use crate::commands::survey::refresh_indices;
 use crate::commands::{Context, Home, SCHEMA, ports, runs};
 use crate::model_name::short;
 use crate::run::deploy::{DriveError, Stop, Target};
@@ -37,6 +38,9 @@ pub(super) async fn command(context: &Context, home: &Home, args: &TerminateArgs
             Ok(()) => ended.push((chosen.cloud.name(), &chosen.id)),
             Err(cli_error) => wrong.push(cli_error),
         }
+    }
+    if let Some(ledger) = &home.ledger {
+        refresh_indices(context, ledger);
     }
     let document = serde_json::json!({ "schema": SCHEMA, "ended": ended });
     match (&wrong[..], ended.len()) {
