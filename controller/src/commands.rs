@@ -281,6 +281,18 @@ impl Context {
         Ok(clouds?.into())
     }
 
+    /// The clouds with which a run that was left goes on: `clouds`, unless its instance is on a
+    /// cluster that its record names otherwise.
+    ///
+    /// # Errors
+    /// As [`Self::cloud`].
+    pub fn clouds_to_go_on(&self, run: &RunRecord, clouds: &Clouds) -> Result<Clouds, CliError> {
+        match run.state.offer() {
+            Some(offer) if clouds.of(offer).is_none() => self.clouds_of(run),
+            _ => Ok(clouds.clone()),
+        }
+    }
+
     fn with_key(&self) -> impl Iterator<Item = &CloudSettings> {
         self.settings.clouds.iter().filter(|cloud| cloud.key.is_some())
     }

@@ -465,6 +465,63 @@ fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
     context.assert_nothing_left();
 }
 
+/// Settings that lead to the same login node by another alias.
+fn call_it(alias: &str, cluster: &Cluster, context: &TestContext) {
+    let config = std::fs::read_to_string(cluster.ssh_config()).unwrap();
+    let path = context.work().join("ssh_config");
+    std::fs::write(&path, config.replace("Host cluster", &format!("Host cluster {alias}"))).unwrap();
+    let settings = format!("[brokers.slurm]\nhost = {alias:?}\nssh-config = {path:?}\nlisting-interval = \"1s\"\n");
+    std::fs::write(context.work().join("mine.toml"), settings).unwrap();
+}
+
+#[test]
+fn run_is_picked_up_where_its_cluster_has_another_alias() {
+    let Some((cluster, context)) = office() else { return };
+    let _ = killed_while_its_job_waits(&cluster, &context);
+    call_it("otherwise", &cluster, &context);
+    cluster.goes_well("hold");
+    let said = context.run(deploy("llama-f32"));
+    assert!(said.stderr.contains("Picking up run "), "{said:?}");
+    is_home_and_gone(said, &cluster, &context, "llama-f32");
+    assert_eq!(cluster.jobs(), 1, "no other job was submitted");
+    context.assert_nothing_left();
+}
+
+#[test]
+fn survey_is_picked_up_where_its_cluster_has_another_alias() {
+    let Some((cluster, context)) = office() else { return };
+    survey_of_three(&context);
+    let only: Vec<&str> = SURVEY.into_iter().chain(["--only", "one"]).collect();
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = context.start(&only);
+    context.wait_for("the queue", || context.stderr().contains("Priority"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    call_it("otherwise", &cluster, &context);
+    cluster.goes_well("hold");
+    let said = context.run(&only).ok();
+    assert!(said.stderr.contains("Picking up run ") && cluster.jobs() == 1, "{said:?}");
+    assert!(!cluster.leases().exists(), "something is left in scratch: {said:?}");
+    context.assert_nothing_left();
+}
+
+/// Of two names of one cluster the first is one by which the run was not submitted.
+#[test]
+fn job_is_ended_where_its_cluster_has_two_aliases() {
+    let Some((cluster, context)) = office() else { return };
+    let listed = killed_while_its_job_waits(&cluster, &context);
+    let id = listed["instances"][0]["id"].as_str().unwrap().to_owned();
+    call_it("another", &cluster, &context);
+    let listed = context.json(&["instances", "list"]);
+    assert_eq!(listed["instances"].as_array().map(Vec::len), Some(1), "it is listed once: {listed}");
+    let _ = context.run(["instances", "show", &id[..id.len() - 1]]).ok();
+    let said = context.run(["instances", "terminate", &id, "-y"]).ok();
+    assert!(said.stdout.contains("1 instance ended, and seen gone"), "{said:?}");
+    assert_eq!(context.json(&["runs", "list"])["runs"][0]["state"]["state"], "closed");
+    assert!(!cluster.leases().exists());
+    context.assert_nothing_left();
+}
+
 #[test]
 fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
     let Some((cluster, context)) = office() else { return };

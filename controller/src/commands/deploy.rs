@@ -150,7 +150,9 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     {
         reporter.picked_up(run.record());
         let secrets = secrets(context, &run.record().spec.job, 1);
-        return drive_as(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some);
+        let clouds = context.clouds_to_go_on(run.record(), &clouds)?;
+        let ports = Ports { clouds: &clouds, secrets: &secrets, ..ports };
+        return drive_as(reporter, run, ports, asked.terms.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
     let run_request = RunRequest { job, job_key: key, terms: asked.terms.clone() };

@@ -48,7 +48,7 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
         InstancesCommand::Show { id, only } => show(context, &home, &clouds(context, &home, &only)?, &id).await,
         InstancesCommand::Ssh { id, run, only } => {
             let clouds = clouds(context, &home, &only)?;
-            let (cloud, instance) = context.reporter.waiting(LISTS, find(&clouds, &id)).await?;
+            let (cloud, instance) = context.reporter.waiting(LISTS, find(&home, &clouds, &id)).await?;
             let endpoint = endpoint(&instance)?;
             let words = match cloud.broker.way(&instance.id) {
                 Some(way) => way.shell,
@@ -122,19 +122,49 @@ async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, CliError
     Ok(all)
 }
 
-/// The instance with this id or prefix of an id.
-async fn find<'a>(clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), CliError> {
-    let mut all = everything(clouds).await?;
-    let begins = |(_, instance): &(&Cloud, Instance)| !id.is_empty() && instance.id.0.starts_with(id);
-    let exact = all.iter().position(|(_, instance)| instance.id.0 == *id);
-    match (exact.or_else(|| all.iter().position(begins)), all.iter().filter(|found| begins(found)).count()) {
-        (Some(at), count) if exact.is_some() || count == 1 => Ok(all.swap_remove(at)),
-        (Some(_), count) => Err(CliError::refused(
-            format!("the ids of {count} instances begin with `{id}`"),
+/// Each instance of ours once: where one cluster goes by several names, by that of the run's record.
+/// Jobs of others stay, for their numbers are those of one cluster each.
+fn once<'a>(home: &Home, listed: Vec<(&'a Cloud, Instance)>) -> Vec<(&'a Cloud, Instance)> {
+    let is_recorded = |cloud: &Cloud, instance: &Instance| {
+        let run = home.ledger.as_ref()?.run(&instance.tag()?.run).ok()?;
+        Some(cloud.broker.made(run.state.offer()?))
+    };
+    let mut all: Vec<(&Cloud, Instance)> = Vec::new();
+    for (cloud, instance) in listed {
+        let is_same = |(_, other): &(&Cloud, Instance)| {
+            (&other.broker, &other.id) == (&instance.broker, &instance.id) && instance.tag().is_some()
+        };
+        match all.iter().position(is_same) {
+            None => all.push((cloud, instance)),
+            Some(at) if is_recorded(cloud, &instance) == Some(true) => all[at] = (cloud, instance),
+            Some(_) => {}
+        }
+    }
+    all
+}
+
+/// By its id or the beginning of it.
+async fn find<'a>(home: &Home, clouds: &'a Clouds, id: &str) -> Result<(&'a Cloud, Instance), CliError> {
+    let mut found = once(home, everything(clouds).await?);
+    found.retain(|(_, instance)| !id.is_empty() && instance.id.0.starts_with(id));
+    let is_it = |(_, instance): &(&Cloud, Instance)| instance.id.0 == id;
+    let is_whole = found.iter().any(is_it);
+    found.retain(|instance| !is_whole || is_it(instance));
+    match (found.pop(), found.len()) {
+        (Some(one), 0) => Ok(one),
+        (Some(_), _) if is_whole => Err(several(id)),
+        (Some(_), more) => Err(CliError::refused(
+            format!("the ids of {} instances begin with `{id}`", more + 1),
             "give more of it; see `outliers instances list`",
         )),
         (None, _) => Err(missing(id)),
     }
+}
+
+/// The error for an id that is one of several clouds.
+fn several(id: &str) -> CliError {
+    let hint = "name its cloud with --broker; of jobs that are not of this program `squeue` tells more";
+    CliError::refused(format!("several clouds have an instance `{id}`"), hint)
 }
 
 fn missing(id: &str) -> CliError {
@@ -142,8 +172,8 @@ fn missing(id: &str) -> CliError {
 }
 
 async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Result<ExitStatus, CliError> {
-    let (cloud, instance) = context.reporter.waiting(LISTS, find(clouds, id)).await?;
-    // The list may be older than the cloud's current state.
+    let (cloud, instance) = context.reporter.waiting(LISTS, find(home, clouds, id)).await?;
+    // The list's word may be older than the cloud's word on the one.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
     let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
     let looked = look(home.ledger.as_ref(), cloud).await?;

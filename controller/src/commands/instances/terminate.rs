@@ -5,7 +5,7 @@ use std::io::{BufRead, IsTerminal, Write};
 
 use futures::future::join_all;
 
-use super::{LISTS, clouds, missing};
+use super::{LISTS, clouds, missing, once, several};
 use crate::cli::TerminateArgs;
 use crate::cloud::broker::{Instance, InstanceId};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
@@ -80,6 +80,7 @@ async fn choose<'a>(
             Err(error) => silent.push(CliError::from(error)),
         }
     }
+    let mut listed = once(home, listed);
     let unreadable = |(cloud, instance): &(&Cloud, Instance)| {
         let tag = instance.tag().filter(|_| instance.id.0.is_empty())?;
         let message = format!("{} lists an instance of run {} whose id cannot be read", cloud.name(), tag.run);
@@ -96,9 +97,13 @@ async fn choose<'a>(
         listed.retain(|(_, instance)| !instance.id.0.is_empty());
         return Ok((listed.into_iter().map(of).collect(), silent));
     }
-    let find = |id: &String| match listed.iter().find(|(_, instance)| instance.id.0 == *id) {
-        Some((cloud, instance)) => permitted(home, args, instance).map(|()| of((*cloud, instance.clone()))),
-        None => Err(unseen(id, &silent)),
+    let find = |id: &String| {
+        let mut found = listed.iter().filter(|(_, instance)| instance.id.0 == *id);
+        match (found.next(), found.next()) {
+            (Some((cloud, instance)), None) => permitted(home, args, instance).map(|()| of((*cloud, instance.clone()))),
+            (Some(_), Some(_)) => Err(several(id)),
+            (None, _) => Err(unseen(id, &silent)),
+        }
     };
     let chosen = args.ids.iter().map(find).collect::<Result<_, _>>()?;
     Ok((chosen, Vec::new()))
@@ -245,6 +250,8 @@ async fn through_run(context: &Context, home: &Home, chosen: &Chosen<'_>) -> Res
         return Ok(false);
     };
     let run = ledger.run(&tag.run).ok().filter(|run| !run.state.is_closed() && run.state.tag() == Some(&tag));
+    // One whose cluster does not answer by the name in its record ends where it is seen.
+    let run = run.filter(|run| run.state.offer().is_some_and(|offer| chosen.cloud.broker.made(offer)));
     let Some(run) = run else { return Ok(false) };
     let Some(taken) = ledger.take(&run.id)? else {
         let hint = format!("`outliers runs cancel {}` ends it", run.id);

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::tell::estimate;
 use super::{Session, Todo};
+use crate::cloud::clouds::Clouds;
 use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;
 use crate::commands::prepare::secrets;
@@ -34,7 +35,8 @@ struct Task {
 }
 
 enum Begin {
-    Left(Box<RunWriter>),
+    /// With the clouds with which it goes on.
+    Left(Box<RunWriter>, Clouds),
     Anew(Box<RunSpec>),
 }
 
@@ -50,7 +52,7 @@ impl Session<'_> {
         // Abandoned runs bill, whether they are driven or not.
         let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
         let parallel = self.asked.max_parallel.max(left);
-        let tasks = self.tasks(todo, parallel);
+        let tasks = self.tasks(todo, parallel)?;
         if tasks.is_empty() {
             return Ok(Vec::new());
         }
@@ -71,8 +73,8 @@ impl Session<'_> {
         stuck
     }
 
-    /// Abandoned runs come first, since they bill already. At most `parallel` at a time.
-    fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Vec<Task> {
+    /// Runs that were left come first: they bill already. At most this many at a time.
+    fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Result<Vec<Task>, CliError> {
         let mut tasks: Vec<Task> = Vec::new();
         // A checkpoint on a cluster needs no token, and its worker need not wait for others.
         let of_job = |job: &JobSpec| (secrets(self.context, job, parallel), job.asks_the_hub());
@@ -82,7 +84,8 @@ impl Session<'_> {
                 Todo::PickUp(run) => {
                     let offer = run.state().offer();
                     let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
-                    (of_job(&run.record().spec.job), Begin::Left(run), estimate)
+                    let clouds = self.context.clouds_to_go_on(run.record(), &self.clouds)?;
+                    (of_job(&run.record().spec.job), Begin::Left(run, clouds), estimate)
                 }
                 Todo::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
@@ -93,7 +96,7 @@ impl Session<'_> {
             tasks.push(Task { name: model.entry.name.clone(), secrets, asks_the_hub, begin, estimate });
         }
         tasks.sort_by_key(|task| matches!(task.begin, Begin::Anew(_)));
-        tasks
+        Ok(tasks)
     }
 
     async fn drive_one(
@@ -105,17 +108,18 @@ impl Session<'_> {
     ) -> Option<(String, DriveError)> {
         let reporter = self.context.reporter.of_one(&task.name);
         let stopped = *stop.borrow() != Stop::Go;
-        let run = match task.begin {
-            Begin::Left(run) => {
+        let (run, its_own) = match task.begin {
+            Begin::Left(run, clouds) => {
                 reporter.picked_up(run.record());
-                Ok(*run)
+                (Ok(*run), Some(clouds))
             }
             // After a stop no new run starts.
             Begin::Anew(_) if stopped => return None,
-            Begin::Anew(spec) => ledger.plan(&spec),
+            Begin::Anew(spec) => (ledger.plan(&spec), None),
         };
         let start_throttle = ports.start_throttle.filter(|_| task.asks_the_hub);
-        let ports = Ports { secrets: &task.secrets, start_throttle, ..ports };
+        let clouds = its_own.as_ref().unwrap_or(ports.clouds);
+        let ports = Ports { clouds, secrets: &task.secrets, start_throttle, ..ports };
         let driven = match run {
             Ok(run) => Driver::new(run, ports, stop, &|event| reporter.event(event)).drive().await,
             Err(error) => Err(error.into()),
