@@ -523,6 +523,32 @@ fn job_is_ended_where_its_cluster_has_two_aliases() {
 }
 
 #[test]
+fn clusters_with_one_scratch_folder_are_told_apart() {
+    let Some((cluster, here)) = office() else { return };
+    let Some(other) = Cluster::stand_in().unwrap() else { return };
+    other.goes_wrong("cluster", "other").unwrap();
+    let (there, scratch) = (context(&other), cluster.sshd.home().join("shared"));
+    std::fs::create_dir(&scratch).unwrap();
+    for (cluster, desk) in [(&cluster, &here), (&other, &there)] {
+        let settings = format!("{}scratch = {scratch:?}\n", cluster.settings());
+        std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
+    }
+    cluster.goes_wrong("hold", "Priority").unwrap();
+    let mut child = here.start(deploy("llama-f32"));
+    here.wait_for("the queue", || here.stderr().contains("Priority"));
+    // Neither the folder of the job nor what one queue answered is taken for the other cluster's.
+    for (desk, count) in [(&there, 0), (&here, 1), (&there, 0), (&here, 1)] {
+        let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
+        assert_eq!(listed["instances"].as_array().map(Vec::len), Some(count), "{listed}");
+    }
+    cluster.goes_well("hold");
+    assert!(child.wait().unwrap().success(), "{}", here.stderr());
+    assert_eq!((cluster.jobs(), other.jobs()), (1, 0), "{}", here.stderr());
+    assert!(!scratch.join("outliers-jobs").exists(), "something is left in scratch");
+    here.assert_nothing_left();
+}
+
+#[test]
 fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
     let Some((cluster, context)) = office() else { return };
     let listed = killed_while_its_job_waits(&cluster, &context);
@@ -913,7 +939,8 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
             let InstanceState::Failed(why) = &job.state else { panic!("{job:?}") };
             assert!(why.contains(word) && why.contains(says), "{why}");
         }
-        assert_eq!((cluster.asked("sacct"), cluster.asked("scontrol")), (1, usize::from(accounted.is_empty())));
+        let asked = (cluster.asked("sacct"), cluster.asked("scontrol --oneliner"));
+        assert_eq!(asked, (1, usize::from(accounted.is_empty())));
         broker.terminate(&made.id).await.unwrap();
         assert!(!cluster.leases().exists(), "nothing is left");
     }

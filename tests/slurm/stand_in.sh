@@ -14,6 +14,7 @@
 #   accounting   jobs are accounted
 #   others       jobs of other people that wait, each as `number|partition|priority`
 #   private      jobs of others are hidden
+#   cluster      its name is this one
 #   strike       `N before PID` or `N after PID`: at the N-th command of all, that process is killed
 # asked has every command, and live how many jobs there were at a time when one was submitted.
 state=${SLURM_STAND_IN:?}
@@ -201,6 +202,7 @@ control() {
     if [ "$*" = 'show config' ]; then
         private=none
         [ -f "$state/private" ] && private=jobs,usage
+        printf 'ClusterName             = %s\n' "$(cat "$state/cluster" 2> /dev/null || echo stand-in)"
         printf 'PriorityType            = priority/multifactor\nPrivateData             = %s\n' "$private"
         exit 0
     fi

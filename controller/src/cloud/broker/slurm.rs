@@ -175,6 +175,10 @@ impl Slurm {
         let staging = lease.stage.as_ref().zip(self.site.stage_partition.as_deref());
         let staging = staging.map(|(stage, partition)| self.staging(partition, stage, &tag, &folder, time));
         let Staging { write, submit } = staging.unwrap_or_default();
+        let of = match self.cluster.name() {
+            "" => String::new(),
+            name => format!(" && echo {} > {}/cluster", quote(name), quote(&folder)),
+        };
         let script = format!(
             "#!/bin/sh\nRUN=outliers/{} LIMIT={} HUB={}\nprobe() {{\n{}\n}}\n{JOB}",
             lease.tag.run,
@@ -185,7 +189,7 @@ impl Slurm {
         format!(
             "umask 077\n\
              if ! why=$({{ mkdir -p {cache} && mkdir {folder} && ln -s ../.cache {folder}/.cache && \
-             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh{write} && \
+             printf '%s\\n' {what} > {folder}/lease && printf '%s' {script} > {folder}/job.sh{of}{write} && \
              date +%s > {folder}/submitting; }} 2>&1)\n\
              then echo \"@refused the scratch folder: $(echo $why)\"; exit 0; fi\n\
              cd {folder} || exit 1\nafter=''\n{submit}\
@@ -213,7 +217,7 @@ impl Slurm {
              cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
              for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
              i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
-             rm -rf .cache .asking .asked .changed .part-* .queue-* .places .placed\n\
+             rm -rf .cache .asking .asked* .changed .part-* .queue-* .places* .placed*\n\
              cd .. && rmdir {root} 2> /dev/null; exit 0"
         )
     }

@@ -26,11 +26,17 @@ pub(super) const TOKEN: &str = "token";
 /// Folder of all leases, below the scratch folder.
 const FOLDER: &str = "outliers-jobs";
 
-/// The user on the login node.
+/// Prints the cluster's own name, if Slurm's controller answers.
+const NAME: &str = r#"limited() { if command -v timeout > /dev/null 2>&1; then timeout 20 "$@"; else "$@"; fi; }
+echo "@cluster $(limited scontrol show config 2> /dev/null | sed -n 's/^ClusterName *= *//p')""#;
+
+/// Who we are there.
 #[derive(Clone, Debug)]
 pub(super) struct Login {
     pub(super) user: String,
     home: String,
+    /// Slurm's name of the cluster; empty where it does not tell.
+    cluster: String,
 }
 
 /// One cluster, shared by all runs.
@@ -113,19 +119,27 @@ impl Cluster {
 
     pub(super) async fn login(&self) -> Result<&Login, BrokerError> {
         let ask = || async {
-            let answer = self.ask("echo \"@user $(id -un)\"; echo \"@home $HOME\"", Kind::Unavailable).await?;
+            let script = format!("echo \"@user $(id -un)\"; echo \"@home $HOME\"\n{NAME}");
+            let answer = self.ask(&script, Kind::Unavailable).await?;
             let of = |key| queue::field(&answer, key).unwrap_or_default().to_owned();
             let (user, home) = (of("user"), of("home"));
             let plain = |text: &str| !text.is_empty() && !text.chars().any(char::is_control);
             if !plain(&user) || user.starts_with('-') || !home.starts_with('/') || !plain(&home) {
                 return Err(error(Kind::Unavailable, "the login node does not tell user and home folder".to_owned()));
             }
-            Ok(Login { user, home })
+            let is_word = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c));
+            let cluster = Some(of("cluster")).filter(|name| is_word(name)).unwrap_or_default();
+            Ok(Login { user, home, cluster })
         };
         self.login.get_or_try_init(ask).await
     }
 
-    /// Absolute path of the parent folder of all leases.
+    /// Slurm's name of the cluster, as far as it is known yet; empty where it is not.
+    pub(super) fn name(&self) -> &str {
+        self.login.get().map_or("", |login| login.cluster.as_str())
+    }
+
+    /// Absolute path of the folder in which the leases' folders lie.
     pub(super) async fn root(&self) -> Result<String, BrokerError> {
         let home = &self.login().await?.home;
         Ok(match self.scratch.as_deref() {
@@ -162,7 +176,7 @@ impl Cluster {
         self.changed.store(false, Ordering::Relaxed);
         // A cancelled snapshot counts for the interval.
         *look = Some((Instant::now(), None));
-        let answer = self.ask(&queue::look(&root, self.interval), Kind::Unavailable).await;
+        let answer = self.ask(&queue::look(&root, self.name(), self.interval), Kind::Unavailable).await;
         let earlier = self.latest();
         let seen = answer.and_then(|answer| Snapshot::read(&answer)).map(|mut snapshot| {
             if let Some(earlier) = &earlier {

@@ -1,8 +1,9 @@
-# Prints the leases' folders, then the whole queue of one user, with ended jobs as far as Slurm
-# keeps them. ROOT is the parent folder of all leases, INTERVAL the seconds between two calls of
-# squeue, SUBMITTING the seconds for which a submission is awaited. Leases are printed first, so
-# that the job of a submitted folder is in the later queue. A job's name may contain anything and
-# is the last field: lines after a line break in it are ignored.
+# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers
+# them. ROOT is the folder of all leases, INTERVAL the seconds between two questions to the queue,
+# SUBMITTING those for which a submission is waited for, CLUSTER the name of this cluster where it is
+# known: others may have the same folder. A line of a lease comes first: a folder
+# that says that it was submitted has its job in what is seen later. A job's name may hold anything
+# and stands last: what follows a line break in one is no line of ours.
 umask 077
 # Sets $line to a file's first line without starting a program, since there may be hundreds of
 # leases.
@@ -20,13 +21,15 @@ squeue_me() { squeue --me --noheader --states=all --format='@job %i|%T|%r|%P|%S|
 # Everybody's jobs that wait, without names, which may hold anything.
 squeue_all() { squeue --noheader --states=PENDING --format='%i|%P|%Q'; }
 
-known='' shared=''
+known='' shared='' of=${CLUSTER:+-$CLUSTER}
 if cd "$ROOT" 2> /dev/null; then
     shared=yes
     for lease in outliers-*/; do
         lease=${lease%/}
         [ -d "$lease" ] || continue
         case $lease in *[!A-Za-z0-9-]*) continue ;; esac
+        first_line "$lease/cluster"
+        if [ -n "$line" ] && [ -n "$CLUSTER" ] && [ "$line" != "$CLUSTER" ]; then continue; fi
         stage=waiting
         for go in "$lease"/outliers/*/go; do [ -f "$go" ] && stage=launched; done
         first_line "$lease/stage.failed"
@@ -48,11 +51,10 @@ if cd "$ROOT" 2> /dev/null; then
     done
 fi
 
-# All processes that use this folder share one call of squeue per interval: .asked is the time of
-# the last call, and .queue-<time> its output. An answer from before a change (.changed) is not
-# used.
+# Whoever uses this folder asks a cluster's queue once per interval, all together: .asked says when it
+# was asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
 due() {
-    digits .asked
+    digits ".asked$of"
     asked=$line
     digits .changed
     changed=$line
@@ -87,10 +89,10 @@ places() {
 # Whether a job of ours waits by the answer before this one, which still holds, and their places
 # are older than a minute: then they are what is asked for this time.
 places_are_due() {
-    [ "$before" -gt "${changed:-0}" ] && [ -f ".queue-$before" ] || return 1
-    queue=$(cat ".queue-$before") || return 1
+    [ "$before" -gt "${changed:-0}" ] && [ -f ".queue$of-$before" ] || return 1
+    queue=$(cat ".queue$of-$before") || return 1
     printf '%s\n' "$queue" | grep -q '|PENDING|.*|outliers-' || return 1
-    digits .placed
+    digits ".placed$of"
     [ $(($(date +%s) - ${line:-0})) -ge 60 ]
 }
 # Only whoever made the folder .asking may ask: one question, for our jobs or for their places.
@@ -98,15 +100,15 @@ ask_for_all() {
     due || return 1
     before=${asked:-0}
     asked=$(date +%s)
-    echo "$asked" > .asked
+    echo "$asked" > ".asked$of"
     if places_are_due; then
-        echo "$asked" > .placed
-        { places > ".part-$asked" && mv ".part-$asked" .places; } 2> /dev/null
+        echo "$asked" > ".placed$of"
+        { places > ".part$of-$asked" && mv ".part$of-$asked" ".places$of"; } 2> /dev/null
     else
         queue=$(squeue_me) || { rmdir .asking; exit 1; }
     fi
-    rm -f .queue-*
-    { printf '%s\n' "$queue" > ".part-$asked" && mv ".part-$asked" ".queue-$asked"; } 2> /dev/null
+    rm -f ".queue$of"-*
+    { printf '%s\n' "$queue" > ".part$of-$asked" && mv ".part$of-$asked" ".queue$of-$asked"; } 2> /dev/null
     return 0
 }
 # Neither a clock change nor a full disk prevents the call.
@@ -125,15 +127,15 @@ while [ -n "$shared" ] && [ $i -lt $most ]; do
             # The process that was calling squeue has died.
             rmdir .asking 2> /dev/null
         fi
-    elif [ "${asked:-0}" -gt "${changed:-0}" ] && [ -f ".queue-$asked" ]; then
-        queue=$(cat ".queue-$asked") && break
+    elif [ "${asked:-0}" -gt "${changed:-0}" ] && [ -f ".queue$of-$asked" ]; then
+        queue=$(cat ".queue$of-$asked") && break
     fi
     i=$((i + 1))
     sleep 1
 done
 if [ -z "$shared" ] || [ $i -ge $most ]; then queue=$(squeue_me) || exit 1; fi
 printf '%s\n' "$queue"
-if [ -n "$shared" ] && [ -f .places ]; then cat .places; fi
+if [ -n "$shared" ] && [ -f ".places$of" ]; then cat ".places$of"; fi
 
 # Prints the final state of a job that squeue no longer shows: from accounting, or from Slurm's
 # controller without accounting. It is stored, so that it is queried once.

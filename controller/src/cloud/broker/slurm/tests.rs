@@ -247,7 +247,7 @@ fn five_hundred_jobs_are_listed_by_one_query() {
          echo \"@job $i|RUNNING|None|gpu|1|2|n1|outliers-a1b2c3-r$i-n1x-1790000000\"; i=$((i + 1)); done; }}",
         asked.display()
     );
-    let look = queue::look(root.to_str().unwrap(), Duration::from_secs(60));
+    let look = queue::look(root.to_str().unwrap(), "here", Duration::from_secs(60));
     for _ in 0..2 {
         let script = format!("{squeue}\n{look}");
         let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
