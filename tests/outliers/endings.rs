@@ -82,7 +82,20 @@ fn damaged_record_blocks_no_command_and_its_instance_is_found_by_tag() {
     context.assert_nothing_left();
 }
 
-/// The same command where no file can grow, as on a full disk; also for root.
+#[test]
+fn doctor_looks_at_clouds_where_the_ledger_cannot_be_read() {
+    let context = TestContext::new();
+    let _ = context.run(["runs", "list"]).ok();
+    let ledger = rusqlite::Connection::open(context.state().join("ledger.db")).unwrap();
+    ledger.execute_batch("ALTER TABLE runs RENAME COLUMN created_at_ms TO other").unwrap();
+    drop(ledger);
+    let said = context.run(["doctor"]);
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(said.stdout.contains("BAD") && said.stdout.contains("local instances"), "{said:?}");
+    context.assert_nothing_left();
+}
+
+/// The same command where no file can grow: as on a full disk, and for root too.
 fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
     let plain = context.command(arguments);
     let mut command = Command::new("sh");

@@ -78,7 +78,8 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
             Finding { hint: cli_error.hint.clone(), ..finding }
         }
     });
-    let ledger = ledger.as_ref().ok();
+    // One that cannot be read knows no clusters.
+    let ledger = ledger.as_ref().ok().filter(|ledger| ledger.records().is_ok());
     let clouds = context.clouds_to_list(ledger, &args.only.broker)?;
     let looks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
     let looked = context.reporter.waiting("the clouds' answers", join_all(looks)).await;
