@@ -146,6 +146,7 @@ async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
 async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
     let (money, gpus) = (Some(Usd::from_dollars(99.0)), Some(GpuTime::from_seconds(360_000)));
     for (budget, max_gpu_time, most) in [(money, None, 600), (None, gpus, 600), (None, None, 3600)] {
+        wind(now_ms());
         let (fake, home) = (Fake::new(), home());
         let began = now_ms() / 1000;
         fake.set(|world| {
