@@ -340,7 +340,11 @@ impl<'a> Driver<'a> {
 
     /// Performs one step and handles its result.
     async fn advance(&mut self) -> Result<(), DriveError> {
-        self.meter()?;
+        match self.meter() {
+            // The results of a worker that has ended come home first.
+            Err(error) if error.is_of_the_file() && self.has_ended() => {}
+            metered => metered?,
+        }
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
             self.memory.stopped_at.get_or_init(Instant::now);
         }
@@ -508,7 +512,12 @@ impl<'a> Driver<'a> {
         still_to_do && self.has_time() && self.stop() < Stop::Now && !self.run.cancel_asked()
     }
 
-    /// The request to stop. A run that cannot be resumed is not left.
+    /// Whether its worker has ended, and what it left is to be saved.
+    fn has_ended(&self) -> bool {
+        matches!(self.run.state(), RunState::Ended { .. } | RunState::Salvaging { .. } | RunState::Synced { .. })
+    }
+
+    /// How urgently the run is to end: what another process cannot pick up is not let go of.
     fn stop(&self) -> Stop {
         match *self.stop.borrow() {
             Stop::LetGo if !self.can_be_left() => Stop::Now,

@@ -1277,6 +1277,38 @@ async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
     assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
 }
 
+/// When a job ended cannot be written down: no reason to leave its results where they are.
+#[tokio::test(start_paused = true)]
+async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
+    wind(now_ms());
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    let began = now_ms() / 1000;
+    fake.set(|world| {
+        world.offers.iter_mut().for_each(|offer| offer.queued = true);
+        world.run_time = Some(RunTime { ended_s: 0, since: Some(began), until: Some(began + 3600) });
+    });
+    let ledger = open_ledger(&home.path().join("state"));
+    let disk = std::sync::Mutex::new(rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap());
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let results = home.path().join("results").join(format!("owner--model-{}", run.record().id));
+    let on = |event| {
+        if let DeployEvent::State(state) = event
+            && matches!(*state, RunState::Ended { .. })
+        {
+            fake.set(|world| world.run_time = Some(RunTime { ended_s: 60, since: None, until: None }));
+            let full = "CREATE TRIGGER full BEFORE INSERT ON events \
+                        BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END";
+            disk.lock().unwrap().execute_batch(full).unwrap();
+            fake.stop.send_replace(Stop::Now);
+        }
+    };
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await;
+    assert!(matches!(driven, Err(DriveError::Ledger(_))), "{driven:?}");
+    assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "its instance ended");
+    assert!(results.join(files::RESULTS).exists(), "what it counted is here");
+}
+
 #[tokio::test(start_paused = true)]
 async fn failing_termination_is_reported_within_5_s_and_retried() {
     super::fake::wind(1_767_225_600_000);
