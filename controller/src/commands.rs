@@ -343,8 +343,9 @@ impl Context {
             Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
         let token = self.settings.hf_token.clone();
         let site = slurm::Site { host: host.to_owned(), token, ..site.clone() };
-        let broker = Arc::new(Slurm::new(site, ssh, host::PROBE, self.explain()));
-        Ok(Cloud { broker, timeouts, is_local: false })
+        let is_that_of_settings = self.settings.slurm.as_ref().is_none_or(|named| named.host == host);
+        let broker = Slurm::new(site, ssh, host::PROBE, self.explain()).taking_nameless(is_that_of_settings);
+        Ok(Cloud { broker: Arc::new(broker), timeouts, is_local: false })
     }
 
     fn explain(&self) -> Option<Explain> {

@@ -100,6 +100,8 @@ pub struct Slurm {
     site: Site,
     /// The script that prints a node's facts.
     probe: &'static str,
+    /// Offers whose records name no login node are of this cluster.
+    takes_nameless: bool,
     cluster: Arc<Cluster>,
 }
 
@@ -124,7 +126,13 @@ impl Slurm {
     /// prints a node's facts (`host::PROBE`), which each job runs on its node.
     pub fn new(site: Site, ssh: OpenSsh, probe: &'static str, explain: Option<Explain>) -> Self {
         let cluster = Cluster::new(ssh, site.scratch.clone(), site.listing_interval, explain);
-        Self { site, probe, cluster: Arc::new(cluster) }
+        Self { site, probe, takes_nameless: true, cluster: Arc::new(cluster) }
+    }
+
+    /// Whether offers that an earlier version recorded, without a login node, are of this cluster.
+    #[must_use]
+    pub fn taking_nameless(self, takes_nameless: bool) -> Self {
+        Self { takes_nameless, ..self }
     }
 
     /// The options of `sbatch` for a share of one node and a time limit in minutes, each a word.
@@ -360,7 +368,7 @@ impl Broker for Slurm {
     }
 
     fn made(&self, offer: &Offer) -> bool {
-        offer.broker == NAME && login_node(offer).is_none_or(|host| host == self.site.host)
+        offer.broker == NAME && login_node(offer).map_or(self.takes_nameless, |host| host == self.site.host)
     }
 
     async fn has_checkpoint(&self, folder: &str) -> Result<Option<bool>, BrokerError> {

@@ -11,7 +11,8 @@ use proptest::prelude::*;
 use super::queue::{self, Snapshot};
 use super::{JOB, NAME, Site, Sku, Slurm, error, gpus_of, offers, refused};
 use crate::cloud::broker::{
-    BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, RunTime, SshEndpoint, Stage,
+    Broker, BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, RunTime, SshEndpoint,
+    Stage,
 };
 use crate::host::transport::program::OpenSsh;
 use crate::units::{Bytes, UsdPerHour};
@@ -376,6 +377,16 @@ fn lease(stage: Option<Stage>) -> Lease {
 fn two_gpus() -> Sku {
     let (host, partition) = ("c".into(), "gpu".into());
     Sku { host, partition, gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None }
+}
+
+#[test]
+fn offer_without_a_login_node_is_of_one_cluster() {
+    let offer = |sku: &Sku| Offer::new(NAME, serde_json::to_string(sku).unwrap(), 2, UsdPerHour::default());
+    let nameless = offer(&Sku { host: String::new(), ..two_gpus() });
+    assert!(slurm().made(&nameless) && !slurm().taking_nameless(false).made(&nameless));
+    let named = offer(&Sku { host: site().host, ..two_gpus() });
+    assert!(slurm().taking_nameless(false).made(&named));
+    assert!(!slurm().made(&offer(&Sku { host: "another".into(), ..two_gpus() })));
 }
 
 #[test]
