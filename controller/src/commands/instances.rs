@@ -122,8 +122,8 @@ async fn everything(clouds: &Clouds) -> Result<Vec<(&Cloud, Instance)>, CliError
     Ok(all)
 }
 
-/// Each instance of ours once: where one cluster goes by several names, by that of the run's record.
-/// Jobs of others stay, for their numbers are those of one cluster each.
+/// Each instance of ours once: where one cluster goes by several names, by that of the run's
+/// record. Jobs of others stay, for their numbers are those of one cluster each.
 fn once<'a>(home: &Home, listed: Vec<(&'a Cloud, Instance)>) -> Vec<(&'a Cloud, Instance)> {
     let is_recorded = |cloud: &Cloud, instance: &Instance| {
         let run = home.ledger.as_ref()?.run(&instance.tag()?.run).ok()?;

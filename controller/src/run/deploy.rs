@@ -636,9 +636,9 @@ impl<'a> Driver<'a> {
         Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
     }
 
-    /// When a job has used up what was agreed, its --max-gpu-hours, or its share of what a survey may
-    /// take, in Unix seconds by its cloud's clock: one that was put back into its queue has got all
-    /// of its time again.
+    /// When a job has used up what was agreed, its --max-gpu-hours, or its share of what a survey
+    /// may take, in Unix seconds by its cloud's clock: one that was put back into its queue has got
+    /// all of its time again.
     fn is_used_up_at(&self) -> Option<u64> {
         let record = self.run.record();
         let time = record.run_time()?;

@@ -407,9 +407,9 @@ impl RunRecord {
         self.run_times().next()
     }
 
-    /// What is new in the cloud's record of how long the instance has run, if anything. Time that has
-    /// ended is never taken back, for a list may have forgotten it, or measure it a little shorter;
-    /// unless a start goes on that had only been interrupted.
+    /// What is new in the cloud's record of how long the instance has run, if anything. Time that
+    /// has ended is never taken back, for a list may have forgotten it, or measure it a little
+    /// shorter; unless a start goes on that had only been interrupted.
     pub fn news(&self, time: RunTime) -> Option<RunTime> {
         let Some(known) = self.run_time() else { return Some(time) };
         let goes_on = time.since != known.since && time.since.is_some_and(|since| self.has_begun_at(since));

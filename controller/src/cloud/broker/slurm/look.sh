@@ -1,9 +1,9 @@
 # The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers
 # them. ROOT is the folder of all leases, INTERVAL the seconds between two questions to the queue,
-# SUBMITTING those for which a submission is waited for, CLUSTER the name of this cluster where it is
-# known: others may have the same folder. A line of a lease comes first: a folder
-# that says that it was submitted has its job in what is seen later. A job's name may hold anything
-# and stands last: what follows a line break in one is no line of ours.
+# SUBMITTING those for which a submission is waited for, CLUSTER the name of this cluster where it
+# is known: others may have the same folder. A line of a lease comes first: a folder that says that
+# it was submitted has its job in what is seen later. A job's name may hold anything and stands
+# last: what follows a line break in one is no line of ours.
 umask 077
 # Sets $line to a file's first line without starting a program, since there may be hundreds of
 # leases.
@@ -51,8 +51,8 @@ if cd "$ROOT" 2> /dev/null; then
     done
 fi
 
-# Whoever uses this folder asks a cluster's queue once per interval, all together: .asked says when it
-# was asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
+# Whoever uses this folder asks a cluster's queue once per interval, all together: .asked says when
+# it was asked last, and .queue-<that> what came. An answer from before a change (.changed) is none.
 due() {
     digits ".asked$of"
     asked=$line

@@ -28,9 +28,9 @@ const LONGEST_S: u64 = 10 * 365 * 86_400;
 /// Resolution of estimated start times, in seconds.
 const ROUND_S: u64 = 600;
 
-/// The leases' folders below `root` that are of this `cluster`, the whole queue of one user, and how
-/// the jobs ended that it shows no more. `squeue` runs once per `interval`, however many processes
-/// look. `cluster` is empty where its name is not known.
+/// The leases' folders below `root` that are of this `cluster`, the whole queue of one user, and
+/// how the jobs ended that it shows no more. `squeue` runs once per `interval`, however many
+/// processes look. `cluster` is empty where its name is not known.
 pub(super) fn look(root: &str, cluster: &str, interval: Duration) -> String {
     let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MOST_APART_S));
     format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}")
