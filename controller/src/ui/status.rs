@@ -174,7 +174,8 @@ impl Status {
         for run in self.under_way.iter_mut().filter(of_cluster) {
             let instance = run.instance.clone().map(InstanceId);
             let ends = instance.and_then(|instance| cluster.run_time(&instance)?.until);
-            run.deadline = ends.or(run.deadline);
+            // One that was put back late has less than all of its time: its lease ends it.
+            run.deadline = ends.into_iter().chain(run.deadline).min();
         }
     }
 
@@ -345,11 +346,12 @@ impl Over {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::cloud::broker::{LeaseTag, RunTime};
-    use crate::run::deploy::fake::{offer, spec};
+    use crate::cloud::broker::{Lease, LeaseTag, RunTime};
+    use crate::run::deploy::fake::{Fake, offer, spec};
     use crate::run::ledger::LedgerEntry;
     use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};
+    use crate::units::Bytes;
 
     /// 2026-06-01T12:00:00Z.
     pub(crate) const NOW_MS: u64 = 1_780_315_200_000;
@@ -518,6 +520,24 @@ pub(crate) mod tests {
         let runs = at(&[&events[..2], &[metered(Some(began), Some(began + 1800))], &events[2..]].concat());
         assert_eq!((runs.deadline, runs.cost), (Some(began + 1800), Usd::from_dollars(0.1)));
         assert!(runs.expected.is_some(), "its worker runs");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn job_that_began_late_ends_with_its_lease() {
+        let (fake, soon) = (Fake::new(), crate::run::ledger::now_ms() / 1000 + 60);
+        let tag = LeaseTag { owner: "me".into(), run: "run1".into(), nonce: "n".into(), deadline: soon };
+        let lease = Lease { tag, ssh_public_key: "ssh-fake".into(), disk: Bytes(1), stage: None };
+        let made = fake.create(&offer("a", 6.0), &lease).await.unwrap();
+        let mut events = rented("run1");
+        events[1] = RunEvent::Created { instance: made.id, price: None };
+        for (left, shown) in [(60, 60), (7200, 1800)] {
+            let until = Some(NOW_MS / 1000 + left);
+            fake.set(|world| world.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
+            let runs = [run("run1", "owner/a", 10, events.clone())];
+            let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
+            status.note_ends(&fake);
+            assert_eq!(status.under_way[0].deadline, Some(NOW_MS / 1000 + shown), "{left} s are left");
+        }
     }
 
     #[test]
