@@ -347,7 +347,7 @@ impl Over {
 pub(crate) mod tests {
     use super::*;
     use crate::cloud::broker::{Lease, LeaseTag, RunTime};
-    use crate::run::deploy::fake::{Fake, offer, spec};
+    use crate::run::deploy::fake::{Fake, now_ms as fake_now_ms, offer, spec};
     use crate::run::ledger::LedgerEntry;
     use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};
@@ -524,7 +524,7 @@ pub(crate) mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn job_that_began_late_ends_with_its_lease() {
-        let (fake, soon) = (Fake::new(), crate::run::ledger::now_ms() / 1000 + 60);
+        let (fake, soon) = (Fake::new(), fake_now_ms() / 1000 + 60);
         let tag = LeaseTag { owner: "me".into(), run: "run1".into(), nonce: "n".into(), deadline: soon };
         let lease = Lease { tag, ssh_public_key: "ssh-fake".into(), disk: Bytes(1), stage: None };
         let made = fake.create(&offer("a", 6.0), &lease).await.unwrap();
