@@ -185,6 +185,27 @@ fn attention_in_one_pass_equals_the_definition_at_odd_lengths() {
     }
 }
 
+/// As where all keys have a large bias: what each adds is of one size, however many tiles follow.
+#[test]
+fn large_scores_that_are_alike_give_equal_shares() {
+    let (tokens, width, seen) = (257_usize, 64, 64_usize);
+    let all = |value: f32, tokens: usize| {
+        Tensor::full(value, (1, tokens, width), &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap()
+    };
+    let key = on_gpu(&all(200.0, tokens));
+    let query = key.reshape((1, tokens, 1, width)).unwrap();
+    let value = on_gpu(&Tensor::cat(&[all(1.0, seen), all(0.0, tokens - seen)], 1).unwrap());
+    let watching = Watching::new(true, false);
+    let mixing = Mixing::new(0.7, Window::Full, None).fused_from(0).watched(Some(&watching));
+    let mixed = numbers(&mixing.mix(&query, &key, &value).unwrap());
+    for (position, got) in mixed.chunks(width).enumerate() {
+        let want = (position + 1).min(seen) as f64 / (position + 1) as f64;
+        assert!(got.iter().all(|got| (got - want).abs() <= want / 128.0), "{position}: {got:?}, not {want}");
+    }
+    let shares: f64 = (1..=tokens).map(|keys| 1.0 / keys as f64).sum();
+    assert!((watching.top().sum - shares).abs() < 1e-3 * shares, "{:?}, not {shares}", watching.top());
+}
+
 /// The tensor library's kernels, by which scores would be computed, are empty here.
 #[test]
 fn long_sequences_in_bf16_are_left_to_one_kernel() {

@@ -196,7 +196,8 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
             larger = largest_of_row(larger);
             // Of a row that has seen nothing yet all exponentials are 0.
             const float subtracted = larger == -INFINITY ? 0.0f : larger * factor;
-            const float shrink = exp2_of(fmaf(top[i], factor, -subtracted));
+            // Exactly 1 where no score is larger: both were rounded alike.
+            const float shrink = exp2_of(top[i] * factor - subtracted);
             top[i] = larger;
             sum[i] *= shrink;
 #pragma unroll
@@ -240,8 +241,8 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
             *reinterpret_cast<u32 *>(to + 8 * n) = pair(mixed[n][2 * i] * share, mixed[n][2 * i + 1] * share);
         }
         if (shares && lane % 4 == 0) {
-            const float of_first = exp2_of(fmaf(first_score[i], factor, -own)) * share;
-            shares[u64(blockIdx.x) * positions + rows[i]] = make_float2(share, of_first);
+            const auto share_of = [&](float score) { return exp2_of(fmaf(score, factor, -own)) * share; };
+            shares[u64(blockIdx.x) * positions + rows[i]] = make_float2(share_of(top[i]), share_of(first_score[i]));
         }
     }
 }
