@@ -37,15 +37,19 @@ pub(crate) fn bytes(
     by_channel: bool,
 ) -> usize {
     let n = if by_channel { by_channel::CHUNK } else { CHUNK };
-    let tokens = together(key_heads, served, positions) * served * positions.next_multiple_of(n.min(positions.max(1)));
-    // Of a token of a head: a chunk that is filled up, and either decays between tokens, twice in
-    // f64 before they are f32, or writes and answers, twice while they are joined, with what they
-    // come from.
-    let filled = 2 * key_dim + value_dim;
-    let decays = if by_channel { 6 * key_dim } else { 0 };
-    let values = filled + decays + (8 * n).max(n + 7 * value_dim + 3 * key_dim);
+    let heads = together(key_heads, served, positions) * served;
+    let tokens = heads * positions.next_multiple_of(n.min(positions.max(1)));
+    // Of a token of a head: a chunk that is filled up.
+    let filled = 2 * key_dim + value_dim + if by_channel { 6 * key_dim } else { 0 };
+    // Then decays between tokens, twice in f64 before they are f32.
+    let between = tokens * 8 * n;
+    // Or writes and answers with what they come from: while states pass, of which four are alive, or
+    // twice while they are joined.
+    let passing = tokens * 3 * value_dim + heads * 4 * key_dim * value_dim;
+    let joining = tokens * 7 * value_dim;
+    let after = tokens * (n + 3 * key_dim) + passing.max(joining);
     let pairs = if by_channel { by_channel::pair_bytes(tokens, n, key_dim) } else { 0 };
-    tokens * values * size_of::<f32>() + pairs
+    (tokens * filled + between.max(after)) * size_of::<f32>() + pairs
 }
 
 /// As many key heads at once, with what each serves.
@@ -211,5 +215,8 @@ mod tests {
         assert_eq!(of(1), 2048 * 32 * 1728 * 4);
         assert_eq!((of(4), of(1000)), (4 * of(1), 4 * of(1)));
         assert_eq!(together(1, 2, 1 << 20), 1, "one key head, however long");
+        // Of each token of 128 heads 1216 numbers, and of each head four states of short sequences.
+        let short = bytes([16 * 4, 2, 32], 128, 128, false);
+        assert_eq!(short, 128 * (32 * 1216 + 4 * 128 * 128) * 4);
     }
 }
