@@ -118,8 +118,8 @@ with 1 0 "$worker" bench decode --values 8192 --rounds 1 --device cuda:0
 echo "== both forms of attention agree"
 with 1 0 env OUTLIERS_GPU_LAUNCHES="$work/launches" "$worker" bench attention --lengths 40,150 --heads 2 --rounds 1 --device cuda:0
 for widths in 64_64 80_80 96_96 128_128 192_128 256_256; do
-    # Of both lengths, once to warm up and once to be timed.
-    grep -qE "^4 attention_${widths}$" "$work/launches"
+    # Of both lengths, once to warm up and once to be timed, and as often with a window and sinks.
+    grep -qE "^8 attention_${widths}$" "$work/launches"
 done
 
 echo "== a value that is no number is named as on the CPU"

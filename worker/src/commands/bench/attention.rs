@@ -43,7 +43,7 @@ pub struct AttentionRow {
     pub composed_tflop_per_second: f64,
     /// The same by one kernel.
     pub fused_tflop_per_second: f64,
-    /// Between both results.
+    /// Between both results, also with a window and sinks.
     pub largest_difference: f32,
 }
 
@@ -70,7 +70,8 @@ impl fmt::Display for AttentionTable {
 }
 
 /// Attends within sequences of each of `lengths`, as many as have the tokens of the longest, in
-/// both forms on a GPU, the fastest of `rounds` each.
+/// both forms on a GPU, the fastest of `rounds` each. With a window and sinks results are compared,
+/// but not timed.
 ///
 /// # Errors
 /// Job: no GPU, no length, or one of 0. Internal: both forms differ. Device: the driver's.
@@ -92,30 +93,36 @@ pub fn attention(lengths: &[usize], heads: usize, rounds: usize, device: &Device
         };
         let (query, key) = (made_up(heads, width)?, made_up(kv_heads, width)?);
         let value = made_up(kv_heads, value_width)?;
+        let sinks = Tensor::rand(-1f32, 1f32, heads, &Device::Cpu)?.to_device(device)?;
         for &length in lengths {
             let sequences = tokens / length;
             let some = |all: &Tensor| all.narrow(0, 0, sequences * length);
             let query = some(&query)?.reshape((sequences, length, heads, width))?;
             let key = some(&key)?.reshape((sequences * kv_heads, length, width))?;
             let value = some(&value)?.reshape((sequences * kv_heads, length, value_width))?;
-            let by = |fused_from: usize| {
-                let mixing = Mixing::new((width as f64).powf(-0.5), Window::Full, None).fused_from(fused_from);
-                let mut mixed = Vec::new();
-                let seconds = fastest(rounds, || {
-                    mixed = vec![mixing.mix(&query, &key, &value)?];
-                    device.synchronize()?;
-                    Ok(())
-                })?;
-                Ok::<_, WorkerError>((mixed.remove(0).flatten_all()?.to_vec1::<bf16>()?, seconds))
+            let compare = |window: Window, sinks: Option<&Tensor>, rounds: usize| {
+                let by = |fused_from: usize| {
+                    let mixing = Mixing::new((width as f64).powf(-0.5), window, sinks).fused_from(fused_from);
+                    let mut mixed = Vec::new();
+                    let seconds = fastest(rounds, || {
+                        mixed = vec![mixing.mix(&query, &key, &value)?];
+                        device.synchronize()?;
+                        Ok(())
+                    })?;
+                    Ok::<_, WorkerError>((mixed.remove(0).flatten_all()?.to_vec1::<bf16>()?, seconds))
+                };
+                let ((composed, composed_seconds), (fused, fused_seconds)) = (by(usize::MAX)?, by(0)?);
+                let largest = difference(&composed, &fused);
+                if largest.is_nan() || largest > DIFFERENCE {
+                    return Err(WorkerError::internal(format!(
+                        "both forms of attention differ by {largest}: heads of {width} and {value_width}, \
+                         {length} tokens, {window:?}"
+                    )));
+                }
+                Ok::<_, WorkerError>((largest, [composed_seconds, fused_seconds]))
             };
-            let ((composed, composed_seconds), (fused, fused_seconds)) = (by(usize::MAX)?, by(0)?);
-            let largest_difference = difference(&composed, &fused);
-            if largest_difference.is_nan() || largest_difference > DIFFERENCE {
-                return Err(WorkerError::internal(format!(
-                    "both forms of attention differ by {largest_difference}: heads of {width} and {value_width}, \
-                     {length} tokens"
-                )));
-            }
+            let (of_all, [composed_seconds, fused_seconds]) = compare(Window::Full, None, rounds)?;
+            let (of_some, _) = compare(Window::Sliding(length.div_ceil(3)), Some(&sinks), 1)?;
             // Both products of each score, of which a query has as many as its position and one.
             let flop = sequences * heads * length * (length + 1) * (width + value_width);
             rows.push(AttentionRow {
@@ -125,7 +132,7 @@ pub fn attention(lengths: &[usize], heads: usize, rounds: usize, device: &Device
                 tokens: length,
                 composed_tflop_per_second: giga(flop, composed_seconds) / 1e3,
                 fused_tflop_per_second: giga(flop, fused_seconds) / 1e3,
-                largest_difference,
+                largest_difference: of_all.max(of_some),
             });
         }
     }
