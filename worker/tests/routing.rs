@@ -304,6 +304,8 @@ fn experts_with_few_rows_are_started_together_where_the_library_takes_their_matr
 
 /// Where the emulated GPU writes what was launched.
 const LAUNCHES: &str = "OUTLIERS_GPU_LAUNCHES";
+/// With 0 its cuBLAS refuses to multiply with several matrices by one call.
+const GROUPED: &str = "OUTLIERS_GPU_GROUPED";
 
 #[test]
 #[ignore = "the process that the other starts"]
@@ -311,10 +313,11 @@ fn multiply_five_experts() {
     if std::env::var_os(LAUNCHES).is_none() {
         return;
     }
-    product::get_ready(&Device::Cpu, DType::BF16).unwrap();
-    for dtype in [DType::F32, DType::BF16, DType::F16] {
-        product::get_ready(gpu(), dtype).unwrap();
-    }
+    assert_eq!(product::get_ready(&Device::Cpu, DType::BF16, true).unwrap(), None);
+    let ready = |dtype| product::get_ready(gpu(), dtype, true).unwrap();
+    let refused: Vec<String> = [DType::F32, DType::BF16, DType::F16].into_iter().filter_map(ready).collect();
+    // It is asked no more once it has refused.
+    assert_eq!(refused.len(), usize::from(std::env::var_os(GROUPED).is_some()), "{refused:?}");
     let mut dice = Dice(1);
     let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut dice, 1, [16, 8], DType::BF16)).collect();
     let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
@@ -334,21 +337,34 @@ fn multiply_five_experts() {
     assert_eq!(first, 9);
 }
 
-#[test]
-fn one_call_multiplies_with_the_matrices_of_several_experts() {
+/// How often a process that multiplies five experts starts products of several matrices, and of one;
+/// `None` where the GPU does not tell.
+fn started(environment: &[(&str, &str)]) -> Option<[Option<u64>; 2]> {
     let folder = tempfile::tempdir().unwrap();
     let launches = folder.path().join("launches");
     let mut process = Command::new(std::env::current_exe().unwrap());
     process.args(["--exact", "multiply_five_experts", "--ignored"]).env(LAUNCHES, &launches);
-    let output = process.output().unwrap();
+    let output = process.envs(environment.iter().copied()).output().unwrap();
     let said = [output.stdout, output.stderr].concat();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&said));
     let Ok(counts) = std::fs::read_to_string(&launches) else {
         eprintln!("NOT checked: this GPU does not tell what was launched on it");
-        return;
+        return None;
     };
     let count = |name: &str| counts.lines().find_map(|line| line.strip_suffix(name)?.trim().parse::<u64>().ok());
+    Some([count(" grouped product"), count(" product")])
+}
+
+#[test]
+fn one_call_multiplies_with_the_matrices_of_several_experts() {
+    let Some(counts) = started(&[]) else { return };
     // Three matrices each: of the experts with 2, 3 and 1 rows, and of the one with 3 that would be
-    // more than 8 with them. One by one they would be twelve products, beside three to get ready.
-    assert_eq!([count(" grouped product"), count(" product")], [Some(3), Some(3 + 3)], "{counts}");
+    // more than 8 with them. One by one they would be twelve products. Three of each get ready.
+    assert_eq!(counts, [Some(3 + 3), Some(3 + 3)]);
+}
+
+#[test]
+fn experts_are_multiplied_one_by_one_where_the_library_refuses_to_take_several() {
+    let Some(counts) = started(&[(GROUPED, "0")]) else { return };
+    assert_eq!(counts, [None, Some(12 + 3)]);
 }

@@ -37,6 +37,8 @@ struct Machine {
     delay: Duration,
     /// Whether the GPUs have peer access.
     peers: bool,
+    /// Whether cuBLAS multiplies several matrices by one call.
+    grouped: bool,
     peak: Option<Peak>,
     launches: Option<Launches>,
     streams: Handles<Stream>,
@@ -127,6 +129,7 @@ fn machine() -> &'static Machine {
         memory_bytes: number("OUTLIERS_GPU_MEMORY").unwrap_or(8 << 30),
         delay: Duration::from_micros(number("OUTLIERS_GPU_DELAY_US").unwrap_or(0) as u64),
         peers: number("OUTLIERS_GPU_PEERS") != Some(0),
+        grouped: number("OUTLIERS_GPU_GROUPED") != Some(0),
         peak: std::env::var("OUTLIERS_GPU_PEAK").ok().map(|path| Peak { path, bytes: Mutex::new(0) }),
         launches: std::env::var("OUTLIERS_GPU_LAUNCHES").ok().map(|path| Launches { path, counts: Mutex::default() }),
         streams: Handles::new(),
@@ -722,7 +725,8 @@ pub unsafe extern "C" fn cublasGemmGroupedBatchedEx(
     compute: c_int,
 ) -> c_int {
     let kinds = [kind_a, kind_b, kind_c].map(Kind::new);
-    let (Some(kind), true) = (kinds[0], COMPUTE_F32.contains(&compute)) else { return UNSUPPORTED };
+    let is_served = machine().grouped && COMPUTE_F32.contains(&compute);
+    let (Some(kind), true) = (kinds[0], is_served) else { return UNSUPPORTED };
     if kind == Kind::F64 || kinds.iter().any(|other| *other != Some(kind)) {
         eprintln!("emulated GPU: grouped products of matrices {kinds:?}");
         return UNSUPPORTED;

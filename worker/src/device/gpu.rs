@@ -39,7 +39,7 @@ use rayon::prelude::*;
 
 pub use activation::{Look, Seen};
 pub use attention::{attend, attends};
-pub use grouped::{grouped_product, takes_in_group};
+pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
 pub use passing::Passing;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};

@@ -74,15 +74,17 @@ impl Linear {
 }
 
 /// Has the library for a GPU compute its first product, for which it loads kernels and takes
-/// memory. This waits for none of that; the CPU needs none.
-pub fn get_ready(device: &Device, dtype: DType) -> Result<()> {
+/// memory; for a model with `experts` also two by one call, as [`each`] does. Gives its reason if it
+/// refuses the latter. This waits for none of that; the CPU needs none.
+pub fn get_ready(device: &Device, dtype: DType, experts: bool) -> Result<Option<String>> {
     /// Of a small matrix.
     const SIDE: usize = 64;
-    if device.is_cuda() {
-        let x = Tensor::zeros((SIDE, SIDE), dtype, device)?;
-        product(&x, &x)?;
+    if !device.is_cuda() {
+        return Ok(None);
     }
-    Ok(())
+    let x = Tensor::zeros((SIDE, SIDE), dtype, device)?;
+    product(&x, &x)?;
+    Ok(experts.then(|| gpu::try_in_group(&x)).flatten())
 }
 
 /// Whether [`each`] multiplies rows of this dtype with all of these matrices by one call.

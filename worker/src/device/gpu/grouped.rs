@@ -1,5 +1,7 @@
 //! Products of several matrices by one call of a GPU's library, over the tensor library's tensors.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::cuda_backend::CudaDType;
 use candle_core::{DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
@@ -7,12 +9,28 @@ use outliers_cuda::grouped::{self as kernels, ALIGNMENT, Factor, Real};
 
 use super::routing::{shown, tensor};
 
+/// The library refused when it was [tried](try_in_group).
+static REFUSED: AtomicBool = AtomicBool::new(false);
+
+/// Has the library multiply with a matrix twice by one call, for which it loads kernels. If it
+/// refuses, it says why, and [`takes_in_group`] takes no matrix from then on.
+pub fn try_in_group(matrix: &Tensor) -> Option<String> {
+    if !takes_in_group(matrix) {
+        return None;
+    }
+    let rows = matrix.dims().first().copied().unwrap_or_default();
+    let refused = grouped_product(matrix, &[matrix, matrix], &[rows / 2, rows - rows / 2]).err()?;
+    REFUSED.store(true, Ordering::Relaxed);
+    Some(refused.to_string())
+}
+
 /// Whether the library for its device takes a matrix `[out, in]` in [`grouped_product`].
 pub fn takes_in_group(matrix: &Tensor) -> bool {
     let bytes = matrix.dtype().size_in_bytes();
     let is_aligned = |values: &usize| (values * bytes).is_multiple_of(ALIGNMENT);
     matrix.device().is_cuda()
         && outliers_cuda::find().is_ok_and(|found| found.grouped_products)
+        && !REFUSED.load(Ordering::Relaxed)
         && matrix.dims().iter().all(is_aligned)
         && is_aligned(&matrix.layout().start_offset())
 }

@@ -2,6 +2,11 @@
 
 use candle_core::{Result, Tensor, bail};
 
+/// Nothing is tried.
+pub fn try_in_group(_: &Tensor) -> Option<String> {
+    None
+}
+
 /// None is taken.
 pub fn takes_in_group(_: &Tensor) -> bool {
     false

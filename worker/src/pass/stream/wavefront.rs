@@ -255,7 +255,11 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
 
     fn run(&mut self, mail: &Receiver<Event>) -> Result<()> {
         // While the first weights are read.
-        product::get_ready(&self.front.placement(self.device).device, self.front.pass.compute)?;
+        let (pass, device) = (self.front.pass, &self.front.placement(self.device).device);
+        let experts = pass.model.spec.layers.iter().any(|layer| layer.experts() > 0);
+        if let Some(why) = product::get_ready(device, pass.compute, experts)? {
+            pass.progress.warn(format!("experts are multiplied one by one, which may take longer: {why}"));
+        }
         while !(self.coming.is_empty() && self.held.is_empty() || self.front.stopped.load(Ordering::Relaxed)) {
             let event = match self.next() {
                 Some(at) => {
