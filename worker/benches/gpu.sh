@@ -59,6 +59,10 @@ part "Qwen3-30B" width Qwen3-30B-A3B 8
 part "gpt-oss-120b" width gpt-oss-120b 6
 part "GLM-4.5-Air" width GLM-4.5-Air 6
 part "DeepSeek-V3" width DeepSeek-V3-0324 5
+# DeltaNets beside attention with heads of 256, DeltaNets whose channels decay, and Mamba.
+part "Qwen3-Next" width Qwen3-Next-80B-A3B-Instruct 4
+part "Kimi-Linear" width Kimi-Linear-48B-A3B-Instruct 4
+part "Nemotron-3-Nano" width NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 6
 echo
 [ $failed -eq 0 ] && echo "all parts passed; the tables are in $out"
 exit $failed
