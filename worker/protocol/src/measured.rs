@@ -172,8 +172,8 @@ pub struct QuantizationError {
 /// Residual sinks: dimensions of the residual stream that are large at most tokens (arXiv
 /// 2601.22966). Massive activations, in contrast, are large at few tokens.
 ///
-/// The paper's accessible parts give no threshold. Here a dimension is a sink after a layer if |x|
-/// >= T x RMS of the token's row at half of the tokens or more, where T is the magnitude
+/// The paper's accessible parts give no threshold. Here a dimension is a sink after a layer if
+/// `|x| >= T x RMS` of the token's row at half of the tokens or more, where T is the magnitude
 /// threshold. An RMSNorm with gains of 1 would make it an outlier.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ResidualSinks {
