@@ -659,7 +659,7 @@ def described(of, base):
     said = {
         "model_type": of.model_type,
         "attributes": {field.name: default(field) for field in own},
-        "nullable": [field.name for field in own if "None" in str(field.type) or default(field) is None],
+        "nullable": [field.name for field in own if "None" in str(field.type) or field.default in (None, MISSING)],
     }
     if of.attribute_map:
         said["aliases"] = of.attribute_map

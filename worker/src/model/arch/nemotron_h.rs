@@ -1,6 +1,7 @@
 //! Nemotron-H (NVIDIA 2025) in the form of Nemotron 3: a layer is one norm and one block (Mamba-2,
 //! attention without positions, a mixture or an MLP). Hugging Face `NemotronHForCausalLM`.
 
+use outliers_protocol::FailureKind;
 use serde_json::Value;
 
 use super::config::ill_typed;
@@ -8,7 +9,7 @@ use super::{
     Config, Family, Ignored, Names, Pattern, attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups,
     unsupported,
 };
-use crate::error::Result;
+use crate::error::{Result, WorkerError};
 use crate::model::decoder::{
     DecoderSpec, FfnSpec, MambaSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, SharedSpec,
 };
@@ -115,7 +116,8 @@ enum LayerKind {
 fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
     const PATTERN: &str = "hybrid_override_pattern";
     let listed = ["layers_block_type", "layer_types"].into_iter().find_map(|key| {
-        let list = config.raw(key).filter(|list| !list.is_null())?;
+        // The class takes null for the first alone.
+        let list = config.raw(key).filter(|list| key == "layer_types" || !list.is_null())?;
         Some((key, list))
     });
     let kinds: Vec<LayerKind> = match (listed, config.raw(PATTERN)) {
@@ -141,7 +143,11 @@ fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
             };
             letters.chars().map(of).collect::<Result<_>>()?
         }
-        (None, None) => vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp],
+        // The class's default of four layers is of no published checkpoint.
+        (None, None) => {
+            let missing = format!("config.json names no kinds of layers: {PATTERN} and layers_block_type are missing");
+            return Err(WorkerError::new(FailureKind::Checkpoint, missing));
+        }
     };
     const MOST: usize = 4096;
     if kinds.len() > MOST {
