@@ -1,9 +1,8 @@
 #!/usr/bin/env bash
 # Makes the release archive for Linux on x86-64: both programs, completions, manual pages,
-# licences. The worker in it is the one for instances (worker/build.sh --cuda), which also runs
-# here.
+# licences. Its worker is the one for instances (worker/build.sh --cuda), which also runs here.
 #
-#     ./release.sh [--from FOLDER] [--output FOLDER]      by default built anew, into target/dist
+#     ./release.sh [--from FOLDER] [--output FOLDER]      default: a new build, into target/dist
 #
 # --from takes the programs from a folder instead: outliers, and outliers-worker-portable or else
 # outliers-worker.

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# What the worker computes on NVIDIA GPUs that this machine's processor stands for (`tests/gpu/`): no GPU is needed, and nothing is said of speed.
+# Tests what the worker computes on NVIDIA GPUs, which this machine's processor emulates (`tests/gpu/`).
+# It needs no GPU, and measures no speed.
 #
 #     tests/gpu.sh [WORKER]
 #
-# WORKER is built by `worker/build.sh --cuda`, here if none is given. Needs Python 3 with numpy and safetensors, as PYTHON or the search
-# path has it.
+# WORKER is built by `worker/build.sh --cuda`, here if none is given. Needs Python 3 with numpy and
+# safetensors, from PYTHON or the search path.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Compares the worker, and what `outliers compare` says of its runs, with Hugging Face transformers: every family, three seeds, two sizes,
-# odd shapes, several containers.
+# Compares the worker, and `outliers compare` over its runs, with Hugging Face transformers: every
+# family, three seeds, two sizes, odd shapes, several containers.
 #
 #   tests/oracle.sh ORACLE_FOLDER [PYTHON] [options of `oracle.py check`]
 #   tests/oracle.sh ORACLE_FOLDER PYTHON keys [options of `oracle.py keys`]
 #
-# `keys` walks over every key of every family's config.json: left out, null, and as transformers 5 saves it, the result equals that of
-# transformers or is a refusal that names the key; before that, the worker's data on configuration classes is compared with transformers'.
+# `keys` first compares the worker's data on configuration classes with transformers'. It then tries
+# every key of every family's config.json: left out, null, and as transformers 5 saves it. The result
+# must equal that of transformers, or be a refusal that names the key.
 #
 # ORACLE_FOLDER holds make_model.py, golden.py and outliers_ref.py; PYTHON has transformers, torch and numpy.
 set -euo pipefail

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Builds a worker for other machines: one program that starts wherever glibc is 2.28 (2018) or newer, and with --cuda uses NVIDIA's GPUs
-# where there are some. Needs Rust and Python 3 with pip; linker and CUDA compiler come as Python packages, nothing is installed.
+# Builds a worker for other machines: one program that runs with glibc 2.28 (2018) or newer, and with
+# --cuda uses NVIDIA's GPUs if there are any. Needs Rust and Python 3 with pip. Linker and CUDA compiler
+# are Python packages. Nothing is installed.
 #
-#     worker/build.sh [--cuda] [--output FILE]      by default target/release/outliers-worker-portable
+#     worker/build.sh [--cuda] [--output FILE]      default: target/release/outliers-worker-portable
 #
-# FILE.json says what the worker is, for controllers on machines that cannot run it.
+# FILE.json describes the worker, for controllers on machines that cannot run it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

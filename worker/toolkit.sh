@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches linker and CUDA compiler as toolkit.txt names them, once, and prints the folder they are
-# in. Needs Python 3 with pip.
+# Fetches the linker and the CUDA compiler that toolkit.txt names, once, and prints their folder. Needs
+# Python 3 with pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

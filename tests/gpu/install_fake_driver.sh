@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts the GPU that this machine's processor stands for into FOLDER, under the names by which programs look for a real one:
+# Puts the emulated GPU into FOLDER, under the names by which programs look for a real one:
 #     tests/gpu/install_fake_driver.sh FOLDER && LD_LIBRARY_PATH=FOLDER outliers-worker devices
 set -euo pipefail
 folder=$(realpath -m "${1:?usage: install_fake_driver.sh FOLDER}")

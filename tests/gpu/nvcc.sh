@@ -1,5 +1,5 @@
 #!/bin/sh
-# Replaces the CUDA compiler when Rust code for GPUs is only checked: every kernel is empty.
+# Replaces the CUDA compiler when Rust code for GPUs is only checked. Every kernel is empty.
 set -eu
 
 folder='' source='' previous=''

@@ -1,10 +1,9 @@
 #!/bin/sh
-# Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, as which it is started: jobs
-# are folders below $SLURM_STAND_IN/jobs and processes of this machine. A job that depends on
-# another starts at a look after that one has ended well. It understands the options
-# that the broker uses and no others, and prints what Slurm 22.05.8 prints (recorded/), or what
-# 24.05 prints where the file `newer` is (README.md). Other files in $SLURM_STAND_IN say what goes
-# wrong:
+# Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, by the name with which it is
+# started. Jobs are folders below $SLURM_STAND_IN/jobs and processes of this machine. A job that
+# depends on another starts at a call of squeue after that job has succeeded. The script accepts the
+# options that the broker uses and no others. It prints the output of Slurm 22.05.8 (recorded/), or of
+# 24.05 if the file `newer` exists (README.md). Other files in $SLURM_STAND_IN cause failures:
 #   hold         the next job waits, with this reason, until the file goes
 #   lose-reply   the next submission times out, though the job was made
 #   refuse       the next submission is refused, with these words
@@ -16,7 +15,7 @@
 #   private      jobs of others are hidden
 #   cluster      its name is this one
 #   strike       `N before PID` or `N after PID`: at the N-th command of all, that process is killed
-# asked has every command, and live how many jobs there were at a time when one was submitted.
+# `asked` lists every command, `live` the number of jobs at each submission.
 state=${SLURM_STAND_IN:?}
 jobs=$state/jobs
 mkdir -p "$jobs"

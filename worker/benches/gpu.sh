@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# What the worker computes on an NVIDIA GPU, and how fast. Needs nothing from the network; builds nothing.
+# Tests what the worker computes on an NVIDIA GPU, and measures its speed. Needs no network and builds
+# nothing.
 #
 #     worker/benches/gpu.sh WORKER [DEVICE] [OUT]
 #
-# WORKER is built by `worker/build.sh --cuda` (elsewhere, perhaps); DEVICE is cuda:0 by default; OUT is a folder for the tables.
-# Needs Python 3 with numpy and safetensors. The exit code is that of the first part that failed; all parts run.
+# WORKER is built by `worker/build.sh --cuda`, on any machine. DEVICE is cuda:0 by default. OUT is a
+# folder for the tables. Needs Python 3 with numpy and safetensors. All parts run; the exit code is
+# that of the first part that failed.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 worker=$(realpath "${1:?usage: gpu.sh WORKER [DEVICE] [OUT]}")

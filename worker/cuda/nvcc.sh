@@ -1,11 +1,12 @@
 #!/bin/sh
-# Stands in for the CUDA compiler while the kernels of the tensor library are built, so that one program serves every GPU from compute 8.0 up.
+# Stands in for the CUDA compiler while the kernels of the tensor library are built, so that one program
+# runs on every GPU of compute capability 8.0 or newer.
 #
-# - Kernels become PTX, which drivers compile for their GPU unless `assemble.py` has done that. Its
-#   version is lowered to what drivers from R520 (CUDA 11.8) on read: the compiler writes its own newest,
-#   which only its own year's drivers would, though it uses nothing newer.
-# - Objects (products of quantised formats that are not used here) are left empty: they would run
-#   on one architecture alone, and bring the CUDA runtime and 30 MB along.
+# - Kernels become PTX, which drivers compile for their GPU unless `assemble.py` has done that. The
+#   compiler writes its newest PTX version, which older drivers refuse, although the kernels use nothing
+#   newer. The version is lowered to that of drivers from R520 (CUDA 11.8) on.
+# - Objects (products of quantised formats that are not used here) are left empty. They would run on
+#   one architecture only, and add the CUDA runtime and 30 MB.
 #
 # REAL_NVCC is the compiler.
 set -eu

@@ -1,7 +1,7 @@
 # Functions for all scripts on a host: whether the worker runs, and how to end it.
 
-# A pid is compared with the start time stored beside it, since another process may have the number
-# by now. A killed wrapper stays a zombie where the container's first process does not reap.
+# A pid is compared with the start time stored with it, since another process may have got the
+# number. A killed wrapper remains a zombie if the container's first process does not reap it.
 started() {
     if [ -r "/proc/$1/stat" ]; then sed 's/.*) //' "/proc/$1/stat" 2> /dev/null | cut -d ' ' -f 20
     else ps -o lstart= -p "$1" 2> /dev/null; fi

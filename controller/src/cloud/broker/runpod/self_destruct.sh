@@ -1,5 +1,5 @@
-# Ends the pod this runs in, with a key from RunPod that is valid for this pod only.
-# The variables are in the environment of the first process; an SSH session may lack them.
+# Ends the pod in which it runs, with a key from RunPod that is valid for this pod only.
+# The variables are in the environment of the first process. An SSH session may lack them.
 of_pod() {
     tr '\0' '\n' < /proc/1/environ 2> /dev/null | sed -n "s/^$1=//p" | head -n 1
 }

@@ -1,7 +1,7 @@
-# The batch script of a job: writes the facts of its node, waits until the worker may start, runs
-# it, and ends with it. Its working folder is the lease's, on the file system that login and
-# compute nodes share. RUN is the run's folder in it, LIMIT the job's seconds, HUB the address of
-# the hub.
+# The batch script of a job: writes the facts about its node, waits until the worker may start, runs
+# it, and ends with it. Its working folder is that of the lease, on the file system that login node
+# and compute nodes share. RUN is the run's folder in it, LIMIT the job's time limit in seconds, HUB
+# the address of the hub.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 # A job that was put back into the queue was asked to end before.

@@ -1,9 +1,9 @@
-# The leases' folders, then the whole queue of one user, ended jobs too as far as Slurm remembers
-# them. ROOT is the folder of all leases, INTERVAL the seconds between two questions to the queue,
-# SUBMITTING those for which a submission is waited for, CLUSTER the name of this cluster where it
-# is known: others may have the same folder. A line of a lease comes first: a folder that says that
-# it was submitted has its job in what is seen later. A job's name may hold anything and stands
-# last: what follows a line break in one is no line of ours.
+# Prints the leases' folders, then the whole queue of one user, with ended jobs that Slurm still
+# lists. ROOT is the folder of all leases. INTERVAL is the time between two calls of squeue in
+# seconds, SUBMITTING the longest wait for a submission in seconds. CLUSTER is the name of this
+# cluster, if known: others may use the same folder. Leases are printed first, so that the job of a
+# folder that was submitted is in the queue that is read later. A job's name may hold anything and
+# is printed last: a line after a line break in a name is ignored.
 umask 077
 # Sets $line to a file's first line without starting a program, since there may be hundreds of
 # leases.

@@ -1,6 +1,6 @@
 # The batch script of a staging job: fetches the files in `stage.files` (size in bytes and name per
-# line) from BASE into the folder `model`. Its working folder is the lease's. The run's job starts
-# after it has succeeded.
+# line) from BASE into the folder `model`. Its working folder is that of the lease. The run's job
+# starts after it has succeeded.
 [ -f lease ] || { echo 'the folder of this job is gone: nothing is done' >&2; exit 1; }
 umask 077
 fail() {
