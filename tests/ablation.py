@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Sets the worker's ablation beside one by hooks on Hugging Face transformers, over the checkpoints of tests/golden and the demo's.
+"""Compares the worker's ablation with one by hooks on Hugging Face transformers, over the
+checkpoints of tests/golden and the demo's.
 
     ablation.py ORACLE WORKER [--only NAME ..] [--write]
 
-ORACLE is the folder of hf.py. Of each checkpoint the three features of the largest magnitudes are taken away (of the demo those that were
-planted), and as many others that the worker draws: as hooks that set them to 0 in every norm's output (perplexity and the largest probability of the next token), and layer by
-layer in the attention's input alone (the largest share that a query gives to a key). --write keeps what transformers gives, as ablation.json
-beside the checkpoint, for the tests.
+ORACLE is the folder of hf.py. In each checkpoint the three features of the largest magnitudes are
+removed (in the demo the planted ones), and the same number of others that the worker draws. Hooks
+set them to 0 in every norm's output, for the perplexity and the largest probability of the next
+token. For the largest share that a query gives to a key, they are set to 0 layer by layer in the
+attention's input alone. --write stores the results of transformers as ablation.json beside the
+checkpoint, for the tests.
 """
 import argparse
 import json

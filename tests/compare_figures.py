@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Compare the six figures of `outliers compare` with those that follow from the reference's statistics.
+"""Compares the six figures of `outliers compare` with those of the reference's statistics.
 
     compare_figures.py REFERENCE CONTROLLER FOLDER
 
-REFERENCE is what outliers_ref.py says of a golden file, FOLDER a run of the worker over the same token ids. Counts must be equal, mean L %
-and S % to 1e-9: unique, mean per sequence and sum over sequences (the predecessor's), each by layers and by norm outputs.
+REFERENCE is the output of outliers_ref.py for a golden file, FOLDER a run of the worker over the
+same token ids. Counts must be equal, and mean L % and S % to 1e-9. The figures are unique, mean per
+sequence and sum over sequences (the predecessor's), each by layers and by norm outputs.
 """
 import json
 import subprocess

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Compare what a run with `--sites all` measured beside the outlier features with a reading of the definitions in numpy.
+"""Compares the figures of `--sites all` with an implementation of their definitions in numpy.
 
     compare_sites.py GOLDEN RESULTS STATISTICS [MODEL_FOLDER]
 
 GOLDEN is made by the reference's golden.py with --debug in f32; RESULTS and STATISTICS are the run's results.json and
-statistics.safetensors over the same token ids. With MODEL_FOLDER (unquantised layout of Llama or OLMoE) gains and single
-experts' outputs are compared, too. Counts, places and token ids must be equal; values within 1e-4, as the activations
-themselves are; quantiles within their resolution of 1.6 %.
+statistics.safetensors over the same token ids. With MODEL_FOLDER (unquantised layout of Llama or
+OLMoE), gains and single experts' outputs are compared, too. Counts, places and token ids must be
+equal, values within 1e-4, and quantiles within their resolution of 1.6 %.
 """
 import json
 import struct

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compare a run's results.json with the reference's statistics: counts, shares and verdicts exactly, extremes to 1e-4."""
+"""Compares a run's results.json with the reference's statistics: counts, shares and verdicts exactly,
+extremes to 1e-4."""
 import json
 import sys
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Makes exports.safetensors of some checkpoints of tests/golden again: what --export writes, by a reading of its definitions in numpy
-over what enters the modules of Hugging Face transformers. Also reads a worker's imatrix.gguf with llama.cpp's own package.
+"""Makes exports.safetensors of some checkpoints of tests/golden again: the figures of --export,
+computed in numpy from the inputs of the modules of Hugging Face transformers. Also reads a worker's
+imatrix.gguf with llama.cpp's own package.
 
     exports.py golden ORACLE_FOLDER     (needs torch, transformers, gguf; ORACLE_FOLDER is the folder of hf.py and golden.py)
     exports.py check IMATRIX.gguf       (needs gguf)
 
-The names of matrices are those that `gguf`'s map of names gives for the checkpoint's names.
+The names of matrices come from `gguf`'s map of the checkpoint's names.
 """
 import sys
 from collections import defaultdict

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/ling: transformers has no class for Ling 2.0, so that its forward pass is written down here, in numpy and f64.
+"""Makes tests/golden/ling. Transformers has no class for Ling 2.0, so its forward pass is implemented
+here, in numpy and f64.
 
     ling.py ORACLE
 
-ORACLE is the folder of outliers_ref.py, which computes the statistics. Of token ids, weights and activations that
-are near a tie (an expert choice, a threshold), others are drawn.
+ORACLE is the folder of outliers_ref.py, which computes the statistics. Token ids, weights and activations
+that are near a tie (an expert choice, a threshold) are drawn again.
 """
 import json
 import subprocess

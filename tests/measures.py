@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
-"""Makes measures.json of some checkpoints of tests/golden again: what --measure gives by a reading of its definitions in numpy, over
-activations and attention weights that Hugging Face transformers computes. The tests compare the worker with it.
+"""Makes measures.json of some checkpoints of tests/golden again: the figures of --measure, computed in
+numpy from activations and attention weights of Hugging Face transformers. The tests compare the
+worker with it.
 
     measures.py ORACLE_FOLDER
 

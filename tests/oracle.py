@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Compares the worker and `outliers compare` with Hugging Face transformers; makes tests/golden and controller/tests/results again.
+"""Compares the worker and `outliers compare` with Hugging Face transformers. Makes tests/golden and
+controller/tests/results again.
 
     oracle.py check    ORACLE WORKER [CONTROLLER] [--families F ..] [--seeds 1 2 3] [--sizes tiny small] [--no-odd]
     oracle.py goldens  WORKER [--devices D] [--precision f32|bf16|f16] [--tolerance T]
@@ -8,10 +9,11 @@
     oracle.py classes  ORACLE [--check]
     oracle.py keys     ORACLE WORKER [--families F ..]
 
-ORACLE is the folder of make_model.py, golden.py and outliers_ref.py: tiny checkpoints with random weights in the published layouts,
-activations of transformers at every studied norm, router choices, logits and likelihoods, and outlier statistics computed from
-those by a program that shares nothing with ours. Needs torch, transformers, safetensors, tokenizers and numpy; `goldens`, which
-compares with what is recorded in tests/golden, needs safetensors and numpy alone.
+ORACLE is the folder of make_model.py, golden.py and outliers_ref.py. They make tiny checkpoints with
+random weights in the published layouts; activations of transformers at every studied norm, router
+choices, logits and likelihoods; and outlier statistics from these, by an independent program. Needs
+torch, transformers, safetensors, tokenizers and numpy. `goldens` compares with the records in
+tests/golden and needs only safetensors and numpy.
 """
 import argparse
 import json

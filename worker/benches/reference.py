@@ -1,17 +1,19 @@
 #!/usr/bin/env python3
-"""Sets the worker beside Hugging Face transformers: same checkpoint, same token ids, same number of threads, one run of each at a time.
+"""Compares the worker with Hugging Face transformers: same checkpoint, same token ids, same number of
+threads, one run of each at a time.
 
     reference.py ORACLE WORKER [--families F ..] [--size tiny|small|JSON] [--seqs N] [--tokens N] [--threads N] [--json FILE]
 
-ORACLE is the folder of make_model.py and bench_ref.py: a checkpoint in a family's published layout with random weights, and the way a
-researcher counts outliers in it (load in bf16 or f32, forward hooks on the norms). WORKER is the program, built with --release. Run it
-with a Python that has torch, transformers, safetensors and numpy, on an idle machine.
+ORACLE is the folder of make_model.py and bench_ref.py. The first makes a checkpoint in a family's
+published layout with random weights. The second counts outliers in it with transformers (load in bf16
+or f32, forward hooks on the norms). WORKER is the program, built with --release. Run it with a Python
+that has torch, transformers, safetensors and numpy, on an idle machine.
 
-Every process is pinned to as many processors as it may have threads, so that nobody's helper threads are for nothing. Wall time of
-the worker is that of the whole process; of transformers, loading and running alone: importing it takes seconds that do not grow. Peak
-memory is that of the process, from the system. `products` is what the model's multiplications take where nothing else is to do, at the
-rate that the worker's reach by themselves (`outliers-worker bench run`). Where the two count differently in f32, the row says so and the
-exit code is 1.
+Every process is pinned to the number of processors that it may have threads. The wall time of the
+worker is that of the whole process, and that of transformers is loading and running: importing takes a
+constant number of seconds. Peak memory is that of the process, from the system. `products` is the time
+of the model's multiplications alone, at the rate of the worker's (`outliers-worker bench run`). If the
+counts in f32 differ, the row says so and the exit code is 1.
 """
 import argparse
 import json

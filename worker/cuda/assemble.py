@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Assembles the kernels that a worker holds as PTX and puts them behind the worker, where `src/assembled.rs` finds them.
+"""Assembles the kernels that a worker holds as PTX, and appends them to the worker, where
+`src/assembled.rs` finds them.
 
     assemble.py WORKER TOOLKIT PTX..
 
-TOOLKIT holds the assemblers that `worker/build.sh` fetches; of the PTX files, those are assembled that are in the worker.
+TOOLKIT holds the assemblers that `worker/build.sh` fetches. Only PTX files that are in the worker are
+assembled.
 """
 
 import concurrent.futures

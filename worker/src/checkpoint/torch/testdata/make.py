@@ -1,6 +1,8 @@
-"""The files beside this script: what PyTorch writes, and what the safetensors library says is in it.
+"""Makes the files beside this script: files of PyTorch, and their contents as safetensors files.
 
-    python make.py        # PyTorch 2.15, safetensors 0.8; the same on every run but for addresses in legacy.bin and module.bin
+    python make.py        # PyTorch 2.15, safetensors 0.8
+
+Every run makes the same files, except for addresses in legacy.bin and module.bin.
 """
 import os
 from collections import OrderedDict
