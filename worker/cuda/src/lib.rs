@@ -22,7 +22,7 @@ pub mod grouped;
 #[cfg(feature = "staging")]
 mod kernels;
 #[cfg(feature = "staging")]
-mod landing;
+mod readback;
 mod libraries;
 #[cfg(feature = "staging")]
 mod passing;

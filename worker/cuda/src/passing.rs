@@ -8,7 +8,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 
-use crate::landing::{Landing, Part, StreamPerContext};
+use crate::readback::{Readback, Part, StreamPerContext};
 use crate::statistics::Stored;
 
 /// Values in transfer to another GPU. Their source may be freed after the transfer is complete or
@@ -21,7 +21,7 @@ pub struct Passing {
     /// The stream that computes and frees the source.
     from: Arc<CudaStream>,
     /// The host buffer, if the GPUs have no peer access.
-    through: Option<Landing>,
+    through: Option<Readback>,
 }
 
 impl Passing {
@@ -49,10 +49,10 @@ impl Passing {
             unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
             None
         } else {
-            let landing = Landing::ask(from, &[Part::at(x.address(from), x.bytes())])?;
+            let readback = Readback::ask(from, &[Part::at(x.address(from), x.bytes())])?;
             // SAFETY: room for all of it, which nobody reads before the event.
-            unsafe { landing.go_on(at, &mail) }?;
-            Some(landing)
+            unsafe { readback.go_on(at, &mail) }?;
+            Some(readback)
         };
         // The event blocks: a waiting thread sleeps.
         let arrived = mail.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;

@@ -11,7 +11,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{File, Grid, launch, number};
-use crate::landing::{Landing, Part};
+use crate::readback::{Readback, Part};
 
 /// Threads per block of most kernels.
 const THREADS: usize = 256;
@@ -211,13 +211,13 @@ impl Mass {
 
 /// Counts on their way to the host.
 pub struct Arriving {
-    landing: Landing,
+    readback: Readback,
     experts: usize,
 }
 
 impl Arriving {
     fn new(stream: &Arc<CudaStream>, counts: &CudaSlice<u64>, experts: usize) -> Result<Self, DriverError> {
-        Ok(Self { landing: Landing::ask(stream, &[Part::of(counts, stream)])?, experts })
+        Ok(Self { readback: Readback::ask(stream, &[Part::of(counts, stream)])?, experts })
     }
 
     /// First pair of each expert, and after the last expert the number of pairs; and the load of
@@ -226,7 +226,7 @@ impl Arriving {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn wait(self) -> Result<(Vec<usize>, Vec<Load>), DriverError> {
-        let counts = self.landing.u64s(0)?;
+        let counts = self.readback.u64s(0)?;
         let (firsts, loads) = counts.split_at(self.experts + 1);
         let load = |load: &[u64; LOAD]| Load {
             tokens_at_position_0: load[0],

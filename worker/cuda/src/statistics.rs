@@ -10,7 +10,7 @@ use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, 
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
-use crate::landing::{Landing, Part, StreamPerContext};
+use crate::readback::{Readback, Part, StreamPerContext};
 
 /// Threads per block of most kernels, and values per digit of a magnitude.
 const THREADS: usize = 256;
@@ -105,7 +105,7 @@ impl<'a> Activation<'a> {
     /// Errors of the CUDA driver.
     pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<Look, DriverError> {
         let (rows, width, tokens) = (self.rows, self.width, self.tokens);
-        let mut look = Look { rows, width, tokens, landing: None, marks: None, medians: None };
+        let mut look = Look { rows, width, tokens, readback: None, marks: None, medians: None };
         if rows == 0 {
             return Ok(look);
         }
@@ -122,7 +122,7 @@ impl<'a> Activation<'a> {
             look.medians = Some((parts.len(), *self.x.shifts().last().expect("each has some")));
             parts.push(Part::of(prefixes, stream));
         }
-        look.landing = Some(Landing::ask(&self.stream, &parts)?);
+        look.readback = Some(Readback::ask(&self.stream, &parts)?);
         drop(parts);
         look.marks = of_columns.zip(threshold).map(|(of_columns, threshold)| (threshold, of_columns.marks));
         Ok(look)
@@ -301,7 +301,7 @@ pub struct Look {
     width: usize,
     tokens: usize,
     /// `None` without rows. Parts: rows, columns (if requested), medians.
-    landing: Option<Landing>,
+    readback: Option<Readback>,
     /// With columns: the threshold and the marks.
     marks: Option<(f32, CudaSlice<u32>)>,
     /// With medians: their part, and the shift of their last digit.
@@ -314,7 +314,7 @@ impl Look {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn is_there(&self) -> Result<bool, DriverError> {
-        self.landing.as_ref().map_or(Ok(true), Landing::is_there)
+        self.readback.as_ref().map_or(Ok(true), Readback::is_there)
     }
 
     /// The statistics. Further requests run on a separate stream.
@@ -349,9 +349,9 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let Some(readback) = &self.look.readback else { return Ok(Vec::new()) };
         let (rows, tokens) = (self.look.rows, self.look.tokens);
-        let (order, moments, counts) = (landing.u32s(0)?, landing.f64s(1)?, landing.u64s(2)?);
+        let (order, moments, counts) = (readback.u32s(0)?, readback.f64s(1)?, readback.u64s(2)?);
         let row = |r: usize| Row {
             max_bits: order[r],
             median: f32::from_bits(order[rows + r]),
@@ -371,10 +371,10 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let Some(readback) = &self.look.readback else { return Ok(Vec::new()) };
         let (asked, marks) = self.look.marks.as_ref().expect("columns were asked for");
         debug_assert_eq!(*asked, threshold, "another threshold than was asked for");
-        let (counts, extremes, sums) = (landing.u32s(3)?, landing.f32s(4)?, landing.f64s(5)?);
+        let (counts, extremes, sums) = (readback.u32s(3)?, readback.f32s(4)?, readback.f64s(5)?);
         let (width, sequences) = (self.look.width, self.activation.sequences());
         let (of_sequences, strips) = (sequences * width, self.activation.strips().blocks[0]);
         let exceeds = |dim: &usize| (0..sequences).any(|s| counts[s * width + dim] > 0);
@@ -410,11 +410,11 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
+        let Some(readback) = &self.look.readback else { return Ok(Vec::new()) };
         let (part, last) = self.look.medians.expect("medians were asked for");
         // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the
         // magnitude's.
-        Ok(landing.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
+        Ok(readback.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
     }
 
     /// Values of the listed rows whose |x| has at least the given bits, in order of rows and
@@ -423,7 +423,7 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
-        self.look.landing.as_ref().map_or(Ok(()), Landing::wait)?;
+        self.look.readback.as_ref().map_or(Ok(()), Readback::wait)?;
         self.activation.large(asked)
     }
 }
