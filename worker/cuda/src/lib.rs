@@ -25,7 +25,7 @@ mod kernels;
 mod readback;
 mod libraries;
 #[cfg(feature = "staging")]
-mod passing;
+mod peer_copy;
 #[cfg(feature = "staging")]
 pub mod routing;
 #[cfg(feature = "staging")]
@@ -44,7 +44,7 @@ pub use copies::{copy_rates, is_idle};
 #[cfg(feature = "staging")]
 pub use decode::{Codes, Form, Number, StoredTensor, Value};
 #[cfg(feature = "staging")]
-pub use passing::Passing;
+pub use peer_copy::PeerCopy;
 #[cfg(feature = "staging")]
 pub use staging::{Misfit, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]

@@ -23,10 +23,10 @@ mod host_to_device;
 #[path = "gpu/no_host_to_device.rs"]
 mod host_to_device;
 #[cfg(feature = "cuda")]
-mod passing;
+mod peer_copy;
 #[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_passing.rs"]
-mod passing;
+#[path = "gpu/no_peer_copy.rs"]
+mod peer_copy;
 #[cfg(feature = "cuda")]
 mod routing;
 #[cfg(not(feature = "cuda"))]
@@ -41,7 +41,7 @@ pub use activation::{Look, Seen};
 pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
-pub use passing::Passing;
+pub use peer_copy::PeerCopy;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};

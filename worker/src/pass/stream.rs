@@ -23,7 +23,7 @@ use crate::checkpoint::source::Wanted;
 use crate::checkpoint::{Model, TensorRange};
 use crate::corpus::Tokens;
 use crate::device::Placement;
-use crate::device::gpu::Passing;
+use crate::device::gpu::PeerCopy;
 use crate::error::Result;
 use crate::model::decoder::{DecoderSpec, Need, Unit};
 use crate::pass::ablation::Arms;
@@ -115,7 +115,7 @@ struct MicroBatch {
     arm: usize,
     first_token: usize,
     /// The residual stream being copied to another GPU. Dropped before its source.
-    passing: Option<Passing>,
+    peer_copy: Option<PeerCopy>,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
     /// The norm output that the feed-forward shares with the mixer, between the two.
@@ -126,14 +126,14 @@ struct MicroBatch {
 
 impl MicroBatch {
     fn new(arm: usize, first_token: usize, hidden: Tensor) -> Self {
-        Self { arm, first_token, passing: None, hidden, shared_norm: None, mixture: None }
+        Self { arm, first_token, peer_copy: None, hidden, shared_norm: None, mixture: None }
     }
 
     /// Called on the thread of the current device. Between GPUs it only starts the copy.
     fn leave_for(&mut self, device: &Device) -> Result<()> {
         self.hidden = self.hidden.contiguous()?;
-        self.passing = Passing::start(&self.hidden, device)?;
-        if self.passing.is_none() {
+        self.peer_copy = PeerCopy::start(&self.hidden, device)?;
+        if self.peer_copy.is_none() {
             self.hidden = leave(&self.hidden, device)?;
         }
         Ok(())
@@ -141,8 +141,8 @@ impl MicroBatch {
 
     /// Called on the thread of the new device.
     fn arrive_on(&mut self, device: &Device) -> Result<()> {
-        self.hidden = match self.passing.take() {
-            Some(passing) => passing.arrive(device)?,
+        self.hidden = match self.peer_copy.take() {
+            Some(peer_copy) => peer_copy.arrive(device)?,
             None => on(&self.hidden, device)?,
         };
         Ok(())

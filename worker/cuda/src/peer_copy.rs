@@ -14,7 +14,7 @@ use crate::statistics::Stored;
 /// Values in transfer to another GPU. Their source may be freed after the transfer is complete or
 /// this is dropped, not before.
 #[must_use]
-pub struct Passing {
+pub struct PeerCopy {
     /// The destination; `None` after the values were taken.
     bytes: Option<CudaSlice<u8>>,
     arrived: CudaEvent,
@@ -24,7 +24,7 @@ pub struct Passing {
     through: Option<Readback>,
 }
 
-impl Passing {
+impl PeerCopy {
     /// Starts the copy of values computed by `from` to the GPU on which `to` computes. Does not
     /// wait.
     ///
@@ -76,7 +76,7 @@ impl Passing {
     }
 }
 
-impl Drop for Passing {
+impl Drop for PeerCopy {
     fn drop(&mut self) {
         // After a GPU error no copy is pending.
         let _ = self.from.wait(&self.arrived);
@@ -145,23 +145,23 @@ mod tests {
         for round in 0..60usize {
             let values: Vec<f32> = (0..1 + 997 * (round % 7)).map(|at| (round * 10_000 + at) as f32).collect();
             let source = first.clone_htod(&values).unwrap();
-            let passing = Passing::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
+            let peer_copy = PeerCopy::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
             bytes += 4 * values.len() as u64;
             if round % 9 == 8 {
                 // Dropped without being taken.
-                drop((passing, source));
+                drop((peer_copy, source));
                 continue;
             }
-            waiting.push((passing, source, values));
+            waiting.push((peer_copy, source, values));
             if waiting.len() > 3 {
-                let (passing, source, values) = waiting.remove(0);
-                let there = passing.arrive::<f32>(&second).unwrap();
+                let (peer_copy, source, values) = waiting.remove(0);
+                let there = peer_copy.arrive::<f32>(&second).unwrap();
                 drop(source);
                 assert_eq!(second.clone_dtoh(&there).unwrap(), values, "round {round}");
             }
         }
-        for (passing, source, values) in waiting {
-            let there = passing.arrive::<f32>(&second).unwrap();
+        for (peer_copy, source, values) in waiting {
+            let there = peer_copy.arrive::<f32>(&second).unwrap();
             drop(source);
             assert_eq!(second.clone_dtoh(&there).unwrap(), values);
         }
@@ -182,7 +182,7 @@ mod tests {
                     ("OUTLIERS_GPU_PEERS", peers),
                     ("OUTLIERS_GPU_DELAY_US", delay),
                 ];
-                assert_eq!(said_by("passing::tests::pass_on_and_read", &environment), way, "{delay} us");
+                assert_eq!(said_by("peer_copy::tests::pass_on_and_read", &environment), way, "{delay} us");
             }
         }
     }
