@@ -21,8 +21,8 @@ use serde::{Deserialize, Serialize};
 use crate::blocks::attention::{FirstKey, TopShares};
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
-use crate::kernels::tap::on_host;
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collector::on_host;
+use crate::kernels::input_collectors::InputCollectors;
 
 pub use crate::model::decoder::Site;
 
@@ -85,7 +85,7 @@ pub trait LayerObserver: Send {
     }
 
     /// Observers of the inputs of the layer's matrices, if their sums are wanted.
-    fn taps(&self) -> Option<Taps> {
+    fn collectors(&self) -> Option<InputCollectors> {
         None
     }
 

@@ -10,7 +10,7 @@ use crate::blocks::attention::{Mixing, Watched, sequences_at_once};
 use crate::blocks::norm::Norm;
 use crate::kernels::fused::{self, RotatedPart};
 use crate::kernels::product::Linear;
-use crate::kernels::tap::Tap;
+use crate::kernels::input_collector::InputCollector;
 use crate::model::decoder::{LatentSpec, Window};
 use crate::model::rope::RopeTable;
 
@@ -28,7 +28,7 @@ pub struct LatentWeights {
     /// `[hidden, heads * value_dim]`.
     pub output: Linear,
     /// Observer of the queries `[rows, heads * (nope_dim + rope_dim)]`, if there is one.
-    pub queries: Option<Tap>,
+    pub queries: Option<InputCollector>,
 }
 
 /// Projection to the queries `[rows, heads * (nope_dim + rope_dim)]`.
@@ -80,7 +80,7 @@ pub fn latent_attention(
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
     // The product itself follows below, some heads at a time.
     weights.kv_up.see(&latent)?;
-    weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
+    weights.queries.as_ref().map_or(Ok(()), |collector| collector.see(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let sequences = x.dim(0)? / positions;
     let at_once = sequences_at_once(x.device(), sequences);

@@ -11,8 +11,8 @@ use crate::blocks::mamba::MambaWeights;
 use crate::blocks::mla::{LatentQuery, LatentWeights};
 use crate::blocks::norm::Norm;
 use crate::kernels::product::Linear;
-use crate::kernels::tap::Tap;
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collector::InputCollector;
+use crate::kernels::input_collectors::InputCollectors;
 use crate::model::decoder::{
     AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MambaSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec,
     NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
@@ -35,19 +35,19 @@ pub enum MixerWeights {
 /// a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
-    taps: Option<Taps>,
+    collectors: Option<InputCollectors>,
 }
 
 impl UnitTensors {
     /// Wraps decoded tensors.
     pub fn new(tensors: HashMap<(Role, Option<usize>), Tensor>) -> Self {
-        Self { tensors, taps: None }
+        Self { tensors, collectors: None }
     }
 
-    /// Attaches the layer's taps to the matrices that are taken from now on.
+    /// Attaches the layer's collectors to the matrices that are taken from now on.
     #[must_use]
-    pub fn seen_by(self, taps: Option<Taps>) -> Self {
-        Self { taps, ..self }
+    pub fn seen_by(self, collectors: Option<InputCollectors>) -> Self {
+        Self { collectors, ..self }
     }
 
     /// Removes one tensor.
@@ -64,22 +64,22 @@ impl UnitTensors {
     }
 
     fn linear(&mut self, weight: Role, bias: Role, expert: Option<usize>) -> Result<Linear> {
-        let tap = self.tap(weight, expert);
-        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), tap })
+        let collector = self.collector(weight, expert);
+        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), collector })
     }
 
     fn plain(&mut self, weight: Role) -> Result<Linear> {
-        Ok(Linear { weight: self.take(weight)?, bias: None, tap: self.tap(weight, None) })
+        Ok(Linear { weight: self.take(weight)?, bias: None, collector: self.collector(weight, None) })
     }
 
-    fn tap(&self, weight: Role, expert: Option<usize>) -> Option<Tap> {
-        self.taps.as_ref()?.of(weight, expert)
+    fn collector(&self, weight: Role, expert: Option<usize>) -> Option<InputCollector> {
+        self.collectors.as_ref()?.of(weight, expert)
     }
 
     /// Takes a matrix without bias; `None` if there is none.
     pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
         let weight = self.tensors.remove(&(role, None))?;
-        Some(Linear { weight, bias: None, tap: self.tap(role, None) })
+        Some(Linear { weight, bias: None, collector: self.collector(role, None) })
     }
 
     /// Takes a norm's tensors.
@@ -148,7 +148,7 @@ impl UnitTensors {
             kv_norm: Norm::new(spec.norm, self.take(Role::KvANorm)?, None)?,
             kv_up: self.plain(Role::KvBProj)?,
             output: self.plain(Role::OProj)?,
-            queries: self.taps.as_ref().map(Taps::queries),
+            queries: self.collectors.as_ref().map(InputCollectors::queries),
         })
     }
 

@@ -1,7 +1,7 @@
 //! Files for other programs: llama.cpp's importance matrix (`imatrix`), activation scales
 //! (`act_scales`) and the saliency of experts (`reap`).
 //!
-//! [`Exports`] sums over the inputs of every matrix of the layers, which [`Taps`] observe.
+//! [`Exports`] sums over the inputs of every matrix of the layers, which [`InputCollectors`] observe.
 //! Matrices outside the layers (embedding, head) are not included.
 
 mod act_scales;
@@ -20,8 +20,8 @@ use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::checkpoint::Model;
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError, listed};
-use crate::kernels::tap::{InputSums, row_norms};
-use crate::kernels::taps::{Input, Place, Taps};
+use crate::kernels::input_collector::{InputSums, row_norms};
+use crate::kernels::input_collectors::{Input, Place, InputCollectors};
 use crate::model::decoder::{DecoderSpec, Need, Role};
 use crate::stats::Study;
 
@@ -81,7 +81,7 @@ pub struct Exports {
     layers: BTreeMap<usize, Layer>,
     /// Index of the layer that is being observed.
     layer: usize,
-    taps: Taps,
+    collectors: InputCollectors,
     /// Gate weights multiply the experts' inputs.
     scales_input: bool,
 }
@@ -99,8 +99,8 @@ impl Exports {
     }
 
     /// Observers of the inputs of the layer's matrices.
-    pub fn taps(&self) -> Option<Taps> {
-        self.asked.iter().any(|export| *export != Export::Reap).then(|| self.taps.clone())
+    pub fn collectors(&self) -> Option<InputCollectors> {
+        self.asked.iter().any(|export| *export != Export::Reap).then(|| self.collectors.clone())
     }
 
     /// Records a mixture's choices, before its experts' outputs.
@@ -131,7 +131,7 @@ impl Exports {
 
     /// Adds the sums of a layer that all tokens have passed.
     pub fn join(&mut self, mut seen: Self) {
-        let inputs = seen.taps.take().map(|(place, sums)| (place, Seen::of(sums, &self.asked))).collect();
+        let inputs = seen.collectors.take().map(|(place, sums)| (place, Seen::of(sums, &self.asked))).collect();
         let layer = seen.layers.remove(&seen.layer).unwrap_or_default();
         self.layers.insert(seen.layer, Layer { inputs, ..layer });
     }
@@ -331,7 +331,7 @@ mod tests {
 
     fn saliency(scales_input: bool) -> Saliency {
         let mut exports = Exports::new(&job(&[Export::Reap])).unwrap();
-        assert!(exports.taps().is_none(), "no matrix is of interest");
+        assert!(exports.collectors().is_none(), "no matrix is of interest");
         let mut layer = exports.layer(3);
         let routing = Routing { top_k: 1, experts: vec![7, 7], weights: vec![0.5, 0.25], scales_input };
         layer.routing(&Choices::Host(routing));
@@ -353,8 +353,8 @@ mod tests {
         let kept = |export: &[Export]| {
             let mut exports = Exports::new(&job(export)).unwrap();
             let layer = exports.layer(0);
-            let tap = layer.taps().unwrap().of(Role::QProj, None).unwrap();
-            tap.see(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
+            let collector = layer.collectors().unwrap().of(Role::QProj, None).unwrap();
+            collector.see(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
             exports.join(layer);
             exports.layers()[&0].inputs[&(Input::of(Role::KProj), None)].clone()
         };

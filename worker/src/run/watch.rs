@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use crate::blocks::attention::{FirstKey, TopShares};
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collectors::InputCollectors;
 use crate::pass::ablation::Sharpness;
 use crate::run::export::{Exports, Layer};
 use crate::run::output::ActivationDump;
@@ -49,8 +49,8 @@ impl LayerObserver for Watch {
         self.study.expert(layer, expert, first_token, rows)
     }
 
-    fn taps(&self) -> Option<Taps> {
-        self.exports.as_ref()?.taps()
+    fn collectors(&self) -> Option<InputCollectors> {
+        self.exports.as_ref()?.collectors()
     }
 
     fn attention(&mut self, layer: usize, arms: &[TopShares]) -> Result<()> {

@@ -11,7 +11,7 @@ use std::path::Path;
 use super::gguf::{self, Tensor, Value};
 use super::{ENTRY, Layer, Matrix, NeverHit, Passed, Seen, matrices, names};
 use crate::error::{Result, WorkerError, printable};
-use crate::kernels::taps::{Input, Place};
+use crate::kernels::input_collectors::{Input, Place};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
 
 /// Maximum characters of the text's description.

@@ -83,9 +83,9 @@ impl InputSums {
 
 /// An observer of a matrix's input. Clones add to the same sums.
 #[derive(Clone, Debug, Default)]
-pub struct Tap(Arc<Mutex<InputSums>>);
+pub struct InputCollector(Arc<Mutex<InputSums>>);
 
-impl Tap {
+impl InputCollector {
     /// Adds `x` `[.., width]`, whose rows follow the earlier ones.
     ///
     /// # Errors
@@ -178,9 +178,9 @@ mod tests {
     }
 
     fn seen(parts: &[&[f32]], width: usize) -> InputSums {
-        let tap = Tap::default();
-        parts.iter().for_each(|part| tap.see(&tensor(part, width)).unwrap());
-        tap.take()
+        let collector = InputCollector::default();
+        parts.iter().for_each(|part| collector.see(&tensor(part, width)).unwrap());
+        collector.take()
     }
 
     proptest! {
@@ -245,11 +245,11 @@ mod tests {
 
     #[test]
     fn tap_restarts_after_its_sums_are_taken() {
-        let tap = Tap::default();
-        tap.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
-        assert!(tap.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
-        let sums = tap.take();
+        let collector = InputCollector::default();
+        collector.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
+        assert!(collector.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
+        let sums = collector.take();
         assert_eq!((sums.rows, sums.squares, sums.largest), (1, vec![9.0, 16.0], vec![3.0, 4.0]));
-        assert_eq!(tap.take(), InputSums::default());
+        assert_eq!(collector.take(), InputSums::default());
     }
 }
