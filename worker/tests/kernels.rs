@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use outliers_worker::blocks::attention::{FUSED_FROM, Mixing, Watching};
+use outliers_worker::blocks::attention::{FUSED_FROM, SoftmaxAttention, AttentionRecorder};
 use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
 use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
@@ -105,14 +105,14 @@ impl Attention {
         let value = dice.even(&[sequences * kv_heads, tokens, value_width], 1.0);
         let logits = dice.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
         let scale = (width as f64).powf(-0.5);
-        let (watching, there) = (Watching::new(true, true), on_gpu(&logits));
-        let mixing = Mixing::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
+        let (recorder, there) = (AttentionRecorder::new(true, true), on_gpu(&logits));
+        let mixing = SoftmaxAttention::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
         let queries = on_gpu(&query).narrow(2, 1, heads).unwrap();
-        let mixed = mixing.watched(Some(&watching)).mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+        let mixed = mixing.recorder(Some(&recorder)).mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
         prop_assert_eq!(mixed.dims2().unwrap(), (sequences * tokens, heads * value_width));
         if tokens < 64 {
-            let unwatched = mixing.mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
-            prop_assert_eq!(bits(&unwatched), bits(&mixed));
+            let unrecorded = mixing.mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+            prop_assert_eq!(bits(&unrecorded), bits(&mixed));
         }
 
         let [query, key, value, logits, mixed] = [&query, &key, &value, &logits, &mixed].map(numbers);
@@ -152,10 +152,10 @@ impl Attention {
             }
         }
         let count = (sequences * tokens * heads) as f64;
-        let got = watching.top();
+        let got = recorder.top();
         prop_assert_eq!(got.count as f64, count);
         prop_assert!((got.sum - top).abs() < 1e-5 * count, "{:?}: {}, not {}", self, got.sum, top);
-        let of_first = watching.first_key();
+        let of_first = recorder.first_key();
         prop_assert_eq!(of_first.len(), sequences);
         for (got, want) in of_first.iter().flatten().zip(first.iter().flatten()) {
             let want = (!want.is_empty()).then(|| want.iter().sum::<f64>() / want.len() as f64);
@@ -195,15 +195,15 @@ fn large_scores_that_are_alike_give_equal_shares() {
     let key = on_gpu(&all(200.0, tokens));
     let query = key.reshape((1, tokens, 1, width)).unwrap();
     let value = on_gpu(&Tensor::cat(&[all(1.0, seen), all(0.0, tokens - seen)], 1).unwrap());
-    let watching = Watching::new(true, false);
-    let mixing = Mixing::new(0.7, Window::Full, None).fused_from(0).watched(Some(&watching));
+    let recorder = AttentionRecorder::new(true, false);
+    let mixing = SoftmaxAttention::new(0.7, Window::Full, None).fused_from(0).recorder(Some(&recorder));
     let mixed = numbers(&mixing.mix(&query, &key, &value).unwrap());
     for (position, got) in mixed.chunks(width).enumerate() {
         let want = (position + 1).min(seen) as f64 / (position + 1) as f64;
         assert!(got.iter().all(|got| (got - want).abs() <= want / 128.0), "{position}: {got:?}, not {want}");
     }
     let shares: f64 = (1..=tokens).map(|keys| 1.0 / keys as f64).sum();
-    assert!((watching.top().sum - shares).abs() < 1e-3 * shares, "{:?}, not {shares}", watching.top());
+    assert!((recorder.top().sum - shares).abs() < 1e-3 * shares, "{:?}, not {shares}", recorder.top());
 }
 
 /// The tensor library's kernels, by which scores would be computed, are empty here.
@@ -212,7 +212,7 @@ fn long_sequences_in_bf16_are_left_to_one_kernel() {
     let mut dice = Dice(1);
     let (query, key) = (dice.even(&[1, FUSED_FROM, 1, 64], 1.0), dice.even(&[1, FUSED_FROM, 64], 1.0));
     let (query, key) = (on_gpu(&query), on_gpu(&key));
-    let mixing = Mixing::new(0.1, Window::Sliding(90), None);
+    let mixing = SoftmaxAttention::new(0.1, Window::Sliding(90), None);
     let mixed = mixing.mix(&query, &key, &key).unwrap();
     assert_eq!(bits(&mixed), bits(&mixing.fused_from(0).mix(&query, &key, &key).unwrap()));
 }

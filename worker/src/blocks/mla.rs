@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::blocks::attention::{Mixing, Watched, sequences_at_once};
+use crate::blocks::attention::{SoftmaxAttention, MaybeRecorder, sequences_at_once};
 use crate::blocks::norm::Norm;
 use crate::kernels::fused::{self, RotatedPart};
 use crate::kernels::product::Linear;
@@ -68,7 +68,7 @@ pub fn latent_attention(
     table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
-    watched: Watched<'_>,
+    recorder: MaybeRecorder<'_>,
 ) -> Result<Tensor> {
     let head_dim = spec.nope_dim + spec.rope_dim;
     let rotate = |part: Tensor, head_dim: usize, first: usize| match table {
@@ -85,12 +85,12 @@ pub fn latent_attention(
     let sequences = x.dim(0)? / positions;
     let at_once = sequences_at_once(x.device(), sequences);
     let some = |first: usize| {
-        watched.iter().for_each(|watching| watching.at_sequence(first));
+        recorder.iter().for_each(|recorder| recorder.at_sequence(first));
         let count = at_once.min(sequences - first);
         let rows = |t: &Tensor| t.narrow(0, first * positions, count * positions);
         let query = rows(&query)?.reshape((count, positions, spec.heads, head_dim))?;
         let narrow = Narrow { sequences: count, latent: rows(&latent)?, rotated: rows(&rotated)? };
-        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, watched)
+        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, recorder)
     };
     let mixed = (0..sequences).step_by(at_once).map(some).collect::<Result<Vec<_>>>()?;
     weights.output.apply(&Tensor::cat(&mixed, 0)?)
@@ -115,11 +115,11 @@ impl Narrow {
         kv_up: &Linear,
         query: &Tensor,
         values_at_once: usize,
-        watched: Watched<'_>,
+        recorder: MaybeRecorder<'_>,
     ) -> Result<Tensor> {
         let per_token = spec.nope_dim + spec.rope_dim + spec.value_dim;
         let at_once = (values_at_once / (self.latent.dim(0)? * per_token)).clamp(1, spec.heads);
-        let mixing = Mixing::new(spec.scale, Window::Full, None).watched(watched);
+        let mixing = SoftmaxAttention::new(spec.scale, Window::Full, None).recorder(recorder);
         let some_heads = |first: usize| {
             let heads = first..(first + at_once).min(spec.heads);
             let query = query.narrow(2, heads.start, heads.len())?;

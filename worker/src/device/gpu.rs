@@ -182,7 +182,7 @@ pub struct FusedAttention<'a> {
     /// `[heads]` in f32: logits that take part unscaled and have no value.
     pub sinks: Option<&'a Tensor>,
     /// Whether shares are wanted.
-    pub watched: bool,
+    pub recorded: bool,
 }
 
 /// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.

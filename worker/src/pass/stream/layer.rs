@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
-use crate::blocks::attention::{TopShares, Watched, Watching, attention};
+use crate::blocks::attention::{TopShares, MaybeRecorder, AttentionRecorder, attention};
 use crate::blocks::delta_net::delta_net;
 use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Piece, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
@@ -265,7 +265,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         if batch.arm > 0 || !attends || !(top || first_key) {
             return self.mixer(weights, table, x, None);
         }
-        let whole = Watching::new(top, first_key);
+        let whole = AttentionRecorder::new(top, first_key);
         let out = self.mixer(weights, table, x, Some(&whole))?;
         if first_key {
             self.seen.first_key(self.layer, batch.first_token, &whole.first_key())?;
@@ -291,7 +291,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         // The embedding is not a norm output.
         let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
         let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
-        let shares = Watching::new(true, false);
+        let shares = AttentionRecorder::new(true, false);
         self.mixer(weights, table, &x, Some(&shares))?;
         Ok(shares.top())
     }
@@ -301,15 +301,15 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         weights: &MixerWeights,
         table: Option<&RopeTable>,
         x: &Tensor,
-        watched: Watched<'_>,
+        recorder: MaybeRecorder<'_>,
     ) -> Result<Tensor> {
         let n = self.tokens;
         Ok(match (&self.spec.mixer, weights, table) {
             (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
-                attention(spec, weights, table, x, n, watched)?
+                attention(spec, weights, table, x, n, recorder)?
             }
             (MixerSpec::Latent(spec), MixerWeights::Latent(weights), table) => {
-                latent_attention(spec, weights, table, x, n, watched)?
+                latent_attention(spec, weights, table, x, n, recorder)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
             (MixerSpec::Mamba(spec), MixerWeights::Mamba(weights), _) => mamba(spec, weights, x, n)?,
