@@ -48,14 +48,14 @@ impl Input {
 }
 
 /// An input, with the expert's index if each expert has a separate one.
-pub type Place = (Input, Option<usize>);
+pub type InputKey = (Input, Option<usize>);
 
 /// The collectors of one layer. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct InputCollectors(Arc<Mutex<BTreeMap<Place, InputCollector>>>);
+pub struct InputCollectors(Arc<Mutex<BTreeMap<InputKey, InputCollector>>>);
 
 impl InputCollectors {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<Place, InputCollector>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<InputKey, InputCollector>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -73,7 +73,7 @@ impl InputCollectors {
     }
 
     /// Returns the sums of all collectors and resets them.
-    pub fn take(&self) -> impl Iterator<Item = (Place, InputSums)> + use<> {
+    pub fn take(&self) -> impl Iterator<Item = (InputKey, InputSums)> + use<> {
         std::mem::take(&mut *self.all()).into_iter().map(|(place, collector)| (place, collector.take()))
     }
 }
@@ -93,7 +93,7 @@ mod tests {
         assert!(collected(Role::ExpertUp, Some(1)));
         assert!(collected(Role::ExpertDown, Some(1)) && collected(Role::OProj, None) && collected(Role::Router, None));
         collectors.queries().see(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
-        let seen: BTreeMap<Place, InputSums> = collectors.take().collect();
+        let seen: BTreeMap<InputKey, InputSums> = collectors.take().collect();
         assert_eq!(seen.len(), 7);
         assert_eq!(seen[&(Input::Queries, None)].values, [1.0, 2.0]);
         assert_eq!(seen[&(Input::of(Role::ExpertGateUp), Some(1))].rows, 0);

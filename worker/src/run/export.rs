@@ -21,7 +21,7 @@ use crate::checkpoint::Model;
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError, listed};
 use crate::kernels::input_collector::{InputSums, row_norms};
-use crate::kernels::input_collectors::{Input, Place, InputCollectors};
+use crate::kernels::input_collectors::{Input, InputKey, InputCollectors};
 use crate::model::decoder::{DecoderSpec, Need, Role};
 use crate::stats::Study;
 
@@ -69,7 +69,7 @@ struct Saliency {
 /// Sums of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
-    inputs: BTreeMap<Place, Seen>,
+    inputs: BTreeMap<InputKey, Seen>,
     /// Saliency by expert index.
     experts: BTreeMap<usize, Saliency>,
 }
@@ -235,7 +235,7 @@ struct Matrix {
 
 impl Matrix {
     /// The key under which its input is summed.
-    fn place(&self, expert: usize) -> Place {
+    fn place(&self, expert: usize) -> InputKey {
         (Input::of(self.role), self.experts.map(|_| expert))
     }
 

@@ -11,7 +11,7 @@ use std::path::Path;
 use super::gguf::{self, Tensor, Value};
 use super::{ENTRY, Layer, Matrix, NeverHit, Passed, Seen, matrices, names};
 use crate::error::{Result, WorkerError, printable};
-use crate::kernels::input_collectors::{Input, Place};
+use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
 
 /// Maximum characters of the text's description.
@@ -50,7 +50,7 @@ struct Entry {
 
 impl Entry {
     fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a Seen> {
-        let place: Place = (self.input, self.by_expert.then_some(at));
+        let place: InputKey = (self.input, self.by_expert.then_some(at));
         layers.get(&self.layer)?.inputs.get(&place).filter(|seen| seen.rows > 0)
     }
 
@@ -185,7 +185,7 @@ mod tests {
     }
 
     /// Layer 0, five rows at one place.
-    fn layers(place: Place, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
+    fn layers(place: InputKey, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
         let seen = Seen { rows: 5, squares, ..Seen::default() };
         BTreeMap::from([(0, Layer { inputs: BTreeMap::from([(place, seen)]), ..Layer::default() })])
     }
