@@ -243,7 +243,7 @@ impl Rent {
 /// `GpuLowestPriceInput`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Place {
+struct LowestPriceInput {
     gpu_count: u32,
     secure_cloud: bool,
     data_center_id: Option<String>,
@@ -253,7 +253,7 @@ struct Place {
 }
 
 /// `gpuTypes`: all of them, each with the cheapest host at a place.
-fn types(world: &World, place: &Place) -> Result<Value, Refusal> {
+fn types(world: &World, place: &LowestPriceInput) -> Result<Value, Refusal> {
     let min_cuda = match &place.min_cuda_version {
         Some(text) => cuda(text).ok_or_else(|| invalid("minCudaVersion"))?,
         None => (0, 0),
