@@ -11,7 +11,7 @@ use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;
 use serde_json::json;
 
-use crate::clouds::{Place, QUICK};
+use crate::clouds::{CloudContext, QUICK};
 
 /// The small fixture's model over its own token ids.
 fn job(name: &str) -> Vec<String> {
@@ -124,7 +124,7 @@ fn live(cloud: &FakeCloud) -> Vec<String> {
 
 /// Lists and ends instances without a usable ledger; `wrong` is the message about it.
 fn ends_without_a_ledger(
-    place: &Place,
+    place: &CloudContext,
     cloud: &FakeCloud,
     ids: &[String; 3],
     run: impl Fn(&[&str]) -> Said,
@@ -148,7 +148,7 @@ fn ends_without_a_ledger(
 #[test]
 fn instances_are_listed_reaped_and_ended_without_a_readable_ledger() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     std::fs::create_dir_all(place.context.state()).unwrap();
     std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
     std::fs::write(place.context.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
@@ -158,7 +158,7 @@ fn instances_are_listed_reaped_and_ended_without_a_readable_ledger() {
 #[test]
 fn instances_are_listed_reaped_and_ended_on_a_full_disk() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     std::fs::create_dir_all(place.context.state()).unwrap();
     std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
     let _ = place.context.run(["runs", "list"]).ok();
@@ -168,7 +168,7 @@ fn instances_are_listed_reaped_and_ended_on_a_full_disk() {
 #[test]
 fn instances_of_another_ledger_end_by_owner_name() {
     let (cloud, ids) = planted("lost");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     let refused = context.run(["instances", "terminate", &ids[1], "-y"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--owner lost"), "{refused:?}");
@@ -184,7 +184,7 @@ fn instances_of_another_ledger_end_by_owner_name() {
 #[test]
 fn terminate_without_yes_lists_instances_and_ends_none() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     for named in [&["--all"][..], &[ids[0].as_str(), ids[1].as_str()]] {
         let said = place.context.run([&["instances", "terminate", "--owner", "me"][..], named].concat());
         assert!(said.code == Some(2) && said.stderr.contains("--yes"), "{said:?}");
@@ -227,7 +227,7 @@ fn damaged_ledger_is_repaired_and_losses_are_reported() {
 #[test]
 fn invalid_settings_do_not_block_termination() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     let mine = context.work().join("mine.toml");
     let clouds = format!("[brokers.lambda]\nbase-url = \"{}\"\n{QUICK}", cloud.url());
@@ -247,7 +247,7 @@ fn malformed_list_entry_does_not_block_termination() {
         ("name", Some(json!(77))),
     ] {
         let (cloud, ids) = planted("me");
-        let place = Place::new(&[&cloud]);
+        let place = CloudContext::new(&[&cloud]);
         let context = &place.context;
         cloud.world().odd = Some(Odd { id: ids[2].clone(), field: field.to_owned(), value });
         let listed = context.json(&["instances", "list"]);
@@ -264,7 +264,7 @@ fn malformed_list_entry_does_not_block_termination() {
 #[test]
 fn named_instance_is_terminated_without_listing() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     cloud.world().fail_always(Op::List, How::OtherJson);
     let unseen = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]);
@@ -282,7 +282,7 @@ fn named_instance_is_terminated_without_listing() {
 #[test]
 fn refused_termination_reports_price_and_remedy() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     cloud.world().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
     let mut child = context.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
@@ -362,7 +362,7 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
 #[test]
 fn unreachable_cloud_exits_5_when_no_run_is_open() {
     let (cloud, _) = planted("nobody");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let deploy: Vec<String> = ["deploy", "-y", "--broker", "lambda"].map(str::to_owned).into();
     for command in [vec!["reap".to_owned()], [deploy, job("llama-f32")].concat()] {

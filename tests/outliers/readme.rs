@@ -10,7 +10,7 @@ use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::programs::{golden, run_worker};
 use serde_json::json;
 
-use super::clouds::{Place, nothing_left};
+use super::clouds::{CloudContext, nothing_left};
 use super::docs::{commands, readme};
 
 /// The README's two models, as fixtures of their families.
@@ -36,7 +36,7 @@ fn typed(context: &TestContext, command: &[String], more: &[&str]) -> Said {
 #[test]
 fn readme_cloud_commands_list_rent_and_terminate() {
     let (hub, cloud) = (hub(), FakeCloud::start(RunPod::default()));
-    let mut place = Place::new(&[&cloud]);
+    let mut place = CloudContext::new(&[&cloud]);
     place.context = std::mem::take(&mut place.context).with("HF_ENDPOINT", &hub.url());
     if place.host(&cloud).is_none() {
         return;

@@ -32,9 +32,9 @@ enum Point {
 }
 
 /// A cloud of its own with one place that uses it; `None` on a machine without an SSH server.
-fn scene() -> Option<(FakeCloud, Place)> {
+fn scene() -> Option<(FakeCloud, CloudContext)> {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     {
         let mut world = cloud.world();
         world.stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
@@ -50,7 +50,7 @@ fn scene() -> Option<(FakeCloud, Place)> {
 }
 
 /// Starts a deploy that is killed when its `at`-th request reaches this stage.
-fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
+fn start_to_die_at(place: &CloudContext, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
     let (aim, struck) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
     let target = aim.clone();
     // Requests wait until the point is set.
@@ -60,7 +60,7 @@ fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) ->
             kill(aim.load(Ordering::SeqCst));
         }
     }));
-    let controller = place.context.start(Place::deployment());
+    let controller = place.context.start(CloudContext::deployment());
     target.store(controller.id() as usize, Ordering::SeqCst);
     drop(world);
     controller
@@ -72,7 +72,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     let mut controller = match point {
         Point::Request(number, moment) => start_to_die_at(&place, &cloud, number, moment),
         Point::Time(share) => {
-            let controller = place.context.start(Place::deployment());
+            let controller = place.context.start(CloudContext::deployment());
             std::thread::sleep(whole.mul_f64(share));
             kill(controller.id() as usize);
             controller
@@ -81,7 +81,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     let died = controller.wait().expect("it was started here").code().is_none();
     cloud.world().watch = None;
     let what = format!("{point:?}");
-    let again = place.context.run(Place::deployment());
+    let again = place.context.run(CloudContext::deployment());
     assert_eq!(again.code, Some(0), "{what}: {again:?}");
     agreed(&cloud, &place, &what);
     died
@@ -90,7 +90,7 @@ fn strike(point: Point, whole: Duration) -> bool {
 /// Final assertion: nothing of this ledger bills, the amount paid is at most the agreed one, every
 /// run is closed with complete results or a reported loss, and other owners' instances are still
 /// listed.
-fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
+fn agreed(cloud: &FakeCloud, place: &CloudContext, what: &str) {
     let world = cloud.world();
     let left: Vec<&str> = world.live().map(|instance| instance.name.as_str()).collect();
     assert_eq!(left, [STRANGER], "{what}: still billing, or ended although it was not ours");
