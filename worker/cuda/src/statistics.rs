@@ -103,9 +103,9 @@ impl<'a> Activation<'a> {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<Look, DriverError> {
+    pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<PendingScan, DriverError> {
         let (rows, width, tokens) = (self.rows, self.width, self.tokens);
-        let mut look = Look { rows, width, tokens, readback: None, marks: None, medians: None };
+        let mut look = PendingScan { rows, width, tokens, readback: None, marks: None, medians: None };
         if rows == 0 {
             return Ok(look);
         }
@@ -296,7 +296,7 @@ struct OfColumns {
 
 /// Requested statistics in transfer to the host.
 #[must_use]
-pub struct Look {
+pub struct PendingScan {
     rows: usize,
     width: usize,
     tokens: usize,
@@ -308,7 +308,7 @@ pub struct Look {
     medians: Option<(usize, u32)>,
 }
 
-impl Look {
+impl PendingScan {
     /// Whether the copies are complete.
     ///
     /// # Errors
@@ -331,9 +331,9 @@ impl Look {
     }
 }
 
-/// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`Look`].
+/// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`PendingScan`].
 pub struct Seen<'a> {
-    look: &'a Look,
+    look: &'a PendingScan,
     /// A stream that does not compute the activations. They are complete when the look is.
     activation: Activation<'a>,
 }

@@ -28,7 +28,7 @@ use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f
 use crate::blocks::attention::FirstKey;
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::corpus::Tokens;
-use crate::device::gpu::Look;
+use crate::device::gpu::PendingScan;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
@@ -119,7 +119,7 @@ pub struct Study {
     first_keys: Option<FirstKeys>,
     /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
     #[serde(skip)]
-    coming: VecDeque<(Shown, Look)>,
+    coming: VecDeque<(Shown, PendingScan)>,
 }
 
 /// Maximum activations held on a GPU until their statistics arrive.
@@ -283,7 +283,7 @@ impl Study {
         } else {
             x
         };
-        self.coming.push_back((shown, Look::at(x, tokens, threshold, point == Point::Residual)?));
+        self.coming.push_back((shown, PendingScan::at(x, tokens, threshold, point == Point::Residual)?));
         self.add_what_came(HELD)
     }
 

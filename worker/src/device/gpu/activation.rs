@@ -8,15 +8,15 @@ use outliers_cuda::{Activation, Stored};
 use crate::error::{Result, WorkerError};
 
 /// Pending statistics of an activation on a GPU.
-pub struct Look {
-    look: outliers_cuda::Look,
+pub struct PendingScan {
+    look: outliers_cuda::PendingScan,
     /// Shape `[rows, width]`, contiguous, in a dtype that the kernels support.
     x: Tensor,
     /// Rows per sequence.
     tokens: usize,
 }
 
-impl Look {
+impl PendingScan {
     /// Starts the statistics of a tensor `[rows, width]` with whole sequences of `tokens` rows:
     /// per row and magnitude; with `threshold`, positions of |x| >= threshold for columns; with
     /// `medians`, medians. Returns without waiting. The tensor must not be overwritten before this

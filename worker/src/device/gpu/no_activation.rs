@@ -9,9 +9,9 @@ use outliers_scan::{Columns, Large, Scan};
 use crate::error::{Result, WorkerError};
 
 /// Cannot exist without CUDA.
-pub struct Look(Infallible);
+pub struct PendingScan(Infallible);
 
-impl Look {
+impl PendingScan {
     /// Always fails.
     ///
     /// # Errors
