@@ -50,7 +50,7 @@ struct NewBytes {
 }
 
 /// Result of one look.
-struct Look {
+struct Poll {
     status: JobStatus,
     pid: Option<u32>,
     progress: NewBytes,
@@ -119,7 +119,7 @@ impl RemoteHost {
 
     /// Reads the worker's state first, then the new bytes of its files, in one command. The files
     /// do not grow after the end.
-    async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
+    async fn look(&self, run: &str, cursor: &Cursor) -> Result<Poll, HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(
             "{PROCESS}\ntake() {{\n  if [ -f \"$1\" ] && [ ! -h \"$1\" ]; then s=$(($(wc -c < \"$1\"))); else s=0; fi\n\
@@ -136,7 +136,7 @@ impl RemoteHost {
         let (status, pid) = read_state(self, &answer)?;
         let mut rest = &answer.stdout[..];
         let mut piece = || next_piece(&mut rest).unwrap_or_default();
-        Ok(Look { status, pid, progress: piece(), log: piece() })
+        Ok(Poll { status, pid, progress: piece(), log: piece() })
     }
 }
 
@@ -198,7 +198,7 @@ impl Cursor {
     }
 
     /// Reports the log's last line even without a line end.
-    fn take_rest(&mut self, look: &Look, on: OnEvent<'_>) {
+    fn take_rest(&mut self, look: &Poll, on: OnEvent<'_>) {
         if !look.log.bytes.is_empty() {
             on(HostEvent::Log(clean(&look.log.bytes, SHOWN)));
             self.log = self.log.saturating_add(look.log.bytes.len() as u64);
@@ -311,7 +311,7 @@ mod tests {
         let piece = || NewBytes { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
         cursor.take_log(&piece(), &|_| {});
         assert_eq!(cursor.log, u64::MAX);
-        let look = Look { status: JobStatus::NotStarted, pid: None, progress: NewBytes::default(), log: piece() };
+        let look = Poll { status: JobStatus::NotStarted, pid: None, progress: NewBytes::default(), log: piece() };
         cursor.take_rest(&look, &|_| {});
         assert_eq!(cursor.log, u64::MAX);
     }
