@@ -48,14 +48,14 @@ pub(super) struct Cluster {
     explain: Option<Explain>,
     login: OnceCell<Login>,
     door: OnceCell<Option<SshEndpoint>>,
-    looks: Mutex<Option<Look>>,
+    looks: Mutex<Option<CachedSnapshot>>,
     /// Whether a job was submitted or ended since the last snapshot.
     changed: AtomicBool,
     latest: Lock<Option<Arc<Snapshot>>>,
 }
 
 /// Time and result of the last snapshot; `None` while it is unknown.
-type Look = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
+type CachedSnapshot = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
 
 impl Cluster {
     pub(super) fn new(ssh: OpenSsh, scratch: Option<String>, interval: Duration, explain: Option<Explain>) -> Self {
