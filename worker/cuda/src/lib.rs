@@ -48,7 +48,7 @@ pub use peer_copy::PeerCopy;
 #[cfg(feature = "staging")]
 pub use staging::{Misfit, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
-pub use statistics::{Activation, PendingScan, Seen, Stored};
+pub use statistics::{Activation, PendingScan, ScanSummary, Stored};
 use table::Of;
 pub use traffic::{Traffic, traffic};
 

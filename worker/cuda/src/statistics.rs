@@ -322,23 +322,23 @@ impl PendingScan {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<Seen<'a>, DriverError> {
+    pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<ScanSummary<'a>, DriverError> {
         assert_eq!((self.rows, self.width, self.tokens), (of.rows, of.width, of.tokens), "other activations");
         static ASIDE: StreamPerContext = StreamPerContext::new();
         let stream = ASIDE.of(of.stream.context())?;
         let &Activation { rows, width, tokens, .. } = of;
-        Ok(Seen { look: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
+        Ok(ScanSummary { look: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
     }
 }
 
 /// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`PendingScan`].
-pub struct Seen<'a> {
+pub struct ScanSummary<'a> {
     look: &'a PendingScan,
     /// A stream that does not compute the activations. They are complete when the look is.
     activation: Activation<'a>,
 }
 
-impl Seen<'_> {
+impl ScanSummary<'_> {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.look.rows

@@ -37,7 +37,7 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::DeviceInfo;
 use rayon::prelude::*;
 
-pub use activation::{PendingScan, Seen};
+pub use activation::{PendingScan, ScanSummary};
 pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
@@ -78,9 +78,9 @@ pub struct Gpus {
 /// Detects the GPUs.
 #[cfg(feature = "cuda")]
 pub fn find() -> Gpus {
-    use outliers_cuda::{DriverInfo, Gpu as Seen, OLDEST_COMPUTE};
+    use outliers_cuda::{DriverInfo, Gpu as ScanSummary, OLDEST_COMPUTE};
 
-    let one = |Seen { name, memory_bytes, compute }: &Seen| {
+    let one = |ScanSummary { name, memory_bytes, compute }: &ScanSummary| {
         let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
         let old = *compute < OLDEST_COMPUTE;
         let unfit = old.then(|| format!("its compute capability is {major}.{minor}, {least}.{dot} is needed"));

@@ -2,7 +2,7 @@
 
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{DType, Storage, Tensor};
-pub use outliers_cuda::Seen;
+pub use outliers_cuda::ScanSummary;
 use outliers_cuda::{Activation, Stored};
 
 use crate::error::{Result, WorkerError};
@@ -50,7 +50,7 @@ impl PendingScan {
     ///
     /// # Errors
     /// Errors of the driver and of `see`.
-    pub fn show<T>(&self, see: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
+    pub fn show<T>(&self, see: impl FnOnce(&ScanSummary<'_>) -> Result<T>) -> Result<T> {
         with_activation(&self.x, self.tokens, |activation| see(&self.look.seen(activation)?))
     }
 }

@@ -37,15 +37,15 @@ impl PendingScan {
     ///
     /// # Errors
     /// None.
-    pub fn show<T>(&self, _: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
+    pub fn show<T>(&self, _: impl FnOnce(&ScanSummary<'_>) -> Result<T>) -> Result<T> {
         match self.0 {}
     }
 }
 
 /// Cannot exist without CUDA.
-pub struct Seen<'a>(Infallible, PhantomData<&'a ()>);
+pub struct ScanSummary<'a>(Infallible, PhantomData<&'a ()>);
 
-impl Seen<'_> {
+impl ScanSummary<'_> {
     /// Never called.
     pub fn rows(&self) -> usize {
         match self.0 {}
