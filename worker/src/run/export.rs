@@ -27,7 +27,7 @@ use crate::stats::Study;
 
 /// Sums over an input of matrices; empty where no export needs them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Seen {
+struct InputStatistics {
     rows: u64,
     /// Sum of x^2 per column.
     squares: Vec<f32>,
@@ -37,7 +37,7 @@ struct Seen {
     largest: Vec<f32>,
 }
 
-impl Seen {
+impl InputStatistics {
     fn of(sums: InputSums, asked: &BTreeSet<Export>) -> Self {
         let (summed, scaled) = (asked.contains(&Export::Imatrix), asked.contains(&Export::ActScales));
         let narrow = |sums: Vec<f64>| sums.into_iter().filter(|_| summed).map(|sum| sum as f32).collect();
@@ -69,7 +69,7 @@ struct Saliency {
 /// Sums of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
-    inputs: BTreeMap<InputKey, Seen>,
+    inputs: BTreeMap<InputKey, InputStatistics>,
     /// Saliency by expert index.
     experts: BTreeMap<usize, Saliency>,
 }
@@ -131,7 +131,7 @@ impl Exports {
 
     /// Adds the sums of a layer that all tokens have passed.
     pub fn join(&mut self, mut seen: Self) {
-        let inputs = seen.collectors.take().map(|(place, sums)| (place, Seen::of(sums, &self.asked))).collect();
+        let inputs = seen.collectors.take().map(|(place, sums)| (place, InputStatistics::of(sums, &self.asked))).collect();
         let layer = seen.layers.remove(&seen.layer).unwrap_or_default();
         self.layers.insert(seen.layer, Layer { inputs, ..layer });
     }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::gguf::{self, Tensor, Value};
-use super::{ENTRY, Layer, Matrix, NeverHit, Passed, Seen, matrices, names};
+use super::{ENTRY, Layer, Matrix, NeverHit, Passed, InputStatistics, matrices, names};
 use crate::error::{Result, WorkerError, printable};
 use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
@@ -49,13 +49,13 @@ struct Entry {
 }
 
 impl Entry {
-    fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a Seen> {
+    fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a InputStatistics> {
         let place: InputKey = (self.input, self.by_expert.then_some(at));
         layers.get(&self.layer)?.inputs.get(&place).filter(|seen| seen.rows > 0)
     }
 
     /// Shape `[count, columns]`; zeros where no token entered.
-    fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&Seen) -> &[f32]) -> Vec<f32> {
+    fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&InputStatistics) -> &[f32]) -> Vec<f32> {
         let mut all = Vec::with_capacity(self.count * self.columns);
         for at in 0..self.count {
             let Some(seen) = self.seen(layers, at).map(of) else {
@@ -186,11 +186,11 @@ mod tests {
 
     /// Layer 0, five rows at one place.
     fn layers(place: InputKey, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
-        let seen = Seen { rows: 5, squares, ..Seen::default() };
+        let seen = InputStatistics { rows: 5, squares, ..InputStatistics::default() };
         BTreeMap::from([(0, Layer { inputs: BTreeMap::from([(place, seen)]), ..Layer::default() })])
     }
 
-    fn squares(seen: &Seen) -> &[f32] {
+    fn squares(seen: &InputStatistics) -> &[f32] {
         &seen.squares
     }
 
