@@ -14,7 +14,7 @@ use outliers_protocol::{Results, files};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
-use outliers_tests::hub::{MockHub, Repo, Seen};
+use outliers_tests::hub::{MockHub, Repo, ReceivedRequest};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, run_worker, workspace};
 
@@ -212,9 +212,9 @@ fn staging_job_fetches_the_model_before_the_main_job() {
     names.sort();
     assert!(names.len() == 2 && names[1] == format!("{}-stage", names[0]), "one intent: {names:?}");
     let seen = hub.seen();
-    let whole = |seen: &&Seen| !seen.cdn && seen.method == "GET" && seen.range.is_none();
-    let weights = |seen: &&Seen| seen.path.ends_with("/model.safetensors");
-    let fetched: Vec<&Seen> = seen[before..].iter().filter(whole).filter(weights).collect();
+    let whole = |seen: &&ReceivedRequest| !seen.cdn && seen.method == "GET" && seen.range.is_none();
+    let weights = |seen: &&ReceivedRequest| seen.path.ends_with("/model.safetensors");
+    let fetched: Vec<&ReceivedRequest> = seen[before..].iter().filter(whole).filter(weights).collect();
     assert_eq!(fetched.len(), 1, "{fetched:?}");
     assert_eq!(fetched[0].authorization.as_deref(), Some("Bearer hf_of_a_person"));
     context.assert_nothing_left();

@@ -9,7 +9,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files};
-use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
+use outliers_tests::hub::{Fault, MockHub, Repo, ReceivedRequest, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
 use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
@@ -56,7 +56,7 @@ impl Setup {
     }
 
     /// Requests for weights, without the request per file for its header.
-    fn ranges(&self) -> Vec<Seen> {
+    fn ranges(&self) -> Vec<ReceivedRequest> {
         let (mut ranges, mut files) = (Vec::new(), Vec::new());
         for seen in self.hub.seen().into_iter().filter(|seen| seen.path.contains(".safetensors") && !seen.cdn) {
             files.push(seen.path);
@@ -112,7 +112,7 @@ fn read(weights: &dyn WeightSource, entry: &TensorEntry, range: Range<u64>) -> R
     Ok(bytes)
 }
 
-fn length(seen: &Seen) -> u64 {
+fn length(seen: &ReceivedRequest) -> u64 {
     let (start, end) = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap().split_once('-').unwrap();
     end.parse::<u64>().unwrap() + 1 - start.parse::<u64>().unwrap()
 }
@@ -331,12 +331,12 @@ fn broken_range_is_resumed_at_its_offset() {
     // Without hashes the first range is as long as a part.
     assert!(read_all_holding(&*checkpoint.weights, 0).unwrap() == setup.stored());
     let ranges = setup.ranges();
-    let start = |seen: &Seen| -> u64 {
+    let start = |seen: &ReceivedRequest| -> u64 {
         let range = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap();
         range.split_once('-').unwrap().0.parse().unwrap()
     };
     let resumed =
-        |seen: &&Seen| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
+        |seen: &&ReceivedRequest| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
     assert!(ranges.iter().any(|seen| resumed(&seen)), "{ranges:?}");
 }
 
