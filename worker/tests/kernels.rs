@@ -25,9 +25,9 @@ fn gpu() -> &'static Device {
 }
 
 /// Pseudo-random numbers, and some special ones.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
@@ -98,7 +98,7 @@ impl Attention {
     fn check(self) -> Result<(), TestCaseError> {
         let Self { widths: [width, value_width], sequences, tokens, kv_heads, groups, window, .. } = self;
         let heads = kv_heads * groups;
-        let mut dice = Dice(self.seed);
+        let mut dice = Rng(self.seed);
         // One head more than there is: a token's heads do not follow those of the one before.
         let query = dice.even(&[sequences, tokens, heads + 1, width], 3.0);
         let key = dice.even(&[sequences * kv_heads, tokens, width], 2.0);
@@ -209,7 +209,7 @@ fn large_scores_that_are_alike_give_equal_shares() {
 /// The tensor library's kernels, by which scores would be computed, are empty here.
 #[test]
 fn long_sequences_in_bf16_are_left_to_one_kernel() {
-    let mut dice = Dice(1);
+    let mut dice = Rng(1);
     let (query, key) = (dice.even(&[1, FUSED_FROM, 1, 64], 1.0), dice.even(&[1, FUSED_FROM, 64], 1.0));
     let (query, key) = (on_gpu(&query), on_gpu(&key));
     let mixing = SoftmaxAttention::new(0.1, Window::Sliding(90), None);
@@ -250,12 +250,12 @@ proptest! {
 
     #[test]
     fn inverse_equals_the_cpu(seed: u64, count in 1_usize..4, n in select(vec![1_usize, 2, 15, 16, 33, 63, 64])) {
-        same(&[&Dice(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
+        same(&[&Rng(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
     }
 
     #[test]
     fn norms(seed: u64, rows in 1..40usize, width in 1..200usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let (x, residual) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
         let (gain, bias) = (dice.tensor(&[width], dtype), dice.tensor(&[width], dtype));
         same(&[&x, &gain], |of| fused::rms_norm(&of[0], &of[1], 1e-5).unwrap())?;
@@ -272,7 +272,7 @@ proptest! {
     fn gates_of_separate_and_of_joined_matrices(
         seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes(), how in gates(), interleaved: bool,
     ) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let (gate, up) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
         same(&[&gate, &up], |of| fused::gated(of[0].clone(), &of[1], how).unwrap())?;
         let joined = dice.tensor(&[rows, 2 * width], dtype);
@@ -281,7 +281,7 @@ proptest! {
 
     #[test]
     fn activations_and_sums(seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let (x, y) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
         for how in [Activation::Relu, Activation::ReluSquared, Activation::GeluTanh] {
             same(&[&x], |of| fused::activated(of[0].clone(), how).unwrap())?;
@@ -302,7 +302,7 @@ proptest! {
     ) {
         let spec = RopeSpec { theta: 50.0, dims: 2 * pairs, pairing, scaling: RopeScaling::None };
         let part = RotatedPart { head_dim: first + 2 * pairs + after, first };
-        let x = Dice(seed).tensor(&[sequences * positions, heads * part.head_dim], dtype);
+        let x = Rng(seed).tensor(&[sequences * positions, heads * part.head_dim], dtype);
         // A table may cover more positions than needed.
         let table = |device: &Device| spec.table(positions + 3, device).unwrap();
         same(&[&x], |of| fused::rope(of[0].clone(), &table(of[0].device()), part, positions).unwrap())?;
@@ -321,7 +321,7 @@ proptest! {
         scale in 0.01..2.0f64,
         dtype in dtypes(),
     ) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let block = ScoreBlock { first_query, queries, first_key: window.first_key(first_query), window };
         let keys = first_query + queries - block.first_key;
         let scores = dice.tensor(&[heads, queries, keys], dtype);
@@ -345,7 +345,7 @@ proptest! {
         biased: bool,
         dtype in dtypes(),
     ) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let x = dice.tensor(&[sequences * positions, heads * width], dtype);
         let taps = dice.tensor(&[first_channel + heads * width, kernel], DType::F32);
         let bias = dice.tensor(&[first_channel + heads * width], DType::F32);
@@ -357,7 +357,7 @@ proptest! {
 
     #[test]
     fn parts_of_logits(seed: u64, rows in 1..40usize, width in 1..300usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let logits = dice.tensor(&[rows, width], dtype);
         let target = |row: usize| (row % 3 > 0).then(|| dice.next() % width as u32);
         let targets: Vec<Option<u32>> = (0..rows).map(target).collect();

@@ -29,9 +29,9 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 /// Pseudo-random numbers.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
@@ -104,7 +104,7 @@ prop_compose! {
 
 impl Case {
     /// Chooses experts on CPU and GPU from the same logits.
-    fn choose(&self, dice: &mut Dice, all_numbers: bool) -> [Choices; 2] {
+    fn choose(&self, dice: &mut Rng, all_numbers: bool) -> [Choices; 2] {
         let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| dice.logit(all_numbers)).collect();
         let logits = tensor(logits, &[self.rows, self.experts], DType::F32);
         let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { dice.unit() }).collect();
@@ -123,7 +123,7 @@ proptest! {
     #[test]
     fn the_same_experts_are_chosen_with_the_same_weights(case in cases()) {
         let _alone = alone();
-        let [here, there] = case.choose(&mut Dice(case.seed), false);
+        let [here, there] = case.choose(&mut Rng(case.seed), false);
         let (here, there) = (here.on_host().unwrap(), there.on_host().unwrap());
         prop_assert_eq!(here.top_k, there.top_k);
         prop_assert_eq!(here.scales_input, there.scales_input);
@@ -139,7 +139,7 @@ proptest! {
         dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
     ) {
         let _alone = alone();
-        let mut dice = Dice(case.seed);
+        let mut dice = Rng(case.seed);
         let (rows, experts) = (case.rows, case.experts);
         let first_token = 3 * tokens;
         let beside = tensor((0..rows * width).map(|_| dice.unit() - 0.5).collect(), &[rows, width], dtype);
@@ -199,7 +199,7 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let case = Case { spec, experts: EXPERTS, top_k: 2, rows, seed: 1 };
         let x = tensor(vec![0.0; rows], &[rows, 1], DType::F32).to_device(gpu()).unwrap();
         let before = gpu::traffic();
-        let [_, choices] = case.choose(&mut Dice(case.seed), true);
+        let [_, choices] = case.choose(&mut Rng(case.seed), true);
         let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
         let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
         routed.arrive().unwrap();
@@ -211,7 +211,7 @@ fn what_comes_back_does_not_grow_with_tokens() {
 
 /// A feed-forward that looks random, with biases: 0 without a gate, 1 and 2 with one beside, stored
 /// as `[out, in]` or the other way around, 3 with both in one.
-fn expert(dice: &mut Dice, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
+fn expert(dice: &mut Rng, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
     let mut linear = |out: usize, input: usize| {
         let mut values = |count: usize, shape: &[usize]| {
             tensor((0..count).map(|_| dice.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
@@ -254,7 +254,7 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let _alone = alone();
-        let mut dice = Dice(seed);
+        let mut dice = Rng(seed);
         let rows: Vec<usize> = match one_has_all {
             true => (0..rows.len()).map(|expert| if expert == 1 { 13 } else { 0 }).collect(),
             false => rows,
@@ -285,7 +285,7 @@ proptest! {
 fn experts_with_few_rows_are_started_together_where_the_library_takes_their_matrices() {
     let _alone = alone();
     let experts = |[width, inner]: [usize; 2], dtype| -> Vec<MlpWeights> {
-        (0..3).map(|seed| expert(&mut Dice(seed), 1, [width, inner], dtype)).collect()
+        (0..3).map(|seed| expert(&mut Rng(seed), 1, [width, inner], dtype)).collect()
     };
     let put = |rows: &[usize], [width, inner]: [usize; 2], dtype| {
         rows_together(rows, &experts([width, inner], dtype), width, dtype)
@@ -318,7 +318,7 @@ fn multiply_five_experts() {
     let refused: Vec<String> = [DType::F32, DType::BF16, DType::F16].into_iter().filter_map(ready).collect();
     // It is asked no more once it has refused.
     assert_eq!(refused.len(), usize::from(std::env::var_os(GROUPED).is_some()), "{refused:?}");
-    let mut dice = Dice(1);
+    let mut dice = Rng(1);
     let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut dice, 1, [16, 8], DType::BF16)).collect();
     let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
     let chosen = vec![0, 0, 2, 2, 2, 3, 4, 4, 4];

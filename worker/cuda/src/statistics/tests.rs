@@ -7,9 +7,9 @@ use super::*;
 use crate::tests::said_by;
 
 /// Pseudo-random numbers.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 32) as u32
@@ -22,7 +22,7 @@ impl Dice {
 
 /// Rows of many kinds: columns with large values, values equal to the threshold, zeros, tiny and
 /// huge values, equal rows.
-fn values(dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
+fn values(dice: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
     let wild: Vec<bool> = (0..width).map(|_| dice.below(4) == 0).collect();
     let mut x = Vec::new();
     for _ in 0..tokens * sequences {
@@ -60,7 +60,7 @@ fn with<T>(stream: &Arc<CudaStream>, x: &[f32], dtype: &str, see: impl FnOnce(St
 }
 
 /// Compares the statistics of both.
-fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) {
+fn compare(stream: &Arc<CudaStream>, dice: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) {
     let x = values(dice, [width, tokens, sequences], dtype);
     let cpu = Rows { x: &x, width, tokens };
     with(stream, &x, dtype, |stored| {
@@ -83,7 +83,7 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]
 }
 
 /// Enqueues several looks before it reads the first, then reads them in the same order.
-fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
+fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Rng) {
     let (width, tokens) = (61, 33);
     let all: Vec<Vec<f32>> = (0..5).map(|_| values(dice, [width, tokens, 1], "f32")).collect();
     let slices: Vec<_> = all.iter().map(|x| stream.clone_htod(x).unwrap()).collect();
@@ -110,7 +110,7 @@ fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
 fn look_at_both() {
     crate::find().unwrap();
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-    let mut dice = Dice(1);
+    let mut dice = Rng(1);
     let sizes = [[1, 1, 1], [7, 5, 2], [40, 33, 1], [61, 32, 2], [130, 65, 1], [257, 3, 3], [300, 4, 1], [2051, 2, 1]];
     for size in sizes {
         for dtype in ["f32", "bf16", "f16"] {
