@@ -98,12 +98,12 @@ impl Attention {
     fn check(self) -> Result<(), TestCaseError> {
         let Self { widths: [width, value_width], sequences, tokens, kv_heads, groups, window, .. } = self;
         let heads = kv_heads * groups;
-        let mut dice = Rng(self.seed);
+        let mut rng = Rng(self.seed);
         // One head more than there is: a token's heads do not follow those of the one before.
-        let query = dice.even(&[sequences, tokens, heads + 1, width], 3.0);
-        let key = dice.even(&[sequences * kv_heads, tokens, width], 2.0);
-        let value = dice.even(&[sequences * kv_heads, tokens, value_width], 1.0);
-        let logits = dice.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
+        let query = rng.even(&[sequences, tokens, heads + 1, width], 3.0);
+        let key = rng.even(&[sequences * kv_heads, tokens, width], 2.0);
+        let value = rng.even(&[sequences * kv_heads, tokens, value_width], 1.0);
+        let logits = rng.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
         let scale = (width as f64).powf(-0.5);
         let (recorder, there) = (AttentionRecorder::new(true, true), on_gpu(&logits));
         let mixing = SoftmaxAttention::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
@@ -209,8 +209,8 @@ fn large_scores_that_are_alike_give_equal_shares() {
 /// The tensor library's kernels, by which scores would be computed, are empty here.
 #[test]
 fn long_sequences_in_bf16_are_left_to_one_kernel() {
-    let mut dice = Rng(1);
-    let (query, key) = (dice.even(&[1, FUSED_FROM, 1, 64], 1.0), dice.even(&[1, FUSED_FROM, 64], 1.0));
+    let mut rng = Rng(1);
+    let (query, key) = (rng.even(&[1, FUSED_FROM, 1, 64], 1.0), rng.even(&[1, FUSED_FROM, 64], 1.0));
     let (query, key) = (on_gpu(&query), on_gpu(&key));
     let mixing = SoftmaxAttention::new(0.1, Window::Sliding(90), None);
     let mixed = mixing.mix(&query, &key, &key).unwrap();
@@ -255,9 +255,9 @@ proptest! {
 
     #[test]
     fn norms(seed: u64, rows in 1..40usize, width in 1..200usize, dtype in dtypes()) {
-        let mut dice = Rng(seed);
-        let (x, residual) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
-        let (gain, bias) = (dice.tensor(&[width], dtype), dice.tensor(&[width], dtype));
+        let mut rng = Rng(seed);
+        let (x, residual) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
+        let (gain, bias) = (rng.tensor(&[width], dtype), rng.tensor(&[width], dtype));
         same(&[&x, &gain], |of| fused::rms_norm(&of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &residual], |of| fused::rms_norm_onto(&of[2], &of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &bias], |of| fused::layer_norm(&of[0], &of[1], &of[2], 1e-5).unwrap())?;
@@ -272,21 +272,21 @@ proptest! {
     fn gates_of_separate_and_of_joined_matrices(
         seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes(), how in gates(), interleaved: bool,
     ) {
-        let mut dice = Rng(seed);
-        let (gate, up) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
+        let mut rng = Rng(seed);
+        let (gate, up) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
         same(&[&gate, &up], |of| fused::gated(of[0].clone(), &of[1], how).unwrap())?;
-        let joined = dice.tensor(&[rows, 2 * width], dtype);
+        let joined = rng.tensor(&[rows, 2 * width], dtype);
         same(&[&joined], |of| fused::gated_joined(&of[0], interleaved, how).unwrap())?;
     }
 
     #[test]
     fn activations_and_sums(seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes()) {
-        let mut dice = Rng(seed);
-        let (x, y) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
+        let mut rng = Rng(seed);
+        let (x, y) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
         for how in [Activation::Relu, Activation::ReluSquared, Activation::GeluTanh] {
             same(&[&x], |of| fused::activated(of[0].clone(), how).unwrap())?;
         }
-        let row = dice.tensor(&[width], dtype);
+        let row = rng.tensor(&[width], dtype);
         for y in [y, row] {
             same(&[&x, &y], |of| fused::sum(of[0].clone(), &of[1]).unwrap())?;
         }
@@ -321,15 +321,15 @@ proptest! {
         scale in 0.01..2.0f64,
         dtype in dtypes(),
     ) {
-        let mut dice = Rng(seed);
+        let mut rng = Rng(seed);
         let block = ScoreBlock { first_query, queries, first_key: window.first_key(first_query), window };
         let keys = first_query + queries - block.first_key;
-        let scores = dice.tensor(&[heads, queries, keys], dtype);
+        let scores = rng.tensor(&[heads, queries, keys], dtype);
         let Some((count, first)) = sinks else {
             same(&[&scores], |of| fused::causal_softmax(of[0].clone(), block, scale, None).unwrap())?;
             return Ok(());
         };
-        let logits = dice.tensor(&[count], DType::F32);
+        let logits = rng.tensor(&[count], DType::F32);
         same(&[&scores, &logits], |of| {
             let sinks = Sinks { logits: &of[1], first_head: first % count };
             fused::causal_softmax(of[0].clone(), block, scale, Some(sinks)).unwrap()
@@ -345,10 +345,10 @@ proptest! {
         biased: bool,
         dtype in dtypes(),
     ) {
-        let mut dice = Rng(seed);
-        let x = dice.tensor(&[sequences * positions, heads * width], dtype);
-        let taps = dice.tensor(&[first_channel + heads * width, kernel], DType::F32);
-        let bias = dice.tensor(&[first_channel + heads * width], DType::F32);
+        let mut rng = Rng(seed);
+        let x = rng.tensor(&[sequences * positions, heads * width], dtype);
+        let taps = rng.tensor(&[first_channel + heads * width, kernel], DType::F32);
+        let bias = rng.tensor(&[first_channel + heads * width], DType::F32);
         same(&[&x, &taps, &bias], |of| {
             let bias = biased.then_some(&of[2]);
             Convolution { heads, positions, first_channel, length, bias }.apply(&of[0], &of[1]).unwrap()
@@ -357,9 +357,9 @@ proptest! {
 
     #[test]
     fn parts_of_logits(seed: u64, rows in 1..40usize, width in 1..300usize, dtype in dtypes()) {
-        let mut dice = Rng(seed);
-        let logits = dice.tensor(&[rows, width], dtype);
-        let target = |row: usize| (row % 3 > 0).then(|| dice.next() % width as u32);
+        let mut rng = Rng(seed);
+        let logits = rng.tensor(&[rows, width], dtype);
+        let target = |row: usize| (row % 3 > 0).then(|| rng.next() % width as u32);
         let targets: Vec<Option<u32>> = (0..rows).map(target).collect();
         same(&[&logits], |of| fused::logit_parts(&of[0], &targets).unwrap())?;
     }

@@ -104,10 +104,10 @@ prop_compose! {
 
 impl Case {
     /// Chooses experts on CPU and GPU from the same logits.
-    fn choose(&self, dice: &mut Rng, all_numbers: bool) -> [Choices; 2] {
-        let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| dice.logit(all_numbers)).collect();
+    fn choose(&self, rng: &mut Rng, all_numbers: bool) -> [Choices; 2] {
+        let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| rng.logit(all_numbers)).collect();
         let logits = tensor(logits, &[self.rows, self.experts], DType::F32);
-        let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { dice.unit() }).collect();
+        let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { rng.unit() }).collect();
         let has_numbers = self.spec.correction() || self.spec.scales();
         let numbers = has_numbers.then(|| tensor(numbers, &[self.experts], DType::F32));
         [&Device::Cpu, gpu()].map(|device| {
@@ -139,16 +139,16 @@ proptest! {
         dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
     ) {
         let _alone = alone();
-        let mut dice = Rng(case.seed);
+        let mut rng = Rng(case.seed);
         let (rows, experts) = (case.rows, case.experts);
         let first_token = 3 * tokens;
-        let beside = tensor((0..rows * width).map(|_| dice.unit() - 0.5).collect(), &[rows, width], dtype);
+        let beside = tensor((0..rows * width).map(|_| rng.unit() - 0.5).collect(), &[rows, width], dtype);
         let routed = |choices, device: &Device| {
             // Its storage is overwritten.
             let out = beside.copy().unwrap().to_device(device).unwrap();
             Routed::new(out.clone(), choices, experts, out, Some(Positions { first_token, tokens })).unwrap()
         };
-        let [of_cpu, of_gpu] = case.choose(&mut dice, true);
+        let [of_cpu, of_gpu] = case.choose(&mut rng, true);
         let (mut here, mut there) = (routed(of_cpu, &Device::Cpu), routed(of_gpu, gpu()));
 
         let mut stats = [RouterStats::new(experts), RouterStats::new(experts)];
@@ -160,7 +160,7 @@ proptest! {
         }
         prop_assert_eq!(&stats[0], &stats[1]);
 
-        let group = dice.next() as usize % experts..experts;
+        let group = rng.next() as usize % experts..experts;
         let inputs = [&here, &there].map(|routed| Inputs::new(&[routed, routed], &group).unwrap());
         for expert in group.filter(|expert| here.sent(*expert) > 0) {
             let rows = here.sent(expert);
@@ -181,7 +181,7 @@ proptest! {
             if sent.rows.is_empty() {
                 continue;
             }
-            let made = (0..sent.rows.len() * width).map(|_| dice.unit() * 3.0 - 1.0).collect();
+            let made = (0..sent.rows.len() * width).map(|_| rng.unit() * 3.0 - 1.0).collect();
             let made = tensor(made, &[sent.rows.len(), width], dtype);
             here.add(expert, &made).unwrap();
             there.add(expert, &made.to_device(gpu()).unwrap()).unwrap();
@@ -211,10 +211,10 @@ fn what_comes_back_does_not_grow_with_tokens() {
 
 /// A feed-forward that looks random, with biases: 0 without a gate, 1 and 2 with one beside, stored
 /// as `[out, in]` or the other way around, 3 with both in one.
-fn expert(dice: &mut Rng, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
+fn expert(rng: &mut Rng, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
     let mut linear = |out: usize, input: usize| {
         let mut values = |count: usize, shape: &[usize]| {
-            tensor((0..count).map(|_| dice.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
+            tensor((0..count).map(|_| rng.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
         };
         let bias = values(out, &[out]);
         let stored = if form == 2 { [input, out] } else { [out, input] };
@@ -254,17 +254,17 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let _alone = alone();
-        let mut dice = Rng(seed);
+        let mut rng = Rng(seed);
         let rows: Vec<usize> = match one_has_all {
             true => (0..rows.len()).map(|expert| if expert == 1 { 13 } else { 0 }).collect(),
             false => rows,
         };
         let at_once = 16 / dtype.size_in_bytes();
         let (width, inner) = (sizes.0 * at_once, sizes.1 * at_once);
-        let experts: Vec<MlpWeights> = rows.iter().map(|_| expert(&mut dice, form, [width, inner], dtype)).collect();
+        let experts: Vec<MlpWeights> = rows.iter().map(|_| expert(&mut rng, form, [width, inner], dtype)).collect();
         let all: usize = rows.iter().sum();
         prop_assume!(all > 0);
-        let x = tensor((0..all * width).map(|_| dice.unit() - 0.5).collect(), &[all, width], dtype);
+        let x = tensor((0..all * width).map(|_| rng.unit() - 0.5).collect(), &[all, width], dtype);
         let x = x.to_device(gpu()).unwrap();
         let together = ffn::apply_each(&experts.iter().collect::<Vec<_>>(), &x, &rows).unwrap();
         prop_assert_eq!(together.dims(), &[all, width]);
@@ -318,8 +318,8 @@ fn multiply_five_experts() {
     let refused: Vec<String> = [DType::F32, DType::BF16, DType::F16].into_iter().filter_map(ready).collect();
     // It is asked no more once it has refused.
     assert_eq!(refused.len(), usize::from(std::env::var_os(GROUPED).is_some()), "{refused:?}");
-    let mut dice = Rng(1);
-    let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut dice, 1, [16, 8], DType::BF16)).collect();
+    let mut rng = Rng(1);
+    let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut rng, 1, [16, 8], DType::BF16)).collect();
     let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
     let chosen = vec![0, 0, 2, 2, 2, 3, 4, 4, 4];
     let routing = ffn::Routing { top_k: 1, experts: chosen, weights: vec![1.0; 9], scales_input: false };

@@ -22,17 +22,17 @@ impl Rng {
 
 /// Rows of many kinds: columns with large values, values equal to the threshold, zeros, tiny and
 /// huge values, equal rows.
-fn values(dice: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
-    let wild: Vec<bool> = (0..width).map(|_| dice.below(4) == 0).collect();
+fn values(rng: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
+    let wild: Vec<bool> = (0..width).map(|_| rng.below(4) == 0).collect();
     let mut x = Vec::new();
     for _ in 0..tokens * sequences {
-        let kind = dice.below(8);
+        let kind = rng.below(8);
         x.extend(wild.iter().map(|wild| {
-            let unit = dice.next() as f32 / 2f32.powi(31) - 1.0;
-            match (kind, dice.below(16)) {
+            let unit = rng.next() as f32 / 2f32.powi(31) - 1.0;
+            match (kind, rng.below(16)) {
                 (0, _) => -0.25,
                 (1, 0..12) => 0.0,
-                (_, 0) => [6.0, -6.0, 5.9, 0.0, -0.0, 1e-7, -6e4, 3e-5][dice.below(8) as usize],
+                (_, 0) => [6.0, -6.0, 5.9, 0.0, -0.0, 1e-7, -6e4, 3e-5][rng.below(8) as usize],
                 _ if *wild => unit * 14.0,
                 _ => unit * 2.0,
             }
@@ -60,8 +60,8 @@ fn with<T>(stream: &Arc<CudaStream>, x: &[f32], dtype: &str, see: impl FnOnce(St
 }
 
 /// Compares the statistics of both.
-fn compare(stream: &Arc<CudaStream>, dice: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) {
-    let x = values(dice, [width, tokens, sequences], dtype);
+fn compare(stream: &Arc<CudaStream>, rng: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) {
+    let x = values(rng, [width, tokens, sequences], dtype);
     let cpu = Rows { x: &x, width, tokens };
     with(stream, &x, dtype, |stored| {
         let activation = Activation::new(Arc::clone(stream), stored, width, tokens);
@@ -83,9 +83,9 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Rng, [width, tokens, sequences]:
 }
 
 /// Enqueues several looks before it reads the first, then reads them in the same order.
-fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Rng) {
+fn many_at_a_time(stream: &Arc<CudaStream>, rng: &mut Rng) {
     let (width, tokens) = (61, 33);
-    let all: Vec<Vec<f32>> = (0..5).map(|_| values(dice, [width, tokens, 1], "f32")).collect();
+    let all: Vec<Vec<f32>> = (0..5).map(|_| values(rng, [width, tokens, 1], "f32")).collect();
     let slices: Vec<_> = all.iter().map(|x| stream.clone_htod(x).unwrap()).collect();
     let activation = |x| Activation::new(Arc::clone(stream), Stored::F32(x), width, tokens);
     let activations: Vec<_> = slices.iter().map(|slice| activation(slice.as_view())).collect();
@@ -110,11 +110,11 @@ fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Rng) {
 fn look_at_both() {
     crate::find().unwrap();
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-    let mut dice = Rng(1);
+    let mut rng = Rng(1);
     let sizes = [[1, 1, 1], [7, 5, 2], [40, 33, 1], [61, 32, 2], [130, 65, 1], [257, 3, 3], [300, 4, 1], [2051, 2, 1]];
     for size in sizes {
         for dtype in ["f32", "bf16", "f16"] {
-            compare(&stream, &mut dice, size, dtype);
+            compare(&stream, &mut rng, size, dtype);
         }
     }
     // More large values than the initial capacity, and non-finite values.
@@ -138,7 +138,7 @@ fn look_at_both() {
         let gpu = look.seen(&activation).unwrap();
         assert!(gpu.scan().unwrap().is_empty() && gpu.medians().unwrap().is_empty());
     });
-    many_at_a_time(&stream, &mut dice);
+    many_at_a_time(&stream, &mut rng);
     println!("said: all equal");
 }
 
