@@ -567,15 +567,15 @@ impl Inputs {
     }
 
     /// What goes to experts of the group, `[rows, width]`, in neighbouring pieces of a wave.
-    pub fn gather(&self, wave: &[&Routed], pieces: &[Piece]) -> Result<Tensor> {
-        if let (Some(all), [Piece { expert, sent }, ..]) = (&self.all, pieces)
+    pub fn gather(&self, wave: &[&Routed], pieces: &[ExpertBatch]) -> Result<Tensor> {
+        if let (Some(all), [ExpertBatch { expert, sent }, ..]) = (&self.all, pieces)
             && let [(batch, _), ..] = sent[..]
         {
-            let rows = pieces.iter().map(Piece::rows).sum();
+            let rows = pieces.iter().map(ExpertBatch::rows).sum();
             return all.narrow(0, self.places[expert - self.first][batch], rows);
         }
         let mut parts = Vec::new();
-        for Piece { expert, sent } in pieces {
+        for ExpertBatch { expert, sent } in pieces {
             for (batch, _) in sent {
                 let Routed { x, pairs, .. } = wave[*batch];
                 if let Pairs::Host(pairs) = pairs {
@@ -643,14 +643,14 @@ pub fn rows_together(
 
 /// Rows that go to one expert from neighbouring micro-batches of a wave.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct ExpertBatch {
     /// The expert.
     pub expert: usize,
     /// Numbers of micro-batches in the wave, and how many rows come from each, never none.
     pub sent: Vec<(usize, usize)>,
 }
 
-impl Piece {
+impl ExpertBatch {
     /// Rows from all micro-batches.
     pub fn rows(&self) -> usize {
         self.sent.iter().map(|(_, rows)| rows).sum()
@@ -660,14 +660,14 @@ impl Piece {
 /// What a group of experts is sent of a wave, expert by expert. Rows of an expert come together
 /// from neighbouring micro-batches, no more than `most` where one sends no more, so that its
 /// products are large however few of a micro-batch go to it.
-pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<Piece> {
+pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<ExpertBatch> {
     let mut pieces = Vec::new();
     for expert in group.clone() {
         let rows: Vec<usize> = wave.iter().map(|routed| routed.sent(expert)).collect();
         for run in runs(&rows, most) {
             let sent: Vec<_> = run.map(|batch| (batch, rows[batch])).filter(|(_, rows)| *rows > 0).collect();
             if !sent.is_empty() {
-                pieces.push(Piece { expert, sent });
+                pieces.push(ExpertBatch { expert, sent });
             }
         }
     }
@@ -675,8 +675,8 @@ pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<Piece>
 }
 
 /// Neighbouring pieces that have no more than `most` rows together, or one that has more alone.
-pub fn together(pieces: &[Piece], most: usize) -> impl Iterator<Item = &[Piece]> {
-    let mut rows = pieces.first().map_or(0, Piece::rows);
+pub fn together(pieces: &[ExpertBatch], most: usize) -> impl Iterator<Item = &[ExpertBatch]> {
+    let mut rows = pieces.first().map_or(0, ExpertBatch::rows);
     pieces.chunk_by(move |_, next| {
         rows += next.rows();
         let fits = rows <= most;
@@ -879,7 +879,7 @@ mod tests {
             for group in [0..3, 3..4, 4..7] {
                 let inputs = Inputs::new(&[&routed], &group).unwrap();
                 for expert in group.filter(|expert| routing.experts.contains(&(*expert as u32))) {
-                    let piece = Piece { expert, sent: vec![(0, routed.sent(expert))] };
+                    let piece = ExpertBatch { expert, sent: vec![(0, routed.sent(expert))] };
                     let part = inputs.gather(&[&routed], &[piece]).unwrap();
                     let of = routed.rows(expert, &made(&mlp(expert), &part)).unwrap();
                     prop_assert_eq!(routed.sent(expert), of.rows.len());
@@ -956,11 +956,11 @@ mod tests {
         let wave = [&wave[0], &wave[1]];
         let inputs = Inputs::new(&wave, &(0..2)).unwrap();
         let pieces = pieces(&wave, &(0..2), 100);
-        assert_eq!(pieces[1], Piece { expert: 1, sent: vec![(0, 2), (1, 1)] });
+        assert_eq!(pieces[1], ExpertBatch { expert: 1, sent: vec![(0, 2), (1, 1)] });
         let both = made(&weights, &inputs.gather(&wave, &pieces[1..]).unwrap());
         let parts = [both.narrow(0, 0, 2).unwrap(), both.narrow(0, 2, 1).unwrap()];
         for (part, sent) in parts.iter().zip(&pieces[1].sent) {
-            let piece = Piece { expert: 1, sent: vec![*sent] };
+            let piece = ExpertBatch { expert: 1, sent: vec![*sent] };
             let alone = made(&weights, &inputs.gather(&wave, &[piece]).unwrap());
             assert_eq!(part.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
         }
@@ -978,7 +978,7 @@ mod tests {
         };
         let wave = [routed(&[0, 0, 1]), routed(&[0, 0, 3]), routed(&[0, 1, 3])];
         let wave: Vec<&Routed> = wave.iter().collect();
-        let piece = |expert, sent: &[(usize, usize)]| Piece { expert, sent: sent.into() };
+        let piece = |expert, sent: &[(usize, usize)]| ExpertBatch { expert, sent: sent.into() };
         let all = [
             piece(0, &[(0, 2)]),
             piece(0, &[(1, 2), (2, 1)]),
@@ -987,7 +987,7 @@ mod tests {
         ];
         assert_eq!(pieces(&wave, &(0..4), 3), all);
         assert_eq!(pieces(&wave, &(1..3), 3), all[2..3], "expert 2 is sent nothing");
-        let cut = |most| together(&all, most).map(<[Piece]>::len).collect::<Vec<_>>();
+        let cut = |most| together(&all, most).map(<[ExpertBatch]>::len).collect::<Vec<_>>();
         assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 1, 2], vec![2, 2], vec![4]]);
         assert_eq!(together(&[], 3).count(), 0);
         // 256 rows per expert, and one token fewer. No experts are on a GPU here.

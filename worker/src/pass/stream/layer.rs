@@ -9,7 +9,7 @@ use outliers_protocol::Point;
 use super::{MicroBatch, Mixture, Wave};
 use crate::blocks::attention::{TopShares, MaybeRecorder, AttentionRecorder, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Piece, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, ExpertBatch, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -436,15 +436,15 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         &mut self,
         weights: &[&MlpWeights],
         inputs: &Inputs,
-        pieces: &[Piece],
+        pieces: &[ExpertBatch],
         batches: &mut [MicroBatch],
     ) -> Result<()> {
         let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
         let x = inputs.gather(&wave, pieces)?;
-        let rows: Vec<usize> = pieces.iter().map(Piece::rows).collect();
+        let rows: Vec<usize> = pieces.iter().map(ExpertBatch::rows).collect();
         let made = ffn::apply_each(weights, &x, &rows)?;
         let mut first = 0;
-        for Piece { expert, sent } in pieces {
+        for ExpertBatch { expert, sent } in pieces {
             for (at, rows) in sent {
                 let made = made.narrow(0, first, *rows)?;
                 first += rows;
