@@ -234,7 +234,7 @@ fn tensors_are_split_at_scale_boundaries() {
     let (codes, scales) = (noise(1, 7 * 40), noise(2, 3 * 2));
     let form = Form::Tiles { scales: Number::E8m0, columns: 40, tile: [3, 20] };
     let pieces: Vec<_> = StoredTensor { form, codes: &codes, scales: &scales }.pieces(7 * 40, 100).collect();
-    assert_eq!(pieces.iter().map(Piece::values).collect::<Vec<_>>(), [0..80, 80..160, 160..240, 240..280]);
+    assert_eq!(pieces.iter().map(EncodedChunk::values).collect::<Vec<_>>(), [0..80, 80..160, 160..240, 240..280]);
     assert_eq!(pieces[1].scales, &scales[..4], "rows 2 and 3 are of two rows of tiles");
     let mut bytes = vec![0; pieces[3].bytes()];
     pieces[3].copy_to(&mut bytes);
