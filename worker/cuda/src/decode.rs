@@ -126,7 +126,7 @@ pub(crate) struct EncodedChunk<'a> {
 
 /// GPU addresses for decoding a piece.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Places {
+pub(crate) struct DecodeAddresses {
     /// Input: the piece's bytes, as [`EncodedChunk::copy_to`] arranges them.
     pub(crate) stored: CUdeviceptr,
     /// Output: the values.
@@ -185,7 +185,7 @@ impl<'a> StoredTensor<'a> {
         &self,
         stream: &CudaStream,
         piece: &EncodedChunk<'_>,
-        places: Places,
+        places: DecodeAddresses,
         before: usize,
     ) -> Result<(), DriverError> {
         let codes = Address(places.stored);

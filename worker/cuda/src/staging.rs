@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, PinnedHostSlice};
 
-use crate::decode::{Places, StoredTensor, Value};
+use crate::decode::{DecodeAddresses, StoredTensor, Value};
 
 /// Bytes of a buffer, unless an indivisible piece is larger.
 const BUFFER: usize = 16 << 20;
@@ -124,11 +124,11 @@ impl Staging {
             let places = match &mut self.stored {
                 Some(room) if !in_place => {
                     self.stream.memcpy_htod(&*pinned, &mut room.slice_mut(..len))?;
-                    Places { stored: room.device_ptr_mut(&self.stream).0, values: at, note }
+                    DecodeAddresses { stored: room.device_ptr_mut(&self.stream).0, values: at, note }
                 }
                 _ => {
                     self.stream.memcpy_htod(&*pinned, &mut decoded)?;
-                    Places { stored: at, values: at, note }
+                    DecodeAddresses { stored: at, values: at, note }
                 }
             };
             // The event blocks: a waiting thread sleeps.

@@ -74,7 +74,7 @@ fn in_pieces<T: Value>(gpu: &Gpu, stored: StoredTensor<'_>, count: usize, room: 
         piece.copy_to(&mut copied);
         let mut copied = stream.clone_htod(&copied).unwrap();
         let first = (piece.values().start * size_of::<T>()) as CUdeviceptr;
-        let places = Places {
+        let places = DecodeAddresses {
             stored: copied.device_ptr_mut(stream).0,
             values: values.device_ptr_mut(stream).0 + first,
             note: note.device_ptr_mut(stream).0,
