@@ -125,7 +125,7 @@ pub struct Sorted {
     /// Weights, in the same order.
     pub weights: CudaSlice<f32>,
     /// Counts per expert, for the host.
-    pub counts: Arriving,
+    pub counts: CountsReadback,
 }
 
 /// Sorts the choices of `top_k` experts per token by expert. With `positions`, also sums the load
@@ -174,7 +174,7 @@ pub fn sort(
             unsafe { launch(stream, File::Route, "sum_loads", by_expert, &arguments) }?;
         }
     }
-    let counts = Arriving::new(stream, &summary, experts)?;
+    let counts = CountsReadback::new(stream, &summary, experts)?;
     Ok(Sorted { tokens, weights: sorted, counts })
 }
 
@@ -210,12 +210,12 @@ impl Mass {
 }
 
 /// Counts on their way to the host.
-pub struct Arriving {
+pub struct CountsReadback {
     readback: Readback,
     experts: usize,
 }
 
-impl Arriving {
+impl CountsReadback {
     fn new(stream: &Arc<CudaStream>, counts: &CudaSlice<u64>, experts: usize) -> Result<Self, DriverError> {
         Ok(Self { readback: Readback::ask(stream, &[Part::of(counts, stream)])?, experts })
     }
