@@ -46,7 +46,7 @@ pub use decode::{Codes, Form, Number, StoredTensor, Value};
 #[cfg(feature = "staging")]
 pub use peer_copy::PeerCopy;
 #[cfg(feature = "staging")]
-pub use staging::{Misfit, PINNED, ReleaseFence, Staging, UploadFence};
+pub use staging::{OutOfRangeValue, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
 pub use statistics::{Activation, PendingScan, ScanSummary, Stored};
 use table::Of;

@@ -64,7 +64,7 @@ struct Noted {
 
 /// The first value of a tensor that is out of range for its dtype.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Misfit {
+pub struct OutOfRangeValue {
     /// The tensor's name.
     pub tensor: String,
     /// Index of the value.
@@ -191,7 +191,7 @@ impl UploadFence {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn wait(mut self) -> Result<Option<Misfit>, DriverError> {
+    pub fn wait(mut self) -> Result<Option<OutOfRangeValue>, DriverError> {
         let Some(decoded) = self.decoded.take() else { return Ok(None) };
         self.compute.wait(&decoded)?;
         decoded.synchronize()?;
@@ -216,9 +216,9 @@ impl Drop for UploadFence {
 
 impl Notes {
     /// The first misfit in the order of tensors, after all notes are written.
-    fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<Misfit>, DriverError> {
+    fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<OutOfRangeValue>, DriverError> {
         let words = stream.clone_dtoh(&self.words.slice(..self.about.len()))?;
-        let misfit = |(word, about): (&u64, &Noted)| Misfit {
+        let misfit = |(word, about): (&u64, &Noted)| OutOfRangeValue {
             tensor: about.tensor.clone(),
             at: about.first + (!word >> 32) as usize,
             value: f32::from_bits(!word as u32),

@@ -8,7 +8,7 @@ use outliers_worker::checkpoint::dtype::{self, Encoded};
 use outliers_worker::checkpoint::safetensors::StoredDtype;
 
 use super::*;
-use crate::staging::{Misfit, Staging};
+use crate::staging::{OutOfRangeValue, Staging};
 use crate::tests::said_by;
 
 /// A stream that computes, and the way there.
@@ -110,7 +110,7 @@ fn compare_as<T: Value>(
         Err(error) => {
             let misfit = misfit.unwrap_or_else(|| panic!("{name}: the CPU says {error}"));
             assert_eq!((!note >> 32, f32::from_bits(!note as u32).is_nan()), (misfit.at as u64, misfit.value.is_nan()));
-            let Misfit { tensor, at, value, dtype } = misfit;
+            let OutOfRangeValue { tensor, at, value, dtype } = misfit;
             assert_eq!(dtype::misfit(&tensor, at, value, dtype), error, "{name}");
         }
     }
