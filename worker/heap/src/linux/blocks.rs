@@ -5,7 +5,7 @@ mod kept;
 use std::alloc::Layout;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use self::kept::{Kept, Span};
+use self::kept::{FreeList, Span};
 
 /// Minimum size of a large block. The search does not pay off for smaller blocks.
 const LEAST: usize = 256 << 10;
@@ -15,13 +15,13 @@ const STEP: usize = 64 << 10;
 const HUGE: usize = 2 << 20;
 
 struct Blocks {
-    kept: Kept,
+    kept: FreeList,
     in_use: usize,
     /// The most bytes that were in use at once.
     most: usize,
 }
 
-static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: Kept::new(), in_use: 0, most: 0 });
+static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: FreeList::new(), in_use: 0, most: 0 });
 
 fn blocks() -> MutexGuard<'static, Blocks> {
     BLOCKS.lock().unwrap_or_else(PoisonError::into_inner)

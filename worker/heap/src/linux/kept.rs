@@ -17,13 +17,13 @@ impl Span {
 const MOST: usize = 256;
 
 /// Kept spans, none adjacent to another, in the order in which they were kept. Allocates nothing.
-pub(crate) struct Kept {
+pub(crate) struct FreeList {
     spans: [Span; MOST],
     count: usize,
     bytes: usize,
 }
 
-impl Kept {
+impl FreeList {
     pub(crate) const fn new() -> Self {
         Self { spans: [Span { at: 0, bytes: 0 }; MOST], count: 0, bytes: 0 }
     }
@@ -102,7 +102,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_byte_is_given_twice_or_lost(steps in prop::collection::vec((0..3u8, 0..400usize, 1..9usize), 1..800)) {
-            let (mut kept, mut places) = (Kept::new(), BTreeSet::new());
+            let (mut kept, mut places) = (FreeList::new(), BTreeSet::new());
             for (kind, at, bytes) in steps {
                 let span = Span { at, bytes };
                 match kind {
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn best_fit_is_taken_and_neighbours_are_merged() {
-        let mut kept = Kept::new();
+        let mut kept = FreeList::new();
         for (at, bytes) in [(100, 50), (200, 10), (300, 20)] {
             assert_eq!(kept.keep(Span { at, bytes }), None);
         }
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn oldest_block_is_released_when_too_many_are_kept() {
-        let mut kept = Kept::new();
+        let mut kept = FreeList::new();
         for place in 0..MOST {
             assert_eq!(kept.keep(Span { at: 2 * place, bytes: 1 }), None);
         }
