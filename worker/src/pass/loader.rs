@@ -43,13 +43,13 @@ pub struct LoadedUnit {
 
 /// A value whose tensors may still be being uploaded to a GPU.
 #[must_use]
-pub struct OnItsWay<T> {
+pub struct PendingUpload<T> {
     // Dropped first: memory must not be released before the upload into it is complete.
     upload_fence: Option<UploadFence>,
     value: T,
 }
 
-impl<T> OnItsWay<T> {
+impl<T> PendingUpload<T> {
     /// Waits for the upload. GPU work submitted afterwards sees the values.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn unit(&mut self, layer: usize, needs: &[Need]) -> Result<OnItsWay<LoadedUnit>> {
+    pub fn unit(&mut self, layer: usize, needs: &[Need]) -> Result<PendingUpload<LoadedUnit>> {
         let mut tensors = HashMap::with_capacity(needs.len());
         let mut memory = Vec::new();
         let loaded = needs.iter().try_for_each(|need| {
@@ -108,14 +108,14 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// Errors of the source; a value is not finite; the message names the tensor.
-    pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<OnItsWay<Tensor>> {
+    pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<PendingUpload<Tensor>> {
         let tensor = self.decoded(layer, need)?.out_by_in()?;
         self.on_its_way(tensor)
     }
 
-    fn on_its_way<T>(&mut self, value: T) -> Result<OnItsWay<T>> {
+    fn on_its_way<T>(&mut self, value: T) -> Result<PendingUpload<T>> {
         let upload_fence = self.host_to_device.as_mut().map(HostToDevice::upload_fence).transpose()?;
-        Ok(OnItsWay { upload_fence, value })
+        Ok(PendingUpload { upload_fence, value })
     }
 
     fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
@@ -146,7 +146,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<OnItsWay<Tensor>> {
+    pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<PendingUpload<Tensor>> {
         let mut bytes = std::mem::take(&mut self.values);
         self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
         let decoded = self.decode_rows(stored, rows, &bytes);
@@ -163,7 +163,7 @@ impl<'a> Loader<'a> {
         stored: &StoredTensor<'_>,
         rows: &Range<usize>,
         bytes: &[u8],
-    ) -> Result<OnItsWay<Tensor>> {
+    ) -> Result<PendingUpload<Tensor>> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];

@@ -23,7 +23,7 @@ use crate::device::gpu::{self, ReleaseFence};
 use crate::error::{Result, WorkerError};
 use crate::kernels::product;
 use crate::model::decoder::Unit;
-use crate::pass::loader::{LoadedUnit, OnItsWay, TensorPool};
+use crate::pass::loader::{LoadedUnit, PendingUpload, TensorPool};
 use crate::pass::meter::{Clock, Subject, Thread, Work};
 use crate::pass::savepoint::SavePoints;
 use crate::stats::{LayerObserver, Observer};
@@ -31,7 +31,7 @@ use crate::stats::{LayerObserver, Observer};
 /// Events that a device waits for.
 enum Event {
     /// The next unit of its layers, or the error that ended loading.
-    Loaded(Result<OnItsWay<LoadedUnit>>),
+    Loaded(Result<PendingUpload<LoadedUnit>>),
     /// A wave, at the first unit of a layer.
     Arrived(usize, Wave),
     /// Another thread has failed.
@@ -283,11 +283,11 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         self.held.iter().position(waits)
     }
 
-    fn hold(&mut self, loaded: Result<OnItsWay<LoadedUnit>>) -> Result<()> {
+    fn hold(&mut self, loaded: Result<PendingUpload<LoadedUnit>>) -> Result<()> {
         let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
         let front = self.front;
         let unit = &front.units[number];
-        let arrived = |way: OnItsWay<LoadedUnit>| way.arrived().map_err(|error| front.locate(error, unit, self.device));
+        let arrived = |way: PendingUpload<LoadedUnit>| way.arrived().map_err(|error| front.locate(error, unit, self.device));
         let (block, memory) = match loaded.and_then(arrived) {
             Ok(LoadedUnit { tensors, memory }) => {
                 (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
