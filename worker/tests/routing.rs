@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, Piece, Routed};
+use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, ExpertBatch, Routed};
 use outliers_worker::device::gpu::{self, Positions};
 use outliers_worker::kernels::product::{self, Linear};
 use outliers_worker::model::decoder::{GateUp, MlpKind, RouterSpec};
@@ -164,7 +164,7 @@ proptest! {
         let inputs = [&here, &there].map(|routed| Inputs::new(&[routed, routed], &group).unwrap());
         for expert in group.filter(|expert| here.sent(*expert) > 0) {
             let rows = here.sent(expert);
-            let piece = |sent: &[(usize, usize)]| [Piece { expert, sent: sent.into() }];
+            let piece = |sent: &[(usize, usize)]| [ExpertBatch { expert, sent: sent.into() }];
             let [one, other] = [(&inputs[0], &here), (&inputs[1], &there)].map(|(inputs, routed)| {
                 let alone = inputs.gather(&[routed, routed], &piece(&[(1, rows)])).unwrap();
                 let both = inputs.gather(&[routed, routed], &piece(&[(0, rows), (1, rows)])).unwrap();

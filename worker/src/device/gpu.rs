@@ -78,9 +78,9 @@ pub struct Gpus {
 /// Detects the GPUs.
 #[cfg(feature = "cuda")]
 pub fn find() -> Gpus {
-    use outliers_cuda::{DriverInfo, Gpu as ScanSummary, OLDEST_COMPUTE};
+    use outliers_cuda::{DriverInfo, Gpu as CudaGpu, OLDEST_COMPUTE};
 
-    let one = |ScanSummary { name, memory_bytes, compute }: &ScanSummary| {
+    let one = |CudaGpu { name, memory_bytes, compute }: &CudaGpu| {
         let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
         let old = *compute < OLDEST_COMPUTE;
         let unfit = old.then(|| format!("its compute capability is {major}.{minor}, {least}.{dot} is needed"));

@@ -10,7 +10,7 @@ use tokenizers::normalizers::replace::ReplacePattern;
 use tokenizers::normalizers::{Precompiled, Replace};
 use tokenizers::pre_tokenizers::metaspace::{Metaspace, PrependScheme};
 use tokenizers::pre_tokenizers::split::SplitPattern;
-use tokenizers::processors::template::ExpertBatch;
+use tokenizers::processors::template::Piece;
 use tokenizers::{
     NormalizedString, Normalizer, NormalizerWrapper, OffsetReferential, OffsetType, PostProcessor,
     PostProcessorWrapper, PreTokenizedString, PreTokenizer, PreTokenizerWrapper, Result, Tokenizer,
@@ -189,8 +189,8 @@ fn check_template(step: &PostProcessorWrapper) -> Result<()> {
             steps.iter().try_for_each(check_template)
         }
         PostProcessorWrapper::Template(template) => {
-            let single: Vec<ExpertBatch> = serde_json::from_value(serde_json::to_value(&template.single)?)?;
-            let texts = single.iter().filter(|piece| matches!(piece, ExpertBatch::Sequence { .. })).count();
+            let single: Vec<Piece> = serde_json::from_value(serde_json::to_value(&template.single)?)?;
+            let texts = single.iter().filter(|piece| matches!(piece, Piece::Sequence { .. })).count();
             if texts > 1 { Err("its template repeats the text".into()) } else { Ok(()) }
         }
         PostProcessorWrapper::Bert(_) | PostProcessorWrapper::ByteLevel(_) | PostProcessorWrapper::Roberta(_) => Ok(()),

@@ -11,7 +11,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::fused::Real;
-use outliers_cuda::routing::{self as kernels, Arriving, Kind, Rule};
+use outliers_cuda::routing::{self as kernels, CountsReadback, Kind, Rule};
 
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
@@ -64,7 +64,7 @@ pub struct SortedPairs {
     /// `[pairs]`: gate weights in f32, in the same order.
     weights: Tensor,
     /// Counts being copied, until [`arrive`](Self::arrive).
-    arriving: Option<Arriving>,
+    arriving: Option<CountsReadback>,
     /// Set by `arrive`: the index of each expert's first pair, then the number of pairs.
     firsts: Vec<usize>,
     /// Tokens and weights, copied on first use.
