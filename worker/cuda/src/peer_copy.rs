@@ -49,7 +49,7 @@ impl PeerCopy {
             unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
             None
         } else {
-            let readback = Readback::ask(from, &[Part::at(x.address(from), x.bytes())])?;
+            let readback = Readback::start(from, &[Part::at(x.address(from), x.bytes())])?;
             // SAFETY: room for all of it, which nobody reads before the event.
             unsafe { readback.go_on(at, &mail) }?;
             Some(readback)

@@ -90,7 +90,7 @@ impl Readback {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub(crate) fn ask(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
+    pub(crate) fn start(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
         let context = stream.context();
         context.bind_to_thread()?;
         let mut end = 0;
@@ -120,7 +120,7 @@ impl Readback {
     ///
     /// # Errors
     /// Errors of the CUDA driver, including those of earlier work on the stream.
-    pub(crate) fn is_there(&self) -> Result<bool, DriverError> {
+    pub(crate) fn is_complete(&self) -> Result<bool, DriverError> {
         self.copied.context().bind_to_thread()?;
         self.copied.try_is_complete()
     }
@@ -208,7 +208,7 @@ mod tests {
             let reals = [f64::from(round), 0.5];
             let stream = if round % 3 == 0 { &second } else { &first };
             let (a, b) = (stream.clone_htod(&words).unwrap(), stream.clone_htod(&reals).unwrap());
-            let readback = Readback::ask(stream, &[Part::of(&a, stream), Part::of(&b, stream)]).unwrap();
+            let readback = Readback::start(stream, &[Part::of(&a, stream), Part::of(&b, stream)]).unwrap();
             // What was copied is given back on its stream, and some of it nobody reads.
             drop((a, b));
             if round % 7 == 0 {
@@ -219,14 +219,14 @@ mod tests {
             if on_their_way.len() > 5 {
                 let (readback, words, reals) = on_their_way.remove(0);
                 assert_eq!((readback.u32s(0).unwrap(), readback.f64s(1).unwrap()), (words, reals.to_vec()));
-                assert!(readback.is_there().unwrap());
+                assert!(readback.is_complete().unwrap());
             }
         }
         for (readback, words, _) in on_their_way {
             assert_eq!(readback.u32s(0).unwrap(), words);
         }
-        let empty = Readback::ask(&first, &[]).unwrap();
-        while !empty.is_there().unwrap() {
+        let empty = Readback::start(&first, &[]).unwrap();
+        while !empty.is_complete().unwrap() {
             std::thread::yield_now();
         }
         drop(empty);

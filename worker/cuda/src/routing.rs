@@ -217,7 +217,7 @@ pub struct CountsReadback {
 
 impl CountsReadback {
     fn new(stream: &Arc<CudaStream>, counts: &CudaSlice<u64>, experts: usize) -> Result<Self, DriverError> {
-        Ok(Self { readback: Readback::ask(stream, &[Part::of(counts, stream)])?, experts })
+        Ok(Self { readback: Readback::start(stream, &[Part::of(counts, stream)])?, experts })
     }
 
     /// First pair of each expert, and after the last expert the number of pairs; and the load of

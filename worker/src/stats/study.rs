@@ -289,12 +289,12 @@ impl Study {
 
     /// Adds arrived statistics in the order of requests. Waits while more than `held` are pending.
     fn add_what_came(&mut self, held: usize) -> Result<()> {
-        while let Some((shown, look)) = self.coming.pop_front() {
-            if self.coming.len() < held && !look.is_there()? {
-                self.coming.push_front((shown, look));
+        while let Some((shown, pending)) = self.coming.pop_front() {
+            if self.coming.len() < held && !pending.is_complete()? {
+                self.coming.push_front((shown, pending));
                 return Ok(());
             }
-            look.show(|seen| self.see(&shown, &HostValues { tensor: look.tensor(), values: &Values::Gpu(seen) }))?;
+            pending.show(|seen| self.see(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) }))?;
         }
         Ok(())
     }

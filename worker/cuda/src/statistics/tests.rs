@@ -65,8 +65,8 @@ fn compare(stream: &Arc<CudaStream>, rng: &mut Rng, [width, tokens, sequences]: 
     let cpu = Rows { x: &x, width, tokens };
     with(stream, &x, dtype, |stored| {
         let activation = Activation::new(Arc::clone(stream), stored, width, tokens);
-        let look = activation.look(Some(6.0), true).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(Some(6.0), true).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         let name = format!("{dtype} [{sequences} x {tokens}, {width}]");
         let (scans, found) = (cpu.scan(), gpu.scan().unwrap());
         assert_eq!((found.len(), gpu.rows()), (sequences, cpu.rows()), "{name}");
@@ -89,14 +89,14 @@ fn many_at_a_time(stream: &Arc<CudaStream>, rng: &mut Rng) {
     let slices: Vec<_> = all.iter().map(|x| stream.clone_htod(x).unwrap()).collect();
     let activation = |x| Activation::new(Arc::clone(stream), Stored::F32(x), width, tokens);
     let activations: Vec<_> = slices.iter().map(|slice| activation(slice.as_view())).collect();
-    let looks: Vec<_> = activations.iter().map(|of| of.look(Some(6.0), true).unwrap()).collect();
+    let scans: Vec<_> = activations.iter().map(|of| of.start_scan(Some(6.0), true).unwrap()).collect();
     // Later work on the stream does not delay the result.
     let later = stream.clone_dtod(&slices[0]).unwrap();
-    for ((x, activation), look) in all.iter().zip(&activations).zip(&looks) {
-        let (cpu, gpu) = (Rows { x, width, tokens }, look.seen(activation).unwrap());
+    for ((x, activation), pending) in all.iter().zip(&activations).zip(&scans) {
+        let (cpu, gpu) = (Rows { x, width, tokens }, pending.summary(activation).unwrap());
         let scans = cpu.scan();
         assert_eq!(gpu.scan().unwrap()[0].rows, scans[0].rows);
-        assert!(look.is_there().unwrap());
+        assert!(pending.is_complete().unwrap());
         assert_eq!(gpu.medians().unwrap(), cpu.medians(&scans));
         assert_eq!(gpu.columns(6.0).unwrap(), cpu.columns(6.0));
         let asked = [(2, 6f32.to_bits()), (7, 0)];
@@ -122,8 +122,8 @@ fn look_at_both() {
     (x[5], x[ROOM + 3]) = (f32::NAN, f32::NEG_INFINITY);
     with(&stream, &x, "bf16", |stored| {
         let activation = Activation::new(Arc::clone(&stream), stored, ROOM / 2, 3);
-        let look = activation.look(Some(6.0), false).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(Some(6.0), false).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         assert_eq!(gpu.large(&[(1, 0), (3, 0), (4, 0)]).unwrap().len(), 3 * ROOM / 2);
         let not_finite: Vec<_> = gpu.scan().unwrap().iter().map(Scan::first_not_finite).collect();
         assert_eq!(not_finite, [Some(0), None]);
@@ -134,8 +134,8 @@ fn look_at_both() {
     });
     with(&stream, &[], "f32", |stored| {
         let activation = Activation::new(Arc::clone(&stream), stored, 4, 0);
-        let look = activation.look(None, true).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(None, true).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         assert!(gpu.scan().unwrap().is_empty() && gpu.medians().unwrap().is_empty());
     });
     many_at_a_time(&stream, &mut rng);

@@ -24,7 +24,7 @@ impl PendingScan {
     ///
     /// # Errors
     /// None.
-    pub fn is_there(&self) -> Result<bool> {
+    pub fn is_complete(&self) -> Result<bool> {
         match self.0 {}
     }
 
