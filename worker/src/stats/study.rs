@@ -119,14 +119,14 @@ pub struct Study {
     first_keys: Option<FirstKeys>,
     /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
     #[serde(skip)]
-    coming: VecDeque<(Shown, PendingScan)>,
+    coming: VecDeque<(Observed, PendingScan)>,
 }
 
 /// Maximum activations held on a GPU until their statistics arrive.
 pub const HELD: usize = 4;
 
 /// Observed values and their site.
-struct Shown {
+struct Observed {
     site: Site,
     whose: Whose,
 }
@@ -139,7 +139,7 @@ enum Whose {
     Expert { expert: usize, tokens: Vec<usize> },
 }
 
-impl Shown {
+impl Observed {
     /// The token index of a row.
     fn token(&self, row: usize) -> usize {
         match &self.whose {
@@ -263,7 +263,7 @@ impl Study {
     }
 
     /// Adds values: immediately on the host, on a GPU after its statistics arrive.
-    fn show(&mut self, shown: Shown, x: &Tensor) -> Result<()> {
+    fn show(&mut self, shown: Observed, x: &Tensor) -> Result<()> {
         let tokens = match shown.whose {
             Whose::Sequences { .. } => self.scope.tokens,
             Whose::Expert { .. } => x.dim(0)?,
@@ -299,7 +299,7 @@ impl Study {
         Ok(())
     }
 
-    fn see(&mut self, shown: &Shown, x: &HostValues<'_>) -> Result<()> {
+    fn see(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
         let (site, values) = (shown.site, x.values);
         match shown.whose {
             Whose::Sequences { first_token } => {
@@ -354,7 +354,7 @@ impl Study {
     }
 
     /// Measurements over the rows of any site.
-    fn add(&mut self, shown: &Shown, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
+    fn add(&mut self, shown: &Observed, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
         let mut first = 0;
         for scan in scans {
             if let Some(row) = scan.first_not_finite() {
@@ -497,7 +497,7 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.show(Shown { site, whose: Whose::Sequences { first_token } }, x)
+        self.show(SequenceValues { site, whose: Whose::Sequences { first_token } }, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -509,7 +509,7 @@ impl LayerObserver for Study {
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
         let tokens = rows.rows.iter().map(|row| first_token + *row as usize).collect();
         let site = Site { layer, point: Point::ExpertOut };
-        self.show(Shown { site, whose: Whose::Expert { expert, tokens } }, &rows.out)
+        self.show(SequenceValues { site, whose: Whose::Expert { expert, tokens } }, &rows.out)
     }
 
     fn wants_first_key(&self) -> bool {
@@ -574,7 +574,7 @@ mod tests {
 
     /// Values of one sequence: per site, and one expert per token with its output.
     #[derive(Clone, Debug)]
-    struct Shown {
+    struct SequenceValues {
         values: Vec<Vec<f32>>,
         experts: Vec<u32>,
         outputs: Vec<f32>,
@@ -587,8 +587,8 @@ mod tests {
                 prop::collection::vec(0..EXPERTS as u32, TOKENS),
                 prop::collection::vec(-90f32..90.0, TOKENS * HIDDEN),
             ), SEQUENCES)
-        ) -> Vec<Shown> {
-            sequences.into_iter().map(|(values, experts, outputs)| Shown { values, experts, outputs }).collect()
+        ) -> Vec<SequenceValues> {
+            sequences.into_iter().map(|(values, experts, outputs)| SequenceValues { values, experts, outputs }).collect()
         }
     }
 
@@ -601,7 +601,7 @@ mod tests {
     }
 
     /// Observes sequences `place..place + shown.len()` as one micro-batch.
-    fn show(study: &mut Study, place: usize, shown: &[Shown]) {
+    fn show(study: &mut Study, place: usize, shown: &[SequenceValues]) {
         let first = place * TOKENS;
         let sites: Vec<Site> = scope().norms.into_iter().chain(scope().others).collect();
         for (i, site) in sites.into_iter().enumerate().filter(|(_, site)| site.point != Point::ExpertOut) {
@@ -635,7 +635,7 @@ mod tests {
         study.report(&Thresholds::default(), &ids())
     }
 
-    fn whole(corpus: &[Shown], at_once: usize) -> Study {
+    fn whole(corpus: &[SequenceValues], at_once: usize) -> Study {
         let mut study = Study::new(scope(), 6.0);
         for (i, shown) in corpus.chunks(at_once).enumerate() {
             show(&mut study, i * at_once, shown);
@@ -677,8 +677,8 @@ mod tests {
 
         #[test]
         fn sequence_order_changes_only_sequence_numbers(corpus in corpora()) {
-            let backwards: Vec<Shown> = corpus.iter().rev().cloned().collect();
-            let of = |corpus: &[Shown]| without_pooled(report(&whole(corpus, 2)));
+            let backwards: Vec<SequenceValues> = corpus.iter().rev().cloned().collect();
+            let of = |corpus: &[SequenceValues]| without_pooled(report(&whole(corpus, 2)));
             let (a, mut b) = (of(&corpus), of(&backwards));
             for feature in &mut b.judged.features {
                 feature.within.iter_mut().for_each(|within| within.sequence = SEQUENCES - 1 - within.sequence);
