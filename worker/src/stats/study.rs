@@ -128,11 +128,11 @@ pub const HELD: usize = 4;
 /// Observed values and their site.
 struct Observed {
     site: Site,
-    whose: Whose,
+    whose: RowTokens,
 }
 
 /// The tokens of rows.
-enum Whose {
+enum RowTokens {
     /// Whole sequences, beginning at this token.
     Sequences { first_token: usize },
     /// Rows of an expert, with their token indices in the corpus.
@@ -143,16 +143,16 @@ impl Observed {
     /// The token index of a row.
     fn token(&self, row: usize) -> usize {
         match &self.whose {
-            Whose::Sequences { first_token } => first_token + row,
-            Whose::Expert { tokens, .. } => tokens[row],
+            RowTokens::Sequences { first_token } => first_token + row,
+            RowTokens::Expert { tokens, .. } => tokens[row],
         }
     }
 
     /// A value with its location.
     fn found(&self, row: usize, dim: usize, value: f32) -> TopValue {
         let expert = match self.whose {
-            Whose::Sequences { .. } => None,
-            Whose::Expert { expert, .. } => Some(expert),
+            RowTokens::Sequences { .. } => None,
+            RowTokens::Expert { expert, .. } => Some(expert),
         };
         TopValue { layer: self.site.layer, token: self.token(row), expert, dim, value }
     }
@@ -265,8 +265,8 @@ impl Study {
     /// Adds values: immediately on the host, on a GPU after its statistics arrive.
     fn show(&mut self, shown: Observed, x: &Tensor) -> Result<()> {
         let tokens = match shown.whose {
-            Whose::Sequences { .. } => self.scope.tokens,
-            Whose::Expert { .. } => x.dim(0)?,
+            RowTokens::Sequences { .. } => self.scope.tokens,
+            RowTokens::Expert { .. } => x.dim(0)?,
         };
         if !x.device().is_cuda() {
             return on_the_host(x, tokens, |values| self.see(&shown, &HostValues { tensor: x, values }));
@@ -302,7 +302,7 @@ impl Study {
     fn see(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
         let (site, values) = (shown.site, x.values);
         match shown.whose {
-            Whose::Sequences { first_token } => {
+            RowTokens::Sequences { first_token } => {
                 if site.point.is_norm_output() {
                     self.outliers.count(site, first_token, values)?;
                 }
@@ -313,7 +313,7 @@ impl Study {
                 }
                 self.measure(site, first_token, &scans, x)
             }
-            Whose::Expert { expert, .. } => {
+            RowTokens::Expert { expert, .. } => {
                 let scans = values.scan()?;
                 self.add(shown, values, &scans)?;
                 let peaks = self.experts.get_mut(&site.layer).expect("studied experts were announced");
@@ -497,7 +497,7 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.show(SequenceValues { site, whose: Whose::Sequences { first_token } }, x)
+        self.show(SequenceValues { site, whose: RowTokens::Sequences { first_token } }, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -509,7 +509,7 @@ impl LayerObserver for Study {
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
         let tokens = rows.rows.iter().map(|row| first_token + *row as usize).collect();
         let site = Site { layer, point: Point::ExpertOut };
-        self.show(SequenceValues { site, whose: Whose::Expert { expert, tokens } }, &rows.out)
+        self.show(SequenceValues { site, whose: RowTokens::Expert { expert, tokens } }, &rows.out)
     }
 
     fn wants_first_key(&self) -> bool {
