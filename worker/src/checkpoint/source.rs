@@ -73,7 +73,7 @@ pub struct TensorIndex {
 }
 
 /// A tensor in two files.
-struct Twice {
+struct DuplicateTensor {
     name: String,
     /// Both file indices.
     files: [usize; 2],
@@ -92,7 +92,7 @@ impl TensorIndex {
         for (file, tensors) in shards {
             index.add(file, tensors, &mut twice);
         }
-        twice.retain(|Twice { name, .. }| weight_map.is_none_or(|map| map.file_of(name).is_none()));
+        twice.retain(|DuplicateTensor { name, .. }| weight_map.is_none_or(|map| map.file_of(name).is_none()));
         index.refuse_twice(&twice)?;
         if let Some(map) = weight_map {
             index.check_against(map)?;
@@ -107,22 +107,22 @@ impl TensorIndex {
         Ok(index)
     }
 
-    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>, twice: &mut Vec<Twice>) {
+    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>, twice: &mut Vec<DuplicateTensor>) {
         let number = self.files.len();
         for HeaderTensor { name, dtype, shape, strides, offset, len } in tensors {
             let entry = TensorEntry { name: name.clone(), dtype, shape, strides, file: number, offset, len };
             if let Some(other) = self.entries.insert(name, entry) {
-                twice.push(Twice { name: other.name, files: [other.file, number] });
+                twice.push(DuplicateTensor { name: other.name, files: [other.file, number] });
             }
         }
         self.files.push(file);
     }
 
-    fn refuse_twice(&self, twice: &[Twice]) -> Result<()> {
+    fn refuse_twice(&self, twice: &[DuplicateTensor]) -> Result<()> {
         if twice.is_empty() {
             return Ok(());
         }
-        let named = |Twice { name, files: [a, b] }: &Twice| {
+        let named = |DuplicateTensor { name, files: [a, b] }: &DuplicateTensor| {
             format!("{} ({} and {})", shown(name), self.files[*a].name, self.files[*b].name)
         };
         let message = format!("two files hold tensors of the same name: {}", listed(twice.iter().map(named)));
