@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use outliers_tests::hub::{MockHub, Repo, Wire};
 use outliers_worker::checkpoint::hub::{Hub, HubOptions};
 use outliers_worker::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
-use outliers_worker::checkpoint::source::{Checkpoint, Wanted};
+use outliers_worker::checkpoint::source::{Checkpoint, PlannedRead};
 
 const ID: &str = "owner/model";
 const SHARDS: usize = 6;
@@ -56,13 +56,13 @@ fn main() {
 fn read(checkpoint: &Checkpoint, hash_memory: u64) -> (u64, f64) {
     let weights = &*checkpoint.weights;
     let entries: Vec<_> = weights.names().map(|name| weights.entry(name).unwrap().clone()).collect();
-    let wanted = entries.iter().enumerate().map(|(unit, entry)| Wanted {
+    let wanted = entries.iter().enumerate().map(|(unit, entry)| PlannedRead {
         file: entry.file,
         bytes: entry.offset..entry.offset + entry.len,
         layer: unit / 4,
         unit: unit / 4,
     });
-    let wanted: Vec<Wanted> = wanted.collect();
+    let wanted: Vec<PlannedRead> = wanted.collect();
     let mut bytes = Vec::new();
     let start = Instant::now();
     weights.announce(&wanted, hash_memory);

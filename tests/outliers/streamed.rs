@@ -12,7 +12,7 @@ use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files
 use outliers_tests::hub::{Fault, MockHub, Repo, ReceivedRequest, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
-use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
+use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, PlannedRead, WeightSource};
 use outliers_worker::error::WorkerError;
 
 use crate::hub::{ID, Setup};
@@ -96,8 +96,8 @@ fn in_order(weights: &dyn WeightSource) -> Vec<TensorEntry> {
     weights.names().map(|name| weights.entry(name).unwrap().clone()).collect()
 }
 
-fn announced(entries: &[TensorEntry]) -> Vec<Wanted> {
-    let wanted = |(unit, entry): (usize, &TensorEntry)| Wanted {
+fn announced(entries: &[TensorEntry]) -> Vec<PlannedRead> {
+    let wanted = |(unit, entry): (usize, &TensorEntry)| PlannedRead {
         file: entry.file,
         bytes: entry.offset..entry.offset + entry.len,
         layer: unit / 20,

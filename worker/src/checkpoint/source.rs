@@ -158,7 +158,7 @@ impl TensorIndex {
 
 /// Bytes of a file that a pass will read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct PlannedRead {
     /// Index into [`WeightSource::files`].
     pub file: usize,
     /// Byte range from the start of the file.
@@ -187,7 +187,7 @@ pub trait WeightSource: Send + Sync {
     /// Announces what will be read, in order, so that a remote source can prefetch it. Other reads
     /// remain possible. Up to `hash_memory` bytes may be held until their file is hashed up to
     /// them.
-    fn announce(&self, _order: &[Wanted], _hash_memory: u64) {}
+    fn announce(&self, _order: &[PlannedRead], _hash_memory: u64) {}
 
     /// Names of the files whose bytes were completely read and match the hub's hash.
     fn verified(&self) -> Vec<String> {

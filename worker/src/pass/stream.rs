@@ -19,7 +19,7 @@ mod wavefront;
 
 use crate::blocks::ffn::Routed;
 use crate::blocks::weights::{leave, on};
-use crate::checkpoint::source::Wanted;
+use crate::checkpoint::source::PlannedRead;
 use crate::checkpoint::{Model, TensorRange};
 use crate::corpus::Tokens;
 use crate::device::Placement;
@@ -250,8 +250,8 @@ impl Pass<'_> {
     }
 
     /// Files that were read only before the save point, unless they were verified then.
-    fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
-        let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
+    fn unverified_before(&self, point: &SavePoint, after: &[PlannedRead]) -> Vec<String> {
+        let files = |order: &[PlannedRead]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
         let (before, after) = (files(&self.reading_order(None)), files(after));
         let names = before.difference(&after).map(|file| self.model.source.files()[*file].name.clone());
         names.filter(|name| !point.verified.contains(name)).collect()
@@ -310,7 +310,7 @@ impl Pass<'_> {
         (self.micro_batch_tokens / self.tokens.tokens).max(1) * self.tokens.tokens
     }
 
-    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<Wanted> {
+    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<PlannedRead> {
         reading_order(self.model, self.group_elements, self.with_head, resumed_at_layer)
     }
 
@@ -342,7 +342,7 @@ pub(crate) fn reading_order(
     group_elements: u64,
     with_head: bool,
     resumed_at_layer: Option<usize>,
-) -> Vec<Wanted> {
+) -> Vec<PlannedRead> {
     let spec = &model.spec;
     let mut order = ReadingOrder::new(model);
     if resumed_at_layer.is_none() {
@@ -366,7 +366,7 @@ pub(crate) fn reading_order(
 /// The reading order of a pass, under construction.
 struct ReadingOrder<'a> {
     model: &'a Model<'a>,
-    wanted: Vec<Wanted>,
+    wanted: Vec<PlannedRead>,
     units: usize,
 }
 
@@ -396,7 +396,7 @@ impl<'a> ReadingOrder<'a> {
     fn piece(&mut self, piece: &TensorRange<'_>, layer: usize) {
         let TensorRange { entry, range } = piece;
         let bytes = entry.offset + range.start..entry.offset + range.end;
-        self.wanted.push(Wanted { file: entry.file, bytes, layer, unit: self.units });
+        self.wanted.push(PlannedRead { file: entry.file, bytes, layer, unit: self.units });
     }
 }
 

@@ -11,7 +11,7 @@ use super::plan;
 use super::prefetch::{Limits, Prefetcher};
 use super::remote::RemoteFile;
 use super::verify::{Schedule, Unverifiable};
-use crate::checkpoint::source::{TensorEntry, TensorIndex, Wanted, WeightSource, check_range};
+use crate::checkpoint::source::{TensorEntry, TensorIndex, PlannedRead, WeightSource, check_range};
 use crate::error::Result;
 
 /// Maximum bytes per request. Smaller requests cost round trips, larger ones lose more when a
@@ -62,7 +62,7 @@ impl HubSource {
 
 /// Maximum bytes held until their file is hashed up to them, if all files of these sizes are
 /// verified whose reading order allows it.
-pub(crate) fn held_for_hashes(order: &[Wanted], sizes: impl Iterator<Item = u64>) -> u64 {
+pub(crate) fn held_for_hashes(order: &[PlannedRead], sizes: impl Iterator<Item = u64>) -> u64 {
     let sizes: Vec<Option<u64>> = sizes.map(Some).collect();
     Schedule::new(plan::plan(order, LARGEST_PART), &sizes, LARGEST_PART, u64::MAX).held
 }
@@ -72,7 +72,7 @@ impl WeightSource for HubSource {
         &self.index
     }
 
-    fn announce(&self, order: &[Wanted], hash_memory: u64) {
+    fn announce(&self, order: &[PlannedRead], hash_memory: u64) {
         // At least one part for every second connection, and the same number waiting, even on a
         // machine with little memory.
         let largest = (self.read_ahead / CONNECTIONS as u64).clamp(SMALLEST_PART, LARGEST_PART);
