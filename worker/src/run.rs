@@ -14,7 +14,7 @@ use sysinfo::System;
 
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::{FetchProgress, Hub};
-use crate::checkpoint::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
+use crate::checkpoint::source::{Checkpoint, Container, ModelFiles, LocalSource, SyntheticSource, is_plain_name};
 use crate::corpus::{self, Tokens};
 use crate::device::gpu;
 use crate::device::{self, MachineInfo, Placement};
@@ -127,9 +127,9 @@ pub fn metadata(job: &JobSpec, hub: &Hub) -> Result<Checkpoint> {
     }
 }
 
-fn described(model: &ModelSource, hub: &Hub) -> Result<Described> {
+fn described(model: &ModelSource, hub: &Hub) -> Result<ModelFiles> {
     match model {
-        ModelSource::Folder { path } => Described::read(&PathBuf::from(path), None),
+        ModelSource::Folder { path } => ModelFiles::read(&PathBuf::from(path), None),
         ModelSource::Hub { id, revision } => hub.describe(id, revision),
     }
 }

@@ -329,14 +329,14 @@ pub(crate) fn bad_json(file: &str, error: &serde_json::Error) -> WorkerError {
 }
 
 /// The files of a model except its weights.
-pub struct Described {
+pub struct ModelFiles {
     folder: PathBuf,
     revision: Option<String>,
     config: Value,
     config_sha256: String,
 }
 
-impl Described {
+impl ModelFiles {
     /// Reads the configuration in `folder`, which is `revision` of a hub model.
     ///
     /// # Errors
@@ -386,9 +386,9 @@ impl Checkpoint {
     /// Opens a folder with config.json and weights.
     ///
     /// # Errors
-    /// As [`Described::read`] and [`LocalSource::open`].
+    /// As [`ModelFiles::read`] and [`LocalSource::open`].
     pub fn open_folder(folder: &Path) -> Result<Self> {
-        Ok(Described::read(folder, None)?.with(LocalSource::open(folder)?))
+        Ok(ModelFiles::read(folder, None)?.with(LocalSource::open(folder)?))
     }
 
     /// The other files that are used, with their sizes: configuration, tokenizer and index, as far
