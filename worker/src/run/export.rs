@@ -172,7 +172,7 @@ impl Exports {
         Ok(self.warning(&never_hit).into_iter().collect())
     }
 
-    fn warning(&self, never_hit: &[NeverHit]) -> Option<String> {
+    fn warning(&self, never_hit: &[UnroutedExpert]) -> Option<String> {
         if never_hit.is_empty() {
             return None;
         }
@@ -203,22 +203,22 @@ pub struct Passed<'a> {
 
 /// An expert that no token was routed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct NeverHit {
+struct UnroutedExpert {
     layer: usize,
     expert: usize,
 }
 
-impl std::fmt::Display for NeverHit {
+impl std::fmt::Display for UnroutedExpert {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "layer {} expert {}", self.layer, self.expert)
     }
 }
 
-fn never_hit(study: &Study) -> Vec<NeverHit> {
+fn never_hit(study: &Study) -> Vec<UnroutedExpert> {
     let mut all = Vec::new();
     for (layer, router) in study.routers() {
         let unused = router.loads.iter().enumerate().filter(|(_, load)| load.tokens == 0);
-        all.extend(unused.map(|(expert, _)| NeverHit { layer: *layer, expert }));
+        all.extend(unused.map(|(expert, _)| UnroutedExpert { layer: *layer, expert }));
     }
     all
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Layer, Matrix, NeverHit, Passed, matrices};
+use super::{Layer, Matrix, UnroutedExpert, Passed, matrices};
 use crate::checkpoint::Model;
 use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::error::{Result, WorkerError};
@@ -47,7 +47,7 @@ pub(super) fn write(
     [act_scales, input_scales]: [&Path; 2],
     layers: &BTreeMap<usize, Layer>,
     pass: &Passed<'_>,
-    never_hit: &[NeverHit],
+    never_hit: &[UnroutedExpert],
 ) -> Result<()> {
     let model = pass.model;
     let matrices = matrices(&model.spec);

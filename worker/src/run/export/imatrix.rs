@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::gguf::{self, Tensor, Value};
-use super::{ENTRY, Layer, Matrix, NeverHit, Passed, InputStatistics, matrices, names};
+use super::{ENTRY, Layer, Matrix, UnroutedExpert, Passed, InputStatistics, matrices, names};
 use crate::error::{Result, WorkerError, printable};
 use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
@@ -131,7 +131,7 @@ pub(super) fn write(
     path: &Path,
     layers: &BTreeMap<usize, Layer>,
     pass: &Passed<'_>,
-    never_hit: &[NeverHit],
+    never_hit: &[UnroutedExpert],
 ) -> Result<()> {
     let architecture = pass.model.family.architecture;
     let family = names::of(architecture)
