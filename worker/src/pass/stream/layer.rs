@@ -28,7 +28,7 @@ pub(super) enum Block {
     /// Weights of [`Part::Mixer`].
     Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>>, after: Option<Norm> },
     /// Weights of [`Part::Dense`].
-    Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
+    Dense { norm: Option<Norm>, weights: MlpWeights, closing: LayerEpilogue },
     /// Weights of [`Part::Router`].
     Router {
         norm: Option<Norm>,
@@ -38,11 +38,11 @@ pub(super) enum Block {
         latent: Option<Linear>,
     },
     /// Weights of [`Part::Experts`].
-    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
+    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: LayerEpilogue },
 }
 
 /// Operations that end a layer, after its feed-forward.
-pub(super) struct Closing {
+pub(super) struct LayerEpilogue {
     /// Norm of the experts' sum, before the MLP beside them is added.
     experts: Option<Norm>,
     /// Projection out of the experts' latent space, before the output beside them is added.
@@ -53,7 +53,7 @@ pub(super) struct Closing {
     scalar: Option<Tensor>,
 }
 
-impl Closing {
+impl LayerEpilogue {
     fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
         Ok(Self {
             experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
@@ -101,7 +101,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             }
             (Part::Dense, FfnSpec::Dense(mlp)) => {
                 let (norm, weights) = (self.ffn_norm(tensors)?, tensors.dense(*mlp)?);
-                Block::Dense { norm, weights, closing: Closing::take(tensors, self.spec.norm)? }
+                Block::Dense { norm, weights, closing: LayerEpilogue::take(tensors, self.spec.norm)? }
             }
             (Part::Router, FfnSpec::Moe(moe)) => {
                 let norm = self.ffn_norm(tensors)?;
@@ -112,7 +112,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             (Part::Experts(group), FfnSpec::Moe(moe)) => {
                 let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
                 let weights = weights.collect::<candle_core::Result<_>>()?;
-                Block::Experts { group: group.clone(), weights, closing: Closing::take(tensors, self.spec.norm)? }
+                Block::Experts { group: group.clone(), weights, closing: LayerEpilogue::take(tensors, self.spec.norm)? }
             }
             (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
         })
@@ -346,7 +346,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     }
 
     /// Adds the feed-forward's output and ends the layer.
-    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &LayerEpilogue, out: Tensor) -> Result<()> {
         batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;
@@ -387,7 +387,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         moe: &MoeSpec,
         group: &Range<usize>,
         weights: &[MlpWeights],
-        closing: &Closing,
+        closing: &LayerEpilogue,
         batches: &mut [MicroBatch],
     ) -> Result<()> {
         if group.start == 0 {
