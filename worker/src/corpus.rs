@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::hub::Hub;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::model::decoder::Longest;
+use crate::model::decoder::MaxSequenceLength;
 use cutter::Cutter;
 use documents::{Document, Documents};
 use file::{LocalFile, MAX_TEXT_BYTES, RangedFile, read_whole};
@@ -75,7 +75,7 @@ impl Tokens {
 #[derive(Clone, Copy)]
 struct Limits {
     vocab: usize,
-    longest: Option<Longest>,
+    longest: Option<MaxSequenceLength>,
 }
 
 /// The token ids that `spec` describes, for a model with `vocab` embedding rows and sequences of
@@ -90,7 +90,7 @@ pub fn load(
     spec: &CorpusSpec,
     model_folder: Option<&Path>,
     vocab: usize,
-    longest: Option<Longest>,
+    longest: Option<MaxSequenceLength>,
     hub: &Hub,
 ) -> Result<Tokens> {
     let limits = Limits { vocab, longest };
@@ -263,14 +263,14 @@ fn check_length(length: usize, limits: Limits) -> Result<()> {
 ///
 /// # Errors
 /// Kind `Job`: they are too long; the message names the limit.
-pub fn fits(length: usize, longest: Longest) -> Result<()> {
+pub fn fits(length: usize, longest: MaxSequenceLength) -> Result<()> {
     let most = longest.tokens();
     if length <= most {
         return Ok(());
     }
     let message = match longest {
-        Longest::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
-        Longest::SelectedKeys(_) => format!(
+        MaxSequenceLength::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
+        MaxSequenceLength::SelectedKeys(_) => format!(
             "sequences of {length} tokens: beyond {most} (index_topk) this model attends to the keys that its indexer \
              selects, which is not computed"
         ),

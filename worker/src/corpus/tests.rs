@@ -76,7 +76,7 @@ impl Model {
     }
 
     fn load(&self, spec: &CorpusSpec) -> Result<Tokens> {
-        load(spec, Some(self.0.path()), 103, Some(Longest::Positions(64)), &nowhere())
+        load(spec, Some(self.0.path()), 103, Some(MaxSequenceLength::Positions(64)), &nowhere())
     }
 
     fn refused(&self, spec: &CorpusSpec) -> (FailureKind, String) {

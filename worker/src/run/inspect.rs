@@ -21,7 +21,7 @@ use crate::device::Placement;
 use crate::device::gpu;
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
-    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, MaxSequenceLength, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
 };
 use crate::pass::budget::StreamBudget;
 use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};
@@ -118,7 +118,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         model_type: string(&checkpoint.config, "model_type"),
         hidden: spec.hidden,
         vocab: spec.vocab,
-        max_positions: spec.longest().map(Longest::tokens),
+        max_positions: spec.longest().map(MaxSequenceLength::tokens),
         tied_head: spec.head.tied,
         parameters: model.parameters(),
         active_parameters: active_parameters(spec),
