@@ -123,7 +123,7 @@ pub struct Router {
 }
 
 /// A dense MLP beside a mixture, and the norms around both.
-pub struct Beside {
+pub struct ParallelMlp {
     /// The MLP.
     pub mlp: MlpWeights,
     /// Norm of its output.

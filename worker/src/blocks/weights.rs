@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::blocks::attention::{AttentionWeights, Projections};
 use crate::blocks::delta_net::{DeltaNetWeights, DeltaProjections};
-use crate::blocks::ffn::{Beside, GateUpProj, MlpWeights, Router, SharedWeights};
+use crate::blocks::ffn::{ParallelMlp, GateUpProj, MlpWeights, Router, SharedWeights};
 use crate::blocks::mamba::MambaWeights;
 use crate::blocks::mla::{LatentQuery, LatentWeights};
 use crate::blocks::norm::Norm;
@@ -260,9 +260,9 @@ impl UnitTensors {
     ///
     /// # Errors
     /// A tensor is missing.
-    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<Beside>> {
+    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<ParallelMlp>> {
         let Some(mlp) = spec.beside else { return Ok(None) };
-        Ok(Some(Beside {
+        Ok(Some(ParallelMlp {
             mlp: self.dense(mlp)?,
             norm: Norm::new(norm, self.take(Role::BesidePostNorm)?, None)?,
             experts: Norm::new(norm, self.take(Role::ExpertsNorm)?, None)?,

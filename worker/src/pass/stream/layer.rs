@@ -9,7 +9,7 @@ use outliers_protocol::Point;
 use super::{MicroBatch, Mixture, Wave};
 use crate::blocks::attention::{TopShares, MaybeRecorder, AttentionRecorder, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, ExpertBatch, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{self, ParallelMlp, Inputs, MlpWeights, ExpertBatch, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -34,7 +34,7 @@ pub(super) enum Block {
         norm: Option<Norm>,
         router: Router,
         shared: Option<SharedWeights>,
-        beside: Option<Beside>,
+        beside: Option<ParallelMlp>,
         latent: Option<Linear>,
     },
     /// Weights of [`Part::Experts`].
