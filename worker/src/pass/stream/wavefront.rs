@@ -39,7 +39,7 @@ enum Event {
 }
 
 /// Memory that is no longer needed.
-struct Freed {
+struct PendingRelease {
     bytes: u64,
     /// Signals when it is free: a GPU may lag far behind the commands it was given.
     release_fence: Option<ReleaseFence>,
@@ -171,7 +171,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Runs the loader of a device. `room` receives freed memory.
-    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<Freed>) -> Result<()> {
+    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<PendingRelease>) -> Result<()> {
         let mut loader = self.pass.loader(device, pool)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
         let mut held = 0;
@@ -179,7 +179,7 @@ impl<O: Observer> Wavefront<'_, O> {
             let bytes = self.bytes(unit);
             while held > 0 && held + bytes > limit {
                 // The device's thread has ended and reported its error.
-                let Ok(Freed { bytes, release_fence }) = room.recv() else { return Ok(()) };
+                let Ok(PendingRelease { bytes, release_fence }) = room.recv() else { return Ok(()) };
                 release_fence.map(ReleaseFence::wait).transpose()?;
                 held -= bytes;
             }
@@ -224,7 +224,7 @@ struct DeviceWorker<'a, 'p, O: Observer> {
     device: usize,
     clock: Clock<'a>,
     pool: &'a TensorPool,
-    freed: Sender<Freed>,
+    freed: Sender<PendingRelease>,
     /// Indices of the units still to be loaded.
     coming: VecDeque<usize>,
     /// Loaded units, in order.
@@ -238,7 +238,7 @@ struct DeviceWorker<'a, 'p, O: Observer> {
 }
 
 impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
-    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<Freed>) -> Self {
+    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<PendingRelease>) -> Self {
         Self {
             front,
             device,
@@ -369,7 +369,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         self.pool.give_back(memory);
         let release_fence = gpu::release_fence(&front.placement(self.device).device)?;
         // The loader is gone if there is nothing more to load.
-        let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
+        let _ = self.freed.send(PendingRelease { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
             let settled = self.clock.time(Work::Statistics, || LayerObserver::settle(&mut seen));
