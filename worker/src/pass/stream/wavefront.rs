@@ -208,7 +208,7 @@ impl<O: Observer> Wavefront<'_, O> {
 }
 
 /// A unit whose weights are on the device.
-struct Held {
+struct ResidentUnit {
     number: usize,
     /// An error is reported when a wave needs the unit. Work before it can still be computed and
     /// saved.
@@ -228,7 +228,7 @@ struct DeviceWorker<'a, 'p, O: Observer> {
     /// Indices of the units still to be loaded.
     coming: VecDeque<usize>,
     /// Loaded units, in order.
-    held: VecDeque<Held>,
+    held: VecDeque<ResidentUnit>,
     /// Waiting waves by the index of their next unit, in order.
     ready: BTreeMap<usize, VecDeque<Wave>>,
     /// Observations of the layers that have begun.
@@ -279,7 +279,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
 
     /// The earliest unit that a wave waits for.
     fn next(&self) -> Option<usize> {
-        let waits = |held: &Held| self.ready.get(&held.number).is_some_and(|waves| !waves.is_empty());
+        let waits = |held: &ResidentUnit| self.ready.get(&held.number).is_some_and(|waves| !waves.is_empty());
         self.held.iter().position(waits)
     }
 
@@ -294,7 +294,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
             }
             Err(error) => (Err(error), Vec::new()),
         };
-        self.held.push_back(Held { number, block, memory, passed: 0 });
+        self.held.push_back(ResidentUnit { number, block, memory, passed: 0 });
         Ok(())
     }
 
@@ -361,7 +361,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     /// Releases a unit that all waves have passed.
-    fn let_go(&mut self, Held { number, block, memory, .. }: Held) -> Result<()> {
+    fn let_go(&mut self, ResidentUnit { number, block, memory, .. }: ResidentUnit) -> Result<()> {
         let front = self.front;
         let unit = &front.units[number];
         // These are views of memory that will be reused.
