@@ -299,7 +299,7 @@ impl Shared {
 
     /// Main loop of a hashing thread.
     fn hash(&self) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         let mut state = self.lock();
         loop {
             if state.closed || state.failed.is_some() || state.checks.iter().all(FileHash::is_whole) {
@@ -332,7 +332,7 @@ impl Shared {
 
     /// Main loop of a fetching thread.
     fn work(&self) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         while let Some(mut task) = self.next_task() {
             let fetched = self.fetch(&mut task);
             self.settle(task, fetched);
@@ -455,9 +455,9 @@ impl Shared {
 }
 
 /// Reports a panicked thread to the readers that wait for it.
-struct Alarm<'a>(&'a Shared);
+struct PanicGuard<'a>(&'a Shared);
 
-impl Drop for Alarm<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.lock().failed = Some(WorkerError::internal("a thread that fetched weights panicked"));

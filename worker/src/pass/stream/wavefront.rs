@@ -108,9 +108,9 @@ pub(super) fn run<O: Observer>(
 }
 
 /// Reports a panic of a thread to the others.
-struct Alarm<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
+struct PanicGuard<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
 
-impl<O: Observer> Drop for Alarm<'_, '_, O> {
+impl<O: Observer> Drop for PanicGuard<'_, '_, O> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.fail(WorkerError::internal("a thread of the pass panicked"));
@@ -121,7 +121,7 @@ impl<O: Observer> Drop for Alarm<'_, '_, O> {
 impl<O: Observer> Wavefront<'_, O> {
     /// Runs a thread's work. An error stops all threads.
     fn watched(&self, work: impl FnOnce() -> Result<()>) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         if let Err(error) = work() {
             self.fail(error);
         }
