@@ -9,7 +9,7 @@ mod array;
 mod cutter;
 mod documents;
 mod file;
-mod foreign;
+mod non_text;
 mod ids;
 mod lines;
 mod packed;

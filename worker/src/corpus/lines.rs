@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::documents::Document;
 use super::file::{RangedFile, bom, line_at};
-use super::foreign;
+use super::non_text;
 use super::rows::{Fault, Rows};
 use crate::error::{Result, WorkerError};
 
@@ -66,7 +66,7 @@ impl Lines {
 
 /// The error for the line that begins at a byte, or for the file.
 fn wrong(file: &dyn RangedFile, at: u64, fault: Fault) -> WorkerError {
-    foreign::explain(file, None, fault.at(line_at(file, at)))
+    non_text::explain(file, None, fault.at(line_at(file, at)))
 }
 
 /// Offset of the first line that begins in a range, and the bytes of all lines that do.

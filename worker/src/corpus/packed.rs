@@ -7,7 +7,7 @@ use flate2::read::MultiGzDecoder;
 use outliers_protocol::CorpusCompression;
 
 use super::file::{RangedFile, too_long};
-use super::foreign;
+use super::non_text;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
@@ -36,14 +36,14 @@ impl Unpacked {
 /// The error of a damaged file, or of reading it.
 fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Error) -> WorkerError {
     let (said, wanted) = match compression {
-        CorpusCompression::Gzip => ("gzip", &foreign::GZIP),
-        CorpusCompression::Zstd => ("zstd", &foreign::ZSTD),
+        CorpusCompression::Gzip => ("gzip", &non_text::GZIP),
+        CorpusCompression::Zstd => ("zstd", &non_text::ZSTD),
     };
     let error = match error.downcast::<WorkerError>() {
         Ok(error) => return error,
         Err(error) => error,
     };
-    let why = foreign::other(file, Some(wanted))
+    let why = non_text::other(file, Some(wanted))
         .map_or_else(|| shown(&error.to_string()), |found| format!("it is {}", found.name));
     let message = format!("{} cannot be unpacked with {said}: {why}", file.name());
     WorkerError::corpus(message).hint("the file is damaged, not all there, or has the ending of another format")

@@ -15,7 +15,7 @@ use parquet::file::reader::{ChunkReader, Length, SerializedPageReader};
 
 use super::documents::Document;
 use super::file::RangedFile;
-use super::foreign;
+use super::non_text;
 use crate::caught::caught;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
@@ -121,7 +121,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
     let damaged = |what: &str| {
         let message = format!("{} is no Parquet file: {what}", file.name());
         let error = WorkerError::corpus(message).hint("the file is damaged, or has the wrong name");
-        foreign::explain(file, Some(&foreign::PARQUET), error)
+        non_text::explain(file, Some(&non_text::PARQUET), error)
     };
     let mut end = file.read(size.saturating_sub(LIKELY_FOOTER)..size)?;
     let body = end.len().checked_sub(TAIL).ok_or_else(|| damaged("it is too short"))?;
