@@ -45,7 +45,7 @@ const NO_SKEW: i64 = i64::MIN;
 
 /// Effect of making a call twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Effect {
+pub enum Idempotency {
     /// None: it reads.
     Read,
     /// The same as once.
@@ -61,18 +61,18 @@ pub struct Call {
     path: String,
     query: Vec<(String, String)>,
     body: Option<Value>,
-    effect: Effect,
+    effect: Idempotency,
     pace: Option<&'static str>,
 }
 
 impl Call {
     /// Reads `path`, relative to the base URL, with a leading `/`.
     pub fn get(path: impl Into<String>) -> Self {
-        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Effect::Read, pace: None }
+        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Idempotency::Read, pace: None }
     }
 
     /// Any other call.
-    pub fn new(method: Method, path: impl Into<String>, effect: Effect) -> Self {
+    pub fn new(method: Method, path: impl Into<String>, effect: Idempotency) -> Self {
         Self { method, effect, ..Self::get(path) }
     }
 
@@ -175,7 +175,7 @@ struct Network {
 #[async_trait]
 impl HttpTransport for Network {
     async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer> {
-        let client = if call.effect == Effect::Once { &self.fresh } else { &self.client };
+        let client = if call.effect == Idempotency::Once { &self.fresh } else { &self.client };
         let mut request = client.request(call.method.clone(), url).query(&call.query);
         if let Some(body) = &call.body {
             request = request.json(body);
@@ -331,7 +331,7 @@ impl Http {
     /// rate limit is made.
     ///
     /// # Errors
-    /// [`BrokerErrorKind::Maybe`] if a call with [`Effect::Once`] may have been executed;
+    /// [`BrokerErrorKind::Maybe`] if a call with [`Idempotency::Once`] may have been executed;
     /// [`BrokerErrorKind::RateLimited`] and [`BrokerErrorKind::Unavailable`] if it was not, after
     /// all attempts.
     pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
@@ -353,7 +353,7 @@ impl Http {
             if let Some(wait) = failure.wait {
                 self.paces.hold(call.pace, wait);
             }
-            let again = failure.certainly_not_taken || call.effect != Effect::Once;
+            let again = failure.certainly_not_taken || call.effect != Idempotency::Once;
             let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt, &failure));
             let left = deadline.saturating_duration_since(Instant::now());
             if !again || attempt >= self.limits.attempts || pause >= left {
@@ -408,7 +408,7 @@ impl Http {
     fn give_up(&self, call: &Call, failure: Failure) -> BrokerError {
         let kind = match failure.kind {
             Some(kind) => kind,
-            None if call.effect == Effect::Once && !failure.certainly_not_taken => BrokerErrorKind::Maybe,
+            None if call.effect == Idempotency::Once && !failure.certainly_not_taken => BrokerErrorKind::Maybe,
             None => BrokerErrorKind::Unavailable,
         };
         let words = match failure.wait {
@@ -472,7 +472,7 @@ impl Failure {
 #[derive(Clone, Debug)]
 pub struct Reply {
     broker: &'static str,
-    effect: Effect,
+    effect: Idempotency,
     key: Option<Hidden>,
     /// HTTP status below 500, except 408; 429 only by [`Http::final_when`].
     pub status: u16,
@@ -483,7 +483,7 @@ pub struct Reply {
 impl Reply {
     /// A recorded reply, for tests.
     #[cfg(test)]
-    pub(crate) fn recorded(effect: Effect, status: u16, body: impl fmt::Display) -> Self {
+    pub(crate) fn recorded(effect: Idempotency, status: u16, body: impl fmt::Display) -> Self {
         Self { broker: "test", effect, status, body: body.to_string(), key: None }
     }
 
@@ -495,7 +495,7 @@ impl Reply {
     /// Parses the body as `T`; `what` names it in the error.
     ///
     /// # Errors
-    /// The body is something else. The effect of a call with [`Effect::Once`] is then unknown.
+    /// The body is something else. The effect of a call with [`Idempotency::Once`] is then unknown.
     pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
         serde_json::from_str(&self.body).map_err(|error| {
             let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));
@@ -526,7 +526,7 @@ impl Reply {
 
     /// Error kind of an invalid answer.
     pub fn unclear(&self) -> BrokerErrorKind {
-        if self.effect == Effect::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
+        if self.effect == Idempotency::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
     }
 
     /// The cloud's message with the status: its title, detail, error or message fields, else the

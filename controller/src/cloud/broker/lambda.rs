@@ -17,7 +17,7 @@ use super::{
     InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
 use crate::cloud::gpu;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
@@ -117,7 +117,7 @@ impl Broker for Lambda {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let call = Call::new(Method::POST, "/instance-operations/terminate", Effect::Idempotent);
+        let call = Call::new(Method::POST, "/instance-operations/terminate", Idempotency::Idempotent);
         let reply = self.http.call(call.body(json!({"instance_ids": [id]}))).await?;
         let name = match granted(reply) {
             Ok(reply) => {
@@ -145,7 +145,7 @@ impl Lambda {
     }
 
     async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<String, BrokerError> {
-        let call = Call::new(Method::POST, "/instance-operations/launch", Effect::Once).at_pace(LAUNCH).body(json!({
+        let call = Call::new(Method::POST, "/instance-operations/launch", Idempotency::Once).at_pace(LAUNCH).body(json!({
             "region_name": sku.region,
             "instance_type_name": sku.instance_type,
             "ssh_key_names": [key],
@@ -204,7 +204,7 @@ impl Lambda {
     async fn register(&self, lease: &Lease) -> Result<Key, BrokerError> {
         let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
         let body = json!({"name": tag, "public_key": public_key});
-        let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Effect::Idempotent).body(body)).await?;
+        let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Idempotency::Idempotent).body(body)).await?;
         match granted(reply) {
             Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
             // An earlier attempt arrived without its answer, or an earlier lease of the run added
@@ -239,7 +239,7 @@ impl Lambda {
 
     async fn remove_key(&self, id: &str) {
         let Some(segment) = wire::segment(id) else { return };
-        let call = Call::new(Method::DELETE, format!("/ssh-keys/{segment}"), Effect::Idempotent);
+        let call = Call::new(Method::DELETE, format!("/ssh-keys/{segment}"), Idempotency::Idempotent);
         let removed = match self.http.call(call).await {
             Ok(reply) => granted(reply).map(|_| ()),
             Err(error) => Err(error),

@@ -17,7 +17,7 @@ use super::{
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::calendar::from_rfc3339;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -96,7 +96,7 @@ impl Prime {
         let body = json!({"name": name, "publicKey": lease.ssh_public_key.trim()});
         // A repeated registration under a unique name is harmless: both are removed with the
         // instance.
-        let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Effect::Idempotent).body(body)).await?;
+        let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Idempotency::Idempotent).body(body)).await?;
         if reply.is_success() {
             return Ok(reply.json::<SshKey>("an SSH key")?.id);
         }
@@ -120,7 +120,7 @@ impl Prime {
         };
         for key in keys.iter().filter(|key| is_over(key)) {
             let Some(id) = wire::segment(&key.id) else { continue };
-            let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Effect::Idempotent);
+            let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Idempotency::Idempotent);
             let removed = self.http.call(call).await;
             if let Err(error) = removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { granted(reply) }) {
                 tracing::warn!("{error}: the key {} stays in the account", key.name);
@@ -179,7 +179,7 @@ impl Broker for Prime {
         let sku: Sku = wire::sku(&self.http, offer)?;
         let key = self.register(lease).await?;
         let order = order(&sku, offer.price, lease, &key);
-        let call = Call::new(Method::POST, "/pods/", Effect::Once).body(order);
+        let call = Call::new(Method::POST, "/pods/", Idempotency::Once).body(order);
         let created = match self.http.call(call).await.and_then(granted) {
             Ok(reply) => reply.json::<Pod>("an instance").map(Pod::into_instance),
             Err(error) => Err(error),
@@ -210,7 +210,7 @@ impl Broker for Prime {
         // The instance has its key's name. Answers about deleted instances have no name. Failing
         // to find the name must not keep the instance running.
         let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
-        let reply = self.http.call(Call::new(Method::DELETE, path, Effect::Idempotent)).await?;
+        let reply = self.http.call(Call::new(Method::DELETE, path, Idempotency::Idempotent)).await?;
         if !is_gone(&reply) {
             granted(reply)?.json::<Deleted>("a confirmation")?;
         }

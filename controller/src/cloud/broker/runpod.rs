@@ -15,7 +15,7 @@ use super::{
     InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
 use crate::units::Usd;
 
 mod graphql;
@@ -44,18 +44,18 @@ pub const CLOUD: CloudKind = CloudKind {
 const MOST_PAGES: usize = 1000;
 
 const MYSELF: Operation =
-    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Effect::Read };
+    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Idempotency::Read };
 const DEPLOY: Operation = Operation {
     field: "podFindAndDeployOnDemand",
     query: "mutation Deploy($input: PodFindAndDeployOnDemandInput!) \
             { podFindAndDeployOnDemand(input: $input) { id costPerHr } }",
-    effect: Effect::Once,
+    effect: Idempotency::Once,
 };
 /// Rents by bid. RunPod intends to remove this mutation; a refusal will then say so.
 const RENT: Operation = Operation {
     field: "podRentInterruptable",
     query: "mutation Rent($input: PodRentInterruptableInput!) { podRentInterruptable(input: $input) { id costPerHr } }",
-    effect: Effect::Once,
+    effect: Idempotency::Once,
 };
 
 /// One account at RunPod.
@@ -110,7 +110,7 @@ impl RunPod {
             let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
             return Err(self.http.error(BrokerErrorKind::Rejected, message));
         }
-        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
+        let call = Call::new(Method::POST, "/v2/pods", Idempotency::Once).body(self.rest_order(sku, lease));
         let reply = self.http.call(call).await?;
         if !reply.is_success() {
             // Missing capacity is a plain 400 with a message.
@@ -256,7 +256,7 @@ impl Broker for RunPod {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Effect::Idempotent)).await?;
+        let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Idempotency::Idempotent)).await?;
         match accepted(&reply) {
             _ if reply.status == 404 => Ok(()),
             // Any other success comes from a proxy.

@@ -15,7 +15,7 @@ use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
 };
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
@@ -81,7 +81,7 @@ struct Vast {
 
 impl Vast {
     async fn search(&self, want: &GpuRequest, rental: RentalKind) -> Result<Vec<Value>, BrokerError> {
-        let call = Call::new(Method::POST, "/v0/bundles/", Effect::Read).body(query(want, rental)).at_pace(SEARCH);
+        let call = Call::new(Method::POST, "/v0/bundles/", Idempotency::Read).body(query(want, rental)).at_pace(SEARCH);
         let reply = granted(self.http.call(call).await?)?;
         Ok(reply.json::<Bundles>("a list of offers")?.offers)
     }
@@ -153,7 +153,7 @@ impl Broker for Vast {
         let key: OfferKey = wire::sku(&self.http, offer)?;
         let order = order(&key, lease, &self.image).map_err(|why| self.http.error(BrokerErrorKind::Rejected, why))?;
         let path = format!("/v0/asks/{}/", key.ask);
-        let reply = self.http.call(Call::new(Method::PUT, path, Effect::Once).body(order).at_pace(CREATE)).await?;
+        let reply = self.http.call(Call::new(Method::PUT, path, Idempotency::Once).body(order).at_pace(CREATE)).await?;
         let value = reply.value();
         let says = |field: &str| value.as_ref().and_then(|value| value.get(field));
         let contract = says("new_contract").and_then(Value::as_u64);
@@ -209,7 +209,7 @@ impl Broker for Vast {
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let path = format!("/v0/instances/{}/", self.number(id)?);
-        let call = Call::new(Method::DELETE, path, Effect::Idempotent).body(json!({})).at_pace(DESTROY);
+        let call = Call::new(Method::DELETE, path, Idempotency::Idempotent).body(json!({})).at_pace(DESTROY);
         let reply = self.http.call(call).await?;
         if is_gone(&reply) {
             return Ok(());
