@@ -98,7 +98,7 @@ pub trait Broker: Send + Sync {
     }
 
     /// Access to an instance without its own SSH server; `None`: use the address in its state.
-    fn way(&self, _id: &InstanceId) -> Option<Way> {
+    fn way(&self, _id: &InstanceId) -> Option<InstanceTransport> {
         None
     }
 
@@ -161,7 +161,7 @@ pub struct Access {
 }
 
 /// Access to an instance without its own SSH server.
-pub struct Way {
+pub struct InstanceTransport {
     /// Commands and files there. The transport authenticates the other side; no host key is
     /// pinned.
     pub transport: Arc<dyn Transport>,

@@ -21,7 +21,7 @@ use rustix::process::Signal;
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint, Way,
+    Lease, Offer, Offers, SshEndpoint, InstanceTransport,
 };
 use crate::files::{absent, create_private_folder};
 use crate::text::counted;
@@ -238,7 +238,7 @@ impl Broker for LocalBroker {
         blocking(move || broker.list_now()).await
     }
 
-    fn way(&self, id: &InstanceId) -> Option<Way> {
+    fn way(&self, id: &InstanceId) -> Option<InstanceTransport> {
         is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
     }
 

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, Way,
+    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, InstanceTransport,
 };
 use crate::cloud::http::Explain;
 use crate::host::transport::program::OpenSsh;
@@ -378,7 +378,7 @@ impl Broker for Slurm {
         Ok(Some(queue::field(&answer, "there").is_some()))
     }
 
-    fn way(&self, id: &InstanceId) -> Option<Way> {
+    fn way(&self, id: &InstanceId) -> Option<InstanceTransport> {
         let tag: LeaseTag = id.0.parse().ok()?;
         let job = self.cluster.seen(&id.0);
         let shell = match job {
@@ -386,7 +386,7 @@ impl Broker for Slurm {
             None => Vec::new(),
         };
         let shell = shell.into_iter().chain(["sh".to_owned()]);
-        Some(Way {
+        Some(InstanceTransport {
             name: format!("job {} on {}", tag.run, self.site.host),
             shell: std::iter::once("ssh".to_owned()).chain(self.cluster.ssh().shell()).chain(shell).collect(),
             needs_guard: false,

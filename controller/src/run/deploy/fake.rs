@@ -16,7 +16,7 @@ use super::Stop;
 use super::ports::{Host, Hosts, Ports};
 use crate::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, RunTime, SshEndpoint, Way,
+    Lease, Offer, Offers, RunTime, SshEndpoint, InstanceTransport,
 };
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
@@ -692,7 +692,7 @@ impl Hosts for Fake {
         }
     }
 
-    fn over(&self, way: Way, _: &Path) -> Box<dyn Host> {
+    fn over(&self, way: InstanceTransport, _: &Path) -> Box<dyn Host> {
         Box::new(FakeHost { fake: self.clone(), id: way.name })
     }
 }

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::KEY_FILE;
 use super::ports::{Host, Hosts};
-use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, Way};
+use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, InstanceTransport};
 use crate::files::{MOST, absent, read_small};
 use crate::host::keys::{KeyError, RunKey};
 use crate::host::transport::TransportErrorKind;
@@ -103,7 +103,7 @@ impl Hosts for SshHosts {
         Ok((Box::new(self.host(host, folder, true)), Pin(pin.as_str().to_owned())))
     }
 
-    fn over(&self, way: Way, folder: &Path) -> Box<dyn Host> {
+    fn over(&self, way: InstanceTransport, folder: &Path) -> Box<dyn Host> {
         Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, way.needs_guard))
     }
 }
