@@ -44,17 +44,17 @@ const LAUNCH: &str = "launch";
 
 fn connect(access: Access) -> Box<dyn Broker> {
     let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
-    let door = Door { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
+    let door = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
     Box::new(Lambda { http, door })
 }
 
 struct Lambda {
     http: Http,
-    door: Door,
+    door: SshLogin,
 }
 
 /// The SSH user and port. The cloud states only the address.
-struct Door {
+struct SshLogin {
     user: String,
     port: u16,
 }
@@ -427,11 +427,11 @@ impl InstanceEntry {
     }
 
     /// `None`: the instance has ended.
-    fn live(self, door: &Door) -> Option<Instance> {
+    fn live(self, door: &SshLogin) -> Option<Instance> {
         (!self.is_gone()).then(|| self.into_instance(door))
     }
 
-    fn state(&self, door: &Door) -> InstanceState {
+    fn state(&self, door: &SshLogin) -> InstanceState {
         let status = self.status.as_deref().unwrap_or_default();
         match (status, &self.ip) {
             ("booting", _) | ("active", None) => InstanceState::Booting,
@@ -445,7 +445,7 @@ impl InstanceEntry {
         }
     }
 
-    fn into_instance(self, door: &Door) -> Instance {
+    fn into_instance(self, door: &SshLogin) -> Instance {
         let state = self.state(door);
         let instance_type = self.instance_type.as_ref();
         let hardware = |it: &InstanceType| match it.specs.gpus {
@@ -551,7 +551,7 @@ mod tests {
         }
         serde_json::from_value::<InstanceEntry>(machine)
             .expect("the least there is")
-            .state(&Door { user: USER.to_owned(), port: SSH_PORT })
+            .state(&SshLogin { user: USER.to_owned(), port: SSH_PORT })
     }
 
     #[test]
