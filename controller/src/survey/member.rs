@@ -194,7 +194,7 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::run::{Brought, FailureDetail, RunEvent, RunSpec};
+    use crate::run::{SavedResults, FailureDetail, RunEvent, RunSpec};
     use crate::ui::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a` with job and key.
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn model_outcome_follows_ledger_and_files() {
         let home = tempfile::tempdir().unwrap();
-        let folder = |name: &str, complete| Brought { folder: format!("/nowhere/{name}"), complete };
+        let folder = |name: &str, complete| SavedResults { folder: format!("/nowhere/{name}"), complete };
         let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: "no".into(), hint: None } };
         let failure = Failure { kind: FailureKind::Internal, message: "NaN".into(), hint: None };
         let failed = RunOutcome::WorkerFailed { failure };
@@ -251,7 +251,7 @@ mod tests {
         );
         let moved = home.path().join("elsewhere");
         std::fs::rename(&whole, &moved).unwrap();
-        let away = Brought { folder: moved.to_string_lossy().into_owned(), complete: true };
+        let away = SavedResults { folder: moved.to_string_lossy().into_owned(), complete: true };
         let away = line(home.path(), &job, &[of_a("r1", ended("r1", away, RunOutcome::Completed))]);
         assert!(away.outcome == ModelOutcome::Partial && away.why.unwrap().contains("move "), "not run again unasked");
         std::fs::rename(&moved, &whole).unwrap();
@@ -265,7 +265,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let whole = copy("mixture", &home.path().join("owner--a"));
         std::fs::write(whole.join(RUN_FILE), r#"{"id":"r1"}"#).unwrap();
-        let brought = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let brought = SavedResults { folder: whole.to_string_lossy().into_owned(), complete: true };
         let runs = [of_a("r1", ended("r1", brought, RunOutcome::Completed))];
         let line = IndexEntry {
             name: "owner--a".into(),
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn model_outcome_without_a_ledger_follows_record_and_hashes() {
         let home = tempfile::tempdir().unwrap();
-        let brought = Brought { folder: "/lost".into(), complete: true };
+        let brought = SavedResults { folder: "/lost".into(), complete: true };
         let run = of_a("r1", ended("r1", brought, RunOutcome::Completed));
         let place = copy("mixture", &home.path().join("owner--a"));
         crate::compare::fixture::change(&place, "metadata.json", |metadata| {

@@ -349,7 +349,7 @@ pub(crate) mod tests {
     use crate::cloud::broker::{Lease, LeaseTag, RunTime};
     use crate::run::deploy::fake::{Fake, now_ms as fake_now_ms, offer, spec};
     use crate::run::ledger::LedgerEntry;
-    use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
+    use crate::run::{SavedResults, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};
     use crate::units::Bytes;
 
@@ -379,7 +379,7 @@ pub(crate) mod tests {
     }
 
     /// To the end of the instance.
-    pub(crate) fn ended(id: &str, results: Brought, ending: RunOutcome) -> Vec<RunEvent> {
+    pub(crate) fn ended(id: &str, results: SavedResults, ending: RunOutcome) -> Vec<RunEvent> {
         let end = [
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results, ending },
@@ -393,8 +393,8 @@ pub(crate) mod tests {
     /// and without an offer.
     pub(crate) fn status(home: &Path) -> Status {
         let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
-        let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
-        let partial = Brought { folder: "/nowhere/b-2.partial".into(), complete: false };
+        let whole = SavedResults { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let partial = SavedResults { folder: "/nowhere/b-2.partial".into(), complete: false };
         let broken = RunOutcome::WorkerVanished { exit: Some(9) };
         let trouble = FailureDetail {
             kind: RunFailureKind::NoOffer,
@@ -542,7 +542,7 @@ pub(crate) mod tests {
 
     #[test]
     fn survey_is_counted_by_the_records_of_its_runs() {
-        let home = |id: &str, complete| Brought { folder: format!("/nowhere/{id}"), complete };
+        let home = |id: &str, complete| SavedResults { folder: format!("/nowhere/{id}"), complete };
         let broken = RunOutcome::WorkerVanished { exit: None };
         let runs = [
             run("run1", "owner/a", 60, ended("run1", home("owner--a", true), RunOutcome::Completed)),
@@ -578,7 +578,7 @@ pub(crate) mod tests {
     fn detached_run_is_active_until_its_deadline() {
         let detached = run("run1", "owner/a", 10, rented("run1"));
         let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
-        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let whole = SavedResults { folder: "/nowhere/a".into(), complete: true };
         let mut events = ended("run2", whole, RunOutcome::Completed);
         events.truncate(events.len() - 2);
         events.push(RunEvent::Held);
@@ -607,8 +607,8 @@ pub(crate) mod tests {
 
     #[test]
     fn failure_followed_by_success_is_not_reported() {
-        let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
-        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let broken = SavedResults { folder: "/nowhere/a.partial".into(), complete: false };
+        let whole = SavedResults { folder: "/nowhere/a".into(), complete: true };
         let first = run("run1", "owner/a", 60, ended("run1", broken, RunOutcome::WorkerVanished { exit: None }));
         let second = run("run2", "owner/a", 30, ended("run2", whole, RunOutcome::Completed));
         let other = RunRecord { spec: RunSpec { survey: None, ..second.spec.clone() }, ..second.clone() };

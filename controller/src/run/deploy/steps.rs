@@ -20,7 +20,7 @@ use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
 use crate::run::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::run::{
-    Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
+    SavedResults, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
 };
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -628,7 +628,7 @@ impl Driver<'_> {
 
     /// Fetches the files into the first usable folder; `None` if `whole` results are required and
     /// there is no manifest.
-    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, RunOutcome)>, HostError> {
+    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(SavedResults, RunOutcome)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {
             let brought = match self.fetch(place).await {
@@ -659,7 +659,7 @@ impl Driver<'_> {
         place: &Folders,
         manifest: Option<&Manifest>,
         exit: Option<i32>,
-    ) -> Result<(Brought, RunOutcome), HostError> {
+    ) -> Result<(SavedResults, RunOutcome), HostError> {
         let written = self.write_record(&place.arriving);
         let settled = written.and_then(|()| collect::settle(place, manifest, exit));
         settled.map_err(|error| local_failure(&place.arriving, &error))
