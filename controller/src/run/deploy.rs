@@ -98,7 +98,7 @@ pub enum DeployEvent {
     /// An instance is being terminated.
     Terminating(InstanceId),
     /// The cloud does not terminate an instance.
-    NotEnding(Box<NotEnding>),
+    StillBilling(Box<StillBilling>),
     /// Results cannot be saved here, and remain on their instance.
     Kept(Box<UnsavedResults>),
     /// A step takes long.
@@ -170,7 +170,7 @@ pub enum RunNote {
 
 /// An instance that still bills after it was terminated.
 #[derive(Clone, Debug, PartialEq)]
-pub struct NotEnding {
+pub struct StillBilling {
     /// Name of the cloud.
     pub broker: String,
     /// Its id at the cloud.

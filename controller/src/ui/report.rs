@@ -17,7 +17,7 @@ use crate::cloud::broker::BrokerError;
 use crate::cloud::clouds::Offered;
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{HostEvent, HostFacts};
-use crate::run::deploy::{DeployEvent, DriveError, NotEnding, RunNote, Stop, UnsavedResults};
+use crate::run::deploy::{DeployEvent, DriveError, StillBilling, RunNote, Stop, UnsavedResults};
 use crate::run::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
 use crate::run::local_worker::LocalWorkerError;
 use crate::run::reconcile::{Action, Finish, Leave, Stray};
@@ -495,7 +495,7 @@ impl Reporter {
             DeployEvent::Booting => self.booting(),
             DeployEvent::Host(event) => self.host(event),
             DeployEvent::Note(note) => self.note(&note),
-            DeployEvent::NotEnding(not) => self.not_ending(&not),
+            DeployEvent::StillBilling(not) => self.not_ending(&not),
             DeployEvent::Kept(kept) => self.kept(&kept),
             DeployEvent::Waiting { what, failed } => {
                 let why = failed.map(|failed| format!(" ({}; next try in {})", failed.words, Span(failed.pause)));
@@ -528,8 +528,8 @@ impl Reporter {
         told(say, work).await
     }
 
-    fn not_ending(&self, not: &NotEnding) {
-        let NotEnding { broker, instance, why, pause, price, cost } = not;
+    fn not_ending(&self, not: &StillBilling) {
+        let StillBilling { broker, instance, why, pause, price, cost } = not;
         let bills = price.map_or_else(|| "it bills on".to_owned(), |price| format!("it bills {price}"));
         let so_far =
             cost.map_or_else(|| "what it cost so far is not known".to_owned(), |cost| format!("{cost} so far"));

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{DeployEvent, NotEnding, OnEvent, Target};
+use super::{DeployEvent, StillBilling, OnEvent, Target};
 use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::cloud::clouds::Cloud;
 use crate::units::{Usd, UsdPerHour};
@@ -95,6 +95,6 @@ impl<'a> Ender<'a> {
         }
         *said = Some(Instant::now());
         let (broker, instance, why) = (self.cloud.name().to_owned(), id.clone(), why.to_owned());
-        (self.on)(DeployEvent::NotEnding(Box::new(NotEnding { broker, instance, why, pause, price, cost })));
+        (self.on)(DeployEvent::StillBilling(Box::new(StillBilling { broker, instance, why, pause, price, cost })));
     }
 }

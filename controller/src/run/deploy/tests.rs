@@ -1322,7 +1322,7 @@ async fn failing_termination_is_reported_within_5_s_and_retried() {
         DeployEvent::Terminating(_) => {
             told.lock().unwrap().get_or_insert_with(Instant::now);
         }
-        DeployEvent::NotEnding(not) => said.lock().unwrap().push((Instant::now(), not)),
+        DeployEvent::StillBilling(not) => said.lock().unwrap().push((Instant::now(), not)),
         _ => {}
     };
     let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
