@@ -21,7 +21,7 @@ pub struct Status {
     /// Time of the status, in Unix seconds.
     pub at: u64,
     /// Active runs, oldest first.
-    pub under_way: Vec<UnderWay>,
+    pub under_way: Vec<ActiveRun>,
     /// Finished runs, oldest first.
     pub over: Vec<Over>,
     /// Runs with unreadable records; their cost is not included.
@@ -37,7 +37,7 @@ pub struct Status {
 
 /// An active run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct UnderWay {
+pub struct ActiveRun {
     /// Its id.
     pub run: String,
     /// The survey of the run.
@@ -158,7 +158,7 @@ impl Status {
 
     /// Whether a run may change by itself: a process drives it, or it has time left.
     pub fn is_at_work(&self) -> bool {
-        let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
+        let has_time = |run: &ActiveRun| run.deadline.is_some_and(|deadline| deadline > self.at);
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
@@ -170,7 +170,7 @@ impl Status {
     /// Notes when jobs that run end, as their cluster was last listed: nobody may have written it
     /// down since they began.
     pub fn note_ends(&mut self, cluster: &dyn Broker) {
-        let of_cluster = |run: &&mut UnderWay| run.broker.as_deref() == Some(cluster.name());
+        let of_cluster = |run: &&mut ActiveRun| run.broker.as_deref() == Some(cluster.name());
         for run in self.under_way.iter_mut().filter(of_cluster) {
             let instance = run.instance.clone().map(InstanceId);
             let ends = instance.and_then(|instance| cluster.run_time(&instance)?.until);
@@ -181,7 +181,7 @@ impl Status {
 
     /// Notes which runs wait in a queue, by their cluster's list: nobody knows when they are done.
     pub fn note_queue(&mut self, listed: &[Instance]) {
-        let waits = |run: &UnderWay| {
+        let waits = |run: &ActiveRun| {
             let same = |instance: &&Instance| {
                 Some(&instance.id.0) == run.instance.as_ref() && Some(&instance.broker) == run.broker.as_ref()
             };
@@ -216,7 +216,7 @@ impl Status {
         Self {
             at: now_ms / 1000,
             reserved: open.iter().map(left).sum(),
-            under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
+            under_way: open.iter().map(|run| ActiveRun::of(run, driven.contains(&run.id), now_ms)).collect(),
             unreadable: Vec::new(),
             over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
             surveys: surveys
@@ -243,7 +243,7 @@ fn name_of_survey(run: &RunRecord) -> Option<String> {
     run.spec.survey.as_ref().map(|member| member.survey.clone())
 }
 
-impl UnderWay {
+impl ActiveRun {
     fn of(run: &RunRecord, driven: bool, now_ms: u64) -> Self {
         let (rental, held) = (run.state.rental(), matches!(run.state, RunState::Held { .. }));
         Self {
