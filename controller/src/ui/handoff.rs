@@ -8,7 +8,7 @@ use crate::host::transport::quote::quote;
 use crate::run::ledger::Unreadable;
 use crate::survey::ModelOutcome;
 use crate::text::{clean, counted, markdown};
-use crate::ui::status::{Over, Status, SurveyStatus, ActiveRun};
+use crate::ui::status::{FinishedRun, Status, SurveyStatus, ActiveRun};
 
 /// The document in Markdown.
 pub fn document(status: &Status) -> String {
@@ -72,7 +72,7 @@ fn or_dash(text: Option<String>) -> String {
 }
 
 fn done(status: &Status) -> Vec<String> {
-    let row = |run: &Over| {
+    let row = |run: &FinishedRun| {
         vec![
             run.model.clone(),
             or_dash(run.survey.clone()),
@@ -125,12 +125,12 @@ fn unreadable(status: &Status) -> Vec<String> {
 }
 
 /// Failed runs that no later run made good.
-fn failures(status: &Status) -> impl Iterator<Item = &Over> {
+fn failures(status: &Status) -> impl Iterator<Item = &FinishedRun> {
     status.over.iter().filter(|run| !run.completed && !run.superseded)
 }
 
 fn failed(status: &Status) -> Vec<String> {
-    let line = |run: &Over| {
+    let line = |run: &FinishedRun| {
         let log = run.folder.as_ref().map(|_| format!("; its log: `outliers runs logs {}`", run.run));
         format!(
             "- {} (run {}, {}): {}{}",

@@ -23,7 +23,7 @@ pub struct Status {
     /// Active runs, oldest first.
     pub under_way: Vec<ActiveRun>,
     /// Finished runs, oldest first.
-    pub over: Vec<Over>,
+    pub over: Vec<FinishedRun>,
     /// Runs with unreadable records; their cost is not included.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<Unreadable>,
@@ -76,7 +76,7 @@ pub struct ActiveRun {
 
 /// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Over {
+pub struct FinishedRun {
     /// Its id.
     pub run: String,
     /// The survey of the run.
@@ -218,7 +218,7 @@ impl Status {
             reserved: open.iter().map(left).sum(),
             under_way: open.iter().map(|run| ActiveRun::of(run, driven.contains(&run.id), now_ms)).collect(),
             unreadable: Vec::new(),
-            over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
+            over: closed.iter().map(|run| FinishedRun::of(run, &mended, now_ms)).collect(),
             surveys: surveys
                 .into_iter()
                 .map(|(folder, index)| (folder, members.on(index)))
@@ -321,7 +321,7 @@ impl<'a> Mended<'a> {
     }
 }
 
-impl Over {
+impl FinishedRun {
     fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
         let completed = run.state.ending() == Some(&RunOutcome::Completed);
         let results = run.state.results();
