@@ -209,7 +209,7 @@ impl Status {
             }
         }
         let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
-        let (driven, mended): (HashSet<&String>, Mended<'_>) = (driven.iter().collect(), Mended::by(runs));
+        let (driven, mended): (HashSet<&String>, LatestSuccess<'_>) = (driven.iter().collect(), LatestSuccess::by(runs));
         let members = Members::of(runs);
         let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
         let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
@@ -297,9 +297,9 @@ fn expected(run: &RunRecord) -> Option<u64> {
 }
 
 /// Of each work, when the last run of it that completed or is under way was created.
-struct Mended<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
+struct LatestSuccess<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
 
-impl<'a> Mended<'a> {
+impl<'a> LatestSuccess<'a> {
     fn by(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
         let mut latest = HashMap::new();
         for run in runs {
@@ -322,7 +322,7 @@ impl<'a> Mended<'a> {
 }
 
 impl FinishedRun {
-    fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
+    fn of(run: &RunRecord, mended: &LatestSuccess<'_>, now_ms: u64) -> Self {
         let completed = run.state.ending() == Some(&RunOutcome::Completed);
         let results = run.state.results();
         Self {
@@ -598,7 +598,7 @@ pub(crate) mod tests {
             (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
         runs.push(run("open", "owner/7", 1, rented("open")));
         let looks = std::cell::Cell::new(0);
-        let mended = Mended::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
+        let mended = LatestSuccess::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
         let superseded: Vec<&str> =
             runs.iter().filter(|run| mended.after(run)).map(|run| run.spec.model.as_str()).collect();
         assert_eq!(looks.get(), runs.len(), "not once per run");
