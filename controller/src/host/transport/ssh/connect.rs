@@ -173,9 +173,9 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Re
         false => format!("; it said {:?}", clean(&said, 80)),
     };
     let what = match began {
-        Ok(Ok(Began::Greeting)) => return Ok(()),
-        Ok(Ok(Began::Closed)) => "the connection was closed before the server's greeting",
-        Ok(Ok(Began::Flood)) => "more text than a server may send comes before its greeting",
+        Ok(Ok(FirstBytes::Greeting)) => return Ok(()),
+        Ok(Ok(FirstBytes::Closed)) => "the connection was closed before the server's greeting",
+        Ok(Ok(FirstBytes::Flood)) => "more text than a server may send comes before its greeting",
         Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
         Err(_) => {
             let error = too_long(endpoint, "the server's greeting", BANNER_LIMIT);
@@ -186,14 +186,14 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Re
 }
 
 /// First bytes from a server.
-enum Began {
+enum FirstBytes {
     Greeting,
     Closed,
     Flood,
 }
 
 /// Reads the text before the greeting and keeps its start in `said`.
-async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<Began> {
+async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<FirstBytes> {
     let mut seen = [0; 4096];
     // Length of the current line.
     let (mut lines, mut length) = (0, 0);
@@ -201,10 +201,10 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         let n = stream.peek(&mut seen).await?;
         let there = &seen[..n];
         if n == 0 {
-            return Ok(Began::Closed);
+            return Ok(FirstBytes::Closed);
         }
         if length == 0 && there.starts_with(GREETING) {
-            return Ok(Began::Greeting);
+            return Ok(FirstBytes::Greeting);
         }
         if length == 0 && GREETING.starts_with(there) {
             // The peeked bytes stay readable, so that the next look would return at once.
@@ -217,7 +217,7 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         stream.read_exact(&mut seen[..taken]).await?;
         length += taken;
         if lines == MOST_LINES || length > LONGEST_LINE + "\r\n".len() {
-            return Ok(Began::Flood);
+            return Ok(FirstBytes::Flood);
         }
         if end.is_some() {
             (lines, length) = (lines + 1, 0);
