@@ -72,7 +72,7 @@ async fn run(
     };
     tokio::pin!(feed);
     let mut feeding = true;
-    let mut gathered = Gathered::default();
+    let mut gathered = CollectedOutput::default();
     loop {
         let message = tokio::select! {
             () = &mut feed, if feeding => {
@@ -103,14 +103,14 @@ async fn open(handle: &Handle<Client>) -> Result<Channel, russh::Error> {
 
 /// Output of a channel so far.
 #[derive(Default)]
-struct Gathered {
+struct CollectedOutput {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     status: Option<i32>,
     signalled: bool,
 }
 
-impl Gathered {
+impl CollectedOutput {
     /// Processes one message; `Some` when the channel is closed.
     ///
     /// The status may arrive before or after the last data and the end of file, so only the
