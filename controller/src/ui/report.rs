@@ -219,14 +219,14 @@ pub struct Reporter {
     /// First pause between plain progress lines.
     pause: Duration,
     board: MultiProgress,
-    now: Mutex<Now>,
+    now: Mutex<DisplayState>,
     /// Why something is missing from standard output.
     unprinted: Mutex<Option<io::Error>>,
 }
 
 /// What is currently shown.
 #[derive(Default)]
-struct Now {
+struct DisplayState {
     bar: Option<ProgressBar>,
     /// The last plain progress line.
     plain: Option<Plain>,
@@ -239,7 +239,7 @@ struct Now {
     retried: Option<(Instant, String)>,
 }
 
-impl Now {
+impl DisplayState {
     /// Whether to report a reason for a retry: it differs, or was not reported for some time.
     fn is_new(&mut self, reason: &str) -> bool {
         let said = self.retried.as_ref();
@@ -667,7 +667,7 @@ impl Reporter {
         if self.color { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, DisplayState> {
         self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -914,7 +914,7 @@ mod tests {
         });
         assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
         assert_eq!(said.next_pause("Layers"), None);
-        let mut now = Now::default();
+        let mut now = DisplayState::default();
         assert_eq!(["refused", "refused", "silent", "refused"].map(|why| now.is_new(why)), [true, false, true, true]);
     }
 
