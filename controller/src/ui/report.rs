@@ -229,7 +229,7 @@ pub struct Reporter {
 struct DisplayState {
     bar: Option<ProgressBar>,
     /// The last plain progress line.
-    plain: Option<Plain>,
+    plain: Option<PlainLine>,
     booting: bool,
     /// Start of the work in progress, as far as observed.
     began: Option<Instant>,
@@ -252,7 +252,7 @@ impl DisplayState {
 }
 
 /// The last plain progress line.
-struct Plain {
+struct PlainLine {
     at: Instant,
     label: String,
     position: u64,
@@ -260,7 +260,7 @@ struct Plain {
     pause: Duration,
 }
 
-impl Plain {
+impl PlainLine {
     /// Whether more than the time has changed.
     fn is_news(&self, label: &str, position: u64, length: u64) -> bool {
         self.label != label || (position == length && self.position != position)
@@ -633,7 +633,7 @@ impl Reporter {
         let last = now.plain.as_ref();
         if last.is_none_or(|last| last.is_news(label, position, length) || last.at.elapsed() >= last.pause) {
             let pause = last.and_then(|last| last.next_pause(label)).unwrap_or(self.pause);
-            now.plain = Some(Plain { at: Instant::now(), label: label.to_owned(), position, pause });
+            now.plain = Some(PlainLine { at: Instant::now(), label: label.to_owned(), position, pause });
             drop(now);
             self.write(&format!("{label}: {detail}"));
         }
@@ -905,11 +905,11 @@ mod tests {
 
     #[test]
     fn repeated_log_lines_are_suppressed() {
-        let said = Plain { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
+        let said = PlainLine { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
         assert!(!said.is_news("Perplexity", 28, 28), "all layers are done as they were before");
         assert!(said.is_news("Writing results", 28, 28) && said.is_news("Perplexity", 30, 30));
         let pauses = (0..9).scan(PLAIN_PAUSE, |pause, _| {
-            *pause = Plain { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
+            *pause = PlainLine { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
             Some(pause.as_secs())
         });
         assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
