@@ -426,7 +426,7 @@ impl Fake {
     }
 
     /// Performs and counts an effect, with the fault for its number.
-    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
+    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, FaultOutcome> {
         let outcome = {
             let mut world = self.world.lock().unwrap();
             world.pass(Duration::ZERO);
@@ -460,11 +460,11 @@ impl Fake {
                 _ => {}
             }
             let result = match fault {
-                _ if world.outage => Err(Struck::NotApplied),
-                Some(Fault::CrashBefore) => Err(Struck::Crash),
-                Some(Fault::Fails) => Err(Struck::NotApplied),
-                Some(Fault::CrashAfter) => Ok(Err(Struck::Crash)),
-                Some(Fault::AnswerLost) => Ok(Err(Struck::Applied)),
+                _ if world.outage => Err(FaultOutcome::NotApplied),
+                Some(Fault::CrashBefore) => Err(FaultOutcome::Crash),
+                Some(Fault::Fails) => Err(FaultOutcome::NotApplied),
+                Some(Fault::CrashAfter) => Ok(Err(FaultOutcome::Crash)),
+                Some(Fault::AnswerLost) => Ok(Err(FaultOutcome::Applied)),
                 _ => Ok(Ok(())),
             };
             result.and_then(|after| {
@@ -475,7 +475,7 @@ impl Fake {
                 after.map(|()| value)
             })
         };
-        if matches!(outcome, Err(Struck::Crash)) {
+        if matches!(outcome, Err(FaultOutcome::Crash)) {
             self.crashed.notify_one();
             return std::future::pending().await;
         }
@@ -486,13 +486,13 @@ impl Fake {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Struck {
+enum FaultOutcome {
     Crash,
     NotApplied,
     Applied,
 }
 
-impl Struck {
+impl FaultOutcome {
     fn broker(self) -> BrokerError {
         let kind = if matches!(self, Self::Applied) { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable };
         BrokerError { broker: "fake", kind, message: format!("{self:?}") }
@@ -522,7 +522,7 @@ impl Broker for Fake {
     }
 
     async fn offers(&self, _: &GpuRequest) -> Result<Offers, BrokerError> {
-        let listed = self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)?;
+        let listed = self.effect("offers", |world| world.offers.clone()).await.map_err(FaultOutcome::broker)?;
         Ok(Offers { offers: listed, dropped: Vec::new() })
     }
 
@@ -563,7 +563,7 @@ impl Broker for Fake {
             world.machines.insert(id.clone(), machine.clone());
             Ok(instance(&id, &machine))
         });
-        made.await.map_err(Struck::broker)?
+        made.await.map_err(FaultOutcome::broker)?
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
@@ -587,7 +587,7 @@ impl Broker for Fake {
             }
             shown
         });
-        listed.await.map_err(Struck::broker)
+        listed.await.map_err(FaultOutcome::broker)
     }
 
     async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
@@ -608,12 +608,12 @@ impl Broker for Fake {
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let ended = self.effect("terminate", |world| {
             if world.refuses_until.is_some_and(|until| Instant::now() < until) {
-                return Err(Struck::NotApplied);
+                return Err(FaultOutcome::NotApplied);
             }
             world.end(&id.0);
             Ok(())
         });
-        ended.await.and_then(|refused| refused).map_err(Struck::broker)
+        ended.await.and_then(|refused| refused).map_err(FaultOutcome::broker)
     }
 }
 
@@ -707,7 +707,7 @@ impl FakeHost {
         let id = self.id.clone();
         let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
         let gone = || broken("connection reset");
-        done.await.map_err(Struck::host)?.ok_or_else(gone)
+        done.await.map_err(FaultOutcome::host)?.ok_or_else(gone)
     }
 }
 
@@ -792,7 +792,7 @@ impl Host for FakeHost {
             Some(machine.worker)
         });
         let gone = || broken("connection reset");
-        let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
+        let status = status.await.map_err(FaultOutcome::host)?.ok_or_else(gone)?;
         if status == JobStatus::Running {
             return std::future::pending().await;
         }
