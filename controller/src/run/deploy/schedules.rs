@@ -15,7 +15,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::fake::{Fake, Fault, World, now_ms, offer, open_ledger, wind};
-use super::tests::{Life, closed_and_clean, home, life};
+use super::tests::{ProcessOutcome, closed_and_clean, home, life};
 use super::*;
 use crate::run::ledger::{LedgerEntry, Records};
 use crate::run::reconcile::{Action, Stray};
@@ -202,7 +202,7 @@ async fn schedule(seed: u64) -> Played {
         let last = life(&fake, home.path()).await;
         // A new process has received no Ctrl-C.
         fake.stop.send_replace(Stop::Go);
-        if let Life::Finished(record) = last {
+        if let ProcessOutcome::Finished(record) = last {
             break record;
         }
         lives += 1;

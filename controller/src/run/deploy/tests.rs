@@ -16,7 +16,7 @@ const AGREED: Usd = Usd::from_micros(1_000_000);
 
 /// How one process ended.
 #[derive(Debug)]
-pub(super) enum Life {
+pub(super) enum ProcessOutcome {
     Finished(Box<RunRecord>),
     Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] DriveError),
     LetGo,
@@ -24,7 +24,7 @@ pub(super) enum Life {
 }
 
 /// One process: plans the run, or resumes the existing one, and drives it.
-pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
+pub(super) async fn life(fake: &Fake, home: &Path) -> ProcessOutcome {
     let ledger = open_ledger(&home.join("state"));
     let run = match ledger.runs().unwrap().first() {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
@@ -43,11 +43,11 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
     let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on);
     tokio::select! {
         biased;
-        () = fake.crashed.notified() => Life::Killed,
+        () = fake.crashed.notified() => ProcessOutcome::Killed,
         driven = driver.drive() => match driven {
-            Ok(record) if record.state.is_at_rest() => Life::Finished(Box::new(record)),
-            Ok(_) => Life::LetGo,
-            Err(stuck) => Life::Stuck(stuck),
+            Ok(record) if record.state.is_at_rest() => ProcessOutcome::Finished(Box::new(record)),
+            Ok(_) => ProcessOutcome::LetGo,
+            Err(stuck) => ProcessOutcome::Stuck(stuck),
         },
     }
 }
@@ -82,7 +82,7 @@ pub(super) fn home() -> tempfile::TempDir {
 async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| world.agreed = Some(AGREED));
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     (fake, record, home)
 }
 
@@ -105,7 +105,7 @@ async fn queued_job_outlasts_the_boot_timeout() {
     let (fake, home) = (Fake::new(), home());
     // Many times the timeout of a boot.
     fake.set(|world| world.queued = 5000);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a queue");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert_eq!(fake.world.lock().unwrap().creates, 1, "what waits is not exchanged");
@@ -115,7 +115,7 @@ async fn queued_job_outlasts_the_boot_timeout() {
 async fn worker_ended_at_the_time_limit_is_not_restarted() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|world| (world.deaths, world.limited) = (1, true));
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a time limit");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     assert!(record.state.results().is_some_and(|results| !results.complete), "what there was came home");
@@ -133,7 +133,7 @@ async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
         world.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
     });
     let begun = Instant::now();
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a second start");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     let took = begun.elapsed().as_secs();
@@ -170,7 +170,7 @@ async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
 
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect
 /// after it.
-async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
+async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[ProcessOutcome], &str)) -> usize {
     sweep_with(first, second, |_| {}, check).await
 }
 
@@ -179,7 +179,7 @@ async fn sweep_with(
     first: Fault,
     second: Option<Fault>,
     change: impl Fn(&mut super::fake::World),
-    check: impl Fn(&Fake, &[Life], &str),
+    check: impl Fn(&Fake, &[ProcessOutcome], &str),
 ) -> usize {
     let mut runs = 0;
     for at in 1.. {
@@ -197,9 +197,9 @@ async fn sweep_with(
             if fired() == 0 {
                 return runs;
             }
-            while !matches!(lives.last(), Some(Life::Finished(_))) {
+            while !matches!(lives.last(), Some(ProcessOutcome::Finished(_))) {
                 assert!(lives.len() < 6, "no end: {lives:?}");
-                if matches!(lives.last(), Some(Life::LetGo)) {
+                if matches!(lives.last(), Some(ProcessOutcome::LetGo)) {
                     // The next process has another terminal.
                     fake.stop.send_replace(Stop::Go);
                 }
@@ -217,9 +217,9 @@ async fn sweep_with(
     unreachable!("the happy path has an end")
 }
 
-fn last(lives: &[Life]) -> &RunRecord {
+fn last(lives: &[ProcessOutcome]) -> &RunRecord {
     match lives.last() {
-        Some(Life::Finished(record)) => record,
+        Some(ProcessOutcome::Finished(record)) => record,
         other => panic!("{other:?}"),
     }
 }
@@ -307,7 +307,7 @@ async fn outage_is_reported_and_resolved_later() {
             return;
         }
         let what = format!("outage at {at}");
-        if let Life::Finished(record) = &first {
+        if let ProcessOutcome::Finished(record) = &first {
             closed_and_clean(&fake, record, &what);
         }
         fake.set(|world| {
@@ -315,7 +315,7 @@ async fn outage_is_reported_and_resolved_later() {
             world.outage = false;
         });
         let second = life(&fake, home.path()).await;
-        let Life::Finished(record) = second else { panic!("{what}: {second:?}") };
+        let ProcessOutcome::Finished(record) = second else { panic!("{what}: {second:?}") };
         closed_and_clean(&fake, &record, &what);
     }
 }
@@ -349,7 +349,7 @@ async fn hangup_leaves_resumable_runs_and_ends_others() {
     for ends_itself in [true, false] {
         let let_go = std::cell::Cell::new(0);
         let change = |world: &mut super::fake::World| world.self_destruct = ends_itself;
-        let check = |fake: &Fake, lives: &[Life], what: &str| {
+        let check = |fake: &Fake, lives: &[ProcessOutcome], what: &str| {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(lives.len() == 2, ends_itself && what.contains("(follow)"), "{what}: {lives:?}");
             let ending = last(lives).state.ending();
@@ -378,7 +378,7 @@ async fn detached_run_is_left_once_its_worker_runs_and_is_resumed_later() {
     assert!(effects.last() == Some(&"status") && !effects.contains(&"follow"), "{effects:?}");
     recover(&ledger, fake.ports(&clouds), &on).await.unwrap();
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it has time left");
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "detached");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert!(!record.is_detached() && fake.world.lock().unwrap().creates == 1);
@@ -399,7 +399,7 @@ async fn repeatedly_vanishing_instances_end_the_run_with_a_loss() {
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
     fake.set(|world| world.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "preempted");
     let RunState::Closed { ending: RunOutcome::InstanceLost, loss: Some(loss), .. } = &record.state else {
         panic!("{:?}", record.state)
@@ -413,7 +413,7 @@ async fn dead_worker_is_restarted_a_bounded_number_of_times() {
     for (deaths, completed) in [(1, true), (2, true), (3, false)] {
         let (fake, home) = (Fake::new(), home());
         fake.set(|world| world.deaths = deaths);
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "died");
         assert_eq!(record.state.ending() == Some(&RunOutcome::Completed), completed, "{deaths}");
         assert!(completed || record.state.ending() == Some(&RunOutcome::WorkerVanished { exit: Some(137) }));
@@ -430,9 +430,9 @@ async fn dead_worker_without_time_for_work_is_not_restarted() {
         let (plain, ..) = happy().await;
         let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
         fake.set(|world| (world.deaths, world.armed) = (1, vec![(follow, Fault::CrashBefore)]));
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "it dies before it looks");
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "it dies before it looks");
         tokio::time::sleep(Duration::from_secs(after)).await;
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "late");
         let again = record.events.iter().any(|entry| entry.event == RunEvent::Restarted);
         let complete = record.state.results().map(|results| results.complete);
@@ -463,7 +463,7 @@ async fn ctrl_c_saves_partial_results_and_a_second_one_skips_them() {
             world.endless = true;
             world.armed = vec![(follow, fault)];
         });
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "ctrl-c");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         assert_eq!(record.state.results().is_some(), salvaged);
@@ -529,7 +529,7 @@ async fn held_instance_stays_and_is_not_reported_as_left_over() {
     let mut run = ledger.take(&record.id).unwrap().unwrap();
     run.append(RunEvent::Terminate).unwrap();
     drop(run);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "released");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
@@ -916,9 +916,9 @@ async fn resumed_gpu_run_never_starts_a_cpu_worker() {
         let mut request = spec(&home.path().join("results"));
         for_gpus(&fake, &mut request);
         drop(ledger.plan(&request).unwrap());
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "{killed_at}");
         fake.set(|world| world.without_cuda = true);
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
         closed_and_clean(&fake, &record, killed_at);
         let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
         assert!(trouble.kind == RunFailureKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
@@ -944,13 +944,13 @@ async fn resumed_gpu_run_keeps_the_worker_it_began_with() {
         let mut request = spec(&home.path().join("results"));
         for_gpus(&fake, &mut request);
         drop(ledger.plan(&request).unwrap());
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{what}");
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "{what}");
         fake.set(|world| {
             world.without_cuda = true;
             let next = world.effects.len() + 1;
             world.armed = if lost { vec![(next, Fault::Preempted)] } else { Vec::new() };
         });
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
         closed_and_clean(&fake, &record, &what);
         let launched = record.events.iter().filter(|entry| entry.event.word() == "launched").count();
         assert_eq!(launched, 1, "{what}");
@@ -983,7 +983,7 @@ async fn recovery_ends_only_strays_and_expired_runs() {
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let stray = LeaseTag {
         owner: ledger.owner().into(),
         run: "unknown".into(),
@@ -1022,7 +1022,7 @@ async fn copied_ledger_ends_no_live_instance_of_its_original() {
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     assert_eq!(ledger.owner(), ours.owner(), "it is a copy");
     let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
@@ -1039,7 +1039,7 @@ async fn missing_heartbeat_ends_the_instance_from_inside() {
     let (plain, ..) = happy().await;
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| (world.self_destruct, world.armed) = (true, vec![(follow, Fault::CrashBefore)]));
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     let run = ours.find("last").unwrap().id;
     assert!(ours.run_folder(&run).join("key").exists() && !ledger.run_folder(&run).exists());
@@ -1061,12 +1061,12 @@ async fn clock_jump_ahead_ends_no_run_with_time_left() {
     let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
     wind(now_ms());
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     fake.set(super::fake::World::jump);
     let ledger = open_ledger(&home.path().join("state"));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "ahead");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
@@ -1079,7 +1079,7 @@ async fn recovery_marks_vanished_instances_and_never_rents() {
     let ledger = open_ledger(&home.path().join("state"));
     let follow = effects.iter().position(|name| *name == "follow").unwrap();
     fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     fake.set(|world| world.machines.clear());
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&RunOutcome::InstanceLost));
@@ -1094,7 +1094,7 @@ async fn recovery_marks_vanished_instances_and_never_rents() {
         world.armed = vec![(create, Fault::CrashBefore)];
         world.max_duration_s = 0;
     });
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     let run = ledger.find("last").unwrap();
     assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&RunOutcome::Deadline)));
@@ -1245,7 +1245,7 @@ async fn full_disk_at_any_event_leaves_no_instance() {
         // With free space the same run completes.
         let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
         disk.execute_batch("DROP TRIGGER full").unwrap();
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
         closed_and_clean(&fake, &record, "with room again");
         let (billed, cost) = (fake.world.lock().unwrap().billed, record.cost(now_ms()));
         assert!(cost >= billed, "{events}: {billed} were billed, and {cost} is said");
@@ -1348,7 +1348,7 @@ async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
         stuck
     };
     assert!(matches!(silent().await, DriveError::Silent { .. }), "an empty ledger has nothing anywhere");
-    let Life::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has one whose runs are over");
     let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has a run that asked for nothing");
@@ -1363,7 +1363,7 @@ async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
 async fn unwritable_results_folder_falls_back_to_the_ledger_folder() {
     let (fake, home) = (Fake::new(), home());
     std::fs::write(home.path().join("results"), "in the way").unwrap();
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "in the way");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let place = home.path().join("state/runs").join(&record.id).join(format!("owner--model-{}", record.id));
@@ -1474,7 +1474,7 @@ async fn saving_results_after_ctrl_c_is_bounded() {
             world.armed = vec![(at, Fault::Stop)];
         });
         let ended = tokio::time::timeout(Duration::from_secs(2 * 3600), life(&fake, home.path())).await;
-        let Ok(Life::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
+        let Ok(ProcessOutcome::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
         closed_and_clean(&fake, &record, "stalled");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         let RunState::Closed { loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
