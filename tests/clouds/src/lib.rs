@@ -15,4 +15,4 @@ pub use dialect::Dialect;
 pub use exchange::{Answer, Request};
 pub use fault::{Fault, How, Op, Refusal};
 pub use server::{FakeCloud, KEY, limits};
-pub use world::{FakeInstance, Gpu, Host, Life, Moment, Odd, Order, Rented, SshKey, Stock, Watch, World};
+pub use world::{FakeInstance, Gpu, Host, InstanceStatus, Moment, Odd, Order, Rented, SshKey, Stock, Watch, World};

@@ -200,7 +200,7 @@ fn each_entry(answer: &mut Value, act: &mut impl FnMut(&mut Map<String, Value>))
 
 /// State of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Life {
+pub enum InstanceStatus {
     /// Not reachable yet.
     Booting,
     /// It has an address.
@@ -229,7 +229,7 @@ pub struct FakeInstance {
     /// Price per hour.
     pub price: UsdPerHour,
     /// State.
-    pub life: Life,
+    pub life: InstanceStatus,
     /// A status to show instead of the cloud's, to imitate a new one.
     pub odd_status: Option<String>,
     /// Address of its SSH server once it runs.
@@ -246,7 +246,7 @@ pub struct FakeInstance {
 impl FakeInstance {
     /// Whether it bills.
     pub fn is_live(&self) -> bool {
-        self.life != Life::Ended
+        self.life != InstanceStatus::Ended
     }
 
     /// Cost until now.
@@ -438,7 +438,7 @@ impl World {
             disk_gib: order.disk_gib,
             public_key: order.public_key,
             price: order.price,
-            life: Life::Booting,
+            life: InstanceStatus::Booting,
             odd_status: None,
             // An address for documentation, RFC 5737.
             ssh: SshEndpoint { host: "198.51.100.7".to_owned(), port: 22, user: "root".to_owned() },
@@ -485,7 +485,7 @@ impl World {
         let Some(instance) = self.instances.iter_mut().find(|instance| instance.id == id && instance.is_live()) else {
             return false;
         };
-        instance.life = Life::Ended;
+        instance.life = InstanceStatus::Ended;
         instance.ended_at = Some(now);
         (instance.listings, instance.looks) = (0, 0);
         self.machines.remove(id);
@@ -509,7 +509,7 @@ impl World {
     /// Instances in a list now, oldest first.
     pub fn listed(&self) -> Vec<FakeInstance> {
         let shown = |instance: &&FakeInstance| match instance.life {
-            Life::Ended => instance.looks <= self.lingers,
+            InstanceStatus::Ended => instance.looks <= self.lingers,
             _ => instance.listings > self.shown_after,
         };
         self.instances.iter().filter(shown).cloned().collect()
@@ -531,8 +531,8 @@ impl World {
 
 fn look(instance: &mut FakeInstance, boots_after: u32) {
     instance.looks = instance.looks.saturating_add(1);
-    if instance.life == Life::Booting && instance.looks > boots_after {
-        instance.life = Life::Running;
+    if instance.life == InstanceStatus::Booting && instance.looks > boots_after {
+        instance.life = InstanceStatus::Running;
     }
 }
 
@@ -578,10 +578,10 @@ mod tests {
             world.listed().first().map(|instance| instance.life)
         };
         assert_eq!(shown(&mut world), None);
-        assert_eq!(shown(&mut world), Some(Life::Booting));
-        assert_eq!(world.look_at(&id).unwrap().life, Life::Running);
+        assert_eq!(shown(&mut world), Some(InstanceStatus::Booting));
+        assert_eq!(world.look_at(&id).unwrap().life, InstanceStatus::Running);
         world.end(&id);
-        assert_eq!(shown(&mut world), Some(Life::Ended));
+        assert_eq!(shown(&mut world), Some(InstanceStatus::Ended));
         assert_eq!(shown(&mut world), None);
         assert_eq!(world.look_at(&id), None);
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::life::ready;
 use super::{found, kind, rent};
-use crate::{FakeCloud, Life, Odd, Op};
+use crate::{FakeCloud, InstanceStatus, Odd, Op};
 
 /// Every page is read, and each instance is listed once.
 pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
@@ -68,7 +68,7 @@ pub async fn survives_unknown_words(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
     cloud.world().change(&made.id.0, |instance| {
-        instance.life = Life::Running;
+        instance.life = InstanceStatus::Running;
         instance.odd_status = Some("HIBERNATING_2".to_owned());
     });
     let listed = found(&*broker, &lease).await;
@@ -133,7 +133,7 @@ pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
 pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
-    for life in [Life::Failed, Life::Stopped] {
+    for life in [InstanceStatus::Failed, InstanceStatus::Stopped] {
         cloud.world().change(&made.id.0, |instance| instance.life = life);
         let state = broker.get(&made.id).await.expect("it is read").expect("it is there").state;
         assert!(matches!(state, InstanceState::Failed(_) | InstanceState::Stopped), "{life:?}: {state:?}");

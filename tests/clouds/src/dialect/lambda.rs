@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
+use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, World};
 
 /// Lambda's API.
 #[derive(Clone, Copy, Debug)]
@@ -228,10 +228,10 @@ fn cents(price: UsdPerHour) -> i64 {
 
 fn instance(instance: &FakeInstance) -> Value {
     let status = match instance.life {
-        Life::Booting => "booting",
-        Life::Running => "active",
-        Life::Failed | Life::Stopped => "unhealthy",
-        Life::Ended => "terminating",
+        InstanceStatus::Booting => "booting",
+        InstanceStatus::Running => "active",
+        InstanceStatus::Failed | InstanceStatus::Stopped => "unhealthy",
+        InstanceStatus::Ended => "terminating",
     };
     let available = |available: bool| match available {
         true => json!({"available": true}),
@@ -241,7 +241,7 @@ fn instance(instance: &FakeInstance) -> Value {
             "reason_description": "VM has not launched yet",
         }),
     };
-    let up = available(instance.life == Life::Running);
+    let up = available(instance.life == InstanceStatus::Running);
     let mut shown = json!({
         "id": instance.id,
         "name": instance.name,
@@ -254,7 +254,7 @@ fn instance(instance: &FakeInstance) -> Value {
         "tags": [],
         "firewall_rulesets": [],
     });
-    if instance.life == Life::Running {
+    if instance.life == InstanceStatus::Running {
         shown["ip"] = json!(instance.ssh.host);
         shown["jupyter_token"] = json!("03b7d30d9d3e4d8fa41657bc0d478c1b");
     }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
+use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, World};
 
 /// Prime Intellect's API.
 #[derive(Clone, Copy, Debug)]
@@ -358,13 +358,13 @@ fn ssh_key(key: &SshKey) -> Value {
 fn pod(instance: &FakeInstance) -> Value {
     let stock = &instance.stock;
     let (status, installation) = match instance.life {
-        Life::Booting => ("PROVISIONING", "PENDING"),
-        Life::Running => ("ACTIVE", "FINISHED"),
-        Life::Failed => ("ERROR", "PENDING"),
-        Life::Stopped => ("STOPPED", "FINISHED"),
-        Life::Ended => ("DELETING", "TERMINATED"),
+        InstanceStatus::Booting => ("PROVISIONING", "PENDING"),
+        InstanceStatus::Running => ("ACTIVE", "FINISHED"),
+        InstanceStatus::Failed => ("ERROR", "PENDING"),
+        InstanceStatus::Stopped => ("STOPPED", "FINISHED"),
+        InstanceStatus::Ended => ("DELETING", "TERMINATED"),
     };
-    let running = instance.life == Life::Running;
+    let running = instance.life == InstanceStatus::Running;
     let ssh = &instance.ssh;
     json!({
         "id": instance.id,

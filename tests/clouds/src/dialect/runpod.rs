@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
+use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, World};
 
 mod graphql;
 
@@ -314,14 +314,14 @@ fn pods(world: &mut World, request: &Request) -> Result<Answer, Refusal> {
 /// A pod as REST v2 shows it.
 fn pod(instance: &FakeInstance) -> Value {
     let (status, runs) = match instance.life {
-        Life::Booting => ("STARTING", false),
-        Life::Running => ("RUNNING", true),
-        Life::Failed => ("ERROR", false),
-        Life::Stopped => ("EXITED", false),
-        Life::Ended => ("TERMINATED", false),
+        InstanceStatus::Booting => ("STARTING", false),
+        InstanceStatus::Running => ("RUNNING", true),
+        InstanceStatus::Failed => ("ERROR", false),
+        InstanceStatus::Stopped => ("EXITED", false),
+        InstanceStatus::Ended => ("TERMINATED", false),
     };
     let ssh = &instance.ssh;
-    let bills = matches!(instance.life, Life::Booting | Life::Running | Life::Failed);
+    let bills = matches!(instance.life, InstanceStatus::Booting | InstanceStatus::Running | InstanceStatus::Failed);
     let direct = json!({
         "host": ssh.host, "port": ssh.port, "username": ssh.user,
         "command": format!("ssh {}@{} -p {}", ssh.user, ssh.host, ssh.port),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
+use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, World};
 
 /// Vast.ai's API.
 #[derive(Clone, Copy, Debug)]
@@ -326,7 +326,7 @@ fn create(world: &mut World, ask: &str, create: Create) -> Result<Answer, Refusa
     let least = if stock.spot { stock.price.0.dollars() } else { stock.price.0.dollars() / 2.0 };
     if create.price.is_some_and(|bid| bid < least) {
         // The instance exists, stopped and billed, and the answer is an error.
-        world.change(&id, |instance| instance.life = Life::Stopped);
+        world.change(&id, |instance| instance.life = InstanceStatus::Stopped);
         let msg = "error 400/3620: bid price too low; instance created in stopped state";
         return Ok(Answer::json(
             400,
@@ -381,10 +381,10 @@ fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
 fn instance(instance: &FakeInstance) -> Value {
     let stock = &instance.stock;
     let (actual, wanted) = match instance.life {
-        Life::Booting => (None, "running"),
-        Life::Running => (Some("running"), "running"),
-        Life::Failed | Life::Ended => (Some("exited"), "running"),
-        Life::Stopped => (Some("stopped"), "stopped"),
+        InstanceStatus::Booting => (None, "running"),
+        InstanceStatus::Running => (Some("running"), "running"),
+        InstanceStatus::Failed | InstanceStatus::Ended => (Some("exited"), "running"),
+        InstanceStatus::Stopped => (Some("stopped"), "stopped"),
     };
     let id: u64 = instance.id.parse().unwrap_or_default();
     let mut shown = json!({
@@ -416,7 +416,7 @@ fn instance(instance: &FakeInstance) -> Value {
         "start_date": instance.created_at as f64 + 0.2,
         "end_date": instance.created_at as f64 + 2e6,
     });
-    if instance.life == Life::Running {
+    if instance.life == InstanceStatus::Running {
         let port = instance.ssh.port.to_string();
         shown["ports"] =
             json!({"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": port}, {"HostIp": "::", "HostPort": port}]});
