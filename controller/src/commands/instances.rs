@@ -10,7 +10,7 @@ use crate::cli::{InstancesCommand, Only};
 use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::host::transport::quote::quote;
-use crate::run::deploy::{KEY_FILE, Looked, look};
+use crate::run::deploy::{KEY_FILE, Reconciliation, look};
 use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::{Pin, RunEvent};
 use crate::ui::report::{CliError, ExitStatus, tables};
@@ -77,7 +77,7 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
-    let shown = |looked: &Looked| tables::what_they_are(&looked.listed, &looked.actions);
+    let shown = |looked: &Reconciliation| tables::what_they_are(&looked.listed, &looked.actions);
     let words: Vec<String> = looks.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
     let instances = all.iter().zip(&words).zip(&deadlines).map(|((instance, words), deadline)| InstanceRow {

@@ -16,7 +16,7 @@ use crate::cli::ReapArgs;
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Instance, InstanceId, LeaseTag};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
-use crate::run::deploy::{DriveError, Looked, Target, carry_out, end, look};
+use crate::run::deploy::{DriveError, Reconciliation, Target, carry_out, end, look};
 use crate::run::ledger::now_ms;
 use crate::run::reconcile::{Action, overdue};
 use crate::text::counted;
@@ -63,7 +63,7 @@ struct Doomed {
 /// What must end on one cloud.
 struct CloudFindings<'a> {
     cloud: &'a Cloud,
-    looked: Looked,
+    looked: Reconciliation,
     runs: Vec<OfRun>,
     strays: Vec<Doomed>,
     overdue: Vec<Doomed>,
@@ -138,7 +138,7 @@ fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
 
 impl<'a> CloudFindings<'a> {
     /// Selects what must end, whether it is then ended or only shown. `None`: of all owners.
-    fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
+    fn of(cloud: &'a Cloud, looked: Reconciliation, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
         let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&looked, cloud.name());
         let is_stray = |instance: &Instance| {
@@ -174,7 +174,7 @@ impl<'a> CloudFindings<'a> {
 }
 
 /// Runs of the ledger that must end.
-fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
+fn runs_of(looked: &Reconciliation, broker: &'static str) -> Vec<OfRun> {
     let instance = |run: &str| {
         let of_run = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.run == run);
         looked.listed.iter().find(of_run).map(|instance| instance.id.clone())
@@ -318,7 +318,7 @@ mod tests {
         let cloud = context.cloud("local").unwrap();
         let mut instance = crate::run::reconcile::tests::instance("i", "outliers-o-r-n-1");
         instance.broker = "local".to_owned();
-        let looked = Looked { listed: vec![instance], actions: Vec::new() };
+        let looked = Reconciliation { listed: vec![instance], actions: Vec::new() };
         let found = CloudFindings::of(&cloud, looked, Some("o"), &mut Vec::new());
         assert_eq!(found.count(), 1);
         let asked = consent(&context, &[found], args, terminal, &mut answers);

@@ -48,7 +48,7 @@ pub async fn carry_out(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
-    looked: &Looked,
+    looked: &Reconciliation,
     on: &OnEvent<'_>,
 ) -> Result<(), DriveError> {
     // What is on this cloud is not looked for on another, and nothing is rented anew.
@@ -78,7 +78,7 @@ pub async fn carry_out(
 
 /// A cloud's complete list, and the actions it requires.
 #[derive(Debug, Default)]
-pub struct Looked {
+pub struct Reconciliation {
     /// All instances of the account.
     pub listed: Vec<Instance>,
     /// Actions on instances and runs.
@@ -90,11 +90,11 @@ pub struct Looked {
 ///
 /// # Errors
 /// [`DriveError`] if the cloud does not answer.
-pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, DriveError> {
+pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
         let actions = reconcile::by_tag(&listed);
-        return Ok(Looked { listed, actions });
+        return Ok(Reconciliation { listed, actions });
     };
     let (is_here, timeouts) = (|offer: &Offer| cloud.broker.made(offer), &cloud.timeouts);
     let mut missing = BTreeMap::new();
@@ -116,9 +116,9 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
         let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
         let actions = reconcile::compare(owner, &is_here, now, &leases, &listed, &missing, timeouts.absences);
-        return Ok(Looked { listed, actions });
+        return Ok(Reconciliation { listed, actions });
     }
-    Ok(Looked::default())
+    Ok(Reconciliation::default())
 }
 
 fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError> {
