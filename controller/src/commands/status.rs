@@ -23,7 +23,7 @@ pub(super) struct StatusReport<'a> {
 type Clusters = Result<Vec<Cloud>, CliError>;
 
 /// What the ledger and the files say, and what could not be asked of clusters.
-struct Looked {
+struct StatusSnapshot {
     status: Status,
     /// Of clusters that do not answer.
     silent: Vec<CliError>,
@@ -33,7 +33,7 @@ struct Looked {
 pub(super) async fn command(context: &Context, watch: bool) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     let clusters = context.clusters(Some(&ledger));
-    let Looked { status, mut silent } = look(context, &ledger, &clusters).await?;
+    let StatusSnapshot { status, mut silent } = look(context, &ledger, &clusters).await?;
     context.reporter.unreadable(&status.unreadable);
     if watch {
         warn(context, &silent);
@@ -51,7 +51,7 @@ fn warn(context: &Context, silent: &[CliError]) {
 }
 
 /// Why runs on clusters wait is asked there, if there are any.
-async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result<Looked, CliError> {
+async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result<StatusSnapshot, CliError> {
     let mut status = Status::look(ledger, &context.settings.results, now_ms())?;
     let mut silent = Vec::new();
     let asked: &[Cloud] = match clusters {
@@ -76,7 +76,7 @@ async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result
     }
     status.note_queue(&listed);
     asked.iter().for_each(|cluster| status.note_ends(&*cluster.broker));
-    Ok(Looked { status, silent })
+    Ok(StatusSnapshot { status, silent })
 }
 
 /// One picture after the other until nothing runs any more, or Ctrl-C.
