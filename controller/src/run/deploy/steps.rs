@@ -37,7 +37,7 @@ enum Affordable {
 
 /// How an instance is identified.
 #[derive(Clone, Copy)]
-enum Sought<'a> {
+enum InstanceKey<'a> {
     Id(&'a InstanceId),
     /// By name, after a create call without an answer.
     Name(&'a str),
@@ -274,7 +274,7 @@ impl Driver<'_> {
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
-        let found = self.look_for(Sought::Name(&name), self.cloud()?.timeouts.settle).await?;
+        let found = self.look_for(InstanceKey::Name(&name), self.cloud()?.timeouts.settle).await?;
         match found {
             Some(instance) => self.created(&instance),
             None => {
@@ -777,7 +777,7 @@ impl Driver<'_> {
         let mut deadline = Instant::now() + limit;
         let mut told = String::new();
         loop {
-            let found = self.look_for(Sought::Id(&rental.instance), limit).await?;
+            let found = self.look_for(InstanceKey::Id(&rental.instance), limit).await?;
             let found = found.ok_or(StepError::Vanished)?;
             // The answer to a create call may lack the price, or state an earlier one.
             let is_new = matches!(self.run.state(), RunState::Rented { .. });
@@ -814,17 +814,17 @@ impl Driver<'_> {
     }
 
     /// The instance; `None` only after enough complete listings without it.
-    async fn look_for(&mut self, sought: Sought<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
+    async fn look_for(&mut self, sought: InstanceKey<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
         let mut absences = 0;
         loop {
             let found = match sought {
-                Sought::Id(id) => {
+                InstanceKey::Id(id) => {
                     let listed = cloud.list(&[id]).await;
                     listed.map(|listed| listed.into_iter().find(|instance| instance.id == *id))
                 }
-                Sought::Name(name) => cloud.named(name).await,
+                InstanceKey::Name(name) => cloud.named(name).await,
             };
             match found {
                 Ok(Some(instance)) => return Ok(Some(instance)),
