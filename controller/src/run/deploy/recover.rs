@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::sync::watch;
 
-use super::terminate::{Bill, Ender};
+use super::terminate::{Bill, InstanceTerminator};
 use super::{DriveError, Driver, OnEvent, Ports, Stop};
 use crate::cloud::broker::{BrokerError, Instance, InstanceId, Offer};
 use crate::cloud::clouds::{Cloud, Clouds};
@@ -201,7 +201,7 @@ impl From<&Instance> for Target {
 /// [`DriveError`] if one cannot be terminated.
 pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
-    let ender = Ender::new(cloud, on);
+    let ender = InstanceTerminator::new(cloud, on);
     let gone = ender.until_gone(targets.to_vec(), Target::bill, || cloud.those_of(&ids)).await;
     gone.map_err(|why| {
         let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::collect::{self, Folders};
 use super::grace::Grace;
-use super::terminate::{Bill, Ender};
+use super::terminate::{Bill, InstanceTerminator};
 use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
@@ -695,7 +695,7 @@ impl Driver<'_> {
             let listed = cloud.list(known.as_slice()).await;
             listed.map(|listed| listed.into_iter().filter(is_ours).collect::<Vec<_>>())
         };
-        let ender = Ender::new(cloud, self.on);
+        let ender = InstanceTerminator::new(cloud, self.on);
         let gone = ender.until_gone(known.into_iter().map(Target::of).collect(), bill, ours).await;
         gone.map_err(|why| {
             let name = known.map_or_else(|| tag.to_string(), ToString::to_string);

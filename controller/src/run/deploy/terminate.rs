@@ -15,7 +15,7 @@ use crate::waiting::{Failed, told};
 const PAUSE: Duration = Duration::from_secs(30);
 
 /// Terminates instances of one cloud.
-pub(super) struct Ender<'a> {
+pub(super) struct InstanceTerminator<'a> {
     cloud: &'a Cloud,
     on: &'a OnEvent<'a>,
     said: Mutex<Option<Instant>>,
@@ -28,7 +28,7 @@ pub(super) struct Bill {
     pub(super) cost: Option<Usd>,
 }
 
-impl<'a> Ender<'a> {
+impl<'a> InstanceTerminator<'a> {
     pub(super) fn new(cloud: &'a Cloud, on: &'a OnEvent<'a>) -> Self {
         Self { cloud, on, said: Mutex::default() }
     }
