@@ -29,9 +29,9 @@ struct ReapReport {
     /// Runs of this machine's ledger to be ended.
     runs: Vec<OfRun>,
     /// Instances of this ledger whose run is over, or has another one.
-    strays: Vec<Doomed>,
+    strays: Vec<ExpiredInstance>,
     /// Instances whose time is up.
-    overdue: Vec<Doomed>,
+    overdue: Vec<ExpiredInstance>,
     /// Errors: unknown lists, and runs or instances that do not end.
     troubles: Vec<String>,
 }
@@ -48,7 +48,7 @@ struct OfRun {
 }
 
 #[derive(Debug, PartialEq, Serialize)]
-struct Doomed {
+struct ExpiredInstance {
     #[serde(flatten)]
     instance: Instance,
     owner: String,
@@ -65,8 +65,8 @@ struct CloudFindings<'a> {
     cloud: &'a Cloud,
     looked: Reconciliation,
     runs: Vec<OfRun>,
-    strays: Vec<Doomed>,
-    overdue: Vec<Doomed>,
+    strays: Vec<ExpiredInstance>,
+    overdue: Vec<ExpiredInstance>,
 }
 
 /// An error, with its exit status.
@@ -151,7 +151,7 @@ impl<'a> CloudFindings<'a> {
         for instance in &looked.listed {
             let doomed = |LeaseTag { owner, run, deadline, .. }: LeaseTag, why| {
                 let seconds = now.saturating_sub(deadline);
-                Doomed { instance: instance.clone(), owner, run, why, seconds, gone: false }
+                ExpiredInstance { instance: instance.clone(), owner, run, why, seconds, gone: false }
             };
             let of_run = |tag: &LeaseTag| runs.iter().any(|of| of.run == tag.run && of.instance.is_some());
             if let (Some(why), Some(tag)) = (is_stray(instance), instance.tag()) {
@@ -284,7 +284,7 @@ fn in_words(document: &ReapReport) -> String {
         table.add_row(ids.into_iter().chain(["", "", *why, became(*over)].map(tables::text)));
     }
     for doomed in document.strays.iter().chain(&document.overdue) {
-        let Doomed { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
+        let ExpiredInstance { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
         let price = price.map(|price| price.to_string()).unwrap_or_default();
         let since = if *seconds == 0 { String::new() } else { Span(Duration::from_secs(*seconds)).to_string() };
         let ids = [tables::name(broker), tables::id(&id.0), tables::id(owner), tables::id(run)];
