@@ -72,7 +72,7 @@ struct Surveyed<'a> {
     schema: u32,
     survey: &'a str,
     folder: String,
-    models: Vec<Came>,
+    models: Vec<ModelResult>,
     /// Cost of all runs of the survey.
     cost: Usd,
     exit_status: u8,
@@ -80,7 +80,7 @@ struct Surveyed<'a> {
 
 /// Result of a model.
 #[derive(Serialize)]
-struct Came {
+struct ModelResult {
     #[serde(flatten)]
     line: IndexEntry,
     /// Cost of its latest run.
@@ -91,7 +91,7 @@ struct Came {
     status: ExitStatus,
 }
 
-impl Came {
+impl ModelResult {
     fn has_failed(&self) -> bool {
         matches!(self.line.outcome, ModelOutcome::Partial | ModelOutcome::Failed)
     }
@@ -176,7 +176,7 @@ impl Session<'_> {
     /// Prints the result. The exit status is that of the most urgent run.
     pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ExitStatus {
         let wanted = self.models.iter().filter(|model| model.wanted);
-        let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
+        let models: Vec<ModelResult> = wanted.map(|model| self.came(model, runs, stuck)).collect();
         let status = ExitStatus::worst(models.iter().map(|came| came.status));
         let surveyed = Surveyed {
             schema: SCHEMA,
@@ -197,7 +197,7 @@ impl Session<'_> {
         status
     }
 
-    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> Came {
+    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ModelResult {
         let (line, run) = self.member(model).look(runs);
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
@@ -211,7 +211,7 @@ impl Session<'_> {
         };
         let place = self.asked.folder.join(&model.entry.name);
         let figures = (line.outcome == ModelOutcome::Complete).then(|| HeadlineFigures::read(&place)).flatten();
-        Came { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
+        ModelResult { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
     }
 
     fn in_words(&self, surveyed: &Surveyed<'_>) -> String {
