@@ -8,7 +8,7 @@ use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 
 use super::tell::estimate;
-use super::{Session, Todo};
+use super::{Session, ModelAction};
 use crate::cloud::clouds::Clouds;
 use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;
@@ -47,10 +47,10 @@ impl Session<'_> {
         &self,
         ledger: &Ledger,
         ports: Ports<'_>,
-        todo: Vec<Todo>,
+        todo: Vec<ModelAction>,
     ) -> Result<Vec<(String, DriveError)>, CliError> {
         // Abandoned runs bill, whether they are driven or not.
-        let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
+        let left = todo.iter().filter(|todo| matches!(todo, ModelAction::PickUp(_))).count();
         let parallel = self.asked.max_parallel.max(left);
         let tasks = self.tasks(todo, parallel)?;
         if tasks.is_empty() {
@@ -74,20 +74,20 @@ impl Session<'_> {
     }
 
     /// Runs that were left come first: they bill already. At most this many at a time.
-    fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Result<Vec<Task>, CliError> {
+    fn tasks(&self, todo: Vec<ModelAction>, parallel: usize) -> Result<Vec<Task>, CliError> {
         let mut tasks: Vec<Task> = Vec::new();
         // A checkpoint on a cluster needs no token, and its worker need not wait for others.
         let of_job = |job: &JobSpec| (secrets(self.context, job, parallel), job.asks_the_hub());
         for (model, todo) in self.models.iter().zip(todo) {
             let ((secrets, asks_the_hub), begin, estimate) = match todo {
-                Todo::Nothing => continue,
-                Todo::PickUp(run) => {
+                ModelAction::Nothing => continue,
+                ModelAction::PickUp(run) => {
                     let offer = run.state().offer();
                     let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
                     let clouds = self.context.clouds_to_go_on(run.record(), &self.clouds)?;
                     (of_job(&run.record().spec.job), Begin::Left(run, clouds), estimate)
                 }
-                Todo::Run(prepared) => {
+                ModelAction::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
                     (of_job(&prepared.spec.job), Begin::Anew(Box::new(prepared.signed())), estimate)
                 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers_protocol::ModelSource;
 use serde::Serialize;
 
-use super::{Model, Problem, Session, Todo, in_words};
+use super::{Model, Problem, Session, ModelAction, in_words};
 use crate::cli::settings::Span;
 use crate::cloud::broker::Offer;
 use crate::cloud::estimate::Estimate;
@@ -99,14 +99,14 @@ impl ModelResult {
 
 impl Session<'_> {
     /// Planned actions for all models.
-    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<ModelRow<'r>> {
-        let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
+    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [ModelAction], problems: &[Problem]) -> Vec<ModelRow<'r>> {
+        let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r ModelAction))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();
             let outcome = self.member(model).look(runs).0.outcome;
             let to_do = match (todo, outcome) {
-                (Todo::PickUp(_), _) => "pick up",
-                (Todo::Run(_), _) => "run",
+                (ModelAction::PickUp(_), _) => "pick up",
+                (ModelAction::Run(_), _) => "run",
                 _ if problem.is_some() => "cannot be run",
                 (_, ModelOutcome::Complete) => "nothing: complete",
                 (_, ModelOutcome::Partial | ModelOutcome::Failed) => "nothing: failed",
@@ -130,7 +130,7 @@ impl Session<'_> {
     }
 
     /// Prints the plan.
-    pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
+    pub(super) fn show(&self, runs: &[RunRecord], todo: &[ModelAction], problems: &[Problem]) -> ExitStatus {
         for model in self.models.iter().filter(|model| model.wanted) {
             if let ModelSource::Hub { id, revision } = &model.identity.job.model
                 && !is_commit(revision)
