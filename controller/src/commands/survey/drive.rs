@@ -29,12 +29,12 @@ struct Task {
     secrets: Vec<(&'static str, Secret)>,
     /// Whether its worker reads from the hub, and is spaced from others.
     asks_the_hub: bool,
-    begin: Begin,
+    begin: RunStart,
     /// Estimated cost, until the actual one is known.
     estimate: Usd,
 }
 
-enum Begin {
+enum RunStart {
     /// With the clouds with which it goes on.
     Left(Box<RunWriter>, Clouds),
     Anew(Box<RunSpec>),
@@ -85,17 +85,17 @@ impl Session<'_> {
                     let offer = run.state().offer();
                     let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
                     let clouds = self.context.clouds_to_go_on(run.record(), &self.clouds)?;
-                    (of_job(&run.record().spec.job), Begin::Left(run, clouds), estimate)
+                    (of_job(&run.record().spec.job), RunStart::Left(run, clouds), estimate)
                 }
                 ModelAction::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
-                    (of_job(&prepared.spec.job), Begin::Anew(Box::new(prepared.signed())), estimate)
+                    (of_job(&prepared.spec.job), RunStart::Anew(Box::new(prepared.signed())), estimate)
                 }
             };
             let estimate = estimate.unwrap_or(Usd::ZERO);
             tasks.push(Task { name: model.entry.name.clone(), secrets, asks_the_hub, begin, estimate });
         }
-        tasks.sort_by_key(|task| matches!(task.begin, Begin::Anew(_)));
+        tasks.sort_by_key(|task| matches!(task.begin, RunStart::Anew(_)));
         Ok(tasks)
     }
 
@@ -109,13 +109,13 @@ impl Session<'_> {
         let reporter = self.context.reporter.of_one(&task.name);
         let stopped = *stop.borrow() != Stop::Go;
         let (run, its_own) = match task.begin {
-            Begin::Left(run, clouds) => {
+            RunStart::Left(run, clouds) => {
                 reporter.picked_up(run.record());
                 (Ok(*run), Some(clouds))
             }
             // After a stop no new run starts.
-            Begin::Anew(_) if stopped => return None,
-            Begin::Anew(spec) => (ledger.plan(&spec), None),
+            RunStart::Anew(_) if stopped => return None,
+            RunStart::Anew(spec) => (ledger.plan(&spec), None),
         };
         let start_throttle = ports.start_throttle.filter(|_| task.asks_the_hub);
         let clouds = its_own.as_ref().unwrap_or(ports.clouds);
