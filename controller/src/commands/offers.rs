@@ -28,14 +28,14 @@ struct OffersReport<'a> {
     /// Results of the filters.
     steps: Vec<Step>,
     /// Offers left out before any filter.
-    dropped: Vec<Left<'a>>,
+    dropped: Vec<DroppedOffers<'a>>,
     /// Errors of the clouds that did not answer.
     silent: Vec<String>,
     offers: Vec<Priced<'a>>,
 }
 
 #[derive(Serialize)]
-struct Left<'a> {
+struct DroppedOffers<'a> {
     broker: &'a str,
     #[serde(flatten)]
     dropped: &'a Dropped,
@@ -68,7 +68,7 @@ pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<
         work,
         considered: selection.considered,
         steps: selection.steps,
-        dropped: offered.dropped.iter().map(|(broker, dropped)| Left { broker, dropped }).collect(),
+        dropped: offered.dropped.iter().map(|(broker, dropped)| DroppedOffers { broker, dropped }).collect(),
         silent: offered.silent.iter().map(ToString::to_string).collect(),
         offers: selection.offers.iter().map(priced).collect(),
     };
