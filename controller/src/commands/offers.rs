@@ -31,7 +31,7 @@ struct OffersReport<'a> {
     dropped: Vec<DroppedOffers<'a>>,
     /// Errors of the clouds that did not answer.
     silent: Vec<String>,
-    offers: Vec<Priced<'a>>,
+    offers: Vec<PricedOffer<'a>>,
 }
 
 #[derive(Serialize)]
@@ -42,7 +42,7 @@ struct DroppedOffers<'a> {
 }
 
 #[derive(Serialize)]
-struct Priced<'a> {
+struct PricedOffer<'a> {
     #[serde(flatten)]
     offer: &'a Offer,
     estimate: Estimate,
@@ -61,7 +61,7 @@ pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<
     let limit = context.settings.max_duration;
     let priced = |offer| {
         let estimate = work.on(offer);
-        Priced { offer, over_limit: estimate.is_over(limit), estimate }
+        PricedOffer { offer, over_limit: estimate.is_over(limit), estimate }
     };
     let document = OffersReport {
         schema: SCHEMA,
