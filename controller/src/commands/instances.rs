@@ -6,7 +6,7 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, Home, SCHEMA};
-use crate::cli::{InstancesCommand, Only};
+use crate::cli::{InstancesCommand, BrokerFilter};
 use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::host::transport::quote::quote;
@@ -61,7 +61,7 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
 }
 
 /// Those that were named, else all that can be asked.
-pub(super) fn clouds(context: &Context, home: &Home, only: &Only) -> Result<Clouds, CliError> {
+pub(super) fn clouds(context: &Context, home: &Home, only: &BrokerFilter) -> Result<Clouds, CliError> {
     context.clouds_to_list(home.ledger.as_ref(), &only.broker)
 }
 
