@@ -101,7 +101,7 @@ fn detach_is_refused_on_clouds_without_self_termination() {
     let said = place.context.run(CloudContext::deployment().into_iter().chain(["--detach".to_owned()]));
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("--detach") && said.stderr.contains("lambda"), "{said:?}");
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 }
 
 fn lines(text: &str) -> Vec<&str> {

@@ -532,7 +532,7 @@ pub(crate) mod tests {
         events[1] = RunEvent::Created { instance: made.id, price: None };
         for (left, shown) in [(60, 60), (7200, 1800)] {
             let until = Some(NOW_MS / 1000 + left);
-            fake.set(|world| world.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
+            fake.set(|simulation| simulation.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
             let runs = [run("run1", "owner/a", 10, events.clone())];
             let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
             status.note_ends(&fake);

@@ -77,7 +77,7 @@ async fn found(broker: &dyn Broker, lease: &Lease) -> Vec<Instance> {
 
 /// Ids of instances that bill.
 fn live(cloud: &FakeCloud) -> Vec<InstanceId> {
-    cloud.world().live().map(|instance| InstanceId(instance.id.clone())).collect()
+    cloud.state().live().map(|instance| InstanceId(instance.id.clone())).collect()
 }
 
 fn kind<T>(result: &Result<T, BrokerError>) -> Option<BrokerErrorKind> {

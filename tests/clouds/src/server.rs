@@ -1,4 +1,4 @@
-//! The server: one loopback port, one thread, one world.
+//! The server: one loopback port, one thread, one state.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -15,7 +15,7 @@ use outliers::cloud::http::{Explain, Http, Limits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
-use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, World};
+use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, CloudState};
 
 /// The key that every fake cloud accepts.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
@@ -35,11 +35,11 @@ struct Shared {
     dialect: Box<dyn Dialect>,
     /// Path of the cloud's base URL, without a slash at its end.
     base: String,
-    world: Mutex<World>,
+    state: Mutex<CloudState>,
 }
 
 impl FakeCloud {
-    /// A cloud that speaks `dialect`, with [`World::default`].
+    /// A cloud that speaks `dialect`, with [`CloudState::default`].
     pub fn start(dialect: impl Dialect) -> Self {
         Self::boxed(Box::new(dialect))
     }
@@ -52,7 +52,7 @@ impl FakeCloud {
         listener.set_nonblocking(true).expect("a socket can be told not to block");
         let address = listener.local_addr().expect("a bound socket has an address");
         let url = format!("http://{address}{base}");
-        let shared = Arc::new(Shared { dialect, base, world: Mutex::default() });
+        let shared = Arc::new(Shared { dialect, base, state: Mutex::default() });
         let (stop, stopped) = oneshot::channel();
         let server = shared.clone();
         let thread = std::thread::spawn(move || run(listener, server, stopped));
@@ -70,7 +70,7 @@ impl FakeCloud {
     }
 
     /// The cloud's state. Requests wait while it is locked, so do not hold it across an `await`.
-    pub fn world(&self) -> MutexGuard<'_, World> {
+    pub fn state(&self) -> MutexGuard<'_, CloudState> {
         self.shared.lock()
     }
 
@@ -115,46 +115,46 @@ impl Drop for FakeCloud {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, World> {
+    fn lock(&self) -> MutexGuard<'_, CloudState> {
         // A test that panicked with the lock has already failed.
-        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The answer, and how it is lost, if it is.
     fn answer(&self, mut request: Request) -> (Answer, Option<Loss>) {
         request.op = self.dialect.operation(&request);
-        let world = &mut *self.lock();
-        world.requests.push(request.clone());
-        world.now += world.pace;
-        tell(world, world.requests.len(), Moment::Arrived);
+        let state = &mut *self.lock();
+        state.requests.push(request.clone());
+        state.now += state.pace;
+        tell(state, state.requests.len(), Moment::Arrived);
         let Some(op) = request.op else {
             return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);
         };
-        let answered = match world.take_fault(op) {
-            Some(fault) => self.go_wrong(world, &request, op, &fault),
-            None => (self.proper(world, &request, op), None),
+        let answered = match state.take_fault(op) {
+            Some(fault) => self.go_wrong(state, &request, op, &fault),
+            None => (self.proper(state, &request, op), None),
         };
-        tell(world, world.requests.len(), Moment::Applied);
+        tell(state, state.requests.len(), Moment::Applied);
         answered
     }
 
-    fn proper(&self, world: &mut World, request: &Request, op: Op) -> Answer {
+    fn proper(&self, state: &mut CloudState, request: &Request, op: Op) -> Answer {
         let answered = if request.authorization.as_deref() != Some(&format!("Bearer {KEY}")) {
             Err(Refusal::Unauthorized)
-        } else if op == Op::Create && !world.funds {
+        } else if op == Op::Create && !state.funds {
             Err(Refusal::Funds)
         } else {
-            self.dialect.answer(world, request)
+            self.dialect.answer(state, request)
         };
         let mut answer = answered.unwrap_or_else(|refusal| self.dialect.refuse(&refusal, op));
         if matches!(op, Op::List | Op::Get) {
-            world.show(&mut answer.body);
+            state.show(&mut answer.body);
         }
         answer
     }
 
-    fn go_wrong(&self, world: &mut World, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
-        let done = fault.applied.then(|| self.proper(world, request, op));
+    fn go_wrong(&self, state: &mut CloudState, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
+        let done = fault.applied.then(|| self.proper(state, request, op));
         let success = |body: &str| (Answer::text(200, body), None);
         match &fault.how {
             How::Refuse(refusal) => (self.dialect.refuse(refusal, op), None),
@@ -176,8 +176,8 @@ impl Shared {
     }
 }
 
-fn tell(world: &World, number: usize, moment: Moment) {
-    if let Some(watch) = &world.watch {
+fn tell(state: &CloudState, number: usize, moment: Moment) {
+    if let Some(watch) = &state.watch {
         watch(number, moment);
     }
 }
@@ -218,8 +218,8 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
     };
     let (answer, loss) = shared.answer(request);
     let (number, ahead) = {
-        let world = shared.lock();
-        (world.requests.len(), world.clock_ahead)
+        let state = shared.lock();
+        (state.requests.len(), state.clock_ahead)
     };
     let answer = answer.header("date", date(ahead));
     tokio::spawn(async move {

@@ -25,7 +25,7 @@ macro_rules! clouds {
             async fn create_list_and_terminate_work() {
                 let cloud = FakeCloud::start($dialect);
                 lives_of(&*cloud.broker(), Bytes::from_gib(100)).await;
-                assert_eq!(cloud.world().live().count(), 0);
+                assert_eq!(cloud.state().live().count(), 0);
             }
 
             properties! { $dialect =>
