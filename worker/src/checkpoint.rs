@@ -17,7 +17,7 @@ pub mod dtype;
 pub mod hub;
 pub mod safetensors;
 pub mod source;
-pub mod stand_in;
+pub mod placeholder;
 pub mod torch;
 
 /// Maximum problems listed in one error; the others are counted.

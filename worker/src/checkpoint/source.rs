@@ -27,7 +27,7 @@ pub use layout::{
 pub use synthetic::SyntheticSource;
 
 use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, shown};
-use crate::checkpoint::stand_in;
+use crate::checkpoint::placeholder;
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::files::{self, open_regular};
 
@@ -467,7 +467,7 @@ pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
         return Err(WorkerError::checkpoint(message));
     }
     let bytes = files::read_small(path, MAX_JSON_BYTES).at("read", path)?;
-    stand_in::refuse(&bytes).map_err(|error| error.context(path.display()))?;
+    placeholder::refuse(&bytes).map_err(|error| error.context(path.display()))?;
     Ok(Some(bytes))
 }
 
