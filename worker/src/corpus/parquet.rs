@@ -16,7 +16,7 @@ use parquet::file::reader::{ChunkReader, Length, SerializedPageReader};
 use super::documents::Document;
 use super::file::RangedFile;
 use super::non_text;
-use crate::caught::caught;
+use crate::catch_panic::catch_panic;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
@@ -142,7 +142,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
 
 /// Runs the library, which fails and sometimes panics on damaged files.
 fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) -> Result<T> {
-    let why = match caught(read) {
+    let why = match catch_panic(read) {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => shown(&error.to_string()),
         Err(_) => "what it holds makes no sense".to_owned(),

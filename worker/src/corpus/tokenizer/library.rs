@@ -4,7 +4,7 @@
 use tokenizers::Tokenizer;
 
 use super::growth::Growth;
-use crate::caught::caught;
+use crate::catch_panic::catch_panic;
 use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::TokenizerFiles;
 use crate::error::{Result, WorkerError};
@@ -44,7 +44,7 @@ impl Library {
 
     /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
-        let ids = caught(|| -> tokenizers::Result<Vec<u32>> {
+        let ids = catch_panic(|| -> tokenizers::Result<Vec<u32>> {
             self.growth.check(&self.tokenizer, text, MOST_GROWN)?;
             Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
         });
@@ -65,7 +65,7 @@ impl Library {
 
 /// The result of the library, or an error that names `files`.
 fn guarded<T>(files: TokenizerFiles, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    let message = match caught(work) {
+    let message = match catch_panic(work) {
         Ok(Ok(done)) => return Ok(done),
         Ok(Err(error)) => format!("{files} cannot be read: {}", shown(&error.to_string())),
         Err(said) => failed_over(files, &shown(&said)),
