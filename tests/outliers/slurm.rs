@@ -32,7 +32,7 @@ const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A cluster with the fake commands, and a context whose settings use it.
 fn office() -> Option<(Cluster, TestContext)> {
-    let cluster = Cluster::stand_in().unwrap()?;
+    let cluster = Cluster::fake().unwrap()?;
     let context = context(&cluster);
     Some((cluster, context))
 }
@@ -63,7 +63,7 @@ fn hub_deploy(more: &[&str]) -> Vec<String> {
 
 /// A cluster whose nodes have no network, and a context with a hub of one model.
 fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
-    let cluster = Cluster::stand_in().unwrap()?;
+    let cluster = Cluster::fake().unwrap()?;
     cluster.cut_off().unwrap();
     let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
     let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
@@ -446,7 +446,7 @@ fn login_node_of_an_open_job_that_cannot_be_reached_is_told() {
 #[test]
 fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
     let Some((cluster, context)) = office() else { return };
-    let Some(other) = Cluster::stand_in().unwrap() else { return };
+    let Some(other) = Cluster::fake().unwrap() else { return };
     let _ = killed_while_its_job_waits(&cluster, &context);
     let config = |cluster: &Cluster| std::fs::read_to_string(cluster.ssh_config()).unwrap();
     let both = config(&cluster) + &config(&other).replace("Host cluster", "Host other");
@@ -525,7 +525,7 @@ fn job_is_ended_where_its_cluster_has_two_aliases() {
 #[test]
 fn clusters_with_one_scratch_folder_are_told_apart() {
     let Some((cluster, here)) = office() else { return };
-    let Some(other) = Cluster::stand_in().unwrap() else { return };
+    let Some(other) = Cluster::fake().unwrap() else { return };
     other.goes_wrong("cluster", "other").unwrap();
     let (there, scratch) = (context(&other), cluster.sshd.home().join("shared"));
     std::fs::create_dir(&scratch).unwrap();
@@ -826,7 +826,7 @@ fn stray_job_is_cancelled_by_tag() {
 
 #[test]
 fn fake_slurm_prints_recorded_slurm_output() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let recorded = |name: &str| {
         let path = workspace().join("tests/slurm/recorded").join(name);
         std::fs::read_to_string(path).unwrap()
@@ -876,7 +876,7 @@ async fn first_offer(broker: &dyn Broker) -> Offer {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slurm_broker_meets_the_common_broker_contract() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
     life::capabilities_are_true(&broker);
@@ -892,7 +892,7 @@ async fn slurm_broker_meets_the_common_broker_contract() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_queue_queries_share_one_squeue_call() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_secs(3600));
     let lists = futures::future::join_all((0..20).map(|_| broker.list())).await;
@@ -904,7 +904,7 @@ async fn concurrent_queue_queries_share_one_squeue_call() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn queue_queries_of_several_processes_share_one_squeue_call() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     // They share only the folder on the cluster, which any run makes.
     std::fs::create_dir(cluster.leases()).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -921,7 +921,7 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
         ("", false, "NODE_FAIL", "node failed"),
         ("", true, "NODE_FAIL", "node failed"),
     ] {
-        let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+        let Some(cluster) = Cluster::fake().unwrap() else { return };
         let folder = tempfile::tempdir().unwrap();
         let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
         let made = broker.create(&first_offer(&broker).await, &lease()).await.unwrap();
@@ -948,7 +948,7 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ssh_program_transfers_files_intact() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder.path()).unwrap();
     let limit = TIMEOUT;

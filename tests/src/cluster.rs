@@ -27,17 +27,17 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A login node with `tests/slurm/stand_in.sh`. `None`, with a message, without an OpenSSH
+    /// A login node with `tests/slurm/fake_slurm.sh`. `None`, with a message, without an OpenSSH
     /// server.
     ///
     /// # Errors
     /// Files cannot be written, or the server does not start.
-    pub fn stand_in() -> Result<Option<Self>> {
+    pub fn fake() -> Result<Option<Self>> {
         let folder = tempfile::tempdir()?;
         let commands = folder.path().join("bin");
         fs::create_dir(&commands)?;
         for name in ["sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol"] {
-            std::os::unix::fs::symlink(workspace().join("tests/slurm/stand_in.sh"), commands.join(name))?;
+            std::os::unix::fs::symlink(workspace().join("tests/slurm/fake_slurm.sh"), commands.join(name))?;
         }
         let state = folder.path().to_string_lossy().into_owned();
         let environment = vec![search_path(&[commands]), ("SLURM_STAND_IN".to_owned(), state)];
