@@ -132,11 +132,11 @@ fn let_in(reader: c_int, other: c_int) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     #[test]
     #[ignore = "the process that the other starts"]
-    fn pass_on_and_read() {
+    fn copy_and_read() {
         crate::find().unwrap();
         let open = |gpu| CudaContext::new(gpu).unwrap().new_stream().unwrap();
         let (first, second) = (open(0), open(1));
@@ -182,7 +182,7 @@ mod tests {
                     ("OUTLIERS_GPU_PEERS", peers),
                     ("OUTLIERS_GPU_DELAY_US", delay),
                 ];
-                assert_eq!(said_by("peer_copy::tests::pass_on_and_read", &environment), way, "{delay} us");
+                assert_eq!(test_output("peer_copy::tests::copy_and_read", &environment), way, "{delay} us");
             }
         }
     }

@@ -194,11 +194,11 @@ impl Drop for Readback {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     #[test]
     #[ignore = "the process that the other starts"]
-    fn land_and_read() {
+    fn copy_and_read() {
         crate::find().unwrap();
         let context = CudaContext::new(0).unwrap();
         let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
@@ -242,7 +242,7 @@ mod tests {
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-            assert_eq!(said_by("readback::tests::land_and_read", &environment), "all there", "{delay} us");
+            assert_eq!(test_output("readback::tests::copy_and_read", &environment), "all there", "{delay} us");
         }
     }
 }

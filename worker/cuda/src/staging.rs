@@ -282,7 +282,7 @@ impl Buffer {
 mod tests {
     use super::*;
     use crate::decode::{Form, Number};
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     /// Stored values of the test's tensors; every second tensor is bf16.
     fn stored(tensor: usize, count: usize) -> (Number, Vec<u8>) {
@@ -349,7 +349,7 @@ mod tests {
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-            assert_eq!(said_by("staging::tests::bring_and_take_back", &environment), "all there", "{delay} us");
+            assert_eq!(test_output("staging::tests::bring_and_take_back", &environment), "all there", "{delay} us");
         }
     }
 }

@@ -9,7 +9,7 @@ use outliers_worker::checkpoint::safetensors::StoredDtype;
 
 use super::*;
 use crate::staging::{OutOfRangeValue, Staging};
-use crate::tests::said_by;
+use crate::tests::test_output;
 
 /// A stream that computes, and the way there.
 struct Gpu {
@@ -225,7 +225,7 @@ fn kernels_decode_as_the_cpu_does() {
         std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {
         let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-        assert_eq!(said_by("decode::tests::decode_with_both", &environment), "all equal", "{delay} us");
+        assert_eq!(test_output("decode::tests::decode_with_both", &environment), "all equal", "{delay} us");
     }
 }
 

@@ -4,7 +4,7 @@ use cudarc::driver::CudaContext;
 use outliers_scan::Rows;
 
 use super::*;
-use crate::tests::said_by;
+use crate::tests::test_output;
 
 /// Pseudo-random numbers.
 struct Rng(u64);
@@ -148,6 +148,6 @@ fn kernel_statistics_equal_those_of_the_cpu() {
         std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {
         let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-        assert_eq!(said_by("statistics::tests::look_at_both", &environment), "all equal", "{delay} us");
+        assert_eq!(test_output("statistics::tests::look_at_both", &environment), "all equal", "{delay} us");
     }
 }
