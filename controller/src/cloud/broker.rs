@@ -98,7 +98,7 @@ pub trait Broker: Send + Sync {
     }
 
     /// Access to an instance without its own SSH server; `None`: use the address in its state.
-    fn way(&self, _id: &InstanceId) -> Option<InstanceTransport> {
+    fn instance_transport(&self, _id: &InstanceId) -> Option<InstanceTransport> {
         None
     }
 

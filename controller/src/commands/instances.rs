@@ -50,8 +50,8 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
             let clouds = clouds(context, &home, &only)?;
             let (cloud, instance) = context.reporter.waiting(LISTS, find(&home, &clouds, &id)).await?;
             let endpoint = endpoint(&instance)?;
-            let words = match cloud.broker.way(&instance.id) {
-                Some(way) => way.shell,
+            let words = match cloud.broker.instance_transport(&instance.id) {
+                Some(access) => access.shell,
                 None => ssh_words(&context.ledger()?, &instance, endpoint)?,
             };
             shell(context, &words, run)

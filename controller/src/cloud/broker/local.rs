@@ -2,7 +2,7 @@
 //!
 //! An instance is a folder and a process that enforces the deadline. It outlives its creator, is
 //! found by its folder, and is alive as long as it holds the folder's lock. Commands are child
-//! processes of their callers and carry the instance's mark (`way.rs`). Prices are fictitious, but
+//! processes of their callers and carry the instance's mark (`access.rs`). Prices are fictitious, but
 //! bills are kept, so that a forgotten rental shows as on a cloud.
 //!
 //! Instances share the machine: any number can be rented, but each GPU only once at a time. The
@@ -31,7 +31,7 @@ mod hardware;
 mod instance;
 mod processes;
 mod record;
-mod way;
+mod access;
 
 pub use bill::{Bill, BillEntry};
 pub(crate) use hardware::memory;
@@ -238,8 +238,8 @@ impl Broker for LocalBroker {
         blocking(move || broker.list_now()).await
     }
 
-    fn way(&self, id: &InstanceId) -> Option<InstanceTransport> {
-        is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
+    fn instance_transport(&self, id: &InstanceId) -> Option<InstanceTransport> {
+        is_id(&id.0).then(|| access::transport(&id.0, Folder::new(self.instances().join(&id.0))))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -292,7 +292,7 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
     let young = now().saturating_sub(record.created_at) < BOOT_LIMIT.as_secs();
     Ok(match (alive, folder.ready()?) {
         (true, Some(_)) => {
-            let (host, user) = ("localhost".to_owned(), way::USER.to_owned());
+            let (host, user) = ("localhost".to_owned(), access::USER.to_owned());
             InstanceState::Ready(SshEndpoint { host, port: 0, user })
         }
         (true, None) => InstanceState::Booting,

@@ -378,7 +378,7 @@ impl Broker for Slurm {
         Ok(Some(queue::field(&answer, "there").is_some()))
     }
 
-    fn way(&self, id: &InstanceId) -> Option<InstanceTransport> {
+    fn instance_transport(&self, id: &InstanceId) -> Option<InstanceTransport> {
         let tag: LeaseTag = id.0.parse().ok()?;
         let job = self.cluster.seen(&id.0);
         let shell = match job {

@@ -145,8 +145,8 @@ async fn read_on(
     };
     let failed = |error: HostError| CliError { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
     let folder = ledger.run_folder(&run.id);
-    let host = match cloud.broker.way(&rental.instance) {
-        Some(way) => RemoteHost::new(way.transport, way.name),
+    let host = match cloud.broker.instance_transport(&rental.instance) {
+        Some(access) => RemoteHost::new(access.transport, access.name),
         None => {
             let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
             let (key, deadline) = (folder.join(KEY_FILE), Instant::now() + cloud.timeouts.ssh);

@@ -692,8 +692,8 @@ impl Hosts for Fake {
         }
     }
 
-    fn over(&self, way: InstanceTransport, _: &Path) -> Box<dyn Host> {
-        Box::new(FakeHost { fake: self.clone(), id: way.name })
+    fn over(&self, access: InstanceTransport, _: &Path) -> Box<dyn Host> {
+        Box::new(FakeHost { fake: self.clone(), id: access.name })
     }
 }
 

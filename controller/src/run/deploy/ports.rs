@@ -53,7 +53,7 @@ pub trait Hosts: Send + Sync {
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
 
     /// The host behind a cloud's own transport, which connects on demand. `folder` is the run's.
-    fn over(&self, way: InstanceTransport, folder: &Path) -> Box<dyn Host>;
+    fn over(&self, access: InstanceTransport, folder: &Path) -> Box<dyn Host>;
 }
 
 /// A connected host. Every method can be repeated after a failure or a crash.

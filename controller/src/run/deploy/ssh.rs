@@ -103,8 +103,8 @@ impl Hosts for SshHosts {
         Ok((Box::new(self.host(host, folder, true)), Pin(pin.as_str().to_owned())))
     }
 
-    fn over(&self, way: InstanceTransport, folder: &Path) -> Box<dyn Host> {
-        Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, way.needs_guard))
+    fn over(&self, access: InstanceTransport, folder: &Path) -> Box<dyn Host> {
+        Box::new(self.host(RemoteHost::new(access.transport, access.name), folder, access.needs_guard))
     }
 }
 

@@ -720,8 +720,8 @@ impl Driver<'_> {
         }
         loop {
             let endpoint = self.endpoint(rental, limit).await?;
-            if let Some(way) = self.cloud()?.broker.way(&rental.instance) {
-                self.memory.host = Some(self.ports.hosts.over(way, &self.run.folder()));
+            if let Some(access) = self.cloud()?.broker.instance_transport(&rental.instance) {
+                self.memory.host = Some(self.ports.hosts.over(access, &self.run.folder()));
                 self.renew_guard(rental).await;
                 return Ok(pin.cloned().unwrap_or_else(|| Pin(endpoint.to_string())));
             }

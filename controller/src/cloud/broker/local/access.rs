@@ -15,7 +15,7 @@ const PATH: &str =
     "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Access to the instance `id` in `folder`.
-pub(super) fn way(id: &str, folder: Folder) -> InstanceTransport {
+pub(super) fn transport(id: &str, folder: Folder) -> InstanceTransport {
     let home = folder.home();
     let home = home.canonicalize().unwrap_or(home);
     // The instance sees only the GPUs it rented.
