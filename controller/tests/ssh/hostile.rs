@@ -357,9 +357,9 @@ async fn weak_algorithms() -> Result<String, String> {
     Ok(words)
 }
 
-/// The server that `rogue` runs, whose errors are ignored.
+/// The server that `lying_server` runs, whose errors are ignored.
 async fn lying_files() -> Result<String, String> {
-    crate::rogue::lying_files().await;
+    crate::lying_server::lying_files().await;
     Ok("refused, or cut to what was asked for".to_owned())
 }
 

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod hostile;
-mod rogue;
+mod lying_server;
 mod scene;
 mod session;
 mod upload;
