@@ -3,6 +3,6 @@
 
 mod hostile;
 mod lying_server;
-mod scene;
+mod fixture;
 mod session;
 mod upload;
