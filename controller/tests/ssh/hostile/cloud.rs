@@ -9,7 +9,7 @@ use outliers::cloud::broker::{
 use outliers::run::ledger::now_ms;
 use outliers::units::UsdPerHour;
 
-use super::host::{Attack, Host, Tally};
+use super::host::{Attack, Host, LoginCounts};
 
 /// The only cloud.
 pub(crate) const NAME: &str = "hostile";
@@ -21,7 +21,7 @@ pub(crate) struct Cloud {
     bad: Attack,
     instances: Mutex<Vec<(Instance, Host)>>,
     created: Mutex<usize>,
-    pub(crate) tally: Arc<Tally>,
+    pub(crate) tally: Arc<LoginCounts>,
 }
 
 impl Cloud {

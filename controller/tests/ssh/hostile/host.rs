@@ -38,12 +38,12 @@ pub(crate) enum Attack {
 
 /// What a client permitted.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct LoginCounts {
     accepted: AtomicUsize,
     refused: AtomicUsize,
 }
 
-impl Tally {
+impl LoginCounts {
     fn count(&self, accepted: bool) {
         if accepted { &self.accepted } else { &self.refused }.fetch_add(1, Ordering::Relaxed);
     }
@@ -62,7 +62,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    pub(crate) async fn start(bad: Attack, tally: Arc<Tally>) -> Self {
+    pub(crate) async fn start(bad: Attack, tally: Arc<LoginCounts>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let home = tempfile::tempdir().unwrap();
@@ -106,7 +106,7 @@ impl Drop for Host {
 struct Connection {
     bad: Attack,
     home: PathBuf,
-    tally: Arc<Tally>,
+    tally: Arc<LoginCounts>,
     channels: HashMap<ChannelId, Channel<Msg>>,
 }
 
@@ -219,7 +219,7 @@ async fn gather(mut input: ChannelReadHalf) -> Vec<u8> {
 /// Number of channels opened at first; none was refused.
 const MANY: usize = 81_000;
 
-async fn open_channels(handle: Handle, tally: Arc<Tally>) {
+async fn open_channels(handle: Handle, tally: Arc<LoginCounts>) {
     let (host, path) = ("127.0.0.1", "/tmp/socket");
     for kind in (0..7).cycle().take(MANY) {
         let opened = match kind {
@@ -239,7 +239,7 @@ async fn open_channels(handle: Handle, tally: Arc<Tally>) {
     }
 }
 
-async fn ask_for_forwards(handle: Handle, tally: Arc<Tally>) {
+async fn ask_for_forwards(handle: Handle, tally: Arc<LoginCounts>) {
     for port in 0..1000 {
         tally.count(handle.forward_tcpip("0.0.0.0".to_owned(), 8000 + port).await.is_ok());
     }
