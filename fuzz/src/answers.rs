@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use outliers::cloud::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use outliers::cloud::http::{Answer, Call, HttpTransport, NoAnswer};
+use outliers::cloud::http::{Answer, Call, HttpTransport, NoResponse};
 
 /// The remaining answers. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -26,9 +26,9 @@ impl Answers {
     }
 
     /// The next answer; after the last the connection breaks.
-    fn next(&self) -> Result<Answer, NoAnswer> {
+    fn next(&self) -> Result<Answer, NoResponse> {
         let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let broke = || NoAnswer { certainly_not_taken: false, words: "the connection broke".to_owned() };
+        let broke = || NoResponse { certainly_not_taken: false, words: "the connection broke".to_owned() };
         let answer = answer.ok_or_else(broke)?;
         let end = answer.iter().position(|b| *b == b'\n').unwrap_or(answer.len());
         let (head, body) = answer.split_at(end);
@@ -46,7 +46,7 @@ impl Answers {
 
 #[async_trait]
 impl HttpTransport for Answers {
-    async fn exchange(&self, _: &str, _: &Call) -> Result<Answer, NoAnswer> {
+    async fn exchange(&self, _: &str, _: &Call) -> Result<Answer, NoResponse> {
         self.next()
     }
 }

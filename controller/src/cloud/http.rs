@@ -146,7 +146,7 @@ pub struct Answer {
 
 /// Failure of a request without a complete answer.
 #[derive(Clone, Debug)]
-pub struct NoAnswer {
+pub struct NoResponse {
     /// Whether certainly no server accepted the request.
     pub certainly_not_taken: bool,
     /// Description of the failure.
@@ -159,8 +159,8 @@ pub trait HttpTransport: Send + Sync {
     /// Sends `call` to `url`, the base URL with the call's path.
     ///
     /// # Errors
-    /// [`NoAnswer`].
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer>;
+    /// [`NoResponse`].
+    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoResponse>;
 }
 
 /// The real network.
@@ -174,7 +174,7 @@ struct Network {
 
 #[async_trait]
 impl HttpTransport for Network {
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer> {
+    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoResponse> {
         let client = if call.effect == Idempotency::Once { &self.fresh } else { &self.client };
         let mut request = client.request(call.method.clone(), url).query(&call.query);
         if let Some(body) = &call.body {
@@ -188,7 +188,7 @@ impl HttpTransport for Network {
         while let Some(chunk) = response.chunk().await.map_err(|error| no_answer(&error))? {
             if body.len() + chunk.len() > LARGEST_REPLY {
                 let words = format!("its reply has more than {} MiB", LARGEST_REPLY >> 20);
-                return Err(NoAnswer { certainly_not_taken: false, words });
+                return Err(NoResponse { certainly_not_taken: false, words });
             }
             body.extend_from_slice(&chunk);
         }
@@ -196,13 +196,13 @@ impl HttpTransport for Network {
     }
 }
 
-fn no_answer(error: &reqwest::Error) -> NoAnswer {
+fn no_answer(error: &reqwest::Error) -> NoResponse {
     // No server accepted it.
     if error.is_connect() || error.is_builder() {
-        return NoAnswer { certainly_not_taken: true, words: chain(error) };
+        return NoResponse { certainly_not_taken: true, words: chain(error) };
     }
     let what = if error.is_timeout() { "no answer in time" } else { "the connection broke" };
-    NoAnswer { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
+    NoResponse { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
 }
 
 /// Client of one cloud. Clones share rate limits.
@@ -397,7 +397,7 @@ impl Http {
         Ok((answer.status, answer.headers, String::from_utf8_lossy(&answer.body).into_owned()))
     }
 
-    fn failure(&self, error: &NoAnswer) -> Failure {
+    fn failure(&self, error: &NoResponse) -> Failure {
         let words = self.redacted(&error.words);
         if error.certainly_not_taken {
             return Failure::refused(format!("{} cannot be reached: {words}", self.base));
