@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use outliers::cloud::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use outliers::cloud::http::{Answer, Call, HttpTransport, NoResponse};
+use outliers::cloud::http::{RawResponse, Call, HttpTransport, NoResponse};
 
 /// The remaining answers. Clones share them.
 #[derive(Clone, Debug, Default)]
@@ -26,7 +26,7 @@ impl Answers {
     }
 
     /// The next answer; after the last the connection breaks.
-    fn next(&self) -> Result<Answer, NoResponse> {
+    fn next(&self) -> Result<RawResponse, NoResponse> {
         let answer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let broke = || NoResponse { certainly_not_taken: false, words: "the connection broke".to_owned() };
         let answer = answer.ok_or_else(broke)?;
@@ -40,13 +40,13 @@ impl Answers {
         }
         let status = status.parse().ok().filter(|status| (100..1000).contains(status)).unwrap_or(200);
         let body = body.get(1..).unwrap_or_default().to_vec();
-        Ok(Answer { status, headers, body, clock_skew: None })
+        Ok(RawResponse { status, headers, body, clock_skew: None })
     }
 }
 
 #[async_trait]
 impl HttpTransport for Answers {
-    async fn exchange(&self, _: &str, _: &Call) -> Result<Answer, NoResponse> {
+    async fn exchange(&self, _: &str, _: &Call) -> Result<RawResponse, NoResponse> {
         self.next()
     }
 }

@@ -133,7 +133,7 @@ pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A server's answer to one request.
 #[derive(Clone, Debug)]
-pub struct Answer {
+pub struct RawResponse {
     /// HTTP status.
     pub status: u16,
     /// The headers.
@@ -160,7 +160,7 @@ pub trait HttpTransport: Send + Sync {
     ///
     /// # Errors
     /// [`NoResponse`].
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoResponse>;
+    async fn exchange(&self, url: &str, call: &Call) -> Result<RawResponse, NoResponse>;
 }
 
 /// The real network.
@@ -174,7 +174,7 @@ struct Network {
 
 #[async_trait]
 impl HttpTransport for Network {
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoResponse> {
+    async fn exchange(&self, url: &str, call: &Call) -> Result<RawResponse, NoResponse> {
         let client = if call.effect == Idempotency::Once { &self.fresh } else { &self.client };
         let mut request = client.request(call.method.clone(), url).query(&call.query);
         if let Some(body) = &call.body {
@@ -192,7 +192,7 @@ impl HttpTransport for Network {
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(Answer { status, headers, body, clock_skew })
+        Ok(RawResponse { status, headers, body, clock_skew })
     }
 }
 
