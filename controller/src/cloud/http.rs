@@ -334,7 +334,7 @@ impl Http {
     /// [`BrokerErrorKind::Maybe`] if a call with [`Idempotency::Once`] may have been executed;
     /// [`BrokerErrorKind::RateLimited`] and [`BrokerErrorKind::Unavailable`] if it was not, after
     /// all attempts.
-    pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
+    pub async fn call(&self, call: Call) -> Result<Response, BrokerError> {
         let held = self.paces.held(call.pace);
         if held >= self.limits.total {
             let failure = Failure::too_often("it has asked to be left alone".to_owned(), Some(held));
@@ -367,7 +367,7 @@ impl Http {
         }
     }
 
-    async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Reply, Failure> {
+    async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Response, Failure> {
         let left = deadline.saturating_duration_since(Instant::now()).max(self.limits.read);
         let (status, headers, body) = match tokio::time::timeout(left, self.exchange(call)).await {
             Ok(answered) => answered?,
@@ -375,7 +375,7 @@ impl Http {
         };
         let body = self.redacted(&body);
         self.tell(|| format!("< {status}\n{}", redact::document(&body)));
-        let reply = Reply { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
+        let reply = Response { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
         match status {
             429 if self.final_words.iter().any(|word| reply.body.contains(word)) => Ok(reply),
             429 => Err(Failure::too_often(reply.in_words(), retry_after(&headers))),
@@ -470,7 +470,7 @@ impl Failure {
 
 /// A cloud's answer. The key is removed from it.
 #[derive(Clone, Debug)]
-pub struct Reply {
+pub struct Response {
     broker: &'static str,
     effect: Idempotency,
     key: Option<Hidden>,
@@ -480,7 +480,7 @@ pub struct Reply {
     pub body: String,
 }
 
-impl Reply {
+impl Response {
     /// A recorded reply, for tests.
     #[cfg(test)]
     pub(crate) fn recorded(effect: Idempotency, status: u16, body: impl fmt::Display) -> Self {

@@ -17,7 +17,7 @@ use super::{
     InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
 use crate::cloud::gpu;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
@@ -163,7 +163,7 @@ impl Lambda {
     }
 
     /// The cloud's unparsed entry of one instance.
-    async fn machine(&self, id: &InstanceId) -> Result<Option<(Reply, Value)>, BrokerError> {
+    async fn machine(&self, id: &InstanceId) -> Result<Option<(Response, Value)>, BrokerError> {
         let segment = wire::id_segment(&self.http, id)?;
         match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
             Ok(reply) => {
@@ -254,12 +254,12 @@ impl Lambda {
 }
 
 /// The reply, unless it is a refusal.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Kind of a refusal, by its code and not its status.
-fn kind_of(refused: &Reply) -> BrokerErrorKind {
+fn kind_of(refused: &Response) -> BrokerErrorKind {
     let value = refused.value().unwrap_or_default();
     let code = value.pointer("/error/code").and_then(Value::as_str).unwrap_or_default();
     match (code, refused.status) {

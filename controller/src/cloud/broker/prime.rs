@@ -17,7 +17,7 @@ use super::{
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::calendar::from_rfc3339;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -556,18 +556,18 @@ fn endpoint(connection: &str) -> Option<SshEndpoint> {
 }
 
 /// The reply, unless it is a refusal.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Whether the API reports that the object does not exist. An error page of a proxy does not
 /// count.
-fn is_gone(reply: &Reply) -> bool {
+fn is_gone(reply: &Response) -> bool {
     reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
 }
 
 /// Kind of a refusal. Most are free text of the cloud behind this one.
-fn kind_of(reply: &Reply) -> BrokerErrorKind {
+fn kind_of(reply: &Response) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
     match reply.status {

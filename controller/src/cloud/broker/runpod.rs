@@ -15,7 +15,7 @@ use super::{
     InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::units::Usd;
 
 mod graphql;
@@ -273,7 +273,7 @@ impl Broker for RunPod {
 }
 
 /// The reply, unless RunPod refused (REST v2, `application/problem+json`).
-fn accepted(reply: &Reply) -> Result<&Reply, BrokerError> {
+fn accepted(reply: &Response) -> Result<&Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(refused(reply.status))) }
 }
 

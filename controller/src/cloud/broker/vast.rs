@@ -15,7 +15,7 @@ use super::{
     Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
 };
-use crate::cloud::http::{Call, Idempotency, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
@@ -107,7 +107,7 @@ impl Vast {
 
     /// Ends an instance that a failed creation left behind, since it bills its disk. The caller
     /// checks whether it is gone.
-    async fn abandon(&self, reply: &Reply, contract: u64) -> BrokerError {
+    async fn abandon(&self, reply: &Response, contract: u64) -> BrokerError {
         let became = match self.terminate(&InstanceId(contract.to_string())).await {
             Ok(()) => "was terminated".to_owned(),
             Err(error) => format!("could not be terminated: {}", error.message),
@@ -633,7 +633,7 @@ impl Contract {
 }
 
 /// The reply, unless it is a refusal, which may have status 200.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     let failed = reply.value().is_some_and(|value| value.get("success") == Some(&Value::Bool(false)));
     if reply.is_success() && !failed {
         return Ok(reply);
@@ -648,14 +648,14 @@ fn granted(reply: Reply) -> Result<Reply, BrokerError> {
 
 /// Whether the API reports that the instance does not exist. An error page of a proxy does not
 /// count.
-fn is_gone(reply: &Reply) -> bool {
+fn is_gone(reply: &Response) -> bool {
     let code = reply.value().and_then(|value| Some(value.get("error")?.as_str()?.to_owned()));
     matches!(code.as_deref(), Some("not_found" | "no_such_instance")) && kind_of(reply) != BrokerErrorKind::Auth
 }
 
 /// Kind of a refusal. The message has priority over the status: searches answer a bad key with
 /// 404, and a missing offer is 404, 410 or 200.
-fn kind_of(reply: &Reply) -> BrokerErrorKind {
+fn kind_of(reply: &Response) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
     match reply.status {

@@ -350,7 +350,7 @@ fn sanitising_does_not_reassemble_a_key_in_errors() {
     for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
         let body = format!("no such key: {}", KEY.replacen('-', &format!("-{between}"), 1));
         let key = Some(Hidden::new(&Secret::new(KEY)));
-        let reply = Reply { key, ..Reply::recorded(Idempotency::Read, 401, body) };
+        let reply = Response { key, ..Response::recorded(Idempotency::Read, 401, body) };
         let errors = [
             reply.refusal(BrokerErrorKind::Auth),
             reply.json::<Value>("a list").unwrap_err(),
@@ -409,7 +409,7 @@ fn only_https_or_loopback_urls_are_accepted() {
 
 #[test]
 fn malformed_reply_to_a_create_call_is_ambiguous() {
-    let reply = |effect| Reply { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
+    let reply = |effect| Response { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
     let kind = |effect| reply(effect).json::<Value>("a thing").unwrap_err().kind;
     assert_eq!(kind(Idempotency::Once), BrokerErrorKind::Maybe);
     assert_eq!(kind(Idempotency::Read), BrokerErrorKind::Unavailable);
