@@ -8,7 +8,7 @@ pub mod vast;
 use outliers::cloud::broker::CloudKind;
 use outliers::units::UsdPerHour;
 
-use crate::{Answer, Op, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, Op, Refusal, Request, Stock, CloudState};
 
 /// Every dialect.
 pub fn all() -> Vec<Box<dyn Dialect>> {
@@ -47,10 +47,10 @@ pub trait Dialect: Send + Sync + 'static {
     ///
     /// # Errors
     /// A refusal; [`Dialect::refuse`] makes an answer of it.
-    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal>;
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal>;
 
     /// The cloud's answer for a refusal.
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer;
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse;
 
     /// The stock as this cloud reports it: unreported values are `None`, others are rounded as the
     /// cloud does. `None`: the cloud cannot offer such stock.

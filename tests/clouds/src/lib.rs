@@ -12,7 +12,7 @@ mod server;
 mod state;
 
 pub use dialect::Dialect;
-pub use exchange::{Answer, Request};
+pub use exchange::{ApiResponse, Request};
 pub use fault::{Fault, How, Op, Refusal};
 pub use server::{FakeCloud, KEY, limits};
 pub use state::{FakeInstance, Gpu, Host, InstanceStatus, Moment, Odd, Order, Rented, SshKey, Stock, Watch, CloudState};

@@ -15,7 +15,7 @@ use outliers::cloud::http::{Explain, Http, Limits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
-use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, CloudState};
+use crate::{ApiResponse, Dialect, Fault, How, Moment, Op, Refusal, Request, CloudState};
 
 /// The key that every fake cloud accepts.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
@@ -121,7 +121,7 @@ impl Shared {
     }
 
     /// The answer, and how it is lost, if it is.
-    fn answer(&self, mut request: Request) -> (Answer, Option<Loss>) {
+    fn answer(&self, mut request: Request) -> (ApiResponse, Option<Loss>) {
         request.op = self.dialect.operation(&request);
         let state = &mut *self.lock();
         state.requests.push(request.clone());
@@ -138,7 +138,7 @@ impl Shared {
         answered
     }
 
-    fn proper(&self, state: &mut CloudState, request: &Request, op: Op) -> Answer {
+    fn proper(&self, state: &mut CloudState, request: &Request, op: Op) -> ApiResponse {
         let answered = if request.authorization.as_deref() != Some(&format!("Bearer {KEY}")) {
             Err(Refusal::Unauthorized)
         } else if op == Op::Create && !state.funds {
@@ -153,15 +153,15 @@ impl Shared {
         answer
     }
 
-    fn go_wrong(&self, state: &mut CloudState, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
+    fn go_wrong(&self, state: &mut CloudState, request: &Request, op: Op, fault: &Fault) -> (ApiResponse, Option<Loss>) {
         let done = fault.applied.then(|| self.proper(state, request, op));
-        let success = |body: &str| (Answer::text(200, body), None);
+        let success = |body: &str| (ApiResponse::text(200, body), None);
         match &fault.how {
             How::Refuse(refusal) => (self.dialect.refuse(refusal, op), None),
             How::Say(answer) => (answer.clone(), None),
-            How::Hang => (Answer::empty(200), Some(Loss::Whole)),
+            How::Hang => (ApiResponse::empty(200), Some(Loss::Whole)),
             How::CutBody => {
-                let whole = done.unwrap_or_else(|| Answer::text(200, "{\"success\": true, \"data\": []}"));
+                let whole = done.unwrap_or_else(|| ApiResponse::text(200, "{\"success\": true, \"data\": []}"));
                 (whole, Some(Loss::Half))
             }
             How::NotJson => success("{\"data\": [{\"id\": \"1"),
@@ -170,7 +170,7 @@ impl Shared {
             How::Empty => success(""),
             How::EchoKey => {
                 let said = request.authorization.clone().unwrap_or_default();
-                (Answer::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
+                (ApiResponse::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
             }
         }
     }
@@ -203,10 +203,10 @@ fn run(listener: std::net::TcpListener, shared: Arc<Shared>, stopped: oneshot::R
 async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Request) -> Response<Body> {
     let (head, body) = request.into_parts();
     let Ok(body) = axum::body::to_bytes(body, LARGEST_BODY).await else {
-        return respond(Answer::empty(413), None);
+        return respond(ApiResponse::empty(413), None);
     };
     let Some(path) = head.uri.path().strip_prefix(&shared.base) else {
-        return respond(Answer::text(404, "404 page not found"), None);
+        return respond(ApiResponse::text(404, "404 page not found"), None);
     };
     let request = Request {
         method: head.method,
@@ -244,7 +244,7 @@ fn query(uri: &Uri) -> Vec<(String, String)> {
     query.map(|query| query.0).unwrap_or_default()
 }
 
-fn respond(answer: Answer, loss: Option<Loss>) -> Response<Body> {
+fn respond(answer: ApiResponse, loss: Option<Loss>) -> Response<Body> {
     let bytes = Bytes::from(answer.body);
     let length = bytes.len();
     let body = match loss {

@@ -3,7 +3,7 @@
 use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Instance, Lease, Offer};
 use outliers_clouds::conformance::lease;
 use outliers_clouds::dialect::lambda::Lambda;
-use outliers_clouds::{Answer, FakeCloud, How, Op, SshKey};
+use outliers_clouds::{ApiResponse, FakeCloud, How, Op, SshKey};
 use serde_json::{Value, json};
 
 async fn offer(cloud: &FakeCloud) -> Offer {
@@ -18,7 +18,7 @@ async fn rent(cloud: &FakeCloud) -> (Lease, Instance) {
 }
 
 fn refusal(code: &str) -> How {
-    How::Say(Answer::json(400, &json!({"error": {"code": code, "message": "It says so."}})))
+    How::Say(ApiResponse::json(400, &json!({"error": {"code": code, "message": "It says so."}})))
 }
 
 #[tokio::test]
@@ -28,7 +28,7 @@ async fn termination_of_a_booting_instance_is_unavailable() {
     let action = json!({"available": false, "reason_code": "vm-has-not-launched"});
     let shown = json!({"data": {"id": made.id, "status": "booting", "actions": {"terminate": action}}});
     cloud.state().fail(Op::Terminate, refusal("global/conflict"));
-    cloud.state().fail(Op::Get, How::Say(Answer::json(200, &shown)));
+    cloud.state().fail(Op::Get, How::Say(ApiResponse::json(200, &shown)));
     let ended = cloud.broker().terminate(&made.id).await.expect_err("not yet");
     assert_eq!(ended.kind, BrokerErrorKind::Unavailable);
     assert!(ended.message.contains("vm-has-not-launched") && ended.message.contains("It says so"), "{ended}");
@@ -43,7 +43,7 @@ async fn surviving_instance_is_not_reported_as_terminated() {
     for (how, kind) in [
         (refusal("global/unknown"), BrokerErrorKind::Unavailable),
         (refusal("global/forbidden"), BrokerErrorKind::Auth),
-        (How::Say(Answer::json(200, &json!({"data": {"terminated_instances": []}}))), BrokerErrorKind::Unavailable),
+        (How::Say(ApiResponse::json(200, &json!({"data": {"terminated_instances": []}}))), BrokerErrorKind::Unavailable),
     ] {
         cloud.state().fail(Op::Terminate, how);
         let ended = cloud.broker().terminate(&made.id).await.expect_err("it lives");
@@ -121,7 +121,7 @@ async fn two_ids_of_one_launch_are_resolved() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, broker) = (offer(&cloud).await, cloud.broker());
     for ids in [json!([]), json!(["1", "2"]), Value::Null] {
-        let answer = Answer::json(200, &json!({"data": {"instance_ids": ids}}));
+        let answer = ApiResponse::json(200, &json!({"data": {"instance_ids": ids}}));
         cloud.state().fail(Op::Create, How::Say(answer));
         let made = broker.create(&offer, &lease()).await.expect_err("one was asked for");
         assert_eq!(made.kind, BrokerErrorKind::Maybe, "{made}");

@@ -3,7 +3,7 @@
 use outliers::cloud::broker::{BrokerErrorKind, Dropped, GpuRequest, InstanceId, InstanceState, Lease, Offer};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_clouds::dialect::prime::Prime;
-use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal, SshKey};
+use outliers_clouds::{ApiResponse, FakeCloud, Fault, How, Op, Refusal, SshKey};
 use serde_json::json;
 
 const DISK: Bytes = Bytes(100_000_000_000);
@@ -135,7 +135,7 @@ async fn list_that_changes_between_pages_is_reread() {
     };
     let pod = json!({"id": "x", "name": "gone since", "status": "ACTIVE", "gpuName": "A100_80GB", "gpuCount": 1, "priceHr": 1});
     let first = json!({"total_count": 3, "offset": 0, "limit": 100, "data": [pod]});
-    let how = How::Say(Answer::json(200, &first));
+    let how = How::Say(ApiResponse::json(200, &first));
     cloud.state().faults.push(Fault { on: Op::List, applied: false, how, times: 1 });
     let listed: Vec<String> = cloud.broker().list().await.unwrap().into_iter().map(|instance| instance.id.0).collect();
     assert_eq!(listed, planted);

@@ -8,7 +8,7 @@ use std::process::Command;
 use outliers::cloud::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
 use outliers::units::Bytes;
 use outliers_clouds::dialect::runpod::RunPod;
-use outliers_clouds::{Answer, FakeCloud, How, Op, Refusal, Stock};
+use outliers_clouds::{ApiResponse, FakeCloud, How, Op, Refusal, Stock};
 use serde_json::{Value, json};
 
 fn lease(cloud: &FakeCloud) -> Lease {
@@ -112,7 +112,7 @@ async fn unknown_failure_of_a_create_call_is_ambiguous() {
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
     let words = json!({"errors": [{"message": "Something went wrong."}], "data": {"podFindAndDeployOnDemand": null}});
-    cloud.state().fail_after(Op::Create, How::Say(Answer::json(200, &words)));
+    cloud.state().fail_after(Op::Create, How::Say(ApiResponse::json(200, &words)));
     let lease = lease(&cloud);
     assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::Maybe);
     let found = broker.list().await.unwrap();
@@ -128,7 +128,7 @@ async fn unconfirmed_termination_is_not_trusted() {
     cloud.state().fail(Op::Terminate, How::Html);
     assert_eq!(broker.terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Unavailable);
     let refusal = json!({"title": "Conflict", "status": 409, "detail": "the pod belongs to a cluster"});
-    cloud.state().fail(Op::Terminate, How::Say(Answer::json(409, &refusal)));
+    cloud.state().fail(Op::Terminate, How::Say(ApiResponse::json(409, &refusal)));
     let error = broker.terminate(&id).await.unwrap_err();
     assert_eq!(error.kind, BrokerErrorKind::Rejected);
     assert!(error.message.contains("belongs to a cluster"), "{error}");

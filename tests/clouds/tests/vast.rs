@@ -6,7 +6,7 @@ use outliers::cloud::market::{self, Filter};
 use outliers::units::{Bytes, Usd, UsdPerHour};
 use outliers_clouds::dialect::Dialect;
 use outliers_clouds::dialect::vast::Vast;
-use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal};
+use outliers_clouds::{ApiResponse, FakeCloud, Fault, How, Op, Refusal};
 use serde_json::json;
 
 const DISK: Bytes = Bytes(100_000_000_000);
@@ -90,11 +90,11 @@ async fn success_is_read_from_the_body_and_not_the_http_status() {
     let gone = json!({"success": false, "error": "no_such_ask", "msg": "error 410/3907: no_such_ask"});
     for (answer, expected) in [(gone, BrokerErrorKind::NoCapacity), (json!({"success": true}), BrokerErrorKind::Maybe)]
     {
-        let how = How::Say(Answer::json(200, &answer));
+        let how = How::Say(ApiResponse::json(200, &answer));
         cloud.state().faults.push(Fault { on: Op::Create, applied: false, how, times: 1 });
         assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, expected, "{answer}");
     }
-    let refused = How::Say(Answer::json(200, &json!({"success": false, "error": "busy"})));
+    let refused = How::Say(ApiResponse::json(200, &json!({"success": false, "error": "busy"})));
     cloud.state().faults.push(Fault { on: Op::Terminate, applied: false, how: refused, times: 1 });
     assert!(cloud.broker().terminate(&InstanceId("17".to_owned())).await.is_err());
 }
@@ -143,7 +143,7 @@ async fn unsupported_hosts_are_excluded_and_counted() {
         ask(6, "H100 PCIE", 900, "arm64"),
     ];
     let cloud = FakeCloud::start(Vast);
-    cloud.state().fail_always(Op::Offers, How::Say(Answer::json(200, &json!({"success": true, "offers": asks}))));
+    cloud.state().fail_always(Op::Offers, How::Say(ApiResponse::json(200, &json!({"success": true, "offers": asks}))));
     let offers = cloud.broker().offers(&want()).await.unwrap().offers;
     let found = market::select(offers, &want(), &Work::default()).unwrap();
     assert_eq!(found.offers.iter().filter_map(|offer| offer.gpu.as_deref()).collect::<Vec<_>>(), ["A100X"]);
@@ -164,7 +164,7 @@ async fn requested_price_is_read_without_other_calls() {
          "old_gpu_costpersec": 0.0001, "new_disk_ram_costpersec": null, "old_disk_ram_costpersec": null},
     ]);
     let answer = json!({"success": true, "count": 2, "truncated": false, "pending_price_increases": rises});
-    cloud.state().fail(Op::Get, How::Say(Answer::json(200, &answer)));
+    cloud.state().fail(Op::Get, How::Say(ApiResponse::json(200, &answer)));
     let asked = broker.price_rise(&id).await.unwrap();
     assert_eq!(asked.as_deref(), Some("$0.72/h for its GPUs instead of $0.36/h"));
     assert!(cloud.state().requests.iter().all(|request| request.method == outliers::cloud::http::Method::GET));
@@ -174,7 +174,7 @@ async fn requested_price_is_read_without_other_calls() {
 async fn exhausted_search_quota_is_reported_and_not_retried() {
     let cloud = FakeCloud::start(Vast);
     let used_up = json!({"success": false, "error": "search_quota_exceeded", "msg": "Search quota exceeded"});
-    cloud.state().fail_always(Op::Offers, How::Say(Answer::json(429, &used_up).retry_after(Some(1))));
+    cloud.state().fail_always(Op::Offers, How::Say(ApiResponse::json(429, &used_up).retry_after(Some(1))));
     let error = cloud.broker().offers(&want()).await.unwrap_err();
     assert_eq!((error.kind, cloud.state().count(Op::Offers)), (BrokerErrorKind::Budget, 1));
     assert!(error.message.contains("quota of searches is used up"), "{error}");

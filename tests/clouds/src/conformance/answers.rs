@@ -141,7 +141,7 @@ pub async fn ids_stay_ids(cloud: &FakeCloud) {
 }
 
 fn nonsense() -> [How; 7] {
-    let teapot = crate::Answer::text(418, "I'm a teapot");
+    let teapot = crate::ApiResponse::text(418, "I'm a teapot");
     let broken = How::Refuse(Refusal::Broken(500));
     [How::NotJson, How::OtherJson, How::Html, How::Empty, How::CutBody, broken, How::Say(teapot)]
 }

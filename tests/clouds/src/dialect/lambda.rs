@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
 
 /// Lambda's API.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +35,7 @@ impl Dialect for Lambda {
         }
     }
 
-    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let data = match (method, &path[..]) {
             ("GET", ["instance-types"]) => instance_types(self, state),
@@ -54,10 +54,10 @@ impl Dialect for Lambda {
             ("DELETE", ["ssh-keys", id]) => remove_key(state, id)?,
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &json!({"data": data})))
+        Ok(ApiResponse::json(200, &json!({"data": data})))
     }
 
-    fn refuse(&self, refusal: &Refusal, _on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, _on: Op) -> ApiResponse {
         let (status, code, message) = match refusal {
             Refusal::NoCapacity => (
                 400,
@@ -67,7 +67,7 @@ impl Dialect for Lambda {
             Refusal::Unauthorized => (401, "global/invalid-api-key", "API key was invalid, expired, or deleted."),
             Refusal::Funds => (400, "global/quota-exceeded", "Quota exceeded."),
             Refusal::Invalid(message) => (400, "global/invalid-parameters", message.as_str()),
-            Refusal::RateLimited(after) => return Answer::text(429, "Too Many Requests").retry_after(*after),
+            Refusal::RateLimited(after) => return ApiResponse::text(429, "Too Many Requests").retry_after(*after),
             Refusal::NotFound => (404, "global/object-does-not-exist", "Specified instance does not exist."),
             Refusal::Broken(status) => (*status, "provider/internal-unavailable", "Provider unavailable"),
         };
@@ -164,8 +164,8 @@ fn remove_key(state: &mut CloudState, id: &str) -> Result<Value, Refusal> {
     Ok(json!({}))
 }
 
-fn failure(status: u16, code: &str, message: &str) -> Answer {
-    Answer::json(status, &json!({"error": {"code": code, "message": message}}))
+fn failure(status: u16, code: &str, message: &str) -> ApiResponse {
+    ApiResponse::json(status, &json!({"error": {"code": code, "message": message}}))
 }
 
 fn invalid(message: &str) -> Refusal {

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
 
 /// Prime Intellect's API.
 #[derive(Clone, Copy, Debug)]
@@ -46,7 +46,7 @@ impl Dialect for Prime {
         }
     }
 
-    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let body = match (method, &path[..]) {
             ("GET", ["availability", "gpus"]) => offers(self, state, request)?,
@@ -76,26 +76,26 @@ impl Dialect for Prime {
             }
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &body))
+        Ok(ApiResponse::json(200, &body))
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         let (status, detail) = match refusal {
             Refusal::NoCapacity => (400, "No capacity available for the requested configuration"),
             Refusal::Unauthorized => (401, "Invalid API key"),
             Refusal::Funds => (402, "Insufficient funds"),
             Refusal::Invalid(message) => {
                 let errors = json!({"errors": [{"param": "body", "details": message}]});
-                return Answer::json(422, &errors);
+                return ApiResponse::json(422, &errors);
             }
             Refusal::RateLimited(after) => {
-                return Answer::json(429, &json!({"detail": "Too Many Requests"})).retry_after(*after);
+                return ApiResponse::json(429, &json!({"detail": "Too Many Requests"})).retry_after(*after);
             }
             Refusal::NotFound if on == Op::Keys => (404, "SSH key not found"),
             Refusal::NotFound => (404, "Pod not found"),
-            Refusal::Broken(status) => return Answer::text(*status, "Internal Server Error"),
+            Refusal::Broken(status) => return ApiResponse::text(*status, "Internal Server Error"),
         };
-        Answer::json(status, &json!({"detail": detail}))
+        ApiResponse::json(status, &json!({"detail": detail}))
     }
 
     fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
 
 mod graphql;
 
@@ -49,26 +49,26 @@ impl Dialect for RunPod {
         }
     }
 
-    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         self.keep_deadlines(state);
         let (method, path) = request.route();
         match (method, &path[..]) {
             ("GET", ["v2", "catalog", "gpus"]) => catalog(state, request),
             ("GET", ["v2", "pods"]) => pods(state, request),
-            ("GET", ["v2", "pods", id]) => Ok(Answer::json(200, &pod(&state.look_at(id).ok_or(Refusal::NotFound)?))),
-            ("DELETE", ["v2", "pods", id]) if state.end(id) => Ok(Answer::empty(204)),
+            ("GET", ["v2", "pods", id]) => Ok(ApiResponse::json(200, &pod(&state.look_at(id).ok_or(Refusal::NotFound)?))),
+            ("DELETE", ["v2", "pods", id]) if state.end(id) => Ok(ApiResponse::empty(204)),
             ("POST", ["v2", "pods"]) => create(self, state, &request.read()?),
             ("POST", ["graphql"]) if self.rest_alone => {
                 let gone =
                     json!({"errors": [{"message": "The GraphQL API was retired.", "extensions": {"code": "GONE"}}]});
-                Ok(Answer::json(410, &gone))
+                Ok(ApiResponse::json(410, &gone))
             }
             ("POST", ["graphql"]) => self.graphql(state, request),
             _ => Err(Refusal::NotFound),
         }
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         match on {
             Op::Create | Op::Check if !self.rest_alone => graphql::refuse(refusal),
             _ => problem(refusal),
@@ -116,7 +116,7 @@ impl RunPod {
 }
 
 /// A refusal of REST v2.
-fn problem(refusal: &Refusal) -> Answer {
+fn problem(refusal: &Refusal) -> ApiResponse {
     let (status, title, detail) = match refusal {
         Refusal::NoCapacity => (400, "Bad Request", graphql::SOLD_OUT),
         Refusal::Unauthorized => (401, "Unauthorized", "missing bearer token"),
@@ -131,8 +131,8 @@ fn problem(refusal: &Refusal) -> Answer {
         document["errors"] = json!([message]);
     }
     let after = if let Refusal::RateLimited(after) = refusal { *after } else { None };
-    let answer = Answer::text(status, &document.to_string());
-    Answer { headers: vec![("content-type", "application/problem+json".to_owned())], ..answer }.retry_after(after)
+    let answer = ApiResponse::text(status, &document.to_string());
+    ApiResponse { headers: vec![("content-type", "application/problem+json".to_owned())], ..answer }.retry_after(after)
 }
 
 fn invalid(message: impl Into<String>) -> Refusal {
@@ -195,10 +195,10 @@ fn cuda(text: &str) -> Option<(u32, u32)> {
 }
 
 /// `GET /v2/catalog/gpus`
-fn catalog(state: &CloudState, request: &Request) -> Result<Answer, Refusal> {
+fn catalog(state: &CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
     let question = Question::read(request)?;
     let gpus: Vec<Value> = GPUS.iter().filter_map(|gpu| gpu_type(state, *gpu, &question)).collect();
-    Ok(Answer::json(200, &json!({"gpus": gpus})))
+    Ok(ApiResponse::json(200, &json!({"gpus": gpus})))
 }
 
 /// A type of GPU, if it is in the catalogue at all.
@@ -265,7 +265,7 @@ struct CreateGpu {
     min_cuda_version: Option<String>,
 }
 
-fn create(cloud: &RunPod, state: &mut CloudState, create: &Create) -> Result<Answer, Refusal> {
+fn create(cloud: &RunPod, state: &mut CloudState, create: &Create) -> Result<ApiResponse, Refusal> {
     if create.name.is_empty() || create.image.is_empty() || create.ports != ["22/tcp"] || !create.start_ssh {
         return Err(invalid("this fake makes pods that can be logged in to"));
     }
@@ -286,11 +286,11 @@ fn create(cloud: &RunPod, state: &mut CloudState, create: &Create) -> Result<Ans
         disk_gib,
         public_key: create.env.get("PUBLIC_KEY").cloned(),
     };
-    Ok(Answer::json(201, &pod(&state.rent(order)?)))
+    Ok(ApiResponse::json(201, &pod(&state.rent(order)?)))
 }
 
 /// `GET /v2/pods`, in pages, as the real API was observed to do.
-fn pods(state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+fn pods(state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
     if let Some((name, _)) = request.query.iter().find(|(name, _)| name != "cursor") {
         return Err(invalid(format!("query parameter '{name}' not allowed")));
     }
@@ -308,7 +308,7 @@ fn pods(state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
     let end = begin + page.len();
     let more = end < listed.len() || state.truncates;
     let cursor = (more && !state.truncates).then(|| format!("after-{end}"));
-    Ok(Answer::json(200, &json!({"pods": page, "pagination": {"hasNextPage": more, "nextCursor": cursor}})))
+    Ok(ApiResponse::json(200, &json!({"pods": page, "pagination": {"hasNextPage": more, "nextCursor": cursor}})))
 }
 
 /// A pod as REST v2 shows it.

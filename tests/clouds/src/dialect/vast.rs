@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
 
 /// Vast.ai's API.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +41,7 @@ impl Dialect for Vast {
         }
     }
 
-    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let body = match (method, &path[..]) {
             ("GET", ["v0", "users", "current", ""]) => user(state),
@@ -66,10 +66,10 @@ impl Dialect for Vast {
             }
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &body))
+        Ok(ApiResponse::json(200, &body))
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         let (status, error, msg) = match refusal {
             Refusal::NoCapacity => {
                 (410, "no_such_ask", "error 410/3907: no_such_ask Instance type 1234567 is no longer available.")
@@ -81,12 +81,12 @@ impl Dialect for Vast {
             Refusal::Invalid(message) => (400, "invalid_args", message.as_str()),
             Refusal::RateLimited(after) => {
                 let body = json!({"detail": "API requests too frequent endpoint threshold=4.5"});
-                return Answer::json(429, &body).retry_after(*after);
+                return ApiResponse::json(429, &body).retry_after(*after);
             }
             Refusal::NotFound => (404, "not_found", "Instance not found"),
-            Refusal::Broken(status) => return Answer::text(*status, "Internal Server Error"),
+            Refusal::Broken(status) => return ApiResponse::text(*status, "Internal Server Error"),
         };
-        Answer::json(status, &json!({"success": false, "error": error, "msg": msg}))
+        ApiResponse::json(status, &json!({"success": false, "error": error, "msg": msg}))
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
@@ -305,13 +305,13 @@ impl Create {
     }
 }
 
-fn create(state: &mut CloudState, ask: &str, create: Create) -> Result<Answer, Refusal> {
+fn create(state: &mut CloudState, ask: &str, create: Create) -> Result<ApiResponse, Refusal> {
     create.check()?;
     let stock = state.stock.iter().find(|stock| stock.id == ask).cloned();
     let Some(stock) = stock else {
         let msg = format!("error 404/3603: no_such_ask Instance type by id {ask} is not available.");
         let ask: u64 = ask.parse().unwrap_or_default();
-        return Ok(Answer::json(404, &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask})));
+        return Ok(ApiResponse::json(404, &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask})));
     };
     let paid = Stock { price: create.price.map_or(stock.price, UsdPerHour::from_dollars), ..stock.clone() };
     let order = Order {
@@ -328,12 +328,12 @@ fn create(state: &mut CloudState, ask: &str, create: Create) -> Result<Answer, R
         // The instance exists, stopped and billed, and the answer is an error.
         state.change(&id, |instance| instance.life = InstanceStatus::Stopped);
         let msg = "error 400/3620: bid price too low; instance created in stopped state";
-        return Ok(Answer::json(
+        return Ok(ApiResponse::json(
             400,
             &json!({"success": false, "error": "invalid_price", "msg": msg, "new_contract": contract}),
         ));
     }
-    Ok(Answer::json(
+    Ok(ApiResponse::json(
         200,
         &json!({"success": true, "new_contract": contract, "instance_api_key": "an-instance's-own-key"}),
     ))

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{GPUS, RunPod, cuda, gpu_id, invalid, sold};
-use crate::{Answer, Dialect, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, Dialect, Op, Order, Refusal, Request, Stock, CloudState};
 
 pub(super) const SOLD_OUT: &str =
     "There are no longer any instances available with the requested specifications. Please refresh and try again.";
@@ -93,25 +93,25 @@ pub(super) fn operation(request: &Request) -> Option<Op> {
 }
 
 /// A refusal: status 200 with `errors`, except for errors before GraphQL is parsed.
-pub(super) fn refuse(refusal: &Refusal) -> Answer {
+pub(super) fn refuse(refusal: &Refusal) -> ApiResponse {
     let error = |message: &str, code: &str| json!([{"message": message, "extensions": {"code": code}}]);
-    let done = |message: &str| Answer::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
+    let done = |message: &str| ApiResponse::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
     match refusal {
         Refusal::NoCapacity => done(SOLD_OUT),
         Refusal::Funds => done("Your account balance is too low to deploy a pod. Please add funds."),
         Refusal::NotFound => done("pod not found to terminate"),
-        Refusal::Unauthorized => Answer::json(401, &json!({"errors": error("Unauthorized", "UNAUTHENTICATED")})),
-        Refusal::Invalid(message) => Answer::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")})),
-        Refusal::RateLimited(after) => Answer::text(429, "Too Many Requests").retry_after(*after),
+        Refusal::Unauthorized => ApiResponse::json(401, &json!({"errors": error("Unauthorized", "UNAUTHENTICATED")})),
+        Refusal::Invalid(message) => ApiResponse::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")})),
+        Refusal::RateLimited(after) => ApiResponse::text(429, "Too Many Requests").retry_after(*after),
         Refusal::Broken(status) => {
             let message = "Something went wrong. Please try again later or contact support.";
-            Answer::json(*status, &json!({"errors": error(message, "INTERNAL_SERVER_ERROR")}))
+            ApiResponse::json(*status, &json!({"errors": error(message, "INTERNAL_SERVER_ERROR")}))
         }
     }
 }
 
 impl RunPod {
-    pub(super) fn graphql(&self, state: &mut CloudState, request: &Request) -> Result<Answer, Refusal> {
+    pub(super) fn graphql(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let document: Document = request.read()?;
         let field = document.field().ok_or_else(|| unknown(&document.query))?;
         let needed = || invalid("an input is needed");
@@ -127,7 +127,7 @@ impl RunPod {
             }
             _ => self.rent(state, document.variable(field)?.ok_or_else(needed)?, field == "podRentInterruptable")?,
         };
-        Ok(Answer::json(200, &json!({"data": {field: value}})))
+        Ok(ApiResponse::json(200, &json!({"data": {field: value}})))
     }
 
     fn rent(&self, state: &mut CloudState, input: Rent, spot: bool) -> Result<Value, Refusal> {
