@@ -1,4 +1,4 @@
-//! A cloud with given answers, and the real broker.
+//! A cloud with given responses, and the real broker.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;
 
-use crate::answers::Answers;
+use crate::responses::Responses;
 use crate::assert_harmless;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
@@ -24,34 +24,34 @@ const HIGHEST: f64 = 100_000.0;
 pub struct Cloud {
     runtime: Runtime,
     broker: Box<dyn Broker>,
-    answers: Answers,
+    responses: Responses,
     /// An order.
     offer: Offer,
 }
 
 impl Cloud {
-    /// The cloud called `name`; `stock` are good answers to a query for offers.
+    /// The cloud called `name`; `stock` are good responses to a query for offers.
     pub fn new(name: &str, stock: &[u8]) -> Self {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
-        let answers = Answers::default();
+        let responses = Responses::default();
         let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), Limits::default());
         let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
         let runtime = crate::impatient();
         let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
         // Rate limits start now and need the runtime's clock.
         let broker = runtime.block_on(async { (kind.connect)(access) });
-        answers.say(stock);
+        responses.say(stock);
         let found = runtime.block_on(broker.offers(&want())).expect("good answers are understood");
         let offer = found.offers.into_iter().next().expect("there is an offer in good answers");
-        Self { runtime, broker, answers, offer }
+        Self { runtime, broker, responses, offer }
     }
 
-    /// Makes every request of a broker. Each is answered by `script` (see [`Answers::say`]) from
+    /// Makes every request of a broker. Each is answered by `script` (see [`Responses::say`]) from
     /// its start.
     pub fn hear(&self, script: &[u8]) {
         let id = InstanceId("17".to_owned());
         self.runtime.block_on(async {
-            let again = || self.answers.say(script);
+            let again = || self.responses.say(script);
             again();
             let found = good(self.broker.offers(&want()).await).map(|found| found.offers).unwrap_or_default();
             for offer in found.into_iter().take(MOST_ORDERS) {

@@ -12,7 +12,7 @@ use outliers::units::Bytes;
 
 use crate::{FakeCloud, Stock};
 
-pub mod answers;
+pub mod responses;
 pub mod creation;
 pub mod life;
 pub mod listing;

@@ -9,20 +9,20 @@ use outliers::cloud::http::{RawResponse, Call, HttpTransport, NoResponse};
 
 /// The remaining answers. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Answers(Arc<Mutex<VecDeque<Vec<u8>>>>);
+pub struct Responses(Arc<Mutex<VecDeque<Vec<u8>>>>);
 
-impl Answers {
+impl Responses {
     /// Says `script` from now on, whatever was left: answers that each begin with a line `===
     /// <status> <Retry-After>`, of which the last part may be missing, and hold a body.
     pub fn say(&self, script: &[u8]) {
-        let mut answers: VecDeque<Vec<u8>> = VecDeque::new();
+        let mut responses: VecDeque<Vec<u8>> = VecDeque::new();
         for line in script.split_inclusive(|b| *b == b'\n') {
-            match answers.back_mut() {
+            match responses.back_mut() {
                 Some(answer) if !line.starts_with(MARK) => answer.extend_from_slice(line),
-                _ => answers.push_back(line.to_vec()),
+                _ => responses.push_back(line.to_vec()),
             }
         }
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = answers;
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = responses;
     }
 
     /// The next answer; after the last the connection breaks.
@@ -45,7 +45,7 @@ impl Answers {
 }
 
 #[async_trait]
-impl HttpTransport for Answers {
+impl HttpTransport for Responses {
     async fn exchange(&self, _: &str, _: &Call) -> Result<RawResponse, NoResponse> {
         self.next()
     }
