@@ -161,7 +161,7 @@ impl PassOptions {
 }
 
 /// A source of weights that delays each read by another time, and fails on tensors of one name.
-struct Faulty<'a> {
+struct FaultySource<'a> {
     of: &'a dyn WeightSource,
     /// 0: no delay.
     most_milliseconds: u64,
@@ -169,13 +169,13 @@ struct Faulty<'a> {
     fails_on: Option<String>,
 }
 
-impl<'a> Faulty<'a> {
+impl<'a> FaultySource<'a> {
     fn new(of: &'a dyn WeightSource, most_milliseconds: u64, seed: u64, fails_on: Option<String>) -> Self {
         Self { of, most_milliseconds, reads: AtomicU64::new(seed << 32), fails_on }
     }
 }
 
-impl WeightSource for Faulty<'_> {
+impl WeightSource for FaultySource<'_> {
     fn index(&self) -> &TensorIndex {
         self.of.index()
     }
@@ -228,7 +228,7 @@ fn delays_change_no_bit(name: &str) {
     let one = fixture.measured(PassOptions::on(1), source, None).unwrap();
     for (seed, devices, read_ahead) in [(0, 1, false), (1, 2, true), (2, 4, false), (3, 3, true)] {
         let how = PassOptions { read_ahead, ..PassOptions::on(devices) };
-        let slow = Faulty::new(source, 5, seed, None);
+        let slow = FaultySource::new(source, 5, seed, None);
         let other = fixture.measured(how, &slow, None).unwrap();
         assert!(one == other, "{name}: {how:?}, delays {seed}");
     }
@@ -258,7 +258,7 @@ fn interrupted_pass_resumes_on_other_devices_to_the_same_bits() {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("save");
             let mut points = SavePoints::new(path.clone(), "run".to_owned(), Duration::ZERO);
-            let cut = Faulty::new(source, 3, devices as u64, Some(prefix.clone()));
+            let cut = FaultySource::new(source, 3, devices as u64, Some(prefix.clone()));
             let error = fixture.measured(PassOptions::on(devices), &cut, Some(&mut points)).unwrap_err();
             assert!(error.message().contains("the wire is cut"), "{name}: {error}");
             assert_eq!(points.load().unwrap().map(|point| point.next_layer), Some(last), "{name} on {devices}");
@@ -283,7 +283,7 @@ fn a_pass_that_died_goes_on_in_other_micro_batches() {
     for (how, then) in [(one, three), (three, one)] {
         let folder = tempfile::tempdir().unwrap();
         let mut points = SavePoints::new(folder.path().join("save"), "run".to_owned(), Duration::ZERO);
-        let cut = Faulty::new(source, 0, 0, Some(prefix.clone()));
+        let cut = FaultySource::new(source, 0, 0, Some(prefix.clone()));
         let error = fixture.measured(how, &cut, Some(&mut points)).unwrap_err();
         assert!(error.message().contains("the wire is cut"), "{error}");
         let resumed = fixture.measured(then, source, Some(&mut points)).unwrap();
@@ -301,7 +301,7 @@ fn one_error_stops_all_devices_and_names_its_place() {
     let fixture = Fixture::open("llama-f32");
     let source = &*fixture.checkpoint.weights;
     for devices in [1, 2, 4] {
-        let cut = Faulty::new(source, 0, 0, Some("layers.1.".to_owned()));
+        let cut = FaultySource::new(source, 0, 0, Some("layers.1.".to_owned()));
         let error = fixture.measured(PassOptions::on(devices), &cut, None).unwrap_err();
         let place = if devices == 1 { "layer 1 mixer: " } else { "layer 1 mixer on cpu#1: " };
         assert_eq!(error.message(), format!("{place}the wire is cut"));
