@@ -309,12 +309,12 @@ fn one_error_stops_all_devices_and_names_its_place() {
 }
 
 /// A study that does something at certain sites.
-struct Meddling<F> {
+struct HookedStudy<F> {
     study: Study,
     meddle: Arc<F>,
 }
 
-impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<F> {
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for HookedStudy<F> {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site)
     }
@@ -333,7 +333,7 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<
     }
 }
 
-impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for Meddling<F> {
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for HookedStudy<F> {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
@@ -349,7 +349,7 @@ impl Fixture {
     /// A pass with an action at every site, keyed by the first token of the micro-batch.
     fn meddled(&self, how: PassOptions, meter: &Meter, meddle: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
         let meddle = Arc::new(meddle);
-        let observer = |_: &Model<'_>, study| Meddling { study, meddle };
+        let observer = |_: &Model<'_>, study| HookedStudy { study, meddle };
         self.pass(how, &*self.checkpoint.weights, meter, observer, None).map(|_| ())
     }
 }
