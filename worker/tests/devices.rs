@@ -311,7 +311,7 @@ fn one_error_stops_all_devices_and_names_its_place() {
 /// A study that does something at certain sites.
 struct HookedStudy<F> {
     study: Study,
-    meddle: Arc<F>,
+    hook: Arc<F>,
 }
 
 impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for HookedStudy<F> {
@@ -320,7 +320,7 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for HookedStu
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        (self.meddle)(site, first_token)?;
+        (self.hook)(site, first_token)?;
         self.study.observe(site, first_token, x)
     }
 
@@ -337,7 +337,7 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for HookedStudy<F>
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
-        Self { study: self.study.layer(layer), meddle: Arc::clone(&self.meddle) }
+        Self { study: self.study.layer(layer), hook: Arc::clone(&self.hook) }
     }
 
     fn join(&mut self, seen: Self) {
@@ -347,9 +347,9 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for HookedStudy<F>
 
 impl Fixture {
     /// A pass with an action at every site, keyed by the first token of the micro-batch.
-    fn meddled(&self, how: PassOptions, meter: &Meter, meddle: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
-        let meddle = Arc::new(meddle);
-        let observer = |_: &Model<'_>, study| HookedStudy { study, meddle };
+    fn hooked(&self, how: PassOptions, meter: &Meter, hook: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
+        let hook = Arc::new(hook);
+        let observer = |_: &Model<'_>, study| HookedStudy { study, hook };
         self.pass(how, &*self.checkpoint.weights, meter, observer, None).map(|_| ())
     }
 }
@@ -361,11 +361,11 @@ fn error_or_panic_while_computing_leaves_no_thread_waiting() {
         1 => Err(WorkerError::internal("seen enough")),
         _ => Ok(()),
     };
-    let error = fixture.meddled(PassOptions::on(4), &Meter::default(), fails).unwrap_err();
+    let error = fixture.hooked(PassOptions::on(4), &Meter::default(), fails).unwrap_err();
     assert_eq!(error.message(), "layer 1 mixer on cpu#1: seen enough");
     let panics = |site: Site, _| if site.layer == 1 { panic!("on purpose") } else { Ok(()) };
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        fixture.meddled(PassOptions::on(2), &Meter::default(), panics)
+        fixture.hooked(PassOptions::on(2), &Meter::default(), panics)
     }));
     assert!(caught.is_err());
 }
@@ -413,7 +413,7 @@ fn next_layer_starts_before_the_previous_one_finishes() {
         // The end of layer 0 on the last micro-batch waits for the start of layer 1 on the first.
         // Without a wavefront, this would wait forever.
         fixture
-            .meddled(PassOptions { group_elements: u64::MAX, ..PassOptions::on(2) }, &meter, |site, first_token| {
+            .hooked(PassOptions { group_elements: u64::MAX, ..PassOptions::on(2) }, &meter, |site, first_token| {
                 if site.layer == 1 && first_token == 0 {
                     next_began.now();
                 }
