@@ -372,12 +372,12 @@ fn error_or_panic_while_computing_leaves_no_thread_waiting() {
 
 /// An event that others wait for.
 #[derive(Default)]
-struct Moment {
+struct Signal {
     happened: Mutex<bool>,
     changed: Condvar,
 }
 
-impl Moment {
+impl Signal {
     fn now(&self) {
         *self.happened.lock().unwrap() = true;
         self.changed.notify_all();
@@ -409,7 +409,7 @@ fn next_layer_starts_before_the_previous_one_finishes() {
         let last = fixture.tokens.sequences - 1;
         let last_token = last * fixture.tokens.tokens;
         let meter = Meter::with_spans();
-        let next_began = Moment::default();
+        let next_began = Signal::default();
         // The end of layer 0 on the last micro-batch waits for the start of layer 1 on the first.
         // Without a wavefront, this would wait forever.
         fixture
