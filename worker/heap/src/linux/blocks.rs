@@ -1,11 +1,11 @@
 //! Large blocks, mapped directly from the system.
 
-mod kept;
+mod free_list;
 
 use std::alloc::Layout;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use self::kept::{FreeList, Span};
+use self::free_list::{FreeList, Span};
 
 /// Minimum size of a large block. The search does not pay off for smaller blocks.
 const LEAST: usize = 256 << 10;
