@@ -27,7 +27,7 @@ use outliers_worker::pass::progress::ProgressSink;
 use outliers_worker::pass::savepoint::SavePoints;
 use outliers_worker::pass::stream::{Pass, Predicted};
 use outliers_worker::run::export::{self, Exports};
-use outliers_worker::run::watch::Watch;
+use outliers_worker::run::observer::RunObserver;
 use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
 
 /// Dense models in all three orders of norms, MoE of every kind, every stored format.
@@ -119,12 +119,12 @@ impl Fixture {
 
     /// All measurements, bit by bit.
     fn measured(&self, how: PassOptions, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
-        let watch = |_: &Model<'_>, study| {
+        let observer = |_: &Model<'_>, study| {
             let exports = Exports::new(&self.job);
-            Watch { study, dump: None, sharpness: Sharpness::new(), exports }
+            RunObserver { study, dump: None, sharpness: Sharpness::new(), exports }
         };
-        let (watch, predicted) = self.pass(how, source, &Meter::default(), watch, save)?;
-        let Watch { study, sharpness, exports, .. } = watch;
+        let (observer, predicted) = self.pass(how, source, &Meter::default(), observer, save)?;
+        let RunObserver { study, sharpness, exports, .. } = observer;
         let bits =
             |arm: &Predicted| (arm.nll.iter().map(|value| value.to_bits()).collect(), arm.top_probability.to_bits());
         let exported = exports.expect("asked for").layers().clone();

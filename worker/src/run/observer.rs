@@ -14,7 +14,7 @@ use crate::run::output::ActivationDump;
 use crate::stats::{LayerObserver, Observer, Site, Study};
 
 /// The observers of the whole pass or of one layer.
-pub struct Watch {
+pub struct RunObserver {
     /// The statistics.
     pub study: Study,
     /// The file of activations, if the job saves them. A pass that writes it cannot be resumed.
@@ -25,7 +25,7 @@ pub struct Watch {
     pub exports: Option<Exports>,
 }
 
-impl LayerObserver for Watch {
+impl LayerObserver for RunObserver {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site) || self.dump.as_ref().is_some_and(|dump| dump.wants(site))
     }
@@ -78,7 +78,7 @@ impl LayerObserver for Watch {
     }
 }
 
-impl Observer for Watch {
+impl Observer for RunObserver {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
