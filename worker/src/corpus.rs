@@ -12,7 +12,7 @@ mod file;
 mod non_text;
 mod ids;
 mod lines;
-mod packed;
+mod compressed;
 mod parquet;
 mod rows;
 mod table;

@@ -15,17 +15,17 @@ use crate::error::{Result, WorkerError};
 const PIECE: u64 = 16 << 20;
 
 /// The content of a compressed file.
-pub(super) struct Unpacked {
+pub(super) struct Decompressed {
     name: String,
     bytes: Vec<u8>,
 }
 
-impl Unpacked {
+impl Decompressed {
     /// Decompresses a file of at most `most` bytes.
     pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();
-        unpack(Pieces::of(file), compression, most, &mut bytes).map_err(|error| damaged(file, compression, error))?;
+        decompress(Pieces::of(file), compression, most, &mut bytes).map_err(|error| damaged(file, compression, error))?;
         if bytes.len() as u64 > most {
             return Err(too_long(format!("{name} has more bytes when it is unpacked"), most));
         }
@@ -50,14 +50,14 @@ fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Err
 }
 
 /// Decompresses at most one byte more than the limit.
-fn unpack(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
+fn decompress(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
     match compression {
         CorpusCompression::Gzip => MultiGzDecoder::new(from).take(most + 1).read_to_end(into),
         CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(most + 1).read_to_end(into),
     }
 }
 
-impl RangedFile for Unpacked {
+impl RangedFile for Decompressed {
     fn name(&self) -> &str {
         &self.name
     }
