@@ -10,7 +10,7 @@ use crate::cli::{InstancesCommand, BrokerFilter};
 use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::host::transport::quote::quote;
-use crate::run::deploy::{KEY_FILE, Reconciliation, look};
+use crate::run::deploy::{KEY_FILE, Reconciliation, reconcile_cloud};
 use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::{Pin, RunEvent};
 use crate::ui::report::{CliError, ExitStatus, tables};
@@ -66,20 +66,20 @@ pub(super) fn clouds(context: &Context, home: &Home, only: &BrokerFilter) -> Res
 }
 
 async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, CliError> {
-    let (mut looks, mut deadlines, mut silent) = (Vec::new(), Vec::new(), Vec::new());
-    let all = join_all(clouds.iter().map(|cloud| look(home.ledger.as_ref(), cloud)));
-    for (cloud, looked) in clouds.iter().zip(context.reporter.waiting(LISTS, all).await) {
-        match looked {
-            Ok(looked) => {
-                deadlines.extend(looked.listed.iter().map(|instance| deadline(cloud, instance)));
-                looks.push(looked);
+    let (mut reconciliations, mut deadlines, mut silent) = (Vec::new(), Vec::new(), Vec::new());
+    let all = join_all(clouds.iter().map(|cloud| reconcile_cloud(home.ledger.as_ref(), cloud)));
+    for (cloud, reconciliation) in clouds.iter().zip(context.reporter.waiting(LISTS, all).await) {
+        match reconciliation {
+            Ok(reconciliation) => {
+                deadlines.extend(reconciliation.listed.iter().map(|instance| deadline(cloud, instance)));
+                reconciliations.push(reconciliation);
             }
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
-    let shown = |looked: &Reconciliation| tables::what_they_are(&looked.listed, &looked.actions);
-    let words: Vec<String> = looks.iter().flat_map(shown).collect();
-    let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
+    let shown = |reconciliation: &Reconciliation| tables::what_they_are(&reconciliation.listed, &reconciliation.actions);
+    let words: Vec<String> = reconciliations.iter().flat_map(shown).collect();
+    let all: Vec<&Instance> = reconciliations.iter().flat_map(|reconciliation| &reconciliation.listed).collect();
     let instances = all.iter().zip(&words).zip(&deadlines).map(|((instance, words), deadline)| InstanceRow {
         instance,
         what_it_is: words.clone(),
@@ -176,8 +176,8 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     // The list's word may be older than the cloud's word on the one.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
     let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
-    let looked = look(home.ledger.as_ref(), cloud).await?;
-    let words = tables::what_they_are(std::slice::from_ref(&instance), &looked.actions).concat();
+    let reconciliation = reconcile_cloud(home.ledger.as_ref(), cloud).await?;
+    let words = tables::what_they_are(std::slice::from_ref(&instance), &reconciliation.actions).concat();
     let document = serde_json::json!({
         "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
         "capabilities": cloud.broker.capabilities(), "deadline": deadline(cloud, &instance),

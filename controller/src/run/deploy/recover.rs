@@ -35,9 +35,9 @@ async fn recover_on(
     cloud: &Cloud,
     on: &OnEvent<'_>,
 ) -> Result<Vec<Action>, DriveError> {
-    let looked = look(Some(ledger), cloud).await?;
-    carry_out(ledger, ports, cloud, &looked, on).await?;
-    Ok(looked.actions)
+    let reconciliation = reconcile_cloud(Some(ledger), cloud).await?;
+    carry_out(ledger, ports, cloud, &reconciliation, on).await?;
+    Ok(reconciliation.actions)
 }
 
 /// Performs all actions that the comparison found. A failed action does not stop the others.
@@ -48,14 +48,14 @@ pub async fn carry_out(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
-    looked: &Reconciliation,
+    reconciliation: &Reconciliation,
     on: &OnEvent<'_>,
 ) -> Result<(), DriveError> {
     // What is on this cloud is not looked for on another, and nothing is rented anew.
     let alone = Clouds::from(vec![cloud.clone()]);
     let ports = Ports { clouds: &alone, ..ports };
     let mut done = Ok(());
-    for action in &looked.actions {
+    for action in &reconciliation.actions {
         let this = match action {
             Action::MarkGone { run } => mark_gone(ledger, cloud, run),
             Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
@@ -63,13 +63,13 @@ pub async fn carry_out(
         };
         done = done.and(this);
     }
-    let ended: HashSet<&InstanceId> = looked
+    let ended: HashSet<&InstanceId> = reconciliation
         .actions
         .iter()
         .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
         .collect();
     let is_stray = |instance: &&Instance| ended.contains(&instance.id);
-    let strays: Vec<Target> = looked.listed.iter().filter(is_stray).map(Target::from).collect();
+    let strays: Vec<Target> = reconciliation.listed.iter().filter(is_stray).map(Target::from).collect();
     if !strays.is_empty() {
         done = done.and(end(cloud, on, &strays).await);
     }
@@ -90,7 +90,7 @@ pub struct Reconciliation {
 ///
 /// # Errors
 /// [`DriveError`] if the cloud does not answer.
-pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
+pub async fn reconcile_cloud(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
         let actions = reconcile::by_tag(&listed);

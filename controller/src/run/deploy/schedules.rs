@@ -171,15 +171,15 @@ async fn onlooker(fake: &Fake, home: &Path) {
     assert_eq!((runs.len(), unreadable.len()), (0, 1), "{unreadable:?}");
     let clouds = fake.clouds();
     let cloud = clouds.iter().next().expect("there is one");
-    let looked = tokio::select! {
+    let reconciliation = tokio::select! {
         biased;
         () = fake.crashed.notified() => return,
-        looked = look(Some(&ledger), cloud) => looked,
+        reconciliation = reconcile_cloud(Some(&ledger), cloud) => reconciliation,
     };
     let in_time =
         |action: &Action| matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. });
     // A cloud that does not answer yields no actions.
-    let actions = looked.map(|looked| looked.actions).unwrap_or_default();
+    let actions = reconciliation.map(|reconciliation| reconciliation.actions).unwrap_or_default();
     assert!(actions.iter().all(in_time), "{actions:?}");
 }
 
@@ -275,10 +275,10 @@ async fn agreed(fake: &Fake, home: &Path) {
     let ledger = open_ledger(&home.join("state"));
     fake.set(|simulation| simulation.armed.clear());
     for cloud in fake.clouds().iter() {
-        let looked = look(Some(&ledger), cloud).await.expect("nothing fails any more");
-        let ours = looked.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
+        let reconciliation = reconcile_cloud(Some(&ledger), cloud).await.expect("nothing fails any more");
+        let ours = reconciliation.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
         let idle = |action: &Action| matches!(action, Action::LeaveAlone { .. });
-        assert!(ours == 0 && looked.actions.iter().all(idle), "{looked:?}");
+        assert!(ours == 0 && reconciliation.actions.iter().all(idle), "{reconciliation:?}");
     }
 }
 
