@@ -195,7 +195,7 @@ impl Context {
     /// It is missing, or of another version.
     pub async fn worker(&self) -> Result<LocalWorker, CliError> {
         let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
-        Ok(worker.limited(self.settings.look))
+        Ok(worker.limited(self.settings.inspect_limits))
     }
 
     /// Data and operations of a run, with the settings' assumptions.

@@ -26,7 +26,7 @@ struct Written<'a> {
 
 /// Runs `handoff`. A second document on the same day replaces the first, unless that was edited.
 pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, CliError> {
-    let status = Status::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    let status = Status::of_ledger(&context.ledger()?, &context.settings.results, now_ms())?;
     context.reporter.unreadable(&status.unreadable);
     let moment = rfc3339(status.at);
     let date = moment.split('T').next().unwrap_or_default();

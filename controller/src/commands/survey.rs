@@ -245,7 +245,7 @@ impl<'a> Session<'a> {
 
     fn is_to_run(&self, model: &Model<'_>, runs: &[RunRecord]) -> bool {
         model.wanted
-            && match self.member(model).look(runs).0.outcome {
+            && match self.member(model).index_entry(runs).0.outcome {
                 ModelOutcome::Complete => false,
                 ModelOutcome::Open => true,
                 ModelOutcome::Partial | ModelOutcome::Failed => self.asked.rerun_failed,
@@ -310,7 +310,7 @@ impl<'a> Session<'a> {
             schema: index::SCHEMA,
             survey: self.asked.name.clone(),
             file: file.to_string_lossy().into_owned(),
-            models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
+            models: self.models.iter().map(|model| self.member(model).index_entry(&runs).0).collect(),
         };
         write(&index, &self.asked.folder)
     }

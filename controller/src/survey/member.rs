@@ -30,7 +30,7 @@ impl Member<'_> {
     /// Its outcome, and the run of the same work with this outcome: one with complete results,
     /// else the latest. If the ledger has none, since it may be new, the folder and its index are
     /// used.
-    pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
+    pub fn index_entry<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
             let (outcome, why) = judge(run, &self.folder.join(self.name));
@@ -211,7 +211,7 @@ mod tests {
     fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> IndexEntry {
         let identity = JobIdentity::of(job).unwrap();
         let (survey, name, job_key) = ("moe-two", "owner--a", "k");
-        Member { survey, name, identity: &identity, job_key, folder, before: None }.look(runs).0
+        Member { survey, name, identity: &identity, job_key, folder, before: None }.index_entry(runs).0
     }
 
     #[test]
@@ -320,7 +320,7 @@ mod tests {
         for (job_key, outcome) in [("k", ModelOutcome::Failed), ("other", ModelOutcome::Open)] {
             let (folder, before) = (Path::new("/nowhere"), Some(&before));
             let member = Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key, folder, before };
-            assert_eq!(member.look(&[]).0.outcome, outcome);
+            assert_eq!(member.index_entry(&[]).0.outcome, outcome);
         }
     }
 

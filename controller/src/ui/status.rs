@@ -136,7 +136,7 @@ impl Status {
     ///
     /// # Errors
     /// Errors of the ledger.
-    pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
+    pub fn of_ledger(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
         let Records { runs, unreadable } = ledger.records()?;
         let mut driven = Vec::new();
         for run in runs.iter().filter(|run| !run.state.is_closed()) {

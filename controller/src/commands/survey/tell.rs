@@ -103,7 +103,7 @@ impl Session<'_> {
         let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r ModelAction))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();
-            let outcome = self.member(model).look(runs).0.outcome;
+            let outcome = self.member(model).index_entry(runs).0.outcome;
             let to_do = match (todo, outcome) {
                 (ModelAction::PickUp(_), _) => "pick up",
                 (ModelAction::Run(_), _) => "run",
@@ -198,7 +198,7 @@ impl Session<'_> {
     }
 
     fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ModelResult {
-        let (line, run) = self.member(model).look(runs);
+        let (line, run) = self.member(model).index_entry(runs);
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
             (ModelOutcome::Complete, _) => ExitStatus::Done,
