@@ -276,7 +276,7 @@ impl Broker for Slurm {
 
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
         let root = self.cluster.root().await?;
-        let script = offers::look(&root, self.site.partition.as_deref());
+        let script = offers::script(&root, self.site.partition.as_deref());
         let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
         let mut found = offers::read(&answer, want, &self.site);
         let questions: Vec<(usize, String)> = found

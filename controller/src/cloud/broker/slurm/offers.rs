@@ -14,7 +14,7 @@ const CPUS: u32 = 8;
 
 /// A script that prints the node groups of all partitions, or of one, and the free space for
 /// leases.
-pub(super) fn look(root: &str, partition: Option<&str>) -> String {
+pub(super) fn script(root: &str, partition: Option<&str>) -> String {
     let only = partition.map(|name| quote(&format!("--partition={name}"))).unwrap_or_default();
     let above = root.rsplit_once('/').map_or("/", |(above, _)| above);
     format!(

@@ -17,7 +17,7 @@ const SUBMITTING_S: u64 = 120;
 /// Maximum interval of queries that several processes share. Longer intervals are not shared.
 const MOST_APART_S: u64 = 60;
 /// Prints the input of [`Snapshot::read`], with an answer of `squeue` at most `interval` old.
-const LOOK: &str = include_str!("look.sh");
+const SNAPSHOT: &str = include_str!("snapshot.sh");
 
 /// The clocks of login node, compute nodes and Slurm's controller differ by no more.
 const CLOCKS_S: u64 = 30;
@@ -31,9 +31,9 @@ const ROUND_S: u64 = 600;
 /// The leases' folders below `root` that are of this `cluster`, the whole queue of one user, and
 /// how the jobs ended that it shows no more. `squeue` runs once per `interval`, however many
 /// processes look. `cluster` is empty where its name is not known.
-pub(super) fn look(root: &str, cluster: &str, interval: Duration) -> String {
+pub(super) fn snapshot_script(root: &str, cluster: &str, interval: Duration) -> String {
     let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MOST_APART_S));
-    format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}")
+    format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{SNAPSHOT}")
 }
 
 /// Rest of the first line `@<key> ...`.

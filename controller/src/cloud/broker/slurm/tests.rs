@@ -248,9 +248,9 @@ fn five_hundred_jobs_are_listed_by_one_query() {
          echo \"@job $i|RUNNING|None|gpu|1|2|n1|outliers-a1b2c3-r$i-n1x-1790000000\"; i=$((i + 1)); done; }}",
         asked.display()
     );
-    let look = queue::look(root.to_str().unwrap(), "here", Duration::from_secs(60));
+    let script_of_snapshot = queue::snapshot_script(root.to_str().unwrap(), "here", Duration::from_secs(60));
     for _ in 0..2 {
-        let script = format!("{squeue}\n{look}");
+        let script = format!("{squeue}\n{script_of_snapshot}");
         let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
         let answer = String::from_utf8(out.stdout).unwrap();
         let all = Snapshot::read(&answer).unwrap().instances(&door());
