@@ -21,7 +21,7 @@ use crate::ui::report::{CliError, Reporter};
 use crate::units::Usd;
 
 /// Interval of summaries of all runs.
-const LOOK: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A run that is active or about to start.
 struct Task {
@@ -154,7 +154,7 @@ impl Session<'_> {
                 Ok(runs) => self.tell_all(board, &runs, estimates, since_ms),
                 Err(error) => tracing::warn!("{error}"),
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 

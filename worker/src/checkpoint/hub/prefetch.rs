@@ -25,7 +25,7 @@ use super::verify::{Hasher, Schedule};
 use crate::error::{Result, WorkerError};
 
 /// Interval at which idle threads look for late parts.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Concurrent fetches of one part; the second is for a late one.
 const ATTEMPTS: u32 = 2;
 /// A part is late after this multiple of its expected time. It is given up, and resumed on another
@@ -357,7 +357,7 @@ impl Shared {
             if state.next == self.parts.len() && state.coming.is_empty() {
                 return None;
             }
-            state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.changed.wait_timeout(state, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 

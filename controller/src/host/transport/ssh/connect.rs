@@ -30,7 +30,7 @@ const LONGEST_LINE: usize = 8192;
 /// Characters of such lines that are kept for messages.
 const SHOWN: usize = 200;
 /// Pause between two looks at an incomplete greeting.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Time limit of the key exchange, and of the login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -208,7 +208,7 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         }
         if length == 0 && GREETING.starts_with(there) {
             // The peeked bytes stay readable, so that the next look would return at once.
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             continue;
         }
         let end = there.iter().position(|b| *b == b'\n');
