@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use outliers_protocol::{JobOptions, Merge, Results};
 use serde::{Deserialize, Serialize};
 
-use super::deploy::{deploy, tell};
+use super::deploy::{deploy, print_result};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
 use crate::cli::DemoArgs;
@@ -76,7 +76,7 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     let deployed = deploy(context, &asked(context, &folder)).await?;
     let deployed = deployed.ok_or_else(|| CliError::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {
-        tell(context, &deployed);
+        print_result(context, &deployed);
         let status = deployed.status();
         return Ok(if status == ExitStatus::Done { ExitStatus::Failed } else { status });
     };

@@ -17,7 +17,7 @@ use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{GpuTime, Usd};
 
 mod drive;
-mod tell;
+mod output;
 
 impl From<SurveyError> for CliError {
     fn from(error: SurveyError) -> Self {
@@ -223,13 +223,13 @@ impl<'a> Session<'a> {
             let reporter = &self.context.reporter;
             reporter.say(&format!("Looking at {}", model.entry.name));
             let first = !std::mem::replace(&mut told, true);
-            let tell = |offered: &_| {
+            let report = |offered: &_| {
                 if first {
                     reporter.offered(offered)
                 }
             };
             let prepared = match self.place(model, runs) {
-                Ok(()) => prepare(self.context, &self.clouds, worker, Self::run_request(model), tell).await,
+                Ok(()) => prepare(self.context, &self.clouds, worker, Self::run_request(model), report).await,
                 Err(cli_error) => Err(cli_error),
             };
             match prepared {
@@ -298,7 +298,7 @@ impl<'a> Session<'a> {
             let shown = self.rows(&[], todo, &[]);
             let parallel = self.asked.max_parallel;
             let question = format!("Rent these, {parallel} at a time, for {at_most} at most{budget}{gpus}?");
-            (tell::table_of(&shown), question)
+            (output::table_of(&shown), question)
         })
     }
 

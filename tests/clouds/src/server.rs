@@ -126,7 +126,7 @@ impl Shared {
         let state = &mut *self.lock();
         state.requests.push(request.clone());
         state.now += state.pace;
-        tell(state, state.requests.len(), Moment::Arrived);
+        notify(state, state.requests.len(), Moment::Arrived);
         let Some(op) = request.op else {
             return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);
         };
@@ -134,7 +134,7 @@ impl Shared {
             Some(fault) => self.go_wrong(state, &request, op, &fault),
             None => (self.proper(state, &request, op), None),
         };
-        tell(state, state.requests.len(), Moment::Applied);
+        notify(state, state.requests.len(), Moment::Applied);
         answered
     }
 
@@ -176,7 +176,7 @@ impl Shared {
     }
 }
 
-fn tell(state: &CloudState, number: usize, moment: Moment) {
+fn notify(state: &CloudState, number: usize, moment: Moment) {
     if let Some(watch) = &state.watch {
         watch(number, moment);
     }
@@ -225,7 +225,7 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
     tokio::spawn(async move {
         // The answer is sent first.
         tokio::time::sleep(Duration::from_millis(2)).await;
-        tell(&shared.lock(), number, Moment::Answered);
+        notify(&shared.lock(), number, Moment::Answered);
     });
     if matches!(loss, Some(Loss::Whole)) {
         return futures::future::pending().await;

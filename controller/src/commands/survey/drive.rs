@@ -7,7 +7,7 @@ use futures::{StreamExt, stream};
 use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 
-use super::tell::estimate;
+use super::output::estimate;
 use super::{Session, ModelAction};
 use crate::cloud::clouds::Clouds;
 use crate::commands::deploy::cli_error_of;
