@@ -22,7 +22,7 @@ pub fn free_disk(path: &Path) -> Option<Bytes> {
 }
 
 /// Maximum bytes of a document: more than users, workers or this program write.
-pub const MOST: u64 = 256 << 20;
+pub const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Opens a regular file. A pipe or a device is refused: reading it may never end, and opening a
 /// pipe may block.
@@ -198,10 +198,10 @@ mod tests {
         assert_eq!(read_text(&at("a"), 3).unwrap(), "abc");
         assert!(read_small(&at("a"), 2).unwrap_err().to_string().contains("3 bytes, over the limit of 2"));
         File::create(at("sparse")).unwrap().set_len(1 << 40).unwrap();
-        assert!(read_small(&at("sparse"), MOST).unwrap_err().to_string().contains("1099511627776 bytes"));
+        assert!(read_small(&at("sparse"), MAX_FILE_BYTES).unwrap_err().to_string().contains("1099511627776 bytes"));
         assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
         for path in [at("pipe"), "/dev/zero".into(), folder.path().to_owned()] {
-            for error in [read_small(&path, MOST).unwrap_err(), digest(&path).unwrap_err()] {
+            for error in [read_small(&path, MAX_FILE_BYTES).unwrap_err(), digest(&path).unwrap_err()] {
                 assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
             }
         }

@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::cli::ClusterArgs;
 use crate::cloud::broker::{CLOUDS, CloudKind, local, slurm};
 use crate::cloud::clouds::Timeouts;
-use crate::files::{MOST, read_text};
+use crate::files::{MAX_FILE_BYTES, read_text};
 use crate::host::GuardTimeouts;
 use crate::run::local_worker::Limits;
 use crate::secret::Secret;
@@ -404,7 +404,7 @@ impl Settings {
     /// # Errors
     /// [`SettingsError`] if there is no folder for the state.
     pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
-        let text = user_path(config, environment).and_then(|path| read_text(&path, MOST).ok());
+        let text = user_path(config, environment).and_then(|path| read_text(&path, MAX_FILE_BYTES).ok());
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
         let clouds = |brokers: toml::Value| brokers.try_into().ok();
         let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
@@ -511,7 +511,7 @@ fn clouds(
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {
     let Some(path) = user_path(config, environment) else { return Ok(SettingsFile::default()) };
-    let text = read_text(&path, MOST).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    let text = read_text(&path, MAX_FILE_BYTES).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
     parse(&text, &path)
 }
 

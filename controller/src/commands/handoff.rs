@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::status::StatusReport;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
-use crate::files::{MOST, read_small, write_whole};
+use crate::files::{MAX_FILE_BYTES, read_small, write_whole};
 use crate::run::ledger::now_ms;
 use crate::ui::handoff::{document, is_untouched, sealed};
 use crate::ui::report::{CliError, ExitStatus};
@@ -32,7 +32,7 @@ pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> 
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
     let file = folder.join(format!("{date}.md"));
-    let is_edited = match read_small(&file, MOST) {
+    let is_edited = match read_small(&file, MAX_FILE_BYTES) {
         Ok(text) => !is_untouched(&text),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     };

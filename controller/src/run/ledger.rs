@@ -19,7 +19,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::{Offer, RunTime};
-use crate::files::{MOST, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
+use crate::files::{MAX_FILE_BYTES, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -812,7 +812,7 @@ impl RunWriter {
 
     /// Folder in which its results are created: the last one that was set.
     pub fn results(&self) -> PathBuf {
-        let named = read_text(&self.ledger.results_file(&self.record.id), MOST).ok();
+        let named = read_text(&self.ledger.results_file(&self.record.id), MAX_FILE_BYTES).ok();
         named.unwrap_or_else(|| self.record.spec.results.clone()).into()
     }
 

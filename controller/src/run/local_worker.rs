@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
 use crate::cloud::broker::local;
-use crate::files::{MOST, read_small};
+use crate::files::{MAX_FILE_BYTES, read_small};
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Span};
 
@@ -294,7 +294,7 @@ impl Pushed {
 
     /// The description of the program at `path` in a document.
     fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
-        let read = read_small(&about, MOST).and_then(|text| Ok(serde_json::from_slice(&text)?));
+        let read = read_small(&about, MAX_FILE_BYTES).and_then(|text| Ok(serde_json::from_slice(&text)?));
         let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
         Self::of(path, &info)
     }
@@ -396,7 +396,7 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
 
 /// Reports the whole lines after byte `from`. Returns where the next one begins.
 fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
-    let Ok(bytes) = read_small(path, MOST) else { return from };
+    let Ok(bytes) = read_small(path, MAX_FILE_BYTES) else { return from };
     let Some(new) = bytes.get(from..) else { return from };
     let whole = new.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     for line in new[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
@@ -409,12 +409,12 @@ fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> u
 
 /// The error of a worker that ended without a report.
 fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
-    let manifest = read_small(&folder.join(files::MANIFEST), MOST).ok();
+    let manifest = read_small(&folder.join(files::MANIFEST), MAX_FILE_BYTES).ok();
     let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
     if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
         return LocalWorkerError::Failed(failure);
     }
-    let log = read_small(&folder.join(files::LOG), MOST).unwrap_or_default();
+    let log = read_small(&folder.join(files::LOG), MAX_FILE_BYTES).unwrap_or_default();
     LocalWorkerError::Odd { status, said: clean(tail(&log), 500) }
 }
 

@@ -14,7 +14,7 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::cloud::broker::GpuRequest;
-use crate::files::{MOST, is_plain_name, read_text};
+use crate::files::{MAX_FILE_BYTES, is_plain_name, read_text};
 use crate::model_name::short;
 use crate::run::deploy::slug;
 use crate::text::{toml_error, unknown_key};
@@ -120,7 +120,7 @@ impl Survey {
     /// # Errors
     /// The file cannot be read, or is invalid.
     pub fn read(path: &Path) -> Result<Self, SurveyError> {
-        let text = read_text(path, MOST).map_err(|error| SurveyError {
+        let text = read_text(path, MAX_FILE_BYTES).map_err(|error| SurveyError {
             path: path.to_owned(),
             line: None,
             message: error.to_string(),

@@ -11,7 +11,7 @@ use cudarc::driver::{
 };
 
 /// Bytes of the smallest buffer.
-const LEAST: usize = 1 << 18;
+const MIN_BUFFER_BYTES: usize = 1 << 18;
 /// Alignment of the parts of a buffer.
 const ALIGNMENT: usize = 8;
 
@@ -32,7 +32,7 @@ fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>,
             drop(small);
             // Not write-combined (the library's default), because the host reads the buffer.
             // SAFETY: bytes may be anything.
-            unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(LEAST), 0) }
+            unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(MIN_BUFFER_BYTES), 0) }
         }
     }
 }

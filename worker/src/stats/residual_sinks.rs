@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::fixed_point;
 
 /// Minimum share of the tokens for a sink.
-const MOST: f64 = 0.5;
+const MAJORITY: f64 = 0.5;
 /// Dimensions per task.
 const CHUNK: usize = 256;
 
@@ -62,7 +62,7 @@ impl Layer {
     }
 
     fn is_sink(&self, dim: usize) -> bool {
-        self.dims[dim].tokens as f64 / self.tokens as f64 >= MOST
+        self.dims[dim].tokens as f64 / self.tokens as f64 >= MAJORITY
     }
 
     /// The share of the sinks in each sequence.
@@ -195,7 +195,7 @@ impl Sinks {
             rule: format!(
                 "|x| >= {} x RMS of the token's residual stream at {:.0} % of the tokens or more",
                 self.threshold,
-                100.0 * MOST
+                100.0 * MAJORITY
             ),
             layers,
         }

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::cloud::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
-use crate::files::{MOST, absent, read_small};
+use crate::files::{MAX_FILE_BYTES, absent, read_small};
 use crate::host::transport::ssh::HostKeyPin;
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::run::deploy::{KEY_FILE, read_cursor};
@@ -172,7 +172,7 @@ async fn read_on(
 }
 
 fn at_once(path: &Path) -> Result<Vec<String>, CliError> {
-    read_small(path, MOST).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
+    read_small(path, MAX_FILE_BYTES).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> CliError {

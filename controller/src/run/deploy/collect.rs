@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
+use crate::files::{MAX_FILE_BYTES, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
 use crate::run::{SavedResults, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
@@ -83,7 +83,7 @@ pub(super) fn clear(folders: &Folders) {
 
 fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     let wrong = |why: String| format!("{}: {why}", path.display());
-    let text = read_small(path, MOST).map_err(|error| wrong(error.to_string()))?;
+    let text = read_small(path, MAX_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 

@@ -19,7 +19,7 @@ const SENTENCE: u16 = 28;
 /// Longer words, such as paths, are broken before numbers are wrapped.
 const LONGEST_WORD: u16 = 28;
 /// Minimum width of columns other than ids if words must be broken.
-const LEAST: u16 = 6;
+const MIN_WIDTH: u16 = 6;
 /// Padding on both sides of a column, and without space.
 const PADDING: (u16, u16) = (1, 1);
 const SCARCE_PADDING: (u16, u16) = (0, 1);
@@ -249,7 +249,7 @@ impl Step {
             (Self::Words, Kind::Sentence) => Some(word.min(LONGEST_WORD)),
             (Self::Words, Kind::Number) => Some(word),
             (Self::ShortNames, Kind::Name | Kind::Facts) => Some(SHORTEST_NAME),
-            (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(LEAST),
+            (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(MIN_WIDTH),
             (Self::All, _) => Some(1),
             _ => None,
         }

@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use self::free_list::{FreeList, Span};
 
 /// Minimum size of a large block. The search does not pay off for smaller blocks.
-const LEAST: usize = 256 << 10;
+const MIN_BLOCK_BYTES: usize = 256 << 10;
 /// Sizes are multiples of this, so of whole pages on every Linux.
 const STEP: usize = 64 << 10;
 /// Minimum size for which huge pages of 2 MiB are requested.
@@ -29,7 +29,7 @@ fn blocks() -> MutexGuard<'static, Blocks> {
 
 /// Bytes of the block for this layout; `None` if it is not a large block.
 pub(crate) fn size(layout: Layout) -> Option<usize> {
-    (layout.size() >= LEAST && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
+    (layout.size() >= MIN_BLOCK_BYTES && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
 }
 
 /// A block of this size, and whether it has been used before. `None` if the system is out of

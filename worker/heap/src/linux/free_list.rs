@@ -14,18 +14,18 @@ impl Span {
 }
 
 /// Most kept spans.
-const MOST: usize = 256;
+const MAX_SPANS: usize = 256;
 
 /// Kept spans, none adjacent to another, in the order in which they were kept. Allocates nothing.
 pub(crate) struct FreeList {
-    spans: [Span; MOST],
+    spans: [Span; MAX_SPANS],
     count: usize,
     bytes: usize,
 }
 
 impl FreeList {
     pub(crate) const fn new() -> Self {
-        Self { spans: [Span { at: 0, bytes: 0 }; MOST], count: 0, bytes: 0 }
+        Self { spans: [Span { at: 0, bytes: 0 }; MAX_SPANS], count: 0, bytes: 0 }
     }
 
     /// Bytes of all spans.
@@ -56,7 +56,7 @@ impl FreeList {
             let beside = self.remove(index);
             span = Span { at: span.at.min(beside.at), bytes: span.bytes + beside.bytes };
         }
-        let oldest = (self.count == MOST).then(|| self.remove(0));
+        let oldest = (self.count == MAX_SPANS).then(|| self.remove(0));
         self.bytes -= oldest.map_or(0, |oldest| oldest.bytes);
         self.spans[self.count] = span;
         self.count += 1;
@@ -147,10 +147,10 @@ mod tests {
     #[test]
     fn oldest_block_is_released_when_too_many_are_kept() {
         let mut kept = FreeList::new();
-        for place in 0..MOST {
+        for place in 0..MAX_SPANS {
             assert_eq!(kept.keep(Span { at: 2 * place, bytes: 1 }), None);
         }
-        assert_eq!(kept.keep(Span { at: 2 * MOST, bytes: 1 }), Some(Span { at: 0, bytes: 1 }));
-        assert_eq!(kept.bytes(), MOST);
+        assert_eq!(kept.keep(Span { at: 2 * MAX_SPANS, bytes: 1 }), Some(Span { at: 0, bytes: 1 }));
+        assert_eq!(kept.bytes(), MAX_SPANS);
     }
 }

@@ -18,7 +18,7 @@ use tokenizers::{
 
 /// Maximum bytes per byte of text by the tokenizer's definition. The largest published factor is
 /// T5's: 33 by its table of characters, 4 by a replacement, 6 by space marks.
-const MOST: f64 = 1000.0;
+const MAX_GROWTH: f64 = 1000.0;
 /// Maximum special tokens that a template may add.
 const MOST_SPECIAL: usize = 1000;
 /// Bytes measured at a time.
@@ -46,8 +46,8 @@ impl Growth {
         post_processor.iter().try_for_each(check_template)?;
         let before = normalizer.as_ref().map_or(Ok(1.0), of_normalizer)?;
         let growth = before * pre_tokenizer.as_ref().map_or(Ok(1.0), of_pre_tokenizer)?;
-        if growth > MOST {
-            let message = format!("its steps may make {growth:.0} bytes of each byte of a text, {MOST} are the limit");
+        if growth > MAX_GROWTH {
+            let message = format!("its steps may make {growth:.0} bytes of each byte of a text, {MAX_GROWTH} are the limit");
             return Err(message.into());
         }
         Ok(Self(growth))

@@ -143,9 +143,9 @@ fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
         }
         (None, None) => vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp],
     };
-    const MOST: usize = 4096;
-    if kinds.len() > MOST {
-        return Err(unsupported(format!("{} layers, more than {MOST}", kinds.len())));
+    const MAX_LAYERS: usize = 4096;
+    if kinds.len() > MAX_LAYERS {
+        return Err(unsupported(format!("{} layers, more than {MAX_LAYERS}", kinds.len())));
     }
     Ok(kinds)
 }

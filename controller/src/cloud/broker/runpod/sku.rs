@@ -10,7 +10,7 @@ const LEAST_DISK: u64 = 20;
 /// Price of container disk while the pod runs (RunPod, Pod pricing): $0.10 per GB and month.
 const DISK_GB_HOUR: f64 = 0.10 / 730.0;
 /// Maximum plausible price in dollars per hour.
-const MOST: f64 = 10_000.0;
+const MAX_GPUS: f64 = 10_000.0;
 
 /// An offer's key: what is rented, in RunPod's names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,7 +50,7 @@ pub(super) fn disk_gb(disk: Option<Bytes>) -> u64 {
 /// The reason, if it is not a valid price.
 pub(super) fn price(gpus: f64, disk_gb: u64) -> Result<UsdPerHour, String> {
     // NaN is in no range.
-    if !(0.0..=MOST).contains(&gpus) {
+    if !(0.0..=MAX_GPUS).contains(&gpus) {
         return Err("its price makes no sense".to_owned());
     }
     Ok(UsdPerHour::from_dollars(gpus + disk_gb as f64 * DISK_GB_HOUR))
