@@ -16,7 +16,7 @@ use crate::assert_harmless;
 /// The account's key. A cloud that repeats it must not get it into an error.
 const KEY: &str = "sk-fuzz-7d1e";
 /// Most offers of one answer that are ordered.
-const MOST_ORDERS: usize = 3;
+const MAX_ORDERS: usize = 3;
 /// A price per hour above every limit.
 const HIGHEST: f64 = 100_000.0;
 
@@ -54,7 +54,7 @@ impl Cloud {
             let again = || self.responses.say(script);
             again();
             let found = good(self.broker.offers(&want()).await).map(|found| found.offers).unwrap_or_default();
-            for offer in found.into_iter().take(MOST_ORDERS) {
+            for offer in found.into_iter().take(MAX_ORDERS) {
                 check_offer(&offer);
                 again();
                 good(self.broker.create(&offer, &lease()).await).iter().for_each(check_instance);

@@ -64,7 +64,7 @@ const PUBLIC_HUB: &str = "https://huggingface.co";
 const DEFAULTS: &str = include_str!("../../../config/outliers.toml");
 
 /// Maximum bytes of a token file.
-const MOST_TOKEN: u64 = 64 << 10;
+const MAX_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
@@ -548,7 +548,7 @@ fn hf_token(environment: &Environment) -> Option<Secret> {
     let file = || {
         let home = environment.path(variables::HF_HOME);
         let home = home.or_else(|| Some(environment.home().ok()?.join(".cache/huggingface")))?;
-        read_text(&home.join("token"), MOST_TOKEN).ok()
+        read_text(&home.join("token"), MAX_TOKEN).ok()
     };
     let token = named.or_else(file)?.trim().to_owned();
     (!token.is_empty()).then(|| Secret::new(token))

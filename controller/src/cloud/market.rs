@@ -116,7 +116,7 @@ static RULES: [Rule; 15] = [
         // For this machine's GPUs the worker decides. A new model may be in no table.
         fit: |offer, want| match offer.capability {
             Some(has) if want.gpu_count != Some(0) && !offer.is_local => {
-                Fit::lacks(gpu::LEAST_CAPABILITY.saturating_sub(has))
+                Fit::lacks(gpu::MIN_CAPABILITY.saturating_sub(has))
             }
             _ => Fit::Passes,
         },

@@ -21,7 +21,7 @@ use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// Maximum difference in seconds between this machine's clock and a cloud's, since deadlines are
 /// times of day.
-const MOST_SKEW: i64 = 60;
+const MAX_SKEW: i64 = 60;
 
 #[derive(Serialize)]
 struct DoctorReport {
@@ -245,7 +245,7 @@ async fn reach(cloud: &CloudSettings) -> Option<Finding> {
         return Some(Finding::new(&what, Health::Unused, found).hint(format!("keys: {}", cloud.kind.key_page)));
     }
     Some(match clock_skew(&cloud.base_url).await {
-        Ok(Some(skew)) if skew.abs() > MOST_SKEW => {
+        Ok(Some(skew)) if skew.abs() > MAX_SKEW => {
             let found = format!("its clock is {} s {}", skew.abs(), if skew > 0 { "ahead" } else { "behind" });
             Finding::new(&what, Health::Bad, found).hint("set this machine's clock: deadlines are times of day")
         }

@@ -46,7 +46,7 @@ pub use start_throttle::StartThrottle;
 use grace::Grace;
 
 /// With less time a worker is not started again, or a tenth of the run's time limit.
-const LEAST_WORK: Duration = Duration::from_secs(60);
+const MIN_WORK: Duration = Duration::from_secs(60);
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
@@ -670,7 +670,7 @@ impl<'a> Driver<'a> {
     /// Whether a worker that starts now gets to work before its time is up: it reads weights first,
     /// and a cluster asks it to stop a little before its job ends.
     fn has_time_for_work(&self) -> bool {
-        let least = (self.run.record().spec.limit() / 10).min(LEAST_WORK);
+        let least = (self.run.record().spec.limit() / 10).min(MIN_WORK);
         self.time_is_up_at().is_some_and(|at| at > Instant::now() + least)
     }
 

@@ -39,7 +39,7 @@ const FILE: &str = "ledger.db";
 /// do.
 const OWNER_FILE: &str = "owner";
 /// Maximum bytes of that file.
-const MOST_OWNER: u64 = 4096;
+const MAX_OWNER: u64 = 4096;
 
 /// How long a writer waits for another.
 const BUSY: Duration = Duration::from_secs(20);
@@ -483,7 +483,7 @@ impl Ledger {
 
     /// The owner's name from the file beside the ledger, which may be missing itself.
     pub fn owner_beside(folder: &Path) -> Option<String> {
-        let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
+        let text = read_text(&folder.join(OWNER_FILE), MAX_OWNER).ok()?;
         let owner = text.trim();
         let is_word = !owner.is_empty() && owner.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         is_word.then(|| owner.to_owned())

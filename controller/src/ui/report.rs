@@ -37,7 +37,7 @@ const LINE: usize = 2000;
 const NAME: usize = 80;
 
 /// Maximum difference of a host's clock in seconds without a warning.
-const MOST_SKEW: i64 = 60;
+const MAX_SKEW: i64 = 60;
 
 /// First pause between plain progress lines of a phase. It doubles each time.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
@@ -786,7 +786,7 @@ fn host_facts(facts: &HostFacts) -> String {
     let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
     let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
     let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
-    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW);
+    let skew = facts.clock_skew.filter(|skew| skew.abs() > MAX_SKEW);
     let clock = skew.map(|skew| format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }));
     let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, clock];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")

@@ -30,7 +30,7 @@ use crate::stats::study;
 use crate::{corpus, run};
 
 /// Maximum bytes of a token file.
-const MOST_TOKEN: u64 = 64 << 10;
+const MAX_TOKEN: u64 = 64 << 10;
 
 /// Parses the arguments, runs the command and prints its result.
 ///
@@ -52,7 +52,7 @@ pub fn main_impl() -> ExitCode {
 /// machine see arguments.
 fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
-    let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();
+    let file = || read_text(&hub.home()?.join("token"), MAX_TOKEN).ok();
     Token::new(&named.or_else(file)?)
 }
 

@@ -14,7 +14,7 @@ pub(super) const MAX_TEXT_BYTES: u64 = 256 << 20;
 /// Maximum bytes of a file of documents held in memory, uncompressed.
 pub(super) const MAX_HELD_BYTES: u64 = 1 << 30;
 /// Maximum bytes that are searched to find a line's number.
-const MOST_COUNTED: u64 = 1 << 30;
+const MAX_COUNTED: u64 = 1 << 30;
 /// Bytes searched at a time.
 const COUNTED: u64 = 16 << 20;
 /// Byte order mark of UTF-8.
@@ -125,7 +125,7 @@ pub(super) fn line_after(bytes: &[u8]) -> usize {
 /// Description of the line that begins at a byte, for errors. Only here are the lines before it
 /// counted.
 pub(super) fn line_at(file: &dyn RangedFile, at: u64) -> String {
-    match (at <= MOST_COUNTED).then(|| number_at(file, at)) {
+    match (at <= MAX_COUNTED).then(|| number_at(file, at)) {
         Some(Ok(number)) => format!("line {number} of {}", file.name()),
         _ => format!("the line of {} that begins at byte {at}", file.name()),
     }

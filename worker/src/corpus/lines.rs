@@ -18,7 +18,7 @@ const MORE: u64 = 1 << 20;
 /// Maximum bytes of a line.
 const LONGEST: u64 = 256 << 20;
 /// Maximum blocks read without a row that has the field, before the file is refused.
-const MOST_WITHOUT: usize = 16;
+const MAX_BLOCKS_WITHOUT: usize = 16;
 
 /// The lines of a file.
 pub(super) struct Lines {
@@ -52,7 +52,7 @@ impl Lines {
             at += line.len() as u64;
         }
         self.read += 1;
-        if self.read >= self.blocks.min(MOST_WITHOUT) {
+        if self.read >= self.blocks.min(MAX_BLOCKS_WITHOUT) {
             self.rows.check(file.name())?;
         }
         Ok(documents)

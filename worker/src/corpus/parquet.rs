@@ -26,8 +26,8 @@ const LIKELY_FOOTER: u64 = 64 << 10;
 const TAIL: usize = 8;
 const MAGIC: &[u8] = b"PAR1";
 /// Maximum bytes of a footer or chunk. Limits what a damaged or malicious file can allocate.
-const MOST_FOOTER: u64 = 256 << 20;
-const MOST_CHUNK: i64 = 1 << 30;
+const MAX_FOOTER: u64 = 256 << 20;
+const MAX_CHUNK: i64 = 1 << 30;
 /// Rows decoded at a time.
 const BATCH: usize = 1024;
 
@@ -83,7 +83,7 @@ impl TextColumn {
             );
         }
         let (bytes, unpacked) = (chunk.compressed_size(), chunk.uncompressed_size());
-        let possible = (0..=MOST_CHUNK).contains(&bytes) && (0..=MOST_CHUNK).contains(&unpacked);
+        let possible = (0..=MAX_CHUNK).contains(&bytes) && (0..=MAX_CHUNK).contains(&unpacked);
         let range = (first as u64)..(first.saturating_add(bytes) as u64);
         if first < 0 || !possible || range.end > file.size() {
             let message = format!("{}: a block of {bytes} bytes at {first}, {unpacked} unpacked", file.name());
@@ -130,7 +130,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
         return Err(damaged("it does not end with PAR1"));
     }
     let length = u64::from(u32::from_le_bytes(length.try_into().expect("half of the tail")));
-    if length > MOST_FOOTER || length + TAIL as u64 > size {
+    if length > MAX_FOOTER || length + TAIL as u64 > size {
         return Err(damaged("its footer has an impossible length"));
     }
     end.truncate(body);

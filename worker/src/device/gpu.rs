@@ -49,7 +49,7 @@ use crate::model::decoder::Window;
 
 /// Values of a tensor on a GPU at most: kernels count values, and our own rows and columns, in 32
 /// bits.
-pub const MOST_VALUES: usize = i32::MAX as usize;
+pub const MAX_VALUES: usize = i32::MAX as usize;
 /// Bytes of the host's memory through which weights go to one GPU.
 pub const PINNED: u64 = 64 << 20;
 

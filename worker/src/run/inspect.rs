@@ -71,7 +71,7 @@ pub fn micro_batch_tokens(asked: Option<usize>, model: &Model<'_>, run: PlannedR
 }
 
 /// Tokens of the largest micro-batch of which no tensor has more values than kernels count
-/// ([`gpu::MOST_VALUES`]).
+/// ([`gpu::MAX_VALUES`]).
 fn most_tokens(spec: &DecoderSpec) -> usize {
     let units = spec.units(u64::MAX);
     let matrices = units.iter().flat_map(|unit| &unit.needs).filter(|need| need.is_matrix());
@@ -82,7 +82,7 @@ fn most_tokens(spec: &DecoderSpec) -> usize {
         _ => 0,
     });
     let widest = repeated.chain(projected).chain([spec.hidden, VOCAB_BLOCK.min(spec.vocab)]).max();
-    gpu::MOST_VALUES / widest.unwrap_or(1).max(1)
+    gpu::MAX_VALUES / widest.unwrap_or(1).max(1)
 }
 
 /// The largest micro-batch of a run whose memory is free on each of its devices and that has no
@@ -641,7 +641,7 @@ mod tests {
         assert!(most_tokens(&wide) * (1 << 20) < 1 << 31);
         // A block of the vocabulary, or all of it.
         let narrow = spec(text, |_| ());
-        assert!(most_tokens(&narrow) >= gpu::MOST_VALUES / 4096);
+        assert!(most_tokens(&narrow) >= gpu::MAX_VALUES / 4096);
     }
 
     #[test]

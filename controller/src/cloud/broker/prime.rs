@@ -39,9 +39,9 @@ const PACE: Duration = Duration::from_secs(1);
 /// Items per page, the maximum for offers.
 const PAGE: usize = 100;
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 200;
+const MAX_PAGES: usize = 200;
 /// How often a listing that changes while it is read is restarted.
-const MOST_READINGS: usize = 4;
+const MAX_READINGS: usize = 4;
 /// Maximum GPUs of a machine. Offers with more are for several machines.
 const GPUS_OF_A_MACHINE: u32 = 8;
 
@@ -57,7 +57,7 @@ struct Prime {
 impl Prime {
     /// All items of a collection.
     async fn all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, BrokerError> {
-        for _ in 0..MOST_READINGS {
+        for _ in 0..MAX_READINGS {
             if let Some(items) = self.read_once(path).await? {
                 return Ok(items);
             }
@@ -70,7 +70,7 @@ impl Prime {
     async fn read_once<T: DeserializeOwned>(&self, path: &str) -> Result<Option<Vec<T>>, BrokerError> {
         let mut items: Vec<T> = Vec::new();
         let mut announced = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let call = Call::get(path).query("offset", items.len()).query("limit", PAGE);
             let page: Page<T> = granted(self.http.call(call).await?)?.json("a page of a list")?;
             let total = *announced.get_or_insert(page.total_count);
@@ -157,7 +157,7 @@ impl Broker for Prime {
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
         let mut items = Vec::new();
         let mut announced = 0;
-        for page in 1..=MOST_PAGES {
+        for page in 1..=MAX_PAGES {
             let reply = granted(self.http.call(search(want, page)).await?)?;
             let found: Availability = reply.json("a page of offers")?;
             let is_last = found.items.is_empty();

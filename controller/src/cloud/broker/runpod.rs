@@ -41,7 +41,7 @@ pub const CLOUD: CloudKind = CloudKind {
 };
 
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 1000;
+const MAX_PAGES: usize = 1000;
 
 const MYSELF: Operation =
     Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Idempotency::Read };
@@ -230,7 +230,7 @@ impl Broker for RunPod {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let mut found = Vec::new();
         let mut cursor = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let page = self.page(cursor.as_deref()).await?;
             let next = page.next().map_err(|why| self.http.error(BrokerErrorKind::Unavailable, why))?;
             if next.is_some() && next == cursor {
@@ -242,7 +242,7 @@ impl Broker for RunPod {
             }
             cursor = next;
         }
-        let message = format!("its list of pods does not end after {MOST_PAGES} pages");
+        let message = format!("its list of pods does not end after {MAX_PAGES} pages");
         Err(self.http.error(BrokerErrorKind::Unavailable, message))
     }
 

@@ -48,7 +48,7 @@ pub const NAME: &str = "slurm";
 const JOB: &str = include_str!("slurm/job.sh");
 /// Time before its end at which a job receives SIGTERM. Shorter jobs receive none.
 const WARNING: Duration = Duration::from_secs(120);
-const LEAST_WARNED: Duration = Duration::from_secs(600);
+const MIN_WARNED: Duration = Duration::from_secs(600);
 
 /// A cluster and its settings.
 #[derive(Clone, Debug, PartialEq)]
@@ -175,7 +175,7 @@ impl Slurm {
         options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
         options.extend(["--output=job.log", "--open-mode=append"].map(str::to_owned));
         options.push(self.deadline(time));
-        if time >= LEAST_WARNED {
+        if time >= MIN_WARNED {
             options.push(format!("--signal=B:TERM@{}", WARNING.as_secs()));
         }
         let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
@@ -282,7 +282,7 @@ impl Broker for Slurm {
         let questions: Vec<(usize, String)> = found
             .sku
             .iter()
-            .take(offers::MOST_ASKED)
+            .take(offers::MAX_ASKED)
             .enumerate()
             .map(|(i, sku)| {
                 let options = self.options(sku, Duration::from_secs(3600));

@@ -51,11 +51,11 @@ const DESTROY: &str = "destroy instance";
 const QUOTA_IS_USED_UP: &str = "search_quota_exceeded";
 
 /// Maximum offers in a reply, which has no pages; an unrestricted search finds fewer.
-const MOST_OFFERS: u32 = 3000;
+const MAX_OFFERS: u32 = 3000;
 /// Maximum instances per page.
 const PAGE: usize = 25;
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 1000;
+const MAX_PAGES: usize = 1000;
 /// Minimum remaining time of a host's contract in seconds. A shorter one is not worth a start.
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
 /// Minimum share of a GPU's nominal memory that drivers report
@@ -172,7 +172,7 @@ impl Broker for Vast {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let mut contracts = Vec::new();
         let mut token: Option<String> = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let page = self.page(token.as_deref()).await?;
             contracts.extend(page.instances);
             // Instances that start or end between two pages change the total. Missing entries do
@@ -266,7 +266,7 @@ enum RentalKind {
 fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     let mut query = json!({
         "type": rental,
-        "limit": MOST_OFFERS,
+        "limit": MAX_OFFERS,
         "order": [["dph_total", "asc"], ["id", "asc"]],
         "allocated_storage": disk_of(want.min_disk.unwrap_or_default()),
         "rentable": {"eq": true},

@@ -7,7 +7,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use crate::compare::table::short;
 
 /// Maximum ticks of a logarithmic axis, so that their labels (100 M) do not touch.
-const MOST_NAMES: usize = 6;
+const MAX_NAMES: usize = 6;
 
 /// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,7 +98,7 @@ impl Scale {
         };
         let at = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
         let at: Vec<f64> = at.filter(|at| (low..=high).contains(&at.log10())).collect();
-        let every = at.len().div_ceil(MOST_NAMES);
+        let every = at.len().div_ceil(MAX_NAMES);
         let ticks = at.into_iter().step_by(every.max(1)).map(|at| (at, short(at))).collect();
         Self { low, high, shape: Shape::Logarithms, ticks }
     }

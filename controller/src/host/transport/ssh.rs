@@ -79,7 +79,7 @@ const ALL_TURNS: u32 = 1024;
 
 /// How often a call is repeated after the server opened no channel: alone, and on a fresh
 /// connection.
-const MOST_REFUSALS: u32 = 2;
+const MAX_REFUSALS: u32 = 2;
 
 /// Evaluates an expression that needs channels on the open connection.
 ///
@@ -94,7 +94,7 @@ macro_rules! on_link {
             let result = $self.settle(&$link, result).await;
             drop(turn);
             match result {
-                Err(error) if error.kind == TransportErrorKind::NoChannel && refusals < MOST_REFUSALS => {
+                Err(error) if error.kind == TransportErrorKind::NoChannel && refusals < MAX_REFUSALS => {
                     refusals += 1;
                     $self.one_at_a_time.store(true, Ordering::Relaxed);
                     $self.forget(&$link).await;

@@ -28,7 +28,7 @@ const SEED: u64 = 1;
 /// Number of schedules that run twice.
 const TWICE: u64 = 200;
 /// Maximum processes of a run: each fault costs at most one, plus the last one.
-const MOST_LIVES: usize = 12;
+const MAX_LIVES: usize = 12;
 /// Effects over which faults are spread: about the number without faults.
 const EFFECTS: usize = 30;
 /// 2026-01-01 in milliseconds, an arbitrary constant.
@@ -206,7 +206,7 @@ async fn schedule(seed: u64) -> Played {
             break record;
         }
         lives += 1;
-        assert!(lives < MOST_LIVES, "no end: {last:?}");
+        assert!(lives < MAX_LIVES, "no end: {last:?}");
         let gap = Duration::from_secs(GAPS[random.random_range(0..GAPS.len())]);
         hurried &= gap < Duration::from_secs(60);
         tokio::time::sleep(gap).await;

@@ -46,12 +46,12 @@ enum InstanceKey<'a> {
 /// Unanswered create calls after which the offer counts as refused.
 const UNANSWERED: u32 = 3;
 /// Maximum offers tried for one run, over all clouds.
-const MOST_TRIED: usize = 25;
+const MAX_TRIED: usize = 25;
 /// Maximum instances of one run that are unfit or vanish. After that the cause is probably not the
 /// instances.
-const MOST_RENTED: usize = 3;
+const MAX_RENTED: usize = 3;
 /// Maximum restarts of a worker on one instance.
-const MOST_RESTARTS: u32 = 2;
+const MAX_RESTARTS: u32 = 2;
 
 /// Interval of reports about results that cannot be saved.
 const BETWEEN_WORDS: Duration = Duration::from_secs(30);
@@ -211,7 +211,7 @@ impl Driver<'_> {
     /// The best offer that has not been tried, within the limit of attempts.
     fn next_offer(&self, selected: &[Offer], refused: &[RefusedOffer]) -> Option<Offer> {
         let rented = refused.iter().filter(|refusal| refusal.rented).count();
-        if refused.len() >= MOST_TRIED || rented >= MOST_RENTED {
+        if refused.len() >= MAX_TRIED || rented >= MAX_RENTED {
             return None;
         }
         let is = |offer: &Offer, tried: &Offer| (&offer.broker, &offer.key) == (&tried.broker, &tried.key);
@@ -522,7 +522,7 @@ impl Driver<'_> {
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         // A worker that fails reports it in a manifest.
-        let may_restart = restarts < MOST_RESTARTS && self.has_time_for_work() && self.is_replaceable();
+        let may_restart = restarts < MAX_RESTARTS && self.has_time_for_work() && self.is_replaceable();
         let cut_off = !self.has_time_for_work() && self.ends_at().is_some();
         match self.bring_home(exit, may_restart || cut_off).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),

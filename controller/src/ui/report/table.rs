@@ -12,7 +12,7 @@ const NARROWEST: u16 = 20;
 /// Maximum column width if the terminal's width is unknown. Longer cells are wrapped.
 const WIDEST: u16 = 200;
 /// Minimum columns of a shortened name: usually, and without space.
-const LEAST_NAME: u16 = 16;
+const MIN_NAME: u16 = 16;
 const SHORTEST_NAME: u16 = 10;
 /// Width to which sentences are wrapped before names are shortened.
 const SENTENCE: u16 = 28;
@@ -245,7 +245,7 @@ impl Step {
     fn least(self, (kind, word): (Kind, u16)) -> Option<u16> {
         match (self, kind) {
             (Self::Sentences, Kind::Sentence) => Some(SENTENCE.max(word.min(LONGEST_WORD))),
-            (Self::Names, Kind::Name | Kind::Facts) => Some(LEAST_NAME.max(word)),
+            (Self::Names, Kind::Name | Kind::Facts) => Some(MIN_NAME.max(word)),
             (Self::Words, Kind::Sentence) => Some(word.min(LONGEST_WORD)),
             (Self::Words, Kind::Number) => Some(word),
             (Self::ShortNames, Kind::Name | Kind::Facts) => Some(SHORTEST_NAME),

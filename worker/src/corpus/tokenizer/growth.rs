@@ -20,7 +20,7 @@ use tokenizers::{
 /// T5's: 33 by its table of characters, 4 by a replacement, 6 by space marks.
 const MAX_GROWTH: f64 = 1000.0;
 /// Maximum special tokens that a template may add.
-const MOST_SPECIAL: usize = 1000;
+const MAX_SPECIAL: usize = 1000;
 /// Bytes measured at a time.
 const PIECE: usize = 4 << 10;
 
@@ -180,8 +180,8 @@ fn longest_replacement(table: &Precompiled) -> Result<f64> {
 /// Checks that a template is bounded, and contains the text once.
 fn check_template(step: &PostProcessorWrapper) -> Result<()> {
     let special = step.added_tokens(false);
-    if special > MOST_SPECIAL {
-        return Err(format!("it puts {special} special tokens around a text, {MOST_SPECIAL} are the limit").into());
+    if special > MAX_SPECIAL {
+        return Err(format!("it puts {special} special tokens around a text, {MAX_SPECIAL} are the limit").into());
     }
     match step {
         PostProcessorWrapper::Sequence(steps) => {

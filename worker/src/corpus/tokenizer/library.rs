@@ -11,7 +11,7 @@ use crate::error::{Result, WorkerError};
 
 /// Maximum bytes that a document may become in the tokenizer's steps. Each takes about 20 bytes of
 /// memory there.
-const MOST_GROWN: usize = 1 << 30;
+const MAX_GROWN: usize = 1 << 30;
 
 /// A tokenizer of the library.
 #[derive(Clone)]
@@ -45,7 +45,7 @@ impl Library {
     /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
         let ids = catch_panic(|| -> tokenizers::Result<Vec<u32>> {
-            self.growth.check(&self.tokenizer, text, MOST_GROWN)?;
+            self.growth.check(&self.tokenizer, text, MAX_GROWN)?;
             Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
         });
         ids.unwrap_or_else(|said| Err(failed_over(self.files, &said).into()))

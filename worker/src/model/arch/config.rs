@@ -18,7 +18,7 @@ use class::Class;
 use unused::Unused;
 
 /// More layers than any model has. Limits what a damaged or hostile configuration can allocate.
-const MOST_LAYERS: usize = 4096;
+const MAX_LAYERS: usize = 4096;
 const NUMBER_LIMIT: u64 = 1 << 31;
 /// Settings of single layers, an attribute of every class of transformers.
 const PER_LAYER: &str = "per_layer_config";
@@ -120,7 +120,7 @@ impl<'a> Config<'a> {
     /// The number of layers under another key.
     pub fn layers_under(&self, key: &str) -> Result<usize> {
         let layers = self.count(key)?;
-        if layers <= MOST_LAYERS {
+        if layers <= MAX_LAYERS {
             Ok(layers)
         } else {
             Err(ill_typed(&self.name(key), "a plausible number of layers", &layers.into()))

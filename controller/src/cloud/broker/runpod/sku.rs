@@ -6,7 +6,7 @@ use crate::cloud::broker::Tier;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 /// Minimum container disk in GB. With less, often no host is found.
-const LEAST_DISK: u64 = 20;
+const MIN_DISK: u64 = 20;
 /// Price of container disk while the pod runs (RunPod, Pod pricing): $0.10 per GB and month.
 const DISK_GB_HOUR: f64 = 0.10 / 730.0;
 /// Maximum plausible price in dollars per hour.
@@ -41,7 +41,7 @@ impl Sku {
 
 /// Container disk for `disk`, in RunPod's GB, which are at least 10^9 bytes.
 pub(super) fn disk_gb(disk: Option<Bytes>) -> u64 {
-    disk.map_or(0, |disk| disk.0.div_ceil(1_000_000_000)).max(LEAST_DISK)
+    disk.map_or(0, |disk| disk.0.div_ceil(1_000_000_000)).max(MIN_DISK)
 }
 
 /// Price of the whole pod: `gpus` dollars per hour for its GPUs, plus its container disk.

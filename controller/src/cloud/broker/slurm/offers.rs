@@ -8,7 +8,7 @@ use crate::text::clean;
 use crate::units::Bytes;
 
 /// Maximum number of offers with a start estimate, since each is a query to Slurm's scheduler.
-pub(super) const MOST_ASKED: usize = 8;
+pub(super) const MAX_ASKED: usize = 8;
 /// CPUs of a job without GPUs.
 const CPUS: u32 = 8;
 
@@ -213,7 +213,7 @@ impl Found {
     /// Adds the output of [`when`].
     pub(super) fn note_starts(&mut self, answer: &str) {
         let Some(now) = field(answer, "now").and_then(|now| now.trim().parse::<u64>().ok()) else { return };
-        for (i, offer) in self.offers.iter_mut().enumerate().take(MOST_ASKED) {
+        for (i, offer) in self.offers.iter_mut().enumerate().take(MAX_ASKED) {
             let Some(words) = field(answer, &format!("start-{i}")) else { continue };
             let at = words.split(" to start at ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
             let when = match at.map(|at| at.saturating_sub(now) / 60) {

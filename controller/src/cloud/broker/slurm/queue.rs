@@ -15,7 +15,7 @@ use crate::units::UsdPerHour;
 const SUBMITTING_S: u64 = 120;
 
 /// Maximum interval of queries that several processes share. Longer intervals are not shared.
-const MOST_APART_S: u64 = 60;
+const MAX_APART_S: u64 = 60;
 /// Prints the input of [`Snapshot::read`], with an answer of `squeue` at most `interval` old.
 const SNAPSHOT: &str = include_str!("snapshot.sh");
 
@@ -32,7 +32,7 @@ const ROUND_S: u64 = 600;
 /// how the jobs ended that it shows no more. `squeue` runs once per `interval`, however many
 /// processes look. `cluster` is empty where its name is not known.
 pub(super) fn snapshot_script(root: &str, cluster: &str, interval: Duration) -> String {
-    let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MOST_APART_S));
+    let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MAX_APART_S));
     format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{SNAPSHOT}")
 }
 

@@ -25,7 +25,7 @@ const BANNER_LIMIT: Duration = Duration::from_secs(20);
 /// Prefix of a greeting. A server may send lines of text before it (RFC 4253, section 4.2). The
 /// limits on them are OpenSSH's.
 const GREETING: &[u8] = b"SSH-";
-const MOST_LINES: usize = 1023;
+const MAX_LINES: usize = 1023;
 const LONGEST_LINE: usize = 8192;
 /// Characters of such lines that are kept for messages.
 const SHOWN: usize = 200;
@@ -38,7 +38,7 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 const REKEY_TIME: Duration = Duration::from_secs(3600);
 
 /// Channels that a server may try to open before its connection is closed.
-const MOST_OPENED: u32 = 10;
+const MAX_OPENED: u32 = 10;
 
 /// Number of channels that a host has tried to open to this machine. None is requested and none
 /// accepted.
@@ -48,7 +48,7 @@ pub(super) struct ChannelCount(Arc<AtomicU32>);
 impl ChannelCount {
     /// Counts one attempt. Too many are an error, which ends the connection.
     fn note(&self) -> Result<(), russh::Error> {
-        match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
+        match self.0.fetch_add(1, Ordering::Relaxed) < MAX_OPENED {
             true => Ok(()),
             false => Err(russh::Error::Disconnect),
         }
@@ -57,10 +57,10 @@ impl ChannelCount {
     /// The error for a host that opened too many channels.
     pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
         let message = format!(
-            "{endpoint}: the host misbehaves: it tried to open more than {MOST_OPENED} channels to this machine, \
+            "{endpoint}: the host misbehaves: it tried to open more than {MAX_OPENED} channels to this machine, \
              and was asked for none"
         );
-        let too_many = self.0.load(Ordering::Relaxed) > MOST_OPENED;
+        let too_many = self.0.load(Ordering::Relaxed) > MAX_OPENED;
         too_many.then(|| TransportError::new(Kind::Remote, message))
     }
 }
@@ -216,7 +216,7 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         said.extend_from_slice(&there[..taken.min(SHOWN.saturating_sub(said.len()))]);
         stream.read_exact(&mut seen[..taken]).await?;
         length += taken;
-        if lines == MOST_LINES || length > LONGEST_LINE + "\r\n".len() {
+        if lines == MAX_LINES || length > LONGEST_LINE + "\r\n".len() {
             return Ok(FirstBytes::Flood);
         }
         if end.is_some() {
