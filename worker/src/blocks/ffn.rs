@@ -436,12 +436,12 @@ pub fn gathered_rows(moe: &MoeSpec, tokens: usize, experts: usize) -> usize {
     (usual_rows(moe, tokens) * experts).max(tokens).min(tokens * moe.top_k.min(experts))
 }
 
-/// Cuts neighbours, each given by its number of rows, into runs of no more than `most` rows. One
+/// Cuts neighbours, each given by its number of rows, into runs of no more than `max_rows` rows. One
 /// that has more is alone.
-pub fn runs(rows: &[usize], most: usize) -> Vec<Range<usize>> {
+pub fn runs(rows: &[usize], max_rows: usize) -> Vec<Range<usize>> {
     let (mut runs, mut first, mut together) = (Vec::new(), 0, 0);
     for (at, rows) in rows.iter().enumerate() {
-        if at > first && together + rows > most {
+        if at > first && together + rows > max_rows {
             runs.push(first..at);
             (first, together) = (at, 0);
         }
@@ -622,14 +622,14 @@ fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
     tokens * top_k < ENOUGH_ROWS * experts
 }
 
-/// How many rows experts may be given together, `most` or none, as a wave has tokens. What is sent
+/// How many rows experts may be given together, `max_rows` or none, as a wave has tokens. What is sent
 /// to which expert does not matter, nor on which device that is, nor when: the library may round
 /// sums of products that are started together in another way.
 pub fn rows_together(
     wave: &[&Routed],
     experts_top_k: [usize; 2],
     weights: &[MlpWeights],
-    most: usize,
+    max_rows: usize,
 ) -> Result<usize> {
     let mut tokens = 0;
     for routed in wave {
@@ -638,7 +638,7 @@ pub fn rows_together(
     let dtype = wave.first().map_or(DType::F32, |routed| routed.x.dtype());
     let matrices = weights.iter().flat_map(MlpWeights::matrices);
     let together = are_few(tokens, experts_top_k) && product::goes_together(matrices, dtype);
-    Ok(if together { most } else { 0 })
+    Ok(if together { max_rows } else { 0 })
 }
 
 /// Rows that go to one expert from neighbouring micro-batches of a wave.
@@ -658,13 +658,13 @@ impl ExpertBatch {
 }
 
 /// What a group of experts is sent of a wave, expert by expert. Rows of an expert come together
-/// from neighbouring micro-batches, no more than `most` where one sends no more, so that its
+/// from neighbouring micro-batches, no more than `max_rows` where one sends no more, so that its
 /// products are large however few of a micro-batch go to it.
-pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<ExpertBatch> {
+pub fn pieces(wave: &[&Routed], group: &Range<usize>, max_rows: usize) -> Vec<ExpertBatch> {
     let mut pieces = Vec::new();
     for expert in group.clone() {
         let rows: Vec<usize> = wave.iter().map(|routed| routed.sent(expert)).collect();
-        for run in runs(&rows, most) {
+        for run in runs(&rows, max_rows) {
             let sent: Vec<_> = run.map(|batch| (batch, rows[batch])).filter(|(_, rows)| *rows > 0).collect();
             if !sent.is_empty() {
                 pieces.push(ExpertBatch { expert, sent });
@@ -674,12 +674,12 @@ pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<Expert
     pieces
 }
 
-/// Neighbouring pieces that have no more than `most` rows together, or one that has more alone.
-pub fn together(pieces: &[ExpertBatch], most: usize) -> impl Iterator<Item = &[ExpertBatch]> {
+/// Neighbouring pieces that have no more than `max_rows` rows together, or one that has more alone.
+pub fn together(pieces: &[ExpertBatch], max_rows: usize) -> impl Iterator<Item = &[ExpertBatch]> {
     let mut rows = pieces.first().map_or(0, ExpertBatch::rows);
     pieces.chunk_by(move |_, next| {
         rows += next.rows();
-        let fits = rows <= most;
+        let fits = rows <= max_rows;
         if !fits {
             rows = next.rows();
         }
@@ -987,7 +987,7 @@ mod tests {
         ];
         assert_eq!(pieces(&wave, &(0..4), 3), all);
         assert_eq!(pieces(&wave, &(1..3), 3), all[2..3], "expert 2 is sent nothing");
-        let cut = |most| together(&all, most).map(<[ExpertBatch]>::len).collect::<Vec<_>>();
+        let cut = |max_rows| together(&all, max_rows).map(<[ExpertBatch]>::len).collect::<Vec<_>>();
         assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 1, 2], vec![2, 2], vec![4]]);
         assert_eq!(together(&[], 3).count(), 0);
         // 256 rows per expert, and one token fewer. No experts are on a GPU here.

@@ -21,13 +21,13 @@ pub(super) struct Decompressed {
 }
 
 impl Decompressed {
-    /// Decompresses a file of at most `most` bytes.
-    pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
+    /// Decompresses a file of at most `limit` bytes.
+    pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, limit: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();
-        decompress(Pieces::of(file), compression, most, &mut bytes).map_err(|error| damaged(file, compression, error))?;
-        if bytes.len() as u64 > most {
-            return Err(too_long(format!("{name} has more bytes when it is unpacked"), most));
+        decompress(Pieces::of(file), compression, limit, &mut bytes).map_err(|error| damaged(file, compression, error))?;
+        if bytes.len() as u64 > limit {
+            return Err(too_long(format!("{name} has more bytes when it is unpacked"), limit));
         }
         Ok(Self { name, bytes })
     }
@@ -50,10 +50,10 @@ fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Err
 }
 
 /// Decompresses at most one byte more than the limit.
-fn decompress(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
+fn decompress(from: Pieces<'_>, compression: CorpusCompression, limit: u64, into: &mut Vec<u8>) -> io::Result<usize> {
     match compression {
-        CorpusCompression::Gzip => MultiGzDecoder::new(from).take(most + 1).read_to_end(into),
-        CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(most + 1).read_to_end(into),
+        CorpusCompression::Gzip => MultiGzDecoder::new(from).take(limit + 1).read_to_end(into),
+        CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(limit + 1).read_to_end(into),
     }
 }
 

@@ -58,11 +58,11 @@ impl InputSums {
         });
     }
 
-    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most `most`
+    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most `max_values`
     /// values.
-    fn add_from(&mut self, x: &Tensor, most: usize) -> Result<()> {
+    fn add_from(&mut self, x: &Tensor, max_values: usize) -> Result<()> {
         let (mut sums, width) = (Vec::new(), self.largest.len());
-        for part in parts(x, most)? {
+        for part in parts(x, max_values)? {
             let part = part.to_dtype(DType::F32)?;
             sums.push(part.sqr()?.sum(0)?);
             sums.push(part.sum(0)?);
@@ -147,10 +147,10 @@ pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     Ok(see(&values))
 }
 
-/// Views of `x` with whole rows, each of at most `most` values or of one row.
-fn parts(x: &Tensor, most: usize) -> Result<Vec<Tensor>> {
+/// Views of `x` with whole rows, each of at most `max_values` values or of one row.
+fn parts(x: &Tensor, max_values: usize) -> Result<Vec<Tensor>> {
     let rows = x.dims().first().copied().unwrap_or(1);
-    let each = (most * rows / x.elem_count().max(1)).max(1);
+    let each = (max_values * rows / x.elem_count().max(1)).max(1);
     if each >= rows {
         return Ok(vec![x.clone()]);
     }
@@ -209,9 +209,9 @@ mod tests {
                 prop_assert_eq!(whole.largest[column], all().fold(0f32, |most, x| most.max(x.abs())));
             }
             // As on a GPU: sums in f32, over all rows and over two at a time.
-            for most in [PART, 2 * width] {
+            for max_values in [PART, 2 * width] {
                 let mut made_there = InputSums::of_width(width);
-                made_there.add_from(&tensor(&x, width), most).unwrap();
+                made_there.add_from(&tensor(&x, width), max_values).unwrap();
                 for (there, here) in made_there.squares.iter().zip(&whole.squares) {
                     prop_assert!((there - here).abs() <= 1e-5 * here, "{} {}", there, here);
                 }
@@ -231,8 +231,8 @@ mod tests {
     #[test]
     fn parts_of_a_tensor_are_its_rows_in_their_order() {
         let x = Tensor::arange(0f32, 70.0, &Device::Cpu).unwrap().reshape((7, 10)).unwrap();
-        let rows = |most: usize| -> Vec<usize> {
-            let parts = parts(&x, most).unwrap();
+        let rows = |max_values: usize| -> Vec<usize> {
+            let parts = parts(&x, max_values).unwrap();
             let values = Tensor::cat(&parts, 0).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(values, x.to_vec2::<f32>().unwrap());
             parts.iter().map(|part| part.dim(0).unwrap()).collect()

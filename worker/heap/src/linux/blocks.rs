@@ -18,10 +18,10 @@ struct Blocks {
     kept: FreeList,
     in_use: usize,
     /// The most bytes that were in use at once.
-    most: usize,
+    peak: usize,
 }
 
-static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: FreeList::new(), in_use: 0, most: 0 });
+static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: FreeList::new(), in_use: 0, peak: 0 });
 
 fn blocks() -> MutexGuard<'static, Blocks> {
     BLOCKS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -40,8 +40,8 @@ pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
     if let Some(at) = blocks.kept.take(bytes) {
         return Some((at as *mut u8, true));
     }
-    blocks.most = blocks.most.max(blocks.in_use);
-    let too_much = (blocks.in_use + blocks.kept.bytes()).saturating_sub(blocks.most);
+    blocks.peak = blocks.peak.max(blocks.in_use);
+    let too_much = (blocks.in_use + blocks.kept.bytes()).saturating_sub(blocks.peak);
     blocks.give_back(too_much);
     let fresh = map(bytes).or_else(|| {
         let all = blocks.kept.bytes();

@@ -64,9 +64,9 @@ impl FreeList {
     }
 
     /// Removes at most this many bytes of the oldest span. `None` if there is none.
-    pub(crate) fn drop_some(&mut self, most: usize) -> Option<Span> {
+    pub(crate) fn drop_some(&mut self, max_bytes: usize) -> Option<Span> {
         let oldest = self.spans[..self.count].first_mut()?;
-        let bytes = most.min(oldest.bytes);
+        let bytes = max_bytes.min(oldest.bytes);
         oldest.bytes -= bytes;
         self.bytes -= bytes;
         let dropped = Span { at: oldest.end(), bytes };

@@ -53,21 +53,21 @@ impl Growth {
         Ok(Self(growth))
     }
 
-    /// Refuses a text that becomes longer than `most` bytes. It is measured if the bound does not
+    /// Refuses a text that becomes longer than `limit` bytes. It is measured if the bound does not
     /// decide.
     ///
     /// # Errors
     /// The text is too long, or a step fails.
-    pub(super) fn check(self, tokenizer: &Tokenizer, text: &str, most: usize) -> Result<()> {
-        if text.len() as f64 * self.0 <= most as f64 {
+    pub(super) fn check(self, tokenizer: &Tokenizer, text: &str, limit: usize) -> Result<()> {
+        if text.len() as f64 * self.0 <= limit as f64 {
             return Ok(());
         }
         let mut grown = 0;
         for piece in pieces(text) {
             grown += length(tokenizer, piece)?;
-            if grown > most {
+            if grown > limit {
                 let bytes = text.len();
-                return Err(format!("of its {bytes} bytes the tokenizer makes more than {most}, the limit").into());
+                return Err(format!("of its {bytes} bytes the tokenizer makes more than {limit}, the limit").into());
             }
         }
         Ok(())
@@ -247,7 +247,7 @@ mod tests {
         let json = tokenizer.to_string();
         let growth = Growth::of(json.as_bytes()).unwrap();
         let tokenizer = Tokenizer::from_bytes(json.as_bytes()).unwrap();
-        let check = |text: &str, most: usize| growth.check(&tokenizer, text, most);
+        let check = |text: &str, limit: usize| growth.check(&tokenizer, text, limit);
         let plain = "é ".repeat(10_000);
         assert!(check(&plain, 20_000).is_ok(), "nothing in it grows");
         assert!(check(&plain, 19_999).is_err());
