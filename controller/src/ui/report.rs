@@ -422,7 +422,7 @@ impl Reporter {
     }
 
     /// Prints a sentence with `-v` only.
-    pub fn whisper(&self, text: &str) {
+    pub fn verbose(&self, text: &str) {
         if self.verbose {
             self.write(&self.paint("2", text));
         }
@@ -502,7 +502,7 @@ impl Reporter {
                 let words = format!("Waiting for {what}{}", why.unwrap_or_default());
                 self.say(&clean(words.as_bytes(), LINE));
             }
-            DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
+            DeployEvent::Terminating(id) => self.verbose(&format!("Ending instance {id}")),
             DeployEvent::Stopping(Stop::LetGo) => {
                 self.begin_line();
                 self.say("SIGHUP: a run at work whose instance ends by itself is let go of, any other is ended");
@@ -592,7 +592,7 @@ impl Reporter {
             HostEvent::Progress(progress) => self.progress(&progress),
             // The read position is for the process that resumes the run.
             HostEvent::Read(_) => {}
-            event if is_detail(&event) => self.whisper(&on_host(&event)),
+            event if is_detail(&event) => self.verbose(&on_host(&event)),
             event => self.say(&on_host(&event)),
         }
     }
