@@ -46,7 +46,7 @@ pub(super) async fn feed(
     stdin: &[u8],
     clock: &Clock<'_>,
 ) -> Result<ExecOutput, TransportError> {
-    run(handle, command, stdin, &name(command), &|| clock.hear()).await
+    run(handle, command, stdin, &name(command), &|| clock.record_activity()).await
 }
 
 fn name(command: &str) -> String {
@@ -81,7 +81,7 @@ async fn run(
             }
             message = from.wait() => message,
         };
-        hear();
+        record_activity();
         if let Some(result) = gathered.take(message, name) {
             // The server may wait for this side's close. An error means that it closed first.
             let _ = to.close().await;
