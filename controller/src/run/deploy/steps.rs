@@ -355,7 +355,7 @@ impl Driver<'_> {
             return Ok(None);
         }
         let on = |event: HostEvent| {
-            grace.hear(&event);
+            grace.record_upload(&event);
             (self.on)(DeployEvent::Host(event));
         };
         grace.begin("sending the worker");
