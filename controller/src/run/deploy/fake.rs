@@ -137,7 +137,7 @@ thread_local! {
 
 /// Sets this thread's wall clock to `at_ms`. It advances with the runtime's clock, which tests
 /// pause and advance.
-pub(crate) fn wind(at_ms: u64) {
+pub(crate) fn set_clock(at_ms: u64) {
     WOUND.set(Some((Instant::now(), at_ms)));
 }
 
@@ -286,7 +286,7 @@ impl Simulation {
     /// Moves this machine's clock ahead by hours, if it is set by tests.
     pub(crate) fn jump(&mut self) {
         if let Some(now) = wound_ms() {
-            wind(now.saturating_add_signed(JUMP * 1000));
+            set_clock(now.saturating_add_signed(JUMP * 1000));
             self.clock_ahead -= JUMP;
         }
     }

@@ -185,7 +185,7 @@ async fn onlooker(fake: &Fake, home: &Path) {
 
 /// Plays one schedule to its end.
 async fn schedule(seed: u64) -> Played {
-    wind(BEGIN_MS);
+    set_clock(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;

@@ -146,7 +146,7 @@ async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
 async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
     let (money, gpus) = (Some(Usd::from_dollars(99.0)), Some(GpuTime::from_seconds(360_000)));
     for (budget, max_gpu_time, most) in [(money, None, 600), (None, gpus, 600), (None, None, 3600)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (fake, home) = (Fake::new(), home());
         let began = now_ms() / 1000;
         fake.set(|simulation| {
@@ -425,7 +425,7 @@ async fn dead_worker_is_restarted_a_bounded_number_of_times() {
 #[tokio::test(start_paused = true)]
 async fn dead_worker_without_time_for_work_is_not_restarted() {
     for (after, restarted) in [(3200, true), (3270, false)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (fake, home) = (Fake::new(), home());
         let (plain, ..) = happy().await;
         let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
@@ -622,7 +622,7 @@ async fn without_a_price_cap_the_quote_bounds_the_price() {
 
 #[tokio::test(start_paused = true)]
 async fn agreed_amount_bounds_every_offer_tried() {
-    wind(now_ms());
+    set_clock(now_ms());
     for (dearer, rented) in [(2.0, true), (9.0, false)] {
         let (fake, home) = (Fake::new(), home());
         fake.set(|simulation| {
@@ -659,7 +659,7 @@ async fn instance_billing_above_its_offer_needs_cover_by_the_quote() {
 
 #[tokio::test(start_paused = true)]
 async fn price_risen_before_create_is_not_paid() {
-    wind(now_ms());
+    set_clock(now_ms());
     let create = happy().await.0.simulation.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
     for at in [create, create + 1] {
         let (fake, home) = (Fake::new(), home());
@@ -682,7 +682,7 @@ async fn budget_equal_to_the_quote_suffices() {
 
 /// Events of an endless run if something happens after half an hour.
 async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::Simulation)) -> (RunRecord, Vec<RunNote>) {
-    wind(now_ms());
+    set_clock(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|simulation| simulation.endless = true);
     let state = tempfile::tempdir().unwrap();
@@ -758,7 +758,7 @@ async fn several_unfit_hosts_in_a_row_end_the_run() {
 #[tokio::test(start_paused = true)]
 async fn slow_host_is_exchanged_after_its_timeout() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
         fake.timeouts = Timeouts::CLOUD;
         fake.set(|simulation| simulation.drags = vec![("a".into(), each)]);
@@ -1059,7 +1059,7 @@ async fn clock_jump_ahead_ends_no_run_with_time_left() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
     let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
-    wind(now_ms());
+    set_clock(now_ms());
     fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     fake.set(super::fake::Simulation::jump);
@@ -1144,7 +1144,7 @@ async fn insufficient_budget_ends_the_run_before_renting() {
 /// A budget may be lowered below what earlier runs have cost: no negative amount is left.
 #[tokio::test(start_paused = true)]
 async fn overspent_budget_has_nothing_left() {
-    wind(now_ms());
+    set_clock(now_ms());
     let (fake, home) = (Fake::new(), home());
     fake.set(|simulation| simulation.endless = true);
     let (ledger, clouds, on) = (open_ledger(&home.path().join("state")), fake.clouds(), |_| {});
@@ -1211,7 +1211,7 @@ async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
 ) -> (Fake, tempfile::TempDir, Result<RunRecord, DriveError>) {
-    super::fake::wind(1_767_225_600_000);
+    super::fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
@@ -1280,7 +1280,7 @@ async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
 /// When a job ended cannot be written down: no reason to leave its results where they are.
 #[tokio::test(start_paused = true)]
 async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
-    wind(now_ms());
+    set_clock(now_ms());
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let began = now_ms() / 1000;
@@ -1311,7 +1311,7 @@ async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
 
 #[tokio::test(start_paused = true)]
 async fn failing_termination_is_reported_within_5_s_and_retried() {
-    super::fake::wind(1_767_225_600_000);
+    super::fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     fake.set(|simulation| simulation.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
@@ -1388,7 +1388,7 @@ async fn temporarily_full_disk_during_download_is_waited_out() {
 async fn with_no_room(
     heard: impl Fn(&Fake, &Ledger, &UnsavedResults, usize) + Send + Sync,
 ) -> (Fake, RunRecord, Vec<UnsavedResults>) {
-    wind(1_767_225_600_000);
+    set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
