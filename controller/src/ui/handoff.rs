@@ -39,7 +39,7 @@ const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
 const END: &str = " -->\n";
 
 /// A document with a last line that reveals edits.
-pub fn sealed(document: String) -> String {
+pub fn with_checksum(document: String) -> String {
     let hash = sha256(document.as_bytes());
     document + SEAL + &hash + END
 }
