@@ -323,7 +323,7 @@ impl Simulation {
     }
 
     /// Makes the run's row readable.
-    pub(crate) fn mend(&mut self) {
+    pub(crate) fn repair_row(&mut self) {
         if std::mem::take(&mut self.unreadable) {
             self.in_ledger("UPDATE runs SET spec = substr(spec, 2)");
         }

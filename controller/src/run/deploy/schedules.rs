@@ -225,9 +225,9 @@ async fn schedule(seed: u64) -> Played {
                 bystander(&fake, home.path()).await;
             }
         }
-        fake.set(Simulation::mend);
+        fake.set(Simulation::repair_row);
     };
-    fake.set(Simulation::mend);
+    fake.set(Simulation::repair_row);
     let (rented, jumped) = {
         let simulation = fake.simulation.lock().expect("nobody panicked");
         // A jump may correct a clock that was hours behind.
