@@ -173,7 +173,7 @@ impl SshTransport {
             return Ok(link.clone());
         }
         *slot = None;
-        if let Some(error) = self.opened.misconduct(&self.endpoint) {
+        if let Some(error) = self.opened.too_many_channels(&self.endpoint) {
             return Err(error);
         }
         let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin), &self.tuning, &self.opened).await?;
@@ -191,7 +191,7 @@ impl SshTransport {
     /// Returns `result`. After a failure of the connection the next call uses a new one.
     async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
         // If the host misbehaved, the error says so instead of reporting a broken connection.
-        let result = result.map_err(|error| self.opened.misconduct(&self.endpoint).unwrap_or(error));
+        let result = result.map_err(|error| self.opened.too_many_channels(&self.endpoint).unwrap_or(error));
         if result.as_ref().is_err_and(|e| e.kind.is_transient()) {
             self.forget(link).await;
         }

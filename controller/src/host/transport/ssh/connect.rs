@@ -55,7 +55,7 @@ impl ChannelCount {
     }
 
     /// The error for a host that opened too many channels.
-    pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
+    pub(super) fn too_many_channels(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
         let message = format!(
             "{endpoint}: the host misbehaves: it tried to open more than {MAX_OPENED} channels to this machine, \
              and was asked for none"
@@ -131,7 +131,7 @@ pub(super) async fn open(
     let (mut handle, seen) = handshake(endpoint, stream, pin, tuning, opened).await?;
     let login = timeout(HANDSHAKE_LIMIT, log_in(endpoint, &mut handle, key)).await;
     let login = login.unwrap_or_else(|_| Err(too_long(endpoint, "login", HANDSHAKE_LIMIT)));
-    login.map_err(|error| opened.misconduct(endpoint).unwrap_or(error))?;
+    login.map_err(|error| opened.too_many_channels(endpoint).unwrap_or(error))?;
     Ok((handle, seen))
 }
 
