@@ -340,7 +340,7 @@ impl Http {
             let failure = Failure::too_often("it has asked to be left alone".to_owned(), Some(held));
             return Err(self.give_up(&call, failure));
         }
-        self.paces.turn(call.pace).await;
+        self.paces.acquire(call.pace).await;
         // Set now, since waiting for the rate limit does not count.
         let deadline = Instant::now() + self.limits.total;
         let mut attempt = 1;
@@ -362,7 +362,7 @@ impl Http {
             tracing::info!("{}: {}; again in {:.1} s", self.broker, failure.words, pause.as_secs_f64());
             waiting::tell(|| Failed { words: format!("{}: {}", self.broker, failure.words), pause });
             tokio::time::sleep(pause).await;
-            self.paces.turn(call.pace).await;
+            self.paces.acquire(call.pace).await;
             attempt += 1;
         }
     }
