@@ -88,7 +88,7 @@ macro_rules! on_link {
     ($self:ident, $link:ident, $work:expr) => {{
         let mut refusals = 0;
         loop {
-            let turn = $self.turn().await;
+            let turn = $self.channel_permit().await;
             let $link = $self.link().await?;
             let result = $work.await;
             let result = $self.settle(&$link, result).await;
@@ -183,7 +183,7 @@ impl SshTransport {
     }
 
     /// Permission to open channels, concurrent or exclusive, in the order of requests.
-    async fn turn(&self) -> SemaphorePermit<'_> {
+    async fn channel_permit(&self) -> SemaphorePermit<'_> {
         let turns = if self.one_at_a_time.load(Ordering::Relaxed) { ALL_TURNS } else { 1 };
         self.turns.acquire_many(turns).await.expect("nobody closes it")
     }
