@@ -348,7 +348,7 @@ impl Broker for Slurm {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let door = self.cluster.door(&self.site.host).await;
+        let door = self.cluster.login_endpoint(&self.site.host).await;
         let mut listed = self.cluster.snapshot().await?.instances(&door);
         for ours in listed.iter_mut().filter(|instance| instance.tag().is_some()) {
             ours.price = Some(self.site.price(gpus_of(&ours.hardware)));

@@ -150,7 +150,7 @@ impl Cluster {
     }
 
     /// The login node's address, for people.
-    pub(super) async fn door(&self, host: &str) -> SshEndpoint {
+    pub(super) async fn login_endpoint(&self, host: &str) -> SshEndpoint {
         let find = || async {
             let (user, name, port) = self.ssh.resolve().await?;
             wire::endpoint(&user, &name, port)

@@ -409,7 +409,7 @@ impl Snapshot {
         }
     }
 
-    /// All jobs of the user, and all leases with a folder. `door` is the login node.
+    /// All jobs of the user, and all leases with a folder. `login_endpoint` is the login node.
     pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
         let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
         let live = || self.jobs.iter().filter(|job| job.life() != JobPhase::Ended);

@@ -42,7 +42,7 @@ fn site() -> Site {
     }
 }
 
-fn door() -> SshEndpoint {
+fn login_endpoint() -> SshEndpoint {
     SshEndpoint { host: "login".into(), port: 22, user: "me".into() }
 }
 
