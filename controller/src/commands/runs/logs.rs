@@ -76,7 +76,7 @@ async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<V
 }
 
 /// Prints the log until the worker has ended, whether the run is driven or not.
-async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
+async fn follow_log(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
     let reporter = &context.reporter;
     let say = |line: String| reporter.line(&serde_json::json!({ "line": line }), || line.clone());
     let mut tail = Tail::of(ledger, &ledger.run(id)?);
