@@ -51,7 +51,7 @@ impl PeerCopy {
         } else {
             let readback = Readback::start(from, &[Part::at(x.address(from), x.bytes())])?;
             // SAFETY: room for all of it, which nobody reads before the event.
-            unsafe { readback.go_on(at, &mail) }?;
+            unsafe { readback.upload_after(at, &mail) }?;
             Some(readback)
         };
         // The event blocks: a waiting thread sleeps.

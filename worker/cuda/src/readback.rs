@@ -140,7 +140,7 @@ impl Readback {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub(crate) unsafe fn go_on(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
+    pub(crate) unsafe fn upload_after(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
         stream.wait(&self.copied)?;
         stream.context().bind_to_thread()?;
         let place = self.parts[0].clone();
