@@ -96,7 +96,7 @@ pub trait LayerObserver: Send {
 
     /// Waits for all pending results of a GPU. Called when all tokens have passed the layer,
     /// before [`Observer::join`].
-    fn settle(&mut self) -> Result<()> {
+    fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
 }

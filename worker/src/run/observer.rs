@@ -73,8 +73,8 @@ impl LayerObserver for RunObserver {
         self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, choices))
     }
 
-    fn settle(&mut self) -> Result<()> {
-        self.study.settle()
+    fn synchronize(&mut self) -> Result<()> {
+        self.study.synchronize()
     }
 }
 

@@ -534,7 +534,7 @@ impl LayerObserver for Study {
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<()> {
+    fn synchronize(&mut self) -> Result<()> {
         self.add_what_came(0)
     }
 }

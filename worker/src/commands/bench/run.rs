@@ -331,7 +331,7 @@ impl Watched {
         let x = random([tokens.tokens, hidden], compute, device)?;
         let site = self.study.outliers().sites()[0];
         let mut study = self.study.layer(site.layer);
-        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x).and_then(|()| study.settle()))?;
+        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x).and_then(|()| study.synchronize()))?;
         Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
     }
 
@@ -363,8 +363,8 @@ impl LayerObserver for Watched {
         self.study.routing(layer, first_token, choices)
     }
 
-    fn settle(&mut self) -> Result<()> {
-        self.study.settle()
+    fn synchronize(&mut self) -> Result<()> {
+        self.study.synchronize()
     }
 }
 

@@ -372,7 +372,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         let _ = self.freed.send(PendingRelease { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
-            let settled = self.clock.time(Work::Statistics, || LayerObserver::settle(&mut seen));
+            let settled = self.clock.time(Work::Statistics, || LayerObserver::synchronize(&mut seen));
             settled.map_err(|error| front.locate(error, unit, self.device))?;
             // Joined before the last wave moves on, so that the next layer is joined later.
             lock(&front.observer).join(seen);
