@@ -55,7 +55,7 @@ pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
 }
 
 /// Frees a block from [`take`].
-pub(crate) fn give(block: *mut u8, bytes: usize) {
+pub(crate) fn free(block: *mut u8, bytes: usize) {
     let mut blocks = blocks();
     blocks.in_use -= bytes;
     if let Some(span) = blocks.kept.keep(Span { at: block as usize, bytes }) {
