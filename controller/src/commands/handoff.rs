@@ -9,7 +9,7 @@ use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
 use crate::files::{MAX_FILE_BYTES, read_small, write_whole};
 use crate::run::ledger::now_ms;
-use crate::ui::handoff::{document, is_untouched, sealed};
+use crate::ui::handoff::{document, is_untouched, with_checksum};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::ui::status::Status;
 
@@ -42,7 +42,7 @@ pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> 
             "--force replaces it; --output writes to another folder",
         ));
     }
-    let text = sealed(document(&status));
+    let text = with_checksum(document(&status));
     let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, text.as_bytes()));
     written.map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
     let document = StatusReport { schema: SCHEMA, status: &status };

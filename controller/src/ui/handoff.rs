@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn edited_handoff_is_detected() {
-        let text = sealed("# Handoff\n\nNothing.\n".to_owned());
+        let text = with_checksum("# Handoff\n\nNothing.\n".to_owned());
         assert!(is_untouched(text.as_bytes()) && text.starts_with("# Handoff\n\nNothing.\n\n<!--"), "{text}");
         let edits = [text.replace("Nothing", "Much"), format!("{text}a note\n"), format!("a note\n{text}")];
         let cut = text.lines().take(3).collect::<Vec<_>>().join("\n");

@@ -348,8 +348,8 @@ impl Broker for Slurm {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let door = self.cluster.login_endpoint(&self.site.host).await;
-        let mut listed = self.cluster.snapshot().await?.instances(&door);
+        let login_endpoint = self.cluster.login_endpoint(&self.site.host).await;
+        let mut listed = self.cluster.snapshot().await?.instances(&login_endpoint);
         for ours in listed.iter_mut().filter(|instance| instance.tag().is_some()) {
             ours.price = Some(self.site.price(gpus_of(&ours.hardware)));
         }

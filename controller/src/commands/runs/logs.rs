@@ -43,7 +43,7 @@ pub(super) async fn command(
 ) -> Result<ExitStatus, CliError> {
     let run = ledger.find(name)?;
     if follow {
-        return go_on(context, ledger, &run.id).await;
+        return follow_log(context, ledger, &run.id).await;
     }
     let lines = so_far(context, ledger, &run).await?;
     let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });

@@ -14,7 +14,7 @@ use outliers_tests::tell;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::fake::{Fake, Fault, Simulation, now_ms, offer, open_ledger, wind};
+use super::fake::{Fake, Fault, Simulation, now_ms, offer, open_ledger, set_clock};
 use super::tests::{ProcessOutcome, closed_and_clean, home, life};
 use super::*;
 use crate::run::ledger::{LedgerEntry, Records};

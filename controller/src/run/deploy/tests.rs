@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, wind};
+use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, set_clock};
 use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;

@@ -47,7 +47,7 @@ pub(super) struct Cluster {
     interval: Duration,
     explain: Option<Explain>,
     login: OnceCell<Login>,
-    door: OnceCell<Option<SshEndpoint>>,
+    login_endpoint: OnceCell<Option<SshEndpoint>>,
     cached: Mutex<Option<CachedSnapshot>>,
     /// Whether a job was submitted or ended since the last snapshot.
     changed: AtomicBool,
@@ -65,7 +65,7 @@ impl Cluster {
             interval,
             explain,
             login: OnceCell::new(),
-            door: OnceCell::new(),
+            login_endpoint: OnceCell::new(),
             cached: Mutex::default(),
             changed: AtomicBool::new(false),
             latest: Lock::default(),
@@ -156,7 +156,7 @@ impl Cluster {
             wire::endpoint(&user, &name, port)
         };
         let named = || SshEndpoint { host: clean(host.as_bytes(), 80), port: 22, user: String::new() };
-        self.door.get_or_init(find).await.clone().unwrap_or_else(named)
+        self.login_endpoint.get_or_init(find).await.clone().unwrap_or_else(named)
     }
 
     /// A snapshot of the queue and the leases' folders, taken after the last change by this

@@ -410,16 +410,16 @@ impl Snapshot {
     }
 
     /// All jobs of the user, and all leases with a folder. `login_endpoint` is the login node.
-    pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
+    pub(super) fn instances(&self, login_endpoint: &SshEndpoint) -> Vec<Instance> {
         let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
         let live = || self.jobs.iter().filter(|job| job.life() != JobPhase::Ended);
         names.extend(live().filter_map(Job::tag));
         let foreign = live().filter(|job| job.tag().is_none());
-        let leases = names.iter().map(|name| self.lease(name, door));
+        let leases = names.iter().map(|name| self.lease(name, login_endpoint));
         leases.chain(foreign.map(other)).chain(self.odd.iter().map(|line| unreadable(line))).collect()
     }
 
-    fn lease(&self, tag: &str, door: &SshEndpoint) -> Instance {
+    fn lease(&self, tag: &str, login_endpoint: &SshEndpoint) -> Instance {
         let folder = self.folder(tag);
         let job = self.job(tag);
         let life = job.map_or(JobPhase::Ended, Job::life);
@@ -430,7 +430,7 @@ impl Snapshot {
             (JobPhase::Waits, _) => InstanceState::Queued(job.map(|job| self.waits_for(tag, job)).unwrap_or_default()),
             (JobPhase::Boots, _) | (JobPhase::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
             (JobPhase::Runs, Some(_)) | (JobPhase::Leaves | JobPhase::Ended, Some(Stage::Launched)) => {
-                InstanceState::Ready(door.clone())
+                InstanceState::Ready(login_endpoint.clone())
             }
             // The folder is removed before the job ends.
             (JobPhase::Runs | JobPhase::Leaves, None) => InstanceState::Terminating,

@@ -58,7 +58,7 @@ async fn run(
     command: &str,
     stdin: &[u8],
     name: &str,
-    hear: &(dyn Fn() + Send + Sync),
+    record_activity: &(dyn Fn() + Send + Sync),
 ) -> Result<ExecOutput, TransportError> {
     let fail = |e: russh::Error| broken(&name, &e);
     let channel = open(handle).await.map_err(fail)?;
