@@ -44,13 +44,13 @@ const LAUNCH: &str = "launch";
 
 fn connect(access: Access) -> Box<dyn Broker> {
     let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
-    let door = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
-    Box::new(Lambda { http, door })
+    let login = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
+    Box::new(Lambda { http, login })
 }
 
 struct Lambda {
     http: Http,
-    door: SshLogin,
+    login: SshLogin,
 }
 
 /// The SSH user and port. The cloud states only the address.
@@ -108,12 +108,12 @@ impl Broker for Lambda {
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let machines: Vec<Value> = self.ask(Call::get("/instances"), "a list of instances").await?;
-        Ok(wire::entries(NAME, &machines, |machine: InstanceEntry| machine.live(&self.door)))
+        Ok(wire::entries(NAME, &machines, |machine: InstanceEntry| machine.live(&self.login)))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         let Some((reply, machine)) = self.machine(id).await? else { return Ok(None) };
-        wire::alone(&reply, NAME, id, &machine, |machine: InstanceEntry| machine.live(&self.door))
+        wire::alone(&reply, NAME, id, &machine, |machine: InstanceEntry| machine.live(&self.login))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -427,15 +427,15 @@ impl InstanceEntry {
     }
 
     /// `None`: the instance has ended.
-    fn live(self, door: &SshLogin) -> Option<Instance> {
-        (!self.is_gone()).then(|| self.into_instance(door))
+    fn live(self, login: &SshLogin) -> Option<Instance> {
+        (!self.is_gone()).then(|| self.into_instance(login))
     }
 
-    fn state(&self, door: &SshLogin) -> InstanceState {
+    fn state(&self, login: &SshLogin) -> InstanceState {
         let status = self.status.as_deref().unwrap_or_default();
         match (status, &self.ip) {
             ("booting", _) | ("active", None) => InstanceState::Booting,
-            ("active", Some(ip)) => match wire::endpoint(&door.user, ip, door.port) {
+            ("active", Some(ip)) => match wire::endpoint(&login.user, ip, login.port) {
                 Some(endpoint) => InstanceState::Ready(endpoint),
                 None => InstanceState::Unknown(format!("its address is `{}`", clean(ip.as_bytes(), 80))),
             },
@@ -445,8 +445,8 @@ impl InstanceEntry {
         }
     }
 
-    fn into_instance(self, door: &SshLogin) -> Instance {
-        let state = self.state(door);
+    fn into_instance(self, login: &SshLogin) -> Instance {
+        let state = self.state(login);
         let instance_type = self.instance_type.as_ref();
         let hardware = |it: &InstanceType| match it.specs.gpus {
             0 => format!("{} CPU cores", it.specs.vcpus.unwrap_or_default()),
