@@ -153,7 +153,7 @@ proptest! {
 
         let mut stats = [RouterStats::new(experts), RouterStats::new(experts)];
         for (routed, stats) in [&mut here, &mut there].into_iter().zip(&mut stats) {
-            match routed.arrive().unwrap() {
+            match routed.wait().unwrap() {
                 Choices::Host(routing) => stats.add(first_token, tokens, routing),
                 Choices::Gpu(routing) => stats.add_loads(first_token, tokens, routing).unwrap(),
             }
@@ -202,7 +202,7 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let [_, choices] = case.choose(&mut Rng(case.seed), true);
         let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
         let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
-        routed.arrive().unwrap();
+        routed.wait().unwrap();
         // First row of each expert, and 37 numbers per expert if `positions` is given.
         let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
         assert_eq!(gpu::traffic().since(before).from_gpus, 8 * numbers as u64, "{rows} rows, {positions:?}");

@@ -64,7 +64,7 @@ impl PeerCopy {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn arrive<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
+    pub fn wait<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
         compute.wait(&self.arrived)?;
         let bytes = self.bytes.take().expect("there until it arrives");
         let count = bytes.len() / size_of::<T>();
@@ -155,13 +155,13 @@ mod tests {
             waiting.push((peer_copy, source, values));
             if waiting.len() > 3 {
                 let (peer_copy, source, values) = waiting.remove(0);
-                let there = peer_copy.arrive::<f32>(&second).unwrap();
+                let there = peer_copy.wait::<f32>(&second).unwrap();
                 drop(source);
                 assert_eq!(second.clone_dtoh(&there).unwrap(), values, "round {round}");
             }
         }
         for (peer_copy, source, values) in waiting {
-            let there = peer_copy.arrive::<f32>(&second).unwrap();
+            let there = peer_copy.wait::<f32>(&second).unwrap();
             drop(source);
             assert_eq!(second.clone_dtoh(&there).unwrap(), values);
         }

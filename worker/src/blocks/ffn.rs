@@ -150,7 +150,7 @@ pub struct GpuRouting {
     pub weights: Tensor,
     /// As in [`Routing`].
     pub scales_input: bool,
-    /// Statistics per expert, if they are observed; filled by [`Routed::arrive`].
+    /// Statistics per expert, if they are observed; filled by [`Routed::wait`].
     pub loads: Vec<Load>,
 }
 
@@ -487,14 +487,14 @@ impl Routed {
 
     /// Waits until the number of rows per expert is known. Returns the choices. Call it before the
     /// first expert.
-    pub fn arrive(&mut self) -> Result<&Choices> {
+    pub fn wait(&mut self) -> Result<&Choices> {
         if let (Pairs::Gpu(pairs), Choices::Gpu(routing)) = (&mut self.pairs, &mut self.choices) {
-            routing.loads = pairs.arrive()?;
+            routing.loads = pairs.wait()?;
         }
         Ok(&self.choices)
     }
 
-    /// Number of rows routed to an expert; after [`arrive`](Self::arrive).
+    /// Number of rows routed to an expert; after [`wait`](Self::wait).
     pub fn sent(&self, expert: usize) -> usize {
         let expert = expert..expert + 1;
         match &self.pairs {
@@ -874,7 +874,7 @@ mod tests {
             };
             let choices = Choices::Host(routing.clone());
             let mut routed = Routed::new(x.clone(), choices, 7, beside.copy().unwrap(), None).unwrap();
-            routed.arrive().unwrap();
+            routed.wait().unwrap();
             let mut seen = Vec::new();
             for group in [0..3, 3..4, 4..7] {
                 let inputs = Inputs::new(&[&routed], &group).unwrap();

@@ -142,7 +142,7 @@ impl MicroBatch {
     /// Called on the thread of the new device.
     fn arrive_on(&mut self, device: &Device) -> Result<()> {
         self.hidden = match self.peer_copy.take() {
-            Some(peer_copy) => peer_copy.arrive(device)?,
+            Some(peer_copy) => peer_copy.wait(device)?,
             None => on(&self.hidden, device)?,
         };
         Ok(())

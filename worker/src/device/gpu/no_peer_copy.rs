@@ -22,7 +22,7 @@ impl PeerCopy {
     ///
     /// # Errors
     /// None.
-    pub fn arrive(self, _: &Device) -> Result<Tensor> {
+    pub fn wait(self, _: &Device) -> Result<Tensor> {
         match self.0 {}
     }
 }

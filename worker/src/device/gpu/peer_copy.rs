@@ -44,7 +44,7 @@ impl PeerCopy {
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn arrive(self, device: &Device) -> Result<Tensor> {
+    pub fn wait(self, device: &Device) -> Result<Tensor> {
         let Device::Cuda(device) = device else {
             return Err(WorkerError::internal("a tensor arrives elsewhere than on the GPU it was sent to"));
         };
@@ -57,7 +57,7 @@ impl PeerCopy {
     }
 
     fn arrive_as<T: CudaDType>(self, device: &CudaDevice) -> Result<Tensor> {
-        let slice = self.peer_copy.arrive::<T>(&device.cuda_stream())?;
+        let slice = self.peer_copy.wait::<T>(&device.cuda_stream())?;
         let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
         Ok(Tensor::from_storage(storage, self.shape, BackpropOp::none(), false))
     }

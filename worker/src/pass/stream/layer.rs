@@ -370,7 +370,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
 
     /// Waits for a micro-batch's choices, and passes them to the observer.
     fn routed(&mut self, batch: &mut MicroBatch) -> Result<()> {
-        let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.arrive()?;
+        let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.wait()?;
         if batch.arm > 0 {
             return Ok(());
         }
