@@ -55,7 +55,7 @@ impl<T> PendingUpload<T> {
     /// # Errors
     /// Checkpoint: a value decoded on a GPU does not fit its dtype; the message names the tensor.
     /// Errors of the driver.
-    pub fn arrived(self) -> Result<T> {
+    pub fn wait(self) -> Result<T> {
         let Self { upload_fence, value } = self;
         upload_fence.map(UploadFence::wait).transpose()?;
         Ok(value)
