@@ -46,7 +46,7 @@ impl UnitTensors {
 
     /// Attaches the layer's collectors to the matrices that are taken from now on.
     #[must_use]
-    pub fn seen_by(self, collectors: Option<InputCollectors>) -> Self {
+    pub fn with_collectors(self, collectors: Option<InputCollectors>) -> Self {
         Self { collectors, ..self }
     }
 

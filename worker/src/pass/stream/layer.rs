@@ -90,7 +90,7 @@ pub(super) struct LayerContext<'a, L> {
 impl<'a, L: LayerObserver> LayerContext<'a, L> {
     /// Takes a unit's weights out of its tensors, and passes their gains to the observer.
     pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
-        let tensors = &mut tensors.seen_by(self.seen.collectors());
+        let tensors = &mut tensors.with_collectors(self.seen.collectors());
         Ok(match (&unit.part, &self.spec.ffn) {
             (Part::Mixer, _) => {
                 let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
