@@ -386,7 +386,7 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         let known = self.run.state().rental().map(|rental| rental.instance.clone());
-        match self.see_gone(&tag, known.as_ref()).await {
+        match self.terminate_until_gone(&tag, known.as_ref()).await {
             Err(StepError::Drive(stuck)) => Err(stuck),
             _ => Err(error.into()),
         }

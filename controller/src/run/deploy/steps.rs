@@ -676,14 +676,14 @@ impl Driver<'_> {
     /// run, from any create call.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
-        self.see_gone(&rental.tag, Some(&rental.instance)).await?;
+        self.terminate_until_gone(&rental.tag, Some(&rental.instance)).await?;
         // What was last seen of it tells when it ended.
         self.meter()?;
         Ok(self.append(RunEvent::Gone)?)
     }
 
     /// Terminates every instance of this run, until complete listings show none.
-    pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
+    pub(super) async fn terminate_until_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
         let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
         let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
