@@ -31,7 +31,7 @@ impl SshFixture {
     }
 
     /// Behind a link without delay.
-    pub(crate) fn near(config: &str) -> Option<Self> {
+    pub(crate) fn without_delay(config: &str) -> Option<Self> {
         Self::new(config, |server| FlakyLink::long(server, Duration::ZERO).unwrap())
     }
 

@@ -66,7 +66,7 @@ fn part(fixture: &SshFixture) -> PathBuf {
 #[tokio::test(flavor = "multi_thread")]
 async fn upload_resumes_after_a_broken_connection() {
     for config in ["", "Subsystem other internal-sftp"] {
-        let Some(fixture) = SshFixture::near(config) else { return };
+        let Some(fixture) = SshFixture::without_delay(config) else { return };
         let file = fixture.file("big", &noise(60 * MB));
         let host = fixture.host(Tuning::default()).await;
         fixture.link.cut_after(45 * MB as u64);
@@ -84,7 +84,7 @@ async fn upload_resumes_after_a_broken_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn partial_upload_of_a_killed_controller_is_resumed_and_corrected() {
-    let Some(fixture) = SshFixture::near("") else { return };
+    let Some(fixture) = SshFixture::without_delay("") else { return };
     let content = noise(60 * MB);
     let file = fixture.file("big", &content);
     push_some(fixture.host(Tuning::default()).await, &file, 40 * MB as u64).await;
@@ -113,7 +113,7 @@ async fn partial_upload_of_a_killed_controller_is_resumed_and_corrected() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn foreign_partial_file_is_replaced_and_its_link_target_kept() {
-    let Some(fixture) = SshFixture::near("") else { return };
+    let Some(fixture) = SshFixture::without_delay("") else { return };
     let file = fixture.file("big", &noise(10 * MB));
     push_some(fixture.host(Tuning::default()).await, &file, 1).await;
     let part = part(&fixture);
@@ -138,7 +138,7 @@ async fn foreign_partial_file_is_replaced_and_its_link_target_kept() {
 /// its client is gone.
 #[tokio::test(flavor = "multi_thread")]
 async fn program_starts_while_a_dead_connection_holds_it_open() {
-    let Some(fixture) = SshFixture::near("") else { return };
+    let Some(fixture) = SshFixture::without_delay("") else { return };
     let version = format!(
         r#"{{"version":"{}","schema":1,"target":"any","cuda":false,"architectures":[]}}"#,
         env!("CARGO_PKG_VERSION")
@@ -183,7 +183,7 @@ async fn silent_connection_is_abandoned_and_a_slow_one_is_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn upload_works_with_few_ssh_channels() {
     for config in ["MaxSessions 1", "MaxSessions 3", "MaxSessions 2\nSubsystem other internal-sftp"] {
-        let Some(fixture) = SshFixture::near(config) else { return };
+        let Some(fixture) = SshFixture::without_delay(config) else { return };
         let file = fixture.file("big", &noise(20 * MB + 1));
         let remote = fixture.there("big");
         let ssh = fixture.ssh(Tuning::default()).await;
@@ -196,7 +196,7 @@ async fn upload_works_with_few_ssh_channels() {
 async fn rekeying_by_either_side_during_a_transfer_works() {
     let often = Tuning { rekey_after: 2 << 20, ..Tuning::default() };
     for (config, tuning) in [("RekeyLimit 1M", Tuning::default()), ("", often), ("RekeyLimit 3M", often)] {
-        let Some(fixture) = SshFixture::near(config) else { return };
+        let Some(fixture) = SshFixture::without_delay(config) else { return };
         // The keys of each transfer are renewed three times and more.
         let content = noise(12 * MB);
         let file = fixture.file("big", &content);
