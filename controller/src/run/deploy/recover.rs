@@ -36,7 +36,7 @@ async fn recover_on(
     on: &OnEvent<'_>,
 ) -> Result<Vec<Action>, DriveError> {
     let reconciliation = reconcile_cloud(Some(ledger), cloud).await?;
-    carry_out(ledger, ports, cloud, &reconciliation, on).await?;
+    apply_actions(ledger, ports, cloud, &reconciliation, on).await?;
     Ok(reconciliation.actions)
 }
 
@@ -44,7 +44,7 @@ async fn recover_on(
 ///
 /// # Errors
 /// The first [`DriveError`].
-pub async fn carry_out(
+pub async fn apply_actions(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
