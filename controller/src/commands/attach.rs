@@ -47,7 +47,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     // Other runs of its survey may be running.
     let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };
     let secrets = secrets(context, &run.spec.job, workers);
-    context.reporter.picked_up(taken.record());
+    context.reporter.resumed(taken.record());
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
 }
 

@@ -148,7 +148,7 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     if !asked.dry_run
         && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
-        reporter.picked_up(run.record());
+        reporter.resumed(run.record());
         let secrets = secrets(context, &run.record().spec.job, 1);
         let clouds = context.clouds_to_go_on(run.record(), &clouds)?;
         let ports = Ports { clouds: &clouds, secrets: &secrets, ..ports };

@@ -445,7 +445,7 @@ impl Reporter {
     }
 
     /// Reports that an abandoned run is resumed.
-    pub fn picked_up(&self, run: &RunRecord) {
+    pub fn resumed(&self, run: &RunRecord) {
         let done = run.state.word();
         self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
     }

@@ -110,7 +110,7 @@ impl Session<'_> {
         let stopped = *stop.borrow() != Stop::Go;
         let (run, its_own) = match task.begin {
             RunStart::Left(run, clouds) => {
-                reporter.picked_up(run.record());
+                reporter.resumed(run.record());
                 (Ok(*run), Some(clouds))
             }
             // After a stop no new run starts.
