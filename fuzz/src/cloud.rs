@@ -48,7 +48,7 @@ impl Cloud {
 
     /// Makes every request of a broker. Each is answered by `script` (see [`Responses::say`]) from
     /// its start.
-    pub fn run(&self, script: &[u8]) {
+    pub fn run_script(&self, script: &[u8]) {
         let id = InstanceId("17".to_owned());
         self.runtime.block_on(async {
             let again = || self.responses.say(script);

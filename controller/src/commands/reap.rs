@@ -16,7 +16,7 @@ use crate::cli::ReapArgs;
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Instance, InstanceId, LeaseTag};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
-use crate::run::deploy::{DriveError, Reconciliation, Target, carry_out, end, reconcile_cloud};
+use crate::run::deploy::{DriveError, Reconciliation, Target, apply_actions, end, reconcile_cloud};
 use crate::run::ledger::now_ms;
 use crate::run::reconcile::{Action, overdue};
 use crate::text::counted;
@@ -199,7 +199,7 @@ async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Clo
     let each = all.iter_mut().map(async |found| {
         let mut troubles = Vec::new();
         if let Some(ledger) = &home.ledger {
-            match carry_out(ledger, ports, found.cloud, &found.reconciliation, &on).await {
+            match apply_actions(ledger, ports, found.cloud, &found.reconciliation, &on).await {
                 Ok(()) => {
                     context.reporter.recovered(found.reconciliation.actions.iter());
                     found.runs.iter_mut().for_each(|run| run.over = true);

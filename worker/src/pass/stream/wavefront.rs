@@ -287,7 +287,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
         let front = self.front;
         let unit = &front.units[number];
-        let arrived = |way: PendingUpload<LoadedUnit>| way.wait().map_err(|error| front.locate(error, unit, self.device));
+        let arrived = |pending: PendingUpload<LoadedUnit>| pending.wait().map_err(|error| front.locate(error, unit, self.device));
         let (block, memory) = match loaded.and_then(arrived) {
             Ok(LoadedUnit { tensors, memory }) => {
                 (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
