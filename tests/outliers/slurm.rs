@@ -95,7 +95,7 @@ fn is_home_and_gone(said: Said, cluster: &Cluster, context: &TestContext, fixtur
 #[test]
 fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("hold", "QOSMaxGRESPerUser").unwrap();
+    cluster.inject_failure("hold", "QOSMaxGRESPerUser").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the reason", || context.stderr().contains("QOSMaxGRESPerUser"));
     cluster.goes_well("hold");
@@ -111,7 +111,7 @@ fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
 #[test]
 fn lost_sbatch_reply_is_resolved_by_job_name() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("lose-reply", "").unwrap();
+    cluster.inject_failure("lose-reply", "").unwrap();
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1, "it was not submitted again");
     context.assert_nothing_left();
@@ -120,7 +120,7 @@ fn lost_sbatch_reply_is_resolved_by_job_name() {
 #[test]
 fn sbatch_refusal_ends_the_run_with_its_message() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("refuse", "Invalid account or account/partition combination specified").unwrap();
+    cluster.inject_failure("refuse", "Invalid account or account/partition combination specified").unwrap();
     let said = context.run(deploy("llama-f32"));
     assert_eq!(said.code, Some(5), "{said:?}");
     assert!(said.stderr.contains("Invalid account"), "{said:?}");
@@ -152,7 +152,7 @@ fn none_was_had(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
 fn partitions_that_all_refuse_exit_as_without_an_offer() {
     let Some((cluster, context)) = office() else { return };
     let mut child = context.start(deploy("llama-f32"));
-    let refuse = || cluster.goes_wrong("refuse", "Requested node configuration is not available").unwrap();
+    let refuse = || cluster.inject_failure("refuse", "Requested node configuration is not available").unwrap();
     none_was_had(until_it_ends(&mut child, &context, refuse), &cluster, &context);
     assert_eq!(cluster.jobs(), 0);
 }
@@ -160,7 +160,7 @@ fn partitions_that_all_refuse_exit_as_without_an_offer() {
 #[test]
 fn jobs_cancelled_while_they_wait_exit_as_without_an_offer() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     let me = std::process::Command::new("id").arg("-un").output().unwrap().stdout;
@@ -233,7 +233,7 @@ fn failed_staging_ends_the_run_with_the_reason() {
 #[test]
 fn main_job_and_staging_job_are_cancelled_together() {
     let Some((cluster, context, _hub)) = office_with_stage("net") else { return };
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(hub_deploy(&[]));
     context.wait_for("the queue", || context.stderr().contains("it fetches the model for job 2"));
     child.kill().unwrap();
@@ -299,7 +299,7 @@ fn survey_respects_its_limit_of_concurrent_jobs() {
     survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
     std::fs::write(context.work().join("mine.toml"), settings).unwrap();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
     context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
     // Another one would have been submitted by now.
@@ -340,7 +340,7 @@ fn offers_show_partitions_gpus_and_estimated_start() {
     for newer in [false, true] {
         let Some((cluster, context)) = office() else { return };
         if newer {
-            cluster.goes_wrong("newer", "").unwrap();
+            cluster.inject_failure("newer", "").unwrap();
         }
         let words = ["offers", "--json", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"];
         let said = context.run(words).ok();
@@ -371,7 +371,7 @@ fn job_over_the_gpu_hour_limit_is_not_submitted() {
 
 /// Kills a controller whose job waits in the queue. Returns the output of `instances list`.
 fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde_json::Value {
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
@@ -492,7 +492,7 @@ fn survey_is_picked_up_where_its_cluster_has_another_alias() {
     let Some((cluster, context)) = office() else { return };
     survey_of_three(&context);
     let only: Vec<&str> = SURVEY.into_iter().chain(["--only", "one"]).collect();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(&only);
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
@@ -526,14 +526,14 @@ fn job_is_ended_where_its_cluster_has_two_aliases() {
 fn clusters_with_one_scratch_folder_are_told_apart() {
     let Some((cluster, here)) = office() else { return };
     let Some(other) = Cluster::fake().unwrap() else { return };
-    other.goes_wrong("cluster", "other").unwrap();
+    other.inject_failure("cluster", "other").unwrap();
     let (there, scratch) = (context(&other), cluster.sshd.home().join("shared"));
     std::fs::create_dir(&scratch).unwrap();
     for (cluster, desk) in [(&cluster, &here), (&other, &there)] {
         let settings = format!("{}scratch = {scratch:?}\n", cluster.settings());
         std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
     }
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = here.start(deploy("llama-f32"));
     here.wait_for("the queue", || here.stderr().contains("Priority"));
     // Neither the folder of the job nor what one queue answered is taken for the other cluster's.
@@ -575,12 +575,12 @@ fn waiting_run_shows_its_position_and_no_expected_end() {
     for (private, says) in [(false, "position 3 of 4"), (true, "position not shown by this cluster")] {
         let Some((cluster, context)) = office() else { return };
         if private {
-            cluster.goes_wrong("private", "").unwrap();
+            cluster.inject_failure("private", "").unwrap();
         }
         // A higher priority, an older job of the same, a younger one, another partition.
         let others = "900|cpu,gpu|2000\n0|gpu,cpu|1000\n901|cpu,gpu|1000\n902|net|5000\n";
-        cluster.goes_wrong("others", others).unwrap();
-        cluster.goes_wrong("hold", "Priority").unwrap();
+        cluster.inject_failure("others", others).unwrap();
+        cluster.inject_failure("hold", "Priority").unwrap();
         let mut child = context.start(deploy("llama-f32"));
         context.wait_for("its position", || context.stderr().contains(says));
         let standing = context.json(&["status"]);
@@ -605,7 +605,7 @@ fn gpu_hours_have_a_price_where_the_settings_give_one() {
     let with = |more: &[&'static str]| [&words[..], &job[..], more].concat();
     let planned = context.json(&with(&["--dry-run"]));
     assert_eq!(planned["at_most"], 2_400_000, "two GPUs for an hour, in millionths of a dollar: {planned}");
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(with(&["-y"]));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     let standing = context.json(&["status"]);
@@ -635,7 +635,7 @@ fn running_job_ends_by_its_own_limit_and_its_starts_add_up() {
     for deadline in [&standing["under_way"][0]["deadline"], &listed["instances"][0]["deadline"]] {
         assert!(deadline.as_u64().is_some_and(|deadline| deadline <= at + 1800), "{standing} {listed}");
     }
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     cluster.says("scontrol", &["requeue", "1"]);
     let waits = |time: &serde_json::Value| time["since"].is_null();
     context.wait_for("the end of its first start", || metered(&context).last().is_some_and(waits));
@@ -659,7 +659,7 @@ fn survey_is_counted_after_attach_brought_its_runs_home() {
     survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
     std::fs::write(context.work().join("mine.toml"), settings).unwrap();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
     context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
     let rented = |runs: &Vec<serde_json::Value>| runs.iter().all(|run| run["state"]["state"] == "rented");
@@ -749,7 +749,7 @@ fn job_at_its_time_limit_saves_partial_results() {
     let mut leases = std::fs::read_dir(cluster.leases()).unwrap().map(|entry| entry.unwrap().path());
     let lease = leases.find(|path| path.join("ends").exists()).expect("the job has begun");
     std::fs::write(lease.join("ends"), format!("{now}\n")).unwrap();
-    cluster.goes_wrong("end", "TIMEOUT").unwrap();
+    cluster.inject_failure("end", "TIMEOUT").unwrap();
     let code = child.wait().unwrap().code();
     assert_eq!(cluster.jobs(), 1, "what the time limit ended is not submitted again: {}", context.stderr());
     was_cut_off(code, &cluster, &context);
@@ -834,7 +834,7 @@ fn fake_slurm_prints_recorded_slurm_output() {
     let fields = |text: &str| text.lines().next().map(|line| line.split('|').count());
     let nodes = cluster.says("sinfo", &["--noheader", "--exact", "--format=@nodes %P|%a|%l|%F|%c|%m|%G"]);
     assert_eq!(fields(&nodes), fields(&recorded("sinfo-22.05.8.txt")));
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let submit = ["--job-name=a", "--chdir=/", "--time=1", "--partition=cpu", "--output=job.log", "--parsable"];
     assert_eq!(cluster.says("sbatch", &submit), "1\n");
     let jobs = cluster.says("squeue", &ALL_JOBS);
@@ -884,7 +884,7 @@ async fn slurm_broker_meets_the_common_broker_contract() {
     let offer = first_offer(&broker).await;
     life::a_life(&broker, &offer, Bytes::from_gib(1)).await;
     life::instances_are_apart(&broker, &offer, Bytes::from_gib(1)).await;
-    cluster.goes_wrong("busy", "Unable to contact slurm controller (connect failure)").unwrap();
+    cluster.inject_failure("busy", "Unable to contact slurm controller (connect failure)").unwrap();
     tokio::time::sleep(Duration::from_millis(60)).await;
     assert!(broker.list().await.is_err(), "an error is never an empty list");
     assert!(broker.offers(&GpuRequest::default()).await.is_err());
@@ -897,7 +897,7 @@ async fn concurrent_queue_queries_share_one_squeue_call() {
     let broker = broker(&cluster, folder.path(), Duration::from_secs(3600));
     let lists = futures::future::join_all((0..20).map(|_| broker.list())).await;
     assert!(lists.iter().all(|list| list.as_ref().is_ok_and(Vec::is_empty)), "{lists:?}");
-    cluster.goes_wrong("busy", "x").unwrap();
+    cluster.inject_failure("busy", "x").unwrap();
     assert!(broker.list().await.is_ok());
     assert_eq!(cluster.asked("squeue"), 1);
 }
@@ -926,13 +926,13 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
         let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
         let made = broker.create(&first_offer(&broker).await, &lease()).await.unwrap();
         if !accounted.is_empty() {
-            cluster.goes_wrong(accounted, "").unwrap();
+            cluster.inject_failure(accounted, "").unwrap();
         }
         if newer {
-            cluster.goes_wrong("newer", "").unwrap();
+            cluster.inject_failure("newer", "").unwrap();
         }
-        cluster.goes_wrong("end", word).unwrap();
-        cluster.goes_wrong("forget", "").unwrap();
+        cluster.inject_failure("end", word).unwrap();
+        cluster.inject_failure("forget", "").unwrap();
         for _ in 0..2 {
             tokio::time::sleep(Duration::from_millis(60)).await;
             let job = broker.get(&made.id).await.unwrap().expect("its folder is there");

@@ -185,7 +185,7 @@ impl Cluster {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn goes_wrong(&self, how: &str, words: &str) -> Result<()> {
+    pub fn inject_failure(&self, how: &str, words: &str) -> Result<()> {
         Ok(fs::write(self.folder.path().join(how), words)?)
     }
 

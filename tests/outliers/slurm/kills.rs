@@ -31,7 +31,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     match point {
         // It reads the model before its first command.
         Point::Command(number, when) => {
-            cluster.goes_wrong("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
+            cluster.inject_failure("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
         }
         Point::Time(share) => {
             std::thread::sleep(whole.mul_f64(share));
