@@ -98,7 +98,7 @@ fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
     cluster.inject_failure("hold", "QOSMaxGRESPerUser").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the reason", || context.stderr().contains("QOSMaxGRESPerUser"));
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let status = child.wait().unwrap();
     let said = Said { code: status.code(), stdout: context.stdout(), stderr: context.stderr() };
     is_home_and_gone(said, &cluster, &context, "llama-f32");
@@ -306,7 +306,7 @@ fn survey_respects_its_limit_of_concurrent_jobs() {
     let looks = cluster.asked("squeue");
     context.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
     assert_eq!(cluster.jobs(), 2, "{}", context.stderr());
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let status = child.wait().unwrap();
     assert!(status.success(), "{}", context.stderr());
     assert_eq!((cluster.jobs(), cluster.most_jobs()), (3, 2), "one job per model: {}", context.stderr());
@@ -388,7 +388,7 @@ fn attach_saves_results_after_a_killed_controller() {
     let standing = context.json(&["status"]);
     assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
     assert!(context.run(["status"]).ok().stdout.contains("waits: job 1 in"), "a person sees it too");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1);
     context.assert_nothing_left();
@@ -415,7 +415,7 @@ fn open_job_is_found_by_its_record_where_no_host_is_named() {
     }
     let standing = context.json(&["status"]);
     assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     context.assert_nothing_left();
 }
@@ -459,7 +459,7 @@ fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
     assert_eq!(runs["runs"][0]["state"]["state"], "rented", "{runs}");
     let listed = context.json(&["instances", "list"]);
     assert_eq!(listed["instances"].as_array().map(Vec::len), Some(1), "{listed}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!((cluster.jobs(), other.jobs()), (1, 0));
     context.assert_nothing_left();
@@ -479,7 +479,7 @@ fn run_is_picked_up_where_its_cluster_has_another_alias() {
     let Some((cluster, context)) = office() else { return };
     let _ = killed_while_its_job_waits(&cluster, &context);
     call_it("otherwise", &cluster, &context);
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let said = context.run(deploy("llama-f32"));
     assert!(said.stderr.contains("Picking up run "), "{said:?}");
     is_home_and_gone(said, &cluster, &context, "llama-f32");
@@ -498,7 +498,7 @@ fn survey_is_picked_up_where_its_cluster_has_another_alias() {
     child.kill().unwrap();
     child.wait().unwrap();
     call_it("otherwise", &cluster, &context);
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let said = context.run(&only).ok();
     assert!(said.stderr.contains("Picking up run ") && cluster.jobs() == 1, "{said:?}");
     assert!(!cluster.leases().exists(), "something is left in scratch: {said:?}");
@@ -541,7 +541,7 @@ fn clusters_with_one_scratch_folder_are_told_apart() {
         let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
         assert_eq!(listed["instances"].as_array().map(Vec::len), Some(count), "{listed}");
     }
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     assert!(child.wait().unwrap().success(), "{}", here.stderr());
     assert_eq!((cluster.jobs(), other.jobs()), (1, 0), "{}", here.stderr());
     assert!(!scratch.join("outliers-jobs").exists(), "something is left in scratch");
@@ -557,7 +557,7 @@ fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
     assert!(said.code == Some(1) && said.stdout.is_empty(), "{said:?}");
     assert!(said.stderr.contains("has no node yet: job 1 in "), "{said:?}");
     assert!(said.stderr.contains("PENDING (Priority)"), "{said:?}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let state = || context.json(&["instances", "list", "--broker", "slurm"])["instances"][0]["state"].clone();
     context.wait_for("the job to run", || state()["ready"].is_object());
     let command = context.run(["instances", "ssh", &id, "--broker", "slurm"]).ok().stdout;
@@ -641,7 +641,7 @@ fn running_job_ends_by_its_own_limit_and_its_starts_add_up() {
     context.wait_for("the end of its first start", || metered(&context).last().is_some_and(waits));
     context.wait_for("the reason", || context.stderr().contains("Waiting: job 1 in"));
     let first = metered(&context).pop().unwrap()["ended_s"].as_u64().unwrap();
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     assert!(child.wait().unwrap().success(), "{}", context.stderr());
     let times = metered(&context);
     let starts: std::collections::BTreeSet<u64> = times.iter().filter_map(|time| time["since"].as_u64()).collect();
@@ -666,7 +666,7 @@ fn survey_is_counted_after_attach_brought_its_runs_home() {
     context.wait_for("both runs", || context.json(&["runs", "list"])["runs"].as_array().is_some_and(rented));
     child.kill().unwrap();
     child.wait().unwrap();
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let runs = context.json(&["runs", "list"]);
     for run in runs["runs"].as_array().unwrap() {
         let _ = context.run(["attach", run["id"].as_str().unwrap()]).ok();

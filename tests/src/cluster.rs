@@ -190,7 +190,7 @@ impl Cluster {
     }
 
     /// Removes the fault.
-    pub fn goes_well(&self, how: &str) {
+    pub fn clear_failure(&self, how: &str) {
         // The fault may have been consumed.
         let _ = fs::remove_file(self.folder.path().join(how));
     }

@@ -39,7 +39,7 @@ fn strike(point: Point, whole: Duration) -> bool {
         }
     }
     let died = controller.wait().expect("it was started here").code().is_none();
-    cluster.goes_well("strike");
+    cluster.clear_failure("strike");
     let what = format!("{point:?}");
     let runs = context.json(&["runs", "list"]);
     let runs = runs["runs"].as_array().expect("a list");
