@@ -178,7 +178,7 @@ impl AttentionRecorder {
     }
 
     /// Adds a block of `shares` `[kv_heads, groups * queries, keys]`, rows head by head.
-    fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
         let on_host = |shares: Tensor| shares.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         if self.top.is_some() {
             self.add_top(&on_host(shares.max(D::Minus1)?)?);
@@ -190,7 +190,7 @@ impl AttentionRecorder {
     }
 
     /// Takes of each query `[.., queries, 2]` the largest share and the first key's, in f32.
-    fn see_both(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record_top_and_first(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
         let shares = shares.flatten_all()?.to_vec1::<f32>()?;
         let (top, of_key): (Vec<f32>, Vec<f32>) = shares.as_chunks::<2>().0.iter().map(|[a, b]| (*a, *b)).unzip();
         self.add_top(&top);
@@ -429,7 +429,7 @@ impl<'a> SoftmaxAttention<'a> {
         let (mixed, shares) = gpu::attend(by, query, key, value)?;
         if let (Some(recorder), Some(shares)) = (self.recorder, shares) {
             let block = ScoreBlock { first_query: 0, queries, first_key: 0, window: self.window };
-            recorder.see_both(&shares, block, Counted { before: 0, per_sequence: heads, first: self.first_head })?;
+            recorder.record_top_and_first(&shares, block, Counted { before: 0, per_sequence: heads, first: self.first_head })?;
         }
         Ok(mixed)
     }
@@ -454,7 +454,7 @@ impl<'a> SoftmaxAttention<'a> {
             let sinks = self.sinks.map(|logits| Sinks { logits, first_head: before % heads });
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(recorder) = self.recorder {
-                recorder.see(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
+                recorder.record(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
             }
             product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
@@ -693,8 +693,8 @@ mod tests {
         let pairs = [shares.max_keepdim(2).unwrap(), shares.narrow(2, 0, 1).unwrap()];
         let heads = Counted { before: 0, per_sequence: 2, first: 1 };
         let (blocks, kernel) = (AttentionRecorder::new(true, true), AttentionRecorder::new(true, true));
-        blocks.see(&shares, block, heads).unwrap();
-        kernel.see_both(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
+        blocks.record(&shares, block, heads).unwrap();
+        kernel.record_top_and_first(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
         assert_eq!((kernel.top(), kernel.first_key()), (blocks.top(), blocks.first_key()));
         assert_eq!((kernel.top().count, kernel.first_key().len()), (12, 2));
     }

@@ -249,7 +249,7 @@ pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Res
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
     let x = wide(x)?;
     let x = router.input.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(&x))?;
-    router.logits.see(&x)?;
+    router.logits.observe_input(&x)?;
     let logits = Linear::new(router.logits.weight.clone(), bias).apply(&x)?;
     choices(spec, top_k, &logits, router.per_expert.as_ref())
 }

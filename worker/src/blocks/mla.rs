@@ -79,8 +79,8 @@ pub fn latent_attention(
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
     // The product itself follows below, some heads at a time.
-    weights.kv_up.see(&latent)?;
-    weights.queries.as_ref().map_or(Ok(()), |collector| collector.see(&query))?;
+    weights.kv_up.observe_input(&latent)?;
+    weights.queries.as_ref().map_or(Ok(()), |collector| collector.add(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let sequences = x.dim(0)? / positions;
     let at_once = sequences_at_once(x.device(), sequences);

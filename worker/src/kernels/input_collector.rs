@@ -90,7 +90,7 @@ impl InputCollector {
     ///
     /// # Errors
     /// The width differs from that of earlier inputs. Errors of the device.
-    pub fn see(&self, x: &Tensor) -> Result<()> {
+    pub fn add(&self, x: &Tensor) -> Result<()> {
         let width = x.dim(D::Minus1)?;
         let x = x.reshape(((), width))?;
         let mut sums = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -179,7 +179,7 @@ mod tests {
 
     fn seen(parts: &[&[f32]], width: usize) -> InputSums {
         let collector = InputCollector::default();
-        parts.iter().for_each(|part| collector.see(&tensor(part, width)).unwrap());
+        parts.iter().for_each(|part| collector.add(&tensor(part, width)).unwrap());
         collector.take()
     }
 
@@ -246,8 +246,8 @@ mod tests {
     #[test]
     fn tap_restarts_after_its_sums_are_taken() {
         let collector = InputCollector::default();
-        collector.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
-        assert!(collector.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
+        collector.clone().add(&tensor(&[3.0, -4.0], 2)).unwrap();
+        assert!(collector.add(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
         let sums = collector.take();
         assert_eq!((sums.rows, sums.squares, sums.largest), (1, vec![9.0, 16.0], vec![3.0, 4.0]));
         assert_eq!(collector.take(), InputSums::default());

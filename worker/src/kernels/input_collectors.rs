@@ -92,7 +92,7 @@ mod tests {
         assert!(collected(Role::ExpertUp, Some(0)) && !collected(Role::ExpertGate, Some(0)));
         assert!(collected(Role::ExpertUp, Some(1)));
         assert!(collected(Role::ExpertDown, Some(1)) && collected(Role::OProj, None) && collected(Role::Router, None));
-        collectors.queries().see(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
+        collectors.queries().add(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
         let seen: BTreeMap<InputKey, InputSums> = collectors.take().collect();
         assert_eq!(seen.len(), 7);
         assert_eq!(seen[&(Input::Queries, None)].values, [1.0, 2.0]);

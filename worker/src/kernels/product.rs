@@ -58,13 +58,13 @@ impl Linear {
     ///
     /// # Errors
     /// Errors of the device.
-    pub fn see(&self, x: &Tensor) -> Result<()> {
-        self.collector.as_ref().map_or(Ok(()), |collector| collector.see(x))
+    pub fn observe_input(&self, x: &Tensor) -> Result<()> {
+        self.collector.as_ref().map_or(Ok(()), |collector| collector.add(x))
     }
 
     /// Computes `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.see(x)?;
+        self.observe_input(x)?;
         let product = product(x, &self.weight)?;
         match &self.bias {
             Some(bias) => fused::sum(product, bias),
@@ -103,7 +103,7 @@ pub fn each(matrices: &[&Linear], x: &Tensor, rows: &[usize]) -> Result<Tensor> 
     let mut first = 0;
     for (linear, rows) in matrices.iter().zip(rows).filter(|(_, rows)| **rows > 0) {
         if linear.collector.is_some() {
-            linear.see(&x.narrow(0, first, *rows)?)?;
+            linear.observe_input(&x.narrow(0, first, *rows)?)?;
         }
         if let Some(bias) = &linear.bias {
             // In its place.

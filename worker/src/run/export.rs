@@ -354,7 +354,7 @@ mod tests {
             let mut exports = Exports::new(&job(export)).unwrap();
             let layer = exports.layer(0);
             let collector = layer.collectors().unwrap().of(Role::QProj, None).unwrap();
-            collector.see(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
+            collector.add(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
             exports.join(layer);
             exports.layers()[&0].inputs[&(Input::of(Role::KProj), None)].clone()
         };

@@ -269,7 +269,7 @@ impl Study {
             RowTokens::Expert { .. } => x.dim(0)?,
         };
         if !x.device().is_cuda() {
-            return on_the_host(x, tokens, |values| self.see(&shown, &HostValues { tensor: x, values }));
+            return on_the_host(x, tokens, |values| self.record(&shown, &HostValues { tensor: x, values }));
         }
         let point = shown.site.point;
         let threshold = point.is_norm_output().then(|| self.outliers.threshold());
@@ -294,12 +294,12 @@ impl Study {
                 self.coming.push_front((shown, pending));
                 return Ok(());
             }
-            pending.show(|seen| self.see(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) }))?;
+            pending.show(|seen| self.record(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) }))?;
         }
         Ok(())
     }
 
-    fn see(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
+    fn record(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
         let (site, values) = (shown.site, x.values);
         match shown.whose {
             RowTokens::Sequences { first_token } => {

@@ -440,7 +440,7 @@ impl Shared {
                 state.status[part] = Status::Here { bytes: Arc::new(buffer), left: *wanted };
                 state.coming.retain(|&other| other != part);
                 self.release(&mut state, part);
-                state.rate.see(self.parts[part].len(), took);
+                state.rate.add(self.parts[part].len(), took);
             }
             // The other fetch may still succeed.
             _ if *running > 1 => {
@@ -546,7 +546,7 @@ impl TransferRate {
     /// Seconds per byte before the first measurement: 4 MB/s, a slow connection.
     const ASSUMED: f64 = 1.0 / 4e6;
 
-    fn see(&mut self, bytes: u64, took: Duration) {
+    fn add(&mut self, bytes: u64, took: Duration) {
         if bytes < Self::TELLING {
             return;
         }
@@ -580,8 +580,8 @@ mod tests {
     fn measured_rate_follows_large_ranges() {
         let mut rate = TransferRate::default();
         assert_eq!(rate.due(4_000_000), Duration::from_secs(1));
-        rate.see(10, Duration::from_secs(5));
-        rate.see(1 << 20, Duration::from_secs(1));
+        rate.add(10, Duration::from_secs(5));
+        rate.add(1 << 20, Duration::from_secs(1));
         assert_eq!(rate.due(2 << 20), Duration::from_secs(2));
     }
 }
