@@ -39,13 +39,13 @@ fn main() {
         let hub = MockHub::behind(wire, [Repo::new(ID, &repo)]).unwrap();
         let options = HubOptions { endpoint: hub.url(), ..HubOptions::new(dir.path().join("cache")) };
         let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
-        let before = hub.seen().len();
+        let before = hub.requests().len();
         let (bytes, seconds) = read(&checkpoint, hash_memory);
         let verified = checkpoint.weights.verified().len();
         let rate = bytes as f64 / seconds / 1e6;
         let of_wire = width.map_or_else(|| "-".to_owned(), |width| format!("{:.1} %", 100.0 * rate / width as f64));
         let shown = width.map_or_else(|| "unlimited".to_owned(), |width| width.to_string());
-        let (megabytes, requests) = (bytes as f64 / 1e6, hub.seen().len() - before);
+        let (megabytes, requests) = (bytes as f64 / 1e6, hub.requests().len() - before);
         println!(
             "{latency:>7} ms {shown:>12} {verified:>3} of {SHARDS} {megabytes:>9.0} {seconds:>9.2} {rate:>9.0} {of_wire:>13} {requests:>10}"
         );

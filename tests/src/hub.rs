@@ -162,7 +162,7 @@ impl MockHub {
     }
 
     /// All requests so far, in order.
-    pub fn seen(&self) -> Vec<ReceivedRequest> {
+    pub fn requests(&self) -> Vec<ReceivedRequest> {
         self.lock().seen.clone()
     }
 
