@@ -204,14 +204,14 @@ fn staging_job_fetches_the_model_before_the_main_job() {
     let planned = context.run(hub_deploy(&["--dry-run"])).ok();
     assert!(planned.stderr.contains("A job in partition net fetches owner/tiny-olmoe first: "), "{planned:?}");
     assert_eq!(cluster.jobs(), 0);
-    let before = hub.seen().len();
+    let before = hub.requests().len();
     let said = context.run(hub_deploy(&["--explain"]));
     assert!(said.stderr.contains("stage.sh") && !said.stderr.contains("hf_of_a_person"), "{said:?}");
     is_home_and_gone(said, &cluster, &context, "olmoe-bf16");
     let mut names = cluster.job_names();
     names.sort();
     assert!(names.len() == 2 && names[1] == format!("{}-stage", names[0]), "one intent: {names:?}");
-    let seen = hub.seen();
+    let seen = hub.requests();
     let whole = |seen: &&ReceivedRequest| !seen.cdn && seen.method == "GET" && seen.range.is_none();
     let weights = |seen: &&ReceivedRequest| seen.path.ends_with("/model.safetensors");
     let fetched: Vec<&ReceivedRequest> = seen[before..].iter().filter(whole).filter(weights).collect();
