@@ -14,7 +14,7 @@ use crate::cloud::broker::slurm::{self, Slurm};
 use crate::cloud::broker::{Access, Offer};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
-use crate::cloud::http::{Explain, Http, Limits};
+use crate::cloud::http::{Explain, Http, HttpLimits};
 use crate::host;
 use crate::host::transport::program::OpenSsh;
 use crate::run::deploy::{Ports, SshHosts};
@@ -321,7 +321,7 @@ impl Context {
             let hint = format!("set {} to a key from {}", cloud.variable(), cloud.kind.key_page);
             return Err(CliError::refused(format!("{name} needs a key"), hint));
         };
-        let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;
+        let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), HttpLimits::default())?;
         let access = Access {
             http: http.explained(self.explain()),
             image: cloud.image.clone(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use outliers::cloud::broker::{
     Access, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
 };
-use outliers::cloud::http::{Http, Limits};
+use outliers::cloud::http::{Http, HttpLimits};
 use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;
@@ -34,7 +34,7 @@ impl Cloud {
     pub fn new(name: &str, stock: &[u8]) -> Self {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
         let responses = Responses::default();
-        let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), Limits::default());
+        let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), HttpLimits::default());
         let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
         let runtime = crate::impatient();
         let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };

@@ -98,13 +98,13 @@ impl Call {
 
 /// Timeouts and attempts.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Timeout of a connection.
     pub connect: Duration,
     /// Timeout between two bytes of a reply.
     pub read: Duration,
     /// Time limit of all attempts of a call, pauses included. A started attempt still has
-    /// [`Limits::read`].
+    /// [`HttpLimits::read`].
     pub total: Duration,
     /// Attempts, the first included.
     pub attempts: u32,
@@ -115,7 +115,7 @@ pub struct Limits {
     pub hurry: u32,
 }
 
-impl Default for Limits {
+impl Default for HttpLimits {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(10),
@@ -212,7 +212,7 @@ pub struct Http {
     broker: &'static str,
     base: String,
     key: Option<Hidden>,
-    limits: Limits,
+    limits: HttpLimits,
     paces: Arc<RateLimits>,
     /// Seconds by which the cloud's clock is ahead of the local one, by its latest answer; the
     /// minimum value: no answer yet.
@@ -234,7 +234,7 @@ impl Http {
     /// # Errors
     /// [`BrokerErrorKind::Rejected`] if `base` is not a valid URL, [`BrokerErrorKind::Auth`] if
     /// the key is not a valid header.
-    pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: Limits) -> Result<Self, BrokerError> {
+    pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: HttpLimits) -> Result<Self, BrokerError> {
         let error = |kind, message: String| BrokerError { broker, kind, message };
         let base = base.trim_end_matches('/').to_owned();
         let url = reqwest::Url::parse(&base).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
@@ -561,7 +561,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 /// # Errors
 /// A message, if it does not answer.
 pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
-    let limits = Limits::default();
+    let limits = HttpLimits::default();
     let client = reqwest::Client::builder().connect_timeout(limits.connect).timeout(limits.read).build();
     let client = client.map_err(|error| chain(&error))?;
     let begun = SystemTime::now();

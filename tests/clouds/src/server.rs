@@ -11,7 +11,7 @@ use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::{HeaderValue, Response, StatusCode, Uri};
 use futures::stream;
 use outliers::cloud::broker::{Access, Broker};
-use outliers::cloud::http::{Explain, Http, Limits};
+use outliers::cloud::http::{Explain, Http, HttpLimits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
@@ -81,11 +81,11 @@ impl FakeCloud {
 
     /// The same with a short timeout, for tests without an answer.
     pub fn impatient_broker(&self) -> Box<dyn Broker> {
-        self.connect(KEY, Limits { read: Duration::from_millis(300), ..limits() }, None)
+        self.connect(KEY, HttpLimits { read: Duration::from_millis(300), ..limits() }, None)
     }
 
     /// The real broker with this key, these limits and this listener.
-    pub fn connect(&self, key: &str, limits: Limits, explain: Option<Explain>) -> Box<dyn Broker> {
+    pub fn connect(&self, key: &str, limits: HttpLimits, explain: Option<Explain>) -> Box<dyn Broker> {
         let kind = self.dialect().cloud();
         let http = Http::new(kind.name, &self.url, Some(Secret::new(key)), limits).expect("the fake's URL is one");
         let http = http.explained(explain);
@@ -94,8 +94,8 @@ impl FakeCloud {
 }
 
 /// Limits for tests: waits take milliseconds.
-pub fn limits() -> Limits {
-    Limits {
+pub fn limits() -> HttpLimits {
+    HttpLimits {
         connect: Duration::from_secs(5),
         read: Duration::from_secs(10),
         total: Duration::from_secs(20),

@@ -57,10 +57,10 @@ impl Server {
     fn client(&self) -> Http {
         // Only tests of timeouts use short ones, since the machine may be busy.
         let read = if self.hangs { Duration::from_millis(300) } else { limits().read };
-        self.client_with(Limits { read, ..limits() })
+        self.client_with(HttpLimits { read, ..limits() })
     }
 
-    fn client_with(&self, limits: Limits) -> Http {
+    fn client_with(&self, limits: HttpLimits) -> Http {
         Http::new("cloud", &self.url, Some(Secret::new(KEY)), limits).unwrap()
     }
 }
@@ -117,13 +117,13 @@ fn cut() -> Act {
     Act::SayAndClose("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"data\": ".to_owned())
 }
 
-fn limits() -> Limits {
-    Limits {
+fn limits() -> HttpLimits {
+    HttpLimits {
         read: Duration::from_secs(5),
         total: Duration::from_secs(10),
         attempts: 3,
         hurry: 500,
-        ..Limits::default()
+        ..HttpLimits::default()
     }
 }
 
@@ -297,7 +297,7 @@ async fn calls_keep_the_rate_limit() {
 #[tokio::test]
 async fn rate_limit_wait_does_not_count_towards_the_timeout() {
     let server = Server::start(&[ok()]);
-    let limits = Limits { total: Duration::from_millis(300), ..limits() };
+    let limits = HttpLimits { total: Duration::from_millis(300), ..limits() };
     let http = server.client_with(limits).paced(Some("launch"), Duration::from_secs(100));
     let calls = (0..4).map(|_| http.call(once().at_pace("launch")));
     let replies = futures::future::join_all(calls).await;
@@ -380,7 +380,7 @@ async fn sanitising_does_not_reassemble_a_key_in_explain_output() {
 async fn endless_reply_is_cut() {
     let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
     let server = Server::start(&[Act::SayAndClose(long)]);
-    let patient = server.client_with(Limits { read: Duration::from_secs(10), attempts: 1, ..limits() });
+    let patient = server.client_with(HttpLimits { read: Duration::from_secs(10), attempts: 1, ..limits() });
     let error = patient.call(once()).await.unwrap_err();
     assert_eq!(error.kind, BrokerErrorKind::Maybe);
     assert!(error.message.contains("more than 32 MiB"), "{error}");
