@@ -18,7 +18,7 @@ use crate::cloud::broker::{CLOUDS, CloudKind, local, slurm};
 use crate::cloud::clouds::Timeouts;
 use crate::files::{MAX_FILE_BYTES, read_text};
 use crate::host::GuardTimeouts;
-use crate::run::local_worker::Limits;
+use crate::run::local_worker::InspectLimits;
 use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
@@ -132,7 +132,7 @@ pub struct Settings {
     /// Path of the worker program, if set.
     pub worker: Option<PathBuf>,
     /// Limits for the inspection of a job on this machine.
-    pub inspect_limits: Limits,
+    pub inspect_limits: InspectLimits,
     /// The default brokers.
     pub broker: DefaultBroker,
     /// Every supported cloud that is not disabled, with its key if one is set.
@@ -429,7 +429,7 @@ impl Settings {
             state: state_folder(environment)?,
             results: here.join(file.results.ok_or_else(|| built_in("results"))?),
             worker: worker.binary.map(|path| here.join(path)),
-            inspect_limits: Limits {
+            inspect_limits: InspectLimits {
                 memory: size(worker.inspect_memory.map(|memory| memory.0), "worker.inspect-memory")?,
                 time: worker.inspect_time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
             },
@@ -636,7 +636,7 @@ mod tests {
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
         assert_eq!(settings.watch, GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
-        let inspect_limits = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
+        let inspect_limits = InspectLimits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
         assert_eq!(settings.inspect_limits, inspect_limits);
         assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
         let none = Thresholds { magnitude: 0.0, layer_fraction: 0.0, position_fraction: 0.0 };
