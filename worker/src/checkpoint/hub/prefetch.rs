@@ -37,7 +37,7 @@ const HASHERS: usize = 4;
 
 /// Limits of memory and connections.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct PrefetchLimits {
     /// Bytes of buffers.
     pub(super) bytes: u64,
     /// Maximum concurrent requests.
@@ -54,7 +54,7 @@ pub(super) struct Prefetcher {
 struct Shared {
     files: Arc<Vec<RemoteFile>>,
     parts: Vec<Part>,
-    limits: Limits,
+    limits: PrefetchLimits,
     timeouts: Timeouts,
     state: Mutex<State>,
     changed: Condvar,
@@ -126,7 +126,7 @@ struct Task {
 }
 
 impl Prefetcher {
-    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: Limits, timeouts: Timeouts) -> Self {
+    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: PrefetchLimits, timeouts: Timeouts) -> Self {
         let Schedule { parts, verified, .. } = schedule;
         let mut by_place: Vec<usize> = (0..parts.len()).collect();
         by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));

@@ -8,7 +8,7 @@ use outliers_protocol::WeightVerification;
 
 use super::http::{MAX_CONNECTIONS, Timeouts};
 use super::plan;
-use super::prefetch::{Limits, Prefetcher};
+use super::prefetch::{PrefetchLimits, Prefetcher};
 use super::remote::RemoteFile;
 use super::verify::{Schedule, Unverifiable};
 use crate::checkpoint::source::{TensorEntry, TensorIndex, PlannedRead, WeightSource, check_range};
@@ -79,7 +79,7 @@ impl WeightSource for HubSource {
         let sizes: Vec<Option<u64>> = self.files.iter().map(|file| file.digest().map(|_| file.size())).collect();
         let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);
         let unverified = std::mem::take(&mut schedule.unverified);
-        let limits = Limits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
+        let limits = PrefetchLimits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
         let prefetcher = Some(Arc::new(Prefetcher::start(&self.files, schedule, limits, self.timeouts)));
         *self.announced() = Announced { prefetcher, unverified };
     }
