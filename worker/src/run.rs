@@ -233,7 +233,7 @@ impl Run<'_> {
         }
         folder.write_json(files::RESULTS, &results)?;
         if let Some(exports) = &observer.exports {
-            let passed = export::Passed { model: &model, tokens: &tokens, study, results: &results };
+            let passed = export::FinishedPass { model: &model, tokens: &tokens, study, results: &results };
             let warnings = exports.write(&passed, |name| folder.file(name))?;
             warnings.into_iter().for_each(|warning| progress.warn(warning));
         }

@@ -151,7 +151,7 @@ impl Exports {
     ///
     /// # Errors
     /// Internal: an input was not finite. Storage.
-    pub fn write(&self, pass: &Passed<'_>, at: impl Fn(&str) -> PathBuf) -> Result<Vec<String>> {
+    pub fn write(&self, pass: &FinishedPass<'_>, at: impl Fn(&str) -> PathBuf) -> Result<Vec<String>> {
         for (layer, seen) in &self.layers {
             if let Some((place, _)) = seen.inputs.iter().find(|(_, seen)| !seen.is_finite()) {
                 let error = WorkerError::internal(format!("an input is no longer finite: layer {layer} {place:?}"));
@@ -190,7 +190,7 @@ impl Exports {
 
 /// A finished pass.
 #[derive(Clone, Copy)]
-pub struct Passed<'a> {
+pub struct FinishedPass<'a> {
     /// The model of the run.
     pub model: &'a Model<'a>,
     /// The token ids of the run.

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::gguf::{self, Tensor, Value};
-use super::{ENTRY, Layer, Matrix, UnroutedExpert, Passed, InputStatistics, matrices, names};
+use super::{ENTRY, Layer, Matrix, UnroutedExpert, FinishedPass, InputStatistics, matrices, names};
 use crate::error::{Result, WorkerError, printable};
 use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
@@ -130,7 +130,7 @@ pub(super) fn bytes(spec: &DecoderSpec) -> u64 {
 pub(super) fn write(
     path: &Path,
     layers: &BTreeMap<usize, Layer>,
-    pass: &Passed<'_>,
+    pass: &FinishedPass<'_>,
     never_hit: &[UnroutedExpert],
 ) -> Result<()> {
     let architecture = pass.model.family.architecture;
