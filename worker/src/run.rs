@@ -26,7 +26,7 @@ use crate::pass::budget::{self, StreamBudget};
 use crate::pass::meter::Meter;
 use crate::pass::progress::{ProgressSink, now_ms};
 use crate::pass::savepoint::SavePoints;
-use crate::pass::stream::{Pass, Passed, Predicted};
+use crate::pass::stream::{Pass, PassResult, Predicted};
 use crate::pass::trace;
 use crate::run::export::Exports;
 use crate::run::inspect::PlannedRun;
@@ -265,7 +265,7 @@ impl Run<'_> {
     }
 
     /// Runs the pass, and writes activations and save points during it.
-    fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(RunObserver, Passed)> {
+    fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(RunObserver, PassResult)> {
         let Self { job, folder, .. } = *self;
         let (spec, tokens) = (&pass.model.spec, pass.tokens);
         let scope = Scope::new(job, spec, tokens);

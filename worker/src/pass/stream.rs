@@ -66,7 +66,7 @@ pub struct Pass<'a> {
 }
 
 /// Results of a pass besides the observations.
-pub struct Passed {
+pub struct PassResult {
     /// Predictions of each arm, the whole model first, if `with_head`.
     pub predicted: Option<Vec<Predicted>>,
     /// The layer at which an earlier pass was resumed.
@@ -75,7 +75,7 @@ pub struct Passed {
     pub unverified_before: Vec<String>,
 }
 
-impl Passed {
+impl PassResult {
     /// Predictions of the whole model.
     pub fn whole(&self) -> Option<&Predicted> {
         self.predicted.as_ref()?.first()
@@ -211,7 +211,7 @@ impl Pass<'_> {
     ///
     /// # Errors
     /// Errors from reading or decoding weights, the device, or the observer.
-    pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<Passed> {
+    pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<PassResult> {
         let found = save.as_ref().and_then(|points| {
             points.load().unwrap_or_else(|why| {
                 self.progress.say(format!("a save point is not used, since {why}"));
@@ -237,7 +237,7 @@ impl Pass<'_> {
         let first = resumed_at_layer.unwrap_or(0);
         let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
         if !self.with_head {
-            return Ok(Passed { predicted: None, resumed_at_layer, unverified_before });
+            return Ok(PassResult { predicted: None, resumed_at_layer, unverified_before });
         }
         let layers = self.spec().layers.len();
         if let Some(points) = save.filter(|points| first < layers && points.is_due()) {
@@ -246,7 +246,7 @@ impl Pass<'_> {
         self.progress.phase(Phase::Head);
         let batches = waves.into_iter().flat_map(|wave| wave.batches).collect();
         let predicted = self.head(batches, kept, observer)?;
-        Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
+        Ok(PassResult { predicted: Some(predicted), resumed_at_layer, unverified_before })
     }
 
     /// Files that were read only before the save point, unless they were verified then.
