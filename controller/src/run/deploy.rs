@@ -16,7 +16,7 @@ use crate::cloud::broker::{InstanceId, Offer, RunTime};
 use crate::cloud::clouds::{Cloud, Timeouts};
 use crate::files;
 use crate::host::HostEvent;
-use crate::run::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
+use crate::run::ledger::{LedgerError, CostMeter, RUN_FILE, RunRecord, RunWriter};
 use crate::run::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
 use crate::units::{GpuTime, Span, Usd, UsdPerHour};
@@ -72,7 +72,7 @@ pub enum DeployEvent {
     /// The run has a new state.
     State(Box<RunState>),
     /// The cost as far as it is known, at the start and after each change.
-    Meter(Meter),
+    Meter(CostMeter),
     /// An offer is being rented.
     Renting(Box<Offer>),
     /// An offer was refused. The next one is tried.

@@ -154,14 +154,14 @@ impl OpenBill {
 
 /// Cost of a run so far and from now on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Meter {
+pub struct CostMeter {
     gone: Usd,
     present: Option<OpenBill>,
     /// Unix seconds until which its instance may bill, if one exists or may exist.
     pub deadline: Option<u64>,
 }
 
-impl Meter {
+impl CostMeter {
     /// As [`RunRecord::cost`].
     pub fn cost(&self, now_ms: u64) -> Usd {
         self.gone + self.present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
@@ -190,9 +190,9 @@ impl RunRecord {
     }
 
     /// The cost as a function of time.
-    pub fn meter(&self) -> Meter {
+    pub fn meter(&self) -> CostMeter {
         let (gone, present) = self.bills();
-        Meter { gone, present, deadline: self.ends_at() }
+        CostMeter { gone, present, deadline: self.ends_at() }
     }
 
     /// Maximum cost of the run until the deadline of its existing or possible instance: this part

@@ -18,7 +18,7 @@ use crate::cloud::clouds::Offered;
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{HostEvent, HostFacts};
 use crate::run::deploy::{DeployEvent, DriveError, StillBilling, RunNote, Stop, UnsavedResults};
-use crate::run::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
+use crate::run::ledger::{LedgerError, CostMeter, RunRecord, Unreadable, now_ms};
 use crate::run::local_worker::LocalWorkerError;
 use crate::run::reconcile::{Action, Finish, Leave, Stray};
 use crate::run::{RunFailureKind, RunOutcome, RunState};
@@ -234,7 +234,7 @@ struct DisplayState {
     /// Start of the work in progress, as far as observed.
     began: Option<Instant>,
     /// Cost of the run.
-    meter: Option<Meter>,
+    meter: Option<CostMeter>,
     /// The last reported reason for a retry, with its time.
     retried: Option<(Instant, String)>,
 }
@@ -722,7 +722,7 @@ fn detail(progress: &Progress) -> [String; 2] {
 }
 
 /// Remaining time and cost so far.
-fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
+fn standing(elapsed: Duration, meter: Option<&CostMeter>, now_ms: u64) -> String {
     let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
     let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
     let Some(deadline) = meter.deadline else { return spent };
