@@ -558,7 +558,7 @@ impl RouterSpec {
 
 /// A streaming unit: tensors that are loaded, used by all tokens, and dropped together.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Unit {
+pub struct StreamingUnit {
     /// Layer, from 0.
     pub layer: usize,
     /// Part of the layer.
@@ -580,7 +580,7 @@ pub enum Part {
     Experts(Range<usize>),
 }
 
-impl fmt::Display for Unit {
+impl fmt::Display for StreamingUnit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.part {
             Part::Mixer => write!(f, "layer {} mixer", self.layer),

@@ -25,7 +25,7 @@ use crate::corpus::Tokens;
 use crate::device::Placement;
 use crate::device::gpu::PeerCopy;
 use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, Need, Unit};
+use crate::model::decoder::{DecoderSpec, Need, StreamingUnit};
 use crate::pass::ablation::Arms;
 use crate::pass::loader::{Loader, TensorPool, rows_of};
 use crate::pass::meter::{Clock, Meter, Thread, Work};
@@ -321,7 +321,7 @@ impl Pass<'_> {
     }
 
     /// Units of the layers from `first` on.
-    fn units(&self, first: usize) -> Vec<Unit> {
+    fn units(&self, first: usize) -> Vec<StreamingUnit> {
         units(self.spec(), self.group_elements, first)
     }
 
@@ -332,7 +332,7 @@ impl Pass<'_> {
     }
 }
 
-fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<Unit> {
+fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<StreamingUnit> {
     spec.units(group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
 }
 

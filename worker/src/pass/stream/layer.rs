@@ -18,7 +18,7 @@ use crate::device::gpu::Positions;
 use crate::error::{Result, WorkerError};
 use crate::kernels::fused;
 use crate::kernels::product::Linear;
-use crate::model::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
+use crate::model::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, StreamingUnit};
 use crate::model::rope::{RopeSpec, RopeTable};
 use crate::pass::meter::{Clock, Subject, Work};
 use crate::stats::{LayerObserver, Site};
@@ -89,7 +89,7 @@ pub(super) struct LayerContext<'a, L> {
 
 impl<'a, L: LayerObserver> LayerContext<'a, L> {
     /// Takes a unit's weights out of its tensors, and passes their gains to the observer.
-    pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
+    pub(super) fn block(&mut self, unit: &StreamingUnit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
         let tensors = &mut tensors.with_collectors(self.seen.collectors());
         Ok(match (&unit.part, &self.spec.ffn) {
             (Part::Mixer, _) => {

@@ -22,7 +22,7 @@ use crate::device::Placement;
 use crate::device::gpu::{self, ReleaseFence};
 use crate::error::{Result, WorkerError};
 use crate::kernels::product;
-use crate::model::decoder::Unit;
+use crate::model::decoder::StreamingUnit;
 use crate::pass::loader::{LoadedUnit, PendingUpload, TensorPool};
 use crate::pass::meter::{Clock, Subject, Thread, Work};
 use crate::pass::savepoint::SavePoints;
@@ -49,7 +49,7 @@ struct PendingRelease {
 pub(super) struct Wavefront<'p, O> {
     pass: &'p Pass<'p>,
     /// Units of all layers in order.
-    units: Vec<Unit>,
+    units: Vec<StreamingUnit>,
     waves: usize,
     observer: Mutex<&'p mut O>,
     save: Mutex<Option<&'p mut SavePoints>>,
@@ -145,7 +145,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// A device's units, with their indices among all.
-    fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &Unit)> {
+    fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &StreamingUnit)> {
         self.units.iter().enumerate().filter(move |(_, unit)| self.device_of(unit.layer) == device)
     }
 
@@ -158,7 +158,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Decoded bytes of a unit.
-    fn bytes(&self, unit: &Unit) -> u64 {
+    fn bytes(&self, unit: &StreamingUnit) -> u64 {
         let device = &self.placement(self.device_of(unit.layer)).device;
         self.pass.model.kept_bytes(unit.layer, &unit.needs, self.pass.compute, product::takes_bf16(device))
     }
@@ -199,7 +199,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Adds the location to an error. With a single device it is the unit.
-    fn locate(&self, error: WorkerError, unit: &Unit, device: usize) -> WorkerError {
+    fn locate(&self, error: WorkerError, unit: &StreamingUnit, device: usize) -> WorkerError {
         match self.pass.devices.len() {
             1 => error.context(unit),
             _ => error.context(format!("{unit} on {}", self.placement(device).name)),
@@ -382,7 +382,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     /// Runs a function on a unit's layer, with the location added to errors.
-    fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
+    fn at<R>(&mut self, unit: &StreamingUnit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
         let mut at = LayerContext {
