@@ -11,7 +11,7 @@ use half::bf16;
 use outliers_worker::blocks::attention::{FUSED_FROM, SoftmaxAttention, AttentionRecorder};
 use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
-use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
+use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, SinkLogits};
 use outliers_worker::model::decoder::Window;
 use outliers_worker::model::rope::{Pairing, RopeScaling, RopeSpec};
 use proptest::prelude::*;
@@ -331,7 +331,7 @@ proptest! {
         };
         let logits = rng.tensor(&[count], DType::F32);
         same(&[&scores, &logits], |of| {
-            let sinks = Sinks { logits: &of[1], first_head: first % count };
+            let sinks = SinkLogits { logits: &of[1], first_head: first % count };
             fused::causal_softmax(of[0].clone(), block, scale, Some(sinks)).unwrap()
         })?;
     }

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blocks::norm::Norm;
 use crate::device::gpu::{self, FusedAttention};
-use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, Sinks};
+use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, SinkLogits};
 use crate::kernels::product::Linear;
 use crate::kernels::product::product;
 use crate::model::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
@@ -451,7 +451,7 @@ impl<'a> SoftmaxAttention<'a> {
             let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
             let scores = product(&query.narrow(0, kv, count)?, &of_heads(key)?)?;
             let before = kv * groups;
-            let sinks = self.sinks.map(|logits| Sinks { logits, first_head: before % heads });
+            let sinks = self.sinks.map(|logits| SinkLogits { logits, first_head: before % heads });
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(recorder) = self.recorder {
                 recorder.record(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
