@@ -19,7 +19,7 @@ use super::attention_sinks::FirstKeys;
 use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::quantization::Quantization;
-use super::residual_sinks::Sinks;
+use super::residual_sinks::ResidualSinkCounts;
 use super::rows::RowStats;
 use super::spike_life::Spikes;
 use super::top::{Top, TopValue};
@@ -114,7 +114,7 @@ pub struct Study {
     routers: BTreeMap<usize, RouterStats>,
     experts: BTreeMap<usize, ExpertPeaks>,
     quantization: Option<Quantization>,
-    residual_sinks: Option<Sinks>,
+    residual_sinks: Option<ResidualSinkCounts>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
     /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
@@ -234,7 +234,7 @@ impl Study {
             experts: outputs.map(|site| (site.layer, ExpertPeaks::new(scope.experts[site.layer]))).collect(),
             quantization: is_asked(Measurement::QuantizationError)
                 .then(|| Quantization::new(sequences, tokens, threshold)),
-            residual_sinks: is_asked(Measurement::ResidualSinks).then(|| Sinks::new(threshold)),
+            residual_sinks: is_asked(Measurement::ResidualSinks).then(|| ResidualSinkCounts::new(threshold)),
             spikes: is_asked(Measurement::SpikeLife).then(Spikes::default),
             first_keys: is_asked(Measurement::AttentionSinks).then(FirstKeys::default),
             coming: VecDeque::new(),
@@ -388,7 +388,7 @@ impl Study {
             self.experts.get_mut(layer).expect("in scope").merge(theirs);
         }
         merge(&mut self.quantization, other.quantization.as_ref(), Quantization::merge);
-        merge(&mut self.residual_sinks, other.residual_sinks.as_ref(), Sinks::merge);
+        merge(&mut self.residual_sinks, other.residual_sinks.as_ref(), ResidualSinkCounts::merge);
         merge(&mut self.spikes, other.spikes.as_ref(), Spikes::merge);
         merge(&mut self.first_keys, other.first_keys.as_ref(), FirstKeys::merge);
     }
