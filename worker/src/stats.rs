@@ -14,7 +14,7 @@
 
 use candle_core::Tensor;
 pub use outliers_scan::Column;
-use outliers_scan::{Columns, Marks};
+use outliers_scan::{Columns, ExceedingPositions};
 
 use serde::{Deserialize, Serialize};
 
@@ -283,7 +283,7 @@ impl OutlierStats {
         }
         let words = self.words();
         let bitmap = words * self.sequences;
-        for Marks { dim, positions } in &found.marks {
+        for ExceedingPositions { dim, positions } in &found.marks {
             self.stripes[site][dim / STRIPE].hits[sequence] |= 1 << (dim % STRIPE);
             let bits = &mut self.positions[dim / STRIPE].bits[dim % STRIPE];
             let bits = bits.get_or_insert_with(|| vec![0; bitmap].into_boxed_slice());

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
-use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
+use outliers_scan::{BINS, Column, Columns, Histogram, Large, ExceedingPositions, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
@@ -397,7 +397,7 @@ impl ScanSummary<'_> {
             let mark = |(at, dim): (usize, &usize)| {
                 let words = &words[at * strips + s * each..][..each];
                 let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
-                Marks { dim: *dim, positions: words.chunks(2).map(pair).collect() }
+                ExceedingPositions { dim: *dim, positions: words.chunks(2).map(pair).collect() }
             };
             Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
         };
