@@ -39,7 +39,7 @@ pub use instance::serve;
 pub use processes::MARKER;
 
 use hardware::{Hardware, Sku};
-use processes::Marks;
+use processes::ProcessMarks;
 use record::{Folder, Record, is_id, new_id, now};
 
 /// The broker's name.
@@ -344,8 +344,8 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     concluded.map_err(|error| unavailable(format!("{id} is ended, but its folder stays: {error}")))
 }
 
-fn marks(folder: &Folder, id: &str) -> Marks {
-    Marks::new(id, folder.home())
+fn marks(folder: &Folder, id: &str) -> ProcessMarks {
+    ProcessMarks::new(id, folder.home())
 }
 
 /// Asks the instance's process to end its processes and itself; kills it after a time limit.
