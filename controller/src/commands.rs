@@ -11,7 +11,7 @@ use crate::cli::settings::{CloudSettings, DefaultBroker, Environment, Settings, 
 use crate::cli::{AnalyzeArgs, Cli, Command};
 use crate::cloud::broker::local::{self, LocalBroker};
 use crate::cloud::broker::slurm::{self, Slurm};
-use crate::cloud::broker::{Access, Offer};
+use crate::cloud::broker::{ApiAccess, Offer};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
 use crate::cloud::http::{Explain, Http, HttpLimits};
@@ -322,7 +322,7 @@ impl Context {
             return Err(CliError::refused(format!("{name} needs a key"), hint));
         };
         let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), HttpLimits::default())?;
-        let access = Access {
+        let access = ApiAccess {
             http: http.explained(self.explain()),
             image: cloud.image.clone(),
             ssh_user: cloud.ssh_user.clone(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use outliers::cloud::broker::{
-    Access, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
+    ApiAccess, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
 };
 use outliers::cloud::http::{Http, HttpLimits};
 use outliers::secret::Secret;
@@ -37,7 +37,7 @@ impl Cloud {
         let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), HttpLimits::default());
         let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
         let runtime = crate::impatient();
-        let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
+        let access = ApiAccess { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
         // Rate limits start now and need the runtime's clock.
         let broker = runtime.block_on(async { (kind.connect)(access) });
         responses.say(stock);

@@ -145,11 +145,11 @@ pub struct CloudKind {
     /// Web page on which users create a key.
     pub key_page: &'static str,
     /// Creates the broker.
-    pub connect: fn(Access) -> Box<dyn Broker>,
+    pub connect: fn(ApiAccess) -> Box<dyn Broker>,
 }
 
 /// Access of one account to a cloud's API.
-pub struct Access {
+pub struct ApiAccess {
     /// HTTP client with the account's key.
     pub http: Http,
     /// Container image for instances.

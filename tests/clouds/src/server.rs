@@ -10,7 +10,7 @@ use axum::extract::State;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::{HeaderValue, Response, StatusCode, Uri};
 use futures::stream;
-use outliers::cloud::broker::{Access, Broker};
+use outliers::cloud::broker::{ApiAccess, Broker};
 use outliers::cloud::http::{Explain, Http, HttpLimits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
@@ -89,7 +89,7 @@ impl FakeCloud {
         let kind = self.dialect().cloud();
         let http = Http::new(kind.name, &self.url, Some(Secret::new(key)), limits).expect("the fake's URL is one");
         let http = http.explained(explain);
-        (kind.connect)(Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None })
+        (kind.connect)(ApiAccess { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None })
     }
 }
 

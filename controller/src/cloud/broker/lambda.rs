@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
 use crate::cloud::gpu;
@@ -42,7 +42,7 @@ const BETWEEN_CALLS: Duration = Duration::from_secs(1);
 const BETWEEN_LAUNCHES: Duration = Duration::from_secs(12);
 const LAUNCH: &str = "launch";
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
     let login = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
     Box::new(Lambda { http, login })

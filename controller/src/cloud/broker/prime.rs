@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, GIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::calendar::from_rfc3339;
@@ -45,7 +45,7 @@ const MAX_READINGS: usize = 4;
 /// Maximum GPUs of a machine. Offers with more are for several machines.
 const GPUS_OF_A_MACHINE: u32 = 8;
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     Box::new(Prime { http: access.http.paced(None, PACE), image: access.image })
 }
 

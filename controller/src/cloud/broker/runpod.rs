@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
@@ -67,7 +67,7 @@ pub struct RunPod {
 
 impl RunPod {
     /// Creates a broker with `access`.
-    pub fn new(access: Access) -> Self {
+    pub fn new(access: ApiAccess) -> Self {
         Self { http: access.http, image: access.image }
     }
 

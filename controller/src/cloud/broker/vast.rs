@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, MIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
@@ -68,7 +68,7 @@ const SMALLEST_DISK: u64 = 10;
 /// Allowed bids, in dollars per hour.
 const BIDS: std::ops::RangeInclusive<f64> = 0.001..=128.0;
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     let http = access.http.final_when(&[QUOTA_IS_USED_UP]);
     let http = PACES.iter().fold(http, |http, (name, every)| http.paced(Some(name), *every));
     Box::new(Vast { http, image: access.image })

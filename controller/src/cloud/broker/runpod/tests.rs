@@ -134,7 +134,7 @@ fn offer_prices_include_disks() {
 
 fn runpod() -> RunPod {
     let http = Http::new(NAME, "http://127.0.0.1:9", None, HttpLimits::default()).unwrap();
-    RunPod::new(Access { http, image: "runpod/pytorch:x".to_owned(), ssh_user: None, ssh_port: None })
+    RunPod::new(ApiAccess { http, image: "runpod/pytorch:x".to_owned(), ssh_user: None, ssh_port: None })
 }
 
 fn lease() -> Lease {
