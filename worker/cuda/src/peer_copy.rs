@@ -102,7 +102,7 @@ fn reaches(reader: &CudaContext, other: &CudaContext) -> bool {
 
 /// `CUmemAccessDesc`: location type, location number, access flags.
 #[repr(C)]
-struct Access {
+struct MemoryAccess {
     kind: c_uint,
     device: c_int,
     allowed: c_uint,
@@ -111,7 +111,7 @@ struct Access {
 unsafe extern "C" {
     fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, other: c_int) -> c_int;
     fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, device: c_int) -> c_int;
-    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const Access, count: usize) -> c_int;
+    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const MemoryAccess, count: usize) -> c_int;
 }
 
 /// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MALLOC__ASYNC.html>
@@ -119,7 +119,7 @@ fn let_in(reader: c_int, other: c_int) -> bool {
     const DEVICE: c_uint = 1;
     const READ_AND_WRITE: c_uint = 3;
     let (mut can, mut pool) = (0, std::ptr::null_mut());
-    let access = Access { kind: DEVICE, device: reader, allowed: READ_AND_WRITE };
+    let access = MemoryAccess { kind: DEVICE, device: reader, allowed: READ_AND_WRITE };
     // SAFETY: the first two write one answer each; the third reads one description.
     unsafe {
         cuDeviceCanAccessPeer(&raw mut can, reader, other) == 0
