@@ -6,7 +6,7 @@ use super::{Context, SCHEMA};
 use crate::cli::settings::OffersRequest;
 use crate::cloud::broker::{Dropped, Offer};
 use crate::cloud::estimate::{Estimate, Work};
-use crate::cloud::market::{self, Step};
+use crate::cloud::market::{self, FilterStep};
 use crate::run::local_worker::InspectScope;
 use crate::ui::report::tables::{self, TOP};
 use crate::ui::report::{CliError, ExitStatus};
@@ -26,7 +26,7 @@ struct OffersReport<'a> {
     work: Work,
     considered: usize,
     /// Results of the filters.
-    steps: Vec<Step>,
+    steps: Vec<FilterStep>,
     /// Offers left out before any filter.
     dropped: Vec<DroppedOffers<'a>>,
     /// Errors of the clouds that did not answer.
