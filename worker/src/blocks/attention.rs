@@ -178,7 +178,7 @@ impl AttentionRecorder {
     }
 
     /// Adds a block of `shares` `[kv_heads, groups * queries, keys]`, rows head by head.
-    fn record(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record(&self, shares: &Tensor, block: ScoreBlock, heads: HeadLayout) -> Result<()> {
         let on_host = |shares: Tensor| shares.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         if self.top.is_some() {
             self.add_top(&on_host(shares.max(D::Minus1)?)?);
@@ -190,7 +190,7 @@ impl AttentionRecorder {
     }
 
     /// Takes of each query `[.., queries, 2]` the largest share and the first key's, in f32.
-    fn record_top_and_first(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record_top_and_first(&self, shares: &Tensor, block: ScoreBlock, heads: HeadLayout) -> Result<()> {
         let shares = shares.flatten_all()?.to_vec1::<f32>()?;
         let (top, of_key): (Vec<f32>, Vec<f32>) = shares.as_chunks::<2>().0.iter().map(|[a, b]| (*a, *b)).unzip();
         self.add_top(&top);
@@ -205,7 +205,7 @@ impl AttentionRecorder {
     }
 
     /// Takes the first key's share of each query of a block, rows of one head after another.
-    fn add_first_key(&self, of_key: &[f32], block: ScoreBlock, heads: Counted) {
+    fn add_first_key(&self, of_key: &[f32], block: ScoreBlock, heads: HeadLayout) {
         let Some(first_key) = &self.first_key else { return };
         let mut sequences = first_key.borrow_mut();
         for (at, shares) in (heads.before..).zip(of_key.chunks_exact(block.queries)) {
@@ -229,7 +229,7 @@ impl AttentionRecorder {
 
 /// The heads of a block of rows, sequence by sequence.
 #[derive(Clone, Copy, Debug)]
-struct Counted {
+struct HeadLayout {
     /// Heads before the block.
     before: usize,
     /// Heads per sequence.
@@ -429,7 +429,7 @@ impl<'a> SoftmaxAttention<'a> {
         let (mixed, shares) = gpu::attend(by, query, key, value)?;
         if let (Some(recorder), Some(shares)) = (self.recorder, shares) {
             let block = ScoreBlock { first_query: 0, queries, first_key: 0, window: self.window };
-            recorder.record_top_and_first(&shares, block, Counted { before: 0, per_sequence: heads, first: self.first_head })?;
+            recorder.record_top_and_first(&shares, block, HeadLayout { before: 0, per_sequence: heads, first: self.first_head })?;
         }
         Ok(mixed)
     }
@@ -454,7 +454,7 @@ impl<'a> SoftmaxAttention<'a> {
             let sinks = self.sinks.map(|logits| SinkLogits { logits, first_head: before % heads });
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
             if let Some(recorder) = self.recorder {
-                recorder.record(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
+                recorder.record(&shares, block, HeadLayout { before, per_sequence: heads, first: self.first_head })?;
             }
             product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
@@ -691,7 +691,7 @@ mod tests {
         // Two sequences of two heads.
         let shares = Random::new(1).tensor(&[4, 3, 3]).abs().unwrap();
         let pairs = [shares.max_keepdim(2).unwrap(), shares.narrow(2, 0, 1).unwrap()];
-        let heads = Counted { before: 0, per_sequence: 2, first: 1 };
+        let heads = HeadLayout { before: 0, per_sequence: 2, first: 1 };
         let (blocks, kernel) = (AttentionRecorder::new(true, true), AttentionRecorder::new(true, true));
         blocks.record(&shares, block, heads).unwrap();
         kernel.record_top_and_first(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
