@@ -1,6 +1,6 @@
 //! The operations that blocks use, on the CPU and on a GPU: fused elementwise work ([`fused`]) and
-//! products with weights ([`product`]). [`input_collector`] and
-//! [`input_collectors`] sum the inputs of these products.
+//! products with weights ([`product`]). [`input_collector`] and [`input_collectors`] sum the
+//! inputs of these products.
 
 pub mod fused;
 pub mod product;

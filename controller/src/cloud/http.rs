@@ -495,7 +495,8 @@ impl Response {
     /// Parses the body as `T`; `what` names it in the error.
     ///
     /// # Errors
-    /// The body is something else. The effect of a call with [`Idempotency::Once`] is then unknown.
+    /// The body is something else. The effect of a call with [`Idempotency::Once`] is then
+    /// unknown.
     pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
         serde_json::from_str(&self.body).map_err(|error| {
             let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));

@@ -436,8 +436,8 @@ pub fn gathered_rows(moe: &MoeSpec, tokens: usize, experts: usize) -> usize {
     (usual_rows(moe, tokens) * experts).max(tokens).min(tokens * moe.top_k.min(experts))
 }
 
-/// Cuts neighbours, each given by its number of rows, into runs of no more than `max_rows` rows. One
-/// that has more is alone.
+/// Cuts neighbours, each given by its number of rows, into runs of no more than `max_rows` rows.
+/// One that has more is alone.
 pub fn runs(rows: &[usize], max_rows: usize) -> Vec<Range<usize>> {
     let (mut runs, mut first, mut together) = (Vec::new(), 0, 0);
     for (at, rows) in rows.iter().enumerate() {
@@ -622,9 +622,9 @@ fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
     tokens * top_k < ENOUGH_ROWS * experts
 }
 
-/// How many rows experts may be given together, `max_rows` or none, as a wave has tokens. What is sent
-/// to which expert does not matter, nor on which device that is, nor when: the library may round
-/// sums of products that are started together in another way.
+/// How many rows experts may be given together, `max_rows` or none, as a wave has tokens. What is
+/// sent to which expert does not matter, nor on which device that is, nor when: the library may
+/// round sums of products that are started together in another way.
 pub fn rows_together(
     wave: &[&Routed],
     experts_top_k: [usize; 2],
@@ -674,7 +674,8 @@ pub fn pieces(wave: &[&Routed], group: &Range<usize>, max_rows: usize) -> Vec<Ex
     pieces
 }
 
-/// Neighbouring pieces that have no more than `max_rows` rows together, or one that has more alone.
+/// Neighbouring pieces that have no more than `max_rows` rows together, or one that has more
+/// alone.
 pub fn together(pieces: &[ExpertBatch], max_rows: usize) -> impl Iterator<Item = &[ExpertBatch]> {
     let mut rows = pieces.first().map_or(0, ExpertBatch::rows);
     pieces.chunk_by(move |_, next| {

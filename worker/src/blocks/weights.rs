@@ -294,8 +294,8 @@ pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Prepares a tensor for [`on`] on another thread's device: copies it to host memory if the device
-/// changes. Between two GPUs [`PeerCopy`](crate::device::gpu::PeerCopy) copies without waiting; the
-/// library's copy fails if the GPUs cannot access each other (huggingface/candle#3524).
+/// changes. Between two GPUs [`PeerCopy`](crate::device::gpu::PeerCopy) copies without waiting;
+/// the library's copy fails if the GPUs cannot access each other (huggingface/candle#3524).
 pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
 }

@@ -58,8 +58,8 @@ impl InputSums {
         });
     }
 
-    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most `max_values`
-    /// values.
+    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most
+    /// `max_values` values.
     fn add_from(&mut self, x: &Tensor, max_values: usize) -> Result<()> {
         let (mut sums, width) = (Vec::new(), self.largest.len());
         for part in parts(x, max_values)? {

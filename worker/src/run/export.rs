@@ -1,7 +1,8 @@
 //! Files for other programs: llama.cpp's importance matrix (`imatrix`), activation scales
 //! (`act_scales`) and the saliency of experts (`reap`).
 //!
-//! [`Exports`] sums over the inputs of every matrix of the layers, which [`InputCollectors`] observe.
+//! [`Exports`] sums over the inputs of every matrix of the layers, which [`InputCollectors`]
+//! observe.
 //! Matrices outside the layers (embedding, head) are not included.
 
 mod act_scales;

@@ -2,8 +2,8 @@
 //!
 //! An instance is a folder and a process that enforces the deadline. It outlives its creator, is
 //! found by its folder, and is alive as long as it holds the folder's lock. Commands are child
-//! processes of their callers and carry the instance's mark (`access.rs`). Prices are fictitious, but
-//! bills are kept, so that a forgotten rental shows as on a cloud.
+//! processes of their callers and carry the instance's mark (`access.rs`). Prices are fictitious,
+//! but bills are kept, so that a forgotten rental shows as on a cloud.
 //!
 //! Instances share the machine: any number can be rented, but each GPU only once at a time. The
 //! visible GPUs are limited with `CUDA_VISIBLE_DEVICES`; `nvidia-smi` still lists all.

@@ -39,9 +39,9 @@ const AT_ONCE: usize = 6;
 /// so that the answer does not contain the file's name.
 ///
 /// `look` prints the hash of a file and, if it differs from the wanted one, the hashes of a part's
-/// blocks. `rename_part` renames a complete part. Another process may do the same at the same time where
-/// hosts share a folder. A program is copied instead: that process or a dead connection may still
-/// have the part open for writing, and then it could not be started.
+/// blocks. `rename_part` renames a complete part. Another process may do the same at the same time
+/// where hosts share a folder. A program is copied instead: that process or a dead connection may
+/// still have the part open for writing, and then it could not be started.
 const FUNCTIONS: &str = r#"
 sum() {
   if command -v sha256sum >/dev/null 2>&1; then sha256sum

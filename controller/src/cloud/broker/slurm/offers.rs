@@ -126,7 +126,7 @@ pub(super) struct Found {
     dropped: Vec<Dropped>,
 }
 
-/// Parses the output of [`look`] into offers for `want`.
+/// Parses the output of [`script`] into offers for `want`.
 pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     let disk = field(answer, "disk").and_then(free_kib).map(|kib| Bytes(kib.saturating_mul(1024)));
     let mut found = Found::default();

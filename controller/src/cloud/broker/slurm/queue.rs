@@ -255,7 +255,7 @@ fn read_place(line: &str) -> Option<(String, u64, u64)> {
 }
 
 impl Snapshot {
-    /// Parses the output of [`look`].
+    /// Parses the output of [`snapshot_script`].
     ///
     /// # Errors
     /// The output is incomplete.
