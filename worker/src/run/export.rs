@@ -2,8 +2,7 @@
 //! (`act_scales`) and the saliency of experts (`reap`).
 //!
 //! [`Exports`] sums over the inputs of every matrix of the layers, which [`InputCollectors`]
-//! observe.
-//! Matrices outside the layers (embedding, head) are not included.
+//! observe. Matrices outside the layers (embedding, head) are not included.
 
 mod act_scales;
 mod gguf;
