@@ -35,7 +35,7 @@ impl Cloud {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
         let responses = Responses::default();
         let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), HttpLimits::default());
-        let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
+        let http = http.expect("the base URL is one").over(Arc::new(responses.clone()));
         let runtime = crate::impatient();
         let access = ApiAccess { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
         // Rate limits start now and need the runtime's clock.
