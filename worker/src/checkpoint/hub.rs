@@ -6,7 +6,7 @@
 //! forever on a silent connection. Here every file is compared with the repository's size and hash
 //! before it is renamed into place.
 
-mod answer;
+mod response;
 mod cache;
 mod dataset;
 mod http;

@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::answer::RequestFailure;
+use super::response::RequestFailure;
 use super::http::Timeouts;
 use super::plan::Part;
 use super::remote::RemoteFile;

@@ -9,7 +9,7 @@ use ureq::Body;
 use ureq::http::header::CONTENT_LENGTH;
 use ureq::http::{Response, StatusCode};
 
-use super::answer::{RequestFailure, content_range, header};
+use super::response::{RequestFailure, content_range, header};
 use super::http::{Asked, Client, HubResponse};
 use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
