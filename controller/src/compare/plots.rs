@@ -10,7 +10,7 @@ use super::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
 use super::published::{PublishedRow, PublishedTable};
 
 mod cost;
-mod heat;
+mod heatmap;
 mod model;
 mod residual;
 mod trajectory;
