@@ -467,7 +467,7 @@ pub enum ResultsCommand {
 
 /// Clouds to query.
 #[derive(Args, Clone, Debug, Default)]
-pub struct Only {
+pub struct BrokerFilter {
     /// Only these brokers, separated by commas [default: this machine, every cloud whose key is
     /// set, and the clusters that the settings or open runs name].
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
@@ -483,7 +483,7 @@ pub enum InstancesCommand {
     List {
         /// Where to look.
         #[command(flatten)]
-        only: Only,
+        only: BrokerFilter,
     },
     /// Show one instance with the data of its cloud and of the ledger.
     ///
@@ -493,7 +493,7 @@ pub enum InstancesCommand {
         id: String,
         /// Where to look.
         #[command(flatten)]
-        only: Only,
+        only: BrokerFilter,
     },
     /// Print the command that opens a shell on an instance of this ledger, or run it.
     ///
@@ -506,7 +506,7 @@ pub enum InstancesCommand {
         run: bool,
         /// Where to look.
         #[command(flatten)]
-        only: Only,
+        only: BrokerFilter,
     },
     /// End instances, held ones and strays included. Instances of other owners need --owner or
     /// --force.
@@ -533,7 +533,7 @@ pub struct TerminateArgs {
     pub all: bool,
     /// Where to look.
     #[command(flatten)]
-    pub only: Only,
+    pub only: BrokerFilter,
     /// Whose instances are meant: the second part of their names [default: those of this machine's
     /// ledger].
     #[arg(long, value_name = "OWNER", value_parser = NonEmptyStringValueParser::new())]
@@ -551,7 +551,7 @@ pub struct TerminateArgs {
 pub struct DoctorArgs {
     /// Where to look.
     #[command(flatten)]
-    pub only: Only,
+    pub only: BrokerFilter,
     /// First make a damaged ledger anew, of what is left of it, the results and the clouds' lists.
     /// The damaged file is kept.
     #[arg(long)]
@@ -563,7 +563,7 @@ pub struct DoctorArgs {
 pub struct ReapArgs {
     /// Where to look.
     #[command(flatten)]
-    pub only: Only,
+    pub only: BrokerFilter,
     /// Show overdue instances, end none.
     #[arg(long)]
     pub dry_run: bool,

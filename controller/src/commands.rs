@@ -11,10 +11,10 @@ use crate::cli::settings::{CloudSettings, DefaultBroker, Environment, Settings, 
 use crate::cli::{AnalyzeArgs, Cli, Command};
 use crate::cloud::broker::local::{self, LocalBroker};
 use crate::cloud::broker::slurm::{self, Slurm};
-use crate::cloud::broker::{Access, Offer};
+use crate::cloud::broker::{ApiAccess, Offer};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
-use crate::cloud::http::{Explain, Http, Limits};
+use crate::cloud::http::{Explain, Http, HttpLimits};
 use crate::host;
 use crate::host::transport::program::OpenSsh;
 use crate::run::deploy::{Ports, SshHosts};
@@ -195,7 +195,7 @@ impl Context {
     /// It is missing, or of another version.
     pub async fn worker(&self) -> Result<LocalWorker, CliError> {
         let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
-        Ok(worker.limited(self.settings.look))
+        Ok(worker.limited(self.settings.inspect_limits))
     }
 
     /// Data and operations of a run, with the settings' assumptions.
@@ -321,8 +321,8 @@ impl Context {
             let hint = format!("set {} to a key from {}", cloud.variable(), cloud.kind.key_page);
             return Err(CliError::refused(format!("{name} needs a key"), hint));
         };
-        let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), Limits::default())?;
-        let access = Access {
+        let http = Http::new(cloud.kind.name, &cloud.base_url, Some(key.clone()), HttpLimits::default())?;
+        let access = ApiAccess {
             http: http.explained(self.explain()),
             image: cloud.image.clone(),
             ssh_user: cloud.ssh_user.clone(),

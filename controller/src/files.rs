@@ -22,7 +22,7 @@ pub fn free_disk(path: &Path) -> Option<Bytes> {
 }
 
 /// Maximum bytes of a document: more than users, workers or this program write.
-pub const MOST: u64 = 256 << 20;
+pub const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Opens a regular file. A pipe or a device is refused: reading it may never end, and opening a
 /// pipe may block.
@@ -42,29 +42,29 @@ fn regular(metadata: &Metadata) -> io::Result<()> {
     if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// Reads a regular file of at most `most` bytes.
+/// Reads a regular file of at most `limit` bytes.
 ///
 /// # Errors
 /// It is not a regular file, is too long, or cannot be read.
-pub fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
+pub fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {limit} bytes")));
     let file = open_regular(path)?;
     let bytes = file.metadata()?.len();
-    if bytes > most {
+    if bytes > limit {
         return too_long(format!("{bytes} bytes"));
     }
     let mut content = Vec::with_capacity(bytes as usize);
     // Some files report no size, and some grow during the read.
-    file.take(most + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit { too_long("more bytes".to_owned()) } else { Ok(content) }
 }
 
-/// Reads a regular UTF-8 file of at most `most` bytes.
+/// Reads a regular UTF-8 file of at most `limit` bytes.
 ///
 /// # Errors
 /// As [`read_small`], or it is not UTF-8.
-pub fn read_text(path: &Path, most: u64) -> io::Result<String> {
-    let text = String::from_utf8(read_small(path, most)?);
+pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
+    let text = String::from_utf8(read_small(path, limit)?);
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 
@@ -198,10 +198,10 @@ mod tests {
         assert_eq!(read_text(&at("a"), 3).unwrap(), "abc");
         assert!(read_small(&at("a"), 2).unwrap_err().to_string().contains("3 bytes, over the limit of 2"));
         File::create(at("sparse")).unwrap().set_len(1 << 40).unwrap();
-        assert!(read_small(&at("sparse"), MOST).unwrap_err().to_string().contains("1099511627776 bytes"));
+        assert!(read_small(&at("sparse"), MAX_FILE_BYTES).unwrap_err().to_string().contains("1099511627776 bytes"));
         assert!(std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
         for path in [at("pipe"), "/dev/zero".into(), folder.path().to_owned()] {
-            for error in [read_small(&path, MOST).unwrap_err(), digest(&path).unwrap_err()] {
+            for error in [read_small(&path, MAX_FILE_BYTES).unwrap_err(), digest(&path).unwrap_err()] {
                 assert_eq!(error.to_string(), "it is not a regular file", "{}", path.display());
             }
         }

@@ -237,7 +237,7 @@ pub enum RunState {
         /// How the run ends.
         ending: RunOutcome,
         /// Where they are.
-        results: Brought,
+        results: SavedResults,
     },
     /// The user asked to keep the instance. Only its deadline ends it.
     Held {
@@ -246,7 +246,7 @@ pub enum RunState {
         /// How the run ended.
         ending: RunOutcome,
         /// Where the files are.
-        results: Brought,
+        results: SavedResults,
     },
     /// The instance is unfit or vanished. It is terminated if it exists. Another one is rented.
     Discarding {
@@ -265,7 +265,7 @@ pub enum RunState {
         /// How the run ends.
         ending: RunOutcome,
         /// The results that were saved.
-        results: Option<Brought>,
+        results: Option<SavedResults>,
         /// Why no results were saved although some were expected.
         loss: Option<String>,
     },
@@ -274,7 +274,7 @@ pub enum RunState {
         /// How it ended.
         ending: RunOutcome,
         /// The results that were saved.
-        results: Option<Brought>,
+        results: Option<SavedResults>,
         /// Why no results were saved although some were expected.
         loss: Option<String>,
     },
@@ -339,7 +339,7 @@ pub enum RunEvent {
     /// Files are saved here.
     Fetched {
         /// Where the files are, and whether they are complete.
-        results: Brought,
+        results: SavedResults,
         /// Outcome according to these files.
         ending: RunOutcome,
     },
@@ -412,7 +412,7 @@ pub struct RefusedOffer {
 
 /// Results saved on this machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Brought {
+pub struct SavedResults {
     /// Absolute path of the folder on this machine.
     pub folder: String,
     /// Every file of the manifest exists and has its hash.
@@ -569,7 +569,7 @@ impl RunState {
     }
 
     /// The results that were saved.
-    pub fn results(&self) -> Option<&Brought> {
+    pub fn results(&self) -> Option<&SavedResults> {
         match self {
             Self::Synced { results, .. } | Self::Held { results, .. } => Some(results),
             Self::Terminating { results, .. } | Self::Closed { results, .. } => results.as_ref(),
@@ -766,8 +766,8 @@ mod tests {
         Box::new(Intent { offer: offer(), tag })
     }
 
-    fn brought() -> Brought {
-        Brought { folder: "/somewhere".into(), complete: true }
+    fn brought() -> SavedResults {
+        SavedResults { folder: "/somewhere".into(), complete: true }
     }
 
     fn events() -> Vec<RunEvent> {

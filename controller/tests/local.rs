@@ -87,7 +87,7 @@ impl Cloud {
     }
 
     fn reach(&self, instance: &Instance) -> Arc<dyn Transport> {
-        self.broker.way(&instance.id).unwrap().transport
+        self.broker.instance_transport(&instance.id).unwrap().transport
     }
 
     async fn only(&self) -> Instance {
@@ -203,7 +203,7 @@ async fn detached_child_survives_its_controller() {
     let pid: u32 = said.parse().unwrap();
     // Another lease, without processes.
     let other = LocalBroker::new(cloud.root(), PathBuf::from(EXE));
-    let there = other.way(&instance.id).unwrap().transport;
+    let there = other.instance_transport(&instance.id).unwrap().transport;
     assert_eq!(text(&there, &format!("kill -0 {pid} && echo lives")).await, "lives");
     other.terminate(&instance.id).await.unwrap();
     assert!(!alive(pid));

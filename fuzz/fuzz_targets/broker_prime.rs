@@ -8,4 +8,4 @@ use outliers_fuzz::cloud::Cloud;
 
 static CLOUD: LazyLock<Cloud> = LazyLock::new(|| Cloud::new("prime", include_bytes!("../seeds/broker_prime/offers")));
 
-libfuzzer_sys::fuzz_target!(|script: &[u8]| CLOUD.hear(script));
+libfuzzer_sys::fuzz_target!(|script: &[u8]| CLOUD.run_script(script));

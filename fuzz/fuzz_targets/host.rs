@@ -2,4 +2,4 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|script: &[u8]| outliers_fuzz::host::hear(script));
+libfuzzer_sys::fuzz_target!(|script: &[u8]| outliers_fuzz::host::run_script(script));

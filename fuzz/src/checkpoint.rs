@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::assert_harmless;
 
 /// Most tensors that are listed here; the largest published checkpoints have a hundred thousand.
-const MOST_TENSORS: usize = 1 << 17;
+const MAX_TENSORS: usize = 1 << 17;
 
 /// A safetensors file. If its header is accepted, the tensors tile the file, and only the header
 /// was needed to know it.
@@ -54,7 +54,7 @@ pub fn config(text: &[u8]) {
     let Ok(value) = serde_json::from_slice::<Value>(text) else { return };
     let Some(architecture) = good(arch::read(&value)) else { return };
     let (names, spec) = (architecture.names, architecture.spec);
-    if tensors(&spec) > MOST_TENSORS {
+    if tensors(&spec) > MAX_TENSORS {
         return;
     }
     for (layer, need) in spec.needs() {

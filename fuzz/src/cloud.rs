@@ -1,22 +1,22 @@
-//! A cloud with given answers, and the real broker.
+//! A cloud with given responses, and the real broker.
 
 use std::sync::Arc;
 
 use outliers::cloud::broker::{
-    Access, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
+    ApiAccess, Broker, BrokerError, CLOUDS, GpuRequest, Instance, InstanceId, InstanceState, Lease, Offer,
 };
-use outliers::cloud::http::{Http, Limits};
+use outliers::cloud::http::{Http, HttpLimits};
 use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;
 
-use crate::answers::Answers;
+use crate::responses::Responses;
 use crate::assert_harmless;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
 const KEY: &str = "sk-fuzz-7d1e";
 /// Most offers of one answer that are ordered.
-const MOST_ORDERS: usize = 3;
+const MAX_ORDERS: usize = 3;
 /// A price per hour above every limit.
 const HIGHEST: f64 = 100_000.0;
 
@@ -24,37 +24,37 @@ const HIGHEST: f64 = 100_000.0;
 pub struct Cloud {
     runtime: Runtime,
     broker: Box<dyn Broker>,
-    answers: Answers,
+    responses: Responses,
     /// An order.
     offer: Offer,
 }
 
 impl Cloud {
-    /// The cloud called `name`; `stock` are good answers to a query for offers.
+    /// The cloud called `name`; `stock` are good responses to a query for offers.
     pub fn new(name: &str, stock: &[u8]) -> Self {
         let kind = CLOUDS.iter().find(|kind| kind.name == name).expect("it is built in");
-        let answers = Answers::default();
-        let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), Limits::default());
-        let http = http.expect("the base URL is one").over(Arc::new(answers.clone()));
+        let responses = Responses::default();
+        let http = Http::new(kind.name, kind.base_url, Some(Secret::new(KEY)), HttpLimits::default());
+        let http = http.expect("the base URL is one").over(Arc::new(responses.clone()));
         let runtime = crate::impatient();
-        let access = Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
+        let access = ApiAccess { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None };
         // Rate limits start now and need the runtime's clock.
         let broker = runtime.block_on(async { (kind.connect)(access) });
-        answers.say(stock);
+        responses.say(stock);
         let found = runtime.block_on(broker.offers(&want())).expect("good answers are understood");
         let offer = found.offers.into_iter().next().expect("there is an offer in good answers");
-        Self { runtime, broker, answers, offer }
+        Self { runtime, broker, responses, offer }
     }
 
-    /// Makes every request of a broker. Each is answered by `script` (see [`Answers::say`]) from
+    /// Makes every request of a broker. Each is answered by `script` (see [`Responses::say`]) from
     /// its start.
-    pub fn hear(&self, script: &[u8]) {
+    pub fn run_script(&self, script: &[u8]) {
         let id = InstanceId("17".to_owned());
         self.runtime.block_on(async {
-            let again = || self.answers.say(script);
+            let again = || self.responses.say(script);
             again();
             let found = good(self.broker.offers(&want()).await).map(|found| found.offers).unwrap_or_default();
-            for offer in found.into_iter().take(MOST_ORDERS) {
+            for offer in found.into_iter().take(MAX_ORDERS) {
                 check_offer(&offer);
                 again();
                 good(self.broker.create(&offer, &lease()).await).iter().for_each(check_instance);

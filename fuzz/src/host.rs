@@ -23,7 +23,7 @@ const RUN: &str = "r1";
 /// Makes every request to a host. Each is answered by `script` from its start: output of commands
 /// or content of files, separated by lines `===`. An answer with `!` before it is a failure; with
 /// `-`, there is no file.
-pub fn hear(script: &[u8]) {
+pub fn run_script(script: &[u8]) {
     let answered = || RemoteHost::new(Arc::new(Scripted::new(script)), "host");
     crate::run(async {
         if let Some(facts) = good(answered().probe().await) {

@@ -5,7 +5,7 @@ use std::future::Future;
 
 use tokio::runtime::{Builder, Runtime};
 
-pub mod answers;
+pub mod responses;
 #[cfg(feature = "worker")]
 pub mod checkpoint;
 pub mod cloud;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use outliers_tests::hub::{MockHub, Repo, Wire};
 use outliers_worker::checkpoint::hub::{Hub, HubOptions};
 use outliers_worker::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
-use outliers_worker::checkpoint::source::{Checkpoint, Wanted};
+use outliers_worker::checkpoint::source::{Checkpoint, PlannedRead};
 
 const ID: &str = "owner/model";
 const SHARDS: usize = 6;
@@ -39,13 +39,13 @@ fn main() {
         let hub = MockHub::behind(wire, [Repo::new(ID, &repo)]).unwrap();
         let options = HubOptions { endpoint: hub.url(), ..HubOptions::new(dir.path().join("cache")) };
         let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
-        let before = hub.seen().len();
+        let before = hub.requests().len();
         let (bytes, seconds) = read(&checkpoint, hash_memory);
         let verified = checkpoint.weights.verified().len();
         let rate = bytes as f64 / seconds / 1e6;
         let of_wire = width.map_or_else(|| "-".to_owned(), |width| format!("{:.1} %", 100.0 * rate / width as f64));
         let shown = width.map_or_else(|| "unlimited".to_owned(), |width| width.to_string());
-        let (megabytes, requests) = (bytes as f64 / 1e6, hub.seen().len() - before);
+        let (megabytes, requests) = (bytes as f64 / 1e6, hub.requests().len() - before);
         println!(
             "{latency:>7} ms {shown:>12} {verified:>3} of {SHARDS} {megabytes:>9.0} {seconds:>9.2} {rate:>9.0} {of_wire:>13} {requests:>10}"
         );
@@ -56,13 +56,13 @@ fn main() {
 fn read(checkpoint: &Checkpoint, hash_memory: u64) -> (u64, f64) {
     let weights = &*checkpoint.weights;
     let entries: Vec<_> = weights.names().map(|name| weights.entry(name).unwrap().clone()).collect();
-    let wanted = entries.iter().enumerate().map(|(unit, entry)| Wanted {
+    let wanted = entries.iter().enumerate().map(|(unit, entry)| PlannedRead {
         file: entry.file,
         bytes: entry.offset..entry.offset + entry.len,
         layer: unit / 4,
         unit: unit / 4,
     });
-    let wanted: Vec<Wanted> = wanted.collect();
+    let wanted: Vec<PlannedRead> = wanted.collect();
     let mut bytes = Vec::new();
     let start = Instant::now();
     weights.announce(&wanted, hash_memory);

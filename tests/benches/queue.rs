@@ -14,7 +14,7 @@ const ROUNDS: usize = 5;
 
 fn main() {
     let jobs: usize = std::env::args().filter_map(|argument| argument.parse().ok()).next().unwrap_or(500);
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let mut queue = String::new();
     for i in 0..jobs {
         let tag = format!("outliers-a1b2c3-r{i}-n1x-1790000000");

@@ -24,13 +24,13 @@ const FIXTURE: &str = "olmoe-bf16";
 pub(super) const QUICK: &str = "listing-interval = \"1s\"\n";
 
 /// A context on which only these clouds are known, each with [`QUICK`] settings.
-pub(super) struct Place {
+pub(super) struct CloudContext {
     pub(super) context: TestContext,
     /// Folder of the hosts' tools: an `nvidia-smi` that lists the rented GPUs.
     tools: tempfile::TempDir,
 }
 
-impl Place {
+impl CloudContext {
     pub(super) fn new(clouds: &[&FakeCloud]) -> Self {
         Self::with_settings(clouds, "")
     }
@@ -72,7 +72,7 @@ impl Place {
         Sshd::start().unwrap()?;
         let tools = self.tools.path().display();
         let config = format!("{config}SetEnv HOME={{folder}}/home PATH={tools}:/usr/bin:/bin");
-        cloud.world().host = Some(Arc::new(move |instance: &FakeInstance| {
+        cloud.state().host = Some(Arc::new(move |instance: &FakeInstance| {
             let server = Sshd::start_with(&config).unwrap().unwrap();
             server.authorize(instance.public_key.as_deref().expect("a lease comes with a key")).unwrap();
             rented(server)
@@ -117,14 +117,14 @@ impl Place {
     /// Of two A100s the first is sold out. Results are as on other instances, and nothing is left.
     fn full_run(&self, cloud: &FakeCloud) {
         {
-            let mut world = cloud.world();
-            world.stock = vec![
+            let mut state = cloud.state();
+            state.stock = vec![
                 Stock::plain("1001", Gpu::A100, 1, 1.5),
                 Stock { region: "us-texas-1", ..Stock::plain("1002", Gpu::A100, 1, 1.5) },
                 Stock::plain("1003", Gpu::H100, 1, 1.0),
             ];
-            world.shown_after = 1;
-            world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+            state.shown_after = 1;
+            state.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
         }
         let said = self.deploy().ok();
         let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
@@ -141,29 +141,29 @@ impl Place {
         assert_statistics_equal(&reference.join("outliers.json"), &self.context.results());
         assert!(home.join(files::METADATA).exists());
         nothing_left(cloud);
-        let world = cloud.world();
-        assert_eq!(world.instances.len(), 1, "rented once");
-        assert!(world.keys.is_empty(), "the account's keys are as before: {:?}", world.keys);
+        let state = cloud.state();
+        assert_eq!(state.instances.len(), 1, "rented once");
+        assert!(state.keys.is_empty(), "the account's keys are as before: {:?}", state.keys);
         assert!(!format!("{said:?}").contains(KEY));
     }
 }
 
 /// Final assertion: the cloud bills nothing.
 pub(super) fn nothing_left(cloud: &FakeCloud) {
-    let world = cloud.world();
-    assert_eq!(world.live().count(), 0, "still billing: {world:?}");
+    let state = cloud.state();
+    assert_eq!(state.live().count(), 0, "still billing: {state:?}");
 }
 
 /// An SSH session on a kept instance, which must show its first host key.
 #[test]
 fn ssh_to_a_held_instance_checks_its_host_key() {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     if place.host(&cloud).is_none() {
         return;
     }
-    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
-    let _ = place.context.run(Place::deployment().into_iter().chain(["--keep-running".to_owned()])).ok();
+    cloud.state().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
+    let _ = place.context.run(CloudContext::deployment().into_iter().chain(["--keep-running".to_owned()])).ok();
     let listed = place.context.json(&["instances", "list"]);
     let id = listed["instances"][0]["id"].as_str().expect("it is kept").to_owned();
     let command = place.context.run(["instances", "ssh", &id]).ok().stdout;
@@ -190,7 +190,7 @@ fn ssh_to_a_held_instance_checks_its_host_key() {
 
 fn deploys_to(dialect: impl Dialect) {
     let cloud = FakeCloud::start(dialect);
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     if place.host(&cloud).is_some() {
         place.full_run(&cloud);
     }
@@ -220,7 +220,7 @@ fn deploy_to_lambda_completes() {
     drop(server);
     let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
     let cloud = FakeCloud::start(Lambda);
-    let place = Place::with_settings(&[&cloud], &format!("ssh-user = \"{user}\"\nssh-port = {port}\n"));
+    let place = CloudContext::with_settings(&[&cloud], &format!("ssh-user = \"{user}\"\nssh-port = {port}\n"));
     let plain = |server: Sshd| Rented { ssh: server.endpoint(), machine: Box::new(server) };
     place.host_with(&cloud, &format!("Port {port}\n"), plain).expect("it started above");
     place.full_run(&cloud);
@@ -231,7 +231,7 @@ fn deploy_to_lambda_completes() {
 #[test]
 fn deploy_works_with_an_ssh_banner_and_one_session() {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let line = |i| format!("0{i} This is a private system of a provider, do not enter.\r\n");
     let preface: String = (0..50).map(line).collect();
     let behind_a_gateway = move |server: Sshd| {
@@ -247,10 +247,10 @@ fn deploy_works_with_an_ssh_banner_and_one_session() {
 #[test]
 fn unsupported_gpus_are_not_rented() {
     let cloud = FakeCloud::start(Vast);
-    let usual = Place::deployment();
+    let usual = CloudContext::deployment();
     let devices = usual.iter().position(|word| word == "--devices").unwrap();
     let all_devices: Vec<_> = [&usual[..devices], &usual[devices + 2..]].concat();
-    let plain = Place::new(&[&cloud]).context.run(&all_devices);
+    let plain = CloudContext::new(&[&cloud]).context.run(&all_devices);
     assert_eq!(plain.code, Some(2), "{plain:?}");
     let said = format!("{plain:?}");
     assert!(said.contains("without CUDA") && said.contains("outliers worker build --cuda"), "{said}");
@@ -265,11 +265,11 @@ fn unsupported_gpus_are_not_rented() {
         format!("#!/bin/sh\n[ \"$1\" != version ] || exec cat <<'END'\n{version}\nEND\nexec {real:?} \"$@\"\n");
     std::fs::write(&program, script).unwrap();
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let place = Place::with_settings(&[&cloud], &format!("[worker]\nbinary = {program:?}\n"));
+    let place = CloudContext::with_settings(&[&cloud], &format!("[worker]\nbinary = {program:?}\n"));
     let demanding = place.context.run(&all_devices);
     assert_eq!(demanding.code, Some(3), "{demanding:?}");
     assert!(format!("{demanding:?}").contains("a driver for the worker (CUDA 99.0)"), "{demanding:?}");
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 }
 
 /// If the rented offer is dearer than the shown one, the time limit is reduced to the agreed
@@ -277,23 +277,23 @@ fn unsupported_gpus_are_not_rented() {
 #[test]
 fn amount_paid_is_at_most_the_amount_shown() {
     let cloud = FakeCloud::start(Vast);
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     if place.host(&cloud).is_none() {
         return;
     }
     {
-        let mut world = cloud.world();
-        world.stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::A100, 1, 1.65)];
-        world.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+        let mut state = cloud.state();
+        state.stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::A100, 1, 1.65)];
+        state.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
     }
-    let plan = Place::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
+    let plan = CloudContext::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
     let said = place.context.run(plan).ok();
     let plan: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let at_most = plan["at_most"].as_i64().unwrap();
     assert!(at_most > 9_000_000 && at_most % 10_000 == 0, "six hours, to the cent above: {at_most}");
 
     let budget = format!("{:.2}", at_most as f64 / 1e6);
-    let said = place.context.run(Place::deployment().into_iter().chain(["--budget".to_owned(), budget])).ok();
+    let said = place.context.run(CloudContext::deployment().into_iter().chain(["--budget".to_owned(), budget])).ok();
     let deployed: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let run = &deployed["run"];
     assert_eq!(run["spec"]["agreed"], at_most, "{said:?}");
@@ -315,9 +315,9 @@ fn amount_paid_is_at_most_the_amount_shown() {
 #[test]
 fn run_over_its_time_limit_needs_allow_cut_short() {
     let cloud = FakeCloud::start(Vast);
-    let place = Place::with_settings(&[&cloud], "[run]\nmax-duration = \"2m\"\n");
+    let place = CloudContext::with_settings(&[&cloud], "[run]\nmax-duration = \"2m\"\n");
     let run = |more: &[&str]| {
-        let usual = Place::deployment().into_iter().filter(|word| word != "-y");
+        let usual = CloudContext::deployment().into_iter().filter(|word| word != "-y");
         place.context.run(usual.chain(more.iter().map(|word| (*word).to_owned())))
     };
     for typed in [&["--dry-run"][..], &["-y"]] {
@@ -326,7 +326,7 @@ fn run_over_its_time_limit_needs_allow_cut_short() {
         let words = ["longer than its time limit of 2 min 00 s", "--max-duration 6m", "--allow-cut-short"];
         assert!(words.iter().all(|word| said.stderr.contains(word)), "{said:?}");
     }
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
     drop(run(&["--dry-run", "--max-duration", "6m"]).ok());
     drop(run(&["--dry-run", "--allow-cut-short"]).ok());
 
@@ -340,18 +340,18 @@ fn run_over_its_time_limit_needs_allow_cut_short() {
 #[test]
 fn clock_hours_off_is_refused_and_seconds_off_is_corrected() {
     let cloud = FakeCloud::start(Vast);
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     for (ahead, said) in [(7 * 3600 + 30, "7 h 00 min behind that of vast"), (-7 * 3600, "ahead of that of vast")] {
-        cloud.world().clock_ahead = ahead;
+        cloud.state().clock_ahead = ahead;
         let refused = place.deploy();
         assert!(refused.code == Some(2) && refused.stderr.contains(said), "{refused:?}");
         let doctor = place.context.run(["doctor"]);
         assert!(doctor.stdout.contains("its clock is"), "{doctor:?}");
     }
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 
-    cloud.world().clock_ahead = 200;
-    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
+    cloud.state().clock_ahead = 200;
+    cloud.state().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5)];
     if place.host(&cloud).is_none() {
         return;
     }
@@ -372,10 +372,10 @@ fn deploy_on_a_sold_out_cloud_exits_as_without_an_offer() {
         FakeCloud::start(Prime),
     ];
     for cloud in &clouds {
-        cloud.world().fail_always(Op::Create, How::Refuse(Refusal::NoCapacity));
-        let said = Place::new(&[cloud]).deploy();
+        cloud.state().fail_always(Op::Create, How::Refuse(Refusal::NoCapacity));
+        let said = CloudContext::new(&[cloud]).deploy();
         assert_eq!(said.code, Some(3), "{said:?}");
-        assert!(said.stderr.contains("none could be had") && cloud.world().count(Op::Create) > 0, "{said:?}");
+        assert!(said.stderr.contains("none could be had") && cloud.state().count(Op::Create) > 0, "{said:?}");
         nothing_left(cloud);
     }
 }
@@ -389,8 +389,8 @@ fn offers_queries_all_clouds_concurrently() {
         FakeCloud::start(Lambda),
         FakeCloud::start(Prime),
     ];
-    clouds[3].world().stock.push(Stock { currency: "EUR", ..Stock::plain("2001", Gpu::A100, 1, 1.0) });
-    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    clouds[3].state().stock.push(Stock { currency: "EUR", ..Stock::plain("2001", Gpu::A100, 1, 1.0) });
+    let place = CloudContext::new(&clouds.iter().collect::<Vec<_>>());
     let found = place.context.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
     let offers = found["offers"].as_array().unwrap();
     let mut brokers: Vec<&str> = offers.iter().map(|offer| offer["broker"].as_str().unwrap()).collect();
@@ -405,7 +405,7 @@ fn offers_queries_all_clouds_concurrently() {
         "{dropped:?}"
     );
 
-    clouds[1].world().fail_always(Op::Offers, How::Refuse(Refusal::Unauthorized));
+    clouds[1].state().fail_always(Op::Offers, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(["offers", "--gpu-filter", "a100"]).ok();
     assert!(
         said.stderr.contains("vast") && said.stdout.contains("runpod") && !said.stdout.contains("vast"),
@@ -426,7 +426,7 @@ fn reap_needs_only_api_keys() {
         FakeCloud::start(Lambda),
         FakeCloud::start(Prime),
     ];
-    let now = clouds[0].world().now;
+    let now = clouds[0].state().now;
     let (past, future) = (now - 60, now + 3600);
     let names = [
         format!("outliers-me-r1-n1-{past}"),
@@ -436,10 +436,10 @@ fn reap_needs_only_api_keys() {
         format!("outliers-me-{past}"),
     ];
     for cloud in &clouds {
-        names.iter().for_each(|name| drop(cloud.world().plant(name)));
+        names.iter().for_each(|name| drop(cloud.state().plant(name)));
     }
-    let left = |cloud: &FakeCloud| cloud.world().live().map(|instance| instance.name.clone()).collect::<Vec<_>>();
-    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    let left = |cloud: &FakeCloud| cloud.state().live().map(|instance| instance.name.clone()).collect::<Vec<_>>();
+    let place = CloudContext::new(&clouds.iter().collect::<Vec<_>>());
     let shown = place.context.json(&["reap", "--owner", "me", "--dry-run"]);
     assert_eq!(shown["overdue"].as_array().unwrap().len(), 4, "{shown:#}");
     assert!(clouds.iter().all(|cloud| left(cloud) == names), "a dry run ends nothing");
@@ -448,7 +448,7 @@ fn reap_needs_only_api_keys() {
     assert!(clouds.iter().all(|cloud| left(cloud) == names[1..]), "{:?}", clouds.each_ref().map(left));
     let said = place.context.run(["reap", "--all-owners"]);
     assert!(said.code == Some(2) && said.stderr.contains("--yes twice"), "{said:?}");
-    clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    clouds[1].state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(["reap", "--all-owners", "-y", "-y"]);
     assert!(said.code == Some(6) && said.stderr.contains("vast"), "{said:?}");
     for (i, cloud) in clouds.iter().enumerate() {
@@ -459,12 +459,12 @@ fn reap_needs_only_api_keys() {
 #[test]
 fn doctor_reports_each_problem() {
     let clouds = [FakeCloud::start(RunPod::default()), FakeCloud::start(Lambda)];
-    let place = Place::new(&clouds.iter().collect::<Vec<_>>());
+    let place = CloudContext::new(&clouds.iter().collect::<Vec<_>>());
     let said = place.context.run(["doctor"]).ok();
     for word in ["runpod account", "lambda account", "prime API", "PRIME_API_KEY", "worker", "ledger"] {
         assert!(said.stdout.contains(word), "{word}: {said:?}");
     }
-    clouds[1].world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    clouds[1].state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(["doctor"]);
     assert!(said.code == Some(5) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");
     let said = place.context.run(["doctor", "--broker", "runpod"]).ok();
@@ -477,15 +477,15 @@ fn doctor_reports_each_problem() {
 fn large_account_is_listed_whole_and_only_our_stray_is_ours() {
     let cloud = FakeCloud::start(RunPod::default());
     {
-        let mut world = cloud.world();
-        for stock in &mut world.stock {
+        let mut state = cloud.state();
+        for stock in &mut state.stock {
             stock.left = 1000;
         }
         for i in 0..500 {
-            world.plant(&format!("someone-elses-{i}"));
+            state.plant(&format!("someone-elses-{i}"));
         }
     }
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let mut child = place.context.start(["instances", "list", "--broker", "runpod", "--json"]);
     let mut peak_kib = 0;
     let status = loop {
@@ -501,5 +501,5 @@ fn large_account_is_listed_whole_and_only_our_stray_is_ours() {
     let listed: serde_json::Value = serde_json::from_str(&place.context.stdout()).unwrap();
     assert_eq!(listed["instances"].as_array().unwrap().len(), 500);
     assert!(peak_kib > 0 && peak_kib < 60 * 1024, "{peak_kib} KiB");
-    assert_eq!(cloud.world().count(Op::Terminate), 0, "nobody touches what is not ours");
+    assert_eq!(cloud.state().count(Op::Terminate), 0, "nobody touches what is not ours");
 }

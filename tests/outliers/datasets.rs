@@ -113,7 +113,7 @@ fn write(path: &Path, texts: &[String]) {
 fn dataset_windows_equal_local_text_with_few_bytes_fetched() {
     let setup = Setup::new();
     let expected = setup.load(setup.files(), None).unwrap();
-    assert_eq!(setup.hub.seen().len(), 0);
+    assert_eq!(setup.hub.requests().len(), 0);
     let tokens = setup.dataset("owner/texts@main:sample/10BT").unwrap();
     assert_eq!(tokens.ids, expected.ids);
     assert_eq!((tokens.sequences, tokens.tokens), (4, 128));

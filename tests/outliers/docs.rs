@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::Parser;
 use outliers::survey::Survey;
 
-const MOST_LINES: usize = 200;
-const MOST_COLUMNS: usize = 110;
+const MAX_LINES: usize = 200;
+const MAX_COLUMNS: usize = 110;
 
 pub(super) struct Page {
     path: PathBuf,
@@ -113,12 +113,12 @@ fn readme_is_short_and_its_lines_are_narrow() {
     let mut wide = Vec::new();
     for page in pages() {
         let lines = page.text.lines().enumerate();
-        let too_wide = lines.filter(|(_, line)| line.chars().count() > MOST_COLUMNS);
+        let too_wide = lines.filter(|(_, line)| line.chars().count() > MAX_COLUMNS);
         wide.extend(too_wide.map(|(at, line)| format!("{}:{}: {line}", page.name(), at + 1)));
     }
-    assert!(wide.is_empty(), "more than {MOST_COLUMNS} columns:\n{}", wide.join("\n"));
+    assert!(wide.is_empty(), "more than {MAX_COLUMNS} columns:\n{}", wide.join("\n"));
     let lines = readme().text.lines().count();
-    assert!(lines <= MOST_LINES, "README.md has {lines} lines");
+    assert!(lines <= MAX_LINES, "README.md has {lines} lines");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::golden;
 use serde_json::json;
 
-use crate::clouds::{Place, QUICK};
+use crate::clouds::{CloudContext, QUICK};
 
 /// The small fixture's model over its own token ids.
 fn job(name: &str) -> Vec<String> {
@@ -110,21 +110,21 @@ fn on_a_full_disk(context: &TestContext, arguments: &[&str]) -> Said {
 /// owner.
 fn planted(owner: &str) -> (FakeCloud, [String; 3]) {
     let cloud = FakeCloud::start(Lambda);
-    let now = cloud.world().now;
+    let now = cloud.state().now;
     let (past, future) = (now - 60, now + 3600);
     let names =
         [format!("outliers-{owner}-r1-n1-{past}"), format!("outliers-{owner}-r2-n1-{future}"), "web".to_owned()];
-    let ids = names.map(|name| cloud.world().plant(&name));
+    let ids = names.map(|name| cloud.state().plant(&name));
     (cloud, ids)
 }
 
 fn live(cloud: &FakeCloud) -> Vec<String> {
-    cloud.world().live().map(|instance| instance.id.clone()).collect()
+    cloud.state().live().map(|instance| instance.id.clone()).collect()
 }
 
 /// Lists and ends instances without a usable ledger; `wrong` is the message about it.
 fn ends_without_a_ledger(
-    place: &Place,
+    place: &CloudContext,
     cloud: &FakeCloud,
     ids: &[String; 3],
     run: impl Fn(&[&str]) -> Said,
@@ -148,7 +148,7 @@ fn ends_without_a_ledger(
 #[test]
 fn instances_are_listed_reaped_and_ended_without_a_readable_ledger() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     std::fs::create_dir_all(place.context.state()).unwrap();
     std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
     std::fs::write(place.context.state().join("ledger.db"), "some text that somebody wrote over it").unwrap();
@@ -158,7 +158,7 @@ fn instances_are_listed_reaped_and_ended_without_a_readable_ledger() {
 #[test]
 fn instances_are_listed_reaped_and_ended_on_a_full_disk() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     std::fs::create_dir_all(place.context.state()).unwrap();
     std::fs::write(place.context.state().join("owner"), "me\n").unwrap();
     let _ = place.context.run(["runs", "list"]).ok();
@@ -168,13 +168,13 @@ fn instances_are_listed_reaped_and_ended_on_a_full_disk() {
 #[test]
 fn instances_of_another_ledger_end_by_owner_name() {
     let (cloud, ids) = planted("lost");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     let refused = context.run(["instances", "terminate", &ids[1], "-y"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--owner lost"), "{refused:?}");
     let refused = context.run(["instances", "terminate", &ids[2], "-y", "--owner", "lost"]);
     assert!(refused.code == Some(2) && refused.stderr.contains("--force"), "{refused:?}");
-    assert_eq!(cloud.world().count(Op::Terminate), 0);
+    assert_eq!(cloud.state().count(Op::Terminate), 0);
     let _ = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "lost"]).ok();
     let _ = context.run(["instances", "terminate", &ids[2], "-y", "--force", "--broker", "lambda"]).ok();
     let _ = context.run(["instances", "terminate", "--all", "-y", "--owner", "lost"]).ok();
@@ -184,7 +184,7 @@ fn instances_of_another_ledger_end_by_owner_name() {
 #[test]
 fn terminate_without_yes_lists_instances_and_ends_none() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     for named in [&["--all"][..], &[ids[0].as_str(), ids[1].as_str()]] {
         let said = place.context.run([&["instances", "terminate", "--owner", "me"][..], named].concat());
         assert!(said.code == Some(2) && said.stderr.contains("--yes"), "{said:?}");
@@ -192,7 +192,7 @@ fn terminate_without_yes_lists_instances_and_ends_none() {
         assert!(shown(&ids[0]) && shown(&ids[1]) && !shown(&ids[2]) && shown("2 instances"), "{said:?}");
         assert!(shown("hardware") && shown("price") && shown("/h") && shown("outliers-me-r1"), "{said:?}");
     }
-    assert_eq!(cloud.world().count(Op::Terminate), 0);
+    assert_eq!(cloud.state().count(Op::Terminate), 0);
 }
 
 #[test]
@@ -227,7 +227,7 @@ fn damaged_ledger_is_repaired_and_losses_are_reported() {
 #[test]
 fn invalid_settings_do_not_block_termination() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
     let mine = context.work().join("mine.toml");
     let clouds = format!("[brokers.lambda]\nbase-url = \"{}\"\n{QUICK}", cloud.url());
@@ -247,9 +247,9 @@ fn malformed_list_entry_does_not_block_termination() {
         ("name", Some(json!(77))),
     ] {
         let (cloud, ids) = planted("me");
-        let place = Place::new(&[&cloud]);
+        let place = CloudContext::new(&[&cloud]);
         let context = &place.context;
-        cloud.world().odd = Some(Odd { id: ids[2].clone(), field: field.to_owned(), value });
+        cloud.state().odd = Some(Odd { id: ids[2].clone(), field: field.to_owned(), value });
         let listed = context.json(&["instances", "list"]);
         assert_eq!(listed["instances"].as_array().unwrap().len(), 3, "{listed:#}");
         assert_eq!(listed["unreadable"].as_u64(), Some(u64::from(["id", "name"].contains(&field))), "{listed:#}");
@@ -264,9 +264,9 @@ fn malformed_list_entry_does_not_block_termination() {
 #[test]
 fn named_instance_is_terminated_without_listing() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
-    cloud.world().fail_always(Op::List, How::OtherJson);
+    cloud.state().fail_always(Op::List, How::OtherJson);
     let unseen = context.run(["instances", "terminate", &ids[1], "-y", "--owner", "me"]);
     assert!(unseen.code == Some(5) && unseen.stderr.contains("--broker"), "{unseen:?}");
     let args = ["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"];
@@ -274,7 +274,7 @@ fn named_instance_is_terminated_without_listing() {
     assert!(said.stdout.contains("seen gone"), "{said:?}");
     assert_eq!(live(&cloud), [&ids[0], &ids[2]].map(String::as_str));
     // Even if its own entry is odd.
-    cloud.world().odd = Some(Odd { id: ids[0].clone(), field: "name".to_owned(), value: None });
+    cloud.state().odd = Some(Odd { id: ids[0].clone(), field: "name".to_owned(), value: None });
     let _ = context.run(["instances", "terminate", &ids[0], "-y", "--force", "--broker", "lambda"]).ok();
     assert_eq!(live(&cloud), ids[2..]);
 }
@@ -282,18 +282,18 @@ fn named_instance_is_terminated_without_listing() {
 #[test]
 fn refused_termination_reports_price_and_remedy() {
     let (cloud, ids) = planted("me");
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let context = &place.context;
-    cloud.world().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
+    cloud.state().fail_always(Op::Terminate, How::Refuse(Refusal::Broken(500)));
     let mut child = context.start(["instances", "terminate", &ids[1], "-y", "--owner", "me", "--broker", "lambda"]);
-    context.wait_for("the cloud to be told", || cloud.world().count(Op::Terminate) > 0);
+    context.wait_for("the cloud to be told", || cloud.state().count(Op::Terminate) > 0);
     // The limit of five seconds is tested in `waiting.rs`, with a clock that does not depend on
     // the machine.
     context.wait_for("the first word", || context.stderr().contains("does not end instance"));
     for word in ["HTTP 500", "next try in", "$1.89/h", "--broker lambda", &ids[1]] {
         assert!(context.stderr().contains(word), "{word}: {}", context.stderr());
     }
-    cloud.world().faults.clear();
+    cloud.state().faults.clear();
     assert!(child.wait().unwrap().success(), "{}", context.stderr());
     assert_eq!(live(&cloud), [&ids[0], &ids[2]].map(String::as_str));
 }
@@ -325,7 +325,7 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     let held: serde_json::Value = serde_json::from_str(&run(&context, &held, job("llama-f32")).ok().stdout).unwrap();
     let held = held["run"]["id"].as_str().unwrap().to_owned();
     let owner = std::fs::read_to_string(context.state().join("owner")).unwrap().trim().to_owned();
-    let planted = |run: &str, deadline: u64| cloud.world().plant(&format!("outliers-{owner}-{run}-n-{deadline}"));
+    let planted = |run: &str, deadline: u64| cloud.state().plant(&format!("outliers-{owner}-{run}-n-{deadline}"));
     let (stray, unknown, young) =
         (planted(over, now + 3600), planted("unknown", now - 60), planted("unknown", now + 3600));
     let settings = context.work().join("mine.toml");
@@ -349,7 +349,7 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     let shown = with(&["--dry-run"]);
     let strays = vec![stray.clone(), unknown.clone()];
     assert_eq!(named(&shown), (vec![held.clone()], strays, vec![]), "{shown:#}");
-    assert_eq!(cloud.world().count(Op::Terminate), 0, "a dry run ends nothing");
+    assert_eq!(cloud.state().count(Op::Terminate), 0, "a dry run ends nothing");
     let done = with(&[]);
     assert_eq!(named(&done), named(&shown), "{done:#}");
     let left = live(&cloud);
@@ -362,8 +362,8 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
 #[test]
 fn unreachable_cloud_exits_5_when_no_run_is_open() {
     let (cloud, _) = planted("nobody");
-    let place = Place::new(&[&cloud]);
-    cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    let place = CloudContext::new(&[&cloud]);
+    cloud.state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let deploy: Vec<String> = ["deploy", "-y", "--broker", "lambda"].map(str::to_owned).into();
     for command in [vec!["reap".to_owned()], [deploy, job("llama-f32")].concat()] {
         let said = place.context.run(&command);

@@ -51,14 +51,14 @@ impl Events {
 }
 
 /// A server, a host behind it, and a folder for fetched files.
-struct Scene {
+struct HostFixture {
     server: Sshd,
     host: RemoteHost,
     here: TempDir,
     events: Events,
 }
 
-impl Scene {
+impl HostFixture {
     async fn until(&self, what: &str, holds: impl Fn(&Self) -> bool) {
         // Timeout of a test. A worker that ignores signals takes 18 s of it.
         let limit = within(120);
@@ -142,24 +142,24 @@ const ENDED_WELL: JobStatus = JobStatus::Ended { exit: Some(0) };
 
 #[tokio::test]
 async fn run_goes_from_probe_to_results() {
-    let Some(scene) = Scene::new().await else { return };
-    let host = &scene.host;
+    let Some(fixture) = HostFixture::new().await else { return };
+    let host = &fixture.host;
     let facts = host.probe().await.unwrap();
-    assert_eq!(facts.home, scene.server.home().to_str().unwrap());
+    assert_eq!(facts.home, fixture.server.home().to_str().unwrap());
     assert_eq!(
         (facts.user.as_str(), facts.arch.as_str()),
-        (scene.server.endpoint().user.as_str(), std::env::consts::ARCH)
+        (fixture.server.endpoint().user.as_str(), std::env::consts::ARCH)
     );
     assert!(facts.cores.unwrap() >= 1 && facts.ram.unwrap().gib() > 0.1 && facts.disk_free.unwrap().gib() > 0.01);
     assert!(facts.clock_skew.unwrap().abs() <= 1);
 
-    let worker = scene.worker().await;
+    let worker = fixture.worker().await;
     assert!(worker.path.ends_with(&format!(".cache/outliers/bin/{}/outliers-worker", worker.sha256)));
-    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total, .. } if sent == total)));
-    let already = |scene: &Scene| scene.events.all().iter().any(|e| matches!(e, HostEvent::AlreadyThere { .. }));
-    assert!(!already(&scene));
-    assert_eq!(scene.worker().await, worker);
-    assert!(already(&scene));
+    assert!(fixture.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total, .. } if sent == total)));
+    let already = |fixture: &HostFixture| fixture.events.all().iter().any(|e| matches!(e, HostEvent::AlreadyThere { .. }));
+    assert!(!already(&fixture));
+    assert_eq!(fixture.worker().await, worker);
+    assert!(already(&fixture));
 
     assert_eq!(host.status("r1").await.unwrap(), JobStatus::NotStarted);
     let secret = Secret::new("hf_'quote' $HOME");
@@ -168,87 +168,87 @@ async fn run_goes_from_probe_to_results() {
     assert_eq!(host.status("r1").await.unwrap(), JobStatus::Running);
     let again = host.launch(&worker, "r1", &job("slow"), &[]).await.unwrap();
     assert_eq!(again, Launched::Running { pid });
-    assert!(!scene.remote("r1", ".secrets").exists(), "read and removed");
+    assert!(!fixture.remote("r1", ".secrets").exists(), "read and removed");
     let table = std::process::Command::new("ps").args(["-A", "-o", "command="]).output().unwrap();
     assert!(!String::from_utf8_lossy(&table.stdout).contains("hf_'quote'"));
 
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert_eq!(scene.events.layers(), [0, 1, 2, 3, 4, 4]);
-    assert!(scene.events.logs().contains("the worker says hello"));
-    assert!(scene.events.all().contains(&HostEvent::Launched { pid }));
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert_eq!(fixture.events.layers(), [0, 1, 2, 3, 4, 4]);
+    assert!(fixture.events.logs().contains("the worker says hello"));
+    assert!(fixture.events.all().contains(&HostEvent::Launched { pid }));
     assert_eq!(host.launch(&worker, "r1", &job("slow"), &[]).await.unwrap(), Launched::Ended { exit: Some(0) });
 
-    let fetched = scene.fetch("r1").await;
+    let fetched = fixture.fetch("r1").await;
     assert!(!fetched.partial && fetched.manifest.is_some());
     let whole = ["job.json", "manifest.json", "metadata.json", "progress.jsonl", "results.json", "worker.log"];
     assert_eq!(fetched.files, whole);
-    let results = std::fs::read_to_string(scene.home_folder("r1").join("results.json")).unwrap();
+    let results = std::fs::read_to_string(fixture.home_folder("r1").join("results.json")).unwrap();
     assert_eq!(results, format!("{{\"token\":\"{}\"}}", secret.expose()));
     let brought: JobSpec =
-        serde_json::from_slice(&std::fs::read(scene.home_folder("r1").join("job.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(fixture.home_folder("r1").join("job.json")).unwrap()).unwrap();
     assert_eq!(brought, job("slow"));
-    assert_eq!(scene.fetch("r1").await, fetched, "a second fetch changes nothing");
-    assert_eq!(std::fs::read_dir(scene.here.path().join("results")).unwrap().count(), 1, "no .part stays");
+    assert_eq!(fixture.fetch("r1").await, fetched, "a second fetch changes nothing");
+    assert_eq!(std::fs::read_dir(fixture.here.path().join("results")).unwrap().count(), 1, "no .part stays");
 }
 
 #[tokio::test]
 async fn job_survives_a_lost_connection() {
-    let Some(scene) = Scene::new().await else { return };
-    pid_of(scene.launch("r1", "slow").await);
+    let Some(fixture) = HostFixture::new().await else { return };
+    pid_of(fixture.launch("r1", "slow").await);
     let mut cursor = Cursor::default();
-    let on = scene.events.on();
-    let follow = scene.host.follow("r1", &mut cursor, within(40), &on);
+    let on = fixture.events.on();
+    let follow = fixture.host.follow("r1", &mut cursor, within(40), &on);
     let cut = async {
-        scene.until("the first layer", |scene| !scene.events.layers().is_empty()).await;
-        scene.server.go_down().unwrap();
+        fixture.until("the first layer", |fixture| !fixture.events.layers().is_empty()).await;
+        fixture.server.go_down().unwrap();
         let is_lost = |event: &HostEvent| matches!(event, HostEvent::ConnectionLost { .. });
-        scene.until("the loss", |scene| scene.events.all().iter().any(is_lost)).await;
-        scene.server.come_back().unwrap();
+        fixture.until("the loss", |fixture| fixture.events.all().iter().any(is_lost)).await;
+        fixture.server.come_back().unwrap();
         // Again without traffic: a session that dies while idle.
-        scene.until("the return", |scene| scene.events.all().contains(&HostEvent::Reconnected)).await;
-        scene.server.kill_sessions().unwrap();
+        fixture.until("the return", |fixture| fixture.events.all().contains(&HostEvent::Reconnected)).await;
+        fixture.server.kill_sessions().unwrap();
     };
     let (status, ()) = tokio::join!(follow, cut);
     assert_eq!(status.unwrap(), ENDED_WELL);
-    assert_eq!(scene.events.layers(), [0, 1, 2, 3, 4, 4], "no line lost, none twice");
-    let lost = scene.events.all().iter().filter(|e| matches!(e, HostEvent::ConnectionLost { .. })).count();
-    let back = scene.events.all().iter().filter(|e| matches!(e, HostEvent::Reconnected)).count();
-    assert!(lost >= 1 && lost == back, "{lost} {back}: {:?}", scene.events.all());
+    assert_eq!(fixture.events.layers(), [0, 1, 2, 3, 4, 4], "no line lost, none twice");
+    let lost = fixture.events.all().iter().filter(|e| matches!(e, HostEvent::ConnectionLost { .. })).count();
+    let back = fixture.events.all().iter().filter(|e| matches!(e, HostEvent::Reconnected)).count();
+    assert!(lost >= 1 && lost == back, "{lost} {back}: {:?}", fixture.events.all());
     // Another process that continues from the first one's cursor sees no event twice.
     let later = Events::default();
-    scene.host.follow("r1", &mut cursor, within(10), &later.on()).await.unwrap();
+    fixture.host.follow("r1", &mut cursor, within(10), &later.on()).await.unwrap();
     assert!(later.layers().is_empty());
-    scene.server.kill_sessions().unwrap();
-    assert!(!scene.fetch("r1").await.partial);
+    fixture.server.kill_sessions().unwrap();
+    assert!(!fixture.fetch("r1").await.partial);
 }
 
 #[tokio::test]
 async fn killed_worker_is_reported_and_partial_results_are_saved() {
-    let Some(scene) = Scene::new().await else { return };
-    let pid = pid_of(scene.launch("group", "hangs").await);
+    let Some(fixture) = HostFixture::new().await else { return };
+    let pid = pid_of(fixture.launch("group", "hangs").await);
     kill(&format!("-{pid}"));
-    assert_eq!(scene.follow("group").await, JobStatus::Ended { exit: None });
-    assert_eq!(scene.host.status("group").await.unwrap(), JobStatus::Ended { exit: None });
-    let fetched = scene.fetch("group").await;
+    assert_eq!(fixture.follow("group").await, JobStatus::Ended { exit: None });
+    assert_eq!(fixture.host.status("group").await.unwrap(), JobStatus::Ended { exit: None });
+    let fetched = fixture.fetch("group").await;
     assert!(fetched.partial && fetched.manifest.is_none());
     assert_eq!(fetched.files, ["job.json", "progress.jsonl", "worker.log"]);
-    assert_eq!(scene.fetch("group").await, fetched, "a partial folder is replaced");
+    assert_eq!(fixture.fetch("group").await, fetched, "a partial folder is replaced");
 
-    let pid = pid_of(scene.launch("alone", "hangs").await);
+    let pid = pid_of(fixture.launch("alone", "hangs").await);
     let children = std::process::Command::new("ps").args(["-A", "-o", "pid=,ppid="]).output().unwrap();
     let children = String::from_utf8(children.stdout).unwrap();
     let worker = children.lines().find(|l| l.split_whitespace().nth(1) == Some(&pid.to_string())).unwrap();
     kill(worker.split_whitespace().next().unwrap());
-    assert_eq!(scene.follow("alone").await, JobStatus::Ended { exit: Some(137) });
+    assert_eq!(fixture.follow("alone").await, JobStatus::Ended { exit: Some(137) });
 
-    scene.launch("fails", "fails").await;
-    assert_eq!(scene.follow("fails").await, JobStatus::Ended { exit: Some(3) });
-    assert!(scene.events.logs().contains("no such model"));
+    fixture.launch("fails", "fails").await;
+    assert_eq!(fixture.follow("fails").await, JobStatus::Ended { exit: Some(3) });
+    assert!(fixture.events.logs().contains("no such model"));
 }
 
 #[tokio::test]
 async fn zombie_or_foreign_pid_is_not_taken_for_the_worker() {
-    let Some(scene) = Scene::new().await else { return };
+    let Some(fixture) = HostFixture::new().await else { return };
     // Not reaped: the state of a killed wrapper in a container whose first process does not reap.
     let mut child = std::process::Command::new("sleep").arg("60").stdout(std::process::Stdio::null()).spawn().unwrap();
     let started = |pid: u32| {
@@ -263,33 +263,33 @@ async fn zombie_or_foreign_pid_is_not_taken_for_the_worker() {
         return;
     }
     let pretend = |run: &str, start: &str| {
-        std::fs::create_dir_all(scene.remote(run, "")).unwrap();
-        std::fs::write(scene.remote(run, "worker.pid"), format!("{}\n{start}\n", child.id())).unwrap();
+        std::fs::create_dir_all(fixture.remote(run, "")).unwrap();
+        std::fs::write(fixture.remote(run, "worker.pid"), format!("{}\n{start}\n", child.id())).unwrap();
     };
     pretend("mine", &start);
     pretend("recycled", "12345");
-    assert_eq!(scene.host.status("mine").await.unwrap(), JobStatus::Running);
-    assert_eq!(scene.host.status("recycled").await.unwrap(), JobStatus::Ended { exit: None });
-    scene.host.stop_worker("recycled").await.unwrap();
-    assert_eq!(scene.host.status("mine").await.unwrap(), JobStatus::Running, "another's process is not touched");
+    assert_eq!(fixture.host.status("mine").await.unwrap(), JobStatus::Running);
+    assert_eq!(fixture.host.status("recycled").await.unwrap(), JobStatus::Ended { exit: None });
+    fixture.host.stop_worker("recycled").await.unwrap();
+    assert_eq!(fixture.host.status("mine").await.unwrap(), JobStatus::Running, "another's process is not touched");
     kill(&child.id().to_string());
     while !std::fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap().contains(") Z ") {
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
-    assert_eq!(scene.host.status("mine").await.unwrap(), JobStatus::Ended { exit: None });
+    assert_eq!(fixture.host.status("mine").await.unwrap(), JobStatus::Ended { exit: None });
     child.wait().unwrap();
 }
 
 /// Hosts of several runs may share a folder.
 #[tokio::test]
 async fn concurrent_pushes_of_one_worker_all_succeed() {
-    let Some(scene) = Scene::new().await else { return };
-    let file = scene.worker_file(env!("CARGO_PKG_VERSION"));
+    let Some(fixture) = HostFixture::new().await else { return };
+    let file = fixture.worker_file(env!("CARGO_PKG_VERSION"));
     let script = std::fs::read_to_string(&file).unwrap();
     let on = |_: HostEvent| {};
     for round in 0..5 {
         std::fs::write(&file, format!("{script}\nexit 0\n# {}", round.to_string().repeat(6 << 20))).unwrap();
-        let push = || scene.host.push_worker(&file, &on);
+        let push = || fixture.host.push_worker(&file, &on);
         let (a, b, c) = tokio::join!(push(), push(), push());
         for pushed in [a, b, c] {
             pushed.unwrap();
@@ -299,45 +299,45 @@ async fn concurrent_pushes_of_one_worker_all_succeed() {
 
 #[tokio::test]
 async fn concurrent_launches_start_one_worker() {
-    let Some(scene) = Scene::new().await else { return };
-    let worker = scene.worker().await;
+    let Some(fixture) = HostFixture::new().await else { return };
+    let worker = fixture.worker().await;
     for round in 0..5 {
         let run = format!("race{round}");
         let spec = job("hangs");
         let (a, b) =
-            tokio::join!(scene.host.launch(&worker, &run, &spec, &[]), scene.host.launch(&worker, &run, &spec, &[]));
+            tokio::join!(fixture.host.launch(&worker, &run, &spec, &[]), fixture.host.launch(&worker, &run, &spec, &[]));
         let pid = |launched| match launched {
             Launched::Started { pid } | Launched::Running { pid } => pid,
             Launched::Ended { .. } => panic!("{launched:?}"),
         };
         assert_eq!(pid(a.unwrap()), pid(b.unwrap()));
-        let starts = |scene: &Scene| std::fs::read_to_string(scene.remote(&run, "starts")).unwrap_or_default();
-        scene.until("a start", |scene| !starts(scene).is_empty()).await;
+        let starts = |fixture: &HostFixture| std::fs::read_to_string(fixture.remote(&run, "starts")).unwrap_or_default();
+        fixture.until("a start", |fixture| !starts(fixture).is_empty()).await;
         // A second one would have come by now.
         tokio::time::sleep(Duration::from_millis(300)).await;
-        assert_eq!(starts(&scene), "start\n");
-        scene.host.stop_worker(&run).await.unwrap();
+        assert_eq!(starts(&fixture), "start\n");
+        fixture.host.stop_worker(&run).await.unwrap();
     }
 }
 
 #[tokio::test]
 async fn stop_ends_a_worker_that_ignores_signals_and_its_children() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.host.stop_worker("none").await.unwrap();
-    scene.launch("kind", "hangs").await;
-    scene.host.stop_worker("kind").await.unwrap();
-    assert_eq!(scene.host.status("kind").await.unwrap(), JobStatus::Ended { exit: Some(143) });
-    let pid = pid_of(scene.launch("stubborn", "stubborn").await);
-    scene.host.stop_worker("stubborn").await.unwrap();
-    assert_eq!(scene.host.status("stubborn").await.unwrap(), JobStatus::Ended { exit: None });
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.host.stop_worker("none").await.unwrap();
+    fixture.launch("kind", "hangs").await;
+    fixture.host.stop_worker("kind").await.unwrap();
+    assert_eq!(fixture.host.status("kind").await.unwrap(), JobStatus::Ended { exit: Some(143) });
+    let pid = pid_of(fixture.launch("stubborn", "stubborn").await);
+    fixture.host.stop_worker("stubborn").await.unwrap();
+    assert_eq!(fixture.host.status("stubborn").await.unwrap(), JobStatus::Ended { exit: None });
     assert_eq!(living_in_group(pid), 0);
     // A wrapper that was killed alone leaves its worker; stopping the run finds the worker.
-    let pid = pid_of(scene.launch("orphan", "hangs").await);
+    let pid = pid_of(fixture.launch("orphan", "hangs").await);
     kill(&pid.to_string());
     assert!(living_in_group(pid) > 0);
-    scene.host.stop_worker("orphan").await.unwrap();
-    scene.until("the worker's end", |_| living_in_group(pid) == 0).await;
-    scene.host.stop_worker("orphan").await.unwrap();
+    fixture.host.stop_worker("orphan").await.unwrap();
+    fixture.until("the worker's end", |_| living_in_group(pid) == 0).await;
+    fixture.host.stop_worker("orphan").await.unwrap();
 }
 
 /// Processes of a group without zombies.
@@ -353,11 +353,11 @@ fn living_in_group(pgid: u32) -> usize {
 
 #[tokio::test]
 async fn endless_lines_and_escapes_are_harmless() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "endless").await;
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert_eq!(scene.events.layers(), [0, 1, 4]);
-    let bad: Vec<String> = scene
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "endless").await;
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert_eq!(fixture.events.layers(), [0, 1, 4]);
+    let bad: Vec<String> = fixture
         .events
         .all()
         .into_iter()
@@ -365,155 +365,155 @@ async fn endless_lines_and_escapes_are_harmless() {
         .collect();
     assert_eq!(bad.len(), 2, "{bad:?}");
     assert!(bad[0].starts_with("xxx") && bad[0].len() < 300 && bad[1] == "torn {");
-    assert!(scene.events.logs().contains("log with colour and bell"), "{}", scene.events.logs());
-    assert!(!scene.fetch("r1").await.partial);
+    assert!(fixture.events.logs().contains("log with colour and bell"), "{}", fixture.events.logs());
+    assert!(!fixture.fetch("r1").await.partial);
 }
 
 #[tokio::test]
 async fn huge_log_is_skipped_and_its_end_is_saved() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "huge-log").await;
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::LogSkipped(n) if *n > 1 << 20)));
-    assert!(scene.events.logs().ends_with("last"));
-    scene.fetch("r1").await;
-    let log = std::fs::read(scene.home_folder("r1").join("worker.log")).unwrap();
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "huge-log").await;
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert!(fixture.events.all().iter().any(|e| matches!(e, HostEvent::LogSkipped(n) if *n > 1 << 20)));
+    assert!(fixture.events.logs().ends_with("last"));
+    fixture.fetch("r1").await;
+    let log = std::fs::read(fixture.home_folder("r1").join("worker.log")).unwrap();
     assert_eq!(log.len(), 16 << 20);
     assert!(log.ends_with(b"l\nlast\n"));
 }
 
 #[tokio::test]
 async fn hostile_manifests_download_nothing() {
-    let Some(scene) = Scene::new().await else { return };
+    let Some(fixture) = HostFixture::new().await else { return };
     let lies = [
         "climbs", "absolute", "nested", "hidden", "twice", "linked", "missing", "changed", "longer", "pipe",
         "nonsense", "future", "stranger",
     ];
     for scenario in lies {
-        scene.launch(scenario, scenario).await;
-        assert_eq!(scene.follow(scenario).await, ENDED_WELL, "{scenario}: {}", scene.events.logs());
-        let error = scene.host.fetch(scenario, &scene.home_folder(scenario), &expected(), &|_| {}).await.unwrap_err();
+        fixture.launch(scenario, scenario).await;
+        assert_eq!(fixture.follow(scenario).await, ENDED_WELL, "{scenario}: {}", fixture.events.logs());
+        let error = fixture.host.fetch(scenario, &fixture.home_folder(scenario), &expected(), &|_| {}).await.unwrap_err();
         assert_eq!(error.kind, HostErrorKind::Damaged, "{scenario}: {error}");
-        assert!(!scene.home_folder(scenario).exists(), "{scenario}");
-        assert!(!unfinished(&scene.home_folder(scenario)).exists(), "{scenario}: it says that nothing was kept");
-        assert!(!scene.here.path().join("results/results.json").exists(), "{scenario}");
+        assert!(!fixture.home_folder(scenario).exists(), "{scenario}");
+        assert!(!unfinished(&fixture.home_folder(scenario)).exists(), "{scenario}: it says that nothing was kept");
+        assert!(!fixture.here.path().join("results/results.json").exists(), "{scenario}");
     }
 }
 
 /// A sparse file of 50 GiB: one that the job writes, and one larger than the job's.
 #[tokio::test]
 async fn results_larger_than_the_job_allows_are_refused_before_download() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "vast").await;
-    assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
-    let fetched = scene.host.fetch("r1", &scene.home_folder("r1"), &expected(), &scene.events.on()).await;
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "vast").await;
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL, "{}", fixture.events.logs());
+    let fetched = fixture.host.fetch("r1", &fixture.home_folder("r1"), &expected(), &fixture.events.on()).await;
     let error = fetched.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::TooLarge, "{error}");
     assert!(error.message.contains("vast.json") && error.message.contains("50.0 GiB"), "{error}");
     assert!(error.message.contains("1.0 MiB at most"), "{error}");
-    assert!(!scene.events.all().iter().any(|event| matches!(event, HostEvent::Fetching { .. })));
-    assert!(!scene.home_folder("r1").exists() && !unfinished(&scene.home_folder("r1")).exists());
+    assert!(!fixture.events.all().iter().any(|event| matches!(event, HostEvent::Fetching { .. })));
+    assert!(!fixture.home_folder("r1").exists() && !unfinished(&fixture.home_folder("r1")).exists());
 }
 
 /// The manifest's file is one of the job's, and the local disk is too small: not the host's fault.
 #[tokio::test]
 async fn results_larger_than_free_disk_are_refused_before_download() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "petabyte").await;
-    assert_eq!(scene.follow("r1").await, ENDED_WELL, "{}", scene.events.logs());
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "petabyte").await;
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL, "{}", fixture.events.logs());
     let any = [("results.json", 1 << 20), ("metadata.json", 1 << 20), ("vast.json", u64::MAX)];
     let any = any.map(|(name, bytes)| FileBytes { name: name.to_owned(), bytes });
-    let error = scene.host.fetch("r1", &scene.home_folder("r1"), &any, &scene.events.on()).await.unwrap_err();
+    let error = fixture.host.fetch("r1", &fixture.home_folder("r1"), &any, &fixture.events.on()).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
     assert!(error.message.contains("1024.00 TiB") && error.message.contains("are free there"), "{error}");
-    assert!(!unfinished(&scene.home_folder("r1")).exists());
+    assert!(!unfinished(&fixture.home_folder("r1")).exists());
 }
 
 /// A size that would take an hour to read.
 #[tokio::test]
 async fn runaway_progress_file_does_not_delay_the_end() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "huge-progress").await;
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert!(scene.events.all().iter().any(|e| matches!(e, HostEvent::ProgressSkipped(n) if *n > 1 << 30)));
-    assert_eq!(scene.events.layers().last(), Some(&4), "its last line is read");
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "huge-progress").await;
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert!(fixture.events.all().iter().any(|e| matches!(e, HostEvent::ProgressSkipped(n) if *n > 1 << 30)));
+    assert_eq!(fixture.events.layers().last(), Some(&4), "its last line is read");
 }
 
 #[tokio::test]
 async fn foreign_folder_is_not_replaced() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "quick").await;
-    scene.follow("r1").await;
-    let into = scene.here.path().join("thesis");
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "quick").await;
+    fixture.follow("r1").await;
+    let into = fixture.here.path().join("thesis");
     std::fs::create_dir(&into).unwrap();
     std::fs::write(into.join("chapter1"), "x").unwrap();
-    let error = scene.host.fetch("r1", &into, &expected(), &|_| {}).await.unwrap_err();
+    let error = fixture.host.fetch("r1", &into, &expected(), &|_| {}).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
     assert_eq!(std::fs::read(into.join("chapter1")).unwrap(), b"x");
     // Nor the results of another run.
-    scene.launch("r2", "slow").await;
-    scene.follow("r2").await;
-    scene.fetch("r1").await;
-    std::fs::write(scene.remote("r2", "manifest.json"), r#"{"schema":1,"outcome":"complete","files":[]}"#).unwrap();
-    let error = scene.host.fetch("r2", &scene.home_folder("r1"), &expected(), &|_| {}).await.unwrap_err();
+    fixture.launch("r2", "slow").await;
+    fixture.follow("r2").await;
+    fixture.fetch("r1").await;
+    std::fs::write(fixture.remote("r2", "manifest.json"), r#"{"schema":1,"outcome":"complete","files":[]}"#).unwrap();
+    let error = fixture.host.fetch("r2", &fixture.home_folder("r1"), &expected(), &|_| {}).await.unwrap_err();
     assert_eq!(error.kind, HostErrorKind::Local, "{error}");
 }
 
 #[tokio::test]
 async fn unusable_workers_are_refused() {
-    let Some(scene) = Scene::new().await else { return };
-    let other = scene.host.push_worker(&scene.worker_file("9.9.9"), &|_| {}).await.unwrap_err();
+    let Some(fixture) = HostFixture::new().await else { return };
+    let other = fixture.host.push_worker(&fixture.worker_file("9.9.9"), &|_| {}).await.unwrap_err();
     assert_eq!(other.kind, HostErrorKind::WorkerVersion, "{other}");
     assert!(other.message.contains("9.9.9") && other.hint.is_some());
-    let file = scene.here.path().join("alien");
+    let file = fixture.here.path().join("alien");
     std::fs::write(&file, b"\x7fELF\x02\x01\x01alien machine").unwrap();
-    let unfit = scene.host.push_worker(&file, &|_| {}).await.unwrap_err();
+    let unfit = fixture.host.push_worker(&file, &|_| {}).await.unwrap_err();
     assert_eq!(unfit.kind, HostErrorKind::WorkerUnfit, "{unfit}");
     std::fs::write(&file, "#!/bin/sh\necho hello").unwrap();
-    let chatty = scene.host.push_worker(&file, &|_| {}).await.unwrap_err();
+    let chatty = fixture.host.push_worker(&file, &|_| {}).await.unwrap_err();
     assert_eq!(chatty.kind, HostErrorKind::WorkerVersion, "{chatty}");
-    let missing = scene.host.push_worker(&scene.here.path().join("none"), &|_| {}).await.unwrap_err();
+    let missing = fixture.host.push_worker(&fixture.here.path().join("none"), &|_| {}).await.unwrap_err();
     assert_eq!(missing.kind, HostErrorKind::Local, "{missing}");
 }
 
 #[tokio::test]
 async fn noexec_home_puts_the_worker_in_another_folder() {
-    let Some(mut scene) = Scene::new().await else { return };
-    if !scene.server.mount_home("noexec") {
+    let Some(mut fixture) = HostFixture::new().await else { return };
+    if !fixture.server.mount_home("noexec") {
         return;
     }
-    let worker = scene.worker().await;
+    let worker = fixture.worker().await;
     let folder = Path::new(&worker.path).parent().unwrap().to_owned();
-    assert!(!folder.starts_with(scene.server.home()), "{}", worker.path);
-    scene.host.launch(&worker, "r1", &job("quick"), &[]).await.unwrap();
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert!(!scene.fetch("r1").await.partial);
+    assert!(!folder.starts_with(fixture.server.home()), "{}", worker.path);
+    fixture.host.launch(&worker, "r1", &job("quick"), &[]).await.unwrap();
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert!(!fixture.fetch("r1").await.partial);
     std::fs::remove_dir_all(folder).unwrap();
 }
 
 #[tokio::test]
 async fn damaged_worker_on_the_host_is_replaced() {
-    let Some(scene) = Scene::new().await else { return };
-    let worker = scene.worker().await;
+    let Some(fixture) = HostFixture::new().await else { return };
+    let worker = fixture.worker().await;
     std::fs::write(&worker.path, "#!/bin/sh\nexec evil").unwrap();
     std::fs::write(format!("{}.part.00", worker.path), "left by a broken upload").unwrap();
-    assert_eq!(scene.worker().await, worker);
-    let local = std::fs::read(scene.here.path().join("outliers-worker")).unwrap();
+    assert_eq!(fixture.worker().await, worker);
+    let local = std::fs::read(fixture.here.path().join("outliers-worker")).unwrap();
     assert_eq!(std::fs::read(&worker.path).unwrap(), local);
 }
 
 #[tokio::test]
 async fn folders_are_pushed_once_and_within_their_limit() {
-    let Some(scene) = Scene::new().await else { return };
-    let model = scene.here.path().join("model");
+    let Some(fixture) = HostFixture::new().await else { return };
+    let model = fixture.here.path().join("model");
     std::fs::create_dir_all(model.join("sub")).unwrap();
     std::fs::write(model.join("config.json"), "{}").unwrap();
     std::fs::write(model.join("model.safetensors"), vec![7; 100_000]).unwrap();
     std::fs::write(model.join(".hidden"), "x").unwrap();
-    let push = |limit| scene.host.push_folder(&model, "outliers/models/m", limit, &|_| {});
+    let push = |limit| fixture.host.push_folder(&model, "outliers/models/m", limit, &|_| {});
     let first = push(1 << 20).await.unwrap();
     assert_eq!((first.files, first.bytes, first.sent), (2, 100_002, 100_002));
-    let there = scene.server.home().join("outliers/models/m");
+    let there = fixture.server.home().join("outliers/models/m");
     assert_eq!(first.path, there.to_str().unwrap());
     assert_eq!(std::fs::read(there.join("model.safetensors")).unwrap(), vec![7; 100_000]);
     assert_eq!(std::fs::read_dir(&there).unwrap().count(), 2);
@@ -521,31 +521,31 @@ async fn folders_are_pushed_once_and_within_their_limit() {
     assert_eq!(push(1 << 20).await.unwrap().sent, 3, "only what changed");
     assert_eq!(push(1000).await.unwrap_err().kind, HostErrorKind::TooLarge);
     for bad in ["", "/etc", "../x", "a/../../b"] {
-        let error = scene.host.push_file(&model.join("config.json"), bad, 100, &|_| {}).await.unwrap_err();
+        let error = fixture.host.push_file(&model.join("config.json"), bad, 100, &|_| {}).await.unwrap_err();
         assert_eq!(error.kind, HostErrorKind::Local, "{bad}");
     }
-    let file = scene.host.push_file(&model.join("config.json"), "outliers/c 1.json", 100, &|_| {}).await.unwrap();
+    let file = fixture.host.push_file(&model.join("config.json"), "outliers/c 1.json", 100, &|_| {}).await.unwrap();
     assert_eq!(std::fs::read_to_string(file).unwrap(), "{ }");
     assert_eq!(
-        scene.host.launch(&scene.worker().await, "../x", &job("quick"), &[]).await.unwrap_err().kind,
+        fixture.host.launch(&fixture.worker().await, "../x", &job("quick"), &[]).await.unwrap_err().kind,
         HostErrorKind::Local
     );
 }
 
 #[tokio::test]
 async fn full_home_is_reported_before_upload() {
-    let Some(mut scene) = Scene::new().await else { return };
-    if !scene.server.shrink_home(1) {
+    let Some(mut fixture) = HostFixture::new().await else { return };
+    if !fixture.server.shrink_home(1) {
         return;
     }
-    let file = scene.here.path().join("big");
+    let file = fixture.here.path().join("big");
     std::fs::write(&file, vec![1; 3_000_000]).unwrap();
-    let full = scene.host.push_file(&file, "outliers/big", 1 << 30, &scene.events.on()).await;
-    let facts = scene.host.probe().await;
+    let full = fixture.host.push_file(&file, "outliers/big", 1 << 30, &fixture.events.on()).await;
+    let facts = fixture.host.probe().await;
     let full = full.unwrap_err();
     assert_eq!(full.kind, HostErrorKind::NoSpace, "{full}");
     assert!(full.hint.is_some() && full.message.contains("free"));
-    assert!(!scene.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { .. })));
+    assert!(!fixture.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { .. })));
     assert!(facts.unwrap().disk_free.unwrap().0 <= 1 << 20);
 }
 
@@ -589,57 +589,57 @@ async fn connecting_waits_for_keys_and_gives_up_with_the_reason() {
 
 #[tokio::test]
 async fn follow_deadline_leaves_the_worker_running() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.launch("r1", "hangs").await;
-    let late = scene.host.follow("r1", &mut Cursor::default(), within(1), &|_| {}).await.unwrap_err();
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.launch("r1", "hangs").await;
+    let late = fixture.host.follow("r1", &mut Cursor::default(), within(1), &|_| {}).await.unwrap_err();
     assert_eq!(late.kind, HostErrorKind::Deadline, "{late}");
-    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
-    scene.host.stop_worker("r1").await.unwrap();
+    assert_eq!(fixture.host.status("r1").await.unwrap(), JobStatus::Running);
+    fixture.host.stop_worker("r1").await.unwrap();
 }
 
 #[tokio::test]
 async fn login_shell_output_is_harmless() {
-    let Some(scene) = Scene::new().await else { return };
+    let Some(fixture) = HostFixture::new().await else { return };
     // Debian's bash reads this file for commands over SSH; other shells print nothing and test
     // less.
     let greeting = "echo 'Welcome! @state ended 0'; echo '@state ended 7'; echo '@home /evil'; echo warning >&2\n";
-    std::fs::write(scene.server.home().join(".bashrc"), greeting).unwrap();
-    assert_eq!(scene.host.probe().await.unwrap().home, scene.server.home().to_str().unwrap());
-    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::NotStarted);
-    scene.launch("r1", "slow").await;
-    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
-    assert_eq!(scene.follow("r1").await, ENDED_WELL);
-    assert!(!scene.fetch("r1").await.partial);
+    std::fs::write(fixture.server.home().join(".bashrc"), greeting).unwrap();
+    assert_eq!(fixture.host.probe().await.unwrap().home, fixture.server.home().to_str().unwrap());
+    assert_eq!(fixture.host.status("r1").await.unwrap(), JobStatus::NotStarted);
+    fixture.launch("r1", "slow").await;
+    assert_eq!(fixture.host.status("r1").await.unwrap(), JobStatus::Running);
+    assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+    assert!(!fixture.fetch("r1").await.partial);
 }
 
 #[tokio::test]
 async fn every_step_survives_a_broken_connection() {
-    let Some(scene) = Scene::new().await else { return };
-    let worker = scene.worker().await;
-    let cut = || assert!(scene.server.kill_sessions().unwrap() > 0);
+    let Some(fixture) = HostFixture::new().await else { return };
+    let worker = fixture.worker().await;
+    let cut = || assert!(fixture.server.kill_sessions().unwrap() > 0);
     cut();
-    scene.host.probe().await.unwrap();
+    fixture.host.probe().await.unwrap();
     cut();
-    scene.worker().await;
+    fixture.worker().await;
     cut();
-    pid_of(scene.host.launch(&worker, "r1", &job("hangs"), &[]).await.unwrap());
+    pid_of(fixture.host.launch(&worker, "r1", &job("hangs"), &[]).await.unwrap());
     cut();
-    assert_eq!(scene.host.status("r1").await.unwrap(), JobStatus::Running);
+    assert_eq!(fixture.host.status("r1").await.unwrap(), JobStatus::Running);
     cut();
-    scene.host.stop_worker("r1").await.unwrap();
+    fixture.host.stop_worker("r1").await.unwrap();
     cut();
-    assert!(scene.fetch("r1").await.partial);
+    assert!(fixture.fetch("r1").await.partial);
 }
 
 /// The host's futures must be able to move between threads: a deploy may be spawned.
 #[tokio::test]
 async fn host_works_without_sftp_and_from_a_spawned_task() {
-    let Some(scene) = Scene::with("Subsystem other internal-sftp").await else { return };
+    let Some(fixture) = HostFixture::with("Subsystem other internal-sftp").await else { return };
     let task = tokio::spawn(async move {
-        scene.launch("r1", "quick").await;
-        assert_eq!(scene.follow("r1").await, ENDED_WELL);
-        assert!(!scene.fetch("r1").await.partial);
-        assert!(Path::new(&scene.home_folder("r1")).join("results.json").exists());
+        fixture.launch("r1", "quick").await;
+        assert_eq!(fixture.follow("r1").await, ENDED_WELL);
+        assert!(!fixture.fetch("r1").await.partial);
+        assert!(Path::new(&fixture.home_folder("r1")).join("results.json").exists());
     });
     task.await.unwrap();
 }

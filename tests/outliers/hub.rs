@@ -125,9 +125,9 @@ fn model_is_fetched_verified_and_stored_in_the_hub_cache_layout() {
     assert_eq!(told[0].bytes_done, 0);
 
     // Again: only the list is requested.
-    let before = setup.hub.seen().len();
+    let before = setup.hub.requests().len();
     setup.assert_whole(&setup.fetch().unwrap());
-    assert_eq!(setup.hub.seen().len(), before + 1);
+    assert_eq!(setup.hub.requests().len(), before + 1);
 }
 
 #[test]
@@ -143,7 +143,7 @@ fn metadata_is_fetched_without_weights() {
     assert_eq!(error.kind(), FailureKind::Internal);
     let fetched: u64 = fs::read_dir(setup.blobs()).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum();
     assert!(fetched < 200_000, "{fetched} bytes in the cache");
-    for seen in setup.hub.seen().iter().filter(|seen| seen.path.contains(".safetensors?")) {
+    for seen in setup.hub.requests().iter().filter(|seen| seen.path.contains(".safetensors?")) {
         assert_eq!(seen.range.as_deref(), Some("bytes=0-1048575"));
     }
 }
@@ -196,7 +196,7 @@ const OTHER_BIN: &str = "pytorch_model-00002-of-00002.bin";
 fn trap_1_pickled_models_are_planned_without_weights_then_fetched() {
     let setup = pickled();
     let planned = setup.client().fetch_metadata(ID, "main").unwrap();
-    let asked = setup.hub.seen().into_iter().filter(|seen| seen.cdn).count();
+    let asked = setup.hub.requests().into_iter().filter(|seen| seen.cdn).count();
     assert_eq!(asked, 4, "for each file its end, and what lies at its beginning");
     assert!(!planned.folder.join(BIN).exists());
     let local = Checkpoint::open_folder(&setup.repo()).unwrap();
@@ -293,7 +293,7 @@ fn gated_models_need_a_token_sent_only_to_the_hub() {
     assert!(!format!("{error:?}").contains("hf_wrong"));
     let checkpoint = setup.with_token("hf_right").fetch_all(ID, "main", &|_| ()).unwrap();
     setup.assert_whole(&checkpoint);
-    let seen = setup.hub.seen();
+    let seen = setup.hub.requests();
     let cdn: Vec<_> = seen.iter().filter(|seen| seen.cdn).collect();
     assert!(!cdn.is_empty());
     assert!(cdn.iter().all(|seen| seen.authorization.is_none()), "the token left for another origin");
@@ -354,7 +354,7 @@ fn broken_and_stalled_downloads_are_resumed() {
         let setup = Setup::new();
         setup.hub.fail(&format!("{SHARD}?"), 2, fault);
         setup.assert_whole(&setup.fetch().unwrap());
-        let ranges: Vec<_> = setup.hub.seen().into_iter().filter(|s| s.path.contains(&format!("{SHARD}?"))).collect();
+        let ranges: Vec<_> = setup.hub.requests().into_iter().filter(|s| s.path.contains(&format!("{SHARD}?"))).collect();
         let starts: Vec<_> =
             ranges.iter().map(|seen| seen.range.as_deref().unwrap().split('-').next().unwrap()).collect();
         assert_eq!(starts, ["bytes=0", "bytes=1500000", "bytes=3000000"]);
@@ -372,7 +372,7 @@ fn downloads_are_resumed_by_a_new_process() {
     let again = MockHub::start([Repo::new(ID, &setup.repo())]).unwrap();
     let client = Hub::new(HubOptions { endpoint: again.url(), ..setup.options() }).unwrap();
     setup.assert_whole(&client.fetch_all(ID, "main", &|_| ()).unwrap());
-    let resumed = again.seen().into_iter().find(|seen| seen.path.contains(&format!("{SHARD}?"))).unwrap();
+    let resumed = again.requests().into_iter().find(|seen| seen.path.contains(&format!("{SHARD}?"))).unwrap();
     assert!(resumed.range.unwrap().starts_with("bytes=1000000-"));
 }
 

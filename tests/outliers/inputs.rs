@@ -14,7 +14,7 @@ use outliers_tests::context::{Said, TestContext};
 use outliers_tests::programs::{golden, workspace};
 use serde_json::{Value, json};
 
-use crate::clouds::Place;
+use crate::clouds::CloudContext;
 
 /// A model folder to damage.
 fn model(context: &TestContext) -> PathBuf {
@@ -247,10 +247,10 @@ fn secrets_in_the_settings_are_never_printed() {
 #[test]
 fn failed_listing_does_not_claim_there_are_no_instances() {
     let cloud = FakeCloud::start(Lambda);
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     let list = ["instances", "list", "--broker", "lambda"];
     assert!(place.context.run(list).ok().stdout.contains("no instances"));
-    cloud.world().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
+    cloud.state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(list);
     assert!(said.code == Some(5) && said.stdout.is_empty() && said.stderr.contains("not whole"), "{said:?}");
 }

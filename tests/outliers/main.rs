@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod ablation;
-mod away;
+mod detach;
 mod checkpoints;
 mod clouds;
 mod datasets;

@@ -10,7 +10,7 @@ use outliers_tests::hub::{MockHub, Repo};
 use outliers_tests::programs::{golden, run_worker};
 use serde_json::json;
 
-use super::clouds::{Place, nothing_left};
+use super::clouds::{CloudContext, nothing_left};
 use super::docs::{commands, readme};
 
 /// The README's two models, as fixtures of their families.
@@ -36,12 +36,12 @@ fn typed(context: &TestContext, command: &[String], more: &[&str]) -> Said {
 #[test]
 fn readme_cloud_commands_list_rent_and_terminate() {
     let (hub, cloud) = (hub(), FakeCloud::start(RunPod::default()));
-    let mut place = Place::new(&[&cloud]);
+    let mut place = CloudContext::new(&[&cloud]);
     place.context = std::mem::take(&mut place.context).with("HF_ENDPOINT", &hub.url());
     if place.host(&cloud).is_none() {
         return;
     }
-    cloud.world().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::H100, 1, 3.0)];
+    cloud.state().stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::H100, 1, 3.0)];
     let lines = commands(&block("export RUNPOD_API_KEY"));
     let verbs: Vec<&str> = lines.iter().map(|line| line[1].as_str()).collect();
     // `worker build` downloads a compiler for GPUs: tests/gpu.sh runs it.
@@ -49,11 +49,11 @@ fn readme_cloud_commands_list_rent_and_terminate() {
 
     let offers = typed(&place.context, &lines[1], &[]).ok();
     assert!(offers.stdout.contains("A100") && offers.stdout.contains("runpod"), "{offers:?}");
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
     let more = [&SMALL[..], &["-y", "--devices", "cpu"]].concat();
     let deployed = typed(&place.context, &lines[2], &more).ok();
     assert!(deployed.stdout.contains("unique features, by layers"), "{deployed:?}");
-    assert_eq!(cloud.world().count(Op::Create), 1);
+    assert_eq!(cloud.state().count(Op::Create), 1);
     nothing_left(&cloud);
     assert_eq!(place.context.results().model, MODELS[0].0);
     let _ = typed(&place.context, &lines[3], &[]).ok();
@@ -63,7 +63,7 @@ fn readme_cloud_commands_list_rent_and_terminate() {
     let offers = glance.iter().find(|line| line[1] == "offers").unwrap();
     let offers = typed(&place.context, offers, &[]).ok();
     assert!(offers.stdout.contains("H100") && !offers.stdout.contains("A100"), "{offers:?}");
-    assert_eq!(cloud.world().count(Op::Create), 1);
+    assert_eq!(cloud.state().count(Op::Create), 1);
 }
 
 #[test]

@@ -68,8 +68,8 @@ async fn worker_runs_on_a_local_broker_instance() {
     let tag = LeaseTag { owner: word("me"), run: word("r1"), nonce: word("n1"), deadline };
     let lease = Lease { tag, ssh_public_key: String::new(), disk: Bytes::from_mib(100), stage: None };
     let instance = broker.create(&offer, &lease).await.unwrap();
-    let way = broker.way(&instance.id).unwrap();
-    whole_path(RemoteHost::new(way.transport, way.name)).await;
+    let access = broker.instance_transport(&instance.id).unwrap();
+    whole_path(RemoteHost::new(access.transport, access.name)).await;
     broker.terminate(&instance.id).await.unwrap();
     assert!(broker.list().await.unwrap().is_empty());
 }

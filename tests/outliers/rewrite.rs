@@ -30,7 +30,7 @@ pub(crate) fn rewrite(from: &Path, to: &Path, mut edit: impl FnMut(usize, &Need,
     let mut tensors: BTreeMap<String, (Vec<u64>, Vec<f32>, DType)> = BTreeMap::new();
     for (layer, need) in model.spec.needs() {
         let value =
-            loader.tensor(layer, &need).unwrap().arrived().unwrap().to_dtype(DType::F32).unwrap().contiguous().unwrap();
+            loader.tensor(layer, &need).unwrap().wait().unwrap().to_dtype(DType::F32).unwrap().contiguous().unwrap();
         let mut values: Vec<f32> = value.flatten_all().unwrap().to_vec1().unwrap();
         edit(layer, &need, &mut values);
         let mut shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();

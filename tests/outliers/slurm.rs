@@ -14,7 +14,7 @@ use outliers_protocol::{Results, files};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
-use outliers_tests::hub::{MockHub, Repo, Seen};
+use outliers_tests::hub::{MockHub, Repo, ReceivedRequest};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, run_worker, workspace};
 
@@ -32,7 +32,7 @@ const TIMEOUT: Duration = Duration::from_secs(180);
 
 /// A cluster with the fake commands, and a context whose settings use it.
 fn office() -> Option<(Cluster, TestContext)> {
-    let cluster = Cluster::stand_in().unwrap()?;
+    let cluster = Cluster::fake().unwrap()?;
     let context = context(&cluster);
     Some((cluster, context))
 }
@@ -63,7 +63,7 @@ fn hub_deploy(more: &[&str]) -> Vec<String> {
 
 /// A cluster whose nodes have no network, and a context with a hub of one model.
 fn office_cut_off() -> Option<(Cluster, TestContext, MockHub)> {
-    let cluster = Cluster::stand_in().unwrap()?;
+    let cluster = Cluster::fake().unwrap()?;
     cluster.cut_off().unwrap();
     let hub = MockHub::start([Repo::new(HUB_MODEL, &golden("olmoe-bf16").join("model"))]).unwrap();
     let context = context(&cluster).with("HF_ENDPOINT", &hub.url());
@@ -95,10 +95,10 @@ fn is_home_and_gone(said: Said, cluster: &Cluster, context: &TestContext, fixtur
 #[test]
 fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("hold", "QOSMaxGRESPerUser").unwrap();
+    cluster.inject_failure("hold", "QOSMaxGRESPerUser").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the reason", || context.stderr().contains("QOSMaxGRESPerUser"));
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let status = child.wait().unwrap();
     let said = Said { code: status.code(), stdout: context.stdout(), stderr: context.stderr() };
     is_home_and_gone(said, &cluster, &context, "llama-f32");
@@ -111,7 +111,7 @@ fn slurm_deploy_equals_the_reference_and_leaves_no_job() {
 #[test]
 fn lost_sbatch_reply_is_resolved_by_job_name() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("lose-reply", "").unwrap();
+    cluster.inject_failure("lose-reply", "").unwrap();
     is_home_and_gone(context.run(deploy("llama-f32")), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1, "it was not submitted again");
     context.assert_nothing_left();
@@ -120,7 +120,7 @@ fn lost_sbatch_reply_is_resolved_by_job_name() {
 #[test]
 fn sbatch_refusal_ends_the_run_with_its_message() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("refuse", "Invalid account or account/partition combination specified").unwrap();
+    cluster.inject_failure("refuse", "Invalid account or account/partition combination specified").unwrap();
     let said = context.run(deploy("llama-f32"));
     assert_eq!(said.code, Some(5), "{said:?}");
     assert!(said.stderr.contains("Invalid account"), "{said:?}");
@@ -152,7 +152,7 @@ fn none_was_had(code: Option<i32>, cluster: &Cluster, context: &TestContext) {
 fn partitions_that_all_refuse_exit_as_without_an_offer() {
     let Some((cluster, context)) = office() else { return };
     let mut child = context.start(deploy("llama-f32"));
-    let refuse = || cluster.goes_wrong("refuse", "Requested node configuration is not available").unwrap();
+    let refuse = || cluster.inject_failure("refuse", "Requested node configuration is not available").unwrap();
     none_was_had(until_it_ends(&mut child, &context, refuse), &cluster, &context);
     assert_eq!(cluster.jobs(), 0);
 }
@@ -160,7 +160,7 @@ fn partitions_that_all_refuse_exit_as_without_an_offer() {
 #[test]
 fn jobs_cancelled_while_they_wait_exit_as_without_an_offer() {
     let Some((cluster, context)) = office() else { return };
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     let me = std::process::Command::new("id").arg("-un").output().unwrap().stdout;
@@ -204,17 +204,17 @@ fn staging_job_fetches_the_model_before_the_main_job() {
     let planned = context.run(hub_deploy(&["--dry-run"])).ok();
     assert!(planned.stderr.contains("A job in partition net fetches owner/tiny-olmoe first: "), "{planned:?}");
     assert_eq!(cluster.jobs(), 0);
-    let before = hub.seen().len();
+    let before = hub.requests().len();
     let said = context.run(hub_deploy(&["--explain"]));
     assert!(said.stderr.contains("stage.sh") && !said.stderr.contains("hf_of_a_person"), "{said:?}");
     is_home_and_gone(said, &cluster, &context, "olmoe-bf16");
     let mut names = cluster.job_names();
     names.sort();
     assert!(names.len() == 2 && names[1] == format!("{}-stage", names[0]), "one intent: {names:?}");
-    let seen = hub.seen();
-    let whole = |seen: &&Seen| !seen.cdn && seen.method == "GET" && seen.range.is_none();
-    let weights = |seen: &&Seen| seen.path.ends_with("/model.safetensors");
-    let fetched: Vec<&Seen> = seen[before..].iter().filter(whole).filter(weights).collect();
+    let seen = hub.requests();
+    let whole = |seen: &&ReceivedRequest| !seen.cdn && seen.method == "GET" && seen.range.is_none();
+    let weights = |seen: &&ReceivedRequest| seen.path.ends_with("/model.safetensors");
+    let fetched: Vec<&ReceivedRequest> = seen[before..].iter().filter(whole).filter(weights).collect();
     assert_eq!(fetched.len(), 1, "{fetched:?}");
     assert_eq!(fetched[0].authorization.as_deref(), Some("Bearer hf_of_a_person"));
     context.assert_nothing_left();
@@ -233,7 +233,7 @@ fn failed_staging_ends_the_run_with_the_reason() {
 #[test]
 fn main_job_and_staging_job_are_cancelled_together() {
     let Some((cluster, context, _hub)) = office_with_stage("net") else { return };
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(hub_deploy(&[]));
     context.wait_for("the queue", || context.stderr().contains("it fetches the model for job 2"));
     child.kill().unwrap();
@@ -299,14 +299,14 @@ fn survey_respects_its_limit_of_concurrent_jobs() {
     survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
     std::fs::write(context.work().join("mine.toml"), settings).unwrap();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
     context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
     // Another one would have been submitted by now.
     let looks = cluster.asked("squeue");
     context.wait_for("more looks", || cluster.asked("squeue") > looks + 2);
     assert_eq!(cluster.jobs(), 2, "{}", context.stderr());
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let status = child.wait().unwrap();
     assert!(status.success(), "{}", context.stderr());
     assert_eq!((cluster.jobs(), cluster.most_jobs()), (3, 2), "one job per model: {}", context.stderr());
@@ -340,7 +340,7 @@ fn offers_show_partitions_gpus_and_estimated_start() {
     for newer in [false, true] {
         let Some((cluster, context)) = office() else { return };
         if newer {
-            cluster.goes_wrong("newer", "").unwrap();
+            cluster.inject_failure("newer", "").unwrap();
         }
         let words = ["offers", "--json", "--broker", "slurm", "--gpu-count", "2", "--gpu-filter", "a100"];
         let said = context.run(words).ok();
@@ -371,7 +371,7 @@ fn job_over_the_gpu_hour_limit_is_not_submitted() {
 
 /// Kills a controller whose job waits in the queue. Returns the output of `instances list`.
 fn killed_while_its_job_waits(cluster: &Cluster, context: &TestContext) -> serde_json::Value {
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(deploy("llama-f32"));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
@@ -388,7 +388,7 @@ fn attach_saves_results_after_a_killed_controller() {
     let standing = context.json(&["status"]);
     assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
     assert!(context.run(["status"]).ok().stdout.contains("waits: job 1 in"), "a person sees it too");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!(cluster.jobs(), 1);
     context.assert_nothing_left();
@@ -415,7 +415,7 @@ fn open_job_is_found_by_its_record_where_no_host_is_named() {
     }
     let standing = context.json(&["status"]);
     assert!(standing["under_way"][0]["waits"].as_str().is_some_and(|why| why.contains("Priority")), "{standing}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     context.assert_nothing_left();
 }
@@ -446,7 +446,7 @@ fn login_node_of_an_open_job_that_cannot_be_reached_is_told() {
 #[test]
 fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
     let Some((cluster, context)) = office() else { return };
-    let Some(other) = Cluster::stand_in().unwrap() else { return };
+    let Some(other) = Cluster::fake().unwrap() else { return };
     let _ = killed_while_its_job_waits(&cluster, &context);
     let config = |cluster: &Cluster| std::fs::read_to_string(cluster.ssh_config()).unwrap();
     let both = config(&cluster) + &config(&other).replace("Host cluster", "Host other");
@@ -459,7 +459,7 @@ fn run_on_one_cluster_is_not_taken_for_gone_on_another() {
     assert_eq!(runs["runs"][0]["state"]["state"], "rented", "{runs}");
     let listed = context.json(&["instances", "list"]);
     assert_eq!(listed["instances"].as_array().map(Vec::len), Some(1), "{listed}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     is_home_and_gone(context.run(["attach"]), &cluster, &context, "llama-f32");
     assert_eq!((cluster.jobs(), other.jobs()), (1, 0));
     context.assert_nothing_left();
@@ -479,7 +479,7 @@ fn run_is_picked_up_where_its_cluster_has_another_alias() {
     let Some((cluster, context)) = office() else { return };
     let _ = killed_while_its_job_waits(&cluster, &context);
     call_it("otherwise", &cluster, &context);
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let said = context.run(deploy("llama-f32"));
     assert!(said.stderr.contains("Picking up run "), "{said:?}");
     is_home_and_gone(said, &cluster, &context, "llama-f32");
@@ -492,13 +492,13 @@ fn survey_is_picked_up_where_its_cluster_has_another_alias() {
     let Some((cluster, context)) = office() else { return };
     survey_of_three(&context);
     let only: Vec<&str> = SURVEY.into_iter().chain(["--only", "one"]).collect();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(&only);
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     child.kill().unwrap();
     child.wait().unwrap();
     call_it("otherwise", &cluster, &context);
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let said = context.run(&only).ok();
     assert!(said.stderr.contains("Picking up run ") && cluster.jobs() == 1, "{said:?}");
     assert!(!cluster.leases().exists(), "something is left in scratch: {said:?}");
@@ -525,15 +525,15 @@ fn job_is_ended_where_its_cluster_has_two_aliases() {
 #[test]
 fn clusters_with_one_scratch_folder_are_told_apart() {
     let Some((cluster, here)) = office() else { return };
-    let Some(other) = Cluster::stand_in().unwrap() else { return };
-    other.goes_wrong("cluster", "other").unwrap();
+    let Some(other) = Cluster::fake().unwrap() else { return };
+    other.inject_failure("cluster", "other").unwrap();
     let (there, scratch) = (context(&other), cluster.sshd.home().join("shared"));
     std::fs::create_dir(&scratch).unwrap();
     for (cluster, desk) in [(&cluster, &here), (&other, &there)] {
         let settings = format!("{}scratch = {scratch:?}\n", cluster.settings());
         std::fs::write(desk.work().join("mine.toml"), settings).unwrap();
     }
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = here.start(deploy("llama-f32"));
     here.wait_for("the queue", || here.stderr().contains("Priority"));
     // Neither the folder of the job nor what one queue answered is taken for the other cluster's.
@@ -541,7 +541,7 @@ fn clusters_with_one_scratch_folder_are_told_apart() {
         let listed = desk.json(&["instances", "list", "--broker", "slurm"]);
         assert_eq!(listed["instances"].as_array().map(Vec::len), Some(count), "{listed}");
     }
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     assert!(child.wait().unwrap().success(), "{}", here.stderr());
     assert_eq!((cluster.jobs(), other.jobs()), (1, 0), "{}", here.stderr());
     assert!(!scratch.join("outliers-jobs").exists(), "something is left in scratch");
@@ -557,7 +557,7 @@ fn shell_in_a_job_that_waits_is_refused_with_its_reason() {
     assert!(said.code == Some(1) && said.stdout.is_empty(), "{said:?}");
     assert!(said.stderr.contains("has no node yet: job 1 in "), "{said:?}");
     assert!(said.stderr.contains("PENDING (Priority)"), "{said:?}");
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let state = || context.json(&["instances", "list", "--broker", "slurm"])["instances"][0]["state"].clone();
     context.wait_for("the job to run", || state()["ready"].is_object());
     let command = context.run(["instances", "ssh", &id, "--broker", "slurm"]).ok().stdout;
@@ -575,12 +575,12 @@ fn waiting_run_shows_its_position_and_no_expected_end() {
     for (private, says) in [(false, "position 3 of 4"), (true, "position not shown by this cluster")] {
         let Some((cluster, context)) = office() else { return };
         if private {
-            cluster.goes_wrong("private", "").unwrap();
+            cluster.inject_failure("private", "").unwrap();
         }
         // A higher priority, an older job of the same, a younger one, another partition.
         let others = "900|cpu,gpu|2000\n0|gpu,cpu|1000\n901|cpu,gpu|1000\n902|net|5000\n";
-        cluster.goes_wrong("others", others).unwrap();
-        cluster.goes_wrong("hold", "Priority").unwrap();
+        cluster.inject_failure("others", others).unwrap();
+        cluster.inject_failure("hold", "Priority").unwrap();
         let mut child = context.start(deploy("llama-f32"));
         context.wait_for("its position", || context.stderr().contains(says));
         let standing = context.json(&["status"]);
@@ -605,7 +605,7 @@ fn gpu_hours_have_a_price_where_the_settings_give_one() {
     let with = |more: &[&'static str]| [&words[..], &job[..], more].concat();
     let planned = context.json(&with(&["--dry-run"]));
     assert_eq!(planned["at_most"], 2_400_000, "two GPUs for an hour, in millionths of a dollar: {planned}");
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(with(&["-y"]));
     context.wait_for("the queue", || context.stderr().contains("Priority"));
     let standing = context.json(&["status"]);
@@ -635,13 +635,13 @@ fn running_job_ends_by_its_own_limit_and_its_starts_add_up() {
     for deadline in [&standing["under_way"][0]["deadline"], &listed["instances"][0]["deadline"]] {
         assert!(deadline.as_u64().is_some_and(|deadline| deadline <= at + 1800), "{standing} {listed}");
     }
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     cluster.says("scontrol", &["requeue", "1"]);
     let waits = |time: &serde_json::Value| time["since"].is_null();
     context.wait_for("the end of its first start", || metered(&context).last().is_some_and(waits));
     context.wait_for("the reason", || context.stderr().contains("Waiting: job 1 in"));
     let first = metered(&context).pop().unwrap()["ended_s"].as_u64().unwrap();
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     assert!(child.wait().unwrap().success(), "{}", context.stderr());
     let times = metered(&context);
     let starts: std::collections::BTreeSet<u64> = times.iter().filter_map(|time| time["since"].as_u64()).collect();
@@ -659,14 +659,14 @@ fn survey_is_counted_after_attach_brought_its_runs_home() {
     survey_of_three(&context);
     let settings = format!("[survey]\nstagger-seconds = 0\n{}", cluster.settings());
     std::fs::write(context.work().join("mine.toml"), settings).unwrap();
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let mut child = context.start(SURVEY.iter().chain(&["--max-parallel", "2"]));
     context.wait_for("the queue", || context.stderr().contains("Priority") && cluster.jobs() == 2);
     let rented = |runs: &Vec<serde_json::Value>| runs.iter().all(|run| run["state"]["state"] == "rented");
     context.wait_for("both runs", || context.json(&["runs", "list"])["runs"].as_array().is_some_and(rented));
     child.kill().unwrap();
     child.wait().unwrap();
-    cluster.goes_well("hold");
+    cluster.clear_failure("hold");
     let runs = context.json(&["runs", "list"]);
     for run in runs["runs"].as_array().unwrap() {
         let _ = context.run(["attach", run["id"].as_str().unwrap()]).ok();
@@ -749,7 +749,7 @@ fn job_at_its_time_limit_saves_partial_results() {
     let mut leases = std::fs::read_dir(cluster.leases()).unwrap().map(|entry| entry.unwrap().path());
     let lease = leases.find(|path| path.join("ends").exists()).expect("the job has begun");
     std::fs::write(lease.join("ends"), format!("{now}\n")).unwrap();
-    cluster.goes_wrong("end", "TIMEOUT").unwrap();
+    cluster.inject_failure("end", "TIMEOUT").unwrap();
     let code = child.wait().unwrap().code();
     assert_eq!(cluster.jobs(), 1, "what the time limit ended is not submitted again: {}", context.stderr());
     was_cut_off(code, &cluster, &context);
@@ -826,7 +826,7 @@ fn stray_job_is_cancelled_by_tag() {
 
 #[test]
 fn fake_slurm_prints_recorded_slurm_output() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let recorded = |name: &str| {
         let path = workspace().join("tests/slurm/recorded").join(name);
         std::fs::read_to_string(path).unwrap()
@@ -834,7 +834,7 @@ fn fake_slurm_prints_recorded_slurm_output() {
     let fields = |text: &str| text.lines().next().map(|line| line.split('|').count());
     let nodes = cluster.says("sinfo", &["--noheader", "--exact", "--format=@nodes %P|%a|%l|%F|%c|%m|%G"]);
     assert_eq!(fields(&nodes), fields(&recorded("sinfo-22.05.8.txt")));
-    cluster.goes_wrong("hold", "Priority").unwrap();
+    cluster.inject_failure("hold", "Priority").unwrap();
     let submit = ["--job-name=a", "--chdir=/", "--time=1", "--partition=cpu", "--output=job.log", "--parsable"];
     assert_eq!(cluster.says("sbatch", &submit), "1\n");
     let jobs = cluster.says("squeue", &ALL_JOBS);
@@ -876,7 +876,7 @@ async fn first_offer(broker: &dyn Broker) -> Offer {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slurm_broker_meets_the_common_broker_contract() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
     life::capabilities_are_true(&broker);
@@ -884,7 +884,7 @@ async fn slurm_broker_meets_the_common_broker_contract() {
     let offer = first_offer(&broker).await;
     life::a_life(&broker, &offer, Bytes::from_gib(1)).await;
     life::instances_are_apart(&broker, &offer, Bytes::from_gib(1)).await;
-    cluster.goes_wrong("busy", "Unable to contact slurm controller (connect failure)").unwrap();
+    cluster.inject_failure("busy", "Unable to contact slurm controller (connect failure)").unwrap();
     tokio::time::sleep(Duration::from_millis(60)).await;
     assert!(broker.list().await.is_err(), "an error is never an empty list");
     assert!(broker.offers(&GpuRequest::default()).await.is_err());
@@ -892,19 +892,19 @@ async fn slurm_broker_meets_the_common_broker_contract() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_queue_queries_share_one_squeue_call() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let broker = broker(&cluster, folder.path(), Duration::from_secs(3600));
     let lists = futures::future::join_all((0..20).map(|_| broker.list())).await;
     assert!(lists.iter().all(|list| list.as_ref().is_ok_and(Vec::is_empty)), "{lists:?}");
-    cluster.goes_wrong("busy", "x").unwrap();
+    cluster.inject_failure("busy", "x").unwrap();
     assert!(broker.list().await.is_ok());
     assert_eq!(cluster.asked("squeue"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn queue_queries_of_several_processes_share_one_squeue_call() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     // They share only the folder on the cluster, which any run makes.
     std::fs::create_dir(cluster.leases()).unwrap();
     let folder = tempfile::tempdir().unwrap();
@@ -921,18 +921,18 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
         ("", false, "NODE_FAIL", "node failed"),
         ("", true, "NODE_FAIL", "node failed"),
     ] {
-        let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+        let Some(cluster) = Cluster::fake().unwrap() else { return };
         let folder = tempfile::tempdir().unwrap();
         let broker = broker(&cluster, folder.path(), Duration::from_millis(50));
         let made = broker.create(&first_offer(&broker).await, &lease()).await.unwrap();
         if !accounted.is_empty() {
-            cluster.goes_wrong(accounted, "").unwrap();
+            cluster.inject_failure(accounted, "").unwrap();
         }
         if newer {
-            cluster.goes_wrong("newer", "").unwrap();
+            cluster.inject_failure("newer", "").unwrap();
         }
-        cluster.goes_wrong("end", word).unwrap();
-        cluster.goes_wrong("forget", "").unwrap();
+        cluster.inject_failure("end", word).unwrap();
+        cluster.inject_failure("forget", "").unwrap();
         for _ in 0..2 {
             tokio::time::sleep(Duration::from_millis(60)).await;
             let job = broker.get(&made.id).await.unwrap().expect("its folder is there");
@@ -948,7 +948,7 @@ async fn jobs_gone_from_the_queue_are_looked_up_once_and_named() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ssh_program_transfers_files_intact() {
-    let Some(cluster) = Cluster::stand_in().unwrap() else { return };
+    let Some(cluster) = Cluster::fake().unwrap() else { return };
     let folder = tempfile::tempdir().unwrap();
     let ssh = OpenSsh::new("cluster", Some(&cluster.ssh_config()), folder.path()).unwrap();
     let limit = TIMEOUT;

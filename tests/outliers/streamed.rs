@@ -9,10 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files};
-use outliers_tests::hub::{Fault, MockHub, Repo, Seen, Wire};
+use outliers_tests::hub::{Fault, MockHub, Repo, ReceivedRequest, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
-use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, Wanted, WeightSource};
+use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, PlannedRead, WeightSource};
 use outliers_worker::error::WorkerError;
 
 use crate::hub::{ID, Setup};
@@ -56,13 +56,13 @@ impl Setup {
     }
 
     /// Requests for weights, without the request per file for its header.
-    fn ranges(&self) -> Vec<Seen> {
+    fn ranges(&self) -> Vec<ReceivedRequest> {
         let (mut ranges, mut files) = (Vec::new(), Vec::new());
-        for seen in self.hub.seen().into_iter().filter(|seen| seen.path.contains(".safetensors") && !seen.cdn) {
+        for seen in self.hub.requests().into_iter().filter(|seen| seen.path.contains(".safetensors") && !seen.cdn) {
             files.push(seen.path);
         }
         let mut headers: Vec<&String> = files.iter().collect();
-        for seen in self.hub.seen().into_iter().filter(|seen| seen.cdn) {
+        for seen in self.hub.requests().into_iter().filter(|seen| seen.cdn) {
             let of = headers.iter().position(|file| seen.path.starts_with(&file.replace(&commit(), "main")));
             match of {
                 Some(at) => drop(headers.remove(at)),
@@ -96,8 +96,8 @@ fn in_order(weights: &dyn WeightSource) -> Vec<TensorEntry> {
     weights.names().map(|name| weights.entry(name).unwrap().clone()).collect()
 }
 
-fn announced(entries: &[TensorEntry]) -> Vec<Wanted> {
-    let wanted = |(unit, entry): (usize, &TensorEntry)| Wanted {
+fn announced(entries: &[TensorEntry]) -> Vec<PlannedRead> {
+    let wanted = |(unit, entry): (usize, &TensorEntry)| PlannedRead {
         file: entry.file,
         bytes: entry.offset..entry.offset + entry.len,
         layer: unit / 20,
@@ -112,7 +112,7 @@ fn read(weights: &dyn WeightSource, entry: &TensorEntry, range: Range<u64>) -> R
     Ok(bytes)
 }
 
-fn length(seen: &Seen) -> u64 {
+fn length(seen: &ReceivedRequest) -> u64 {
     let (start, end) = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap().split_once('-').unwrap();
     end.parse::<u64>().unwrap() + 1 - start.parse::<u64>().unwrap()
 }
@@ -163,7 +163,7 @@ fn streamed_run_equals_a_disk_run_and_stores_no_weights() {
     assert!((weights..=weights * 101 / 100).contains(&fetched), "{fetched} bytes fetched for {weights}");
     for shard in [SHARD, OTHER_SHARD] {
         let asked =
-            setup.hub.seen().into_iter().filter(|seen| !seen.cdn && seen.path.contains(&shard[..shard.len() - 1]));
+            setup.hub.requests().into_iter().filter(|seen| !seen.cdn && seen.path.contains(&shard[..shard.len() - 1]));
         assert_eq!(asked.count(), 1, "each file's address is asked for once");
     }
 }
@@ -221,10 +221,10 @@ fn cached_run_keeps_and_reuses_the_weights() {
     let setup = patient(Setup::new());
     let home = setup.dir.path().join("home");
     let (first, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
-    let (requests, carried) = (setup.hub.seen().len(), setup.hub.carried());
+    let (requests, carried) = (setup.hub.requests().len(), setup.hub.carried());
     let (second, _) = run(&["--model", ID, "--weights", "cache"], &setup.hub, &home);
     assert_eq!(first, second);
-    assert_eq!((setup.hub.seen().len(), setup.hub.carried()), (requests + 1, carried), "only the listing");
+    assert_eq!((setup.hub.requests().len(), setup.hub.carried()), (requests + 1, carried), "only the listing");
     // Another folder's weights under the hub's configuration.
     let local = format!("local:{}", setup.repo().display());
     let (third, _) = run(&["--model", ID, "--weights", &local], &setup.hub, &home);
@@ -313,9 +313,9 @@ fn late_range_is_requested_again_before_its_timeout() {
     setup.timeouts.silence = Duration::from_secs(600);
     setup.timeouts.response = Duration::from_secs(600);
     for fault in [Fault::Stall(1000), Fault::Slow(1000)] {
-        let asked = setup.hub.seen().len();
+        let asked = setup.hub.requests().len();
         assert!(setup.read_with(&fault, 1).unwrap() == setup.stored(), "{fault:?}");
-        let seen = setup.hub.seen();
+        let seen = setup.hub.requests();
         let ranges: Vec<&String> = seen[asked..].iter().filter(|s| s.cdn).filter_map(|s| s.range.as_ref()).collect();
         let twice = ranges.iter().any(|range| ranges.iter().filter(|other| *other == range).count() == 2);
         assert!(twice, "{fault:?}: {ranges:?}");
@@ -331,12 +331,12 @@ fn broken_range_is_resumed_at_its_offset() {
     // Without hashes the first range is as long as a part.
     assert!(read_all_holding(&*checkpoint.weights, 0).unwrap() == setup.stored());
     let ranges = setup.ranges();
-    let start = |seen: &Seen| -> u64 {
+    let start = |seen: &ReceivedRequest| -> u64 {
         let range = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap();
         range.split_once('-').unwrap().0.parse().unwrap()
     };
     let resumed =
-        |seen: &&Seen| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
+        |seen: &&ReceivedRequest| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
     assert!(ranges.iter().any(|seen| resumed(&seen)), "{ranges:?}");
 }
 
@@ -348,8 +348,8 @@ fn expired_download_urls_are_renewed() {
     let checkpoint = setup.stream();
     setup.hub.expire_after(5);
     assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());
-    let resolves = setup.hub.seen().iter().filter(|seen| !seen.cdn && seen.path.contains(".safetensors")).count();
-    let ranges = setup.hub.seen().iter().filter(|seen| seen.cdn).count();
+    let resolves = setup.hub.requests().iter().filter(|seen| !seen.cdn && seen.path.contains(".safetensors")).count();
+    let ranges = setup.hub.requests().iter().filter(|seen| seen.cdn).count();
     assert!((3..=2 + ranges).contains(&resolves), "{resolves} addresses for {ranges} ranges");
 }
 
@@ -360,7 +360,7 @@ fn token_is_sent_only_to_the_hub() {
     let checkpoint = Hub::new(options).unwrap().stream(ID, "main", READ_AHEAD, &|_| ()).unwrap();
     setup.hub.expire_after(30);
     assert!(read_all(&*checkpoint.weights).unwrap() == setup.stored());
-    let seen = setup.hub.seen();
+    let seen = setup.hub.requests();
     assert!(seen.iter().filter(|seen| seen.cdn).all(|seen| seen.authorization.is_none()));
     assert!(seen.iter().filter(|seen| !seen.cdn).all(|seen| seen.authorization.as_deref() == Some("Bearer hf_right")));
 }

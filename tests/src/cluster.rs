@@ -27,17 +27,17 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A login node with `tests/slurm/stand_in.sh`. `None`, with a message, without an OpenSSH
+    /// A login node with `tests/slurm/fake_slurm.sh`. `None`, with a message, without an OpenSSH
     /// server.
     ///
     /// # Errors
     /// Files cannot be written, or the server does not start.
-    pub fn stand_in() -> Result<Option<Self>> {
+    pub fn fake() -> Result<Option<Self>> {
         let folder = tempfile::tempdir()?;
         let commands = folder.path().join("bin");
         fs::create_dir(&commands)?;
         for name in ["sbatch", "squeue", "scancel", "sinfo", "sacct", "scontrol"] {
-            std::os::unix::fs::symlink(workspace().join("tests/slurm/stand_in.sh"), commands.join(name))?;
+            std::os::unix::fs::symlink(workspace().join("tests/slurm/fake_slurm.sh"), commands.join(name))?;
         }
         let state = folder.path().to_string_lossy().into_owned();
         let environment = vec![search_path(&[commands]), ("SLURM_STAND_IN".to_owned(), state)];
@@ -185,12 +185,12 @@ impl Cluster {
     ///
     /// # Errors
     /// The file cannot be written.
-    pub fn goes_wrong(&self, how: &str, words: &str) -> Result<()> {
+    pub fn inject_failure(&self, how: &str, words: &str) -> Result<()> {
         Ok(fs::write(self.folder.path().join(how), words)?)
     }
 
     /// Removes the fault.
-    pub fn goes_well(&self, how: &str) {
+    pub fn clear_failure(&self, how: &str) {
         // The fault may have been consumed.
         let _ = fs::remove_file(self.folder.path().join(how));
     }

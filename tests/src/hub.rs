@@ -58,7 +58,7 @@ pub enum Fault {
 
 /// A request as received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Seen {
+pub struct ReceivedRequest {
     /// HTTP method.
     pub method: String,
     /// Path and query.
@@ -75,7 +75,7 @@ pub struct Seen {
 struct Shared {
     repos: BTreeMap<String, Repo>,
     faults: Vec<(String, usize, Fault)>,
-    seen: Vec<Seen>,
+    seen: Vec<ReceivedRequest>,
     /// Generation of signatures; earlier ones are expired.
     generation: usize,
     /// Number of requests that a signature serves.
@@ -162,7 +162,7 @@ impl MockHub {
     }
 
     /// All requests so far, in order.
-    pub fn seen(&self) -> Vec<Seen> {
+    pub fn requests(&self) -> Vec<ReceivedRequest> {
         self.lock().seen.clone()
     }
 
@@ -238,12 +238,12 @@ impl Server {
     }
 
     /// Records a request and returns its fault, if any.
-    fn note(&self, request: Request) -> (Seen, Option<Fault>) {
+    fn note(&self, request: Request) -> (ReceivedRequest, Option<Fault>) {
         let text = |name: HeaderName| {
             let value = request.headers().get(name)?;
             value.to_str().ok().map(str::to_owned)
         };
-        let seen = Seen {
+        let seen = ReceivedRequest {
             method: request.method().to_string(),
             path: request.uri().to_string(),
             range: text(RANGE),
@@ -261,7 +261,7 @@ impl Server {
         self.lock().repos.get(&format!("{prefix}{owner}/{name}")).cloned().ok_or((401, "RepoNotFound"))
     }
 
-    fn hub(&self, path: &str, seen: &Seen, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
+    fn hub(&self, path: &str, seen: &ReceivedRequest, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
         let (prefix, rest) = kind(path);
         let parts: Vec<&str> = rest.splitn(5, '/').collect();
         match parts[..] {
@@ -315,7 +315,7 @@ impl Server {
         Ok(())
     }
 
-    fn file(&self, path: &str, seen: &Seen, large: bool, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
+    fn file(&self, path: &str, seen: &ReceivedRequest, large: bool, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
         let (prefix, rest) = kind(path);
         let parts: Vec<&str> = rest.splitn(5, '/').collect();
         let [owner, name, _, _, file] = parts[..] else { return Err((404, "")) };

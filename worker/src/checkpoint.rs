@@ -11,13 +11,13 @@ use crate::checkpoint::safetensors::{StoredDtype, shown};
 use crate::checkpoint::source::{TensorEntry, WeightSource};
 use crate::error::{Result, WorkerError, listed};
 use crate::model::arch::{self, Architecture, Family, Names, Nvfp4Layout, Quantisation};
-use crate::model::decoder::{DecoderSpec, Need, Role, Unit};
+use crate::model::decoder::{DecoderSpec, Need, Role, StreamingUnit};
 
 pub mod dtype;
 pub mod hub;
 pub mod safetensors;
 pub mod source;
-pub mod stand_in;
+pub mod placeholder;
 pub mod torch;
 
 /// Maximum problems listed in one error; the others are counted.
@@ -426,7 +426,7 @@ impl<'a> Model<'a> {
     }
 
     /// Stored bytes of a streaming unit.
-    pub fn unit_bytes(&self, unit: &Unit) -> u64 {
+    pub fn unit_bytes(&self, unit: &StreamingUnit) -> u64 {
         self.stored_bytes(unit.layer, &unit.needs)
     }
 

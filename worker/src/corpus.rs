@@ -9,10 +9,10 @@ mod array;
 mod cutter;
 mod documents;
 mod file;
-mod foreign;
+mod non_text;
 mod ids;
 mod lines;
-mod packed;
+mod compressed;
 mod parquet;
 mod rows;
 mod table;
@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 use crate::checkpoint::hub::Hub;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
-use crate::model::decoder::Longest;
+use crate::model::decoder::MaxSequenceLength;
 use cutter::Cutter;
 use documents::{Document, Documents};
 use file::{LocalFile, MAX_TEXT_BYTES, RangedFile, read_whole};
@@ -73,9 +73,9 @@ impl Tokens {
 
 /// Limits of the model's input.
 #[derive(Clone, Copy)]
-struct Limits {
+struct TokenLimits {
     vocab: usize,
-    longest: Option<Longest>,
+    longest: Option<MaxSequenceLength>,
 }
 
 /// The token ids that `spec` describes, for a model with `vocab` embedding rows and sequences of
@@ -90,10 +90,10 @@ pub fn load(
     spec: &CorpusSpec,
     model_folder: Option<&Path>,
     vocab: usize,
-    longest: Option<Longest>,
+    longest: Option<MaxSequenceLength>,
     hub: &Hub,
 ) -> Result<Tokens> {
-    let limits = Limits { vocab, longest };
+    let limits = TokenLimits { vocab, longest };
     match &spec.source {
         CorpusSource::TokenIds(path) => ready_ids(spec, Path::new(path), limits),
         CorpusSource::Builtin(name) if name == BUILTIN_CORPUS => {
@@ -158,7 +158,7 @@ fn content(name: &str) -> CorpusContent {
     CorpusFormat::of(name).content
 }
 
-fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Limits) -> Result<Tokens> {
+fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: TokenLimits) -> Result<Tokens> {
     let length = text_length(spec, limits)?;
     let tokenizer = TextTokenizer::open(folder, spec.bos)?;
     let mut cutter = Cutter::new(&tokenizer, length, spec.packing)?;
@@ -197,7 +197,7 @@ fn which(spec: &CorpusSpec, read: usize) -> String {
     format!(" (field {}, {read} documents after {}, {order})", shown(&spec.text_field), spec.skip_documents)
 }
 
-fn ready_ids(spec: &CorpusSpec, path: &Path, limits: Limits) -> Result<Tokens> {
+fn ready_ids(spec: &CorpusSpec, path: &Path, limits: TokenLimits) -> Result<Tokens> {
     let named = |error: WorkerError| error.context(path.display());
     if spec.skip_documents > 0 || spec.shuffle_seed.is_some() {
         let error = WorkerError::job("ready token ids are run as they are: nothing is skipped or shuffled");
@@ -244,14 +244,14 @@ pub fn token_ids_sha256(ids: &[i64]) -> String {
 }
 
 /// Tokens per sequence: as requested, else the default within the model's limit.
-fn text_length(spec: &CorpusSpec, limits: Limits) -> Result<usize> {
+fn text_length(spec: &CorpusSpec, limits: TokenLimits) -> Result<usize> {
     let default = limits.longest.map_or(DEFAULT_TOKENS, |most| most.tokens().min(DEFAULT_TOKENS));
     let length = spec.sequence_length.unwrap_or(default);
     check_length(length, limits)?;
     Ok(length)
 }
 
-fn check_length(length: usize, limits: Limits) -> Result<()> {
+fn check_length(length: usize, limits: TokenLimits) -> Result<()> {
     if length < FEWEST_TOKENS {
         let message = format!("sequences of {length} tokens leave nothing to predict");
         return Err(WorkerError::job(message).hint(format!("use at least {FEWEST_TOKENS} tokens per sequence")));
@@ -263,14 +263,14 @@ fn check_length(length: usize, limits: Limits) -> Result<()> {
 ///
 /// # Errors
 /// Kind `Job`: they are too long; the message names the limit.
-pub fn fits(length: usize, longest: Longest) -> Result<()> {
+pub fn fits(length: usize, longest: MaxSequenceLength) -> Result<()> {
     let most = longest.tokens();
     if length <= most {
         return Ok(());
     }
     let message = match longest {
-        Longest::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
-        Longest::SelectedKeys(_) => format!(
+        MaxSequenceLength::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
+        MaxSequenceLength::SelectedKeys(_) => format!(
             "sequences of {length} tokens: beyond {most} (index_topk) this model attends to the keys that its indexer \
              selects, which is not computed"
         ),

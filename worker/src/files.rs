@@ -27,29 +27,29 @@ fn regular(metadata: &Metadata) -> io::Result<()> {
     if metadata.is_file() { Ok(()) } else { Err(io::Error::other("it is not a regular file")) }
 }
 
-/// Reads a regular file of at most `most` bytes.
+/// Reads a regular file of at most `limit` bytes.
 ///
 /// # Errors
 /// It is not a regular file, is too long, or cannot be read.
-pub(crate) fn read_small(path: &Path, most: u64) -> io::Result<Vec<u8>> {
-    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {most} bytes")));
+pub(crate) fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {limit} bytes")));
     let file = open_regular(path)?;
     let bytes = file.metadata()?.len();
-    if bytes > most {
+    if bytes > limit {
         return too_long(format!("{bytes} bytes"));
     }
     let mut content = Vec::with_capacity(bytes as usize);
     // Some files report no size, and some grow during the read.
-    file.take(most + 1).read_to_end(&mut content)?;
-    if content.len() as u64 > most { too_long("more bytes".to_owned()) } else { Ok(content) }
+    file.take(limit + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > limit { too_long("more bytes".to_owned()) } else { Ok(content) }
 }
 
-/// Reads a regular UTF-8 file of at most `most` bytes.
+/// Reads a regular UTF-8 file of at most `limit` bytes.
 ///
 /// # Errors
 /// As [`read_small`], or it is not UTF-8.
-pub(crate) fn read_text(path: &Path, most: u64) -> io::Result<String> {
-    let text = String::from_utf8(read_small(path, most)?);
+pub(crate) fn read_text(path: &Path, limit: u64) -> io::Result<String> {
+    let text = String::from_utf8(read_small(path, limit)?);
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
 

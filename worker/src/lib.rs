@@ -20,7 +20,7 @@
 //! The other modules are helpers for all rooms.
 
 pub mod blocks;
-mod caught;
+mod catch_panic;
 pub mod checkpoint;
 pub mod commands;
 pub mod corpus;

@@ -14,7 +14,7 @@ use sysinfo::System;
 
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::{FetchProgress, Hub};
-use crate::checkpoint::source::{Checkpoint, Container, Described, LocalSource, SyntheticSource, is_plain_name};
+use crate::checkpoint::source::{Checkpoint, Container, ModelFiles, LocalSource, SyntheticSource, is_plain_name};
 use crate::corpus::{self, Tokens};
 use crate::device::gpu;
 use crate::device::{self, MachineInfo, Placement};
@@ -26,18 +26,18 @@ use crate::pass::budget::{self, StreamBudget};
 use crate::pass::meter::Meter;
 use crate::pass::progress::{ProgressSink, now_ms};
 use crate::pass::savepoint::SavePoints;
-use crate::pass::stream::{Pass, Passed, Predicted};
+use crate::pass::stream::{Pass, PassResult, Predicted};
 use crate::pass::trace;
 use crate::run::export::Exports;
 use crate::run::inspect::PlannedRun;
 use crate::run::output::{ActivationDump, OutputFolder, write_statistics};
-use crate::run::watch::Watch;
+use crate::run::observer::RunObserver;
 use crate::stats::{Scope, Study, study};
 
 pub mod export;
 pub mod inspect;
 pub mod output;
-pub mod watch;
+pub mod observer;
 
 /// Runs a job and writes its files to `output`. The folder ends with a manifest that states the
 /// outcome, also after an error, unless the disk refuses the write.
@@ -127,9 +127,9 @@ pub fn metadata(job: &JobSpec, hub: &Hub) -> Result<Checkpoint> {
     }
 }
 
-fn described(model: &ModelSource, hub: &Hub) -> Result<Described> {
+fn described(model: &ModelSource, hub: &Hub) -> Result<ModelFiles> {
     match model {
-        ModelSource::Folder { path } => Described::read(&PathBuf::from(path), None),
+        ModelSource::Folder { path } => ModelFiles::read(&PathBuf::from(path), None),
         ModelSource::Hub { id, revision } => hub.describe(id, revision),
     }
 }
@@ -216,7 +216,7 @@ impl Run<'_> {
             // The saved state may have been computed from the damaged file.
             SavePoints::remove(&folder.file(files::SAVE_POINT))?;
         }
-        let ((watch, passed), mut verification) = passed?;
+        let ((observer, passed), mut verification) = passed?;
         if let (Some(verification), Some(layer)) = (&mut verification, passed.resumed_at_layer) {
             let reason = format!("an earlier process read them before the save point at layer {layer}");
             verification.leave_out(reason, passed.unverified_before.clone());
@@ -224,16 +224,16 @@ impl Run<'_> {
         if matches!(job.model, ModelSource::Hub { .. }) {
             verification.iter().flat_map(WeightVerification::warnings).for_each(|warning| progress.warn(warning));
         }
-        let study = &watch.study;
+        let study = &observer.study;
         progress.phase(Phase::Writing);
         write_statistics(&folder.file(files::STATISTICS), study, job.thresholds.magnitude)?;
         let mut results = results(job, &model, &tokens, study, passed.whole());
         if let Some(predicted) = &passed.predicted {
-            results.ablation = arms.report(model.spec.layers.len(), predicted, &watch.sharpness);
+            results.ablation = arms.report(model.spec.layers.len(), predicted, &observer.sharpness);
         }
         folder.write_json(files::RESULTS, &results)?;
-        if let Some(exports) = &watch.exports {
-            let passed = export::Passed { model: &model, tokens: &tokens, study, results: &results };
+        if let Some(exports) = &observer.exports {
+            let passed = export::FinishedPass { model: &model, tokens: &tokens, study, results: &results };
             let warnings = exports.write(&passed, |name| folder.file(name))?;
             warnings.into_iter().for_each(|warning| progress.warn(warning));
         }
@@ -265,22 +265,22 @@ impl Run<'_> {
     }
 
     /// Runs the pass, and writes activations and save points during it.
-    fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(Watch, Passed)> {
+    fn pass(&self, pass: &Pass<'_>, save: Option<&mut SavePoints>) -> Result<(RunObserver, PassResult)> {
         let Self { job, folder, .. } = *self;
         let (spec, tokens) = (&pass.model.spec, pass.tokens);
         let scope = Scope::new(job, spec, tokens);
         let dump = |name: &String| ActivationDump::create(&folder.file(name), spec, &scope, tokens, pass.with_head);
         let dump = job.save_activations.as_ref().map(dump).transpose()?;
         let study = Study::new(scope, job.thresholds.magnitude);
-        let mut watch = Watch { study, dump, sharpness: Sharpness::new(), exports: Exports::new(job) };
-        let passed = pass.run(&mut watch, save)?;
+        let mut observer = RunObserver { study, dump, sharpness: Sharpness::new(), exports: Exports::new(job) };
+        let passed = pass.run(&mut observer, save)?;
         if let Some(name) = &job.trace {
             trace::write(&folder.file(name), &pass.meter.spans(), pass.devices)?;
         }
-        if let Some(dump) = watch.dump.take() {
+        if let Some(dump) = observer.dump.take() {
             dump.finish(passed.whole().map(|predicted| predicted.nll.as_slice()))?;
         }
-        Ok((watch, passed))
+        Ok((observer, passed))
     }
 }
 

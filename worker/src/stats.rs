@@ -14,15 +14,15 @@
 
 use candle_core::Tensor;
 pub use outliers_scan::Column;
-use outliers_scan::{Columns, Marks};
+use outliers_scan::{Columns, ExceedingPositions};
 
 use serde::{Deserialize, Serialize};
 
 use crate::blocks::attention::{FirstKey, TopShares};
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
-use crate::kernels::tap::on_host;
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collector::on_host;
+use crate::kernels::input_collectors::InputCollectors;
 
 pub use crate::model::decoder::Site;
 
@@ -85,7 +85,7 @@ pub trait LayerObserver: Send {
     }
 
     /// Observers of the inputs of the layer's matrices, if their sums are wanted.
-    fn taps(&self) -> Option<Taps> {
+    fn collectors(&self) -> Option<InputCollectors> {
         None
     }
 
@@ -96,7 +96,7 @@ pub trait LayerObserver: Send {
 
     /// Waits for all pending results of a GPU. Called when all tokens have passed the layer,
     /// before [`Observer::join`].
-    fn settle(&mut self) -> Result<()> {
+    fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
 }
@@ -283,7 +283,7 @@ impl OutlierStats {
         }
         let words = self.words();
         let bitmap = words * self.sequences;
-        for Marks { dim, positions } in &found.marks {
+        for ExceedingPositions { dim, positions } in &found.marks {
             self.stripes[site][dim / STRIPE].hits[sequence] |= 1 << (dim % STRIPE);
             let bits = &mut self.positions[dim / STRIPE].bits[dim % STRIPE];
             let bits = bits.get_or_insert_with(|| vec![0; bitmap].into_boxed_slice());

@@ -27,7 +27,7 @@ use outliers_worker::pass::progress::ProgressSink;
 use outliers_worker::pass::savepoint::SavePoints;
 use outliers_worker::pass::stream::{Pass, Predicted};
 use outliers_worker::run::export::{self, Exports};
-use outliers_worker::run::watch::Watch;
+use outliers_worker::run::observer::RunObserver;
 use outliers_worker::stats::{LayerObserver, Observer, Scope, Site, Study};
 
 /// Dense models in all three orders of norms, MoE of every kind, every stored format.
@@ -91,7 +91,7 @@ impl Fixture {
     /// A pass in micro-batches of one sequence, with experts in groups of two or three.
     fn pass<O: Observer>(
         &self,
-        how: How,
+        how: PassOptions,
         source: &dyn WeightSource,
         meter: &Meter,
         observer: impl FnOnce(&Model<'_>, Study) -> O,
@@ -118,13 +118,13 @@ impl Fixture {
     }
 
     /// All measurements, bit by bit.
-    fn measured(&self, how: How, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
-        let watch = |_: &Model<'_>, study| {
+    fn measured(&self, how: PassOptions, source: &dyn WeightSource, save: Option<&mut SavePoints>) -> Result<Measured> {
+        let observer = |_: &Model<'_>, study| {
             let exports = Exports::new(&self.job);
-            Watch { study, dump: None, sharpness: Sharpness::new(), exports }
+            RunObserver { study, dump: None, sharpness: Sharpness::new(), exports }
         };
-        let (watch, predicted) = self.pass(how, source, &Meter::default(), watch, save)?;
-        let Watch { study, sharpness, exports, .. } = watch;
+        let (observer, predicted) = self.pass(how, source, &Meter::default(), observer, save)?;
+        let RunObserver { study, sharpness, exports, .. } = observer;
         let bits =
             |arm: &Predicted| (arm.nll.iter().map(|value| value.to_bits()).collect(), arm.top_probability.to_bits());
         let exported = exports.expect("asked for").layers().clone();
@@ -147,21 +147,21 @@ fn turned(row: &[i64], turn: usize) -> Vec<i64> {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct How {
+struct PassOptions {
     devices: usize,
     read_ahead: bool,
     group_elements: u64,
     micro_batch_tokens: usize,
 }
 
-impl How {
+impl PassOptions {
     fn on(devices: usize) -> Self {
         Self { devices, read_ahead: true, group_elements: 10_000, micro_batch_tokens: 1 }
     }
 }
 
 /// A source of weights that delays each read by another time, and fails on tensors of one name.
-struct Faulty<'a> {
+struct FaultySource<'a> {
     of: &'a dyn WeightSource,
     /// 0: no delay.
     most_milliseconds: u64,
@@ -169,13 +169,13 @@ struct Faulty<'a> {
     fails_on: Option<String>,
 }
 
-impl<'a> Faulty<'a> {
+impl<'a> FaultySource<'a> {
     fn new(of: &'a dyn WeightSource, most_milliseconds: u64, seed: u64, fails_on: Option<String>) -> Self {
         Self { of, most_milliseconds, reads: AtomicU64::new(seed << 32), fails_on }
     }
 }
 
-impl WeightSource for Faulty<'_> {
+impl WeightSource for FaultySource<'_> {
     fn index(&self) -> &TensorIndex {
         self.of.index()
     }
@@ -201,9 +201,9 @@ impl WeightSource for Faulty<'_> {
 fn ablation_arms_change_no_bit_of_the_main_arm() {
     for name in FIXTURES {
         let fixture = Fixture::open(name);
-        let alone = fixture.measured(How::on(1), &*fixture.checkpoint.weights, None).unwrap();
+        let alone = fixture.measured(PassOptions::on(1), &*fixture.checkpoint.weights, None).unwrap();
         let fixture = fixture.ablated();
-        let beside = fixture.measured(How::on(1), &*fixture.checkpoint.weights, None).unwrap();
+        let beside = fixture.measured(PassOptions::on(1), &*fixture.checkpoint.weights, None).unwrap();
         assert!(beside.study == alone.study && beside.predicted[0] == alone.predicted[0], "{name}");
         assert!(alone.sharpness.is_empty() && !beside.sharpness.is_empty(), "{name}");
         let [whole, without, others] = &beside.predicted[..] else { panic!("{name}: not three arms") };
@@ -225,10 +225,10 @@ fn devices_delays_and_prefetch_change_no_bit() {
 fn delays_change_no_bit(name: &str) {
     let fixture = Fixture::open(name).ablated();
     let source = &*fixture.checkpoint.weights;
-    let one = fixture.measured(How::on(1), source, None).unwrap();
+    let one = fixture.measured(PassOptions::on(1), source, None).unwrap();
     for (seed, devices, read_ahead) in [(0, 1, false), (1, 2, true), (2, 4, false), (3, 3, true)] {
-        let how = How { read_ahead, ..How::on(devices) };
-        let slow = Faulty::new(source, 5, seed, None);
+        let how = PassOptions { read_ahead, ..PassOptions::on(devices) };
+        let slow = FaultySource::new(source, 5, seed, None);
         let other = fixture.measured(how, &slow, None).unwrap();
         assert!(one == other, "{name}: {how:?}, delays {seed}");
     }
@@ -247,7 +247,7 @@ fn interrupted_pass_resumes_on_other_devices_to_the_same_bits() {
     for name in ["llama-f32", "olmoe-bf16", "opt-350m", "qwen3-next"] {
         let fixture = Fixture::open(name).ablated();
         let source = &*fixture.checkpoint.weights;
-        let whole = fixture.measured(How::on(1), source, None).unwrap();
+        let whole = fixture.measured(PassOptions::on(1), source, None).unwrap();
         let (last, prefix) = {
             let model = Model::open(&fixture.checkpoint.config, source, None).unwrap();
             let last = model.spec.layers.len() - 1;
@@ -258,12 +258,12 @@ fn interrupted_pass_resumes_on_other_devices_to_the_same_bits() {
             let folder = tempfile::tempdir().unwrap();
             let path = folder.path().join("save");
             let mut points = SavePoints::new(path.clone(), "run".to_owned(), Duration::ZERO);
-            let cut = Faulty::new(source, 3, devices as u64, Some(prefix.clone()));
-            let error = fixture.measured(How::on(devices), &cut, Some(&mut points)).unwrap_err();
+            let cut = FaultySource::new(source, 3, devices as u64, Some(prefix.clone()));
+            let error = fixture.measured(PassOptions::on(devices), &cut, Some(&mut points)).unwrap_err();
             assert!(error.message().contains("the wire is cut"), "{name}: {error}");
             assert_eq!(points.load().unwrap().map(|point| point.next_layer), Some(last), "{name} on {devices}");
             saved.push(std::fs::read(&path).unwrap());
-            let resumed = fixture.measured(How::on(then), source, Some(&mut points)).unwrap();
+            let resumed = fixture.measured(PassOptions::on(then), source, Some(&mut points)).unwrap();
             assert!(resumed == whole, "{name}: from {devices} devices to {then}");
         }
         assert!(saved[0] == saved[1] && saved[0] == saved[2], "{name}: save points differ");
@@ -274,16 +274,16 @@ fn interrupted_pass_resumes_on_other_devices_to_the_same_bits() {
 fn a_pass_that_died_goes_on_in_other_micro_batches() {
     let fixture = Fixture::open("olmoe-bf16").ablated();
     let source = &*fixture.checkpoint.weights;
-    let whole = fixture.measured(How::on(1), source, None).unwrap();
+    let whole = fixture.measured(PassOptions::on(1), source, None).unwrap();
     let model = Model::open(&fixture.checkpoint.config, source, None).unwrap();
     let prefix = of_layer(&model, model.spec.layers.len() - 1);
     // The last of three sequences each is smaller.
-    let (one, three) = (How::on(1), How { micro_batch_tokens: 3 * fixture.tokens.tokens, ..How::on(2) });
+    let (one, three) = (PassOptions::on(1), PassOptions { micro_batch_tokens: 3 * fixture.tokens.tokens, ..PassOptions::on(2) });
     assert_ne!(fixture.tokens.sequences % 3, 0);
     for (how, then) in [(one, three), (three, one)] {
         let folder = tempfile::tempdir().unwrap();
         let mut points = SavePoints::new(folder.path().join("save"), "run".to_owned(), Duration::ZERO);
-        let cut = Faulty::new(source, 0, 0, Some(prefix.clone()));
+        let cut = FaultySource::new(source, 0, 0, Some(prefix.clone()));
         let error = fixture.measured(how, &cut, Some(&mut points)).unwrap_err();
         assert!(error.message().contains("the wire is cut"), "{error}");
         let resumed = fixture.measured(then, source, Some(&mut points)).unwrap();
@@ -301,26 +301,26 @@ fn one_error_stops_all_devices_and_names_its_place() {
     let fixture = Fixture::open("llama-f32");
     let source = &*fixture.checkpoint.weights;
     for devices in [1, 2, 4] {
-        let cut = Faulty::new(source, 0, 0, Some("layers.1.".to_owned()));
-        let error = fixture.measured(How::on(devices), &cut, None).unwrap_err();
+        let cut = FaultySource::new(source, 0, 0, Some("layers.1.".to_owned()));
+        let error = fixture.measured(PassOptions::on(devices), &cut, None).unwrap_err();
         let place = if devices == 1 { "layer 1 mixer: " } else { "layer 1 mixer on cpu#1: " };
         assert_eq!(error.message(), format!("{place}the wire is cut"));
     }
 }
 
 /// A study that does something at certain sites.
-struct Meddling<F> {
+struct HookedStudy<F> {
     study: Study,
-    meddle: Arc<F>,
+    hook: Arc<F>,
 }
 
-impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<F> {
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for HookedStudy<F> {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site)
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        (self.meddle)(site, first_token)?;
+        (self.hook)(site, first_token)?;
         self.study.observe(site, first_token, x)
     }
 
@@ -333,11 +333,11 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> LayerObserver for Meddling<
     }
 }
 
-impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for Meddling<F> {
+impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for HookedStudy<F> {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
-        Self { study: self.study.layer(layer), meddle: Arc::clone(&self.meddle) }
+        Self { study: self.study.layer(layer), hook: Arc::clone(&self.hook) }
     }
 
     fn join(&mut self, seen: Self) {
@@ -347,9 +347,9 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for Meddling<F> {
 
 impl Fixture {
     /// A pass with an action at every site, keyed by the first token of the micro-batch.
-    fn meddled(&self, how: How, meter: &Meter, meddle: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
-        let meddle = Arc::new(meddle);
-        let observer = |_: &Model<'_>, study| Meddling { study, meddle };
+    fn hooked(&self, how: PassOptions, meter: &Meter, hook: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
+        let hook = Arc::new(hook);
+        let observer = |_: &Model<'_>, study| HookedStudy { study, hook };
         self.pass(how, &*self.checkpoint.weights, meter, observer, None).map(|_| ())
     }
 }
@@ -361,23 +361,23 @@ fn error_or_panic_while_computing_leaves_no_thread_waiting() {
         1 => Err(WorkerError::internal("seen enough")),
         _ => Ok(()),
     };
-    let error = fixture.meddled(How::on(4), &Meter::default(), fails).unwrap_err();
+    let error = fixture.hooked(PassOptions::on(4), &Meter::default(), fails).unwrap_err();
     assert_eq!(error.message(), "layer 1 mixer on cpu#1: seen enough");
     let panics = |site: Site, _| if site.layer == 1 { panic!("on purpose") } else { Ok(()) };
     let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        fixture.meddled(How::on(2), &Meter::default(), panics)
+        fixture.hooked(PassOptions::on(2), &Meter::default(), panics)
     }));
     assert!(caught.is_err());
 }
 
 /// An event that others wait for.
 #[derive(Default)]
-struct Moment {
+struct Signal {
     happened: Mutex<bool>,
     changed: Condvar,
 }
 
-impl Moment {
+impl Signal {
     fn now(&self) {
         *self.happened.lock().unwrap() = true;
         self.changed.notify_all();
@@ -409,11 +409,11 @@ fn next_layer_starts_before_the_previous_one_finishes() {
         let last = fixture.tokens.sequences - 1;
         let last_token = last * fixture.tokens.tokens;
         let meter = Meter::with_spans();
-        let next_began = Moment::default();
+        let next_began = Signal::default();
         // The end of layer 0 on the last micro-batch waits for the start of layer 1 on the first.
         // Without a wavefront, this would wait forever.
         fixture
-            .meddled(How { group_elements: u64::MAX, ..How::on(2) }, &meter, |site, first_token| {
+            .hooked(PassOptions { group_elements: u64::MAX, ..PassOptions::on(2) }, &meter, |site, first_token| {
                 if site.layer == 1 && first_token == 0 {
                     next_began.now();
                 }

@@ -8,10 +8,10 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use outliers_worker::blocks::attention::{FUSED_FROM, Mixing, Watching};
+use outliers_worker::blocks::attention::{FUSED_FROM, SoftmaxAttention, AttentionRecorder};
 use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
-use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, Sinks};
+use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, SinkLogits};
 use outliers_worker::model::decoder::Window;
 use outliers_worker::model::rope::{Pairing, RopeScaling, RopeSpec};
 use proptest::prelude::*;
@@ -25,9 +25,9 @@ fn gpu() -> &'static Device {
 }
 
 /// Pseudo-random numbers, and some special ones.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
@@ -98,21 +98,21 @@ impl Attention {
     fn check(self) -> Result<(), TestCaseError> {
         let Self { widths: [width, value_width], sequences, tokens, kv_heads, groups, window, .. } = self;
         let heads = kv_heads * groups;
-        let mut dice = Dice(self.seed);
+        let mut rng = Rng(self.seed);
         // One head more than there is: a token's heads do not follow those of the one before.
-        let query = dice.even(&[sequences, tokens, heads + 1, width], 3.0);
-        let key = dice.even(&[sequences * kv_heads, tokens, width], 2.0);
-        let value = dice.even(&[sequences * kv_heads, tokens, value_width], 1.0);
-        let logits = dice.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
+        let query = rng.even(&[sequences, tokens, heads + 1, width], 3.0);
+        let key = rng.even(&[sequences * kv_heads, tokens, width], 2.0);
+        let value = rng.even(&[sequences * kv_heads, tokens, value_width], 1.0);
+        let logits = rng.even(&[heads], 3.0).to_dtype(DType::F32).unwrap();
         let scale = (width as f64).powf(-0.5);
-        let (watching, there) = (Watching::new(true, true), on_gpu(&logits));
-        let mixing = Mixing::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
+        let (recorder, there) = (AttentionRecorder::new(true, true), on_gpu(&logits));
+        let mixing = SoftmaxAttention::new(scale, window, self.sinks.then_some(&there)).fused_from(0);
         let queries = on_gpu(&query).narrow(2, 1, heads).unwrap();
-        let mixed = mixing.watched(Some(&watching)).mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+        let mixed = mixing.recorder(Some(&recorder)).mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
         prop_assert_eq!(mixed.dims2().unwrap(), (sequences * tokens, heads * value_width));
         if tokens < 64 {
-            let unwatched = mixing.mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
-            prop_assert_eq!(bits(&unwatched), bits(&mixed));
+            let unrecorded = mixing.mix(&queries, &on_gpu(&key), &on_gpu(&value)).unwrap();
+            prop_assert_eq!(bits(&unrecorded), bits(&mixed));
         }
 
         let [query, key, value, logits, mixed] = [&query, &key, &value, &logits, &mixed].map(numbers);
@@ -152,10 +152,10 @@ impl Attention {
             }
         }
         let count = (sequences * tokens * heads) as f64;
-        let got = watching.top();
+        let got = recorder.top();
         prop_assert_eq!(got.count as f64, count);
         prop_assert!((got.sum - top).abs() < 1e-5 * count, "{:?}: {}, not {}", self, got.sum, top);
-        let of_first = watching.first_key();
+        let of_first = recorder.first_key();
         prop_assert_eq!(of_first.len(), sequences);
         for (got, want) in of_first.iter().flatten().zip(first.iter().flatten()) {
             let want = (!want.is_empty()).then(|| want.iter().sum::<f64>() / want.len() as f64);
@@ -195,24 +195,24 @@ fn large_scores_that_are_alike_give_equal_shares() {
     let key = on_gpu(&all(200.0, tokens));
     let query = key.reshape((1, tokens, 1, width)).unwrap();
     let value = on_gpu(&Tensor::cat(&[all(1.0, seen), all(0.0, tokens - seen)], 1).unwrap());
-    let watching = Watching::new(true, false);
-    let mixing = Mixing::new(0.7, Window::Full, None).fused_from(0).watched(Some(&watching));
+    let recorder = AttentionRecorder::new(true, false);
+    let mixing = SoftmaxAttention::new(0.7, Window::Full, None).fused_from(0).recorder(Some(&recorder));
     let mixed = numbers(&mixing.mix(&query, &key, &value).unwrap());
     for (position, got) in mixed.chunks(width).enumerate() {
         let want = (position + 1).min(seen) as f64 / (position + 1) as f64;
         assert!(got.iter().all(|got| (got - want).abs() <= want / 128.0), "{position}: {got:?}, not {want}");
     }
     let shares: f64 = (1..=tokens).map(|keys| 1.0 / keys as f64).sum();
-    assert!((watching.top().sum - shares).abs() < 1e-3 * shares, "{:?}, not {shares}", watching.top());
+    assert!((recorder.top().sum - shares).abs() < 1e-3 * shares, "{:?}, not {shares}", recorder.top());
 }
 
 /// The tensor library's kernels, by which scores would be computed, are empty here.
 #[test]
 fn long_sequences_in_bf16_are_left_to_one_kernel() {
-    let mut dice = Dice(1);
-    let (query, key) = (dice.even(&[1, FUSED_FROM, 1, 64], 1.0), dice.even(&[1, FUSED_FROM, 64], 1.0));
+    let mut rng = Rng(1);
+    let (query, key) = (rng.even(&[1, FUSED_FROM, 1, 64], 1.0), rng.even(&[1, FUSED_FROM, 64], 1.0));
     let (query, key) = (on_gpu(&query), on_gpu(&key));
-    let mixing = Mixing::new(0.1, Window::Sliding(90), None);
+    let mixing = SoftmaxAttention::new(0.1, Window::Sliding(90), None);
     let mixed = mixing.mix(&query, &key, &key).unwrap();
     assert_eq!(bits(&mixed), bits(&mixing.fused_from(0).mix(&query, &key, &key).unwrap()));
 }
@@ -250,14 +250,14 @@ proptest! {
 
     #[test]
     fn inverse_equals_the_cpu(seed: u64, count in 1_usize..4, n in select(vec![1_usize, 2, 15, 16, 33, 63, 64])) {
-        same(&[&Dice(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
+        same(&[&Rng(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
     }
 
     #[test]
     fn norms(seed: u64, rows in 1..40usize, width in 1..200usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
-        let (x, residual) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
-        let (gain, bias) = (dice.tensor(&[width], dtype), dice.tensor(&[width], dtype));
+        let mut rng = Rng(seed);
+        let (x, residual) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
+        let (gain, bias) = (rng.tensor(&[width], dtype), rng.tensor(&[width], dtype));
         same(&[&x, &gain], |of| fused::rms_norm(&of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &residual], |of| fused::rms_norm_onto(&of[2], &of[0], &of[1], 1e-5).unwrap())?;
         same(&[&x, &gain, &bias], |of| fused::layer_norm(&of[0], &of[1], &of[2], 1e-5).unwrap())?;
@@ -272,21 +272,21 @@ proptest! {
     fn gates_of_separate_and_of_joined_matrices(
         seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes(), how in gates(), interleaved: bool,
     ) {
-        let mut dice = Dice(seed);
-        let (gate, up) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
+        let mut rng = Rng(seed);
+        let (gate, up) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
         same(&[&gate, &up], |of| fused::gated(of[0].clone(), &of[1], how).unwrap())?;
-        let joined = dice.tensor(&[rows, 2 * width], dtype);
+        let joined = rng.tensor(&[rows, 2 * width], dtype);
         same(&[&joined], |of| fused::gated_joined(&of[0], interleaved, how).unwrap())?;
     }
 
     #[test]
     fn activations_and_sums(seed: u64, rows in 1..5usize, width in 1..1200usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
-        let (x, y) = (dice.tensor(&[rows, width], dtype), dice.tensor(&[rows, width], dtype));
+        let mut rng = Rng(seed);
+        let (x, y) = (rng.tensor(&[rows, width], dtype), rng.tensor(&[rows, width], dtype));
         for how in [Activation::Relu, Activation::ReluSquared, Activation::GeluTanh] {
             same(&[&x], |of| fused::activated(of[0].clone(), how).unwrap())?;
         }
-        let row = dice.tensor(&[width], dtype);
+        let row = rng.tensor(&[width], dtype);
         for y in [y, row] {
             same(&[&x, &y], |of| fused::sum(of[0].clone(), &of[1]).unwrap())?;
         }
@@ -302,7 +302,7 @@ proptest! {
     ) {
         let spec = RopeSpec { theta: 50.0, dims: 2 * pairs, pairing, scaling: RopeScaling::None };
         let part = RotatedPart { head_dim: first + 2 * pairs + after, first };
-        let x = Dice(seed).tensor(&[sequences * positions, heads * part.head_dim], dtype);
+        let x = Rng(seed).tensor(&[sequences * positions, heads * part.head_dim], dtype);
         // A table may cover more positions than needed.
         let table = |device: &Device| spec.table(positions + 3, device).unwrap();
         same(&[&x], |of| fused::rope(of[0].clone(), &table(of[0].device()), part, positions).unwrap())?;
@@ -321,17 +321,17 @@ proptest! {
         scale in 0.01..2.0f64,
         dtype in dtypes(),
     ) {
-        let mut dice = Dice(seed);
+        let mut rng = Rng(seed);
         let block = ScoreBlock { first_query, queries, first_key: window.first_key(first_query), window };
         let keys = first_query + queries - block.first_key;
-        let scores = dice.tensor(&[heads, queries, keys], dtype);
+        let scores = rng.tensor(&[heads, queries, keys], dtype);
         let Some((count, first)) = sinks else {
             same(&[&scores], |of| fused::causal_softmax(of[0].clone(), block, scale, None).unwrap())?;
             return Ok(());
         };
-        let logits = dice.tensor(&[count], DType::F32);
+        let logits = rng.tensor(&[count], DType::F32);
         same(&[&scores, &logits], |of| {
-            let sinks = Sinks { logits: &of[1], first_head: first % count };
+            let sinks = SinkLogits { logits: &of[1], first_head: first % count };
             fused::causal_softmax(of[0].clone(), block, scale, Some(sinks)).unwrap()
         })?;
     }
@@ -345,10 +345,10 @@ proptest! {
         biased: bool,
         dtype in dtypes(),
     ) {
-        let mut dice = Dice(seed);
-        let x = dice.tensor(&[sequences * positions, heads * width], dtype);
-        let taps = dice.tensor(&[first_channel + heads * width, kernel], DType::F32);
-        let bias = dice.tensor(&[first_channel + heads * width], DType::F32);
+        let mut rng = Rng(seed);
+        let x = rng.tensor(&[sequences * positions, heads * width], dtype);
+        let taps = rng.tensor(&[first_channel + heads * width, kernel], DType::F32);
+        let bias = rng.tensor(&[first_channel + heads * width], DType::F32);
         same(&[&x, &taps, &bias], |of| {
             let bias = biased.then_some(&of[2]);
             Convolution { heads, positions, first_channel, length, bias }.apply(&of[0], &of[1]).unwrap()
@@ -357,9 +357,9 @@ proptest! {
 
     #[test]
     fn parts_of_logits(seed: u64, rows in 1..40usize, width in 1..300usize, dtype in dtypes()) {
-        let mut dice = Dice(seed);
-        let logits = dice.tensor(&[rows, width], dtype);
-        let target = |row: usize| (!row.is_multiple_of(3)).then(|| dice.next() % width as u32);
+        let mut rng = Rng(seed);
+        let logits = rng.tensor(&[rows, width], dtype);
+        let target = |row: usize| (!row.is_multiple_of(3)).then(|| rng.next() % width as u32);
         let targets: Vec<Option<u32>> = (0..rows).map(target).collect();
         same(&[&logits], |of| fused::logit_parts(&of[0], &targets).unwrap())?;
     }

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, Piece, Routed};
+use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, ExpertBatch, Routed};
 use outliers_worker::device::gpu::{self, Positions};
 use outliers_worker::kernels::product::{self, Linear};
 use outliers_worker::model::decoder::{GateUp, MlpKind, RouterSpec};
@@ -29,9 +29,9 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 /// Pseudo-random numbers.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as u32
@@ -104,10 +104,10 @@ prop_compose! {
 
 impl Case {
     /// Chooses experts on CPU and GPU from the same logits.
-    fn choose(&self, dice: &mut Dice, all_numbers: bool) -> [Choices; 2] {
-        let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| dice.logit(all_numbers)).collect();
+    fn choose(&self, rng: &mut Rng, all_numbers: bool) -> [Choices; 2] {
+        let logits: Vec<f32> = (0..self.rows * self.experts).map(|_| rng.logit(all_numbers)).collect();
         let logits = tensor(logits, &[self.rows, self.experts], DType::F32);
-        let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { dice.unit() }).collect();
+        let numbers = (0..self.experts).map(|expert| if expert % 7 == 3 { 1e-39 } else { rng.unit() }).collect();
         let has_numbers = self.spec.correction() || self.spec.scales();
         let numbers = has_numbers.then(|| tensor(numbers, &[self.experts], DType::F32));
         [&Device::Cpu, gpu()].map(|device| {
@@ -123,7 +123,7 @@ proptest! {
     #[test]
     fn the_same_experts_are_chosen_with_the_same_weights(case in cases()) {
         let _alone = alone();
-        let [here, there] = case.choose(&mut Dice(case.seed), false);
+        let [here, there] = case.choose(&mut Rng(case.seed), false);
         let (here, there) = (here.on_host().unwrap(), there.on_host().unwrap());
         prop_assert_eq!(here.top_k, there.top_k);
         prop_assert_eq!(here.scales_input, there.scales_input);
@@ -139,32 +139,32 @@ proptest! {
         dtype in prop::sample::select(vec![DType::F32, DType::BF16, DType::F16]),
     ) {
         let _alone = alone();
-        let mut dice = Dice(case.seed);
+        let mut rng = Rng(case.seed);
         let (rows, experts) = (case.rows, case.experts);
         let first_token = 3 * tokens;
-        let beside = tensor((0..rows * width).map(|_| dice.unit() - 0.5).collect(), &[rows, width], dtype);
+        let beside = tensor((0..rows * width).map(|_| rng.unit() - 0.5).collect(), &[rows, width], dtype);
         let routed = |choices, device: &Device| {
             // Its storage is overwritten.
             let out = beside.copy().unwrap().to_device(device).unwrap();
             Routed::new(out.clone(), choices, experts, out, Some(Positions { first_token, tokens })).unwrap()
         };
-        let [of_cpu, of_gpu] = case.choose(&mut dice, true);
+        let [of_cpu, of_gpu] = case.choose(&mut rng, true);
         let (mut here, mut there) = (routed(of_cpu, &Device::Cpu), routed(of_gpu, gpu()));
 
         let mut stats = [RouterStats::new(experts), RouterStats::new(experts)];
         for (routed, stats) in [&mut here, &mut there].into_iter().zip(&mut stats) {
-            match routed.arrive().unwrap() {
+            match routed.wait().unwrap() {
                 Choices::Host(routing) => stats.add(first_token, tokens, routing),
                 Choices::Gpu(routing) => stats.add_loads(first_token, tokens, routing).unwrap(),
             }
         }
         prop_assert_eq!(&stats[0], &stats[1]);
 
-        let group = dice.next() as usize % experts..experts;
+        let group = rng.next() as usize % experts..experts;
         let inputs = [&here, &there].map(|routed| Inputs::new(&[routed, routed], &group).unwrap());
         for expert in group.filter(|expert| here.sent(*expert) > 0) {
             let rows = here.sent(expert);
-            let piece = |sent: &[(usize, usize)]| [Piece { expert, sent: sent.into() }];
+            let piece = |sent: &[(usize, usize)]| [ExpertBatch { expert, sent: sent.into() }];
             let [one, other] = [(&inputs[0], &here), (&inputs[1], &there)].map(|(inputs, routed)| {
                 let alone = inputs.gather(&[routed, routed], &piece(&[(1, rows)])).unwrap();
                 let both = inputs.gather(&[routed, routed], &piece(&[(0, rows), (1, rows)])).unwrap();
@@ -181,7 +181,7 @@ proptest! {
             if sent.rows.is_empty() {
                 continue;
             }
-            let made = (0..sent.rows.len() * width).map(|_| dice.unit() * 3.0 - 1.0).collect();
+            let made = (0..sent.rows.len() * width).map(|_| rng.unit() * 3.0 - 1.0).collect();
             let made = tensor(made, &[sent.rows.len(), width], dtype);
             here.add(expert, &made).unwrap();
             there.add(expert, &made.to_device(gpu()).unwrap()).unwrap();
@@ -199,10 +199,10 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let case = Case { spec, experts: EXPERTS, top_k: 2, rows, seed: 1 };
         let x = tensor(vec![0.0; rows], &[rows, 1], DType::F32).to_device(gpu()).unwrap();
         let before = gpu::traffic();
-        let [_, choices] = case.choose(&mut Dice(case.seed), true);
+        let [_, choices] = case.choose(&mut Rng(case.seed), true);
         let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
         let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
-        routed.arrive().unwrap();
+        routed.wait().unwrap();
         // First row of each expert, and 37 numbers per expert if `positions` is given.
         let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
         assert_eq!(gpu::traffic().since(before).from_gpus, 8 * numbers as u64, "{rows} rows, {positions:?}");
@@ -211,10 +211,10 @@ fn what_comes_back_does_not_grow_with_tokens() {
 
 /// A feed-forward that looks random, with biases: 0 without a gate, 1 and 2 with one beside, stored
 /// as `[out, in]` or the other way around, 3 with both in one.
-fn expert(dice: &mut Dice, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
+fn expert(rng: &mut Rng, form: usize, [width, inner]: [usize; 2], dtype: DType) -> MlpWeights {
     let mut linear = |out: usize, input: usize| {
         let mut values = |count: usize, shape: &[usize]| {
-            tensor((0..count).map(|_| dice.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
+            tensor((0..count).map(|_| rng.unit() - 0.5).collect(), shape, dtype).to_device(gpu()).unwrap()
         };
         let bias = values(out, &[out]);
         let stored = if form == 2 { [input, out] } else { [out, input] };
@@ -254,17 +254,17 @@ proptest! {
         seed in any::<u64>(),
     ) {
         let _alone = alone();
-        let mut dice = Dice(seed);
+        let mut rng = Rng(seed);
         let rows: Vec<usize> = match one_has_all {
             true => (0..rows.len()).map(|expert| if expert == 1 { 13 } else { 0 }).collect(),
             false => rows,
         };
         let at_once = 16 / dtype.size_in_bytes();
         let (width, inner) = (sizes.0 * at_once, sizes.1 * at_once);
-        let experts: Vec<MlpWeights> = rows.iter().map(|_| expert(&mut dice, form, [width, inner], dtype)).collect();
+        let experts: Vec<MlpWeights> = rows.iter().map(|_| expert(&mut rng, form, [width, inner], dtype)).collect();
         let all: usize = rows.iter().sum();
         prop_assume!(all > 0);
-        let x = tensor((0..all * width).map(|_| dice.unit() - 0.5).collect(), &[all, width], dtype);
+        let x = tensor((0..all * width).map(|_| rng.unit() - 0.5).collect(), &[all, width], dtype);
         let x = x.to_device(gpu()).unwrap();
         let together = ffn::apply_each(&experts.iter().collect::<Vec<_>>(), &x, &rows).unwrap();
         prop_assert_eq!(together.dims(), &[all, width]);
@@ -285,7 +285,7 @@ proptest! {
 fn experts_with_few_rows_are_started_together_where_the_library_takes_their_matrices() {
     let _alone = alone();
     let experts = |[width, inner]: [usize; 2], dtype| -> Vec<MlpWeights> {
-        (0..3).map(|seed| expert(&mut Dice(seed), 1, [width, inner], dtype)).collect()
+        (0..3).map(|seed| expert(&mut Rng(seed), 1, [width, inner], dtype)).collect()
     };
     let put = |rows: &[usize], [width, inner]: [usize; 2], dtype| {
         rows_together(rows, &experts([width, inner], dtype), width, dtype)
@@ -318,8 +318,8 @@ fn multiply_five_experts() {
     let refused: Vec<String> = [DType::F32, DType::BF16, DType::F16].into_iter().filter_map(ready).collect();
     // It is asked no more once it has refused.
     assert_eq!(refused.len(), usize::from(std::env::var_os(GROUPED).is_some()), "{refused:?}");
-    let mut dice = Dice(1);
-    let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut dice, 1, [16, 8], DType::BF16)).collect();
+    let mut rng = Rng(1);
+    let experts: Vec<MlpWeights> = (0..5).map(|_| expert(&mut rng, 1, [16, 8], DType::BF16)).collect();
     let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
     let chosen = vec![0, 0, 2, 2, 2, 3, 4, 4, 4];
     let routing = ffn::Routing { top_k: 1, experts: chosen, weights: vec![1.0; 9], scales_input: false };

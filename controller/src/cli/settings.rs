@@ -16,9 +16,9 @@ use serde::Deserialize;
 use crate::cli::ClusterArgs;
 use crate::cloud::broker::{CLOUDS, CloudKind, local, slurm};
 use crate::cloud::clouds::Timeouts;
-use crate::files::{MOST, read_text};
+use crate::files::{MAX_FILE_BYTES, read_text};
 use crate::host::GuardTimeouts;
-use crate::run::local_worker::Limits;
+use crate::run::local_worker::InspectLimits;
 use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
@@ -64,7 +64,7 @@ const PUBLIC_HUB: &str = "https://huggingface.co";
 const DEFAULTS: &str = include_str!("../../../config/outliers.toml");
 
 /// Maximum bytes of a token file.
-const MOST_TOKEN: u64 = 64 << 10;
+const MAX_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
@@ -132,7 +132,7 @@ pub struct Settings {
     /// Path of the worker program, if set.
     pub worker: Option<PathBuf>,
     /// Limits for the inspection of a job on this machine.
-    pub look: Limits,
+    pub inspect_limits: InspectLimits,
     /// The default brokers.
     pub broker: DefaultBroker,
     /// Every supported cloud that is not disabled, with its key if one is set.
@@ -404,7 +404,7 @@ impl Settings {
     /// # Errors
     /// [`SettingsError`] if there is no folder for the state.
     pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
-        let text = user_path(config, environment).and_then(|path| read_text(&path, MOST).ok());
+        let text = user_path(config, environment).and_then(|path| read_text(&path, MAX_FILE_BYTES).ok());
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
         let clouds = |brokers: toml::Value| brokers.try_into().ok();
         let brokers = table.get("brokers").cloned().and_then(clouds).unwrap_or_default();
@@ -429,7 +429,7 @@ impl Settings {
             state: state_folder(environment)?,
             results: here.join(file.results.ok_or_else(|| built_in("results"))?),
             worker: worker.binary.map(|path| here.join(path)),
-            look: Limits {
+            inspect_limits: InspectLimits {
                 memory: size(worker.inspect_memory.map(|memory| memory.0), "worker.inspect-memory")?,
                 time: worker.inspect_time.ok_or_else(|| built_in("worker.inspect-time"))?.0,
             },
@@ -511,7 +511,7 @@ fn clouds(
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {
     let Some(path) = user_path(config, environment) else { return Ok(SettingsFile::default()) };
-    let text = read_text(&path, MOST).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    let text = read_text(&path, MAX_FILE_BYTES).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
     parse(&text, &path)
 }
 
@@ -548,7 +548,7 @@ fn hf_token(environment: &Environment) -> Option<Secret> {
     let file = || {
         let home = environment.path(variables::HF_HOME);
         let home = home.or_else(|| Some(environment.home().ok()?.join(".cache/huggingface")))?;
-        read_text(&home.join("token"), MOST_TOKEN).ok()
+        read_text(&home.join("token"), MAX_TOKEN).ok()
     };
     let token = named.or_else(file)?.trim().to_owned();
     (!token.is_empty()).then(|| Secret::new(token))
@@ -636,8 +636,8 @@ mod tests {
         assert_eq!(settings.max_duration, Duration::from_secs(6 * 3600));
         assert_eq!(settings.watch, GuardTimeouts { lease_s: 7200, unclaimed_s: 3600 });
         assert_eq!(settings.push_limit, Bytes::from_gib(1));
-        let look = Limits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
-        assert_eq!(settings.look, look);
+        let inspect_limits = InspectLimits { memory: Bytes::from_gib(16), time: Duration::from_secs(1800) };
+        assert_eq!(settings.inspect_limits, inspect_limits);
         assert_eq!((settings.max_parallel, settings.stagger), (3, Duration::from_secs(20)));
         let none = Thresholds { magnitude: 0.0, layer_fraction: 0.0, position_fraction: 0.0 };
         assert_eq!(settings.job.thresholds.over(none), Thresholds::default());

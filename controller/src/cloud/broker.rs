@@ -98,7 +98,7 @@ pub trait Broker: Send + Sync {
     }
 
     /// Access to an instance without its own SSH server; `None`: use the address in its state.
-    fn way(&self, _id: &InstanceId) -> Option<Way> {
+    fn instance_transport(&self, _id: &InstanceId) -> Option<InstanceTransport> {
         None
     }
 
@@ -145,11 +145,11 @@ pub struct CloudKind {
     /// Web page on which users create a key.
     pub key_page: &'static str,
     /// Creates the broker.
-    pub connect: fn(Access) -> Box<dyn Broker>,
+    pub connect: fn(ApiAccess) -> Box<dyn Broker>,
 }
 
 /// Access of one account to a cloud's API.
-pub struct Access {
+pub struct ApiAccess {
     /// HTTP client with the account's key.
     pub http: Http,
     /// Container image for instances.
@@ -161,7 +161,7 @@ pub struct Access {
 }
 
 /// Access to an instance without its own SSH server.
-pub struct Way {
+pub struct InstanceTransport {
     /// Commands and files there. The transport authenticates the other side; no host key is
     /// pinned.
     pub transport: Arc<dyn Transport>,

@@ -14,7 +14,7 @@ use crate::units::Span;
 pub const BETWEEN_BROKERS: &str = ", ";
 /// Maximum difference in seconds between this machine's clock and a cloud's for renting, since
 /// instances end at a time of day.
-const MOST_SKEW: i64 = 5 * 60;
+const MAX_SKEW: i64 = 5 * 60;
 
 /// A cloud with its timeouts.
 #[derive(Clone)]
@@ -217,7 +217,7 @@ impl Clouds {
     /// Why this machine's clock does not allow renting, by the clouds that have answered.
     pub fn wrong_clock(&self) -> Option<String> {
         let skew = |cloud: &Cloud| Some((cloud.name(), cloud.broker.clock_skew()?));
-        let (name, skew) = self.0.iter().filter_map(skew).find(|(_, skew)| skew.abs() > MOST_SKEW)?;
+        let (name, skew) = self.0.iter().filter_map(skew).find(|(_, skew)| skew.abs() > MAX_SKEW)?;
         let by = Span(Duration::from_secs(skew.unsigned_abs()));
         let way = if skew > 0 { "behind" } else { "ahead of" };
         Some(format!("this machine's clock is {by} {way} that of {name}: an instance would end at the wrong time"))

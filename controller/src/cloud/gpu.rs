@@ -93,7 +93,7 @@ const CAPABILITIES: &[(u32, &[&str])] = &[
 ];
 
 /// Minimum compute capability of the worker times ten: bf16, from Ampere on.
-pub const LEAST_CAPABILITY: u32 = 80;
+pub const MIN_CAPABILITY: u32 = 80;
 
 /// Minimum CUDA version of the driver for the worker's GPU code.
 pub const OLDEST_CUDA: CudaVersion = CudaVersion { major: 11, minor: 8 };

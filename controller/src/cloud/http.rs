@@ -45,7 +45,7 @@ const NO_SKEW: i64 = i64::MIN;
 
 /// Effect of making a call twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Effect {
+pub enum Idempotency {
     /// None: it reads.
     Read,
     /// The same as once.
@@ -61,18 +61,18 @@ pub struct Call {
     path: String,
     query: Vec<(String, String)>,
     body: Option<Value>,
-    effect: Effect,
+    effect: Idempotency,
     pace: Option<&'static str>,
 }
 
 impl Call {
     /// Reads `path`, relative to the base URL, with a leading `/`.
     pub fn get(path: impl Into<String>) -> Self {
-        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Effect::Read, pace: None }
+        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Idempotency::Read, pace: None }
     }
 
     /// Any other call.
-    pub fn new(method: Method, path: impl Into<String>, effect: Effect) -> Self {
+    pub fn new(method: Method, path: impl Into<String>, effect: Idempotency) -> Self {
         Self { method, effect, ..Self::get(path) }
     }
 
@@ -98,13 +98,13 @@ impl Call {
 
 /// Timeouts and attempts.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Limits {
+pub struct HttpLimits {
     /// Timeout of a connection.
     pub connect: Duration,
     /// Timeout between two bytes of a reply.
     pub read: Duration,
     /// Time limit of all attempts of a call, pauses included. A started attempt still has
-    /// [`Limits::read`].
+    /// [`HttpLimits::read`].
     pub total: Duration,
     /// Attempts, the first included.
     pub attempts: u32,
@@ -115,7 +115,7 @@ pub struct Limits {
     pub hurry: u32,
 }
 
-impl Default for Limits {
+impl Default for HttpLimits {
     fn default() -> Self {
         Self {
             connect: Duration::from_secs(10),
@@ -133,7 +133,7 @@ pub type Explain = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// A server's answer to one request.
 #[derive(Clone, Debug)]
-pub struct Answer {
+pub struct RawResponse {
     /// HTTP status.
     pub status: u16,
     /// The headers.
@@ -146,7 +146,7 @@ pub struct Answer {
 
 /// Failure of a request without a complete answer.
 #[derive(Clone, Debug)]
-pub struct NoAnswer {
+pub struct NoResponse {
     /// Whether certainly no server accepted the request.
     pub certainly_not_taken: bool,
     /// Description of the failure.
@@ -159,8 +159,8 @@ pub trait HttpTransport: Send + Sync {
     /// Sends `call` to `url`, the base URL with the call's path.
     ///
     /// # Errors
-    /// [`NoAnswer`].
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer>;
+    /// [`NoResponse`].
+    async fn exchange(&self, url: &str, call: &Call) -> Result<RawResponse, NoResponse>;
 }
 
 /// The real network.
@@ -174,8 +174,8 @@ struct Network {
 
 #[async_trait]
 impl HttpTransport for Network {
-    async fn exchange(&self, url: &str, call: &Call) -> Result<Answer, NoAnswer> {
-        let client = if call.effect == Effect::Once { &self.fresh } else { &self.client };
+    async fn exchange(&self, url: &str, call: &Call) -> Result<RawResponse, NoResponse> {
+        let client = if call.effect == Idempotency::Once { &self.fresh } else { &self.client };
         let mut request = client.request(call.method.clone(), url).query(&call.query);
         if let Some(body) = &call.body {
             request = request.json(body);
@@ -188,21 +188,21 @@ impl HttpTransport for Network {
         while let Some(chunk) = response.chunk().await.map_err(|error| no_answer(&error))? {
             if body.len() + chunk.len() > LARGEST_REPLY {
                 let words = format!("its reply has more than {} MiB", LARGEST_REPLY >> 20);
-                return Err(NoAnswer { certainly_not_taken: false, words });
+                return Err(NoResponse { certainly_not_taken: false, words });
             }
             body.extend_from_slice(&chunk);
         }
-        Ok(Answer { status, headers, body, clock_skew })
+        Ok(RawResponse { status, headers, body, clock_skew })
     }
 }
 
-fn no_answer(error: &reqwest::Error) -> NoAnswer {
+fn no_answer(error: &reqwest::Error) -> NoResponse {
     // No server accepted it.
     if error.is_connect() || error.is_builder() {
-        return NoAnswer { certainly_not_taken: true, words: chain(error) };
+        return NoResponse { certainly_not_taken: true, words: chain(error) };
     }
     let what = if error.is_timeout() { "no answer in time" } else { "the connection broke" };
-    NoAnswer { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
+    NoResponse { certainly_not_taken: false, words: format!("{what}: {}", chain(error)) }
 }
 
 /// Client of one cloud. Clones share rate limits.
@@ -212,7 +212,7 @@ pub struct Http {
     broker: &'static str,
     base: String,
     key: Option<Hidden>,
-    limits: Limits,
+    limits: HttpLimits,
     paces: Arc<RateLimits>,
     /// Seconds by which the cloud's clock is ahead of the local one, by its latest answer; the
     /// minimum value: no answer yet.
@@ -234,7 +234,7 @@ impl Http {
     /// # Errors
     /// [`BrokerErrorKind::Rejected`] if `base` is not a valid URL, [`BrokerErrorKind::Auth`] if
     /// the key is not a valid header.
-    pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: Limits) -> Result<Self, BrokerError> {
+    pub fn new(broker: &'static str, base: &str, key: Option<Secret>, limits: HttpLimits) -> Result<Self, BrokerError> {
         let error = |kind, message: String| BrokerError { broker, kind, message };
         let base = base.trim_end_matches('/').to_owned();
         let url = reqwest::Url::parse(&base).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
@@ -331,16 +331,16 @@ impl Http {
     /// rate limit is made.
     ///
     /// # Errors
-    /// [`BrokerErrorKind::Maybe`] if a call with [`Effect::Once`] may have been executed;
+    /// [`BrokerErrorKind::Maybe`] if a call with [`Idempotency::Once`] may have been executed;
     /// [`BrokerErrorKind::RateLimited`] and [`BrokerErrorKind::Unavailable`] if it was not, after
     /// all attempts.
-    pub async fn call(&self, call: Call) -> Result<Reply, BrokerError> {
+    pub async fn call(&self, call: Call) -> Result<Response, BrokerError> {
         let held = self.paces.held(call.pace);
         if held >= self.limits.total {
             let failure = Failure::too_often("it has asked to be left alone".to_owned(), Some(held));
             return Err(self.give_up(&call, failure));
         }
-        self.paces.turn(call.pace).await;
+        self.paces.acquire(call.pace).await;
         // Set now, since waiting for the rate limit does not count.
         let deadline = Instant::now() + self.limits.total;
         let mut attempt = 1;
@@ -353,7 +353,7 @@ impl Http {
             if let Some(wait) = failure.wait {
                 self.paces.hold(call.pace, wait);
             }
-            let again = failure.certainly_not_taken || call.effect != Effect::Once;
+            let again = failure.certainly_not_taken || call.effect != Idempotency::Once;
             let pause = failure.wait.unwrap_or_else(|| self.backoff(attempt, &failure));
             let left = deadline.saturating_duration_since(Instant::now());
             if !again || attempt >= self.limits.attempts || pause >= left {
@@ -362,12 +362,12 @@ impl Http {
             tracing::info!("{}: {}; again in {:.1} s", self.broker, failure.words, pause.as_secs_f64());
             waiting::tell(|| Failed { words: format!("{}: {}", self.broker, failure.words), pause });
             tokio::time::sleep(pause).await;
-            self.paces.turn(call.pace).await;
+            self.paces.acquire(call.pace).await;
             attempt += 1;
         }
     }
 
-    async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Reply, Failure> {
+    async fn attempt(&self, call: &Call, deadline: Instant) -> Result<Response, Failure> {
         let left = deadline.saturating_duration_since(Instant::now()).max(self.limits.read);
         let (status, headers, body) = match tokio::time::timeout(left, self.exchange(call)).await {
             Ok(answered) => answered?,
@@ -375,7 +375,7 @@ impl Http {
         };
         let body = self.redacted(&body);
         self.tell(|| format!("< {status}\n{}", redact::document(&body)));
-        let reply = Reply { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
+        let reply = Response { broker: self.broker, effect: call.effect, key: self.key.clone(), status, body };
         match status {
             429 if self.final_words.iter().any(|word| reply.body.contains(word)) => Ok(reply),
             429 => Err(Failure::too_often(reply.in_words(), retry_after(&headers))),
@@ -397,7 +397,7 @@ impl Http {
         Ok((answer.status, answer.headers, String::from_utf8_lossy(&answer.body).into_owned()))
     }
 
-    fn failure(&self, error: &NoAnswer) -> Failure {
+    fn failure(&self, error: &NoResponse) -> Failure {
         let words = self.redacted(&error.words);
         if error.certainly_not_taken {
             return Failure::refused(format!("{} cannot be reached: {words}", self.base));
@@ -408,7 +408,7 @@ impl Http {
     fn give_up(&self, call: &Call, failure: Failure) -> BrokerError {
         let kind = match failure.kind {
             Some(kind) => kind,
-            None if call.effect == Effect::Once && !failure.certainly_not_taken => BrokerErrorKind::Maybe,
+            None if call.effect == Idempotency::Once && !failure.certainly_not_taken => BrokerErrorKind::Maybe,
             None => BrokerErrorKind::Unavailable,
         };
         let words = match failure.wait {
@@ -470,9 +470,9 @@ impl Failure {
 
 /// A cloud's answer. The key is removed from it.
 #[derive(Clone, Debug)]
-pub struct Reply {
+pub struct Response {
     broker: &'static str,
-    effect: Effect,
+    effect: Idempotency,
     key: Option<Hidden>,
     /// HTTP status below 500, except 408; 429 only by [`Http::final_when`].
     pub status: u16,
@@ -480,10 +480,10 @@ pub struct Reply {
     pub body: String,
 }
 
-impl Reply {
+impl Response {
     /// A recorded reply, for tests.
     #[cfg(test)]
-    pub(crate) fn recorded(effect: Effect, status: u16, body: impl fmt::Display) -> Self {
+    pub(crate) fn recorded(effect: Idempotency, status: u16, body: impl fmt::Display) -> Self {
         Self { broker: "test", effect, status, body: body.to_string(), key: None }
     }
 
@@ -495,7 +495,8 @@ impl Reply {
     /// Parses the body as `T`; `what` names it in the error.
     ///
     /// # Errors
-    /// The body is something else. The effect of a call with [`Effect::Once`] is then unknown.
+    /// The body is something else. The effect of a call with [`Idempotency::Once`] is then
+    /// unknown.
     pub fn json<T: DeserializeOwned>(&self, what: &str) -> Result<T, BrokerError> {
         serde_json::from_str(&self.body).map_err(|error| {
             let message = format!("its answer is not {what} ({error}): {}", clean(self.body.as_bytes(), 120));
@@ -526,7 +527,7 @@ impl Reply {
 
     /// Error kind of an invalid answer.
     pub fn unclear(&self) -> BrokerErrorKind {
-        if self.effect == Effect::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
+        if self.effect == Idempotency::Once { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable }
     }
 
     /// The cloud's message with the status: its title, detail, error or message fields, else the
@@ -561,7 +562,7 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 /// # Errors
 /// A message, if it does not answer.
 pub async fn clock_skew(url: &str) -> Result<Option<i64>, String> {
-    let limits = Limits::default();
+    let limits = HttpLimits::default();
     let client = reqwest::Client::builder().connect_timeout(limits.connect).timeout(limits.read).build();
     let client = client.map_err(|error| chain(&error))?;
     let begun = SystemTime::now();

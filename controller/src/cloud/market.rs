@@ -116,7 +116,7 @@ static RULES: [Rule; 15] = [
         // For this machine's GPUs the worker decides. A new model may be in no table.
         fit: |offer, want| match offer.capability {
             Some(has) if want.gpu_count != Some(0) && !offer.is_local => {
-                Fit::lacks(gpu::LEAST_CAPABILITY.saturating_sub(has))
+                Fit::lacks(gpu::MIN_CAPABILITY.saturating_sub(has))
             }
             _ => Fit::Passes,
         },
@@ -325,7 +325,7 @@ impl Removed<'_> {
 
 /// Result of one filter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Step {
+pub struct FilterStep {
     /// The filter.
     pub filter: Filter,
     /// The option with its value.
@@ -351,7 +351,7 @@ pub struct Quote {
     /// Number of offers before filtering.
     pub considered: usize,
     /// The requested filters, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<FilterStep>,
 }
 
 /// No offer passes.
@@ -377,7 +377,7 @@ pub enum NothingLeft {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Filtered {
     /// The filters up to the one that removed the last offers.
-    pub steps: Vec<Step>,
+    pub steps: Vec<FilterStep>,
     /// Number of offers before filtering.
     pub considered: usize,
     /// Why the last filter removed offers.
@@ -422,7 +422,7 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quot
             continue;
         }
         let removed_unknown = removed.iter().filter(|offer| (rule.fit)(offer, want) == Fit::Unknown).count();
-        steps.push(Step { filter: rule.filter, option, removed: removed.len(), removed_unknown, left: left.len() });
+        steps.push(FilterStep { filter: rule.filter, option, removed: removed.len(), removed_unknown, left: left.len() });
         if left.is_empty() {
             return Err(explain(rule, steps, &offers, &removed, want));
         }
@@ -512,7 +512,7 @@ fn gpu_name(offer: &Offer) -> Option<String> {
     Some(offer.form.map_or_else(|| name.clone(), |form| format!("{name} {form}")))
 }
 
-fn explain(last: &Rule, steps: Vec<Step>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
+fn explain(last: &Rule, steps: Vec<FilterStep>, offers: &[Offer], removed: &[Offer], want: &GpuRequest) -> NothingLeft {
     let nearest = removed.iter().min_by_key(|offer| ((last.fit)(offer, want), offer.price));
     let Some(nearest) = nearest else { return NothingLeft::NoOffers };
     let unknown = steps.last().map_or(0, |step| step.removed_unknown);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::deploy::tell;
+use super::deploy::print_result;
 use super::drive::{Deployed, drive};
 use super::prepare::{secrets, writable};
 use super::survey::refresh_indices;
@@ -31,7 +31,7 @@ pub(super) async fn command(
     }
     let deployed = if run.state.is_at_rest() { Deployed::of(run) } else { take_up(context, &ledger, &run).await? };
     refresh_indices(context, &ledger);
-    tell(context, &deployed);
+    print_result(context, &deployed);
     Ok(deployed.status())
 }
 
@@ -47,7 +47,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     // Other runs of its survey may be running.
     let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };
     let secrets = secrets(context, &run.spec.job, workers);
-    context.reporter.picked_up(taken.record());
+    context.reporter.resumed(taken.record());
     drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
 }
 

@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use outliers_protocol::{JobOptions, Merge, Results};
 use serde::{Deserialize, Serialize};
 
-use super::deploy::{deploy, tell};
+use super::deploy::{deploy, print_result};
 use super::drive::Deployed;
 use super::{Context, SCHEMA};
 use crate::cli::DemoArgs;
 use crate::cli::settings::{DeployRequest, JobRequest, RunTerms};
 use crate::cloud::broker::{GpuRequest, Instance, local};
-use crate::files::{MOST, create_private_folder, read_small};
+use crate::files::{MAX_FILE_BYTES, create_private_folder, read_small};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
@@ -76,7 +76,7 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
     let deployed = deploy(context, &asked(context, &folder)).await?;
     let deployed = deployed.ok_or_else(|| CliError::failed("the demo was not deployed"))?;
     let Some(results) = &deployed.results else {
-        tell(context, &deployed);
+        print_result(context, &deployed);
         let status = deployed.status();
         return Ok(if status == ExitStatus::Done { ExitStatus::Failed } else { status });
     };
@@ -131,7 +131,7 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> 
 fn truth(folder: &Path) -> Result<Planted, CliError> {
     let path = folder.join(TRUTH);
     let wrong = |why: String| CliError::failed(format!("{}: {why}", path.display()));
-    let text = read_small(&path, MOST).map_err(|error| wrong(error.to_string()))?;
+    let text = read_small(&path, MAX_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 

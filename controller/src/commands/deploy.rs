@@ -43,7 +43,7 @@ pub(super) async fn command(context: &Context, asked: &DeployRequest) -> Result<
         tell_of_detached(context, &deployed.run);
         return Ok(ExitStatus::Done);
     }
-    tell(context, &deployed);
+    print_result(context, &deployed);
     Ok(deployed.status())
 }
 
@@ -105,7 +105,7 @@ fn in_words(detached: &Detached<'_>) -> String {
 }
 
 /// Prints the result of a deploy.
-pub(super) fn tell(context: &Context, deployed: &Deployed) {
+pub(super) fn print_result(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
     context.reporter.result(deployed, || deployed.table() + &tables::epilogue(&deployed.run, cost));
     if let Some(cli_error) = cli_error_of(&deployed.run) {
@@ -148,7 +148,7 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     if !asked.dry_run
         && let Some(run) = reconcile(reporter, &ledger, ports, &key).await?
     {
-        reporter.picked_up(run.record());
+        reporter.resumed(run.record());
         let secrets = secrets(context, &run.record().spec.job, 1);
         let clouds = context.clouds_to_go_on(run.record(), &clouds)?;
         let ports = Ports { clouds: &clouds, secrets: &secrets, ..ports };

@@ -13,7 +13,7 @@ use crate::cloud::broker::{Account, Instance};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::cloud::http::{address, clock_skew};
 use crate::host::keys::RunKey;
-use crate::run::deploy::look;
+use crate::run::deploy::reconcile_cloud;
 use crate::run::ledger::{Ledger, Records, Repaired, random_word};
 use crate::run::reconcile::{Action, Leave};
 use crate::text::{clean, counted};
@@ -21,7 +21,7 @@ use crate::ui::report::{CliError, ExitStatus, tables};
 
 /// Maximum difference in seconds between this machine's clock and a cloud's, since deadlines are
 /// times of day.
-const MOST_SKEW: i64 = 60;
+const MAX_SKEW: i64 = 60;
 
 #[derive(Serialize)]
 struct DoctorReport {
@@ -81,9 +81,9 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
     // One that cannot be read knows no clusters.
     let ledger = ledger.as_ref().ok().filter(|ledger| ledger.records().is_ok());
     let clouds = context.clouds_to_list(ledger, &args.only.broker)?;
-    let looks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
-    let looked = context.reporter.waiting("the clouds' answers", join_all(looks)).await;
-    let mut of_clouds: Vec<Finding> = looked.into_iter().flatten().collect();
+    let checks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
+    let findings = context.reporter.waiting("the clouds' answers", join_all(checks)).await;
+    let mut of_clouds: Vec<Finding> = findings.into_iter().flatten().collect();
     let is_named = |cloud: &&CloudSettings| {
         args.only.broker.is_empty() || args.only.broker.iter().any(|name| name == cloud.kind.name)
     };
@@ -214,19 +214,19 @@ async fn repair(context: &Context, clouds: &Clouds) -> Vec<Finding> {
 /// Checks a cloud for stray instances.
 async fn strays(ledger: Option<&Ledger>, cloud: &Cloud) -> Finding {
     let what = format!("{} instances", cloud.name());
-    let looked = match look(ledger, cloud).await {
-        Ok(looked) => looked,
+    let reconciliation = match reconcile_cloud(ledger, cloud).await {
+        Ok(reconciliation) => reconciliation,
         Err(stuck) => return Finding::new(&what, Health::Bad, stuck.to_string()),
     };
     let owner = ledger.map(Ledger::owner);
     let is_ours = |instance: &&Instance| instance.tag().is_some_and(|tag| owner.is_none_or(|owner| tag.owner == owner));
-    let ours = looked.listed.iter().filter(is_ours);
+    let ours = reconciliation.listed.iter().filter(is_ours);
     let is_settled = |action: &&Action| {
         let settled = [Leave::NotOurs, Leave::OtherOwner, Leave::Driven, Leave::Held];
         matches!(action, Action::LeaveAlone { why, .. } if settled.contains(why))
     };
-    let left = looked.actions.iter().filter(|action| !is_settled(action)).count();
-    let found = match looked.listed.len() {
+    let left = reconciliation.actions.iter().filter(|action| !is_settled(action)).count();
+    let found = match reconciliation.listed.len() {
         0 => "none".to_owned(),
         all => format!("{all} in all, {} of this {}", ours.count(), if owner.is_some() { "ledger" } else { "program" }),
     };
@@ -245,7 +245,7 @@ async fn reach(cloud: &CloudSettings) -> Option<Finding> {
         return Some(Finding::new(&what, Health::Unused, found).hint(format!("keys: {}", cloud.kind.key_page)));
     }
     Some(match clock_skew(&cloud.base_url).await {
-        Ok(Some(skew)) if skew.abs() > MOST_SKEW => {
+        Ok(Some(skew)) if skew.abs() > MAX_SKEW => {
             let found = format!("its clock is {} s {}", skew.abs(), if skew > 0 { "ahead" } else { "behind" });
             Finding::new(&what, Health::Bad, found).hint("set this machine's clock: deadlines are times of day")
         }

@@ -12,7 +12,7 @@ use tokio::sync::watch;
 use super::SCHEMA;
 use crate::calendar::rfc3339;
 use crate::cli::settings::Span;
-use crate::files::{MOST, read_small};
+use crate::files::{MAX_FILE_BYTES, read_small};
 use crate::run::deploy::{DeployEvent, Driver, Ports, Stop};
 use crate::run::ledger::{RunRecord, RunWriter, now_ms};
 use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
@@ -65,7 +65,7 @@ impl Deployed {
 
 /// Reads a result document; `None` if it is missing or unreadable.
 fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&read_small(path, MOST).ok()?).ok()
+    serde_json::from_slice(&read_small(path, MAX_FILE_BYTES).ok()?).ok()
 }
 
 /// Drives a run to its end, with Ctrl-C handling.

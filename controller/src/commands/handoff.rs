@@ -7,9 +7,9 @@ use serde::Serialize;
 use super::status::StatusReport;
 use super::{Context, SCHEMA};
 use crate::calendar::rfc3339;
-use crate::files::{MOST, read_small, write_whole};
+use crate::files::{MAX_FILE_BYTES, read_small, write_whole};
 use crate::run::ledger::now_ms;
-use crate::ui::handoff::{document, is_untouched, sealed};
+use crate::ui::handoff::{document, is_untouched, with_checksum};
 use crate::ui::report::{CliError, ExitStatus};
 use crate::ui::status::Status;
 
@@ -26,13 +26,13 @@ struct Written<'a> {
 
 /// Runs `handoff`. A second document on the same day replaces the first, unless that was edited.
 pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> Result<ExitStatus, CliError> {
-    let status = Status::look(&context.ledger()?, &context.settings.results, now_ms())?;
+    let status = Status::of_ledger(&context.ledger()?, &context.settings.results, now_ms())?;
     context.reporter.unreadable(&status.unreadable);
     let moment = rfc3339(status.at);
     let date = moment.split('T').next().unwrap_or_default();
     let folder = context.here.join(output.unwrap_or(Path::new(FOLDER)));
     let file = folder.join(format!("{date}.md"));
-    let is_edited = match read_small(&file, MOST) {
+    let is_edited = match read_small(&file, MAX_FILE_BYTES) {
         Ok(text) => !is_untouched(&text),
         Err(error) => error.kind() != std::io::ErrorKind::NotFound,
     };
@@ -42,7 +42,7 @@ pub(super) fn command(context: &Context, output: Option<&Path>, force: bool) -> 
             "--force replaces it; --output writes to another folder",
         ));
     }
-    let text = sealed(document(&status));
+    let text = with_checksum(document(&status));
     let written = std::fs::create_dir_all(&folder).and_then(|()| write_whole(&file, text.as_bytes()));
     written.map_err(|error| CliError::failed(format!("{}: {error}", file.display())))?;
     let document = StatusReport { schema: SCHEMA, status: &status };

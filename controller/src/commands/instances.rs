@@ -6,11 +6,11 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, Home, SCHEMA};
-use crate::cli::{InstancesCommand, Only};
+use crate::cli::{InstancesCommand, BrokerFilter};
 use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::host::transport::quote::quote;
-use crate::run::deploy::{KEY_FILE, Looked, look};
+use crate::run::deploy::{KEY_FILE, Reconciliation, reconcile_cloud};
 use crate::run::ledger::{Ledger, RunRecord};
 use crate::run::{Pin, RunEvent};
 use crate::ui::report::{CliError, ExitStatus, tables};
@@ -50,8 +50,8 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
             let clouds = clouds(context, &home, &only)?;
             let (cloud, instance) = context.reporter.waiting(LISTS, find(&home, &clouds, &id)).await?;
             let endpoint = endpoint(&instance)?;
-            let words = match cloud.broker.way(&instance.id) {
-                Some(way) => way.shell,
+            let words = match cloud.broker.instance_transport(&instance.id) {
+                Some(access) => access.shell,
                 None => ssh_words(&context.ledger()?, &instance, endpoint)?,
             };
             shell(context, &words, run)
@@ -61,25 +61,25 @@ pub(super) async fn command(context: &Context, command: InstancesCommand) -> Res
 }
 
 /// Those that were named, else all that can be asked.
-pub(super) fn clouds(context: &Context, home: &Home, only: &Only) -> Result<Clouds, CliError> {
+pub(super) fn clouds(context: &Context, home: &Home, only: &BrokerFilter) -> Result<Clouds, CliError> {
     context.clouds_to_list(home.ledger.as_ref(), &only.broker)
 }
 
 async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitStatus, CliError> {
-    let (mut looks, mut deadlines, mut silent) = (Vec::new(), Vec::new(), Vec::new());
-    let all = join_all(clouds.iter().map(|cloud| look(home.ledger.as_ref(), cloud)));
-    for (cloud, looked) in clouds.iter().zip(context.reporter.waiting(LISTS, all).await) {
-        match looked {
-            Ok(looked) => {
-                deadlines.extend(looked.listed.iter().map(|instance| deadline(cloud, instance)));
-                looks.push(looked);
+    let (mut reconciliations, mut deadlines, mut silent) = (Vec::new(), Vec::new(), Vec::new());
+    let all = join_all(clouds.iter().map(|cloud| reconcile_cloud(home.ledger.as_ref(), cloud)));
+    for (cloud, reconciliation) in clouds.iter().zip(context.reporter.waiting(LISTS, all).await) {
+        match reconciliation {
+            Ok(reconciliation) => {
+                deadlines.extend(reconciliation.listed.iter().map(|instance| deadline(cloud, instance)));
+                reconciliations.push(reconciliation);
             }
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
-    let shown = |looked: &Looked| tables::what_they_are(&looked.listed, &looked.actions);
-    let words: Vec<String> = looks.iter().flat_map(shown).collect();
-    let all: Vec<&Instance> = looks.iter().flat_map(|looked| &looked.listed).collect();
+    let shown = |reconciliation: &Reconciliation| tables::what_they_are(&reconciliation.listed, &reconciliation.actions);
+    let words: Vec<String> = reconciliations.iter().flat_map(shown).collect();
+    let all: Vec<&Instance> = reconciliations.iter().flat_map(|reconciliation| &reconciliation.listed).collect();
     let instances = all.iter().zip(&words).zip(&deadlines).map(|((instance, words), deadline)| InstanceRow {
         instance,
         what_it_is: words.clone(),
@@ -176,8 +176,8 @@ async fn show(context: &Context, home: &Home, clouds: &Clouds, id: &str) -> Resu
     // The list's word may be older than the cloud's word on the one.
     let instance = cloud.call(cloud.broker.get(&instance.id)).await?.unwrap_or(instance);
     let run = instance.tag().and_then(|tag| home.ledger.as_ref()?.run(&tag.run).ok());
-    let looked = look(home.ledger.as_ref(), cloud).await?;
-    let words = tables::what_they_are(std::slice::from_ref(&instance), &looked.actions).concat();
+    let reconciliation = reconcile_cloud(home.ledger.as_ref(), cloud).await?;
+    let words = tables::what_they_are(std::slice::from_ref(&instance), &reconciliation.actions).concat();
     let document = serde_json::json!({
         "schema": SCHEMA, "instance": instance, "what_it_is": words, "run": run.as_ref().map(|run| &run.id),
         "capabilities": cloud.broker.capabilities(), "deadline": deadline(cloud, &instance),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use outliers_protocol::{JobOptions, JobSpec, ModelSource, Weights};
 
 use crate::cli::settings::JobRequest;
-use crate::files::{MOST, is_plain_name, read_text};
+use crate::files::{MAX_FILE_BYTES, is_plain_name, read_text};
 use crate::model_name::of_folder;
 use crate::text::clean;
 use crate::ui::report::CliError;
@@ -31,7 +31,7 @@ pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
         (None, ModelSource::Folder { path }) => of_folder(Path::new(path)),
         (None, ModelSource::Hub { .. }) => None,
     };
-    let read = |file: &Path| read_text(&here.join(file), MOST);
+    let read = |file: &Path| read_text(&here.join(file), MAX_FILE_BYTES);
     let wrong = |why: String| {
         let features = "name features, or the results of a run that found some";
         let hint = if why.starts_with("--ablate") { features } else { "change that option" };

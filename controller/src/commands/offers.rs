@@ -6,7 +6,7 @@ use super::{Context, SCHEMA};
 use crate::cli::settings::OffersRequest;
 use crate::cloud::broker::{Dropped, Offer};
 use crate::cloud::estimate::{Estimate, Work};
-use crate::cloud::market::{self, Step};
+use crate::cloud::market::{self, FilterStep};
 use crate::run::local_worker::InspectScope;
 use crate::ui::report::tables::{self, TOP};
 use crate::ui::report::{CliError, ExitStatus};
@@ -26,23 +26,23 @@ struct OffersReport<'a> {
     work: Work,
     considered: usize,
     /// Results of the filters.
-    steps: Vec<Step>,
+    steps: Vec<FilterStep>,
     /// Offers left out before any filter.
-    dropped: Vec<Left<'a>>,
+    dropped: Vec<DroppedOffers<'a>>,
     /// Errors of the clouds that did not answer.
     silent: Vec<String>,
-    offers: Vec<Priced<'a>>,
+    offers: Vec<PricedOffer<'a>>,
 }
 
 #[derive(Serialize)]
-struct Left<'a> {
+struct DroppedOffers<'a> {
     broker: &'a str,
     #[serde(flatten)]
     dropped: &'a Dropped,
 }
 
 #[derive(Serialize)]
-struct Priced<'a> {
+struct PricedOffer<'a> {
     #[serde(flatten)]
     offer: &'a Offer,
     estimate: Estimate,
@@ -61,14 +61,14 @@ pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<
     let limit = context.settings.max_duration;
     let priced = |offer| {
         let estimate = work.on(offer);
-        Priced { offer, over_limit: estimate.is_over(limit), estimate }
+        PricedOffer { offer, over_limit: estimate.is_over(limit), estimate }
     };
     let document = OffersReport {
         schema: SCHEMA,
         work,
         considered: selection.considered,
         steps: selection.steps,
-        dropped: offered.dropped.iter().map(|(broker, dropped)| Left { broker, dropped }).collect(),
+        dropped: offered.dropped.iter().map(|(broker, dropped)| DroppedOffers { broker, dropped }).collect(),
         silent: offered.silent.iter().map(ToString::to_string).collect(),
         offers: selection.offers.iter().map(priced).collect(),
     };

@@ -16,7 +16,7 @@ use crate::cli::ReapArgs;
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Instance, InstanceId, LeaseTag};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
-use crate::run::deploy::{DriveError, Looked, Target, carry_out, end, look};
+use crate::run::deploy::{DriveError, Reconciliation, Target, apply_actions, end, reconcile_cloud};
 use crate::run::ledger::now_ms;
 use crate::run::reconcile::{Action, overdue};
 use crate::text::counted;
@@ -29,9 +29,9 @@ struct ReapReport {
     /// Runs of this machine's ledger to be ended.
     runs: Vec<OfRun>,
     /// Instances of this ledger whose run is over, or has another one.
-    strays: Vec<Doomed>,
+    strays: Vec<ExpiredInstance>,
     /// Instances whose time is up.
-    overdue: Vec<Doomed>,
+    overdue: Vec<ExpiredInstance>,
     /// Errors: unknown lists, and runs or instances that do not end.
     troubles: Vec<String>,
 }
@@ -48,7 +48,7 @@ struct OfRun {
 }
 
 #[derive(Debug, PartialEq, Serialize)]
-struct Doomed {
+struct ExpiredInstance {
     #[serde(flatten)]
     instance: Instance,
     owner: String,
@@ -63,10 +63,10 @@ struct Doomed {
 /// What must end on one cloud.
 struct CloudFindings<'a> {
     cloud: &'a Cloud,
-    looked: Looked,
+    reconciliation: Reconciliation,
     runs: Vec<OfRun>,
-    strays: Vec<Doomed>,
-    overdue: Vec<Doomed>,
+    strays: Vec<ExpiredInstance>,
+    overdue: Vec<ExpiredInstance>,
 }
 
 /// An error, with its exit status.
@@ -85,11 +85,11 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
     }
     let owner = owner.filter(|_| !args.all_owners);
     let clouds = super::instances::clouds(context, &home, &args.only)?;
-    let looks = clouds.iter().map(async |cloud| (cloud, look(home.ledger.as_ref(), cloud).await));
+    let reconciliations = clouds.iter().map(async |cloud| (cloud, reconcile_cloud(home.ledger.as_ref(), cloud).await));
     let (mut all, mut troubles) = (Vec::new(), Vec::new());
-    for (cloud, looked) in context.reporter.waiting(LISTS, join_all(looks)).await {
-        match looked {
-            Ok(looked) => all.push(CloudFindings::of(cloud, looked, owner, &mut troubles)),
+    for (cloud, reconciliation) in context.reporter.waiting(LISTS, join_all(reconciliations)).await {
+        match reconciliation {
+            Ok(reconciliation) => all.push(CloudFindings::of(cloud, reconciliation, owner, &mut troubles)),
             Err(stuck) => troubles.push(unseen(&stuck, args)),
         }
     }
@@ -138,20 +138,20 @@ fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
 
 impl<'a> CloudFindings<'a> {
     /// Selects what must end, whether it is then ended or only shown. `None`: of all owners.
-    fn of(cloud: &'a Cloud, looked: Looked, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
+    fn of(cloud: &'a Cloud, reconciliation: Reconciliation, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
         let now = cloud.time(now_ms() / 1000);
-        let runs = runs_of(&looked, cloud.name());
+        let runs = runs_of(&reconciliation, cloud.name());
         let is_stray = |instance: &Instance| {
-            looked.actions.iter().find_map(|action| match action {
+            reconciliation.actions.iter().find_map(|action| match action {
                 Action::Terminate { instance: id, why } if *id == instance.id => Some(stray(*why)),
                 _ => None,
             })
         };
         let (mut strays, mut late) = (Vec::new(), Vec::new());
-        for instance in &looked.listed {
+        for instance in &reconciliation.listed {
             let doomed = |LeaseTag { owner, run, deadline, .. }: LeaseTag, why| {
                 let seconds = now.saturating_sub(deadline);
-                Doomed { instance: instance.clone(), owner, run, why, seconds, gone: false }
+                ExpiredInstance { instance: instance.clone(), owner, run, why, seconds, gone: false }
             };
             let of_run = |tag: &LeaseTag| runs.iter().any(|of| of.run == tag.run && of.instance.is_some());
             if let (Some(why), Some(tag)) = (is_stray(instance), instance.tag()) {
@@ -165,7 +165,7 @@ impl<'a> CloudFindings<'a> {
             status: ExitStatus::InstanceLeft,
             words: format!("{} lists an instance of run {} without a readable id", cloud.name(), doomed.run),
         }));
-        Self { cloud, looked, runs, strays, overdue: late }
+        Self { cloud, reconciliation, runs, strays, overdue: late }
     }
 
     fn count(&self) -> usize {
@@ -174,10 +174,10 @@ impl<'a> CloudFindings<'a> {
 }
 
 /// Runs of the ledger that must end.
-fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
+fn runs_of(reconciliation: &Reconciliation, broker: &'static str) -> Vec<OfRun> {
     let instance = |run: &str| {
         let of_run = |instance: &&Instance| instance.tag().is_some_and(|tag| tag.run == run);
-        looked.listed.iter().find(of_run).map(|instance| instance.id.clone())
+        reconciliation.listed.iter().find(of_run).map(|instance| instance.id.clone())
     };
     let judge = |action: &Action| match action {
         Action::Finish { run, why } => {
@@ -188,7 +188,7 @@ fn runs_of(looked: &Looked, broker: &'static str) -> Vec<OfRun> {
         }
         _ => None,
     };
-    looked.actions.iter().filter_map(judge).collect()
+    reconciliation.actions.iter().filter_map(judge).collect()
 }
 
 /// Ends the selection: runs of this ledger with their results first.
@@ -199,9 +199,9 @@ async fn end_all(context: &Context, home: &Home, clouds: &Clouds, all: &mut [Clo
     let each = all.iter_mut().map(async |found| {
         let mut troubles = Vec::new();
         if let Some(ledger) = &home.ledger {
-            match carry_out(ledger, ports, found.cloud, &found.looked, &on).await {
+            match apply_actions(ledger, ports, found.cloud, &found.reconciliation, &on).await {
                 Ok(()) => {
-                    context.reporter.recovered(found.looked.actions.iter());
+                    context.reporter.recovered(found.reconciliation.actions.iter());
                     found.runs.iter_mut().for_each(|run| run.over = true);
                     found.strays.iter_mut().for_each(|stray| stray.gone = true);
                 }
@@ -284,7 +284,7 @@ fn in_words(document: &ReapReport) -> String {
         table.add_row(ids.into_iter().chain(["", "", *why, became(*over)].map(tables::text)));
     }
     for doomed in document.strays.iter().chain(&document.overdue) {
-        let Doomed { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
+        let ExpiredInstance { instance: Instance { broker, id, price, .. }, owner, run, why, seconds, gone } = doomed;
         let price = price.map(|price| price.to_string()).unwrap_or_default();
         let since = if *seconds == 0 { String::new() } else { Span(Duration::from_secs(*seconds)).to_string() };
         let ids = [tables::name(broker), tables::id(&id.0), tables::id(owner), tables::id(run)];
@@ -318,8 +318,8 @@ mod tests {
         let cloud = context.cloud("local").unwrap();
         let mut instance = crate::run::reconcile::tests::instance("i", "outliers-o-r-n-1");
         instance.broker = "local".to_owned();
-        let looked = Looked { listed: vec![instance], actions: Vec::new() };
-        let found = CloudFindings::of(&cloud, looked, Some("o"), &mut Vec::new());
+        let reconciliation = Reconciliation { listed: vec![instance], actions: Vec::new() };
+        let found = CloudFindings::of(&cloud, reconciliation, Some("o"), &mut Vec::new());
         assert_eq!(found.count(), 1);
         let asked = consent(&context, &[found], args, terminal, &mut answers);
         asked.inspect_err(|cli_error| assert_eq!(cli_error.status, ExitStatus::Refused)).is_ok()

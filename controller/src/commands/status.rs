@@ -23,7 +23,7 @@ pub(super) struct StatusReport<'a> {
 type Clusters = Result<Vec<Cloud>, CliError>;
 
 /// What the ledger and the files say, and what could not be asked of clusters.
-struct Looked {
+struct StatusSnapshot {
     status: Status,
     /// Of clusters that do not answer.
     silent: Vec<CliError>,
@@ -33,7 +33,7 @@ struct Looked {
 pub(super) async fn command(context: &Context, watch: bool) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     let clusters = context.clusters(Some(&ledger));
-    let Looked { status, mut silent } = look(context, &ledger, &clusters).await?;
+    let StatusSnapshot { status, mut silent } = read_status(context, &ledger, &clusters).await?;
     context.reporter.unreadable(&status.unreadable);
     if watch {
         warn(context, &silent);
@@ -51,8 +51,8 @@ fn warn(context: &Context, silent: &[CliError]) {
 }
 
 /// Why runs on clusters wait is asked there, if there are any.
-async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result<Looked, CliError> {
-    let mut status = Status::look(ledger, &context.settings.results, now_ms())?;
+async fn read_status(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result<StatusSnapshot, CliError> {
+    let mut status = Status::of_ledger(ledger, &context.settings.results, now_ms())?;
     let mut silent = Vec::new();
     let asked: &[Cloud] = match clusters {
         _ if !status.uses(slurm::NAME) => &[],
@@ -76,7 +76,7 @@ async fn look(context: &Context, ledger: &Ledger, clusters: &Clusters) -> Result
     }
     status.note_queue(&listed);
     asked.iter().for_each(|cluster| status.note_ends(&*cluster.broker));
-    Ok(Looked { status, silent })
+    Ok(StatusSnapshot { status, silent })
 }
 
 /// One picture after the other until nothing runs any more, or Ctrl-C.
@@ -93,8 +93,8 @@ async fn watch(context: &Context, ledger: &Ledger, clusters: &Clusters, first: S
             _ = interrupted.recv() => return Ok(ExitStatus::Done),
             () = tokio::time::sleep(screen.pause()) => {}
         }
-        let looked = look(context, ledger, clusters).await?;
-        warn(context, &looked.silent);
-        status = looked.status;
+        let snapshot = read_status(context, ledger, clusters).await?;
+        warn(context, &snapshot.silent);
+        status = snapshot.status;
     }
 }

@@ -17,7 +17,7 @@ use crate::ui::report::{CliError, ExitStatus};
 use crate::units::{GpuTime, Usd};
 
 mod drive;
-mod tell;
+mod output;
 
 impl From<SurveyError> for CliError {
     fn from(error: SurveyError) -> Self {
@@ -45,7 +45,7 @@ struct Session<'a> {
 }
 
 /// Action for a model.
-enum Todo {
+enum ModelAction {
     /// Nothing: it is complete, or failed and is not repeated.
     Nothing,
     /// Resume the abandoned run.
@@ -74,7 +74,7 @@ pub(super) async fn command(context: &Context, asked: &SurveyRequest) -> Result<
         return Ok(session.show(&runs, &todo, &problems));
     }
     refuse(&problems)?;
-    room(context, todo.iter().filter_map(Todo::prepared).map(|prepared| &prepared.spec))?;
+    room(context, todo.iter().filter_map(ModelAction::prepared).map(|prepared| &prepared.spec))?;
     session.consent(&todo)?;
     writable(&asked.folder)?;
     session.write_index(&ledger)?;
@@ -177,7 +177,7 @@ impl<'a> Session<'a> {
     }
 
     /// Abandoned runs of wanted models with time left, before recovery ends them.
-    fn left(&self, ledger: &Ledger) -> Result<Vec<Todo>, CliError> {
+    fn left(&self, ledger: &Ledger) -> Result<Vec<ModelAction>, CliError> {
         let (runs, now) = (ledger.runs()?, now_ms() / 1000);
         let mut todo = Vec::new();
         for model in &self.models {
@@ -187,13 +187,13 @@ impl<'a> Session<'a> {
             let left = left.filter(|run| run.deadline().is_none_or(|deadline| deadline > now));
             todo.push(match left {
                 Some(run) => self.pick_up(ledger, run)?,
-                None => Todo::Nothing,
+                None => ModelAction::Nothing,
             });
         }
         Ok(todo)
     }
 
-    fn pick_up(&self, ledger: &Ledger, run: &RunRecord) -> Result<Todo, CliError> {
+    fn pick_up(&self, ledger: &Ledger, run: &RunRecord) -> Result<ModelAction, CliError> {
         let unknown = run.spec.broker_names().into_iter().find(|broker| self.clouds.get(broker).is_none());
         if let Some(broker) = unknown {
             let message = format!("run {} of {} was left, and may be on {broker}", run.id, run.spec.model);
@@ -203,8 +203,8 @@ impl<'a> Session<'a> {
             ));
         }
         match ledger.take(&run.id)? {
-            Some(taken) if taken.state().is_at_rest() => Ok(Todo::Nothing),
-            Some(taken) => Ok(Todo::PickUp(Box::new(taken))),
+            Some(taken) if taken.state().is_at_rest() => Ok(ModelAction::Nothing),
+            Some(taken) => Ok(ModelAction::PickUp(Box::new(taken))),
             None => Err(CliError::refused(
                 format!("run {} of {} is driven by another process", run.id, run.spec.model),
                 format!("wait for it, or `outliers runs cancel {}`", run.id),
@@ -213,27 +213,27 @@ impl<'a> Session<'a> {
     }
 
     /// Checks every model to run, one after another, with requests to the hub. Returns all errors.
-    async fn prepare(&self, worker: &LocalWorker, runs: &[RunRecord], todo: &mut [Todo]) -> Vec<Problem> {
+    async fn prepare(&self, worker: &LocalWorker, runs: &[RunRecord], todo: &mut [ModelAction]) -> Vec<Problem> {
         let mut problems = Vec::new();
         let mut told = false;
         for (number, (model, todo)) in self.models.iter().zip(todo).enumerate() {
-            if matches!(todo, Todo::PickUp(_)) || !self.is_to_run(model, runs) {
+            if matches!(todo, ModelAction::PickUp(_)) || !self.is_to_run(model, runs) {
                 continue;
             }
             let reporter = &self.context.reporter;
             reporter.say(&format!("Looking at {}", model.entry.name));
             let first = !std::mem::replace(&mut told, true);
-            let tell = |offered: &_| {
+            let report = |offered: &_| {
                 if first {
                     reporter.offered(offered)
                 }
             };
             let prepared = match self.place(model, runs) {
-                Ok(()) => prepare(self.context, &self.clouds, worker, Self::run_request(model), tell).await,
+                Ok(()) => prepare(self.context, &self.clouds, worker, Self::run_request(model), report).await,
                 Err(cli_error) => Err(cli_error),
             };
             match prepared {
-                Ok(prepared) => *todo = Todo::Run(Box::new(prepared)),
+                Ok(prepared) => *todo = ModelAction::Run(Box::new(prepared)),
                 Err(cli_error) => {
                     let message = format!("{}: {}", model.entry.name, cli_error.message);
                     problems.push(Problem { model: number, cli_error: CliError { message, ..cli_error } });
@@ -245,7 +245,7 @@ impl<'a> Session<'a> {
 
     fn is_to_run(&self, model: &Model<'_>, runs: &[RunRecord]) -> bool {
         model.wanted
-            && match self.member(model).look(runs).0.outcome {
+            && match self.member(model).index_entry(runs).0.outcome {
                 ModelOutcome::Complete => false,
                 ModelOutcome::Open => true,
                 ModelOutcome::Partial | ModelOutcome::Failed => self.asked.rerun_failed,
@@ -286,8 +286,8 @@ impl<'a> Session<'a> {
         runs.iter().filter(is_own)
     }
 
-    fn consent(&self, todo: &[Todo]) -> Result<(), CliError> {
-        let prepared: Vec<&Prepared> = todo.iter().filter_map(Todo::prepared).collect();
+    fn consent(&self, todo: &[ModelAction]) -> Result<(), CliError> {
+        let prepared: Vec<&Prepared> = todo.iter().filter_map(ModelAction::prepared).collect();
         if prepared.is_empty() {
             return Ok(());
         }
@@ -298,7 +298,7 @@ impl<'a> Session<'a> {
             let shown = self.rows(&[], todo, &[]);
             let parallel = self.asked.max_parallel;
             let question = format!("Rent these, {parallel} at a time, for {at_most} at most{budget}{gpus}?");
-            (tell::table_of(&shown), question)
+            (output::table_of(&shown), question)
         })
     }
 
@@ -310,7 +310,7 @@ impl<'a> Session<'a> {
             schema: index::SCHEMA,
             survey: self.asked.name.clone(),
             file: file.to_string_lossy().into_owned(),
-            models: self.models.iter().map(|model| self.member(model).look(&runs).0).collect(),
+            models: self.models.iter().map(|model| self.member(model).index_entry(&runs).0).collect(),
         };
         write(&index, &self.asked.folder)
     }
@@ -338,7 +338,7 @@ fn models<'a>(context: &Context, asked: &'a SurveyRequest, brokers: &str) -> Res
     Ok(models)
 }
 
-impl Todo {
+impl ModelAction {
     fn prepared(&self) -> Option<&Prepared> {
         if let Self::Run(prepared) = self { Some(prepared) } else { None }
     }

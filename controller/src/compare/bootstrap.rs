@@ -83,7 +83,7 @@ pub struct Estimate {
 
 impl Estimate {
     /// A figure without an interval.
-    pub fn bare(value: f64) -> Self {
+    pub fn without_interval(value: f64) -> Self {
         Self { value, interval: None }
     }
 

@@ -408,9 +408,9 @@ fn published_of(model: &Compared) -> Vec<Figure> {
         reading: table.reading,
         axis: table.axis,
         counted_as: reading(table.reading, table.axis).to_owned(),
-        count: Estimate::bare(row.count),
-        layers: Some(Estimate::bare(row.layers)),
-        positions: Some(Estimate::bare(row.positions)),
+        count: Estimate::without_interval(row.count),
+        layers: Some(Estimate::without_interval(row.layers)),
+        positions: Some(Estimate::without_interval(row.positions)),
     };
     published::of_model(&model.model).map(figure).collect()
 }

@@ -25,11 +25,11 @@ pub(crate) fn change(folder: &Path, name: &str, change: impl FnOnce(&mut Value))
     let mut document: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
     change(&mut document);
     fs::write(path, document.to_string()).unwrap();
-    seal(folder);
+    write_manifest(folder);
 }
 
 /// Writes the manifest of a folder's files.
-pub(crate) fn seal(folder: &Path) {
+pub(crate) fn write_manifest(folder: &Path) {
     let manifest = folder.join(files::MANIFEST);
     let mut document: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
     for file in document["files"].as_array_mut().unwrap() {

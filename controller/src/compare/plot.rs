@@ -195,7 +195,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
 }
 
 /// A heat map: `rows` from top to bottom, each with its label and its cells. `None` without rows.
-pub fn heat(
+pub fn heatmap(
     name: &str,
     title: &str,
     description: &str,
@@ -454,7 +454,7 @@ mod tests {
         assert!(plot([AxisKind::Log, AxisKind::Linear], &[(0.0, 1.0), (-1.0, 1.0), (1.0, f64::INFINITY)]).is_none());
         assert!(plot([AxisKind::Linear, AxisKind::Linear], &[(f64::NAN, 1.0)]).is_none());
         assert!(plot([AxisKind::Index, AxisKind::Linear], &[]).is_none());
-        assert!(heat("n", "t", "d", ["x", "y"], &[], &[]).is_none());
+        assert!(heatmap("n", "t", "d", ["x", "y"], &[], &[]).is_none());
     }
 
     proptest! {

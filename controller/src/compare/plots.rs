@@ -10,7 +10,7 @@ use super::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, points};
 use super::published::{PublishedRow, PublishedTable};
 
 mod cost;
-mod heat;
+mod heatmap;
 mod model;
 mod residual;
 mod trajectory;
@@ -22,7 +22,7 @@ const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
 }
 
 /// Horizontal axis of models.
-struct By {
+struct ModelAxis {
     name: &'static str,
     words: &'static str,
     axis: Axis,
@@ -30,22 +30,22 @@ struct By {
     theirs: fn(&PublishedRow) -> Option<f64>,
 }
 
-const BY: [By; 4] = [
-    By {
+const BY: [ModelAxis; 4] = [
+    ModelAxis {
         name: "parameters",
         words: "total parameters",
         axis: Axis { label: "parameters", kind: AxisKind::Log },
         ours: |model| Some(model.parameters? as f64),
         theirs: |row| Some(row.parameters as f64),
     },
-    By {
+    ModelAxis {
         name: "active",
         words: "active parameters",
         axis: Axis { label: "active parameters per token", kind: AxisKind::Log },
         ours: |model| Some(model.active_parameters? as f64),
         theirs: |row| Some(row.active.unwrap_or(row.parameters) as f64),
     },
-    By {
+    ModelAxis {
         name: "sparsity",
         words: "sparsity",
         axis: Axis { label: "% of parameters not active", kind: AxisKind::Percent },
@@ -53,7 +53,7 @@ const BY: [By; 4] = [
         // Dense models are all at 0, so published ones are left out.
         theirs: |row| Some(100.0 * (1.0 - row.active? as f64 / row.parameters as f64)),
     },
-    By {
+    ModelAxis {
         name: "perplexity",
         words: "perplexity",
         axis: Axis { label: "perplexity", kind: AxisKind::Log },
@@ -63,7 +63,7 @@ const BY: [By; 4] = [
 ];
 
 /// A definition of the count, with the published table that uses it.
-struct Under<'a> {
+struct CountDefinition<'a> {
     name: &'static str,
     words: &'static str,
     reading: Reading,
@@ -75,7 +75,7 @@ struct Under<'a> {
 /// The plots across models that have points.
 pub fn across(comparison: &Comparison) -> Vec<Plot> {
     let table = |name: &str| comparison.published.iter().find(|table| table.name == name);
-    let paper = Under {
+    let paper = CountDefinition {
         name: "paper",
         words: "the paper's definition: unique features, by layers",
         reading: Reading::Unique,
@@ -83,7 +83,7 @@ pub fn across(comparison: &Comparison) -> Vec<Plot> {
         table: table("paper"),
         whose: "the paper",
     };
-    let predecessor = Under {
+    let predecessor = CountDefinition {
         name: "predecessor",
         words: "the predecessor's definition: sum over sequences, by norm outputs",
         reading: Reading::SumOverSequences,
@@ -124,7 +124,7 @@ fn is_shown(model: &Compared, groups: &[Group]) -> bool {
 }
 
 /// L% and S%: figures 3a and 3b.
-fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
+fn affected(comparison: &Comparison, under: &CountDefinition<'_>, by: &ModelAxis) -> Option<Plot> {
     let ours = |of: fn(&super::comparison::Figure) -> Option<super::bootstrap::Estimate>| {
         own_points(comparison, under, by, of)
     };
@@ -157,7 +157,7 @@ fn affected(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot>
 }
 
 /// The count: figure 4b.
-fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
+fn counted(comparison: &Comparison, under: &CountDefinition<'_>, by: &ModelAxis) -> Option<Plot> {
     let kind = if under.reading == Reading::Unique { AxisKind::Linear } else { AxisKind::Count };
     let groups = [
         group(
@@ -192,7 +192,7 @@ fn counted(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> 
 }
 
 /// Magnitude of the largest outlier feature: figure 4a.
-fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot> {
+fn magnitude(comparison: &Comparison, under: &CountDefinition<'_>, by: &ModelAxis) -> Option<Plot> {
     let ours = comparison.models.iter().filter_map(|model| {
         let (x, y) = ((by.ours)(model)?, typical_peak(model.run.as_deref()?)?);
         Some(Point { x, y, interval: None, key: model.number.to_string() })
@@ -218,7 +218,7 @@ fn magnitude(comparison: &Comparison, under: &Under<'_>, by: &By) -> Option<Plot
 }
 
 /// Names of the keys of these points, models first.
-fn names(comparison: &Comparison, under: &Under<'_>, groups: &[Group]) -> Vec<(String, String)> {
+fn names(comparison: &Comparison, under: &CountDefinition<'_>, groups: &[Group]) -> Vec<(String, String)> {
     let is_shown = |key: &str| groups.iter().flat_map(|group| &group.points).any(|point| point.key == key);
     let short = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
     let models = comparison.models.iter().map(|model| (model.number.to_string(), short(&model.label)));
@@ -233,8 +233,8 @@ fn group(name: &str, mark: Mark, points: Vec<Point>) -> Group {
 
 fn own_points(
     comparison: &Comparison,
-    under: &Under<'_>,
-    by: &By,
+    under: &CountDefinition<'_>,
+    by: &ModelAxis,
     of: impl Fn(&super::comparison::Figure) -> Option<super::bootstrap::Estimate>,
 ) -> Vec<Point> {
     let point = |model: &Compared| {
@@ -245,7 +245,7 @@ fn own_points(
     comparison.models.iter().filter_map(point).collect()
 }
 
-fn published_points(under: &Under<'_>, by: &By, of: impl Fn(&PublishedRow) -> Option<f64>) -> Vec<Point> {
+fn published_points(under: &CountDefinition<'_>, by: &ModelAxis, of: impl Fn(&PublishedRow) -> Option<f64>) -> Vec<Point> {
     let rows = under.table.iter().flat_map(|table| &table.models).enumerate();
     rows.filter_map(|(i, row)| Some(Point { x: (by.theirs)(row)?, y: of(row)?, interval: None, key: letter(i) }))
         .collect()

@@ -26,7 +26,7 @@ pub const DEFINITION: &str = "|x| >= 6 compared in bf16 (from 5.984375 up) at th
     systematic in; windows overlap by half and were decoded and encoded again, with the tokenizer's special tokens";
 
 /// Maximum features of a model.
-const MOST_FEATURES: usize = 1 << 24;
+const MAX_FEATURES: usize = 1 << 24;
 
 /// `imported.json`: a run of the predecessor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -147,7 +147,7 @@ impl Imported {
         }
         let odd = |tally: &&SequenceTotals| {
             let most = 0.0..=tally.features as f64;
-            tally.features > MOST_FEATURES
+            tally.features > MAX_FEATURES
                 || !most.contains(&tally.layer_share)
                 || !most.contains(&tally.position_share)
         };

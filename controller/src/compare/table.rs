@@ -314,6 +314,6 @@ mod tests {
     #[test]
     fn intervals_are_beside_their_figure() {
         assert_eq!(estimate(Estimate { value: 10.0 / 3.0, interval: Some([3.0, 3.666]) }, 2), "3.33 (3.00 to 3.67)");
-        assert_eq!(estimate(Estimate::bare(49.0), 0), "49");
+        assert_eq!(estimate(Estimate::without_interval(49.0), 0), "49");
     }
 }

@@ -50,7 +50,7 @@ struct NewBytes {
 }
 
 /// Result of one look.
-struct Look {
+struct Poll {
     status: JobStatus,
     pid: Option<u32>,
     progress: NewBytes,
@@ -74,20 +74,20 @@ impl RemoteHost {
         let mut pause = MIN_PAUSE;
         let mut seen_running = false;
         loop {
-            match self.look(run, cursor).await {
-                Ok(look) => {
+            match self.poll(run, cursor).await {
+                Ok(poll) => {
                     retry.recovered(on);
-                    if let Some(pid) = look.pid.filter(|_| !seen_running) {
+                    if let Some(pid) = poll.pid.filter(|_| !seen_running) {
                         on(HostEvent::Launched { pid });
                         seen_running = true;
                     }
-                    let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
+                    let news = cursor.take_progress(&poll.progress, on) | cursor.take_log(&poll.log, on);
                     if news {
                         on(HostEvent::Read(*cursor));
                     }
-                    if look.status != JobStatus::Running && !news {
-                        cursor.take_rest(&look, on);
-                        return Ok(look.status);
+                    if poll.status != JobStatus::Running && !news {
+                        cursor.take_rest(&poll, on);
+                        return Ok(poll.status);
                     }
                     pause = if news { MIN_PAUSE } else { pause.mul_f64(1.3).min(MAX_PAUSE) };
                 }
@@ -105,21 +105,21 @@ impl RemoteHost {
     pub async fn catch_up(&self, run: &str, cursor: &mut Cursor, on: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let mut until = None;
         loop {
-            let look = again!(TIMEOUT, on, self.look(run, cursor));
-            let until = *until.get_or_insert(look.log.size);
-            let news = cursor.take_progress(&look.progress, on) | cursor.take_log(&look.log, on);
-            if !news && look.status != JobStatus::Running {
-                cursor.take_rest(&look, on);
+            let poll = again!(TIMEOUT, on, self.poll(run, cursor));
+            let until = *until.get_or_insert(poll.log.size);
+            let news = cursor.take_progress(&poll.progress, on) | cursor.take_log(&poll.log, on);
+            if !news && poll.status != JobStatus::Running {
+                cursor.take_rest(&poll, on);
             }
             if !news || cursor.log >= until {
-                return Ok(look.status);
+                return Ok(poll.status);
             }
         }
     }
 
     /// Reads the worker's state first, then the new bytes of its files, in one command. The files
     /// do not grow after the end.
-    async fn look(&self, run: &str, cursor: &Cursor) -> Result<Look, HostError> {
+    async fn poll(&self, run: &str, cursor: &Cursor) -> Result<Poll, HostError> {
         let folder = self.run_folder(run).await?;
         let script = format!(
             "{PROCESS}\ntake() {{\n  if [ -f \"$1\" ] && [ ! -h \"$1\" ]; then s=$(($(wc -c < \"$1\"))); else s=0; fi\n\
@@ -136,7 +136,7 @@ impl RemoteHost {
         let (status, pid) = read_state(self, &answer)?;
         let mut rest = &answer.stdout[..];
         let mut piece = || next_piece(&mut rest).unwrap_or_default();
-        Ok(Look { status, pid, progress: piece(), log: piece() })
+        Ok(Poll { status, pid, progress: piece(), log: piece() })
     }
 }
 
@@ -198,14 +198,14 @@ impl Cursor {
     }
 
     /// Reports the log's last line even without a line end.
-    fn take_rest(&mut self, look: &Look, on: OnEvent<'_>) {
-        if !look.log.bytes.is_empty() {
-            on(HostEvent::Log(clean(&look.log.bytes, SHOWN)));
-            self.log = self.log.saturating_add(look.log.bytes.len() as u64);
+    fn take_rest(&mut self, poll: &Poll, on: OnEvent<'_>) {
+        if !poll.log.bytes.is_empty() {
+            on(HostEvent::Log(clean(&poll.log.bytes, SHOWN)));
+            self.log = self.log.saturating_add(poll.log.bytes.len() as u64);
         }
-        if !look.progress.bytes.is_empty() {
-            on(HostEvent::BadProgress(clean(&look.progress.bytes, 200)));
-            self.progress = self.progress.saturating_add(look.progress.bytes.len() as u64);
+        if !poll.progress.bytes.is_empty() {
+            on(HostEvent::BadProgress(clean(&poll.progress.bytes, 200)));
+            self.progress = self.progress.saturating_add(poll.progress.bytes.len() as u64);
         }
     }
 }
@@ -311,8 +311,8 @@ mod tests {
         let piece = || NewBytes { size: u64::MAX, bytes: [vec![b'x'; TAKE as usize], b"\n".to_vec()].concat() };
         cursor.take_log(&piece(), &|_| {});
         assert_eq!(cursor.log, u64::MAX);
-        let look = Look { status: JobStatus::NotStarted, pid: None, progress: NewBytes::default(), log: piece() };
-        cursor.take_rest(&look, &|_| {});
+        let poll = Poll { status: JobStatus::NotStarted, pid: None, progress: NewBytes::default(), log: piece() };
+        cursor.take_rest(&poll, &|_| {});
         assert_eq!(cursor.log, u64::MAX);
     }
 

@@ -25,7 +25,7 @@ pub async fn reach(
     on: OnEvent<'_>,
 ) -> Result<(RemoteHost, HostKeyPin), HostError> {
     let started = Instant::now();
-    let mut met = Met::default();
+    let mut met = ConnectFailures::default();
     let mut refused_key_since = None;
     for attempt in 1.. {
         let connect = SshTransport::connect(endpoint, private_key, pin.as_ref());
@@ -51,12 +51,12 @@ pub async fn reach(
 
 /// Failures so far.
 #[derive(Default)]
-struct Met {
+struct ConnectFailures {
     counts: Vec<(TransportErrorKind, u32)>,
     last: Option<TransportError>,
 }
 
-impl Met {
+impl ConnectFailures {
     fn add(&mut self, error: &TransportError) {
         match self.counts.iter_mut().find(|(kind, _)| *kind == error.kind) {
             Some((_, count)) => *count += 1,

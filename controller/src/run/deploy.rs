@@ -16,7 +16,7 @@ use crate::cloud::broker::{InstanceId, Offer, RunTime};
 use crate::cloud::clouds::{Cloud, Timeouts};
 use crate::files;
 use crate::host::HostEvent;
-use crate::run::ledger::{LedgerError, Meter, RUN_FILE, RunRecord, RunWriter};
+use crate::run::ledger::{LedgerError, CostMeter, RUN_FILE, RunRecord, RunWriter};
 use crate::run::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
 use crate::units::{GpuTime, Span, Usd, UsdPerHour};
@@ -39,14 +39,14 @@ mod tests;
 
 pub use collect::{holds, slug};
 pub use ports::{Host, Hosts, Ports};
-pub use recover::{Looked, Target, carry_out, end, look, recover, release};
+pub use recover::{Reconciliation, Target, apply_actions, end, reconcile_cloud, recover, release};
 pub use ssh::{SshHosts, read_cursor, read_progress};
 pub use start_throttle::StartThrottle;
 
 use grace::Grace;
 
 /// With less time a worker is not started again, or a tenth of the run's time limit.
-const LEAST_WORK: Duration = Duration::from_secs(60);
+const MIN_WORK: Duration = Duration::from_secs(60);
 
 /// Name of the private key in a run's folder.
 pub const KEY_FILE: &str = "id_ed25519";
@@ -72,7 +72,7 @@ pub enum DeployEvent {
     /// The run has a new state.
     State(Box<RunState>),
     /// The cost as far as it is known, at the start and after each change.
-    Meter(Meter),
+    Meter(CostMeter),
     /// An offer is being rented.
     Renting(Box<Offer>),
     /// An offer was refused. The next one is tried.
@@ -98,7 +98,7 @@ pub enum DeployEvent {
     /// An instance is being terminated.
     Terminating(InstanceId),
     /// The cloud does not terminate an instance.
-    NotEnding(Box<NotEnding>),
+    StillBilling(Box<StillBilling>),
     /// Results cannot be saved here, and remain on their instance.
     Kept(Box<UnsavedResults>),
     /// A step takes long.
@@ -170,7 +170,7 @@ pub enum RunNote {
 
 /// An instance that still bills after it was terminated.
 #[derive(Clone, Debug, PartialEq)]
-pub struct NotEnding {
+pub struct StillBilling {
     /// Name of the cloud.
     pub broker: String,
     /// Its id at the cloud.
@@ -386,7 +386,7 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         let known = self.run.state().rental().map(|rental| rental.instance.clone());
-        match self.see_gone(&tag, known.as_ref()).await {
+        match self.terminate_until_gone(&tag, known.as_ref()).await {
             Err(StepError::Drive(stuck)) => Err(stuck),
             _ => Err(error.into()),
         }
@@ -670,7 +670,7 @@ impl<'a> Driver<'a> {
     /// Whether a worker that starts now gets to work before its time is up: it reads weights first,
     /// and a cluster asks it to stop a little before its job ends.
     fn has_time_for_work(&self) -> bool {
-        let least = (self.run.record().spec.limit() / 10).min(LEAST_WORK);
+        let least = (self.run.record().spec.limit() / 10).min(MIN_WORK);
         self.time_is_up_at().is_some_and(|at| at > Instant::now() + least)
     }
 

@@ -19,7 +19,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::{Offer, RunTime};
-use crate::files::{MOST, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
+use crate::files::{MAX_FILE_BYTES, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -39,7 +39,7 @@ const FILE: &str = "ledger.db";
 /// do.
 const OWNER_FILE: &str = "owner";
 /// Maximum bytes of that file.
-const MOST_OWNER: u64 = 4096;
+const MAX_OWNER: u64 = 4096;
 
 /// How long a writer waits for another.
 const BUSY: Duration = Duration::from_secs(20);
@@ -112,13 +112,13 @@ pub struct Unreadable {
 
 /// How long an instance counts: earlier starts, and the present one.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Counted {
+struct BilledTime {
     ended_ms: u64,
     /// `None`: it does not count now.
     since_ms: Option<u64>,
 }
 
-impl Counted {
+impl BilledTime {
     fn since(at_ms: u64) -> Self {
         Self { ended_ms: 0, since_ms: Some(at_ms) }
     }
@@ -142,7 +142,7 @@ impl Counted {
 /// An instance that bills.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct OpenBill {
-    counted: Counted,
+    counted: BilledTime,
     price: UsdPerHour,
 }
 
@@ -154,14 +154,14 @@ impl OpenBill {
 
 /// Cost of a run so far and from now on.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Meter {
+pub struct CostMeter {
     gone: Usd,
     present: Option<OpenBill>,
     /// Unix seconds until which its instance may bill, if one exists or may exist.
     pub deadline: Option<u64>,
 }
 
-impl Meter {
+impl CostMeter {
     /// As [`RunRecord::cost`].
     pub fn cost(&self, now_ms: u64) -> Usd {
         self.gone + self.present.map_or(Usd::ZERO, |bill| bill.until(now_ms))
@@ -190,9 +190,9 @@ impl RunRecord {
     }
 
     /// The cost as a function of time.
-    pub fn meter(&self) -> Meter {
+    pub fn meter(&self) -> CostMeter {
         let (gone, present) = self.bills();
-        Meter { gone, present, deadline: self.ends_at() }
+        CostMeter { gone, present, deadline: self.ends_at() }
     }
 
     /// Maximum cost of the run until the deadline of its existing or possible instance: this part
@@ -221,13 +221,13 @@ impl RunRecord {
     }
 
     /// What counts of the instance that was asked for last, by the create call alone.
-    fn since_create(&self, offer: &Offer, asked_ms: u64) -> Counted {
-        if offer.queued { Counted::default() } else { Counted::since(asked_ms) }
+    fn since_create(&self, offer: &Offer, asked_ms: u64) -> BilledTime {
+        if offer.queued { BilledTime::default() } else { BilledTime::since(asked_ms) }
     }
 
     /// What counts when the time of the present instance is up, or now if that is later. One that
     /// waits in a queue has all of its time yet.
-    fn time_at_most(&self, counted: Counted, now_ms: u64) -> Duration {
+    fn time_at_most(&self, counted: BilledTime, now_ms: u64) -> Duration {
         let queued = self.state.offer().is_some_and(|offer| offer.queued);
         let ends_ms = match (queued, counted.since_ms) {
             (true, None) if self.is_in_queue() => return counted.until(0).saturating_add(self.spec.limit()),
@@ -279,7 +279,7 @@ impl RunRecord {
                     present = present.map(|bill| OpenBill { price, counted: bill.counted.runs_at(entry.at_ms) });
                 }
                 (RunEvent::Metered { time }, _) => {
-                    present = present.map(|bill| OpenBill { counted: Counted::by(*time), ..bill });
+                    present = present.map(|bill| OpenBill { counted: BilledTime::by(*time), ..bill });
                 }
                 (RunEvent::NotCreated { unseen: true, .. }, _) => {
                     let limit_ms = asked_at.saturating_add(self.spec.max_duration_s.saturating_mul(1000));
@@ -322,23 +322,23 @@ impl RunRecord {
 
     /// GPU-seconds of instances that are gone; of the one that is there or may be, the offer and
     /// what counts of it.
-    fn gpu_times(&self) -> (i64, Option<(&Offer, Counted)>) {
+    fn gpu_times(&self) -> (i64, Option<(&Offer, BilledTime)>) {
         let limit_ms = self.spec.max_duration_s.saturating_mul(1000);
         let (mut gone, mut asked_ms) = (0_i64, self.created_at_ms);
         // `None`: neither was it spoken to, nor is there a record.
-        let mut counted: Option<Counted> = None;
+        let mut counted: Option<BilledTime> = None;
         let mut state = RunState::initial();
         for entry in &self.events {
             let Ok(new) = run::next(&state, &entry.event) else { break };
             match &entry.event {
                 RunEvent::Creating { .. } => (asked_ms, counted) = (entry.at_ms, None),
                 RunEvent::Reached { .. } => counted = Some(counted.unwrap_or_default().runs_at(entry.at_ms)),
-                RunEvent::Metered { time } => counted = Some(Counted::by(*time)),
+                RunEvent::Metered { time } => counted = Some(BilledTime::by(*time)),
                 RunEvent::Gone | RunEvent::Vanished => {
                     let queued = state.offer().is_some_and(|offer| offer.queued);
                     let given_up = matches!(state, RunState::Discarding { .. }) && !queued;
                     let at_most = asked_ms.max(entry.at_ms.saturating_sub(limit_ms));
-                    let counted = counted.take().or(given_up.then_some(Counted::since(at_most)));
+                    let counted = counted.take().or(given_up.then_some(BilledTime::since(at_most)));
                     if let (Some(offer), Some(counted)) = (state.offer(), counted) {
                         let time = GpuTime::of(offer.gpu_count, counted.until(entry.at_ms));
                         gone = gone.saturating_add(time.seconds());
@@ -483,7 +483,7 @@ impl Ledger {
 
     /// The owner's name from the file beside the ledger, which may be missing itself.
     pub fn owner_beside(folder: &Path) -> Option<String> {
-        let text = read_text(&folder.join(OWNER_FILE), MOST_OWNER).ok()?;
+        let text = read_text(&folder.join(OWNER_FILE), MAX_OWNER).ok()?;
         let owner = text.trim();
         let is_word = !owner.is_empty() && owner.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
         is_word.then(|| owner.to_owned())
@@ -812,7 +812,7 @@ impl RunWriter {
 
     /// Folder in which its results are created: the last one that was set.
     pub fn results(&self) -> PathBuf {
-        let named = read_text(&self.ledger.results_file(&self.record.id), MOST).ok();
+        let named = read_text(&self.ledger.results_file(&self.record.id), MAX_FILE_BYTES).ok();
         named.unwrap_or_else(|| self.record.spec.results.clone()).into()
     }
 

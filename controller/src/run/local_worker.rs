@@ -16,7 +16,7 @@ use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
 use crate::cloud::broker::local;
-use crate::files::{MOST, read_small};
+use crate::files::{MAX_FILE_BYTES, read_small};
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Span};
 
@@ -36,19 +36,19 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub struct LocalWorker {
     path: PathBuf,
     pushed: Pushed,
-    limits: Limits,
+    limits: InspectLimits,
 }
 
 /// Resource limits of an inspection, since the inspected files are untrusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct InspectLimits {
     /// Memory; at most three quarters of the machine's.
     pub memory: Bytes,
     /// Wall time.
     pub time: Duration,
 }
 
-impl Limits {
+impl InspectLimits {
     /// No limits other than the machine's.
     pub const NONE: Self = Self { memory: Bytes::from_gib(1 << 20), time: Duration::MAX };
 
@@ -179,12 +179,12 @@ impl LocalWorker {
         let pushed = Pushed::look_at(path.clone()).await?;
         let portable = exe.with_file_name(PORTABLE);
         let pushed = if named.is_none() && portable.is_file() { Pushed::portable(portable).await? } else { pushed };
-        Ok(Self { path, pushed, limits: Limits::NONE })
+        Ok(Self { path, pushed, limits: InspectLimits::NONE })
     }
 
     /// Sets limits for inspections.
     #[must_use]
-    pub fn limited(self, limits: Limits) -> Self {
+    pub fn limited(self, limits: InspectLimits) -> Self {
         Self { limits, ..self }
     }
 
@@ -294,7 +294,7 @@ impl Pushed {
 
     /// The description of the program at `path` in a document.
     fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
-        let read = read_small(&about, MOST).and_then(|text| Ok(serde_json::from_slice(&text)?));
+        let read = read_small(&about, MAX_FILE_BYTES).and_then(|text| Ok(serde_json::from_slice(&text)?));
         let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
         Self::of(path, &info)
     }
@@ -396,7 +396,7 @@ fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
 
 /// Reports the whole lines after byte `from`. Returns where the next one begins.
 fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> usize {
-    let Ok(bytes) = read_small(path, MOST) else { return from };
+    let Ok(bytes) = read_small(path, MAX_FILE_BYTES) else { return from };
     let Some(new) = bytes.get(from..) else { return from };
     let whole = new.iter().rposition(|byte| *byte == b'\n').map_or(0, |end| end + 1);
     for line in new[..whole].split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
@@ -409,12 +409,12 @@ fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> u
 
 /// The error of a worker that ended without a report.
 fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
-    let manifest = read_small(&folder.join(files::MANIFEST), MOST).ok();
+    let manifest = read_small(&folder.join(files::MANIFEST), MAX_FILE_BYTES).ok();
     let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
     if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
         return LocalWorkerError::Failed(failure);
     }
-    let log = read_small(&folder.join(files::LOG), MOST).unwrap_or_default();
+    let log = read_small(&folder.join(files::LOG), MAX_FILE_BYTES).unwrap_or_default();
     LocalWorkerError::Odd { status, said: clean(tail(&log), 500) }
 }
 
@@ -530,7 +530,7 @@ mod tests {
             program(folder.path(), r#"echo '{"kind":"unsupported","message":"unknown","hint":"known: a"}'; exit 1"#);
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let pushed = Pushed { path: path.clone(), cuda: None };
-        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let worker = LocalWorker { path, pushed, limits: InspectLimits::NONE };
         let error = worker.inspect(&job, InspectScope::Model).await.unwrap_err();
         assert_eq!((error.to_string().as_str(), error.hint().as_deref()), ("unknown", Some("known: a")));
         assert!(is_refusal(&error));
@@ -543,13 +543,13 @@ mod tests {
         let tell = format!("for word; do case $word in --memory-limit=*) echo \"$word\" > {limit:?};; esac; done");
         let path = program(folder.path(), &format!("{tell}\necho $$ > {pid:?}; exec sleep 600"));
         let pushed = Pushed { path: path.clone(), cuda: None };
-        let worker = LocalWorker { path, pushed, limits: Limits::NONE };
+        let worker = LocalWorker { path, pushed, limits: InspectLimits::NONE };
         let job = JobSpec::new(ModelSource::Folder { path: "/m".into() });
         let mut time = Duration::from_millis(200);
         // Waits for its start, on a busy machine as well.
         while !pid.exists() {
             time *= 2;
-            let limited = worker.clone().limited(Limits { memory: Bytes(1 << 20), time });
+            let limited = worker.clone().limited(InspectLimits { memory: Bytes(1 << 20), time });
             let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
             assert!(matches!(error, LocalWorkerError::TooLong { .. }) && is_refusal(&error), "{error}");
             assert!(error.hint().unwrap().contains("worker.inspect-time"));
@@ -564,7 +564,7 @@ mod tests {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         program(folder.path(), "echo 'memory allocation of 99 bytes failed' >&2; kill -ABRT $$");
-        let limited = worker.limited(Limits { memory: Bytes(1 << 20), ..Limits::NONE });
+        let limited = worker.limited(InspectLimits { memory: Bytes(1 << 20), ..InspectLimits::NONE });
         let error = limited.inspect(&job, InspectScope::Model).await.unwrap_err();
         assert!(matches!(error, LocalWorkerError::TooMuch { memory: Bytes(1_048_576) }), "{error}");
         assert!(error.hint().unwrap().contains("worker.inspect-memory"));
@@ -600,7 +600,7 @@ mod tests {
         let script =
             format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
         let path = program(folder.path(), &script);
-        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: Limits::NONE };
+        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: InspectLimits::NONE };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();
         std::fs::write(out.join("code"), "0").unwrap();

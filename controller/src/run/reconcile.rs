@@ -474,7 +474,7 @@ pub(crate) mod tests {
                 let held = |rental| RunState::Held {
                     rental,
                     ending: RunOutcome::Completed,
-                    results: crate::run::Brought { folder: String::new(), complete: true },
+                    results: crate::run::SavedResults { folder: String::new(), complete: true },
                 };
                 let state = match kind {
                     0 => RunState::initial(),

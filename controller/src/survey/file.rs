@@ -14,7 +14,7 @@ use toml::Spanned;
 use toml::de::DeTable;
 
 use crate::cloud::broker::GpuRequest;
-use crate::files::{MOST, is_plain_name, read_text};
+use crate::files::{MAX_FILE_BYTES, is_plain_name, read_text};
 use crate::model_name::short;
 use crate::run::deploy::slug;
 use crate::text::{toml_error, unknown_key};
@@ -120,7 +120,7 @@ impl Survey {
     /// # Errors
     /// The file cannot be read, or is invalid.
     pub fn read(path: &Path) -> Result<Self, SurveyError> {
-        let text = read_text(path, MOST).map_err(|error| SurveyError {
+        let text = read_text(path, MAX_FILE_BYTES).map_err(|error| SurveyError {
             path: path.to_owned(),
             line: None,
             message: error.to_string(),
@@ -138,7 +138,7 @@ impl Survey {
             let (line, message) = toml_error(text, &wrong);
             error(line, message)
         };
-        let wrong = |Wrong { span, message }| {
+        let wrong = |LocatedError { span, message }| {
             let line = 1 + text[..span.start.min(text.len())].matches('\n').count();
             error(Some(line), message)
         };
@@ -151,7 +151,7 @@ impl Survey {
 }
 
 /// Refuses unknown keys.
-fn known(file: &DeTable<'_>) -> Result<(), Wrong> {
+fn known(file: &DeTable<'_>) -> Result<(), LocatedError> {
     only(file, &[keys::<SurveyFile>(), keys::<JobOptions>()].concat())?;
     let model = file.iter().find(|(key, _)| key.get_ref() == "model");
     let models = model.and_then(|(_, models)| models.get_ref().as_array()).into_iter().flat_map(|models| models.iter());
@@ -159,7 +159,7 @@ fn known(file: &DeTable<'_>) -> Result<(), Wrong> {
     models.filter_map(|model| model.get_ref().as_table()).try_for_each(|model| only(model, &keys))
 }
 
-fn only(table: &DeTable<'_>, known: &[&str]) -> Result<(), Wrong> {
+fn only(table: &DeTable<'_>, known: &[&str]) -> Result<(), LocatedError> {
     let is_known = |key: &str| known.contains(&key);
     match table.keys().find(|key| !is_known(key.get_ref())) {
         Some(key) => Err(wrong(key, unknown_key(key.get_ref(), known.iter().copied()))),
@@ -202,17 +202,17 @@ impl<'de> Deserializer<'de> for Keys<'_> {
 }
 
 /// An error and its location.
-struct Wrong {
+struct LocatedError {
     span: Range<usize>,
     message: String,
 }
 
-fn wrong<T>(at: &Spanned<T>, message: String) -> Wrong {
-    Wrong { span: at.span(), message }
+fn wrong<T>(at: &Spanned<T>, message: String) -> LocatedError {
+    LocatedError { span: at.span(), message }
 }
 
 impl SurveyFile {
-    fn understand(self, job: JobOptions, requests: Requests, path: &Path) -> Result<Survey, Wrong> {
+    fn understand(self, job: JobOptions, requests: Requests, path: &Path) -> Result<Survey, LocatedError> {
         check_name("name", &self.name)?;
         if let Some(none) = self.max_parallel.as_ref().filter(|most| *most.get_ref() == 0) {
             return Err(wrong(none, "max-parallel must be positive".to_owned()));
@@ -226,7 +226,7 @@ impl SurveyFile {
                 if !seen.insert(entry.name.clone()) {
                     let message =
                         format!("`{}` is there twice; give one of them a name of its own (name = ..)", entry.name);
-                    return Err(Wrong { span: at, message });
+                    return Err(LocatedError { span: at, message });
                 }
                 models.push(entry);
             }
@@ -254,7 +254,7 @@ impl ModelTable {
     }
 
     /// One model, or one for each of its revisions.
-    fn understand(self, request: GpuRequest) -> Result<Vec<SurveyModel>, Wrong> {
+    fn understand(self, request: GpuRequest) -> Result<Vec<SurveyModel>, LocatedError> {
         if let Some(name) = &self.name {
             check_name("name", name)?;
         }
@@ -277,7 +277,7 @@ impl ModelTable {
     }
 
     /// The listed revisions; empty without a list.
-    fn revisions(&self) -> Result<Vec<String>, Wrong> {
+    fn revisions(&self) -> Result<Vec<String>, LocatedError> {
         let Some(listed) = &self.revisions else { return Ok(Vec::new()) };
         let why = match (&self.revision, listed.get_ref().as_slice()) {
             (Some(_), _) => "give `revision` or `revisions`, not both",
@@ -290,7 +290,7 @@ impl ModelTable {
 }
 
 /// Checks a name, which becomes that of a folder.
-fn check_name(key: &str, name: &Spanned<String>) -> Result<(), Wrong> {
+fn check_name(key: &str, name: &Spanned<String>) -> Result<(), LocatedError> {
     let text = name.get_ref();
     let plain = text.len() <= 80 && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b));
     // These suffixes mark incomplete results.

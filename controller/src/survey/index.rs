@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use crate::files::{MOST, absent, is_plain_name, read_small, write_whole};
+use crate::files::{MAX_FILE_BYTES, absent, is_plain_name, read_small, write_whole};
 
 /// File name in the survey's folder.
 pub const FILE: &str = "index.json";
@@ -104,7 +104,7 @@ impl Index {
             schema: u32,
         }
         let damaged = |why: String| IndexError::Damaged(format!("{FILE}: {why}"));
-        let text = absent(read_small(&folder.join(FILE), MOST)).map_err(|error| damaged(error.to_string()))?;
+        let text = absent(read_small(&folder.join(FILE), MAX_FILE_BYTES)).map_err(|error| damaged(error.to_string()))?;
         let Some(text) = text else { return Ok(None) };
         let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if schema != SCHEMA {

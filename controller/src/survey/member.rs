@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::index::{Index, IndexEntry, ModelOutcome};
-use crate::files::{MOST, read_small};
+use crate::files::{MAX_FILE_BYTES, read_small};
 use crate::run::deploy::{JobIdentity, holds};
 use crate::run::ledger::{RUN_FILE, RunRecord};
 use crate::run::{Membership, RunFailureKind, RunOutcome};
@@ -30,7 +30,7 @@ impl Member<'_> {
     /// Its outcome, and the run of the same work with this outcome: one with complete results,
     /// else the latest. If the ledger has none, since it may be new, the folder and its index are
     /// used.
-    pub fn look<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
+    pub fn index_entry<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
             let (outcome, why) = judge(run, &self.folder.join(self.name));
@@ -54,7 +54,7 @@ impl Member<'_> {
     /// Complete results of the same work in its folder, by the record and the hashes beside them.
     fn at_home(&self) -> Option<IndexEntry> {
         let place = self.folder.join(self.name);
-        let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MOST).ok()?).ok()?;
+        let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MAX_FILE_BYTES).ok()?).ok()?;
         let is_whole = self.is_run_by(&run) && holds(&place, &run.id).is_ok();
         let line = || self.entry(Some(&run), ModelOutcome::Complete, None);
         is_whole.then(|| IndexEntry { folder: Some(self.name.to_owned()), ..line() })
@@ -194,7 +194,7 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::run::{Brought, FailureDetail, RunEvent, RunSpec};
+    use crate::run::{SavedResults, FailureDetail, RunEvent, RunSpec};
     use crate::ui::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a` with job and key.
@@ -211,13 +211,13 @@ mod tests {
     fn line(folder: &Path, job: &JobSpec, runs: &[RunRecord]) -> IndexEntry {
         let identity = JobIdentity::of(job).unwrap();
         let (survey, name, job_key) = ("moe-two", "owner--a", "k");
-        Member { survey, name, identity: &identity, job_key, folder, before: None }.look(runs).0
+        Member { survey, name, identity: &identity, job_key, folder, before: None }.index_entry(runs).0
     }
 
     #[test]
     fn model_outcome_follows_ledger_and_files() {
         let home = tempfile::tempdir().unwrap();
-        let folder = |name: &str, complete| Brought { folder: format!("/nowhere/{name}"), complete };
+        let folder = |name: &str, complete| SavedResults { folder: format!("/nowhere/{name}"), complete };
         let trouble = |kind| RunOutcome::Failed { trouble: FailureDetail { kind, message: "no".into(), hint: None } };
         let failure = Failure { kind: FailureKind::Internal, message: "NaN".into(), hint: None };
         let failed = RunOutcome::WorkerFailed { failure };
@@ -251,7 +251,7 @@ mod tests {
         );
         let moved = home.path().join("elsewhere");
         std::fs::rename(&whole, &moved).unwrap();
-        let away = Brought { folder: moved.to_string_lossy().into_owned(), complete: true };
+        let away = SavedResults { folder: moved.to_string_lossy().into_owned(), complete: true };
         let away = line(home.path(), &job, &[of_a("r1", ended("r1", away, RunOutcome::Completed))]);
         assert!(away.outcome == ModelOutcome::Partial && away.why.unwrap().contains("move "), "not run again unasked");
         std::fs::rename(&moved, &whole).unwrap();
@@ -265,7 +265,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let whole = copy("mixture", &home.path().join("owner--a"));
         std::fs::write(whole.join(RUN_FILE), r#"{"id":"r1"}"#).unwrap();
-        let brought = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let brought = SavedResults { folder: whole.to_string_lossy().into_owned(), complete: true };
         let runs = [of_a("r1", ended("r1", brought, RunOutcome::Completed))];
         let line = IndexEntry {
             name: "owner--a".into(),
@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn model_outcome_without_a_ledger_follows_record_and_hashes() {
         let home = tempfile::tempdir().unwrap();
-        let brought = Brought { folder: "/lost".into(), complete: true };
+        let brought = SavedResults { folder: "/lost".into(), complete: true };
         let run = of_a("r1", ended("r1", brought, RunOutcome::Completed));
         let place = copy("mixture", &home.path().join("owner--a"));
         crate::compare::fixture::change(&place, "metadata.json", |metadata| {
@@ -320,7 +320,7 @@ mod tests {
         for (job_key, outcome) in [("k", ModelOutcome::Failed), ("other", ModelOutcome::Open)] {
             let (folder, before) = (Path::new("/nowhere"), Some(&before));
             let member = Member { survey: "moe-two", name: "owner--a", identity: &identity, job_key, folder, before };
-            assert_eq!(member.look(&[]).0.outcome, outcome);
+            assert_eq!(member.index_entry(&[]).0.outcome, outcome);
         }
     }
 

@@ -8,7 +8,7 @@ use crate::host::transport::quote::quote;
 use crate::run::ledger::Unreadable;
 use crate::survey::ModelOutcome;
 use crate::text::{clean, counted, markdown};
-use crate::ui::status::{Over, Status, SurveyStatus, UnderWay};
+use crate::ui::status::{FinishedRun, Status, SurveyStatus, ActiveRun};
 
 /// The document in Markdown.
 pub fn document(status: &Status) -> String {
@@ -39,7 +39,7 @@ const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
 const END: &str = " -->\n";
 
 /// A document with a last line that reveals edits.
-pub fn sealed(document: String) -> String {
+pub fn with_checksum(document: String) -> String {
     let hash = sha256(document.as_bytes());
     document + SEAL + &hash + END
 }
@@ -72,7 +72,7 @@ fn or_dash(text: Option<String>) -> String {
 }
 
 fn done(status: &Status) -> Vec<String> {
-    let row = |run: &Over| {
+    let row = |run: &FinishedRun| {
         vec![
             run.model.clone(),
             or_dash(run.survey.clone()),
@@ -89,10 +89,10 @@ fn done(status: &Status) -> Vec<String> {
 }
 
 /// A column's heading, and its cell for a run.
-type Column<'a> = (&'a str, &'a dyn Fn(&UnderWay) -> String);
+type Column<'a> = (&'a str, &'a dyn Fn(&ActiveRun) -> String);
 
 fn running(status: &Status) -> Vec<String> {
-    let who = |run: &UnderWay| match (run.held, run.looked_after) {
+    let who = |run: &ActiveRun| match (run.held, run.looked_after) {
         (true, _) => "kept on request",
         (false, true) => "a process drives it",
         (false, false) if run.detached => "detached: its guard waits",
@@ -113,7 +113,7 @@ fn running(status: &Status) -> Vec<String> {
         ("deadline", &|run| or_dash(run.deadline.map(rfc3339))),
         ("who drives", &|run| who(run).to_owned()),
     ];
-    let row = |run: &UnderWay| columns.iter().map(|(_, cell)| cell(run)).collect();
+    let row = |run: &ActiveRun| columns.iter().map(|(_, cell)| cell(run)).collect();
     table(&columns.map(|(name, _)| name), status.under_way.iter().map(row).collect())
 }
 
@@ -125,12 +125,12 @@ fn unreadable(status: &Status) -> Vec<String> {
 }
 
 /// Failed runs that no later run made good.
-fn failures(status: &Status) -> impl Iterator<Item = &Over> {
+fn failures(status: &Status) -> impl Iterator<Item = &FinishedRun> {
     status.over.iter().filter(|run| !run.completed && !run.superseded)
 }
 
 fn failed(status: &Status) -> Vec<String> {
-    let line = |run: &Over| {
+    let line = |run: &FinishedRun| {
         let log = run.folder.as_ref().map(|_| format!("; its log: `outliers runs logs {}`", run.run));
         format!(
             "- {} (run {}, {}): {}{}",
@@ -145,7 +145,7 @@ fn failed(status: &Status) -> Vec<String> {
 }
 
 fn blocked(status: &Status) -> Vec<String> {
-    let forgotten = |run: &&UnderWay| !run.looked_after && !run.detached;
+    let forgotten = |run: &&ActiveRun| !run.looked_after && !run.detached;
     let alone = status.under_way.iter().filter(forgotten).map(|run| {
         format!(
             "- Run {} of {} is {}, and no process looks after it. Way around: `outliers attach {}`.",
@@ -168,7 +168,7 @@ fn next_steps(status: &Status) -> Vec<String> {
         |why: String, command: String| steps.push(format!("{}. {why}\n\n       {command}\n", steps.len() + 1));
     // A survey resumes its own runs.
     let survey_goes_on =
-        |run: &UnderWay| status.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
+        |run: &ActiveRun| status.surveys.iter().any(|survey| run.survey.as_ref() == Some(&survey.index.survey));
     for run in status.under_way.iter().filter(|run| !run.looked_after && !survey_goes_on(run)) {
         step(format!("Take up run {} of {}.", run.run, cell(&run.model)), format!("outliers attach {}", run.run));
     }
@@ -194,7 +194,7 @@ fn next_of(survey: &SurveyStatus, status: &Status) -> (String, String) {
     let name = cell(&survey.index.survey);
     let file = quote(&plain(&survey.index.file));
     let page = quote(&format!("{}.html", plain(&survey.index.survey)));
-    let runs = |run: &&UnderWay| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
+    let runs = |run: &&ActiveRun| run.survey.as_ref() == Some(&survey.index.survey) && run.looked_after;
     match (open, failed) {
         (1.., _) if status.under_way.iter().any(|run| runs(&run)) => {
             let open = counted(open, "open model");
@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn edited_handoff_is_detected() {
-        let text = sealed("# Handoff\n\nNothing.\n".to_owned());
+        let text = with_checksum("# Handoff\n\nNothing.\n".to_owned());
         assert!(is_untouched(text.as_bytes()) && text.starts_with("# Handoff\n\nNothing.\n\n<!--"), "{text}");
         let edits = [text.replace("Nothing", "Much"), format!("{text}a note\n"), format!("a note\n{text}")];
         let cut = text.lines().take(3).collect::<Vec<_>>().join("\n");

@@ -17,8 +17,8 @@ use crate::cloud::broker::BrokerError;
 use crate::cloud::clouds::Offered;
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{HostEvent, HostFacts};
-use crate::run::deploy::{DeployEvent, DriveError, NotEnding, RunNote, Stop, UnsavedResults};
-use crate::run::ledger::{LedgerError, Meter, RunRecord, Unreadable, now_ms};
+use crate::run::deploy::{DeployEvent, DriveError, StillBilling, RunNote, Stop, UnsavedResults};
+use crate::run::ledger::{LedgerError, CostMeter, RunRecord, Unreadable, now_ms};
 use crate::run::local_worker::LocalWorkerError;
 use crate::run::reconcile::{Action, Finish, Leave, Stray};
 use crate::run::{RunFailureKind, RunOutcome, RunState};
@@ -37,7 +37,7 @@ const LINE: usize = 2000;
 const NAME: usize = 80;
 
 /// Maximum difference of a host's clock in seconds without a warning.
-const MOST_SKEW: i64 = 60;
+const MAX_SKEW: i64 = 60;
 
 /// First pause between plain progress lines of a phase. It doubles each time.
 const PLAIN_PAUSE: Duration = Duration::from_secs(2);
@@ -219,27 +219,27 @@ pub struct Reporter {
     /// First pause between plain progress lines.
     pause: Duration,
     board: MultiProgress,
-    now: Mutex<Now>,
+    now: Mutex<DisplayState>,
     /// Why something is missing from standard output.
     unprinted: Mutex<Option<io::Error>>,
 }
 
 /// What is currently shown.
 #[derive(Default)]
-struct Now {
+struct DisplayState {
     bar: Option<ProgressBar>,
     /// The last plain progress line.
-    plain: Option<Plain>,
+    plain: Option<PlainLine>,
     booting: bool,
     /// Start of the work in progress, as far as observed.
     began: Option<Instant>,
     /// Cost of the run.
-    meter: Option<Meter>,
+    meter: Option<CostMeter>,
     /// The last reported reason for a retry, with its time.
     retried: Option<(Instant, String)>,
 }
 
-impl Now {
+impl DisplayState {
     /// Whether to report a reason for a retry: it differs, or was not reported for some time.
     fn is_new(&mut self, reason: &str) -> bool {
         let said = self.retried.as_ref();
@@ -252,7 +252,7 @@ impl Now {
 }
 
 /// The last plain progress line.
-struct Plain {
+struct PlainLine {
     at: Instant,
     label: String,
     position: u64,
@@ -260,7 +260,7 @@ struct Plain {
     pause: Duration,
 }
 
-impl Plain {
+impl PlainLine {
     /// Whether more than the time has changed.
     fn is_news(&self, label: &str, position: u64, length: u64) -> bool {
         self.label != label || (position == length && self.position != position)
@@ -422,7 +422,7 @@ impl Reporter {
     }
 
     /// Prints a sentence with `-v` only.
-    pub fn whisper(&self, text: &str) {
+    pub fn verbose(&self, text: &str) {
         if self.verbose {
             self.write(&self.paint("2", text));
         }
@@ -445,7 +445,7 @@ impl Reporter {
     }
 
     /// Reports that an abandoned run is resumed.
-    pub fn picked_up(&self, run: &RunRecord) {
+    pub fn resumed(&self, run: &RunRecord) {
         let done = run.state.word();
         self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
     }
@@ -495,14 +495,14 @@ impl Reporter {
             DeployEvent::Booting => self.booting(),
             DeployEvent::Host(event) => self.host(event),
             DeployEvent::Note(note) => self.note(&note),
-            DeployEvent::NotEnding(not) => self.not_ending(&not),
+            DeployEvent::StillBilling(not) => self.not_ending(&not),
             DeployEvent::Kept(kept) => self.kept(&kept),
             DeployEvent::Waiting { what, failed } => {
                 let why = failed.map(|failed| format!(" ({}; next try in {})", failed.words, Span(failed.pause)));
                 let words = format!("Waiting for {what}{}", why.unwrap_or_default());
                 self.say(&clean(words.as_bytes(), LINE));
             }
-            DeployEvent::Terminating(id) => self.whisper(&format!("Ending instance {id}")),
+            DeployEvent::Terminating(id) => self.verbose(&format!("Ending instance {id}")),
             DeployEvent::Stopping(Stop::LetGo) => {
                 self.begin_line();
                 self.say("SIGHUP: a run at work whose instance ends by itself is let go of, any other is ended");
@@ -528,8 +528,8 @@ impl Reporter {
         told(say, work).await
     }
 
-    fn not_ending(&self, not: &NotEnding) {
-        let NotEnding { broker, instance, why, pause, price, cost } = not;
+    fn not_ending(&self, not: &StillBilling) {
+        let StillBilling { broker, instance, why, pause, price, cost } = not;
         let bills = price.map_or_else(|| "it bills on".to_owned(), |price| format!("it bills {price}"));
         let so_far =
             cost.map_or_else(|| "what it cost so far is not known".to_owned(), |cost| format!("{cost} so far"));
@@ -592,7 +592,7 @@ impl Reporter {
             HostEvent::Progress(progress) => self.progress(&progress),
             // The read position is for the process that resumes the run.
             HostEvent::Read(_) => {}
-            event if is_detail(&event) => self.whisper(&on_host(&event)),
+            event if is_detail(&event) => self.verbose(&on_host(&event)),
             event => self.say(&on_host(&event)),
         }
     }
@@ -633,7 +633,7 @@ impl Reporter {
         let last = now.plain.as_ref();
         if last.is_none_or(|last| last.is_news(label, position, length) || last.at.elapsed() >= last.pause) {
             let pause = last.and_then(|last| last.next_pause(label)).unwrap_or(self.pause);
-            now.plain = Some(Plain { at: Instant::now(), label: label.to_owned(), position, pause });
+            now.plain = Some(PlainLine { at: Instant::now(), label: label.to_owned(), position, pause });
             drop(now);
             self.write(&format!("{label}: {detail}"));
         }
@@ -667,7 +667,7 @@ impl Reporter {
         if self.color { format!("\u{1b}[{code}m{text}\u{1b}[0m") } else { text.to_owned() }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Now> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, DisplayState> {
         self.now.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -722,7 +722,7 @@ fn detail(progress: &Progress) -> [String; 2] {
 }
 
 /// Remaining time and cost so far.
-fn standing(elapsed: Duration, meter: Option<&Meter>, now_ms: u64) -> String {
+fn standing(elapsed: Duration, meter: Option<&CostMeter>, now_ms: u64) -> String {
     let Some(meter) = meter else { return format!("{:#} so far", Span(elapsed)) };
     let spent = format!("{} in {:#}", meter.cost(now_ms), Span(elapsed));
     let Some(deadline) = meter.deadline else { return spent };
@@ -786,7 +786,7 @@ fn host_facts(facts: &HostFacts) -> String {
     let disk = facts.disk_free.map(|disk| format!("{disk} disk free"));
     let gpus = facts.gpus.first().map(|first| format!("{} x {}", facts.gpus.len(), first.name));
     let cuda = facts.gpus.first().and_then(|gpu| Some(format!("driver {} (CUDA {})", gpu.driver, facts.cuda?)));
-    let skew = facts.clock_skew.filter(|skew| skew.abs() > MOST_SKEW);
+    let skew = facts.clock_skew.filter(|skew| skew.abs() > MAX_SKEW);
     let clock = skew.map(|skew| format!("its clock is {} s {}", skew.abs(), if skew > 0 { "fast" } else { "slow" }));
     let parts = [gpus, cuda, Some(format!("{} {}", facts.os, facts.arch)), cores, ram, disk, clock];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
@@ -905,16 +905,16 @@ mod tests {
 
     #[test]
     fn repeated_log_lines_are_suppressed() {
-        let said = Plain { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
+        let said = PlainLine { at: Instant::now(), label: "Perplexity".into(), position: 28, pause: PLAIN_PAUSE };
         assert!(!said.is_news("Perplexity", 28, 28), "all layers are done as they were before");
         assert!(said.is_news("Writing results", 28, 28) && said.is_news("Perplexity", 30, 30));
         let pauses = (0..9).scan(PLAIN_PAUSE, |pause, _| {
-            *pause = Plain { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
+            *pause = PlainLine { at: Instant::now(), label: "x".into(), position: 0, pause: *pause }.next_pause("x")?;
             Some(pause.as_secs())
         });
         assert_eq!(pauses.collect::<Vec<_>>(), [4, 8, 16, 32, 60, 60, 60, 60, 60]);
         assert_eq!(said.next_pause("Layers"), None);
-        let mut now = Now::default();
+        let mut now = DisplayState::default();
         assert_eq!(["refused", "refused", "silent", "refused"].map(|why| now.is_new(why)), [true, false, true, true]);
     }
 

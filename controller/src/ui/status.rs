@@ -8,7 +8,7 @@ use outliers_protocol::{Axis, Progress, Reading, Results, files};
 use serde::Serialize;
 
 use crate::cloud::broker::{Broker, Instance, InstanceId, InstanceState};
-use crate::files::{MOST, read_small};
+use crate::files::{MAX_FILE_BYTES, read_small};
 use crate::run::deploy::read_progress;
 use crate::run::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Membership, RunEvent, RunOutcome, RunState};
@@ -21,9 +21,9 @@ pub struct Status {
     /// Time of the status, in Unix seconds.
     pub at: u64,
     /// Active runs, oldest first.
-    pub under_way: Vec<UnderWay>,
+    pub under_way: Vec<ActiveRun>,
     /// Finished runs, oldest first.
-    pub over: Vec<Over>,
+    pub over: Vec<FinishedRun>,
     /// Runs with unreadable records; their cost is not included.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub unreadable: Vec<Unreadable>,
@@ -37,7 +37,7 @@ pub struct Status {
 
 /// An active run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct UnderWay {
+pub struct ActiveRun {
     /// Its id.
     pub run: String,
     /// The survey of the run.
@@ -76,7 +76,7 @@ pub struct UnderWay {
 
 /// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Over {
+pub struct FinishedRun {
     /// Its id.
     pub run: String,
     /// The survey of the run.
@@ -124,7 +124,7 @@ pub struct SurveyStatus {
 impl HeadlineFigures {
     /// Reads the figures of a result folder.
     pub fn read(folder: &Path) -> Option<Self> {
-        let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MOST).ok()?).ok()?;
+        let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MAX_FILE_BYTES).ok()?).ok()?;
         let mut verdicts = results.verdicts.iter();
         let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
         Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })
@@ -136,7 +136,7 @@ impl Status {
     ///
     /// # Errors
     /// Errors of the ledger.
-    pub fn look(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
+    pub fn of_ledger(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
         let Records { runs, unreadable } = ledger.records()?;
         let mut driven = Vec::new();
         for run in runs.iter().filter(|run| !run.state.is_closed()) {
@@ -158,7 +158,7 @@ impl Status {
 
     /// Whether a run may change by itself: a process drives it, or it has time left.
     pub fn is_at_work(&self) -> bool {
-        let has_time = |run: &UnderWay| run.deadline.is_some_and(|deadline| deadline > self.at);
+        let has_time = |run: &ActiveRun| run.deadline.is_some_and(|deadline| deadline > self.at);
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
@@ -170,7 +170,7 @@ impl Status {
     /// Notes when jobs that run end, as their cluster was last listed: nobody may have written it
     /// down since they began.
     pub fn note_ends(&mut self, cluster: &dyn Broker) {
-        let of_cluster = |run: &&mut UnderWay| run.broker.as_deref() == Some(cluster.name());
+        let of_cluster = |run: &&mut ActiveRun| run.broker.as_deref() == Some(cluster.name());
         for run in self.under_way.iter_mut().filter(of_cluster) {
             let instance = run.instance.clone().map(InstanceId);
             let ends = instance.and_then(|instance| cluster.run_time(&instance)?.until);
@@ -181,7 +181,7 @@ impl Status {
 
     /// Notes which runs wait in a queue, by their cluster's list: nobody knows when they are done.
     pub fn note_queue(&mut self, listed: &[Instance]) {
-        let waits = |run: &UnderWay| {
+        let waits = |run: &ActiveRun| {
             let same = |instance: &&Instance| {
                 Some(&instance.id.0) == run.instance.as_ref() && Some(&instance.broker) == run.broker.as_ref()
             };
@@ -209,16 +209,16 @@ impl Status {
             }
         }
         let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
-        let (driven, mended): (HashSet<&String>, Mended<'_>) = (driven.iter().collect(), Mended::by(runs));
+        let (driven, mended): (HashSet<&String>, LatestSuccess<'_>) = (driven.iter().collect(), LatestSuccess::by(runs));
         let members = Members::of(runs);
         let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
         let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
         Self {
             at: now_ms / 1000,
             reserved: open.iter().map(left).sum(),
-            under_way: open.iter().map(|run| UnderWay::of(run, driven.contains(&run.id), now_ms)).collect(),
+            under_way: open.iter().map(|run| ActiveRun::of(run, driven.contains(&run.id), now_ms)).collect(),
             unreadable: Vec::new(),
-            over: closed.iter().map(|run| Over::of(run, &mended, now_ms)).collect(),
+            over: closed.iter().map(|run| FinishedRun::of(run, &mended, now_ms)).collect(),
             surveys: surveys
                 .into_iter()
                 .map(|(folder, index)| (folder, members.on(index)))
@@ -243,7 +243,7 @@ fn name_of_survey(run: &RunRecord) -> Option<String> {
     run.spec.survey.as_ref().map(|member| member.survey.clone())
 }
 
-impl UnderWay {
+impl ActiveRun {
     fn of(run: &RunRecord, driven: bool, now_ms: u64) -> Self {
         let (rental, held) = (run.state.rental(), matches!(run.state, RunState::Held { .. }));
         Self {
@@ -297,9 +297,9 @@ fn expected(run: &RunRecord) -> Option<u64> {
 }
 
 /// Of each work, when the last run of it that completed or is under way was created.
-struct Mended<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
+struct LatestSuccess<'a>(HashMap<(&'a str, Option<&'a Membership>), u64>);
 
-impl<'a> Mended<'a> {
+impl<'a> LatestSuccess<'a> {
     fn by(runs: impl IntoIterator<Item = &'a RunRecord>) -> Self {
         let mut latest = HashMap::new();
         for run in runs {
@@ -321,8 +321,8 @@ impl<'a> Mended<'a> {
     }
 }
 
-impl Over {
-    fn of(run: &RunRecord, mended: &Mended<'_>, now_ms: u64) -> Self {
+impl FinishedRun {
+    fn of(run: &RunRecord, mended: &LatestSuccess<'_>, now_ms: u64) -> Self {
         let completed = run.state.ending() == Some(&RunOutcome::Completed);
         let results = run.state.results();
         Self {
@@ -349,7 +349,7 @@ pub(crate) mod tests {
     use crate::cloud::broker::{Lease, LeaseTag, RunTime};
     use crate::run::deploy::fake::{Fake, now_ms as fake_now_ms, offer, spec};
     use crate::run::ledger::LedgerEntry;
-    use crate::run::{Brought, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
+    use crate::run::{SavedResults, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};
     use crate::units::Bytes;
 
@@ -379,7 +379,7 @@ pub(crate) mod tests {
     }
 
     /// To the end of the instance.
-    pub(crate) fn ended(id: &str, results: Brought, ending: RunOutcome) -> Vec<RunEvent> {
+    pub(crate) fn ended(id: &str, results: SavedResults, ending: RunOutcome) -> Vec<RunEvent> {
         let end = [
             RunEvent::WorkerEnded { exit: Some(0) },
             RunEvent::Fetched { results, ending },
@@ -393,8 +393,8 @@ pub(crate) mod tests {
     /// and without an offer.
     pub(crate) fn status(home: &Path) -> Status {
         let whole = crate::compare::fixture::copy("mixture", &home.join("moe-two/owner--a"));
-        let whole = Brought { folder: whole.to_string_lossy().into_owned(), complete: true };
-        let partial = Brought { folder: "/nowhere/b-2.partial".into(), complete: false };
+        let whole = SavedResults { folder: whole.to_string_lossy().into_owned(), complete: true };
+        let partial = SavedResults { folder: "/nowhere/b-2.partial".into(), complete: false };
         let broken = RunOutcome::WorkerVanished { exit: Some(9) };
         let trouble = FailureDetail {
             kind: RunFailureKind::NoOffer,
@@ -532,7 +532,7 @@ pub(crate) mod tests {
         events[1] = RunEvent::Created { instance: made.id, price: None };
         for (left, shown) in [(60, 60), (7200, 1800)] {
             let until = Some(NOW_MS / 1000 + left);
-            fake.set(|world| world.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
+            fake.set(|simulation| simulation.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
             let runs = [run("run1", "owner/a", 10, events.clone())];
             let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
             status.note_ends(&fake);
@@ -542,7 +542,7 @@ pub(crate) mod tests {
 
     #[test]
     fn survey_is_counted_by_the_records_of_its_runs() {
-        let home = |id: &str, complete| Brought { folder: format!("/nowhere/{id}"), complete };
+        let home = |id: &str, complete| SavedResults { folder: format!("/nowhere/{id}"), complete };
         let broken = RunOutcome::WorkerVanished { exit: None };
         let runs = [
             run("run1", "owner/a", 60, ended("run1", home("owner--a", true), RunOutcome::Completed)),
@@ -578,7 +578,7 @@ pub(crate) mod tests {
     fn detached_run_is_active_until_its_deadline() {
         let detached = run("run1", "owner/a", 10, rented("run1"));
         let detached = RunRecord { spec: RunSpec { detach: true, ..detached.spec.clone() }, ..detached };
-        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let whole = SavedResults { folder: "/nowhere/a".into(), complete: true };
         let mut events = ended("run2", whole, RunOutcome::Completed);
         events.truncate(events.len() - 2);
         events.push(RunEvent::Held);
@@ -598,7 +598,7 @@ pub(crate) mod tests {
             (0..200).map(|i| run(&format!("r{i}"), &format!("owner/{}", i % 20), 300 - i, failed())).collect();
         runs.push(run("open", "owner/7", 1, rented("open")));
         let looks = std::cell::Cell::new(0);
-        let mended = Mended::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
+        let mended = LatestSuccess::by(runs.iter().inspect(|_| looks.set(looks.get() + 1)));
         let superseded: Vec<&str> =
             runs.iter().filter(|run| mended.after(run)).map(|run| run.spec.model.as_str()).collect();
         assert_eq!(looks.get(), runs.len(), "not once per run");
@@ -607,8 +607,8 @@ pub(crate) mod tests {
 
     #[test]
     fn failure_followed_by_success_is_not_reported() {
-        let broken = Brought { folder: "/nowhere/a.partial".into(), complete: false };
-        let whole = Brought { folder: "/nowhere/a".into(), complete: true };
+        let broken = SavedResults { folder: "/nowhere/a.partial".into(), complete: false };
+        let whole = SavedResults { folder: "/nowhere/a".into(), complete: true };
         let first = run("run1", "owner/a", 60, ended("run1", broken, RunOutcome::WorkerVanished { exit: None }));
         let second = run("run2", "owner/a", 30, ended("run2", whole, RunOutcome::Completed));
         let other = RunRecord { spec: RunSpec { survey: None, ..second.spec.clone() }, ..second.clone() };

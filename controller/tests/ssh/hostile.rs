@@ -31,7 +31,7 @@ mod cloud;
 mod host;
 
 use cloud::{Cloud, NAME};
-use host::{Bad, tampering};
+use host::{Attack, tampering};
 
 /// Timeout of an attack. Later, it would have kept an instance.
 const TIMEOUT: Duration = Duration::from_secs(150);
@@ -57,74 +57,74 @@ enum Expect {
 
 /// What a host does, what it does to the worker's files before the worker ends (for `tamper.sh`),
 /// and how the run must end.
-type Row = (&'static str, Bad, &'static str, Expect);
+type Row = (&'static str, Attack, &'static str, Expect);
 
 const ROWS: [Row; 23] = [
-    ("nothing", Bad::Nothing, "", Expect::Completed(1)),
-    ("no command ever ends", Bad::Silence, "", Expect::Completed(2)),
-    ("commands drip a byte a second", Bad::Drip, "", Expect::Completed(2)),
-    ("commands talk without end", Bad::Flood, "", Expect::Completed(2)),
-    ("SFTP that never answers", Bad::SilentFiles, "", Expect::Completed(2)),
-    ("81,000 channels opened by the server", Bad::OpensChannels, "", Expect::Completed(2)),
-    ("1000 forwards asked for", Bad::AsksForForwards, "", Expect::Completed(1)),
+    ("nothing", Attack::Nothing, "", Expect::Completed(1)),
+    ("no command ever ends", Attack::Silence, "", Expect::Completed(2)),
+    ("commands drip a byte a second", Attack::Drip, "", Expect::Completed(2)),
+    ("commands talk without end", Attack::Flood, "", Expect::Completed(2)),
+    ("SFTP that never answers", Attack::SilentFiles, "", Expect::Completed(2)),
+    ("81,000 channels opened by the server", Attack::OpensChannels, "", Expect::Completed(2)),
+    ("1000 forwards asked for", Attack::AsksForForwards, "", Expect::Completed(1)),
     (
         "a file of 50 GiB in the manifest",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"truncate -s 50G big.bin; manifest '{"name":"big.bin","bytes":53687091200,"sha256":"'$zeros'"}'"#,
         Expect::Refused,
     ),
     (
         "a file of 1 TB in the manifest",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"manifest '{"name":"big.bin","bytes":1099511627776,"sha256":"'$zeros'"}'"#,
         Expect::Refused,
     ),
     (
         "a name outside the job",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"echo exec evil > evil.sh; manifest "$(entry evil.sh evil.sh)""#,
         Expect::Without("evil.sh"),
     ),
     (
         "another job's metadata",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"sed 's/"precision": *"f32"/"precision": "bf16"/' metadata.json > .m; mv .m metadata.json; manifest"#,
         Expect::Refused,
     ),
-    ("1 GiB of progress", Bad::Nothing, "truncate -s 1G progress.jsonl", Expect::Over),
-    ("1 GiB of log", Bad::Nothing, "truncate -s 1G worker.log", Expect::Over),
+    ("1 GiB of progress", Attack::Nothing, "truncate -s 1G progress.jsonl", Expect::Over),
+    ("1 GiB of log", Attack::Nothing, "truncate -s 1G worker.log", Expect::Over),
     (
         "escape sequences in log, progress and names",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"printf '\033]0;owned\007\033[2J \342\200\256log\n' >&2
            printf '{"schema":1,"message":"\\u001b[2J\\u202e"}\n\033[31m\n' >> progress.jsonl
            manifest "$(entry '\u001b[2Jx' results.json)""#,
         Expect::Refused,
     ),
-    ("a path that climbs", Bad::Nothing, r#"manifest "$(entry ../../../climbed results.json)""#, Expect::Refused),
-    ("an absolute path", Bad::Nothing, r#"manifest "$(entry /etc/passwd /etc/passwd)""#, Expect::Refused),
+    ("a path that climbs", Attack::Nothing, r#"manifest "$(entry ../../../climbed results.json)""#, Expect::Refused),
+    ("an absolute path", Attack::Nothing, r#"manifest "$(entry /etc/passwd /etc/passwd)""#, Expect::Refused),
     (
         "a link to a file of the host's",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"ln -s /etc/passwd linked; manifest "$(entry linked linked)""#,
         Expect::Refused,
     ),
-    ("a link in place of the results", Bad::Nothing, "mv results.json .r; ln -s .r results.json", Expect::Refused),
+    ("a link in place of the results", Attack::Nothing, "mv results.json .r; ln -s .r results.json", Expect::Refused),
     (
         "a named pipe",
-        Bad::Nothing,
+        Attack::Nothing,
         r#"mkfifo pipe; manifest '{"name":"pipe","bytes":3,"sha256":"'$zeros'"}'"#,
         Expect::Refused,
     ),
-    ("bytes of another hash", Bad::Nothing, "tr 0-4 5-9 < results.json > .r; mv .r results.json", Expect::Refused),
-    ("a longer file than the manifest says", Bad::Nothing, "echo more >> results.json", Expect::Refused),
+    ("bytes of another hash", Attack::Nothing, "tr 0-4 5-9 < results.json > .r; mv .r results.json", Expect::Refused),
+    ("a longer file than the manifest says", Attack::Nothing, "echo more >> results.json", Expect::Refused),
     (
         "a manifest that is a bomb",
-        Bad::Nothing,
+        Attack::Nothing,
         r"head -c 500000 /dev/zero | tr '\0' '[' > manifest.json",
         Expect::Refused,
     ),
-    ("no manifest at all", Bad::Nothing, "rm manifest.json; mkdir manifest.json", Expect::Refused),
+    ("no manifest at all", Attack::Nothing, "rm manifest.json; mkdir manifest.json", Expect::Refused),
 ];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -155,8 +155,8 @@ async fn hostile_hosts_do_no_harm() {
 }
 
 /// Whether nothing but the end of a host's time tells what it does.
-fn is_slow(bad: Bad) -> bool {
-    matches!(bad, Bad::Silence | Bad::Drip | Bad::SilentFiles)
+fn is_slow(bad: Attack) -> bool {
+    matches!(bad, Attack::Silence | Attack::Drip | Attack::SilentFiles)
 }
 
 async fn over(attack: impl Future<Output = Result<String, String>>) -> Result<String, String> {
@@ -182,8 +182,8 @@ async fn played((_, bad, attack, expect): &Row, worker: &Path) -> Result<String,
     demand(held, || format!("{created} instances, whole: {whole}, {ending}"))?;
     let (accepted, refused) = cloud.tally.read();
     demand(accepted == 0, || format!("{accepted} channels or forwards were accepted"))?;
-    demand(*bad != Bad::OpensChannels || (1..20).contains(&refused), || format!("{refused} channels were refused"))?;
-    demand(*bad != Bad::AsksForForwards || refused > 0, || "nobody was asked".to_owned())?;
+    demand(*bad != Attack::OpensChannels || (1..20).contains(&refused), || format!("{refused} channels were refused"))?;
+    demand(*bad != Attack::AsksForForwards || refused > 0, || "nobody was asked".to_owned())?;
     files_are_harmless(here.path(), *expect)?;
     let mut heard = heard.into_inner().unwrap();
     if let RunOutcome::Failed { trouble } = ending {
@@ -357,9 +357,9 @@ async fn weak_algorithms() -> Result<String, String> {
     Ok(words)
 }
 
-/// The server that `rogue` runs, whose errors are ignored.
+/// The server that `lying_server` runs, whose errors are ignored.
 async fn lying_files() -> Result<String, String> {
-    crate::rogue::lying_files().await;
+    crate::lying_server::lying_files().await;
     Ok("refused, or cut to what was asked for".to_owned())
 }
 

@@ -2,7 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod hostile;
-mod rogue;
-mod scene;
+mod lying_server;
+mod fixture;
 mod session;
 mod upload;

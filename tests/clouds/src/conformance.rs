@@ -12,7 +12,7 @@ use outliers::units::Bytes;
 
 use crate::{FakeCloud, Stock};
 
-pub mod answers;
+pub mod responses;
 pub mod creation;
 pub mod life;
 pub mod listing;
@@ -77,7 +77,7 @@ async fn found(broker: &dyn Broker, lease: &Lease) -> Vec<Instance> {
 
 /// Ids of instances that bill.
 fn live(cloud: &FakeCloud) -> Vec<InstanceId> {
-    cloud.world().live().map(|instance| InstanceId(instance.id.clone())).collect()
+    cloud.state().live().map(|instance| InstanceId(instance.id.clone())).collect()
 }
 
 fn kind<T>(result: &Result<T, BrokerError>) -> Option<BrokerErrorKind> {

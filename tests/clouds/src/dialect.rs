@@ -8,7 +8,7 @@ pub mod vast;
 use outliers::cloud::broker::CloudKind;
 use outliers::units::UsdPerHour;
 
-use crate::{Answer, Op, Refusal, Request, Stock, World};
+use crate::{ApiResponse, Op, Refusal, Request, Stock, CloudState};
 
 /// Every dialect.
 pub fn all() -> Vec<Box<dyn Dialect>> {
@@ -26,7 +26,7 @@ pub struct Document {
     pub wrong: &'static [&'static str],
 }
 
-/// One cloud's API over a [`World`]: state in, reply out.
+/// One cloud's API over a [`CloudState`]: state in, reply out.
 ///
 /// Strict: it refuses what the real cloud refuses (an unknown field, a wrong type, a missing key,
 /// a wrong path). The server has checked the key and the funds, and injected faults, before it
@@ -47,10 +47,10 @@ pub trait Dialect: Send + Sync + 'static {
     ///
     /// # Errors
     /// A refusal; [`Dialect::refuse`] makes an answer of it.
-    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal>;
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal>;
 
     /// The cloud's answer for a refusal.
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer;
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse;
 
     /// The stock as this cloud reports it: unreported values are `None`, others are rounded as the
     /// cloud does. `None`: the cloud cannot offer such stock.
@@ -65,7 +65,7 @@ pub trait Dialect: Send + Sync + 'static {
     }
 
     /// Whether its lists have a total count, so that truncated ones are detected
-    /// ([`World::truncates`]).
+    /// ([`CloudState::truncates`]).
     fn tells_totals(&self) -> bool {
         false
     }

@@ -54,7 +54,7 @@ impl Request {
 
 /// An answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ApiResponse {
     /// HTTP status.
     pub status: u16,
     /// Headers other than the length.
@@ -63,7 +63,7 @@ pub struct Answer {
     pub body: String,
 }
 
-impl Answer {
+impl ApiResponse {
     /// A JSON document.
     pub fn json(status: u16, body: &Value) -> Self {
         Self { status, headers: vec![("content-type", "application/json".to_owned())], body: body.to_string() }

@@ -1,6 +1,6 @@
 //! Faults, the same for every cloud.
 
-use crate::Answer;
+use crate::ApiResponse;
 
 /// Kind of a request, for all clouds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,7 +59,7 @@ pub enum How {
     /// The cloud's refusal.
     Refuse(Refusal),
     /// This answer.
-    Say(Answer),
+    Say(ApiResponse),
     /// No answer.
     Hang,
     /// The connection breaks within the body.

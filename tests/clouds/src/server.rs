@@ -1,4 +1,4 @@
-//! The server: one loopback port, one thread, one world.
+//! The server: one loopback port, one thread, one state.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -10,12 +10,12 @@ use axum::extract::State;
 use axum::http::header::{AUTHORIZATION, CONTENT_LENGTH};
 use axum::http::{HeaderValue, Response, StatusCode, Uri};
 use futures::stream;
-use outliers::cloud::broker::{Access, Broker};
-use outliers::cloud::http::{Explain, Http, Limits};
+use outliers::cloud::broker::{ApiAccess, Broker};
+use outliers::cloud::http::{Explain, Http, HttpLimits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
-use crate::{Answer, Dialect, Fault, How, Moment, Op, Refusal, Request, World};
+use crate::{ApiResponse, Dialect, Fault, How, Moment, Op, Refusal, Request, CloudState};
 
 /// The key that every fake cloud accepts.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
@@ -35,11 +35,11 @@ struct Shared {
     dialect: Box<dyn Dialect>,
     /// Path of the cloud's base URL, without a slash at its end.
     base: String,
-    world: Mutex<World>,
+    state: Mutex<CloudState>,
 }
 
 impl FakeCloud {
-    /// A cloud that speaks `dialect`, with [`World::default`].
+    /// A cloud that speaks `dialect`, with [`CloudState::default`].
     pub fn start(dialect: impl Dialect) -> Self {
         Self::boxed(Box::new(dialect))
     }
@@ -52,7 +52,7 @@ impl FakeCloud {
         listener.set_nonblocking(true).expect("a socket can be told not to block");
         let address = listener.local_addr().expect("a bound socket has an address");
         let url = format!("http://{address}{base}");
-        let shared = Arc::new(Shared { dialect, base, world: Mutex::default() });
+        let shared = Arc::new(Shared { dialect, base, state: Mutex::default() });
         let (stop, stopped) = oneshot::channel();
         let server = shared.clone();
         let thread = std::thread::spawn(move || run(listener, server, stopped));
@@ -70,7 +70,7 @@ impl FakeCloud {
     }
 
     /// The cloud's state. Requests wait while it is locked, so do not hold it across an `await`.
-    pub fn world(&self) -> MutexGuard<'_, World> {
+    pub fn state(&self) -> MutexGuard<'_, CloudState> {
         self.shared.lock()
     }
 
@@ -81,21 +81,21 @@ impl FakeCloud {
 
     /// The same with a short timeout, for tests without an answer.
     pub fn impatient_broker(&self) -> Box<dyn Broker> {
-        self.connect(KEY, Limits { read: Duration::from_millis(300), ..limits() }, None)
+        self.connect(KEY, HttpLimits { read: Duration::from_millis(300), ..limits() }, None)
     }
 
     /// The real broker with this key, these limits and this listener.
-    pub fn connect(&self, key: &str, limits: Limits, explain: Option<Explain>) -> Box<dyn Broker> {
+    pub fn connect(&self, key: &str, limits: HttpLimits, explain: Option<Explain>) -> Box<dyn Broker> {
         let kind = self.dialect().cloud();
         let http = Http::new(kind.name, &self.url, Some(Secret::new(key)), limits).expect("the fake's URL is one");
         let http = http.explained(explain);
-        (kind.connect)(Access { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None })
+        (kind.connect)(ApiAccess { http, image: kind.image.to_owned(), ssh_user: None, ssh_port: None })
     }
 }
 
 /// Limits for tests: waits take milliseconds.
-pub fn limits() -> Limits {
-    Limits {
+pub fn limits() -> HttpLimits {
+    HttpLimits {
         connect: Duration::from_secs(5),
         read: Duration::from_secs(10),
         total: Duration::from_secs(20),
@@ -115,53 +115,53 @@ impl Drop for FakeCloud {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, World> {
+    fn lock(&self) -> MutexGuard<'_, CloudState> {
         // A test that panicked with the lock has already failed.
-        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The answer, and how it is lost, if it is.
-    fn answer(&self, mut request: Request) -> (Answer, Option<Loss>) {
+    fn answer(&self, mut request: Request) -> (ApiResponse, Option<Loss>) {
         request.op = self.dialect.operation(&request);
-        let world = &mut *self.lock();
-        world.requests.push(request.clone());
-        world.now += world.pace;
-        tell(world, world.requests.len(), Moment::Arrived);
+        let state = &mut *self.lock();
+        state.requests.push(request.clone());
+        state.now += state.pace;
+        notify(state, state.requests.len(), Moment::Arrived);
         let Some(op) = request.op else {
             return (self.dialect.refuse(&Refusal::NotFound, Op::Get), None);
         };
-        let answered = match world.take_fault(op) {
-            Some(fault) => self.go_wrong(world, &request, op, &fault),
-            None => (self.proper(world, &request, op), None),
+        let answered = match state.take_fault(op) {
+            Some(fault) => self.go_wrong(state, &request, op, &fault),
+            None => (self.proper(state, &request, op), None),
         };
-        tell(world, world.requests.len(), Moment::Applied);
+        notify(state, state.requests.len(), Moment::Applied);
         answered
     }
 
-    fn proper(&self, world: &mut World, request: &Request, op: Op) -> Answer {
+    fn proper(&self, state: &mut CloudState, request: &Request, op: Op) -> ApiResponse {
         let answered = if request.authorization.as_deref() != Some(&format!("Bearer {KEY}")) {
             Err(Refusal::Unauthorized)
-        } else if op == Op::Create && !world.funds {
+        } else if op == Op::Create && !state.funds {
             Err(Refusal::Funds)
         } else {
-            self.dialect.answer(world, request)
+            self.dialect.answer(state, request)
         };
         let mut answer = answered.unwrap_or_else(|refusal| self.dialect.refuse(&refusal, op));
         if matches!(op, Op::List | Op::Get) {
-            world.show(&mut answer.body);
+            state.show(&mut answer.body);
         }
         answer
     }
 
-    fn go_wrong(&self, world: &mut World, request: &Request, op: Op, fault: &Fault) -> (Answer, Option<Loss>) {
-        let done = fault.applied.then(|| self.proper(world, request, op));
-        let success = |body: &str| (Answer::text(200, body), None);
+    fn go_wrong(&self, state: &mut CloudState, request: &Request, op: Op, fault: &Fault) -> (ApiResponse, Option<Loss>) {
+        let done = fault.applied.then(|| self.proper(state, request, op));
+        let success = |body: &str| (ApiResponse::text(200, body), None);
         match &fault.how {
             How::Refuse(refusal) => (self.dialect.refuse(refusal, op), None),
             How::Say(answer) => (answer.clone(), None),
-            How::Hang => (Answer::empty(200), Some(Loss::Whole)),
+            How::Hang => (ApiResponse::empty(200), Some(Loss::Whole)),
             How::CutBody => {
-                let whole = done.unwrap_or_else(|| Answer::text(200, "{\"success\": true, \"data\": []}"));
+                let whole = done.unwrap_or_else(|| ApiResponse::text(200, "{\"success\": true, \"data\": []}"));
                 (whole, Some(Loss::Half))
             }
             How::NotJson => success("{\"data\": [{\"id\": \"1"),
@@ -170,14 +170,14 @@ impl Shared {
             How::Empty => success(""),
             How::EchoKey => {
                 let said = request.authorization.clone().unwrap_or_default();
-                (Answer::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
+                (ApiResponse::text(400, &format!("cannot parse the request: Authorization: {said}")), None)
             }
         }
     }
 }
 
-fn tell(world: &World, number: usize, moment: Moment) {
-    if let Some(watch) = &world.watch {
+fn notify(state: &CloudState, number: usize, moment: Moment) {
+    if let Some(watch) = &state.watch {
         watch(number, moment);
     }
 }
@@ -203,10 +203,10 @@ fn run(listener: std::net::TcpListener, shared: Arc<Shared>, stopped: oneshot::R
 async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Request) -> Response<Body> {
     let (head, body) = request.into_parts();
     let Ok(body) = axum::body::to_bytes(body, LARGEST_BODY).await else {
-        return respond(Answer::empty(413), None);
+        return respond(ApiResponse::empty(413), None);
     };
     let Some(path) = head.uri.path().strip_prefix(&shared.base) else {
-        return respond(Answer::text(404, "404 page not found"), None);
+        return respond(ApiResponse::text(404, "404 page not found"), None);
     };
     let request = Request {
         method: head.method,
@@ -218,14 +218,14 @@ async fn serve(State(shared): State<Arc<Shared>>, request: axum::extract::Reques
     };
     let (answer, loss) = shared.answer(request);
     let (number, ahead) = {
-        let world = shared.lock();
-        (world.requests.len(), world.clock_ahead)
+        let state = shared.lock();
+        (state.requests.len(), state.clock_ahead)
     };
     let answer = answer.header("date", date(ahead));
     tokio::spawn(async move {
         // The answer is sent first.
         tokio::time::sleep(Duration::from_millis(2)).await;
-        tell(&shared.lock(), number, Moment::Answered);
+        notify(&shared.lock(), number, Moment::Answered);
     });
     if matches!(loss, Some(Loss::Whole)) {
         return futures::future::pending().await;
@@ -244,7 +244,7 @@ fn query(uri: &Uri) -> Vec<(String, String)> {
     query.map(|query| query.0).unwrap_or_default()
 }
 
-fn respond(answer: Answer, loss: Option<Loss>) -> Response<Body> {
+fn respond(answer: ApiResponse, loss: Option<Loss>) -> Response<Body> {
     let bytes = Bytes::from(answer.body);
     let length = bytes.len();
     let body = match loss {

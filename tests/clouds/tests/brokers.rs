@@ -2,7 +2,7 @@
 
 use outliers::cloud::broker::{Broker, CLOUDS, GpuRequest, local::LocalBroker};
 use outliers::units::Bytes;
-use outliers_clouds::conformance::{answers, creation, life, listing, offers};
+use outliers_clouds::conformance::{responses, creation, life, listing, offers};
 use outliers_clouds::{Dialect, FakeCloud, dialect};
 
 macro_rules! properties {
@@ -25,7 +25,7 @@ macro_rules! clouds {
             async fn create_list_and_terminate_work() {
                 let cloud = FakeCloud::start($dialect);
                 lives_of(&*cloud.broker(), Bytes::from_gib(100)).await;
-                assert_eq!(cloud.world().live().count(), 0);
+                assert_eq!(cloud.state().live().count(), 0);
             }
 
             properties! { $dialect =>
@@ -44,7 +44,7 @@ macro_rules! clouds {
                     says_where_to_log_in survives_unknown_words knows_what_does_not_serve may_be_late forgets_what_ended
                     terminate_says_when_it_cannot reads_each_entry_by_itself counts_what_it_cannot_read
                 }
-                answers {
+                responses {
                     a_wrong_key_is_told readings_are_tried_again terminations_are_tried_again
                     unanswered_terminations_are_tried_again nonsense_is_no_list silence_is_no_list nonsense_is_no_offer
                     nonsense_is_not_gone keys_are_shown_nowhere ids_stay_ids

@@ -3,7 +3,7 @@
 use outliers::cloud::broker::{BrokerErrorKind, GpuRequest, Instance, Lease, Offer};
 use outliers_clouds::conformance::lease;
 use outliers_clouds::dialect::lambda::Lambda;
-use outliers_clouds::{Answer, FakeCloud, How, Op, SshKey};
+use outliers_clouds::{ApiResponse, FakeCloud, How, Op, SshKey};
 use serde_json::{Value, json};
 
 async fn offer(cloud: &FakeCloud) -> Offer {
@@ -18,7 +18,7 @@ async fn rent(cloud: &FakeCloud) -> (Lease, Instance) {
 }
 
 fn refusal(code: &str) -> How {
-    How::Say(Answer::json(400, &json!({"error": {"code": code, "message": "It says so."}})))
+    How::Say(ApiResponse::json(400, &json!({"error": {"code": code, "message": "It says so."}})))
 }
 
 #[tokio::test]
@@ -27,13 +27,13 @@ async fn termination_of_a_booting_instance_is_unavailable() {
     let (_, made) = rent(&cloud).await;
     let action = json!({"available": false, "reason_code": "vm-has-not-launched"});
     let shown = json!({"data": {"id": made.id, "status": "booting", "actions": {"terminate": action}}});
-    cloud.world().fail(Op::Terminate, refusal("global/conflict"));
-    cloud.world().fail(Op::Get, How::Say(Answer::json(200, &shown)));
+    cloud.state().fail(Op::Terminate, refusal("global/conflict"));
+    cloud.state().fail(Op::Get, How::Say(ApiResponse::json(200, &shown)));
     let ended = cloud.broker().terminate(&made.id).await.expect_err("not yet");
     assert_eq!(ended.kind, BrokerErrorKind::Unavailable);
     assert!(ended.message.contains("vm-has-not-launched") && ended.message.contains("It says so"), "{ended}");
     cloud.broker().terminate(&made.id).await.expect("now it can");
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }
 
 #[tokio::test]
@@ -43,9 +43,9 @@ async fn surviving_instance_is_not_reported_as_terminated() {
     for (how, kind) in [
         (refusal("global/unknown"), BrokerErrorKind::Unavailable),
         (refusal("global/forbidden"), BrokerErrorKind::Auth),
-        (How::Say(Answer::json(200, &json!({"data": {"terminated_instances": []}}))), BrokerErrorKind::Unavailable),
+        (How::Say(ApiResponse::json(200, &json!({"data": {"terminated_instances": []}}))), BrokerErrorKind::Unavailable),
     ] {
-        cloud.world().fail(Op::Terminate, how);
+        cloud.state().fail(Op::Terminate, how);
         let ended = cloud.broker().terminate(&made.id).await.expect_err("it lives");
         assert_eq!(ended.kind, kind, "{ended}");
     }
@@ -66,12 +66,12 @@ async fn refusals_map_to_error_kinds() {
         ("global/internal-error", BrokerErrorKind::Maybe),
         ("provider/internal-unavailable", BrokerErrorKind::Maybe),
     ] {
-        cloud.world().fail(Op::Create, refusal(code));
+        cloud.state().fail(Op::Create, refusal(code));
         let made = broker.create(&offer, &lease()).await.expect_err(code);
         assert_eq!(made.kind, kind, "{code}: {made}");
         assert!(made.message.contains("It says so"));
     }
-    let left = cloud.world().keys.len();
+    let left = cloud.state().keys.len();
     assert_eq!(left, 2, "what may have been launched keeps its key");
 }
 
@@ -80,40 +80,40 @@ async fn registered_key_is_reused() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, lease) = (offer(&cloud).await, lease());
     let public_key = lease.ssh_public_key.replace(" run", " another comment");
-    cloud.world().keys.push(SshKey { id: "1".to_owned(), name: "earlier".to_owned(), public_key: public_key.clone() });
-    cloud.world().fail(Op::Keys, refusal("global/duplicate"));
+    cloud.state().keys.push(SshKey { id: "1".to_owned(), name: "earlier".to_owned(), public_key: public_key.clone() });
+    cloud.state().fail(Op::Keys, refusal("global/duplicate"));
     cloud.broker().create(&offer, &lease).await.expect("it can be rented");
-    assert_eq!(cloud.world().instances[0].public_key.as_ref(), Some(&public_key));
+    assert_eq!(cloud.state().instances[0].public_key.as_ref(), Some(&public_key));
 }
 
 #[tokio::test]
 async fn key_with_a_failed_registration_reply_is_found() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, lease) = (offer(&cloud).await, lease());
-    cloud.world().fail_after(Op::Keys, How::CutBody);
+    cloud.state().fail_after(Op::Keys, How::CutBody);
     let made = cloud.broker().create(&offer, &lease).await.expect("it can be rented");
-    assert_eq!(cloud.world().keys.len(), 1);
+    assert_eq!(cloud.state().keys.len(), 1);
     cloud.broker().terminate(&made.id).await.expect("it can be ended");
-    assert_eq!(cloud.world().keys, []);
+    assert_eq!(cloud.state().keys, []);
 }
 
 #[tokio::test]
 async fn nothing_is_launched_without_its_key() {
     let cloud = FakeCloud::start(Lambda);
     let offer = offer(&cloud).await;
-    cloud.world().fail_always(Op::Keys, refusal("global/invalid-parameters"));
+    cloud.state().fail_always(Op::Keys, refusal("global/invalid-parameters"));
     let made = cloud.broker().create(&offer, &lease()).await;
     assert!(made.is_err(), "{made:?}");
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 }
 
 #[tokio::test]
 async fn remaining_keys_do_not_fail_a_termination() {
     let cloud = FakeCloud::start(Lambda);
     let (_, made) = rent(&cloud).await;
-    cloud.world().fail_always(Op::Keys, How::Html);
+    cloud.state().fail_always(Op::Keys, How::Html);
     cloud.broker().terminate(&made.id).await.expect("it is ended");
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }
 
 #[tokio::test]
@@ -121,8 +121,8 @@ async fn two_ids_of_one_launch_are_resolved() {
     let cloud = FakeCloud::start(Lambda);
     let (offer, broker) = (offer(&cloud).await, cloud.broker());
     for ids in [json!([]), json!(["1", "2"]), Value::Null] {
-        let answer = Answer::json(200, &json!({"data": {"instance_ids": ids}}));
-        cloud.world().fail(Op::Create, How::Say(answer));
+        let answer = ApiResponse::json(200, &json!({"data": {"instance_ids": ids}}));
+        cloud.state().fail(Op::Create, How::Say(answer));
         let made = broker.create(&offer, &lease()).await.expect_err("one was asked for");
         assert_eq!(made.kind, BrokerErrorKind::Maybe, "{made}");
     }

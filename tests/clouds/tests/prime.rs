@@ -3,7 +3,7 @@
 use outliers::cloud::broker::{BrokerErrorKind, Dropped, GpuRequest, InstanceId, InstanceState, Lease, Offer};
 use outliers::units::{Bytes, UsdPerHour};
 use outliers_clouds::dialect::prime::Prime;
-use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal, SshKey};
+use outliers_clouds::{ApiResponse, FakeCloud, Fault, How, Op, Refusal, SshKey};
 use serde_json::json;
 
 const DISK: Bytes = Bytes(100_000_000_000);
@@ -27,13 +27,13 @@ async fn a100(cloud: &FakeCloud) -> Offer {
 }
 
 fn key_names(cloud: &FakeCloud) -> Vec<String> {
-    cloud.world().keys.iter().map(|key| key.name.clone()).collect()
+    cloud.state().keys.iter().map(|key| key.name.clone()).collect()
 }
 
 fn plant_key(cloud: &FakeCloud, name: &str) {
     let key =
         SshKey { id: format!("key-{}", name.len()), name: name.to_owned(), public_key: "ssh-ed25519 A".to_owned() };
-    cloud.world().keys.push(key);
+    cloud.state().keys.push(key);
 }
 
 #[tokio::test]
@@ -47,7 +47,7 @@ async fn instance_goes_from_offer_to_termination() {
 
     let created = broker.create(&offer, &lease()).await.unwrap();
     assert_eq!((created.tag(), created.price), (Some(lease().tag), Some(offer.price)));
-    let made = cloud.world().instances[0].clone();
+    let made = cloud.state().instances[0].clone();
     assert_eq!(made.public_key.as_deref(), Some("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey me"));
     let seen = broker.get(&created.id).await.unwrap().unwrap();
     let expected = InstanceState::Ready(made.ssh);
@@ -56,7 +56,7 @@ async fn instance_goes_from_offer_to_termination() {
 
     broker.terminate(&created.id).await.unwrap();
     broker.terminate(&created.id).await.unwrap();
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }
 
 #[tokio::test]
@@ -76,7 +76,7 @@ async fn termination_deletes_its_key_and_leftover_keys() {
 async fn refused_create_deletes_its_key() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
-    cloud.world().funds = false;
+    cloud.state().funds = false;
     assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, BrokerErrorKind::Budget);
     assert_eq!(key_names(&cloud), [""; 0]);
 }
@@ -86,10 +86,10 @@ async fn ambiguous_create_keeps_its_key() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     let how = How::Refuse(Refusal::Broken(502));
-    cloud.world().faults.push(Fault { on: Op::Create, applied: true, how, times: 1 });
+    cloud.state().faults.push(Fault { on: Op::Create, applied: true, how, times: 1 });
     assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, BrokerErrorKind::Maybe);
     assert_eq!(key_names(&cloud), [lease().tag.to_string()]);
-    assert_eq!(cloud.world().live().count(), 1);
+    assert_eq!(cloud.state().live().count(), 1);
 }
 
 #[tokio::test]
@@ -97,13 +97,13 @@ async fn key_with_an_unconfirmed_registration_is_found() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
     for how in [How::Refuse(Refusal::Broken(500)), How::Refuse(Refusal::Invalid("it exists".to_owned()))] {
-        cloud.world().faults.push(Fault { on: Op::Keys, applied: true, how, times: 1 });
+        cloud.state().faults.push(Fault { on: Op::Keys, applied: true, how, times: 1 });
         let created = cloud.broker().create(&offer, &lease()).await.unwrap();
         cloud.broker().terminate(&created.id).await.unwrap();
         assert_eq!(key_names(&cloud), [""; 0]);
     }
     let how = How::Refuse(Refusal::Invalid("no".to_owned()));
-    cloud.world().faults.push(Fault { on: Op::Keys, applied: false, how, times: 1 });
+    cloud.state().faults.push(Fault { on: Op::Keys, applied: false, how, times: 1 });
     assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, BrokerErrorKind::Rejected);
 }
 
@@ -111,9 +111,9 @@ async fn key_with_an_unconfirmed_registration_is_found() {
 async fn risen_price_is_not_paid() {
     let cloud = FakeCloud::start(Prime);
     let offer = a100(&cloud).await;
-    cloud.world().stock[0].price = UsdPerHour::from_dollars(1.95);
+    cloud.state().stock[0].price = UsdPerHour::from_dollars(1.95);
     assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
-    assert!(cloud.world().instances.is_empty());
+    assert!(cloud.state().instances.is_empty());
 }
 
 #[tokio::test]
@@ -129,17 +129,17 @@ async fn skipped_offers_are_reported() {
 async fn list_that_changes_between_pages_is_reread() {
     let cloud = FakeCloud::start(Prime);
     let planted: Vec<String> = {
-        let mut world = cloud.world();
-        world.page_size = 1;
-        ["a", "b"].map(|name| world.plant(name)).into()
+        let mut state = cloud.state();
+        state.page_size = 1;
+        ["a", "b"].map(|name| state.plant(name)).into()
     };
     let pod = json!({"id": "x", "name": "gone since", "status": "ACTIVE", "gpuName": "A100_80GB", "gpuCount": 1, "priceHr": 1});
     let first = json!({"total_count": 3, "offset": 0, "limit": 100, "data": [pod]});
-    let how = How::Say(Answer::json(200, &first));
-    cloud.world().faults.push(Fault { on: Op::List, applied: false, how, times: 1 });
+    let how = How::Say(ApiResponse::json(200, &first));
+    cloud.state().faults.push(Fault { on: Op::List, applied: false, how, times: 1 });
     let listed: Vec<String> = cloud.broker().list().await.unwrap().into_iter().map(|instance| instance.id.0).collect();
     assert_eq!(listed, planted);
-    cloud.world().truncates = true;
+    cloud.state().truncates = true;
     assert!(cloud.broker().list().await.is_err());
 }
 
@@ -147,7 +147,7 @@ async fn list_that_changes_between_pages_is_reread() {
 async fn id_is_one_url_segment() {
     let cloud = FakeCloud::start(Prime);
     assert_eq!(cloud.broker().get(&InstanceId("../ssh_keys/?x".to_owned())).await.unwrap(), None);
-    assert_eq!(cloud.world().requests[0].path, "/pods/..%2Fssh_keys%2F%3Fx");
+    assert_eq!(cloud.state().requests[0].path, "/pods/..%2Fssh_keys%2F%3Fx");
     assert_eq!(
         cloud.broker().terminate(&InstanceId("..".to_owned())).await.unwrap_err().kind,
         BrokerErrorKind::Rejected

@@ -8,12 +8,12 @@ use std::process::Command;
 use outliers::cloud::broker::{Broker, BrokerErrorKind, GpuRequest, Lease, Offer};
 use outliers::units::Bytes;
 use outliers_clouds::dialect::runpod::RunPod;
-use outliers_clouds::{Answer, FakeCloud, How, Op, Refusal, Stock};
+use outliers_clouds::{ApiResponse, FakeCloud, How, Op, Refusal, Stock};
 use serde_json::{Value, json};
 
 fn lease(cloud: &FakeCloud) -> Lease {
     Lease {
-        tag: format!("outliers-o-r-n-{}", cloud.world().now + 3600).parse().expect("this is a tag"),
+        tag: format!("outliers-o-r-n-{}", cloud.state().now + 3600).parse().expect("this is a tag"),
         ssh_public_key: "ssh-ed25519 AAAA me".to_owned(),
         disk: Bytes::from_gib(100),
         stage: None,
@@ -25,8 +25,8 @@ async fn first(broker: &dyn Broker, want: GpuRequest) -> Offer {
 }
 
 fn questions(cloud: &FakeCloud) -> Vec<Value> {
-    let world = cloud.world();
-    let asked = world.requests.iter().filter(|request| request.path == "/graphql" && request.op == Some(Op::Offers));
+    let state = cloud.state();
+    let asked = state.requests.iter().filter(|request| request.path == "/graphql" && request.op == Some(Op::Offers));
     asked.map(|request| request.json().expect("it is JSON")["variables"]["place"].clone()).collect()
 }
 
@@ -36,11 +36,11 @@ async fn cloud_terminates_a_pod_at_its_deadline() {
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
     broker.create(&offer, &lease(&cloud)).await.unwrap();
-    cloud.world().now += 3599;
+    cloud.state().now += 3599;
     assert_eq!(broker.list().await.unwrap().len(), 1);
-    cloud.world().now += 1;
+    cloud.state().now += 1;
     assert_eq!(broker.list().await.unwrap(), []);
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }
 
 #[tokio::test]
@@ -56,19 +56,19 @@ async fn pod_is_rented_by_rest_without_graphql() {
     let made = broker.create(&offer, &lease).await.unwrap();
     assert_eq!(made.tag(), Some(lease.tag.clone()));
     {
-        let world = cloud.world();
-        assert_eq!(made.price, Some(world.instances[0].price));
-        assert_eq!(world.instances[0].public_key.as_deref(), Some("ssh-ed25519 AAAA me"));
+        let state = cloud.state();
+        assert_eq!(made.price, Some(state.instances[0].price));
+        assert_eq!(state.instances[0].public_key.as_deref(), Some("ssh-ed25519 AAAA me"));
     }
     assert_eq!(broker.list().await.unwrap().len(), 1);
     broker.terminate(&made.id).await.unwrap();
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 
-    cloud.world().fail(Op::Create, How::Refuse(Refusal::NoCapacity));
+    cloud.state().fail(Op::Create, How::Refuse(Refusal::NoCapacity));
     assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
-    cloud.world().fail_after(Op::Create, How::CutBody);
+    cloud.state().fail_after(Op::Create, How::CutBody);
     assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::Maybe);
-    assert_eq!(cloud.world().live().count(), 1, "it was made, and a look at the list tells");
+    assert_eq!(cloud.state().live().count(), 1, "it was made, and a look at the list tells");
     let bid = Offer { key: offer.key.replace('}', ",\"bid_per_gpu\":100000}"), ..offer };
     assert_eq!(broker.create(&bid, &lease).await.unwrap_err().kind, BrokerErrorKind::Rejected);
 }
@@ -82,9 +82,9 @@ async fn bid_is_made_only_with_spot_allowed() {
     let offer = first(&*broker, GpuRequest { spot: true, ..want }).await;
     assert!(offer.spot);
     let instance = broker.create(&offer, &lease(&cloud)).await.unwrap();
-    let world = cloud.world();
-    assert!(world.instances[0].stock.spot);
-    assert_eq!(instance.price, Some(world.instances[0].price));
+    let state = cloud.state();
+    assert!(state.instances[0].stock.spot);
+    assert_eq!(instance.price, Some(state.instances[0].price));
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn host_details_are_queried_only_when_needed() {
     });
     assert_eq!(questions(&cloud), [expected]);
     // The request is as the offer.
-    cloud.world().stock[0].ram_gib = Some(100);
+    cloud.state().stock[0].ram_gib = Some(100);
     assert_eq!(broker.create(&offer, &lease(&cloud)).await.unwrap_err().kind, BrokerErrorKind::NoCapacity);
 }
 
@@ -112,7 +112,7 @@ async fn unknown_failure_of_a_create_call_is_ambiguous() {
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
     let words = json!({"errors": [{"message": "Something went wrong."}], "data": {"podFindAndDeployOnDemand": null}});
-    cloud.world().fail_after(Op::Create, How::Say(Answer::json(200, &words)));
+    cloud.state().fail_after(Op::Create, How::Say(ApiResponse::json(200, &words)));
     let lease = lease(&cloud);
     assert_eq!(broker.create(&offer, &lease).await.unwrap_err().kind, BrokerErrorKind::Maybe);
     let found = broker.list().await.unwrap();
@@ -125,10 +125,10 @@ async fn unconfirmed_termination_is_not_trusted() {
     let broker = cloud.broker();
     let offer = first(&*broker, GpuRequest::default()).await;
     let id = broker.create(&offer, &lease(&cloud)).await.unwrap().id;
-    cloud.world().fail(Op::Terminate, How::Html);
+    cloud.state().fail(Op::Terminate, How::Html);
     assert_eq!(broker.terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Unavailable);
     let refusal = json!({"title": "Conflict", "status": 409, "detail": "the pod belongs to a cluster"});
-    cloud.world().fail(Op::Terminate, How::Say(Answer::json(409, &refusal)));
+    cloud.state().fail(Op::Terminate, How::Say(ApiResponse::json(409, &refusal)));
     let error = broker.terminate(&id).await.unwrap_err();
     assert_eq!(error.kind, BrokerErrorKind::Rejected);
     assert!(error.message.contains("belongs to a cluster"), "{error}");
@@ -138,11 +138,11 @@ async fn unconfirmed_termination_is_not_trusted() {
 #[tokio::test]
 async fn out_of_stock_is_reported() {
     let cloud = FakeCloud::start(RunPod::default());
-    cloud.world().stock.retain(|stock| stock.id == "1004");
+    cloud.state().stock.retain(|stock| stock.id == "1004");
     let offers = cloud.broker().offers(&GpuRequest::default()).await.unwrap();
     assert_eq!((offers.offers.len(), offers.dropped.len()), (0, 1));
     assert_eq!(offers.dropped[0].reason, "out of stock");
-    cloud.world().stock =
+    cloud.state().stock =
         vec![Stock { price: outliers::units::UsdPerHour::from_dollars(-1.0), ..Stock::mixed().remove(0) }];
     let offers = cloud.broker().offers(&GpuRequest::default()).await.unwrap();
     assert_eq!(offers.dropped[0].reason, "its price makes no sense");

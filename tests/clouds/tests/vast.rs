@@ -6,7 +6,7 @@ use outliers::cloud::market::{self, Filter};
 use outliers::units::{Bytes, Usd, UsdPerHour};
 use outliers_clouds::dialect::Dialect;
 use outliers_clouds::dialect::vast::Vast;
-use outliers_clouds::{Answer, FakeCloud, Fault, How, Op, Refusal};
+use outliers_clouds::{ApiResponse, FakeCloud, Fault, How, Op, Refusal};
 use serde_json::json;
 
 const DISK: Bytes = Bytes(100_000_000_000);
@@ -34,7 +34,7 @@ async fn instance_goes_from_offer_to_termination() {
     let cloud = FakeCloud::start(Vast);
     let broker = cloud.broker();
     let offer = cheapest(&cloud, &GpuRequest { tier: Some(Tier::Secure), ..want() }).await;
-    let stock = cloud.world().stock.iter().find(|stock| stock.id == "1001").unwrap().clone();
+    let stock = cloud.state().stock.iter().find(|stock| stock.id == "1001").unwrap().clone();
     // 100 GB at 20 cents a month.
     assert_eq!(offer.price, UsdPerHour(Usd::from_dollars(1.89) + Usd::from_dollars(100.0 * 0.2 / 720.0)));
     assert_eq!((offer.gpu.as_deref(), offer.cpu_ram), (Some("A100-80GB"), Some(Bytes::from_gib(117))));
@@ -43,7 +43,7 @@ async fn instance_goes_from_offer_to_termination() {
 
     let created = broker.create(&offer, &lease()).await.unwrap();
     assert_eq!(created.tag(), Some(lease().tag));
-    let made = cloud.world().instances[0].clone();
+    let made = cloud.state().instances[0].clone();
     assert_eq!(made.public_key.as_deref(), Some("ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKey me"));
     assert_eq!((made.disk_gib, made.stock.spot), (93, false));
 
@@ -55,8 +55,8 @@ async fn instance_goes_from_offer_to_termination() {
     broker.terminate(&created.id).await.unwrap();
     broker.terminate(&created.id).await.unwrap();
     assert_eq!(broker.get(&created.id).await.unwrap(), None);
-    assert_eq!(cloud.world().live().count(), 0);
-    assert!(cloud.world().requests.iter().all(|request| request.path.ends_with('/')));
+    assert_eq!(cloud.state().live().count(), 0);
+    assert!(cloud.state().requests.iter().all(|request| request.path.ends_with('/')));
 }
 
 #[tokio::test]
@@ -66,8 +66,8 @@ async fn too_low_bid_leaves_no_instance() {
     let error = cloud.broker().create(&offer, &lease()).await.unwrap_err();
     assert_eq!(error.kind, BrokerErrorKind::Maybe);
     assert!(error.message.contains("was terminated"), "{error}");
-    let world = cloud.world();
-    assert_eq!((world.instances.len(), world.live().count()), (1, 0));
+    let state = cloud.state();
+    assert_eq!((state.instances.len(), state.live().count()), (1, 0));
 }
 
 #[tokio::test]
@@ -76,10 +76,10 @@ async fn interruptible_offers_need_spot_and_are_ordered_as_bids() {
     let spot = GpuRequest { spot: true, gpu_count: Some(2), ..want() };
     assert!(cloud.broker().offers(&GpuRequest { spot: false, ..spot.clone() }).await.unwrap().offers.is_empty());
     let offer = cheapest(&cloud, &spot).await;
-    let stock = cloud.world().stock.iter().find(|stock| stock.spot).unwrap().clone();
+    let stock = cloud.state().stock.iter().find(|stock| stock.spot).unwrap().clone();
     assert_eq!((offer.spot, offer.price), (true, Vast.price(&stock, 93)));
     cloud.broker().create(&offer, &lease()).await.unwrap();
-    let sent = cloud.world().requests.last().unwrap().json().unwrap();
+    let sent = cloud.state().requests.last().unwrap().json().unwrap();
     assert_eq!(sent["price"], 1.2);
 }
 
@@ -90,12 +90,12 @@ async fn success_is_read_from_the_body_and_not_the_http_status() {
     let gone = json!({"success": false, "error": "no_such_ask", "msg": "error 410/3907: no_such_ask"});
     for (answer, expected) in [(gone, BrokerErrorKind::NoCapacity), (json!({"success": true}), BrokerErrorKind::Maybe)]
     {
-        let how = How::Say(Answer::json(200, &answer));
-        cloud.world().faults.push(Fault { on: Op::Create, applied: false, how, times: 1 });
+        let how = How::Say(ApiResponse::json(200, &answer));
+        cloud.state().faults.push(Fault { on: Op::Create, applied: false, how, times: 1 });
         assert_eq!(cloud.broker().create(&offer, &lease()).await.unwrap_err().kind, expected, "{answer}");
     }
-    let refused = How::Say(Answer::json(200, &json!({"success": false, "error": "busy"})));
-    cloud.world().faults.push(Fault { on: Op::Terminate, applied: false, how: refused, times: 1 });
+    let refused = How::Say(ApiResponse::json(200, &json!({"success": false, "error": "busy"})));
+    cloud.state().faults.push(Fault { on: Op::Terminate, applied: false, how: refused, times: 1 });
     assert!(cloud.broker().terminate(&InstanceId("17".to_owned())).await.is_err());
 }
 
@@ -103,13 +103,13 @@ async fn success_is_read_from_the_body_and_not_the_http_status() {
 async fn missing_page_of_a_list_is_an_error() {
     let cloud = FakeCloud::start(Vast);
     {
-        let mut world = cloud.world();
-        world.page_size = 7;
-        world.stock[0].left = 100;
-        (0..60).for_each(|_| drop(world.plant("somebody's")));
+        let mut state = cloud.state();
+        state.page_size = 7;
+        state.stock[0].left = 100;
+        (0..60).for_each(|_| drop(state.plant("somebody's")));
     }
     assert_eq!(cloud.broker().list().await.unwrap().len(), 60);
-    cloud.world().truncates = true;
+    cloud.state().truncates = true;
     let error = cloud.broker().list().await.unwrap_err();
     assert!(error.message.contains("7 of 60"), "{error}");
 }
@@ -120,7 +120,7 @@ async fn instance_ids_must_be_numbers() {
     let id = InstanceId("17/../../users/current".to_owned());
     assert_eq!(cloud.broker().terminate(&id).await.unwrap_err().kind, BrokerErrorKind::Rejected);
     assert_eq!(cloud.broker().get(&id).await.unwrap_err().kind, BrokerErrorKind::Rejected);
-    assert!(cloud.world().requests.is_empty());
+    assert!(cloud.state().requests.is_empty());
 }
 
 /// Hosts as they were observed in offers: V100 and Quadro RTX are below compute capability 8.0,
@@ -143,7 +143,7 @@ async fn unsupported_hosts_are_excluded_and_counted() {
         ask(6, "H100 PCIE", 900, "arm64"),
     ];
     let cloud = FakeCloud::start(Vast);
-    cloud.world().fail_always(Op::Offers, How::Say(Answer::json(200, &json!({"success": true, "offers": asks}))));
+    cloud.state().fail_always(Op::Offers, How::Say(ApiResponse::json(200, &json!({"success": true, "offers": asks}))));
     let offers = cloud.broker().offers(&want()).await.unwrap().offers;
     let found = market::select(offers, &want(), &Work::default()).unwrap();
     assert_eq!(found.offers.iter().filter_map(|offer| offer.gpu.as_deref()).collect::<Vec<_>>(), ["A100X"]);
@@ -164,19 +164,19 @@ async fn requested_price_is_read_without_other_calls() {
          "old_gpu_costpersec": 0.0001, "new_disk_ram_costpersec": null, "old_disk_ram_costpersec": null},
     ]);
     let answer = json!({"success": true, "count": 2, "truncated": false, "pending_price_increases": rises});
-    cloud.world().fail(Op::Get, How::Say(Answer::json(200, &answer)));
+    cloud.state().fail(Op::Get, How::Say(ApiResponse::json(200, &answer)));
     let asked = broker.price_rise(&id).await.unwrap();
     assert_eq!(asked.as_deref(), Some("$0.72/h for its GPUs instead of $0.36/h"));
-    assert!(cloud.world().requests.iter().all(|request| request.method == outliers::cloud::http::Method::GET));
+    assert!(cloud.state().requests.iter().all(|request| request.method == outliers::cloud::http::Method::GET));
 }
 
 #[tokio::test]
 async fn exhausted_search_quota_is_reported_and_not_retried() {
     let cloud = FakeCloud::start(Vast);
     let used_up = json!({"success": false, "error": "search_quota_exceeded", "msg": "Search quota exceeded"});
-    cloud.world().fail_always(Op::Offers, How::Say(Answer::json(429, &used_up).retry_after(Some(1))));
+    cloud.state().fail_always(Op::Offers, How::Say(ApiResponse::json(429, &used_up).retry_after(Some(1))));
     let error = cloud.broker().offers(&want()).await.unwrap_err();
-    assert_eq!((error.kind, cloud.world().count(Op::Offers)), (BrokerErrorKind::Budget, 1));
+    assert_eq!((error.kind, cloud.state().count(Op::Offers)), (BrokerErrorKind::Budget, 1));
     assert!(error.message.contains("quota of searches is used up"), "{error}");
 }
 
@@ -184,7 +184,7 @@ async fn exhausted_search_quota_is_reported_and_not_retried() {
 async fn long_retry_after_blocks_further_calls() {
     let cloud = FakeCloud::start(Vast);
     let broker = cloud.broker();
-    cloud.world().fail(Op::Offers, How::Refuse(Refusal::RateLimited(Some(300))));
+    cloud.state().fail(Op::Offers, How::Refuse(Refusal::RateLimited(Some(300))));
     for _ in 0..3 {
         let error = broker.offers(&want()).await.unwrap_err();
         assert_eq!(error.kind, BrokerErrorKind::RateLimited);
@@ -193,7 +193,7 @@ async fn long_retry_after_blocks_further_calls() {
             "{error}"
         );
     }
-    assert_eq!(cloud.world().count(Op::Offers), 1);
+    assert_eq!(cloud.state().count(Op::Offers), 1);
     assert_eq!(broker.list().await.unwrap().len(), 0, "calls of another kind are made");
 }
 

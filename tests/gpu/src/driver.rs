@@ -59,7 +59,7 @@ struct Function {
 
 /// Bytes that each launch may add, and those of compute capability 8.6 and 8.9, which are fewest.
 const SHARED: usize = 48 << 10;
-const MOST_SHARED: c_int = 99 << 10;
+const MAX_SHARED: c_int = 99 << 10;
 
 /// The most that was used, and where it is told.
 struct Peak {
@@ -462,8 +462,8 @@ pub unsafe extern "C" fn cuModuleGetFunction(function: *mut u64, module: u64, na
 #[unsafe(no_mangle)]
 pub extern "C" fn cuFuncSetAttribute(function: u64, attribute: c_int, value: c_int) -> c_int {
     /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
-    const MOST_ADDED: c_int = 8;
-    if attribute != MOST_ADDED || !(0..=MOST_SHARED).contains(&value) {
+    const MAX_ADDED: c_int = 8;
+    if attribute != MAX_ADDED || !(0..=MAX_SHARED).contains(&value) {
         eprintln!("emulated GPU: a kernel's attribute {attribute} cannot be {value}");
         return answer(Err(Code::InvalidValue));
     }

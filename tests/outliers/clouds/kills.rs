@@ -32,37 +32,37 @@ enum Point {
 }
 
 /// A cloud of its own with one place that uses it; `None` on a machine without an SSH server.
-fn scene() -> Option<(FakeCloud, Place)> {
+fn scene() -> Option<(FakeCloud, CloudContext)> {
     let cloud = FakeCloud::start(RunPod::default());
-    let place = Place::new(&[&cloud]);
+    let place = CloudContext::new(&[&cloud]);
     {
-        let mut world = cloud.world();
-        world.stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
-        world.shown_after = 1;
-        world.pace = 10;
-        let id = world.plant(STRANGER);
-        world.odd = Some(Odd { id, field: "status".to_owned(), value: None });
+        let mut state = cloud.state();
+        state.stock = vec![Stock { left: 9, ..Stock::plain("1001", Gpu::A100, 1, 1.5) }];
+        state.shown_after = 1;
+        state.pace = 10;
+        let id = state.plant(STRANGER);
+        state.odd = Some(Odd { id, field: "status".to_owned(), value: None });
         let how = How::Refuse(Refusal::Broken(500));
-        world.faults.push(Fault { on: Op::Terminate, applied: false, how, times: 2 });
+        state.faults.push(Fault { on: Op::Terminate, applied: false, how, times: 2 });
     }
     place.host(&cloud)?;
     Some((cloud, place))
 }
 
 /// Starts a deploy that is killed when its `at`-th request reaches this stage.
-fn start_to_die_at(place: &Place, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
+fn start_to_die_at(place: &CloudContext, cloud: &FakeCloud, at: usize, when: Moment) -> Child {
     let (aim, struck) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
     let target = aim.clone();
     // Requests wait until the point is set.
-    let mut world = cloud.world();
-    world.watch = Some(Arc::new(move |number, moment| {
+    let mut state = cloud.state();
+    state.watch = Some(Arc::new(move |number, moment| {
         if (number, moment) == (at, when) && !struck.swap(true, Ordering::SeqCst) {
             kill(aim.load(Ordering::SeqCst));
         }
     }));
-    let controller = place.context.start(Place::deployment());
+    let controller = place.context.start(CloudContext::deployment());
     target.store(controller.id() as usize, Ordering::SeqCst);
-    drop(world);
+    drop(state);
     controller
 }
 
@@ -72,16 +72,16 @@ fn strike(point: Point, whole: Duration) -> bool {
     let mut controller = match point {
         Point::Request(number, moment) => start_to_die_at(&place, &cloud, number, moment),
         Point::Time(share) => {
-            let controller = place.context.start(Place::deployment());
+            let controller = place.context.start(CloudContext::deployment());
             std::thread::sleep(whole.mul_f64(share));
             kill(controller.id() as usize);
             controller
         }
     };
     let died = controller.wait().expect("it was started here").code().is_none();
-    cloud.world().watch = None;
+    cloud.state().watch = None;
     let what = format!("{point:?}");
-    let again = place.context.run(Place::deployment());
+    let again = place.context.run(CloudContext::deployment());
     assert_eq!(again.code, Some(0), "{what}: {again:?}");
     agreed(&cloud, &place, &what);
     died
@@ -90,14 +90,14 @@ fn strike(point: Point, whole: Duration) -> bool {
 /// Final assertion: nothing of this ledger bills, the amount paid is at most the agreed one, every
 /// run is closed with complete results or a reported loss, and other owners' instances are still
 /// listed.
-fn agreed(cloud: &FakeCloud, place: &Place, what: &str) {
-    let world = cloud.world();
-    let left: Vec<&str> = world.live().map(|instance| instance.name.as_str()).collect();
+fn agreed(cloud: &FakeCloud, place: &CloudContext, what: &str) {
+    let state = cloud.state();
+    let left: Vec<&str> = state.live().map(|instance| instance.name.as_str()).collect();
     assert_eq!(left, [STRANGER], "{what}: still billing, or ended although it was not ours");
-    let ours = || world.instances.iter().filter(|instance| instance.name != STRANGER);
+    let ours = || state.instances.iter().filter(|instance| instance.name != STRANGER);
     assert!(ours().count() <= 2, "{what}: {} instances", ours().count());
-    let paid: Usd = ours().map(|instance| instance.cost(world.now)).sum();
-    drop(world);
+    let paid: Usd = ours().map(|instance| instance.cost(state.now)).sum();
+    drop(state);
     let runs = place.context.json(&["runs", "list"]);
     let mut whole = 0;
     let mut at_most = Usd::ZERO;
@@ -135,7 +135,7 @@ fn controller_killed_at_any_point_leaves_no_instance_and_loses_no_result() {
     let _ = place.context.run(["completions", "bash"]).ok();
     let begun = Instant::now();
     let _ = place.deploy().ok();
-    let (whole, requests) = (begun.elapsed(), cloud.world().requests.len());
+    let (whole, requests) = (begun.elapsed(), cloud.state().requests.len());
     drop((cloud, place));
     let moments = |number: usize| MOMENTS.map(|moment| Point::Request(number, moment));
     let named: Vec<Point> = (1..=requests).flat_map(moments).collect();

@@ -15,7 +15,7 @@ fn terms(lease_s: u64, unclaimed_s: u64, left_s: u64, end_itself: Option<&'stati
     GuardConfig { watch: GuardTimeouts { lease_s, unclaimed_s }, left: Duration::from_secs(left_s), end_itself }
 }
 
-impl Scene {
+impl HostFixture {
     async fn guarded(&self, run: &str, scenario: &str, terms: GuardConfig) {
         self.host.guard(run, &terms).await.unwrap();
         self.launch(run, scenario).await;
@@ -37,73 +37,73 @@ impl Scene {
 
 #[tokio::test]
 async fn guard_ends_worker_and_instance_without_heartbeat() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
-    assert!(!scene.told_to_end());
-    scene.until("the order to end", Scene::told_to_end).await;
-    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Ended { exit: Some(143) }, "before the instance");
-    assert!(scene.said("r").contains("nobody looked after this run for 3 s"), "{}", scene.said("r"));
-    let log = std::fs::read_to_string(scene.remote("r", "worker.log")).unwrap();
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.guarded("r", "hangs", terms(3, 600, 600, Some(END))).await;
+    assert!(!fixture.told_to_end());
+    fixture.until("the order to end", HostFixture::told_to_end).await;
+    assert_eq!(fixture.host.status("r").await.unwrap(), JobStatus::Ended { exit: Some(143) }, "before the instance");
+    assert!(fixture.said("r").contains("nobody looked after this run for 3 s"), "{}", fixture.said("r"));
+    let log = std::fs::read_to_string(fixture.remote("r", "worker.log")).unwrap();
     assert!(log.contains("guard: nobody looked after"), "the reason is in the fetched log: {log}");
 }
 
 #[tokio::test]
 async fn heartbeat_keeps_the_instance_and_a_killed_guard_is_replaced() {
-    let Some(scene) = Scene::new().await else { return };
+    let Some(fixture) = HostFixture::new().await else { return };
     // On a busy machine a renewal takes seconds: the lease is many times the pause, and renewals
     // last longer than the lease.
-    scene.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
-    let first = scene.guard_pid("r");
+    fixture.guarded("r", "hangs", terms(10, 600, 600, Some(END))).await;
+    let first = fixture.guard_pid("r");
     kill(&first.to_string());
     for _ in 0..14 {
         tokio::time::sleep(Duration::from_secs(1)).await;
-        scene.host.renew_guard("r").await.unwrap();
+        fixture.host.renew_guard("r").await.unwrap();
     }
-    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Running);
-    assert!(!scene.told_to_end() && scene.said("r").is_empty(), "{}", scene.said("r"));
-    assert_ne!(scene.guard_pid("r"), first);
-    kill(&scene.guard_pid("r").to_string());
-    scene.host.stop_worker("r").await.unwrap();
+    assert_eq!(fixture.host.status("r").await.unwrap(), JobStatus::Running);
+    assert!(!fixture.told_to_end() && fixture.said("r").is_empty(), "{}", fixture.said("r"));
+    assert_ne!(fixture.guard_pid("r"), first);
+    kill(&fixture.guard_pid("r").to_string());
+    fixture.host.stop_worker("r").await.unwrap();
 }
 
 #[tokio::test]
 async fn uncollected_results_end_the_instance_but_a_running_worker_does_not() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
-    scene.guarded("ended", "quick", terms(600, 2, 600, None)).await;
-    scene.until("its last word", |scene| scene.said("ended").contains("no means to end itself: it bills until")).await;
-    assert!(scene.said("ended").contains("nobody came for its files in 2 s"), "{}", scene.said("ended"));
-    assert!(!scene.told_to_end() && scene.said("runs").is_empty());
-    assert_eq!(scene.fetch("ended").await.manifest.unwrap().files.len(), 2, "they are there all the same");
-    kill(&scene.guard_pid("runs").to_string());
-    scene.host.stop_worker("runs").await.unwrap();
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
+    fixture.guarded("ended", "quick", terms(600, 2, 600, None)).await;
+    fixture.until("its last word", |fixture| fixture.said("ended").contains("no means to end itself: it bills until")).await;
+    assert!(fixture.said("ended").contains("nobody came for its files in 2 s"), "{}", fixture.said("ended"));
+    assert!(!fixture.told_to_end() && fixture.said("runs").is_empty());
+    assert_eq!(fixture.fetch("ended").await.manifest.unwrap().files.len(), 2, "they are there all the same");
+    kill(&fixture.guard_pid("runs").to_string());
+    fixture.host.stop_worker("runs").await.unwrap();
 }
 
 #[tokio::test]
 async fn time_limit_ends_the_instance_and_a_refused_call_is_retried() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.guarded("r", "stubborn", terms(0, 0, 3, Some(FAILS))).await;
-    let pid = scene.guard_pid("r");
-    scene.until("its word", |scene| scene.said("r").contains("once more in a minute")).await;
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.guarded("r", "stubborn", terms(0, 0, 3, Some(FAILS))).await;
+    let pid = fixture.guard_pid("r");
+    fixture.until("its word", |fixture| fixture.said("r").contains("once more in a minute")).await;
     assert!(
-        scene.said("r").contains("the time limit of the run is reached") && scene.said("r").contains("no such pod")
+        fixture.said("r").contains("the time limit of the run is reached") && fixture.said("r").contains("no such pod")
     );
-    assert_eq!(scene.host.status("r").await.unwrap(), JobStatus::Ended { exit: None }, "however stubborn");
+    assert_eq!(fixture.host.status("r").await.unwrap(), JobStatus::Ended { exit: None }, "however stubborn");
     assert!(living_in_group(pid) > 0, "it goes on trying");
     kill(&format!("-{pid}"));
 }
 
 #[tokio::test]
 async fn one_guard_runs_per_folder_and_ends_with_it() {
-    let Some(scene) = Scene::new().await else { return };
-    scene.host.guard("r", &terms(600, 8, 600, Some(END))).await.unwrap();
-    kill(&scene.guard_pid("r").to_string());
-    let renew = || scene.host.renew_guard("r");
+    let Some(fixture) = HostFixture::new().await else { return };
+    fixture.host.guard("r", &terms(600, 8, 600, Some(END))).await.unwrap();
+    kill(&fixture.guard_pid("r").to_string());
+    let renew = || fixture.host.renew_guard("r");
     let (a, b, c, d) = tokio::join!(renew(), renew(), renew(), renew());
     for renewed in [a, b, c, d] {
         renewed.unwrap();
     }
-    let folder = scene.remote("r", "");
+    let folder = fixture.remote("r", "");
     let on_duty = || {
         let table = std::process::Command::new("ps").args(["-A", "-o", "args="]).output().unwrap();
         let table = String::from_utf8(table.stdout).unwrap();
@@ -112,29 +112,29 @@ async fn one_guard_runs_per_folder_and_ends_with_it() {
             .filter(|line| line.contains("guard.sh") && line.contains(folder.to_str().unwrap().trim_end_matches('/')))
             .count()
     };
-    scene.until("one", |_| on_duty() == 1).await;
+    fixture.until("one", |_| on_duty() == 1).await;
     std::fs::remove_dir_all(&folder).unwrap();
-    scene.until("none", |_| on_duty() == 0).await;
-    assert!(!scene.told_to_end());
+    fixture.until("none", |_| on_duty() == 0).await;
+    assert!(!fixture.told_to_end());
 }
 
 /// A run where the server permits one channel at a time; the lease is renewed while the worker is
 /// followed.
 #[tokio::test]
 async fn worker_guard_and_follower_share_one_ssh_channel() {
-    let Some(scene) = Scene::with("MaxSessions 1").await else { return };
-    scene.guarded("r", "slow", terms(600, 600, 600, None)).await;
+    let Some(fixture) = HostFixture::with("MaxSessions 1").await else { return };
+    fixture.guarded("r", "slow", terms(600, 600, 600, None)).await;
     let renewing = async {
         for _ in 0..8 {
             tokio::time::sleep(Duration::from_millis(200)).await;
-            scene.host.renew_guard("r").await.unwrap();
+            fixture.host.renew_guard("r").await.unwrap();
         }
     };
-    let (followed, ()) = tokio::join!(scene.follow("r"), renewing);
+    let (followed, ()) = tokio::join!(fixture.follow("r"), renewing);
     assert_eq!(followed, ENDED_WELL);
-    assert!(!scene.fetch("r").await.partial);
-    let left = std::fs::read_dir(scene.remote("r", "")).unwrap().map(|entry| entry.unwrap().file_name());
+    assert!(!fixture.fetch("r").await.partial);
+    let left = std::fs::read_dir(fixture.remote("r", "")).unwrap().map(|entry| entry.unwrap().file_name());
     let parts = left.filter(|name| name.to_string_lossy().contains(".part")).count();
     assert_eq!(parts, 0, "temporary files stay there");
-    kill(&scene.guard_pid("r").to_string());
+    kill(&fixture.guard_pid("r").to_string());
 }

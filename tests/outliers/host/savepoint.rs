@@ -7,14 +7,14 @@ use super::*;
 
 #[tokio::test]
 async fn new_small_save_point_is_fetched_and_sent_to_the_next_instance() {
-    let (Some(scene), Some(next)) = (Scene::new().await, Scene::new().await) else { return };
-    let (there, home) = (scene.remote("r", "savepoint"), scene.here.path().join("savepoint"));
+    let (Some(fixture), Some(next)) = (HostFixture::new().await, HostFixture::new().await) else { return };
+    let (there, home) = (fixture.remote("r", "savepoint"), fixture.here.path().join("savepoint"));
     std::fs::create_dir_all(there.parent().unwrap()).unwrap();
     let mut seen = Stamp::default();
     let limit = Bytes::from_mib(1);
     macro_rules! comes {
         () => {
-            scene.host.fetch_save_point("r", &home, limit, &mut seen).await.unwrap()
+            fixture.host.fetch_save_point("r", &home, limit, &mut seen).await.unwrap()
         };
     }
     assert!(!comes!(), "there is none yet");

@@ -31,7 +31,7 @@ fn strike(point: Point, whole: Duration) -> bool {
     match point {
         // It reads the model before its first command.
         Point::Command(number, when) => {
-            cluster.goes_wrong("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
+            cluster.inject_failure("strike", &format!("{number} {when} {}\n", controller.id())).unwrap();
         }
         Point::Time(share) => {
             std::thread::sleep(whole.mul_f64(share));
@@ -39,7 +39,7 @@ fn strike(point: Point, whole: Duration) -> bool {
         }
     }
     let died = controller.wait().expect("it was started here").code().is_none();
-    cluster.goes_well("strike");
+    cluster.clear_failure("strike");
     let what = format!("{point:?}");
     let runs = context.json(&["runs", "list"]);
     let runs = runs["runs"].as_array().expect("a list");

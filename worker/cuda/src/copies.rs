@@ -55,7 +55,7 @@ mod tests {
     use cudarc::driver::CudaContext;
 
     use super::*;
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     #[test]
     #[ignore = "the process that the other starts"]
@@ -78,7 +78,7 @@ mod tests {
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-            assert_eq!(said_by("copies::tests::copy_and_ask", &environment), "idle", "{delay} us");
+            assert_eq!(test_output("copies::tests::copy_and_ask", &environment), "idle", "{delay} us");
         }
     }
 }

@@ -118,7 +118,7 @@ pub struct StoredTensor<'a> {
 
 /// A range of a stored tensor's values.
 #[derive(Debug)]
-pub(crate) struct Piece<'a> {
+pub(crate) struct EncodedChunk<'a> {
     values: Range<usize>,
     codes: &'a [u8],
     scales: &'a [u8],
@@ -126,8 +126,8 @@ pub(crate) struct Piece<'a> {
 
 /// GPU addresses for decoding a piece.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Places {
-    /// Input: the piece's bytes, as [`Piece::copy_to`] arranges them.
+pub(crate) struct DecodeAddresses {
+    /// Input: the piece's bytes, as [`EncodedChunk::copy_to`] arranges them.
     pub(crate) stored: CUdeviceptr,
     /// Output: the values.
     pub(crate) values: CUdeviceptr,
@@ -137,7 +137,7 @@ pub(crate) struct Places {
 
 impl<'a> StoredTensor<'a> {
     /// Splits its `count` values into pieces of at most `room` bytes, where the form allows it.
-    pub(crate) fn pieces(self, count: usize, room: usize) -> impl Iterator<Item = Piece<'a>> {
+    pub(crate) fn pieces(self, count: usize, room: usize) -> impl Iterator<Item = EncodedChunk<'a>> {
         let granule = match self.form {
             Form::Plain(_) => 1,
             Form::Tiles { columns, .. } => columns,
@@ -155,7 +155,7 @@ impl<'a> StoredTensor<'a> {
         self.form == Form::Plain(T::STORED)
     }
 
-    fn piece(&self, values: Range<usize>) -> Piece<'a> {
+    fn piece(&self, values: Range<usize>) -> EncodedChunk<'a> {
         let (codes, scales) = match self.form {
             Form::Plain(number) => (values.start * number.size()..values.end * number.size(), 0..0),
             Form::Tiles { scales, columns, tile } => {
@@ -169,7 +169,7 @@ impl<'a> StoredTensor<'a> {
                 (values.start / 2..values.end / 2, groups.start * scales.size()..groups.end * scales.size())
             }
         };
-        Piece { values, codes: &self.codes[codes], scales: &self.scales[scales] }
+        EncodedChunk { values, codes: &self.codes[codes], scales: &self.scales[scales] }
     }
 
     /// Decodes a piece, in the order of the stream. `before`: values decoded earlier with the same
@@ -184,8 +184,8 @@ impl<'a> StoredTensor<'a> {
     pub(crate) unsafe fn launch<T: Value>(
         &self,
         stream: &CudaStream,
-        piece: &Piece<'_>,
-        places: Places,
+        piece: &EncodedChunk<'_>,
+        places: DecodeAddresses,
         before: usize,
     ) -> Result<(), DriverError> {
         let codes = Address(places.stored);
@@ -210,7 +210,7 @@ impl<'a> StoredTensor<'a> {
     }
 }
 
-impl Piece<'_> {
+impl EncodedChunk<'_> {
     /// Range of the tensor's values.
     pub(crate) fn values(&self) -> Range<usize> {
         self.values.clone()

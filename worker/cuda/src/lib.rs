@@ -22,10 +22,10 @@ pub mod grouped;
 #[cfg(feature = "staging")]
 mod kernels;
 #[cfg(feature = "staging")]
-mod landing;
+mod readback;
 mod libraries;
 #[cfg(feature = "staging")]
-mod passing;
+mod peer_copy;
 #[cfg(feature = "staging")]
 pub mod routing;
 #[cfg(feature = "staging")]
@@ -44,11 +44,11 @@ pub use copies::{copy_rates, is_idle};
 #[cfg(feature = "staging")]
 pub use decode::{Codes, Form, Number, StoredTensor, Value};
 #[cfg(feature = "staging")]
-pub use passing::Passing;
+pub use peer_copy::PeerCopy;
 #[cfg(feature = "staging")]
-pub use staging::{Misfit, PINNED, ReleaseFence, Staging, UploadFence};
+pub use staging::{OutOfRangeValue, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
-pub use statistics::{Activation, Look, Seen, Stored};
+pub use statistics::{Activation, PendingScan, ScanSummary, Stored};
 use table::Of;
 pub use traffic::{Traffic, traffic};
 

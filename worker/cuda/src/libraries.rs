@@ -14,15 +14,15 @@ const PYTHONS: [&str; 5] = ["/usr/lib", "/usr/local/lib", "/opt/conda/lib", "/ve
 const BLAS_RELEASES: [u32; 3] = [13, 12, 11];
 
 /// A library that stays loaded until the program ends, because the table keeps its addresses.
-type Kept = &'static Library;
+type LoadedLibrary = &'static Library;
 
 /// The driver library from the system's search path only: it must fit the running kernel module.
-pub(crate) fn driver() -> Result<Kept, String> {
+pub(crate) fn driver() -> Result<LoadedLibrary, String> {
     open(Path::new("libcuda.so.1"))
 }
 
 /// The newest cuBLAS for the driver's CUDA version.
-pub(crate) fn blas(driver: u32) -> Result<Kept, String> {
+pub(crate) fn blas(driver: u32) -> Result<LoadedLibrary, String> {
     let names: Vec<String> = BLAS_RELEASES
         .iter()
         .filter(|release| **release <= driver)
@@ -32,12 +32,12 @@ pub(crate) fn blas(driver: u32) -> Result<Kept, String> {
 }
 
 /// cuRAND. Newer Python packages do not contain it.
-pub(crate) fn random() -> Result<Kept, String> {
+pub(crate) fn random() -> Result<LoadedLibrary, String> {
     search(&["libcurand.so.10".to_owned()], &["curand", "cu13"])
 }
 
 /// Opens the first of these names that loads, in order. The error is the last one of each place.
-fn search(names: &[String], packages: &[&str]) -> Result<Kept, String> {
+fn search(names: &[String], packages: &[&str]) -> Result<LoadedLibrary, String> {
     let folders: Vec<PathBuf> = INSTALLED.iter().map(PathBuf::from).chain(in_packages(packages)).collect();
     let mut said = String::new();
     for name in names {
@@ -72,7 +72,7 @@ fn in_packages(packages: &[&str]) -> Vec<PathBuf> {
     folders
 }
 
-fn open(path: &Path) -> Result<Kept, String> {
+fn open(path: &Path) -> Result<LoadedLibrary, String> {
     // SAFETY: NVIDIA's libraries may be opened at any time; what else has their names runs with
     // our rights, as everything on the library path does.
     let library = unsafe { Library::new(path) }.map_err(|error| {

@@ -11,7 +11,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{File, Grid, launch, number};
-use crate::landing::{Landing, Part};
+use crate::readback::{Readback, Part};
 
 /// Threads per block of most kernels.
 const THREADS: usize = 256;
@@ -125,7 +125,7 @@ pub struct Sorted {
     /// Weights, in the same order.
     pub weights: CudaSlice<f32>,
     /// Counts per expert, for the host.
-    pub counts: Arriving,
+    pub counts: CountsReadback,
 }
 
 /// Sorts the choices of `top_k` experts per token by expert. With `positions`, also sums the load
@@ -174,7 +174,7 @@ pub fn sort(
             unsafe { launch(stream, File::Route, "sum_loads", by_expert, &arguments) }?;
         }
     }
-    let counts = Arriving::new(stream, &summary, experts)?;
+    let counts = CountsReadback::new(stream, &summary, experts)?;
     Ok(Sorted { tokens, weights: sorted, counts })
 }
 
@@ -210,14 +210,14 @@ impl Mass {
 }
 
 /// Counts on their way to the host.
-pub struct Arriving {
-    landing: Landing,
+pub struct CountsReadback {
+    readback: Readback,
     experts: usize,
 }
 
-impl Arriving {
+impl CountsReadback {
     fn new(stream: &Arc<CudaStream>, counts: &CudaSlice<u64>, experts: usize) -> Result<Self, DriverError> {
-        Ok(Self { landing: Landing::ask(stream, &[Part::of(counts, stream)])?, experts })
+        Ok(Self { readback: Readback::start(stream, &[Part::of(counts, stream)])?, experts })
     }
 
     /// First pair of each expert, and after the last expert the number of pairs; and the load of
@@ -226,7 +226,7 @@ impl Arriving {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn wait(self) -> Result<(Vec<usize>, Vec<Load>), DriverError> {
-        let counts = self.landing.u64s(0)?;
+        let counts = self.readback.u64s(0)?;
         let (firsts, loads) = counts.split_at(self.experts + 1);
         let load = |load: &[u64; LOAD]| Load {
             tokens_at_position_0: load[0],

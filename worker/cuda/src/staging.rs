@@ -10,7 +10,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, PinnedHostSlice};
 
-use crate::decode::{Places, StoredTensor, Value};
+use crate::decode::{DecodeAddresses, StoredTensor, Value};
 
 /// Bytes of a buffer, unless an indivisible piece is larger.
 const BUFFER: usize = 16 << 20;
@@ -64,7 +64,7 @@ struct Noted {
 
 /// The first value of a tensor that is out of range for its dtype.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Misfit {
+pub struct OutOfRangeValue {
     /// The tensor's name.
     pub tensor: String,
     /// Index of the value.
@@ -124,11 +124,11 @@ impl Staging {
             let places = match &mut self.stored {
                 Some(room) if !in_place => {
                     self.stream.memcpy_htod(&*pinned, &mut room.slice_mut(..len))?;
-                    Places { stored: room.device_ptr_mut(&self.stream).0, values: at, note }
+                    DecodeAddresses { stored: room.device_ptr_mut(&self.stream).0, values: at, note }
                 }
                 _ => {
                     self.stream.memcpy_htod(&*pinned, &mut decoded)?;
-                    Places { stored: at, values: at, note }
+                    DecodeAddresses { stored: at, values: at, note }
                 }
             };
             // The event blocks: a waiting thread sleeps.
@@ -191,7 +191,7 @@ impl UploadFence {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn wait(mut self) -> Result<Option<Misfit>, DriverError> {
+    pub fn wait(mut self) -> Result<Option<OutOfRangeValue>, DriverError> {
         let Some(decoded) = self.decoded.take() else { return Ok(None) };
         self.compute.wait(&decoded)?;
         decoded.synchronize()?;
@@ -216,9 +216,9 @@ impl Drop for UploadFence {
 
 impl Notes {
     /// The first misfit in the order of tensors, after all notes are written.
-    fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<Misfit>, DriverError> {
+    fn read(&self, stream: &Arc<CudaStream>) -> Result<Option<OutOfRangeValue>, DriverError> {
         let words = stream.clone_dtoh(&self.words.slice(..self.about.len()))?;
-        let misfit = |(word, about): (&u64, &Noted)| Misfit {
+        let misfit = |(word, about): (&u64, &Noted)| OutOfRangeValue {
             tensor: about.tensor.clone(),
             at: about.first + (!word >> 32) as usize,
             value: f32::from_bits(!word as u32),
@@ -282,7 +282,7 @@ impl Buffer {
 mod tests {
     use super::*;
     use crate::decode::{Form, Number};
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     /// Stored values of the test's tensors; every second tensor is bf16.
     fn stored(tensor: usize, count: usize) -> (Number, Vec<u8>) {
@@ -349,7 +349,7 @@ mod tests {
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-            assert_eq!(said_by("staging::tests::bring_and_take_back", &environment), "all there", "{delay} us");
+            assert_eq!(test_output("staging::tests::bring_and_take_back", &environment), "all there", "{delay} us");
         }
     }
 }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
-use outliers_scan::{BINS, Column, Columns, Histogram, Large, Marks, Row, STRIP, Scan};
+use outliers_scan::{BINS, Column, Columns, Histogram, Large, ExceedingPositions, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
-use crate::landing::{Landing, Part, StreamPerContext};
+use crate::readback::{Readback, Part, StreamPerContext};
 
 /// Threads per block of most kernels, and values per digit of a magnitude.
 const THREADS: usize = 256;
@@ -103,11 +103,11 @@ impl<'a> Activation<'a> {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn look(&self, threshold: Option<f32>, medians: bool) -> Result<Look, DriverError> {
+    pub fn start_scan(&self, threshold: Option<f32>, medians: bool) -> Result<PendingScan, DriverError> {
         let (rows, width, tokens) = (self.rows, self.width, self.tokens);
-        let mut look = Look { rows, width, tokens, landing: None, marks: None, medians: None };
+        let mut pending = PendingScan { rows, width, tokens, readback: None, marks: None, medians: None };
         if rows == 0 {
-            return Ok(look);
+            return Ok(pending);
         }
         let of_rows = self.look_at_rows()?;
         let of_columns = threshold.map(|threshold| self.look_at_columns(threshold)).transpose()?;
@@ -119,13 +119,13 @@ impl<'a> Activation<'a> {
             parts.extend([Part::of(counts, stream), Part::of(extremes, stream), Part::of(sums, stream)]);
         }
         if let Some(prefixes) = &of_sequences {
-            look.medians = Some((parts.len(), *self.x.shifts().last().expect("each has some")));
+            pending.medians = Some((parts.len(), *self.x.shifts().last().expect("each has some")));
             parts.push(Part::of(prefixes, stream));
         }
-        look.landing = Some(Landing::ask(&self.stream, &parts)?);
+        pending.readback = Some(Readback::start(&self.stream, &parts)?);
         drop(parts);
-        look.marks = of_columns.zip(threshold).map(|(of_columns, threshold)| (threshold, of_columns.marks));
-        Ok(look)
+        pending.marks = of_columns.zip(threshold).map(|(of_columns, threshold)| (threshold, of_columns.marks));
+        Ok(pending)
     }
 
     fn look_at_rows(&self) -> Result<OfRows, DriverError> {
@@ -296,25 +296,25 @@ struct OfColumns {
 
 /// Requested statistics in transfer to the host.
 #[must_use]
-pub struct Look {
+pub struct PendingScan {
     rows: usize,
     width: usize,
     tokens: usize,
     /// `None` without rows. Parts: rows, columns (if requested), medians.
-    landing: Option<Landing>,
+    readback: Option<Readback>,
     /// With columns: the threshold and the marks.
     marks: Option<(f32, CudaSlice<u32>)>,
     /// With medians: their part, and the shift of their last digit.
     medians: Option<(usize, u32)>,
 }
 
-impl Look {
+impl PendingScan {
     /// Whether the copies are complete.
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn is_there(&self) -> Result<bool, DriverError> {
-        self.landing.as_ref().map_or(Ok(true), Landing::is_there)
+    pub fn is_complete(&self) -> Result<bool, DriverError> {
+        self.readback.as_ref().map_or(Ok(true), Readback::is_complete)
     }
 
     /// The statistics. Further requests run on a separate stream.
@@ -322,26 +322,26 @@ impl Look {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn seen<'a>(&'a self, of: &'a Activation<'_>) -> Result<Seen<'a>, DriverError> {
+    pub fn summary<'a>(&'a self, of: &'a Activation<'_>) -> Result<ScanSummary<'a>, DriverError> {
         assert_eq!((self.rows, self.width, self.tokens), (of.rows, of.width, of.tokens), "other activations");
         static ASIDE: StreamPerContext = StreamPerContext::new();
         let stream = ASIDE.of(of.stream.context())?;
         let &Activation { rows, width, tokens, .. } = of;
-        Ok(Seen { look: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
+        Ok(ScanSummary { pending: self, activation: Activation { stream, x: of.x.again(), rows, width, tokens } })
     }
 }
 
-/// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`Look`].
-pub struct Seen<'a> {
-    look: &'a Look,
-    /// A stream that does not compute the activations. They are complete when the look is.
+/// Statistics in the format of [`outliers_scan::Rows`]. Each method waits for the [`PendingScan`].
+pub struct ScanSummary<'a> {
+    pending: &'a PendingScan,
+    /// A stream that does not compute the activations. They are complete when the scan is.
     activation: Activation<'a>,
 }
 
-impl Seen<'_> {
+impl ScanSummary<'_> {
     /// Number of rows.
     pub fn rows(&self) -> usize {
-        self.look.rows
+        self.pending.rows
     }
 
     /// Rows and magnitudes by sequence.
@@ -349,9 +349,9 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn scan(&self) -> Result<Vec<Scan>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
-        let (rows, tokens) = (self.look.rows, self.look.tokens);
-        let (order, moments, counts) = (landing.u32s(0)?, landing.f64s(1)?, landing.u64s(2)?);
+        let Some(readback) = &self.pending.readback else { return Ok(Vec::new()) };
+        let (rows, tokens) = (self.pending.rows, self.pending.tokens);
+        let (order, moments, counts) = (readback.u32s(0)?, readback.f64s(1)?, readback.u64s(2)?);
         let row = |r: usize| Row {
             max_bits: order[r],
             median: f32::from_bits(order[rows + r]),
@@ -371,11 +371,11 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
-        let (asked, marks) = self.look.marks.as_ref().expect("columns were asked for");
+        let Some(readback) = &self.pending.readback else { return Ok(Vec::new()) };
+        let (asked, marks) = self.pending.marks.as_ref().expect("columns were asked for");
         debug_assert_eq!(*asked, threshold, "another threshold than was asked for");
-        let (counts, extremes, sums) = (landing.u32s(3)?, landing.f32s(4)?, landing.f64s(5)?);
-        let (width, sequences) = (self.look.width, self.activation.sequences());
+        let (counts, extremes, sums) = (readback.u32s(3)?, readback.f32s(4)?, readback.f64s(5)?);
+        let (width, sequences) = (self.pending.width, self.activation.sequences());
         let (of_sequences, strips) = (sequences * width, self.activation.strips().blocks[0]);
         let exceeds = |dim: &usize| (0..sequences).any(|s| counts[s * width + dim] > 0);
         let listed: Vec<usize> = (0..width).filter(exceeds).collect();
@@ -397,7 +397,7 @@ impl Seen<'_> {
             let mark = |(at, dim): (usize, &usize)| {
                 let words = &words[at * strips + s * each..][..each];
                 let pair = |pair: &[u32]| u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
-                Marks { dim: *dim, positions: words.chunks(2).map(pair).collect() }
+                ExceedingPositions { dim: *dim, positions: words.chunks(2).map(pair).collect() }
             };
             Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
         };
@@ -410,11 +410,11 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn medians(&self) -> Result<Vec<f32>, DriverError> {
-        let Some(landing) = &self.look.landing else { return Ok(Vec::new()) };
-        let (part, last) = self.look.medians.expect("medians were asked for");
+        let Some(readback) = &self.pending.readback else { return Ok(Vec::new()) };
+        let (part, last) = self.pending.medians.expect("medians were asked for");
         // Digits that the dtype does not have are zeros, and the lowest bit of all is none of the
         // magnitude's.
-        Ok(landing.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
+        Ok(readback.u32s(part)?.iter().map(|prefix| f32::from_bits(prefix << last >> 1)).collect())
     }
 
     /// Values of the listed rows whose |x| has at least the given bits, in order of rows and
@@ -423,7 +423,7 @@ impl Seen<'_> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>, DriverError> {
-        self.look.landing.as_ref().map_or(Ok(()), Landing::wait)?;
+        self.pending.readback.as_ref().map_or(Ok(()), Readback::wait)?;
         self.activation.large(asked)
     }
 }

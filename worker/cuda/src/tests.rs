@@ -50,17 +50,17 @@ fn library(folder: &Path, name: &str, of: Of, special: &[(&str, &str)]) {
 }
 
 /// Output of a process that loads its libraries from `folder`.
-fn looked_for_in(folder: &Path) -> String {
-    said_by("tests::look_and_tell", &[("LD_LIBRARY_PATH", &folder.to_string_lossy()), (LOOKS, "1")])
+fn found_in(folder: &Path) -> String {
+    test_output("tests::find_and_print", &[("LD_LIBRARY_PATH", &folder.to_string_lossy()), (LOOKS, "1")])
 }
 
 /// Output of an ignored test in its own process.
-pub(crate) fn said_by(test: &str, environment: &[(&str, &str)]) -> String {
-    said_by_program(&std::env::current_exe().unwrap(), test, environment)
+pub(crate) fn test_output(test: &str, environment: &[(&str, &str)]) -> String {
+    program_output(&std::env::current_exe().unwrap(), test, environment)
 }
 
 /// The same, from a copy of the test program.
-fn said_by_program(program: &Path, test: &str, environment: &[(&str, &str)]) -> String {
+fn program_output(program: &Path, test: &str, environment: &[(&str, &str)]) -> String {
     let mut process = Command::new(program);
     process.args(["--exact", test, "--ignored", "--nocapture"]).envs(environment.iter().copied());
     let output = process.output().unwrap();
@@ -75,7 +75,7 @@ fn folder() -> tempfile::TempDir {
 
 #[test]
 #[ignore = "the process that the others start"]
-fn look_and_tell() {
+fn find_and_print() {
     if std::env::var_os(LOOKS).is_none() {
         return;
     }
@@ -109,7 +109,7 @@ fn look_and_tell() {
 #[test]
 fn without_a_driver_every_call_reports_no_device() {
     let empty = folder();
-    let said = looked_for_in(empty.path());
+    let said = found_in(empty.path());
     // This machine may have a driver.
     assert!(said.starts_with("100 then "), "{said}");
     if !Path::new("/proc/driver/nvidia").exists() {
@@ -125,7 +125,7 @@ fn driver_and_libraries_get_all_arguments() {
         let folder = folder();
         library(folder.path(), "libcuda.so.1", Of::Driver, &GPU);
         library(folder.path(), "libcublas.so.12", of, &[]);
-        let said = looked_for_in(folder.path());
+        let said = found_in(folder.path());
         assert_eq!(said, format!("100 then {sum} 12.4 {gpus:?}, grouped products: {grouped}"));
     }
 }
@@ -164,7 +164,7 @@ fn copied_bytes_are_counted_by_direction() {
     let folder = folder();
     library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies[..]].concat());
     library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
-    let said = said_by("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
+    let said = test_output("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
     // A copy that the driver refused is not counted.
     assert_eq!(said, format!("true [0, 1, 0] {:?}", Traffic { to_gpus: 30, from_gpus: 700 }));
 }
@@ -248,8 +248,8 @@ fn cubin_is_loaded_and_ptx_where_the_driver_refuses_it() {
     let libraries = folder.path().to_string_lossy().into_owned();
     let environment = [("LD_LIBRARY_PATH", libraries.as_str()), (LOOKS, "1")];
     let told = |[one, two, three]: [char; 3]| format!("true {:?}", [(0, one), (0, two), (0, three)]);
-    assert_eq!(said_by_program(&program, "tests::load_and_tell", &environment), told(['a', 't', 't']));
-    assert_eq!(said_by("tests::load_and_tell", &environment), told(['o', 't', 't']), "nothing follows this program");
+    assert_eq!(program_output(&program, "tests::load_and_tell", &environment), told(['a', 't', 't']));
+    assert_eq!(test_output("tests::load_and_tell", &environment), told(['o', 't', 't']), "nothing follows this program");
 }
 
 #[test]
@@ -260,7 +260,7 @@ fn missing_or_old_libraries_are_named() {
         one.1 = body;
         let folder = folder();
         library(folder.path(), "libcuda.so.1", Of::Driver, &special);
-        looked_for_in(folder.path())
+        found_in(folder.path())
     };
     let old = with("cuDriverGetVersion", "(int *v) { *v = 11070; return 0; }");
     assert!(old.contains("serves CUDA 11.7, 11.8 is needed (wasted: true)"), "{old}");
@@ -274,6 +274,6 @@ fn missing_or_old_libraries_are_named() {
     let mut compile = Command::new("cc");
     compile.args(["-shared", "-fPIC", "-o"]).arg(poor.path().join("libcuda.so.1")).arg(poor.path().join("empty.c"));
     assert!(compile.status().unwrap().success());
-    let said = looked_for_in(poor.path());
+    let said = found_in(poor.path());
     assert!(said.contains("libcuda.so.1 lacks cu") && said.contains("too old"), "{said}");
 }

@@ -44,7 +44,7 @@ unsafe impl GlobalAlloc for Heap {
 
     unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
         match blocks::size(layout) {
-            Some(size) => blocks::give(block, size),
+            Some(size) => blocks::free(block, size),
             // SAFETY: the caller's promise.
             None => unsafe { System.dealloc(block, layout) },
         }

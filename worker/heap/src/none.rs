@@ -10,4 +10,4 @@ pub(crate) fn take(_: usize) -> Option<(*mut u8, bool)> {
     None
 }
 
-pub(crate) fn give(_: *mut u8, _: usize) {}
+pub(crate) fn free(_: *mut u8, _: usize) {}

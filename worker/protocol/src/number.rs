@@ -39,7 +39,7 @@ macro_rules! bounded {
 
             fn try_from(number: f64) -> Result<Self, String> {
                 // NaN is in no range.
-                let fits = (LEAST..=$most).contains(&number);
+                let fits = (MIN_NUMBER..=$most).contains(&number);
                 if fits {
                     return Ok(Self(number));
                 }
@@ -59,11 +59,11 @@ macro_rules! bounded {
 
 /// A number that a message repeats; one with hundreds of digits as a power of ten.
 fn short(number: f64) -> String {
-    if number == 0.0 || (LEAST..1e9).contains(&number.abs()) { number.to_string() } else { format!("{number:e}") }
+    if number == 0.0 || (MIN_NUMBER..1e9).contains(&number.abs()) { number.to_string() } else { format!("{number:e}") }
 }
 
 /// Less than any amount, rate or share that somebody can mean; what is divided by it stays finite.
-const LEAST: f64 = 1e-9;
+const MIN_NUMBER: f64 = 1e-9;
 
 bounded! {
     /// An amount or a rate.

@@ -267,9 +267,9 @@ impl ThresholdOptions {
 }
 
 /// Most sequences, and most tokens of one: bytes and operations of a plan stay countable.
-const MOST_OF_EACH: usize = 100_000_000;
+const MAX_OF_EACH: usize = 100_000_000;
 /// Most tokens of all sequences.
-const MOST_TOKENS: usize = 100_000_000_000;
+const MAX_TOKENS: usize = 100_000_000_000;
 
 impl JobOptions {
     /// The job over `model` with these options. Paths are not changed. `read` reads a file of
@@ -280,9 +280,9 @@ impl JobOptions {
     /// there are more tokens than any run has.
     pub fn job(self, model: ModelSource, read: impl Fn(&Path) -> io::Result<String>) -> Result<JobSpec, String> {
         let (sequences, tokens) = (self.num_sequences.unwrap_or(1), self.sequence_length.unwrap_or(1));
-        if sequences.max(tokens) > MOST_OF_EACH || sequences.saturating_mul(tokens) > MOST_TOKENS {
+        if sequences.max(tokens) > MAX_OF_EACH || sequences.saturating_mul(tokens) > MAX_TOKENS {
             return Err(format!(
-                "--num-sequences and --sequence-length go up to {MOST_OF_EACH} each, and to {MOST_TOKENS} tokens \
+                "--num-sequences and --sequence-length go up to {MAX_OF_EACH} each, and to {MAX_TOKENS} tokens \
                  together"
             ));
         }

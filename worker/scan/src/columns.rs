@@ -69,7 +69,7 @@ impl Column {
 
 /// Positions at which a column exceeds.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Marks {
+pub struct ExceedingPositions {
     /// The column.
     pub dim: usize,
     /// One bit per position of the sequence, lowest bit first.
@@ -82,7 +82,7 @@ pub struct Columns {
     /// One entry per column, in order.
     pub columns: Vec<Column>,
     /// Columns that exceed at some position, in order.
-    pub marks: Vec<Marks>,
+    pub marks: Vec<ExceedingPositions>,
 }
 
 impl Columns {
@@ -125,7 +125,7 @@ fn stripe(x: &[f32], width: usize, first: usize, threshold: f32) -> Columns {
         columns.iter_mut().enumerate().for_each(|(j, column)| column.merge(&block.column(j)));
     }
     let marks = marks.into_iter().enumerate().filter(|(_, positions): &(usize, Vec<u64>)| !positions.is_empty());
-    Columns { columns, marks: marks.map(|(j, positions)| Marks { dim: first + j, positions }).collect() }
+    Columns { columns, marks: marks.map(|(j, positions)| ExceedingPositions { dim: first + j, positions }).collect() }
 }
 
 /// Records which columns exceed in a row. Words are allocated on demand.
@@ -226,7 +226,7 @@ mod tests {
                         prop_assert!((got - want).abs() <= 1e-5 * of(power), "{} against {}", got, want);
                     }
                     if count > 0 {
-                        let Marks { dim: marked, positions } = marks.next().unwrap();
+                        let ExceedingPositions { dim: marked, positions } = marks.next().unwrap();
                         prop_assert_eq!(*marked, dim);
                         let at = |position: usize| positions[position / 64] >> (position % 64) & 1 == 1;
                         prop_assert!(values.iter().enumerate().all(|(position, v)| at(position) == exceeds(v)));

@@ -10,7 +10,7 @@ mod large;
 mod rows;
 pub mod simd;
 
-pub use columns::{Column, Columns, Marks, STRIP};
+pub use columns::{Column, Columns, ExceedingPositions, STRIP};
 pub use histogram::{BINS, Histogram};
 pub use large::Large;
 pub use rows::{Row, Scan};

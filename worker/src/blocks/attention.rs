@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::blocks::norm::Norm;
 use crate::device::gpu::{self, FusedAttention};
-use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, Sinks};
+use crate::kernels::fused::{self, Gate, RotatedPart, ScoreBlock, SinkLogits};
 use crate::kernels::product::Linear;
 use crate::kernels::product::product;
 use crate::model::decoder::{AttentionSpec, NormSpec, OutputGate, QkNorm, Temperature, Window};
@@ -149,14 +149,14 @@ impl FirstKey {
 
 /// Measurements of attention weights.
 #[derive(Debug, Default)]
-pub struct Watching {
+pub struct AttentionRecorder {
     top: Option<Cell<TopShares>>,
     /// Per sequence and head.
     first_key: Option<RefCell<Vec<Vec<FirstKey>>>>,
     sequence: Cell<usize>,
 }
 
-impl Watching {
+impl AttentionRecorder {
     /// Measures the largest weights, those of the first key, or both.
     pub fn new(top: bool, first_key: bool) -> Self {
         Self { top: top.then(Cell::default), first_key: first_key.then(RefCell::default), sequence: Cell::default() }
@@ -178,7 +178,7 @@ impl Watching {
     }
 
     /// Adds a block of `shares` `[kv_heads, groups * queries, keys]`, rows head by head.
-    fn see(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record(&self, shares: &Tensor, block: ScoreBlock, heads: HeadLayout) -> Result<()> {
         let on_host = |shares: Tensor| shares.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
         if self.top.is_some() {
             self.add_top(&on_host(shares.max(D::Minus1)?)?);
@@ -190,7 +190,7 @@ impl Watching {
     }
 
     /// Takes of each query `[.., queries, 2]` the largest share and the first key's, in f32.
-    fn see_both(&self, shares: &Tensor, block: ScoreBlock, heads: Counted) -> Result<()> {
+    fn record_top_and_first(&self, shares: &Tensor, block: ScoreBlock, heads: HeadLayout) -> Result<()> {
         let shares = shares.flatten_all()?.to_vec1::<f32>()?;
         let (top, of_key): (Vec<f32>, Vec<f32>) = shares.as_chunks::<2>().0.iter().map(|[a, b]| (*a, *b)).unzip();
         self.add_top(&top);
@@ -205,7 +205,7 @@ impl Watching {
     }
 
     /// Takes the first key's share of each query of a block, rows of one head after another.
-    fn add_first_key(&self, of_key: &[f32], block: ScoreBlock, heads: Counted) {
+    fn add_first_key(&self, of_key: &[f32], block: ScoreBlock, heads: HeadLayout) {
         let Some(first_key) = &self.first_key else { return };
         let mut sequences = first_key.borrow_mut();
         for (at, shares) in (heads.before..).zip(of_key.chunks_exact(block.queries)) {
@@ -229,7 +229,7 @@ impl Watching {
 
 /// The heads of a block of rows, sequence by sequence.
 #[derive(Clone, Copy, Debug)]
-struct Counted {
+struct HeadLayout {
     /// Heads before the block.
     before: usize,
     /// Heads per sequence.
@@ -239,7 +239,7 @@ struct Counted {
 }
 
 /// Receives attention weights; `None` if no measurement needs them.
-pub type Watched<'a> = Option<&'a Watching>;
+pub type MaybeRecorder<'a> = Option<&'a AttentionRecorder>;
 
 /// Attention of `x` `[sequences * positions, hidden]` (whole sequences), with an output of the
 /// same shape, before the residual addition. `table` is required if the spec has a rotation.
@@ -249,7 +249,7 @@ pub fn attention(
     table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
-    watched: Watched<'_>,
+    recorder: MaybeRecorder<'_>,
 ) -> Result<Tensor> {
     let [query, mut key, mut value] = weights.projections.apply(spec, x)?;
     let (mut query, mut gate) = split_gate(spec, query)?;
@@ -279,7 +279,7 @@ pub fn attention(
     if let Some(temperature) = &spec.temperature {
         query = temper(temperature, query, positions)?;
     }
-    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions, watched)?;
+    let mut mixed = mix_sequences(spec, weights, &[query, key, value], positions, recorder)?;
     if let Some(gate) = gate {
         mixed = fused::gated(gate, &mixed, Gate::Sigmoid)?;
     }
@@ -337,15 +337,15 @@ fn mix_sequences(
     weights: &AttentionWeights,
     [query, key, value]: &[Tensor; 3],
     positions: usize,
-    watched: Watched<'_>,
+    recorder: MaybeRecorder<'_>,
 ) -> Result<Tensor> {
     let sinks = weights.sinks.as_ref().map(|sinks| sinks.to_dtype(DType::F32)?.contiguous()).transpose()?;
     let scale = spec.scale.unwrap_or(1.0 / (spec.head_dim as f64).sqrt());
-    let mixing = Mixing::new(scale, spec.window, sinks.as_ref()).watched(watched);
+    let mixing = SoftmaxAttention::new(scale, spec.window, sinks.as_ref()).recorder(recorder);
     let sequences = query.dim(0)? / positions;
     let at_once = sequences_at_once(query.device(), sequences);
     let some = |first: usize| {
-        watched.iter().for_each(|watching| watching.at_sequence(first));
+        recorder.iter().for_each(|recorder| recorder.at_sequence(first));
         let count = at_once.min(sequences - first);
         let heads = |t: &Tensor, heads: usize| {
             t.narrow(0, first * positions, count * positions)?.reshape((count, positions, heads, spec.head_dim))
@@ -366,23 +366,23 @@ pub(crate) fn sequences_at_once(device: &Device, sequences: usize) -> usize {
 
 /// Parameters of softmax attention besides queries, keys and values.
 #[derive(Clone, Copy)]
-pub struct Mixing<'a> {
+pub struct SoftmaxAttention<'a> {
     scale: f64,
     window: Window,
     sinks: Option<&'a Tensor>,
     query_block: usize,
     score_values: usize,
     fused_from: usize,
-    watched: Watched<'a>,
+    recorder: MaybeRecorder<'a>,
     first_head: usize,
 }
 
-impl<'a> Mixing<'a> {
+impl<'a> SoftmaxAttention<'a> {
     /// `scale` multiplies the scores. `sinks` are f32 logits, one per query head, that are added
     /// to the denominator.
     pub fn new(scale: f64, window: Window, sinks: Option<&'a Tensor>) -> Self {
         let (query_block, score_values, fused_from) = (QUERY_BLOCK, SCORE_VALUES, FUSED_FROM);
-        Self { scale, window, sinks, query_block, score_values, fused_from, watched: None, first_head: 0 }
+        Self { scale, window, sinks, query_block, score_values, fused_from, recorder: None, first_head: 0 }
     }
 
     /// The same, where sequences of so many tokens and longer ones are left to a GPU's kernel; see
@@ -391,9 +391,9 @@ impl<'a> Mixing<'a> {
         Self { fused_from, ..self }
     }
 
-    /// Reports attention weights to `watched`.
-    pub fn watched(self, watched: Watched<'a>) -> Self {
-        Self { watched, ..self }
+    /// Reports attention weights to `recorder`.
+    pub fn recorder(self, recorder: MaybeRecorder<'a>) -> Self {
+        Self { recorder, ..self }
     }
 
     /// Sets the index of the first head.
@@ -424,12 +424,12 @@ impl<'a> Mixing<'a> {
     /// By a kernel, which keeps no scores.
     fn mix_at_once(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor> {
         let (_, queries, heads, _) = query.dims4()?;
-        let watched = self.watched.is_some();
-        let by = FusedAttention { scale: self.scale, window: self.window, sinks: self.sinks, watched };
+        let recorded = self.recorder.is_some();
+        let by = FusedAttention { scale: self.scale, window: self.window, sinks: self.sinks, recorded };
         let (mixed, shares) = gpu::attend(by, query, key, value)?;
-        if let (Some(watched), Some(shares)) = (self.watched, shares) {
+        if let (Some(recorder), Some(shares)) = (self.recorder, shares) {
             let block = ScoreBlock { first_query: 0, queries, first_key: 0, window: self.window };
-            watched.see_both(&shares, block, Counted { before: 0, per_sequence: heads, first: self.first_head })?;
+            recorder.record_top_and_first(&shares, block, HeadLayout { before: 0, per_sequence: heads, first: self.first_head })?;
         }
         Ok(mixed)
     }
@@ -451,10 +451,10 @@ impl<'a> Mixing<'a> {
             let of_heads = |t: &Tensor| t.narrow(0, kv, count)?.narrow(1, first_key, keys);
             let scores = product(&query.narrow(0, kv, count)?, &of_heads(key)?)?;
             let before = kv * groups;
-            let sinks = self.sinks.map(|logits| Sinks { logits, first_head: before % heads });
+            let sinks = self.sinks.map(|logits| SinkLogits { logits, first_head: before % heads });
             let shares = fused::causal_softmax(scores, block, self.scale, sinks)?;
-            if let Some(watched) = self.watched {
-                watched.see(&shares, block, Counted { before, per_sequence: heads, first: self.first_head })?;
+            if let Some(recorder) = self.recorder {
+                recorder.record(&shares, block, HeadLayout { before, per_sequence: heads, first: self.first_head })?;
             }
             product(&shares, &of_heads(value)?.t()?)?.reshape((count * groups, queries, v))
         };
@@ -650,8 +650,8 @@ mod tests {
             let (query, kv_heads) = (random.tensor(&[sequences, n, 15, 4]), 5 * sequences);
             let (key, value) = (random.tensor(&[kv_heads, n, 4]), random.tensor(&[kv_heads, n, 7]));
             let sinks = random.tensor(&[15]);
-            let whole = Mixing::new(0.7, window, Some(&sinks));
-            let blocked = Mixing { query_block, score_values, ..Mixing::new(0.7, window, Some(&sinks)) };
+            let whole = SoftmaxAttention::new(0.7, window, Some(&sinks));
+            let blocked = SoftmaxAttention { query_block, score_values, ..SoftmaxAttention::new(0.7, window, Some(&sinks)) };
             let expected = naive::rows(&whole.mix(&query, &key, &value).unwrap());
             // Products of one row are summed in another order than those of many: differences of
             // some 1e-7 for values near 1, and averages have an RMS of a tenth.
@@ -666,11 +666,11 @@ mod tests {
             let query = random.tensor(&[sequences, n, 6, 4]);
             let (key, value) = (random.tensor(&[2 * sequences, n, 4]), random.tensor(&[2 * sequences, n, 5]));
             let sinks = random.tensor(&[6]);
-            let mixing = |watching| {
-                let mixing = Mixing::new(0.7, Window::Sliding(window), Some(&sinks)).at_head(3).watched(Some(watching));
-                Mixing { query_block: 7, score_values, ..mixing }
+            let mixing = |recorder| {
+                let mixing = SoftmaxAttention::new(0.7, Window::Sliding(window), Some(&sinks)).at_head(3).recorder(Some(recorder));
+                SoftmaxAttention { query_block: 7, score_values, ..mixing }
             };
-            let (together, alone) = (Watching::new(true, true), Watching::new(true, true));
+            let (together, alone) = (AttentionRecorder::new(true, true), AttentionRecorder::new(true, true));
             let mixed = naive::rows(&mixing(&together).mix(&query, &key, &value).unwrap());
             for sequence in 0..sequences {
                 alone.at_sequence(sequence);
@@ -691,10 +691,10 @@ mod tests {
         // Two sequences of two heads.
         let shares = Random::new(1).tensor(&[4, 3, 3]).abs().unwrap();
         let pairs = [shares.max_keepdim(2).unwrap(), shares.narrow(2, 0, 1).unwrap()];
-        let heads = Counted { before: 0, per_sequence: 2, first: 1 };
-        let (blocks, kernel) = (Watching::new(true, true), Watching::new(true, true));
-        blocks.see(&shares, block, heads).unwrap();
-        kernel.see_both(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
+        let heads = HeadLayout { before: 0, per_sequence: 2, first: 1 };
+        let (blocks, kernel) = (AttentionRecorder::new(true, true), AttentionRecorder::new(true, true));
+        blocks.record(&shares, block, heads).unwrap();
+        kernel.record_top_and_first(&Tensor::cat(&pairs, 2).unwrap(), block, heads).unwrap();
         assert_eq!((kernel.top(), kernel.first_key()), (blocks.top(), blocks.first_key()));
         assert_eq!((kernel.top().count, kernel.first_key().len()), (12, 2));
     }
@@ -711,7 +711,7 @@ mod tests {
         };
         let (key, value) = (spoil(key), spoil(value));
         for window in [Window::Sliding(3), Window::Chunked(4)] {
-            let mixing = Mixing { query_block: 4, ..Mixing::new(1.0, window, None) };
+            let mixing = SoftmaxAttention { query_block: 4, ..SoftmaxAttention::new(1.0, window, None) };
             let mixed = naive::rows(&mixing.mix(&query, &key, &value).unwrap());
             let spoilt: Vec<bool> = mixed.iter().map(|row| row.iter().any(|v| v.is_nan())).collect();
             assert_eq!(spoilt, [vec![true; 4], vec![false; 8]].concat());

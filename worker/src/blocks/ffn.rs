@@ -123,7 +123,7 @@ pub struct Router {
 }
 
 /// A dense MLP beside a mixture, and the norms around both.
-pub struct Beside {
+pub struct ParallelMlp {
     /// The MLP.
     pub mlp: MlpWeights,
     /// Norm of its output.
@@ -150,7 +150,7 @@ pub struct GpuRouting {
     pub weights: Tensor,
     /// As in [`Routing`].
     pub scales_input: bool,
-    /// Statistics per expert, if they are observed; filled by [`Routed::arrive`].
+    /// Statistics per expert, if they are observed; filled by [`Routed::wait`].
     pub loads: Vec<Load>,
 }
 
@@ -249,7 +249,7 @@ pub fn route(spec: RouterSpec, top_k: usize, router: &Router, x: &Tensor) -> Res
     let bias = router.logits.bias.as_ref().map(wide).transpose()?;
     let x = wide(x)?;
     let x = router.input.as_ref().map_or(Ok(x.clone()), |norm| norm.apply(&x))?;
-    router.logits.see(&x)?;
+    router.logits.observe_input(&x)?;
     let logits = Linear::new(router.logits.weight.clone(), bias).apply(&x)?;
     choices(spec, top_k, &logits, router.per_expert.as_ref())
 }
@@ -436,12 +436,12 @@ pub fn gathered_rows(moe: &MoeSpec, tokens: usize, experts: usize) -> usize {
     (usual_rows(moe, tokens) * experts).max(tokens).min(tokens * moe.top_k.min(experts))
 }
 
-/// Cuts neighbours, each given by its number of rows, into runs of no more than `most` rows. One
-/// that has more is alone.
-pub fn runs(rows: &[usize], most: usize) -> Vec<Range<usize>> {
+/// Cuts neighbours, each given by its number of rows, into runs of no more than `max_rows` rows.
+/// One that has more is alone.
+pub fn runs(rows: &[usize], max_rows: usize) -> Vec<Range<usize>> {
     let (mut runs, mut first, mut together) = (Vec::new(), 0, 0);
     for (at, rows) in rows.iter().enumerate() {
-        if at > first && together + rows > most {
+        if at > first && together + rows > max_rows {
             runs.push(first..at);
             (first, together) = (at, 0);
         }
@@ -487,14 +487,14 @@ impl Routed {
 
     /// Waits until the number of rows per expert is known. Returns the choices. Call it before the
     /// first expert.
-    pub fn arrive(&mut self) -> Result<&Choices> {
+    pub fn wait(&mut self) -> Result<&Choices> {
         if let (Pairs::Gpu(pairs), Choices::Gpu(routing)) = (&mut self.pairs, &mut self.choices) {
-            routing.loads = pairs.arrive()?;
+            routing.loads = pairs.wait()?;
         }
         Ok(&self.choices)
     }
 
-    /// Number of rows routed to an expert; after [`arrive`](Self::arrive).
+    /// Number of rows routed to an expert; after [`wait`](Self::wait).
     pub fn sent(&self, expert: usize) -> usize {
         let expert = expert..expert + 1;
         match &self.pairs {
@@ -567,15 +567,15 @@ impl Inputs {
     }
 
     /// What goes to experts of the group, `[rows, width]`, in neighbouring pieces of a wave.
-    pub fn gather(&self, wave: &[&Routed], pieces: &[Piece]) -> Result<Tensor> {
-        if let (Some(all), [Piece { expert, sent }, ..]) = (&self.all, pieces)
+    pub fn gather(&self, wave: &[&Routed], pieces: &[ExpertBatch]) -> Result<Tensor> {
+        if let (Some(all), [ExpertBatch { expert, sent }, ..]) = (&self.all, pieces)
             && let [(batch, _), ..] = sent[..]
         {
-            let rows = pieces.iter().map(Piece::rows).sum();
+            let rows = pieces.iter().map(ExpertBatch::rows).sum();
             return all.narrow(0, self.places[expert - self.first][batch], rows);
         }
         let mut parts = Vec::new();
-        for Piece { expert, sent } in pieces {
+        for ExpertBatch { expert, sent } in pieces {
             for (batch, _) in sent {
                 let Routed { x, pairs, .. } = wave[*batch];
                 if let Pairs::Host(pairs) = pairs {
@@ -622,14 +622,14 @@ fn are_few(tokens: usize, [experts, top_k]: [usize; 2]) -> bool {
     tokens * top_k < ENOUGH_ROWS * experts
 }
 
-/// How many rows experts may be given together, `most` or none, as a wave has tokens. What is sent
-/// to which expert does not matter, nor on which device that is, nor when: the library may round
-/// sums of products that are started together in another way.
+/// How many rows experts may be given together, `max_rows` or none, as a wave has tokens. What is
+/// sent to which expert does not matter, nor on which device that is, nor when: the library may
+/// round sums of products that are started together in another way.
 pub fn rows_together(
     wave: &[&Routed],
     experts_top_k: [usize; 2],
     weights: &[MlpWeights],
-    most: usize,
+    max_rows: usize,
 ) -> Result<usize> {
     let mut tokens = 0;
     for routed in wave {
@@ -638,19 +638,19 @@ pub fn rows_together(
     let dtype = wave.first().map_or(DType::F32, |routed| routed.x.dtype());
     let matrices = weights.iter().flat_map(MlpWeights::matrices);
     let together = are_few(tokens, experts_top_k) && product::goes_together(matrices, dtype);
-    Ok(if together { most } else { 0 })
+    Ok(if together { max_rows } else { 0 })
 }
 
 /// Rows that go to one expert from neighbouring micro-batches of a wave.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct ExpertBatch {
     /// The expert.
     pub expert: usize,
     /// Numbers of micro-batches in the wave, and how many rows come from each, never none.
     pub sent: Vec<(usize, usize)>,
 }
 
-impl Piece {
+impl ExpertBatch {
     /// Rows from all micro-batches.
     pub fn rows(&self) -> usize {
         self.sent.iter().map(|(_, rows)| rows).sum()
@@ -658,28 +658,29 @@ impl Piece {
 }
 
 /// What a group of experts is sent of a wave, expert by expert. Rows of an expert come together
-/// from neighbouring micro-batches, no more than `most` where one sends no more, so that its
+/// from neighbouring micro-batches, no more than `max_rows` where one sends no more, so that its
 /// products are large however few of a micro-batch go to it.
-pub fn pieces(wave: &[&Routed], group: &Range<usize>, most: usize) -> Vec<Piece> {
+pub fn pieces(wave: &[&Routed], group: &Range<usize>, max_rows: usize) -> Vec<ExpertBatch> {
     let mut pieces = Vec::new();
     for expert in group.clone() {
         let rows: Vec<usize> = wave.iter().map(|routed| routed.sent(expert)).collect();
-        for run in runs(&rows, most) {
+        for run in runs(&rows, max_rows) {
             let sent: Vec<_> = run.map(|batch| (batch, rows[batch])).filter(|(_, rows)| *rows > 0).collect();
             if !sent.is_empty() {
-                pieces.push(Piece { expert, sent });
+                pieces.push(ExpertBatch { expert, sent });
             }
         }
     }
     pieces
 }
 
-/// Neighbouring pieces that have no more than `most` rows together, or one that has more alone.
-pub fn together(pieces: &[Piece], most: usize) -> impl Iterator<Item = &[Piece]> {
-    let mut rows = pieces.first().map_or(0, Piece::rows);
+/// Neighbouring pieces that have no more than `max_rows` rows together, or one that has more
+/// alone.
+pub fn together(pieces: &[ExpertBatch], max_rows: usize) -> impl Iterator<Item = &[ExpertBatch]> {
+    let mut rows = pieces.first().map_or(0, ExpertBatch::rows);
     pieces.chunk_by(move |_, next| {
         rows += next.rows();
-        let fits = rows <= most;
+        let fits = rows <= max_rows;
         if !fits {
             rows = next.rows();
         }
@@ -874,12 +875,12 @@ mod tests {
             };
             let choices = Choices::Host(routing.clone());
             let mut routed = Routed::new(x.clone(), choices, 7, beside.copy().unwrap(), None).unwrap();
-            routed.arrive().unwrap();
+            routed.wait().unwrap();
             let mut seen = Vec::new();
             for group in [0..3, 3..4, 4..7] {
                 let inputs = Inputs::new(&[&routed], &group).unwrap();
                 for expert in group.filter(|expert| routing.experts.contains(&(*expert as u32))) {
-                    let piece = Piece { expert, sent: vec![(0, routed.sent(expert))] };
+                    let piece = ExpertBatch { expert, sent: vec![(0, routed.sent(expert))] };
                     let part = inputs.gather(&[&routed], &[piece]).unwrap();
                     let of = routed.rows(expert, &made(&mlp(expert), &part)).unwrap();
                     prop_assert_eq!(routed.sent(expert), of.rows.len());
@@ -956,11 +957,11 @@ mod tests {
         let wave = [&wave[0], &wave[1]];
         let inputs = Inputs::new(&wave, &(0..2)).unwrap();
         let pieces = pieces(&wave, &(0..2), 100);
-        assert_eq!(pieces[1], Piece { expert: 1, sent: vec![(0, 2), (1, 1)] });
+        assert_eq!(pieces[1], ExpertBatch { expert: 1, sent: vec![(0, 2), (1, 1)] });
         let both = made(&weights, &inputs.gather(&wave, &pieces[1..]).unwrap());
         let parts = [both.narrow(0, 0, 2).unwrap(), both.narrow(0, 2, 1).unwrap()];
         for (part, sent) in parts.iter().zip(&pieces[1].sent) {
-            let piece = Piece { expert: 1, sent: vec![*sent] };
+            let piece = ExpertBatch { expert: 1, sent: vec![*sent] };
             let alone = made(&weights, &inputs.gather(&wave, &[piece]).unwrap());
             assert_eq!(part.to_vec2::<f32>().unwrap(), alone.to_vec2::<f32>().unwrap());
         }
@@ -978,7 +979,7 @@ mod tests {
         };
         let wave = [routed(&[0, 0, 1]), routed(&[0, 0, 3]), routed(&[0, 1, 3])];
         let wave: Vec<&Routed> = wave.iter().collect();
-        let piece = |expert, sent: &[(usize, usize)]| Piece { expert, sent: sent.into() };
+        let piece = |expert, sent: &[(usize, usize)]| ExpertBatch { expert, sent: sent.into() };
         let all = [
             piece(0, &[(0, 2)]),
             piece(0, &[(1, 2), (2, 1)]),
@@ -987,7 +988,7 @@ mod tests {
         ];
         assert_eq!(pieces(&wave, &(0..4), 3), all);
         assert_eq!(pieces(&wave, &(1..3), 3), all[2..3], "expert 2 is sent nothing");
-        let cut = |most| together(&all, most).map(<[Piece]>::len).collect::<Vec<_>>();
+        let cut = |max_rows| together(&all, max_rows).map(<[ExpertBatch]>::len).collect::<Vec<_>>();
         assert_eq!([cut(0), cut(4), cut(5), cut(9)], [vec![1; 4], vec![1, 1, 2], vec![2, 2], vec![4]]);
         assert_eq!(together(&[], 3).count(), 0);
         // 256 rows per expert, and one token fewer. No experts are on a GPU here.

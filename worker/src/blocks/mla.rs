@@ -6,11 +6,11 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::blocks::attention::{Mixing, Watched, sequences_at_once};
+use crate::blocks::attention::{SoftmaxAttention, MaybeRecorder, sequences_at_once};
 use crate::blocks::norm::Norm;
 use crate::kernels::fused::{self, RotatedPart};
 use crate::kernels::product::Linear;
-use crate::kernels::tap::Tap;
+use crate::kernels::input_collector::InputCollector;
 use crate::model::decoder::{LatentSpec, Window};
 use crate::model::rope::RopeTable;
 
@@ -28,7 +28,7 @@ pub struct LatentWeights {
     /// `[hidden, heads * value_dim]`.
     pub output: Linear,
     /// Observer of the queries `[rows, heads * (nope_dim + rope_dim)]`, if there is one.
-    pub queries: Option<Tap>,
+    pub queries: Option<InputCollector>,
 }
 
 /// Projection to the queries `[rows, heads * (nope_dim + rope_dim)]`.
@@ -68,7 +68,7 @@ pub fn latent_attention(
     table: Option<&RopeTable>,
     x: &Tensor,
     positions: usize,
-    watched: Watched<'_>,
+    recorder: MaybeRecorder<'_>,
 ) -> Result<Tensor> {
     let head_dim = spec.nope_dim + spec.rope_dim;
     let rotate = |part: Tensor, head_dim: usize, first: usize| match table {
@@ -79,18 +79,18 @@ pub fn latent_attention(
     let down = weights.kv_down.apply(x)?;
     let latent = weights.kv_norm.apply(&down.narrow(1, 0, spec.kv_rank)?.contiguous()?)?;
     // The product itself follows below, some heads at a time.
-    weights.kv_up.see(&latent)?;
-    weights.queries.as_ref().map_or(Ok(()), |tap| tap.see(&query))?;
+    weights.kv_up.observe_input(&latent)?;
+    weights.queries.as_ref().map_or(Ok(()), |collector| collector.add(&query))?;
     let rotated = rotate(down.narrow(1, spec.kv_rank, spec.rope_dim)?.contiguous()?, spec.rope_dim, 0)?;
     let sequences = x.dim(0)? / positions;
     let at_once = sequences_at_once(x.device(), sequences);
     let some = |first: usize| {
-        watched.iter().for_each(|watching| watching.at_sequence(first));
+        recorder.iter().for_each(|recorder| recorder.at_sequence(first));
         let count = at_once.min(sequences - first);
         let rows = |t: &Tensor| t.narrow(0, first * positions, count * positions);
         let query = rows(&query)?.reshape((count, positions, spec.heads, head_dim))?;
         let narrow = Narrow { sequences: count, latent: rows(&latent)?, rotated: rows(&rotated)? };
-        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, watched)
+        narrow.mix(spec, &weights.kv_up, &query, EXPANDED_VALUES, recorder)
     };
     let mixed = (0..sequences).step_by(at_once).map(some).collect::<Result<Vec<_>>>()?;
     weights.output.apply(&Tensor::cat(&mixed, 0)?)
@@ -115,11 +115,11 @@ impl Narrow {
         kv_up: &Linear,
         query: &Tensor,
         values_at_once: usize,
-        watched: Watched<'_>,
+        recorder: MaybeRecorder<'_>,
     ) -> Result<Tensor> {
         let per_token = spec.nope_dim + spec.rope_dim + spec.value_dim;
         let at_once = (values_at_once / (self.latent.dim(0)? * per_token)).clamp(1, spec.heads);
-        let mixing = Mixing::new(spec.scale, Window::Full, None).watched(watched);
+        let mixing = SoftmaxAttention::new(spec.scale, Window::Full, None).recorder(recorder);
         let some_heads = |first: usize| {
             let heads = first..(first + at_once).min(spec.heads);
             let query = query.narrow(2, heads.start, heads.len())?;

@@ -6,13 +6,13 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::blocks::attention::{AttentionWeights, Projections};
 use crate::blocks::delta_net::{DeltaNetWeights, DeltaProjections};
-use crate::blocks::ffn::{Beside, GateUpProj, MlpWeights, Router, SharedWeights};
+use crate::blocks::ffn::{ParallelMlp, GateUpProj, MlpWeights, Router, SharedWeights};
 use crate::blocks::mamba::MambaWeights;
 use crate::blocks::mla::{LatentQuery, LatentWeights};
 use crate::blocks::norm::Norm;
 use crate::kernels::product::Linear;
-use crate::kernels::tap::Tap;
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collector::InputCollector;
+use crate::kernels::input_collectors::InputCollectors;
 use crate::model::decoder::{
     AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MambaSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec,
     NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
@@ -35,19 +35,19 @@ pub enum MixerWeights {
 /// a panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
-    taps: Option<Taps>,
+    collectors: Option<InputCollectors>,
 }
 
 impl UnitTensors {
     /// Wraps decoded tensors.
     pub fn new(tensors: HashMap<(Role, Option<usize>), Tensor>) -> Self {
-        Self { tensors, taps: None }
+        Self { tensors, collectors: None }
     }
 
-    /// Attaches the layer's taps to the matrices that are taken from now on.
+    /// Attaches the layer's collectors to the matrices that are taken from now on.
     #[must_use]
-    pub fn seen_by(self, taps: Option<Taps>) -> Self {
-        Self { taps, ..self }
+    pub fn with_collectors(self, collectors: Option<InputCollectors>) -> Self {
+        Self { collectors, ..self }
     }
 
     /// Removes one tensor.
@@ -64,22 +64,22 @@ impl UnitTensors {
     }
 
     fn linear(&mut self, weight: Role, bias: Role, expert: Option<usize>) -> Result<Linear> {
-        let tap = self.tap(weight, expert);
-        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), tap })
+        let collector = self.collector(weight, expert);
+        Ok(Linear { weight: self.take_for(weight, expert)?, bias: self.tensors.remove(&(bias, expert)), collector })
     }
 
     fn plain(&mut self, weight: Role) -> Result<Linear> {
-        Ok(Linear { weight: self.take(weight)?, bias: None, tap: self.tap(weight, None) })
+        Ok(Linear { weight: self.take(weight)?, bias: None, collector: self.collector(weight, None) })
     }
 
-    fn tap(&self, weight: Role, expert: Option<usize>) -> Option<Tap> {
-        self.taps.as_ref()?.of(weight, expert)
+    fn collector(&self, weight: Role, expert: Option<usize>) -> Option<InputCollector> {
+        self.collectors.as_ref()?.of(weight, expert)
     }
 
     /// Takes a matrix without bias; `None` if there is none.
     pub fn linear_if_there(&mut self, role: Role) -> Option<Linear> {
         let weight = self.tensors.remove(&(role, None))?;
-        Some(Linear { weight, bias: None, tap: self.tap(role, None) })
+        Some(Linear { weight, bias: None, collector: self.collector(role, None) })
     }
 
     /// Takes a norm's tensors.
@@ -148,7 +148,7 @@ impl UnitTensors {
             kv_norm: Norm::new(spec.norm, self.take(Role::KvANorm)?, None)?,
             kv_up: self.plain(Role::KvBProj)?,
             output: self.plain(Role::OProj)?,
-            queries: self.taps.as_ref().map(Taps::queries),
+            queries: self.collectors.as_ref().map(InputCollectors::queries),
         })
     }
 
@@ -260,9 +260,9 @@ impl UnitTensors {
     ///
     /// # Errors
     /// A tensor is missing.
-    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<Beside>> {
+    pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<ParallelMlp>> {
         let Some(mlp) = spec.beside else { return Ok(None) };
-        Ok(Some(Beside {
+        Ok(Some(ParallelMlp {
             mlp: self.dense(mlp)?,
             norm: Norm::new(norm, self.take(Role::BesidePostNorm)?, None)?,
             experts: Norm::new(norm, self.take(Role::ExpertsNorm)?, None)?,
@@ -294,8 +294,8 @@ pub fn zeros_like(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Prepares a tensor for [`on`] on another thread's device: copies it to host memory if the device
-/// changes. Between two GPUs [`Passing`](crate::device::gpu::Passing) copies without waiting; the
-/// library's copy fails if the GPUs cannot access each other (huggingface/candle#3524).
+/// changes. Between two GPUs [`PeerCopy`](crate::device::gpu::PeerCopy) copies without waiting;
+/// the library's copy fails if the GPUs cannot access each other (huggingface/candle#3524).
 pub fn leave(x: &Tensor, device: &Device) -> Result<Tensor> {
     if x.device().same_device(device) { Ok(x.clone()) } else { x.contiguous()?.to_device(&Device::Cpu) }
 }

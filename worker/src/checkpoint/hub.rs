@@ -6,7 +6,7 @@
 //! forever on a silent connection. Here every file is compared with the repository's size and hash
 //! before it is renamed into place.
 
-mod answer;
+mod response;
 mod cache;
 mod dataset;
 mod http;
@@ -32,7 +32,7 @@ pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
 
 use crate::checkpoint::safetensors::{Header, HeaderTensor};
 use crate::checkpoint::source::{
-    CONFIG_FILE, Checkpoint, Container, Described, LocalSource, Location, MAX_JSON_BYTES, TOKENIZER_SETTINGS,
+    CONFIG_FILE, Checkpoint, Container, ModelFiles, LocalSource, Location, MAX_JSON_BYTES, TOKENIZER_SETTINGS,
     TensorEntry, TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
 };
 use crate::checkpoint::torch;
@@ -173,14 +173,14 @@ impl Hub {
     ///
     /// # Errors
     /// As [`resolve`](Hub::resolve); kind `Checkpoint` for a repository without config.json.
-    pub fn describe(&self, id: &str, revision: &str) -> Result<Described> {
+    pub fn describe(&self, id: &str, revision: &str) -> Result<ModelFiles> {
         let listing = self.resolve(id, revision)?;
         self.fetch_description(&listing)?;
         self.described(&listing)
     }
 
-    fn described(&self, listing: &RepoListing) -> Result<Described> {
-        Described::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
+    fn described(&self, listing: &RepoListing) -> Result<ModelFiles> {
+        ModelFiles::read(&self.cache.snapshot(listing), Some(listing.commit.clone()))
     }
 
     /// Fetches everything that a run needs: as [`fetch_metadata`](Hub::fetch_metadata), and the

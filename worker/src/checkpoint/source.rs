@@ -27,7 +27,7 @@ pub use layout::{
 pub use synthetic::SyntheticSource;
 
 use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, shown};
-use crate::checkpoint::stand_in;
+use crate::checkpoint::placeholder;
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::files::{self, open_regular};
 
@@ -73,7 +73,7 @@ pub struct TensorIndex {
 }
 
 /// A tensor in two files.
-struct Twice {
+struct DuplicateTensor {
     name: String,
     /// Both file indices.
     files: [usize; 2],
@@ -92,7 +92,7 @@ impl TensorIndex {
         for (file, tensors) in shards {
             index.add(file, tensors, &mut twice);
         }
-        twice.retain(|Twice { name, .. }| weight_map.is_none_or(|map| map.file_of(name).is_none()));
+        twice.retain(|DuplicateTensor { name, .. }| weight_map.is_none_or(|map| map.file_of(name).is_none()));
         index.refuse_twice(&twice)?;
         if let Some(map) = weight_map {
             index.check_against(map)?;
@@ -107,22 +107,22 @@ impl TensorIndex {
         Ok(index)
     }
 
-    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>, twice: &mut Vec<Twice>) {
+    fn add(&mut self, file: FileBytes, tensors: Vec<HeaderTensor>, twice: &mut Vec<DuplicateTensor>) {
         let number = self.files.len();
         for HeaderTensor { name, dtype, shape, strides, offset, len } in tensors {
             let entry = TensorEntry { name: name.clone(), dtype, shape, strides, file: number, offset, len };
             if let Some(other) = self.entries.insert(name, entry) {
-                twice.push(Twice { name: other.name, files: [other.file, number] });
+                twice.push(DuplicateTensor { name: other.name, files: [other.file, number] });
             }
         }
         self.files.push(file);
     }
 
-    fn refuse_twice(&self, twice: &[Twice]) -> Result<()> {
+    fn refuse_twice(&self, twice: &[DuplicateTensor]) -> Result<()> {
         if twice.is_empty() {
             return Ok(());
         }
-        let named = |Twice { name, files: [a, b] }: &Twice| {
+        let named = |DuplicateTensor { name, files: [a, b] }: &DuplicateTensor| {
             format!("{} ({} and {})", shown(name), self.files[*a].name, self.files[*b].name)
         };
         let message = format!("two files hold tensors of the same name: {}", listed(twice.iter().map(named)));
@@ -158,7 +158,7 @@ impl TensorIndex {
 
 /// Bytes of a file that a pass will read.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Wanted {
+pub struct PlannedRead {
     /// Index into [`WeightSource::files`].
     pub file: usize,
     /// Byte range from the start of the file.
@@ -187,7 +187,7 @@ pub trait WeightSource: Send + Sync {
     /// Announces what will be read, in order, so that a remote source can prefetch it. Other reads
     /// remain possible. Up to `hash_memory` bytes may be held until their file is hashed up to
     /// them.
-    fn announce(&self, _order: &[Wanted], _hash_memory: u64) {}
+    fn announce(&self, _order: &[PlannedRead], _hash_memory: u64) {}
 
     /// Names of the files whose bytes were completely read and match the hub's hash.
     fn verified(&self) -> Vec<String> {
@@ -329,14 +329,14 @@ pub(crate) fn bad_json(file: &str, error: &serde_json::Error) -> WorkerError {
 }
 
 /// The files of a model except its weights.
-pub struct Described {
+pub struct ModelFiles {
     folder: PathBuf,
     revision: Option<String>,
     config: Value,
     config_sha256: String,
 }
 
-impl Described {
+impl ModelFiles {
     /// Reads the configuration in `folder`, which is `revision` of a hub model.
     ///
     /// # Errors
@@ -386,9 +386,9 @@ impl Checkpoint {
     /// Opens a folder with config.json and weights.
     ///
     /// # Errors
-    /// As [`Described::read`] and [`LocalSource::open`].
+    /// As [`ModelFiles::read`] and [`LocalSource::open`].
     pub fn open_folder(folder: &Path) -> Result<Self> {
-        Ok(Described::read(folder, None)?.with(LocalSource::open(folder)?))
+        Ok(ModelFiles::read(folder, None)?.with(LocalSource::open(folder)?))
     }
 
     /// The other files that are used, with their sizes: configuration, tokenizer and index, as far
@@ -467,7 +467,7 @@ pub(crate) fn read_small(path: &Path) -> Result<Option<Vec<u8>>> {
         return Err(WorkerError::checkpoint(message));
     }
     let bytes = files::read_small(path, MAX_JSON_BYTES).at("read", path)?;
-    stand_in::refuse(&bytes).map_err(|error| error.context(path.display()))?;
+    placeholder::refuse(&bytes).map_err(|error| error.context(path.display()))?;
     Ok(Some(bytes))
 }
 

@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
-use crate::checkpoint::stand_in;
+use crate::checkpoint::placeholder;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 use pickle::View;
@@ -119,8 +119,8 @@ fn damaged(message: impl Into<String>) -> WorkerError {
 
 /// The specific error of a file that is not an archive: another kind of file, or the older format.
 fn explained(file_len: u64, read: ReadRange<'_>) -> Option<WorkerError> {
-    let start = read(0..file_len.min(stand_in::ENOUGH as u64)).ok()?;
-    if let Err(error) = stand_in::refuse(&start) {
+    let start = read(0..file_len.min(placeholder::ENOUGH as u64)).ok()?;
+    if let Err(error) = placeholder::refuse(&start) {
         return Some(error);
     }
     let message = "it is in the format of PyTorch before 1.6, which has no directory of its tensors";

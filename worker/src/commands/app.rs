@@ -21,7 +21,7 @@ use crate::files::read_text;
 use crate::kernels::fused;
 use crate::kernels::product::Arithmetic;
 use crate::model::arch;
-use crate::model::decoder::Longest;
+use crate::model::decoder::MaxSequenceLength;
 use crate::pass::ablation::Arms;
 use crate::pass::budget::StreamBudget;
 use crate::run::export;
@@ -30,7 +30,7 @@ use crate::stats::study;
 use crate::{corpus, run};
 
 /// Maximum bytes of a token file.
-const MOST_TOKEN: u64 = 64 << 10;
+const MAX_TOKEN: u64 = 64 << 10;
 
 /// Parses the arguments, runs the command and prints its result.
 ///
@@ -52,7 +52,7 @@ pub fn main_impl() -> ExitCode {
 /// machine see arguments.
 fn token(hub: &HubArgs) -> Option<Token> {
     let named = std::env::var("HF_TOKEN").ok();
-    let file = || read_text(&hub.home()?.join("token"), MOST_TOKEN).ok();
+    let file = || read_text(&hub.home()?.join("token"), MAX_TOKEN).ok();
     Token::new(&named.or_else(file)?)
 }
 
@@ -162,9 +162,9 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         let text = corpus::load(&job.corpus, Some(&checkpoint.folder), vocab, longest, hub)?;
         (text.sequences, text.tokens)
     } else {
-        let most = longest.map_or(usize::MAX, Longest::tokens);
+        let most = longest.map_or(usize::MAX, MaxSequenceLength::tokens);
         let tokens = job.corpus.sequence_length.unwrap_or(corpus::DEFAULT_TOKENS.min(most));
-        if let Some(selected @ Longest::SelectedKeys(_)) = longest {
+        if let Some(selected @ MaxSequenceLength::SelectedKeys(_)) = longest {
             corpus::fits(tokens, selected)?;
         }
         (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)

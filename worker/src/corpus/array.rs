@@ -4,7 +4,7 @@ use serde_json::{Deserializer, Value};
 
 use super::documents::Document;
 use super::file::{MAX_HELD_BYTES, RangedFile, bom, head, line_after, read_whole};
-use super::foreign;
+use super::non_text;
 use super::rows::{Fault, Rows};
 use super::text::decode;
 use crate::error::Result;
@@ -15,7 +15,7 @@ const BEGINNING: u64 = 64 << 10;
 /// Whether a `.json` file is an array. Otherwise it can only be JSON Lines.
 pub(super) fn is_array(file: &dyn RangedFile) -> Result<bool> {
     let bytes = head(file, BEGINNING)?;
-    foreign::refuse(file.name(), &bytes)?;
+    non_text::refuse(file.name(), &bytes)?;
     match bytes[bom(&bytes)..].iter().find(|byte| !byte.is_ascii_whitespace()) {
         Some(b'[') => Ok(true),
         Some(b'{' | b'"') | None => Ok(false),

@@ -7,7 +7,7 @@ use outliers_protocol::{CorpusContent, CorpusFormat, CorpusSpec};
 
 use super::file::{CONVERT, MAX_HELD_BYTES, MAX_TEXT_BYTES, RangedFile};
 use super::lines::Lines;
-use super::packed::Unpacked;
+use super::compressed::Decompressed;
 use super::parquet::TextColumn;
 use super::{array, table, text};
 use crate::error::{Result, WorkerError};
@@ -153,7 +153,7 @@ impl OpenFile {
         let format = CorpusFormat::of(file.name());
         let most = if format.content == CorpusContent::Text { MAX_TEXT_BYTES } else { MAX_HELD_BYTES };
         let file: Box<dyn RangedFile> = match format.compression {
-            Some(compression) => Box::new(Unpacked::of(&*file, compression, most)?),
+            Some(compression) => Box::new(Decompressed::of(&*file, compression, most)?),
             None => file,
         };
         let content = Content::open(&*file, format.content, field)?;

@@ -14,7 +14,7 @@ pub(super) const MAX_TEXT_BYTES: u64 = 256 << 20;
 /// Maximum bytes of a file of documents held in memory, uncompressed.
 pub(super) const MAX_HELD_BYTES: u64 = 1 << 30;
 /// Maximum bytes that are searched to find a line's number.
-const MOST_COUNTED: u64 = 1 << 30;
+const MAX_COUNTED: u64 = 1 << 30;
 /// Bytes searched at a time.
 const COUNTED: u64 = 16 << 20;
 /// Byte order mark of UTF-8.
@@ -92,24 +92,24 @@ fn look_at(path: &Path) -> Result<Metadata> {
     Err(WorkerError::corpus(format!("{} is not a regular file", path.display())).hint("name the text files one by one"))
 }
 
-/// Reads a file of at most `most` bytes.
-pub(super) fn read_whole(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
+/// Reads a file of at most `limit` bytes.
+pub(super) fn read_whole(file: &dyn RangedFile, limit: u64) -> Result<Vec<u8>> {
     let (name, bytes) = (file.name(), file.size());
-    if bytes > most {
-        return Err(too_long(format!("{name} has {bytes} bytes"), most));
+    if bytes > limit {
+        return Err(too_long(format!("{name} has {bytes} bytes"), limit));
     }
     file.read(0..bytes)
 }
 
 /// The error for a file that is too long to hold in memory.
-pub(super) fn too_long(what: String, most: u64) -> WorkerError {
-    let message = format!("{what}, over the limit of {most}");
+pub(super) fn too_long(what: String, limit: u64) -> WorkerError {
+    let message = format!("{what}, over the limit of {limit}");
     WorkerError::corpus(message).hint("cut it into several files; .jsonl and .parquet files may have any length")
 }
 
-/// The first bytes of a file, at most `most`.
-pub(super) fn head(file: &dyn RangedFile, most: u64) -> Result<Vec<u8>> {
-    file.read(0..file.size().min(most))
+/// The first bytes of a file, at most `limit`.
+pub(super) fn head(file: &dyn RangedFile, limit: u64) -> Result<Vec<u8>> {
+    file.read(0..file.size().min(limit))
 }
 
 /// Bytes of a byte order mark before the text.
@@ -125,7 +125,7 @@ pub(super) fn line_after(bytes: &[u8]) -> usize {
 /// Description of the line that begins at a byte, for errors. Only here are the lines before it
 /// counted.
 pub(super) fn line_at(file: &dyn RangedFile, at: u64) -> String {
-    match (at <= MOST_COUNTED).then(|| number_at(file, at)) {
+    match (at <= MAX_COUNTED).then(|| number_at(file, at)) {
         Some(Ok(number)) => format!("line {number} of {}", file.name()),
         _ => format!("the line of {} that begins at byte {at}", file.name()),
     }

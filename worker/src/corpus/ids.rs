@@ -1,7 +1,7 @@
 //! Reads ready token ids: a safetensors file with `input_ids`, or a JSON list of lists.
 
 use super::file::bom;
-use super::foreign;
+use super::non_text;
 use crate::checkpoint::safetensors::{Header, StoredDtype};
 use crate::error::{Result, WorkerError};
 
@@ -24,7 +24,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Rows> {
         return from_safetensors(bytes);
     }
     let bytes = &bytes[bom(bytes)..];
-    if let Some(format) = foreign::of(bytes) {
+    if let Some(format) = non_text::of(bytes) {
         return Err(WorkerError::corpus(format!("it is {}", format.name)).hint(HINT));
     }
     match bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::documents::Document;
 use super::file::{RangedFile, bom, line_at};
-use super::foreign;
+use super::non_text;
 use super::rows::{Fault, Rows};
 use crate::error::{Result, WorkerError};
 
@@ -18,7 +18,7 @@ const MORE: u64 = 1 << 20;
 /// Maximum bytes of a line.
 const LONGEST: u64 = 256 << 20;
 /// Maximum blocks read without a row that has the field, before the file is refused.
-const MOST_WITHOUT: usize = 16;
+const MAX_BLOCKS_WITHOUT: usize = 16;
 
 /// The lines of a file.
 pub(super) struct Lines {
@@ -52,7 +52,7 @@ impl Lines {
             at += line.len() as u64;
         }
         self.read += 1;
-        if self.read >= self.blocks.min(MOST_WITHOUT) {
+        if self.read >= self.blocks.min(MAX_BLOCKS_WITHOUT) {
             self.rows.check(file.name())?;
         }
         Ok(documents)
@@ -66,7 +66,7 @@ impl Lines {
 
 /// The error for the line that begins at a byte, or for the file.
 fn wrong(file: &dyn RangedFile, at: u64, fault: Fault) -> WorkerError {
-    foreign::explain(file, None, fault.at(line_at(file, at)))
+    non_text::explain(file, None, fault.at(line_at(file, at)))
 }
 
 /// Offset of the first line that begins in a range, and the bytes of all lines that do.

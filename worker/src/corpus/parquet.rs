@@ -15,8 +15,8 @@ use parquet::file::reader::{ChunkReader, Length, SerializedPageReader};
 
 use super::documents::Document;
 use super::file::RangedFile;
-use super::foreign;
-use crate::caught::caught;
+use super::non_text;
+use crate::catch_panic::catch_panic;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
@@ -26,8 +26,8 @@ const LIKELY_FOOTER: u64 = 64 << 10;
 const TAIL: usize = 8;
 const MAGIC: &[u8] = b"PAR1";
 /// Maximum bytes of a footer or chunk. Limits what a damaged or malicious file can allocate.
-const MOST_FOOTER: u64 = 256 << 20;
-const MOST_CHUNK: i64 = 1 << 30;
+const MAX_FOOTER: u64 = 256 << 20;
+const MAX_CHUNK: i64 = 1 << 30;
 /// Rows decoded at a time.
 const BATCH: usize = 1024;
 
@@ -83,7 +83,7 @@ impl TextColumn {
             );
         }
         let (bytes, unpacked) = (chunk.compressed_size(), chunk.uncompressed_size());
-        let possible = (0..=MOST_CHUNK).contains(&bytes) && (0..=MOST_CHUNK).contains(&unpacked);
+        let possible = (0..=MAX_CHUNK).contains(&bytes) && (0..=MAX_CHUNK).contains(&unpacked);
         let range = (first as u64)..(first.saturating_add(bytes) as u64);
         if first < 0 || !possible || range.end > file.size() {
             let message = format!("{}: a block of {bytes} bytes at {first}, {unpacked} unpacked", file.name());
@@ -121,7 +121,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
     let damaged = |what: &str| {
         let message = format!("{} is no Parquet file: {what}", file.name());
         let error = WorkerError::corpus(message).hint("the file is damaged, or has the wrong name");
-        foreign::explain(file, Some(&foreign::PARQUET), error)
+        non_text::explain(file, Some(&non_text::PARQUET), error)
     };
     let mut end = file.read(size.saturating_sub(LIKELY_FOOTER)..size)?;
     let body = end.len().checked_sub(TAIL).ok_or_else(|| damaged("it is too short"))?;
@@ -130,7 +130,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
         return Err(damaged("it does not end with PAR1"));
     }
     let length = u64::from(u32::from_le_bytes(length.try_into().expect("half of the tail")));
-    if length > MOST_FOOTER || length + TAIL as u64 > size {
+    if length > MAX_FOOTER || length + TAIL as u64 > size {
         return Err(damaged("its footer has an impossible length"));
     }
     end.truncate(body);
@@ -142,7 +142,7 @@ fn footer(file: &dyn RangedFile) -> Result<Vec<u8>> {
 
 /// Runs the library, which fails and sometimes panics on damaged files.
 fn guarded<T>(file: &dyn RangedFile, read: impl FnOnce() -> ParquetResult<T>) -> Result<T> {
-    let why = match caught(read) {
+    let why = match catch_panic(read) {
         Ok(Ok(value)) => return Ok(value),
         Ok(Err(error)) => shown(&error.to_string()),
         Err(_) => "what it holds makes no sense".to_owned(),

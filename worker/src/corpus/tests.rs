@@ -76,7 +76,7 @@ impl Model {
     }
 
     fn load(&self, spec: &CorpusSpec) -> Result<Tokens> {
-        load(spec, Some(self.0.path()), 103, Some(Longest::Positions(64)), &nowhere())
+        load(spec, Some(self.0.path()), 103, Some(MaxSequenceLength::Positions(64)), &nowhere())
     }
 
     fn refused(&self, spec: &CorpusSpec) -> (FailureKind, String) {
@@ -430,7 +430,7 @@ fn only_the_needed_text_is_read() {
     let counting = Box::new(Counting(LocalFile::open(&file).unwrap(), Arc::clone(&read)));
     let spec = files(&[&file], Some(5), Some(50));
     let text = Text { source: "a".into(), documents: Documents::new(vec![counting], &spec), lasts: true };
-    from_text(&spec, text, Some(model.0.path()), Limits { vocab: 103, longest: None }).unwrap();
+    from_text(&spec, text, Some(model.0.path()), TokenLimits { vocab: 103, longest: None }).unwrap();
     let (read, size) = (read.load(Ordering::Relaxed), fs::metadata(&file).unwrap().len());
     assert!(read * 10 < size, "{read} of {size} bytes");
 }

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::documents::Document;
 use super::file::{CONVERT, MAX_TEXT_BYTES, RangedFile, bom, line_after, read_whole};
-use super::foreign;
+use super::non_text;
 use crate::error::{Result, WorkerError};
 
 /// Reads a text file.
@@ -22,7 +22,7 @@ pub(super) fn read(file: &dyn RangedFile) -> Result<Document> {
 
 /// Decodes a file's bytes as text, without a byte order mark.
 pub(super) fn decode(name: &str, mut bytes: Vec<u8>) -> Result<String> {
-    foreign::refuse(name, &bytes)?;
+    non_text::refuse(name, &bytes)?;
     if let Some(at) = bytes.iter().position(|byte| *byte == 0) {
         let line = line_after(&bytes[..at]);
         let message = format!("{name} is no text: byte {at} (line {line}) is zero");

@@ -23,10 +23,10 @@ mod host_to_device;
 #[path = "gpu/no_host_to_device.rs"]
 mod host_to_device;
 #[cfg(feature = "cuda")]
-mod passing;
+mod peer_copy;
 #[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_passing.rs"]
-mod passing;
+#[path = "gpu/no_peer_copy.rs"]
+mod peer_copy;
 #[cfg(feature = "cuda")]
 mod routing;
 #[cfg(not(feature = "cuda"))]
@@ -37,11 +37,11 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::DeviceInfo;
 use rayon::prelude::*;
 
-pub use activation::{Look, Seen};
+pub use activation::{PendingScan, ScanSummary};
 pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
-pub use passing::Passing;
+pub use peer_copy::PeerCopy;
 pub use routing::{SortedPairs, choose_experts, sort_pairs};
 
 use crate::error::{Result, WorkerError};
@@ -49,7 +49,7 @@ use crate::model::decoder::Window;
 
 /// Values of a tensor on a GPU at most: kernels count values, and our own rows and columns, in 32
 /// bits.
-pub const MOST_VALUES: usize = i32::MAX as usize;
+pub const MAX_VALUES: usize = i32::MAX as usize;
 /// Bytes of the host's memory through which weights go to one GPU.
 pub const PINNED: u64 = 64 << 20;
 
@@ -78,9 +78,9 @@ pub struct Gpus {
 /// Detects the GPUs.
 #[cfg(feature = "cuda")]
 pub fn find() -> Gpus {
-    use outliers_cuda::{DriverInfo, Gpu as Seen, OLDEST_COMPUTE};
+    use outliers_cuda::{DriverInfo, Gpu as CudaGpu, OLDEST_COMPUTE};
 
-    let one = |Seen { name, memory_bytes, compute }: &Seen| {
+    let one = |CudaGpu { name, memory_bytes, compute }: &CudaGpu| {
         let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
         let old = *compute < OLDEST_COMPUTE;
         let unfit = old.then(|| format!("its compute capability is {major}.{minor}, {least}.{dot} is needed"));
@@ -182,7 +182,7 @@ pub struct FusedAttention<'a> {
     /// `[heads]` in f32: logits that take part unscaled and have no value.
     pub sinks: Option<&'a Tensor>,
     /// Whether shares are wanted.
-    pub watched: bool,
+    pub recorded: bool,
 }
 
 /// Which rows are at position 0: rows of sequences of `tokens` each, from `first_token` on.

@@ -487,7 +487,7 @@ impl ScoreBlock {
 
 /// One logit per head that enters the maximum and the denominator unscaled and has no value.
 #[derive(Clone, Copy, Debug)]
-pub struct Sinks<'a> {
+pub struct SinkLogits<'a> {
     /// `[heads]` in f32, on the device of the scores.
     pub logits: &'a Tensor,
     /// Head of the first row. The last head is followed by the first head of the next sequence.
@@ -498,7 +498,7 @@ struct CausalSoftmax<'a> {
     block: ScoreBlock,
     keys: usize,
     scale: f32,
-    sinks: Option<Sinks<'a>>,
+    sinks: Option<SinkLogits<'a>>,
 }
 
 impl CausalSoftmax<'_> {
@@ -582,7 +582,7 @@ impl InplaceOp1 for CausalSoftmax<'_> {
 
 /// Softmax of `scores * scale` over the keys that a query sees. `scores` `[.., keys]` is freshly
 /// computed (its storage is overwritten): rows of the block's queries, head by head.
-pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Option<Sinks<'_>>) -> Result<Tensor> {
+pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Option<SinkLogits<'_>>) -> Result<Tensor> {
     let keys = scores.dim(D::Minus1)?;
     scores.inplace_op1(&CausalSoftmax { block, keys, scale: scale as f32, sinks })?;
     Ok(scores)
@@ -1262,7 +1262,7 @@ mod tests {
                     let all: f64 = (0..of_scores[r].len()).map(|c| weight(r, c)).sum();
                     weight(r, c) / (all + sink(r))
                 };
-                let sinks = first_head.map(|first_head| Sinks { logits: &logits, first_head });
+                let sinks = first_head.map(|first_head| SinkLogits { logits: &logits, first_head });
                 assert_each(&causal_softmax(scores.copy().unwrap(), block, 0.3, sinks).unwrap(), 1e-6, want);
             }
         }
@@ -1310,7 +1310,7 @@ mod tests {
         let block = ScoreBlock { first_query: 1, queries: 1, first_key: 0, window: Window::Full };
         let scores = Tensor::zeros((1, 2, 2), DType::F32, &Device::Cpu).unwrap();
         let logits = Tensor::new(&[2f32.ln(), 200.0], &Device::Cpu).unwrap();
-        let sinks = Sinks { logits: &logits, first_head: 0 };
+        let sinks = SinkLogits { logits: &logits, first_head: 0 };
         let shares = causal_softmax(scores, block, 100.0, Some(sinks)).unwrap();
         let shares = shares.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
         assert!(shares[0].iter().all(|share| (share - 0.25).abs() < 1e-6));

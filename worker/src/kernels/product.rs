@@ -6,7 +6,7 @@ use outliers_matmul::{Order, Real, Unit};
 
 use crate::device::{Placement, gpu};
 use crate::kernels::fused;
-use crate::kernels::tap::Tap;
+use crate::kernels::input_collector::InputCollector;
 
 /// Whether products on this device take bf16 weights for any dtype of the pass: the product is
 /// exact and the fastest.
@@ -45,26 +45,26 @@ pub struct Linear {
     /// Shape `[out]`.
     pub bias: Option<Tensor>,
     /// Observer of the input, if there is one.
-    pub tap: Option<Tap>,
+    pub collector: Option<InputCollector>,
 }
 
 impl Linear {
     /// A layer without an observer.
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias, tap: None }
+        Self { weight, bias, collector: None }
     }
 
     /// Passes an input `[rows, in]` to the observer where the product is computed elsewhere.
     ///
     /// # Errors
     /// Errors of the device.
-    pub fn see(&self, x: &Tensor) -> Result<()> {
-        self.tap.as_ref().map_or(Ok(()), |tap| tap.see(x))
+    pub fn observe_input(&self, x: &Tensor) -> Result<()> {
+        self.collector.as_ref().map_or(Ok(()), |collector| collector.add(x))
     }
 
     /// Computes `x W^T + b` for `x` `[rows, in]`.
     pub fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        self.see(x)?;
+        self.observe_input(x)?;
         let product = product(x, &self.weight)?;
         match &self.bias {
             Some(bias) => fused::sum(product, bias),
@@ -102,8 +102,8 @@ pub fn each(matrices: &[&Linear], x: &Tensor, rows: &[usize]) -> Result<Tensor> 
     let product = gpu::grouped_product(x, &weights, rows)?;
     let mut first = 0;
     for (linear, rows) in matrices.iter().zip(rows).filter(|(_, rows)| **rows > 0) {
-        if linear.tap.is_some() {
-            linear.see(&x.narrow(0, first, *rows)?)?;
+        if linear.collector.is_some() {
+            linear.observe_input(&x.narrow(0, first, *rows)?)?;
         }
         if let Some(bias) = &linear.bias {
             // In its place.

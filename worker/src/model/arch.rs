@@ -539,7 +539,7 @@ fn family(values: &Map<String, Value>) -> Result<&'static Family> {
 }
 
 /// Maximum number of experts in all layers. Kimi-K2 has 23 thousand.
-const MOST_EXPERTS: usize = 1 << 20;
+const MAX_EXPERTS: usize = 1 << 20;
 
 /// Refuses numbers that would later divide by zero or index out of range.
 fn check(spec: &DecoderSpec) -> Result<()> {
@@ -552,8 +552,8 @@ fn check(spec: &DecoderSpec) -> Result<()> {
     }
     let experts = |layer: &LayerSpec| if let FfnSpec::Moe(moe) = &layer.ffn { moe.experts } else { 0 };
     let experts: usize = spec.layers.iter().map(experts).sum();
-    if experts > MOST_EXPERTS {
-        return bad(format!("{experts} experts in {} layers, more than {MOST_EXPERTS}", spec.layers.len()));
+    if experts > MAX_EXPERTS {
+        return bad(format!("{experts} experts in {} layers, more than {MAX_EXPERTS}", spec.layers.len()));
     }
     let problem = |layer: &LayerSpec| unsound_mixer(&layer.mixer).or_else(|| unsound_ffn(&layer.ffn));
     match spec.layers.iter().enumerate().find_map(|(i, layer)| Some((i, problem(layer)?))) {

@@ -41,14 +41,14 @@ pub struct DecoderSpec {
 
 /// The maximum supported sequence length, in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Longest {
+pub enum MaxSequenceLength {
     /// Limited by the model's positions.
     Positions(usize),
     /// Limited by the selection of keys, which is not computed.
     SelectedKeys(usize),
 }
 
-impl Longest {
+impl MaxSequenceLength {
     /// The limit in tokens.
     pub fn tokens(self) -> usize {
         match self {
@@ -558,7 +558,7 @@ impl RouterSpec {
 
 /// A streaming unit: tensors that are loaded, used by all tokens, and dropped together.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Unit {
+pub struct StreamingUnit {
     /// Layer, from 0.
     pub layer: usize,
     /// Part of the layer.
@@ -580,7 +580,7 @@ pub enum Part {
     Experts(Range<usize>),
 }
 
-impl fmt::Display for Unit {
+impl fmt::Display for StreamingUnit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.part {
             Part::Mixer => write!(f, "layer {} mixer", self.layer),
@@ -628,9 +628,9 @@ impl DecoderSpec {
     }
 
     /// The maximum supported sequence length; `None`: unlimited.
-    pub fn longest(&self) -> Option<Longest> {
-        let (positions, keys) = (self.max_positions.map(Longest::Positions), self.selected_keys);
-        positions.into_iter().chain(keys.map(Longest::SelectedKeys)).min_by_key(|longest| longest.tokens())
+    pub fn longest(&self) -> Option<MaxSequenceLength> {
+        let (positions, keys) = (self.max_positions.map(MaxSequenceLength::Positions), self.selected_keys);
+        positions.into_iter().chain(keys.map(MaxSequenceLength::SelectedKeys)).min_by_key(|longest| longest.tokens())
     }
 
     /// The studied norm outputs in order of computation.
@@ -823,7 +823,7 @@ impl FfnSpec {
 mod tests {
     use serde_json::json;
 
-    use super::Longest;
+    use super::MaxSequenceLength;
 
     #[test]
     fn longest_sequence_is_the_minimum_of_positions_and_index_topk() {
@@ -833,6 +833,6 @@ mod tests {
             });
             crate::model::arch::read(&config).unwrap().spec.longest()
         };
-        assert_eq!((longest(99), longest(101)), (Some(Longest::Positions(99)), Some(Longest::SelectedKeys(100))));
+        assert_eq!((longest(99), longest(101)), (Some(MaxSequenceLength::Positions(99)), Some(MaxSequenceLength::SelectedKeys(100))));
     }
 }

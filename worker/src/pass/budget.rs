@@ -6,8 +6,8 @@ use sysinfo::System;
 /// Default number of values decoded per group of experts: 256 MiB in f32.
 pub const GROUP_ELEMENTS: u64 = 64 << 20;
 /// Limits of a budget derived from free memory.
-const LEAST: u64 = 256 << 20;
-const MOST: u64 = 4 << 30;
+const MIN_BYTES: u64 = 256 << 20;
+const MAX_BYTES: u64 = 4 << 30;
 /// Budget where the system does not report free memory.
 const USUAL: u64 = 1 << 30;
 
@@ -24,20 +24,20 @@ pub struct StreamBudget {
 impl StreamBudget {
     /// The requested budget, or a quarter of the memory that is free now.
     pub fn new(asked: Option<u64>) -> Self {
-        let free = || free_memory().map_or(USUAL, |free| (free / 4).clamp(LEAST, MOST));
+        let free = || free_memory().map_or(USUAL, |free| (free / 4).clamp(MIN_BYTES, MAX_BYTES));
         Self { bytes: asked.unwrap_or_else(free), asked: asked.is_some() }
     }
 
     /// The requested budget, or the default on a machine with enough memory. For plans, which are
     /// for another machine.
     pub fn planned(asked: Option<u64>) -> Self {
-        Self { bytes: asked.unwrap_or(MOST), asked: asked.is_some() }
+        Self { bytes: asked.unwrap_or(MAX_BYTES), asked: asked.is_some() }
     }
 
     /// As asked for; else what a machine with little memory takes. For the memory that a run needs
     /// at least.
     pub fn least(asked: Option<u64>) -> Self {
-        Self { bytes: asked.unwrap_or(LEAST), asked: asked.is_some() }
+        Self { bytes: asked.unwrap_or(MIN_BYTES), asked: asked.is_some() }
     }
 
     /// Values of a group of experts in a pass of this dtype, on each of `devices` that share the
@@ -88,7 +88,7 @@ mod tests {
     #[test]
     fn automatic_budget_is_bounded() {
         let found = StreamBudget::new(None);
-        assert!((LEAST..=MOST).contains(&found.bytes), "{found:?}");
+        assert!((MIN_BYTES..=MAX_BYTES).contains(&found.bytes), "{found:?}");
         assert!(found.group_elements(DType::F32, 1) <= GROUP_ELEMENTS);
         assert_eq!(StreamBudget::planned(None).group_elements(DType::BF16, 1), GROUP_ELEMENTS);
         assert_eq!(StreamBudget::least(None).read_ahead(), 128 << 20);

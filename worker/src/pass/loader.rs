@@ -43,19 +43,19 @@ pub struct LoadedUnit {
 
 /// A value whose tensors may still be being uploaded to a GPU.
 #[must_use]
-pub struct OnItsWay<T> {
+pub struct PendingUpload<T> {
     // Dropped first: memory must not be released before the upload into it is complete.
     upload_fence: Option<UploadFence>,
     value: T,
 }
 
-impl<T> OnItsWay<T> {
+impl<T> PendingUpload<T> {
     /// Waits for the upload. GPU work submitted afterwards sees the values.
     ///
     /// # Errors
     /// Checkpoint: a value decoded on a GPU does not fit its dtype; the message names the tensor.
     /// Errors of the driver.
-    pub fn arrived(self) -> Result<T> {
+    pub fn wait(self) -> Result<T> {
         let Self { upload_fence, value } = self;
         upload_fence.map(UploadFence::wait).transpose()?;
         Ok(value)
@@ -89,7 +89,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn unit(&mut self, layer: usize, needs: &[Need]) -> Result<OnItsWay<LoadedUnit>> {
+    pub fn unit(&mut self, layer: usize, needs: &[Need]) -> Result<PendingUpload<LoadedUnit>> {
         let mut tensors = HashMap::with_capacity(needs.len());
         let mut memory = Vec::new();
         let loaded = needs.iter().try_for_each(|need| {
@@ -108,14 +108,14 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// Errors of the source; a value is not finite; the message names the tensor.
-    pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<OnItsWay<Tensor>> {
+    pub fn tensor(&mut self, layer: usize, need: &Need) -> Result<PendingUpload<Tensor>> {
         let tensor = self.decoded(layer, need)?.out_by_in()?;
         self.on_its_way(tensor)
     }
 
-    fn on_its_way<T>(&mut self, value: T) -> Result<OnItsWay<T>> {
+    fn on_its_way<T>(&mut self, value: T) -> Result<PendingUpload<T>> {
         let upload_fence = self.host_to_device.as_mut().map(HostToDevice::upload_fence).transpose()?;
-        Ok(OnItsWay { upload_fence, value })
+        Ok(PendingUpload { upload_fence, value })
     }
 
     fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
@@ -136,8 +136,8 @@ impl<'a> Loader<'a> {
         let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
         let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
-        let way = Way { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
-        let decode = || way.decode(&encoded, &shape, dtype, name);
+        let target = DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let decode = || target.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
     }
@@ -146,7 +146,7 @@ impl<'a> Loader<'a> {
     ///
     /// # Errors
     /// As [`tensor`](Self::tensor).
-    pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<OnItsWay<Tensor>> {
+    pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<PendingUpload<Tensor>> {
         let mut bytes = std::mem::take(&mut self.values);
         self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
         let decoded = self.decode_rows(stored, rows, &bytes);
@@ -163,25 +163,25 @@ impl<'a> Loader<'a> {
         stored: &StoredTensor<'_>,
         rows: &Range<usize>,
         bytes: &[u8],
-    ) -> Result<OnItsWay<Tensor>> {
+    ) -> Result<PendingUpload<Tensor>> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
         let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
-        let way = Way { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
-        let tensor = self.clock.time(Work::Decoding, || way.decode(&encoded, &shape, dtype, &entry.name))?;
+        let target = DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let tensor = self.clock.time(Work::Decoding, || target.decode(&encoded, &shape, dtype, &entry.name))?;
         self.on_its_way(tensor)
     }
 }
 
 /// The path of decoded values to their device.
-struct Way<'a> {
+struct DecodeTarget<'a> {
     host_to_device: Option<&'a mut HostToDevice>,
     pool: &'a TensorPool,
     device: &'a Device,
 }
 
-impl Way<'_> {
+impl DecodeTarget<'_> {
     fn decode(self, encoded: &Encoded<'_>, shape: &[usize], dtype: DType, name: &str) -> Result<Tensor> {
         match self.host_to_device {
             Some(host_to_device) => host_to_device.decode(encoded, shape, dtype, name),

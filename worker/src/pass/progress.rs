@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use outliers_protocol::{Phase, Progress, SCHEMA};
 
 use crate::error::{Result, WorkerError};
-use crate::model::decoder::Unit;
+use crate::model::decoder::StreamingUnit;
 
 /// Maximum pause between lines of `progress.jsonl`: a follower takes a longer one for a hang.
 const HEARTBEAT: Duration = Duration::from_secs(5);
@@ -149,7 +149,7 @@ impl ProgressSink {
     }
 
     /// Reports that all tokens have passed a streaming unit.
-    pub fn unit_done(&self, unit: &Unit, ends_layer: bool, bytes_read: u64) {
+    pub fn unit_done(&self, unit: &StreamingUnit, ends_layer: bool, bytes_read: u64) {
         let mut state = self.shared.lock();
         state.last.bytes_read = bytes_read;
         if !ends_layer {

@@ -46,7 +46,7 @@ pub struct SavePoint {
 
 /// Serialises a part of the state. Called twice, for the hash and for the bytes, so that one part
 /// at a time is in memory.
-pub type Give<'a> = Box<dyn Fn() -> Result<Vec<u8>> + 'a>;
+pub type SerializePart<'a> = Box<dyn Fn() -> Result<Vec<u8>> + 'a>;
 
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -81,12 +81,12 @@ impl SavePoints {
     pub fn save(
         &mut self,
         next_layer: usize,
-        hidden: Vec<Give<'_>>,
-        observed: Give<'_>,
+        hidden: Vec<SerializePart<'_>>,
+        observed: SerializePart<'_>,
         verified: Vec<String>,
     ) -> Result<()> {
         let mut hash = Hash::new(next_layer, &verified);
-        let mut length = |give: &Give<'_>| -> Result<u64> { Ok(hash.add(&give()?)) };
+        let mut length = |give: &SerializePart<'_>| -> Result<u64> { Ok(hash.add(&give()?)) };
         let header = Header {
             schema: SCHEMA,
             run: self.run.clone(),
@@ -221,7 +221,7 @@ mod tests {
     }
 
     fn save(points: &mut SavePoints, point: &SavePoint) {
-        let give = |part: &Vec<u8>| -> Give<'static> {
+        let give = |part: &Vec<u8>| -> SerializePart<'static> {
             let part = part.clone();
             Box::new(move || Ok(part.clone()))
         };
@@ -247,7 +247,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut points = points(folder.path(), "a");
         save(&mut points, &point(7));
-        let refuse: Give<'_> = Box::new(|| Err(WorkerError::internal("no")));
+        let refuse: SerializePart<'_> = Box::new(|| Err(WorkerError::internal("no")));
         assert!(points.save(9, Vec::new(), refuse, Vec::new()).is_err());
         assert_eq!(points.load(), Ok(Some(point(7))));
     }

@@ -19,18 +19,18 @@ mod wavefront;
 
 use crate::blocks::ffn::Routed;
 use crate::blocks::weights::{leave, on};
-use crate::checkpoint::source::Wanted;
+use crate::checkpoint::source::PlannedRead;
 use crate::checkpoint::{Model, TensorRange};
 use crate::corpus::Tokens;
 use crate::device::Placement;
-use crate::device::gpu::Passing;
+use crate::device::gpu::PeerCopy;
 use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, Need, Unit};
+use crate::model::decoder::{DecoderSpec, Need, StreamingUnit};
 use crate::pass::ablation::Arms;
 use crate::pass::loader::{Loader, TensorPool, rows_of};
 use crate::pass::meter::{Clock, Meter, Thread, Work};
 use crate::pass::progress::ProgressSink;
-use crate::pass::savepoint::{self, Give, SavePoint, SavePoints};
+use crate::pass::savepoint::{self, SerializePart, SavePoint, SavePoints};
 use crate::stats::Observer;
 
 /// Rows of the vocabulary per block of embedding and head.
@@ -66,7 +66,7 @@ pub struct Pass<'a> {
 }
 
 /// Results of a pass besides the observations.
-pub struct Passed {
+pub struct PassResult {
     /// Predictions of each arm, the whole model first, if `with_head`.
     pub predicted: Option<Vec<Predicted>>,
     /// The layer at which an earlier pass was resumed.
@@ -75,7 +75,7 @@ pub struct Passed {
     pub unverified_before: Vec<String>,
 }
 
-impl Passed {
+impl PassResult {
     /// Predictions of the whole model.
     pub fn whole(&self) -> Option<&Predicted> {
         self.predicted.as_ref()?.first()
@@ -115,7 +115,7 @@ struct MicroBatch {
     arm: usize,
     first_token: usize,
     /// The residual stream being copied to another GPU. Dropped before its source.
-    passing: Option<Passing>,
+    peer_copy: Option<PeerCopy>,
     /// Residual stream `[rows, hidden]`.
     hidden: Tensor,
     /// The norm output that the feed-forward shares with the mixer, between the two.
@@ -126,14 +126,14 @@ struct MicroBatch {
 
 impl MicroBatch {
     fn new(arm: usize, first_token: usize, hidden: Tensor) -> Self {
-        Self { arm, first_token, passing: None, hidden, shared_norm: None, mixture: None }
+        Self { arm, first_token, peer_copy: None, hidden, shared_norm: None, mixture: None }
     }
 
     /// Called on the thread of the current device. Between GPUs it only starts the copy.
     fn leave_for(&mut self, device: &Device) -> Result<()> {
         self.hidden = self.hidden.contiguous()?;
-        self.passing = Passing::start(&self.hidden, device)?;
-        if self.passing.is_none() {
+        self.peer_copy = PeerCopy::start(&self.hidden, device)?;
+        if self.peer_copy.is_none() {
             self.hidden = leave(&self.hidden, device)?;
         }
         Ok(())
@@ -141,8 +141,8 @@ impl MicroBatch {
 
     /// Called on the thread of the new device.
     fn arrive_on(&mut self, device: &Device) -> Result<()> {
-        self.hidden = match self.passing.take() {
-            Some(passing) => passing.arrive(device)?,
+        self.hidden = match self.peer_copy.take() {
+            Some(peer_copy) => peer_copy.wait(device)?,
             None => on(&self.hidden, device)?,
         };
         Ok(())
@@ -211,7 +211,7 @@ impl Pass<'_> {
     ///
     /// # Errors
     /// Errors from reading or decoding weights, the device, or the observer.
-    pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<Passed> {
+    pub fn run<O: Observer>(&self, observer: &mut O, mut save: Option<&mut SavePoints>) -> Result<PassResult> {
         let found = save.as_ref().and_then(|points| {
             points.load().unwrap_or_else(|why| {
                 self.progress.say(format!("a save point is not used, since {why}"));
@@ -237,7 +237,7 @@ impl Pass<'_> {
         let first = resumed_at_layer.unwrap_or(0);
         let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
         if !self.with_head {
-            return Ok(Passed { predicted: None, resumed_at_layer, unverified_before });
+            return Ok(PassResult { predicted: None, resumed_at_layer, unverified_before });
         }
         let layers = self.spec().layers.len();
         if let Some(points) = save.filter(|points| first < layers && points.is_due()) {
@@ -246,12 +246,12 @@ impl Pass<'_> {
         self.progress.phase(Phase::Head);
         let batches = waves.into_iter().flat_map(|wave| wave.batches).collect();
         let predicted = self.head(batches, kept, observer)?;
-        Ok(Passed { predicted: Some(predicted), resumed_at_layer, unverified_before })
+        Ok(PassResult { predicted: Some(predicted), resumed_at_layer, unverified_before })
     }
 
     /// Files that were read only before the save point, unless they were verified then.
-    fn unverified_before(&self, point: &SavePoint, after: &[Wanted]) -> Vec<String> {
-        let files = |order: &[Wanted]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
+    fn unverified_before(&self, point: &SavePoint, after: &[PlannedRead]) -> Vec<String> {
+        let files = |order: &[PlannedRead]| order.iter().map(|wanted| wanted.file).collect::<BTreeSet<_>>();
         let (before, after) = (files(&self.reading_order(None)), files(after));
         let names = before.difference(&after).map(|file| self.model.source.files()[*file].name.clone());
         names.filter(|name| !point.verified.contains(name)).collect()
@@ -294,7 +294,7 @@ impl Pass<'_> {
     /// Saves the state before a layer. A failed write is reported and does not end the run.
     fn save(&self, points: &mut SavePoints, next_layer: usize, waves: &[Wave], observer: &impl Observer) {
         let batches = waves.iter().flat_map(|wave| &wave.batches);
-        let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as Give<'_>).collect();
+        let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as SerializePart<'_>).collect();
         let verified = self.model.source.verified();
         if let Err(error) = points.save(next_layer, hidden, Box::new(|| observer.state()), verified) {
             self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));
@@ -310,7 +310,7 @@ impl Pass<'_> {
         (self.micro_batch_tokens / self.tokens.tokens).max(1) * self.tokens.tokens
     }
 
-    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<Wanted> {
+    fn reading_order(&self, resumed_at_layer: Option<usize>) -> Vec<PlannedRead> {
         reading_order(self.model, self.group_elements, self.with_head, resumed_at_layer)
     }
 
@@ -321,7 +321,7 @@ impl Pass<'_> {
     }
 
     /// Units of the layers from `first` on.
-    fn units(&self, first: usize) -> Vec<Unit> {
+    fn units(&self, first: usize) -> Vec<StreamingUnit> {
         units(self.spec(), self.group_elements, first)
     }
 
@@ -332,7 +332,7 @@ impl Pass<'_> {
     }
 }
 
-fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<Unit> {
+fn units(spec: &DecoderSpec, group_elements: u64, first: usize) -> Vec<StreamingUnit> {
     spec.units(group_elements).into_iter().filter(|unit| unit.layer >= first).collect()
 }
 
@@ -342,7 +342,7 @@ pub(crate) fn reading_order(
     group_elements: u64,
     with_head: bool,
     resumed_at_layer: Option<usize>,
-) -> Vec<Wanted> {
+) -> Vec<PlannedRead> {
     let spec = &model.spec;
     let mut order = ReadingOrder::new(model);
     if resumed_at_layer.is_none() {
@@ -366,7 +366,7 @@ pub(crate) fn reading_order(
 /// The reading order of a pass, under construction.
 struct ReadingOrder<'a> {
     model: &'a Model<'a>,
-    wanted: Vec<Wanted>,
+    wanted: Vec<PlannedRead>,
     units: usize,
 }
 
@@ -396,7 +396,7 @@ impl<'a> ReadingOrder<'a> {
     fn piece(&mut self, piece: &TensorRange<'_>, layer: usize) {
         let TensorRange { entry, range } = piece;
         let bytes = entry.offset + range.start..entry.offset + range.end;
-        self.wanted.push(Wanted { file: entry.file, bytes, layer, unit: self.units });
+        self.wanted.push(PlannedRead { file: entry.file, bytes, layer, unit: self.units });
     }
 }
 

@@ -1,8 +1,8 @@
 //! Files for other programs: llama.cpp's importance matrix (`imatrix`), activation scales
 //! (`act_scales`) and the saliency of experts (`reap`).
 //!
-//! [`Exports`] sums over the inputs of every matrix of the layers, which [`Taps`] observe.
-//! Matrices outside the layers (embedding, head) are not included.
+//! [`Exports`] sums over the inputs of every matrix of the layers, which [`InputCollectors`]
+//! observe. Matrices outside the layers (embedding, head) are not included.
 
 mod act_scales;
 mod gguf;
@@ -20,14 +20,14 @@ use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::checkpoint::Model;
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError, listed};
-use crate::kernels::tap::{InputSums, row_norms};
-use crate::kernels::taps::{Input, Place, Taps};
+use crate::kernels::input_collector::{InputSums, row_norms};
+use crate::kernels::input_collectors::{Input, InputKey, InputCollectors};
 use crate::model::decoder::{DecoderSpec, Need, Role};
 use crate::stats::Study;
 
 /// Sums over an input of matrices; empty where no export needs them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Seen {
+struct InputStatistics {
     rows: u64,
     /// Sum of x^2 per column.
     squares: Vec<f32>,
@@ -37,7 +37,7 @@ struct Seen {
     largest: Vec<f32>,
 }
 
-impl Seen {
+impl InputStatistics {
     fn of(sums: InputSums, asked: &BTreeSet<Export>) -> Self {
         let (summed, scaled) = (asked.contains(&Export::Imatrix), asked.contains(&Export::ActScales));
         let narrow = |sums: Vec<f64>| sums.into_iter().filter(|_| summed).map(|sum| sum as f32).collect();
@@ -69,7 +69,7 @@ struct Saliency {
 /// Sums of one layer.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Layer {
-    inputs: BTreeMap<Place, Seen>,
+    inputs: BTreeMap<InputKey, InputStatistics>,
     /// Saliency by expert index.
     experts: BTreeMap<usize, Saliency>,
 }
@@ -81,7 +81,7 @@ pub struct Exports {
     layers: BTreeMap<usize, Layer>,
     /// Index of the layer that is being observed.
     layer: usize,
-    taps: Taps,
+    collectors: InputCollectors,
     /// Gate weights multiply the experts' inputs.
     scales_input: bool,
 }
@@ -99,8 +99,8 @@ impl Exports {
     }
 
     /// Observers of the inputs of the layer's matrices.
-    pub fn taps(&self) -> Option<Taps> {
-        self.asked.iter().any(|export| *export != Export::Reap).then(|| self.taps.clone())
+    pub fn collectors(&self) -> Option<InputCollectors> {
+        self.asked.iter().any(|export| *export != Export::Reap).then(|| self.collectors.clone())
     }
 
     /// Records a mixture's choices, before its experts' outputs.
@@ -131,7 +131,7 @@ impl Exports {
 
     /// Adds the sums of a layer that all tokens have passed.
     pub fn join(&mut self, mut seen: Self) {
-        let inputs = seen.taps.take().map(|(place, sums)| (place, Seen::of(sums, &self.asked))).collect();
+        let inputs = seen.collectors.take().map(|(place, sums)| (place, InputStatistics::of(sums, &self.asked))).collect();
         let layer = seen.layers.remove(&seen.layer).unwrap_or_default();
         self.layers.insert(seen.layer, Layer { inputs, ..layer });
     }
@@ -151,7 +151,7 @@ impl Exports {
     ///
     /// # Errors
     /// Internal: an input was not finite. Storage.
-    pub fn write(&self, pass: &Passed<'_>, at: impl Fn(&str) -> PathBuf) -> Result<Vec<String>> {
+    pub fn write(&self, pass: &FinishedPass<'_>, at: impl Fn(&str) -> PathBuf) -> Result<Vec<String>> {
         for (layer, seen) in &self.layers {
             if let Some((place, _)) = seen.inputs.iter().find(|(_, seen)| !seen.is_finite()) {
                 let error = WorkerError::internal(format!("an input is no longer finite: layer {layer} {place:?}"));
@@ -172,7 +172,7 @@ impl Exports {
         Ok(self.warning(&never_hit).into_iter().collect())
     }
 
-    fn warning(&self, never_hit: &[NeverHit]) -> Option<String> {
+    fn warning(&self, never_hit: &[UnroutedExpert]) -> Option<String> {
         if never_hit.is_empty() {
             return None;
         }
@@ -190,7 +190,7 @@ impl Exports {
 
 /// A finished pass.
 #[derive(Clone, Copy)]
-pub struct Passed<'a> {
+pub struct FinishedPass<'a> {
     /// The model of the run.
     pub model: &'a Model<'a>,
     /// The token ids of the run.
@@ -203,22 +203,22 @@ pub struct Passed<'a> {
 
 /// An expert that no token was routed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-struct NeverHit {
+struct UnroutedExpert {
     layer: usize,
     expert: usize,
 }
 
-impl std::fmt::Display for NeverHit {
+impl std::fmt::Display for UnroutedExpert {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "layer {} expert {}", self.layer, self.expert)
     }
 }
 
-fn never_hit(study: &Study) -> Vec<NeverHit> {
+fn never_hit(study: &Study) -> Vec<UnroutedExpert> {
     let mut all = Vec::new();
     for (layer, router) in study.routers() {
         let unused = router.loads.iter().enumerate().filter(|(_, load)| load.tokens == 0);
-        all.extend(unused.map(|(expert, _)| NeverHit { layer: *layer, expert }));
+        all.extend(unused.map(|(expert, _)| UnroutedExpert { layer: *layer, expert }));
     }
     all
 }
@@ -235,7 +235,7 @@ struct Matrix {
 
 impl Matrix {
     /// The key under which its input is summed.
-    fn place(&self, expert: usize) -> Place {
+    fn place(&self, expert: usize) -> InputKey {
         (Input::of(self.role), self.experts.map(|_| expert))
     }
 
@@ -331,7 +331,7 @@ mod tests {
 
     fn saliency(scales_input: bool) -> Saliency {
         let mut exports = Exports::new(&job(&[Export::Reap])).unwrap();
-        assert!(exports.taps().is_none(), "no matrix is of interest");
+        assert!(exports.collectors().is_none(), "no matrix is of interest");
         let mut layer = exports.layer(3);
         let routing = Routing { top_k: 1, experts: vec![7, 7], weights: vec![0.5, 0.25], scales_input };
         layer.routing(&Choices::Host(routing));
@@ -353,8 +353,8 @@ mod tests {
         let kept = |export: &[Export]| {
             let mut exports = Exports::new(&job(export)).unwrap();
             let layer = exports.layer(0);
-            let tap = layer.taps().unwrap().of(Role::QProj, None).unwrap();
-            tap.see(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
+            let collector = layer.collectors().unwrap().of(Role::QProj, None).unwrap();
+            collector.add(&Tensor::new(&[[-3f32, 1.0]], &Device::Cpu).unwrap()).unwrap();
             exports.join(layer);
             exports.layers()[&0].inputs[&(Input::of(Role::KProj), None)].clone()
         };

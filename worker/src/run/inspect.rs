@@ -21,7 +21,7 @@ use crate::device::Placement;
 use crate::device::gpu;
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
-    DecoderSpec, FfnSpec, GateUp, LayerSpec, Longest, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, Unit,
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, MaxSequenceLength, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, StreamingUnit,
 };
 use crate::pass::budget::StreamBudget;
 use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};
@@ -71,7 +71,7 @@ pub fn micro_batch_tokens(asked: Option<usize>, model: &Model<'_>, run: PlannedR
 }
 
 /// Tokens of the largest micro-batch of which no tensor has more values than kernels count
-/// ([`gpu::MOST_VALUES`]).
+/// ([`gpu::MAX_VALUES`]).
 fn most_tokens(spec: &DecoderSpec) -> usize {
     let units = spec.units(u64::MAX);
     let matrices = units.iter().flat_map(|unit| &unit.needs).filter(|need| need.is_matrix());
@@ -82,7 +82,7 @@ fn most_tokens(spec: &DecoderSpec) -> usize {
         _ => 0,
     });
     let widest = repeated.chain(projected).chain([spec.hidden, VOCAB_BLOCK.min(spec.vocab)]).max();
-    gpu::MOST_VALUES / widest.unwrap_or(1).max(1)
+    gpu::MAX_VALUES / widest.unwrap_or(1).max(1)
 }
 
 /// The largest micro-batch of a run whose memory is free on each of its devices and that has no
@@ -118,7 +118,7 @@ pub fn inspect(job: &JobSpec, checkpoint: &Checkpoint, model: &Model<'_>, run: P
         model_type: string(&checkpoint.config, "model_type"),
         hidden: spec.hidden,
         vocab: spec.vocab,
-        max_positions: spec.longest().map(Longest::tokens),
+        max_positions: spec.longest().map(MaxSequenceLength::tokens),
         tied_head: spec.head.tied,
         parameters: model.parameters(),
         active_parameters: active_parameters(spec),
@@ -187,7 +187,7 @@ fn multiplied_outside(spec: &DecoderSpec) -> u64 {
 }
 
 /// Active parameters of a unit. All experts of a layer are one unit.
-fn active_in(spec: &DecoderSpec, unit: &Unit) -> u64 {
+fn active_in(spec: &DecoderSpec, unit: &StreamingUnit) -> u64 {
     let whole: u64 = unit.needs.iter().map(Need::elements).sum();
     match (&unit.part, &spec.layers[unit.layer].ffn) {
         (Part::Experts(_), FfnSpec::Moe(moe)) => {
@@ -343,7 +343,7 @@ fn hidden_states(spec: &DecoderSpec, run: PlannedRun) -> u64 {
 /// Bytes kept of all tokens while a unit is computed: hidden states; the norm output that a mixer
 /// leaves for the feed-forward; for a mixture of experts the norm output, the sum of its experts,
 /// and the output of an MLP beside them.
-fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+fn states(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
     let layer = &spec.layers[unit.layer];
     let shared = u64::from(layer.order == NormOrder::Shared);
     let beside = u64::from(matches!(&layer.ffn, FfnSpec::Moe(moe) if moe.beside.is_some()));
@@ -356,9 +356,9 @@ fn states(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
 
 /// Maximum memory over units besides weights, in bytes. Several devices may work on different
 /// units.
-fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
-    let states = |unit: &Unit| states(spec, unit, run);
-    let work = |unit: &Unit| workspace(spec, unit, run) + widened(spec, unit, run);
+fn busiest(spec: &DecoderSpec, units: &[StreamingUnit], run: PlannedRun) -> u64 {
+    let states = |unit: &StreamingUnit| states(spec, unit, run);
+    let work = |unit: &StreamingUnit| workspace(spec, unit, run) + widened(spec, unit, run);
     if run.devices > 1 {
         most(units, states) + run.devices as u64 * most(units, work)
     } else {
@@ -366,7 +366,7 @@ fn busiest(spec: &DecoderSpec, units: &[Unit], run: PlannedRun) -> u64 {
     }
 }
 
-fn most(units: &[Unit], bytes: impl Fn(&Unit) -> u64) -> u64 {
+fn most(units: &[StreamingUnit], bytes: impl Fn(&StreamingUnit) -> u64) -> u64 {
     units.iter().map(bytes).max().unwrap_or(0)
 }
 
@@ -484,7 +484,7 @@ fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
 
 /// Memory of a micro-batch in a unit, in bytes: projections and one block of scores, or a
 /// feed-forward.
-fn workspace(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+fn workspace(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
     let (rows, value) = (rows(spec, unit, run), run.compute.size_in_bytes());
     let LayerSpec { mixer, ffn, .. } = &spec.layers[unit.layer];
     let feed_forward = |mlp: &MlpSpec| {
@@ -547,7 +547,7 @@ fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: Plan
 }
 
 /// Rows that a unit processes at once.
-fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
+fn rows(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> usize {
     match (&unit.part, &spec.layers[unit.layer].ffn) {
         (Part::Experts(_), FfnSpec::Moe(moe)) => expert_rows(moe, run),
         _ => batch_rows(run),
@@ -556,7 +556,7 @@ fn rows(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> usize {
 
 /// Bytes of a unit's largest input as packed for a product with bf16 weights: an f32 becomes at
 /// most three parts.
-fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+fn laid_out(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
     if !run.arithmetic.takes_bf16 {
         return 0;
     }
@@ -568,7 +568,7 @@ fn laid_out(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
 
 /// Memory of a unit's largest product in f32 where the pass uses another dtype and products do
 /// not: a matrix, its input and its output.
-fn widened(spec: &DecoderSpec, unit: &Unit, run: PlannedRun) -> u64 {
+fn widened(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
     if !run.arithmetic.widens {
         return 0;
     }
@@ -641,7 +641,7 @@ mod tests {
         assert!(most_tokens(&wide) * (1 << 20) < 1 << 31);
         // A block of the vocabulary, or all of it.
         let narrow = spec(text, |_| ());
-        assert!(most_tokens(&narrow) >= gpu::MOST_VALUES / 4096);
+        assert!(most_tokens(&narrow) >= gpu::MAX_VALUES / 4096);
     }
 
     #[test]

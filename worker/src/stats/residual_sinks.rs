@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::fixed_point;
 
 /// Minimum share of the tokens for a sink.
-const MOST: f64 = 0.5;
+const MAJORITY: f64 = 0.5;
 /// Dimensions per task.
 const CHUNK: usize = 256;
 
@@ -62,7 +62,7 @@ impl Layer {
     }
 
     fn is_sink(&self, dim: usize) -> bool {
-        self.dims[dim].tokens as f64 / self.tokens as f64 >= MOST
+        self.dims[dim].tokens as f64 / self.tokens as f64 >= MAJORITY
     }
 
     /// The share of the sinks in each sequence.
@@ -126,12 +126,12 @@ fn count(dims: &mut [Dim], rows: &[Row], x: &[f32], hidden: usize, times: f64) {
 /// Counts per layer. Memory: 16 bytes per layer and dimension, the same per layer, sequence and
 /// [`RESIDUAL_SINKS`], and 4 KiB per layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Sinks {
+pub struct ResidualSinkCounts {
     threshold: f32,
     layers: BTreeMap<usize, Layer>,
 }
 
-impl Sinks {
+impl ResidualSinkCounts {
     /// Empty counts. |x| is large from `threshold` x RMS on.
     pub fn new(threshold: f32) -> Self {
         Self { threshold, layers: BTreeMap::new() }
@@ -195,7 +195,7 @@ impl Sinks {
             rule: format!(
                 "|x| >= {} x RMS of the token's residual stream at {:.0} % of the tokens or more",
                 self.threshold,
-                100.0 * MOST
+                100.0 * MAJORITY
             ),
             layers,
         }
@@ -211,9 +211,9 @@ mod tests {
         let mut x = vec![1.0f32; 4 * 100];
         (0..3).for_each(|token| x[token * 100 + 7] = -20.0);
         x[399] = 5000.0;
-        let mut sinks = Sinks::new(6.0);
+        let mut sinks = ResidualSinkCounts::new(6.0);
         for (sequence, part) in [(1, &x[200..]), (0, &x[..200])] {
-            let mut of_part = Sinks::new(6.0);
+            let mut of_part = ResidualSinkCounts::new(6.0);
             of_part.add(3, sequence, part, &Scan::of(part, 100));
             sinks.merge(&of_part);
         }
@@ -241,7 +241,7 @@ mod tests {
         let value = |i: usize| ((i * 37 % 101) as f32 - 50.0) * if i.is_multiple_of(97) { 40.0 } else { 0.5 };
         let mut x: Vec<f32> = (0..tokens * hidden).map(value).collect();
         x[2 * hidden..3 * hidden].fill(0.0);
-        let mut sinks = Sinks::new(2.0);
+        let mut sinks = ResidualSinkCounts::new(2.0);
         sinks.add(0, 0, &x, &Scan::of(&x, hidden));
         let layer = &sinks.layers[&0];
         assert_eq!((layer.tokens, layer.dims.len()), (tokens as u64, hidden));
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn zero_tokens_have_no_large_dimension() {
-        let mut sinks = Sinks::new(6.0);
+        let mut sinks = ResidualSinkCounts::new(6.0);
         sinks.add(0, 0, &[0.0; 12], &Scan::of(&[0.0; 12], 4));
         let summary = sinks.summary(|_| None);
         assert_eq!((summary.layers[0].n_dims, summary.per_sequence.len()), (0, 0));

@@ -19,7 +19,7 @@ use super::attention_sinks::FirstKeys;
 use super::massive::Massive;
 use super::mixture::{ExpertPeaks, RouterStats, super_experts};
 use super::quantization::Quantization;
-use super::residual_sinks::Sinks;
+use super::residual_sinks::ResidualSinkCounts;
 use super::rows::RowStats;
 use super::spike_life::Spikes;
 use super::top::{Top, TopValue};
@@ -28,7 +28,7 @@ use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f
 use crate::blocks::attention::FirstKey;
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::corpus::Tokens;
-use crate::device::gpu::Look;
+use crate::device::gpu::PendingScan;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
@@ -114,45 +114,45 @@ pub struct Study {
     routers: BTreeMap<usize, RouterStats>,
     experts: BTreeMap<usize, ExpertPeaks>,
     quantization: Option<Quantization>,
-    residual_sinks: Option<Sinks>,
+    residual_sinks: Option<ResidualSinkCounts>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
     /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
     #[serde(skip)]
-    coming: VecDeque<(Shown, Look)>,
+    coming: VecDeque<(Observed, PendingScan)>,
 }
 
 /// Maximum activations held on a GPU until their statistics arrive.
 pub const HELD: usize = 4;
 
 /// Observed values and their site.
-struct Shown {
+struct Observed {
     site: Site,
-    whose: Whose,
+    whose: RowTokens,
 }
 
 /// The tokens of rows.
-enum Whose {
+enum RowTokens {
     /// Whole sequences, beginning at this token.
     Sequences { first_token: usize },
     /// Rows of an expert, with their token indices in the corpus.
     Expert { expert: usize, tokens: Vec<usize> },
 }
 
-impl Shown {
+impl Observed {
     /// The token index of a row.
     fn token(&self, row: usize) -> usize {
         match &self.whose {
-            Whose::Sequences { first_token } => first_token + row,
-            Whose::Expert { tokens, .. } => tokens[row],
+            RowTokens::Sequences { first_token } => first_token + row,
+            RowTokens::Expert { tokens, .. } => tokens[row],
         }
     }
 
     /// A value with its location.
     fn found(&self, row: usize, dim: usize, value: f32) -> TopValue {
         let expert = match self.whose {
-            Whose::Sequences { .. } => None,
-            Whose::Expert { expert, .. } => Some(expert),
+            RowTokens::Sequences { .. } => None,
+            RowTokens::Expert { expert, .. } => Some(expert),
         };
         TopValue { layer: self.site.layer, token: self.token(row), expert, dim, value }
     }
@@ -234,7 +234,7 @@ impl Study {
             experts: outputs.map(|site| (site.layer, ExpertPeaks::new(scope.experts[site.layer]))).collect(),
             quantization: is_asked(Measurement::QuantizationError)
                 .then(|| Quantization::new(sequences, tokens, threshold)),
-            residual_sinks: is_asked(Measurement::ResidualSinks).then(|| Sinks::new(threshold)),
+            residual_sinks: is_asked(Measurement::ResidualSinks).then(|| ResidualSinkCounts::new(threshold)),
             spikes: is_asked(Measurement::SpikeLife).then(Spikes::default),
             first_keys: is_asked(Measurement::AttentionSinks).then(FirstKeys::default),
             coming: VecDeque::new(),
@@ -263,13 +263,13 @@ impl Study {
     }
 
     /// Adds values: immediately on the host, on a GPU after its statistics arrive.
-    fn show(&mut self, shown: Shown, x: &Tensor) -> Result<()> {
+    fn show(&mut self, shown: Observed, x: &Tensor) -> Result<()> {
         let tokens = match shown.whose {
-            Whose::Sequences { .. } => self.scope.tokens,
-            Whose::Expert { .. } => x.dim(0)?,
+            RowTokens::Sequences { .. } => self.scope.tokens,
+            RowTokens::Expert { .. } => x.dim(0)?,
         };
         if !x.device().is_cuda() {
-            return on_the_host(x, tokens, |values| self.see(&shown, &HostValues { tensor: x, values }));
+            return on_the_host(x, tokens, |values| self.record(&shown, &HostValues { tensor: x, values }));
         }
         let point = shown.site.point;
         let threshold = point.is_norm_output().then(|| self.outliers.threshold());
@@ -283,26 +283,26 @@ impl Study {
         } else {
             x
         };
-        self.coming.push_back((shown, Look::at(x, tokens, threshold, point == Point::Residual)?));
+        self.coming.push_back((shown, PendingScan::at(x, tokens, threshold, point == Point::Residual)?));
         self.add_what_came(HELD)
     }
 
     /// Adds arrived statistics in the order of requests. Waits while more than `held` are pending.
     fn add_what_came(&mut self, held: usize) -> Result<()> {
-        while let Some((shown, look)) = self.coming.pop_front() {
-            if self.coming.len() < held && !look.is_there()? {
-                self.coming.push_front((shown, look));
+        while let Some((shown, pending)) = self.coming.pop_front() {
+            if self.coming.len() < held && !pending.is_complete()? {
+                self.coming.push_front((shown, pending));
                 return Ok(());
             }
-            look.show(|seen| self.see(&shown, &HostValues { tensor: look.tensor(), values: &Values::Gpu(seen) }))?;
+            pending.show(|seen| self.record(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) }))?;
         }
         Ok(())
     }
 
-    fn see(&mut self, shown: &Shown, x: &HostValues<'_>) -> Result<()> {
+    fn record(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
         let (site, values) = (shown.site, x.values);
         match shown.whose {
-            Whose::Sequences { first_token } => {
+            RowTokens::Sequences { first_token } => {
                 if site.point.is_norm_output() {
                     self.outliers.count(site, first_token, values)?;
                 }
@@ -313,7 +313,7 @@ impl Study {
                 }
                 self.measure(site, first_token, &scans, x)
             }
-            Whose::Expert { expert, .. } => {
+            RowTokens::Expert { expert, .. } => {
                 let scans = values.scan()?;
                 self.add(shown, values, &scans)?;
                 let peaks = self.experts.get_mut(&site.layer).expect("studied experts were announced");
@@ -354,7 +354,7 @@ impl Study {
     }
 
     /// Measurements over the rows of any site.
-    fn add(&mut self, shown: &Shown, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
+    fn add(&mut self, shown: &Observed, x: &Values<'_>, scans: &[Scan]) -> Result<()> {
         let mut first = 0;
         for scan in scans {
             if let Some(row) = scan.first_not_finite() {
@@ -388,7 +388,7 @@ impl Study {
             self.experts.get_mut(layer).expect("in scope").merge(theirs);
         }
         merge(&mut self.quantization, other.quantization.as_ref(), Quantization::merge);
-        merge(&mut self.residual_sinks, other.residual_sinks.as_ref(), Sinks::merge);
+        merge(&mut self.residual_sinks, other.residual_sinks.as_ref(), ResidualSinkCounts::merge);
         merge(&mut self.spikes, other.spikes.as_ref(), Spikes::merge);
         merge(&mut self.first_keys, other.first_keys.as_ref(), FirstKeys::merge);
     }
@@ -497,7 +497,7 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.show(Shown { site, whose: Whose::Sequences { first_token } }, x)
+        self.show(SequenceValues { site, whose: RowTokens::Sequences { first_token } }, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -509,7 +509,7 @@ impl LayerObserver for Study {
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
         let tokens = rows.rows.iter().map(|row| first_token + *row as usize).collect();
         let site = Site { layer, point: Point::ExpertOut };
-        self.show(Shown { site, whose: Whose::Expert { expert, tokens } }, &rows.out)
+        self.show(SequenceValues { site, whose: RowTokens::Expert { expert, tokens } }, &rows.out)
     }
 
     fn wants_first_key(&self) -> bool {
@@ -534,7 +534,7 @@ impl LayerObserver for Study {
         Ok(())
     }
 
-    fn settle(&mut self) -> Result<()> {
+    fn synchronize(&mut self) -> Result<()> {
         self.add_what_came(0)
     }
 }
@@ -574,7 +574,7 @@ mod tests {
 
     /// Values of one sequence: per site, and one expert per token with its output.
     #[derive(Clone, Debug)]
-    struct Shown {
+    struct SequenceValues {
         values: Vec<Vec<f32>>,
         experts: Vec<u32>,
         outputs: Vec<f32>,
@@ -587,8 +587,8 @@ mod tests {
                 prop::collection::vec(0..EXPERTS as u32, TOKENS),
                 prop::collection::vec(-90f32..90.0, TOKENS * HIDDEN),
             ), SEQUENCES)
-        ) -> Vec<Shown> {
-            sequences.into_iter().map(|(values, experts, outputs)| Shown { values, experts, outputs }).collect()
+        ) -> Vec<SequenceValues> {
+            sequences.into_iter().map(|(values, experts, outputs)| SequenceValues { values, experts, outputs }).collect()
         }
     }
 
@@ -601,7 +601,7 @@ mod tests {
     }
 
     /// Observes sequences `place..place + shown.len()` as one micro-batch.
-    fn show(study: &mut Study, place: usize, shown: &[Shown]) {
+    fn show(study: &mut Study, place: usize, shown: &[SequenceValues]) {
         let first = place * TOKENS;
         let sites: Vec<Site> = scope().norms.into_iter().chain(scope().others).collect();
         for (i, site) in sites.into_iter().enumerate().filter(|(_, site)| site.point != Point::ExpertOut) {
@@ -635,7 +635,7 @@ mod tests {
         study.report(&Thresholds::default(), &ids())
     }
 
-    fn whole(corpus: &[Shown], at_once: usize) -> Study {
+    fn whole(corpus: &[SequenceValues], at_once: usize) -> Study {
         let mut study = Study::new(scope(), 6.0);
         for (i, shown) in corpus.chunks(at_once).enumerate() {
             show(&mut study, i * at_once, shown);
@@ -677,8 +677,8 @@ mod tests {
 
         #[test]
         fn sequence_order_changes_only_sequence_numbers(corpus in corpora()) {
-            let backwards: Vec<Shown> = corpus.iter().rev().cloned().collect();
-            let of = |corpus: &[Shown]| without_pooled(report(&whole(corpus, 2)));
+            let backwards: Vec<SequenceValues> = corpus.iter().rev().cloned().collect();
+            let of = |corpus: &[SequenceValues]| without_pooled(report(&whole(corpus, 2)));
             let (a, mut b) = (of(&corpus), of(&backwards));
             for feature in &mut b.judged.features {
                 feature.within.iter_mut().for_each(|within| within.sequence = SEQUENCES - 1 - within.sequence);

@@ -4,7 +4,7 @@ use candle_core::Tensor;
 use outliers_scan::{Columns, Large, Rows, Scan};
 
 use super::with_f32;
-use crate::device::gpu::Seen;
+use crate::device::gpu::ScanSummary;
 use crate::error::Result;
 
 /// Activations `[rows, width]` of whole sequences. Each operation has a CPU and a GPU
@@ -13,7 +13,7 @@ pub enum Values<'a> {
     /// On the host.
     Host(Rows<'a>),
     /// On a GPU, with their requested statistics.
-    Gpu(&'a Seen<'a>),
+    Gpu(&'a ScanSummary<'a>),
 }
 
 /// Passes a tensor's values `[rows, width]` to `see` on the host, as whole sequences of `tokens`

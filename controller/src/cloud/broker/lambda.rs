@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
 use crate::cloud::gpu;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
@@ -42,19 +42,19 @@ const BETWEEN_CALLS: Duration = Duration::from_secs(1);
 const BETWEEN_LAUNCHES: Duration = Duration::from_secs(12);
 const LAUNCH: &str = "launch";
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
-    let door = Door { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
-    Box::new(Lambda { http, door })
+    let login = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
+    Box::new(Lambda { http, login })
 }
 
 struct Lambda {
     http: Http,
-    door: Door,
+    login: SshLogin,
 }
 
 /// The SSH user and port. The cloud states only the address.
-struct Door {
+struct SshLogin {
     user: String,
     port: u16,
 }
@@ -108,16 +108,16 @@ impl Broker for Lambda {
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let machines: Vec<Value> = self.ask(Call::get("/instances"), "a list of instances").await?;
-        Ok(wire::entries(NAME, &machines, |machine: InstanceEntry| machine.live(&self.door)))
+        Ok(wire::entries(NAME, &machines, |machine: InstanceEntry| machine.live(&self.login)))
     }
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         let Some((reply, machine)) = self.machine(id).await? else { return Ok(None) };
-        wire::alone(&reply, NAME, id, &machine, |machine: InstanceEntry| machine.live(&self.door))
+        wire::alone(&reply, NAME, id, &machine, |machine: InstanceEntry| machine.live(&self.login))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let call = Call::new(Method::POST, "/instance-operations/terminate", Effect::Idempotent);
+        let call = Call::new(Method::POST, "/instance-operations/terminate", Idempotency::Idempotent);
         let reply = self.http.call(call.body(json!({"instance_ids": [id]}))).await?;
         let name = match granted(reply) {
             Ok(reply) => {
@@ -145,7 +145,7 @@ impl Lambda {
     }
 
     async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<String, BrokerError> {
-        let call = Call::new(Method::POST, "/instance-operations/launch", Effect::Once).at_pace(LAUNCH).body(json!({
+        let call = Call::new(Method::POST, "/instance-operations/launch", Idempotency::Once).at_pace(LAUNCH).body(json!({
             "region_name": sku.region,
             "instance_type_name": sku.instance_type,
             "ssh_key_names": [key],
@@ -163,7 +163,7 @@ impl Lambda {
     }
 
     /// The cloud's unparsed entry of one instance.
-    async fn machine(&self, id: &InstanceId) -> Result<Option<(Reply, Value)>, BrokerError> {
+    async fn machine(&self, id: &InstanceId) -> Result<Option<(Response, Value)>, BrokerError> {
         let segment = wire::id_segment(&self.http, id)?;
         match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
             Ok(reply) => {
@@ -204,7 +204,7 @@ impl Lambda {
     async fn register(&self, lease: &Lease) -> Result<Key, BrokerError> {
         let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
         let body = json!({"name": tag, "public_key": public_key});
-        let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Effect::Idempotent).body(body)).await?;
+        let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Idempotency::Idempotent).body(body)).await?;
         match granted(reply) {
             Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
             // An earlier attempt arrived without its answer, or an earlier lease of the run added
@@ -239,7 +239,7 @@ impl Lambda {
 
     async fn remove_key(&self, id: &str) {
         let Some(segment) = wire::segment(id) else { return };
-        let call = Call::new(Method::DELETE, format!("/ssh-keys/{segment}"), Effect::Idempotent);
+        let call = Call::new(Method::DELETE, format!("/ssh-keys/{segment}"), Idempotency::Idempotent);
         let removed = match self.http.call(call).await {
             Ok(reply) => granted(reply).map(|_| ()),
             Err(error) => Err(error),
@@ -254,12 +254,12 @@ impl Lambda {
 }
 
 /// The reply, unless it is a refusal.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Kind of a refusal, by its code and not its status.
-fn kind_of(refused: &Reply) -> BrokerErrorKind {
+fn kind_of(refused: &Response) -> BrokerErrorKind {
     let value = refused.value().unwrap_or_default();
     let code = value.pointer("/error/code").and_then(Value::as_str).unwrap_or_default();
     match (code, refused.status) {
@@ -427,15 +427,15 @@ impl InstanceEntry {
     }
 
     /// `None`: the instance has ended.
-    fn live(self, door: &Door) -> Option<Instance> {
-        (!self.is_gone()).then(|| self.into_instance(door))
+    fn live(self, login: &SshLogin) -> Option<Instance> {
+        (!self.is_gone()).then(|| self.into_instance(login))
     }
 
-    fn state(&self, door: &Door) -> InstanceState {
+    fn state(&self, login: &SshLogin) -> InstanceState {
         let status = self.status.as_deref().unwrap_or_default();
         match (status, &self.ip) {
             ("booting", _) | ("active", None) => InstanceState::Booting,
-            ("active", Some(ip)) => match wire::endpoint(&door.user, ip, door.port) {
+            ("active", Some(ip)) => match wire::endpoint(&login.user, ip, login.port) {
                 Some(endpoint) => InstanceState::Ready(endpoint),
                 None => InstanceState::Unknown(format!("its address is `{}`", clean(ip.as_bytes(), 80))),
             },
@@ -445,8 +445,8 @@ impl InstanceEntry {
         }
     }
 
-    fn into_instance(self, door: &Door) -> Instance {
-        let state = self.state(door);
+    fn into_instance(self, login: &SshLogin) -> Instance {
+        let state = self.state(login);
         let instance_type = self.instance_type.as_ref();
         let hardware = |it: &InstanceType| match it.specs.gpus {
             0 => format!("{} CPU cores", it.specs.vcpus.unwrap_or_default()),
@@ -551,7 +551,7 @@ mod tests {
         }
         serde_json::from_value::<InstanceEntry>(machine)
             .expect("the least there is")
-            .state(&Door { user: USER.to_owned(), port: SSH_PORT })
+            .state(&SshLogin { user: USER.to_owned(), port: SSH_PORT })
     }
 
     #[test]

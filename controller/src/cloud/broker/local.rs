@@ -2,8 +2,8 @@
 //!
 //! An instance is a folder and a process that enforces the deadline. It outlives its creator, is
 //! found by its folder, and is alive as long as it holds the folder's lock. Commands are child
-//! processes of their callers and carry the instance's mark (`way.rs`). Prices are fictitious, but
-//! bills are kept, so that a forgotten rental shows as on a cloud.
+//! processes of their callers and carry the instance's mark (`access.rs`). Prices are fictitious,
+//! but bills are kept, so that a forgotten rental shows as on a cloud.
 //!
 //! Instances share the machine: any number can be rented, but each GPU only once at a time. The
 //! visible GPUs are limited with `CUDA_VISIBLE_DEVICES`; `nvidia-smi` still lists all.
@@ -21,7 +21,7 @@ use rustix::process::Signal;
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint, Way,
+    Lease, Offer, Offers, SshEndpoint, InstanceTransport,
 };
 use crate::files::{absent, create_private_folder};
 use crate::text::counted;
@@ -31,7 +31,7 @@ mod hardware;
 mod instance;
 mod processes;
 mod record;
-mod way;
+mod access;
 
 pub use bill::{Bill, BillEntry};
 pub(crate) use hardware::memory;
@@ -39,7 +39,7 @@ pub use instance::serve;
 pub use processes::MARKER;
 
 use hardware::{Hardware, Sku};
-use processes::Marks;
+use processes::ProcessMarks;
 use record::{Folder, Record, is_id, new_id, now};
 
 /// The broker's name.
@@ -238,8 +238,8 @@ impl Broker for LocalBroker {
         blocking(move || broker.list_now()).await
     }
 
-    fn way(&self, id: &InstanceId) -> Option<Way> {
-        is_id(&id.0).then(|| way::way(&id.0, Folder::new(self.instances().join(&id.0))))
+    fn instance_transport(&self, id: &InstanceId) -> Option<InstanceTransport> {
+        is_id(&id.0).then(|| access::transport(&id.0, Folder::new(self.instances().join(&id.0))))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
@@ -292,7 +292,7 @@ fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {
     let young = now().saturating_sub(record.created_at) < BOOT_LIMIT.as_secs();
     Ok(match (alive, folder.ready()?) {
         (true, Some(_)) => {
-            let (host, user) = ("localhost".to_owned(), way::USER.to_owned());
+            let (host, user) = ("localhost".to_owned(), access::USER.to_owned());
             InstanceState::Ready(SshEndpoint { host, port: 0, user })
         }
         (true, None) => InstanceState::Booting,
@@ -344,8 +344,8 @@ fn end(folder: &Folder, id: &str, billed: bool) -> Result<(), BrokerError> {
     concluded.map_err(|error| unavailable(format!("{id} is ended, but its folder stays: {error}")))
 }
 
-fn marks(folder: &Folder, id: &str) -> Marks {
-    Marks::new(id, folder.home())
+fn marks(folder: &Folder, id: &str) -> ProcessMarks {
+    ProcessMarks::new(id, folder.home())
 }
 
 /// Asks the instance's process to end its processes and itself; kills it after a time limit.

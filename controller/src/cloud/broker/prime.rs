@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, GIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::calendar::from_rfc3339;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -39,13 +39,13 @@ const PACE: Duration = Duration::from_secs(1);
 /// Items per page, the maximum for offers.
 const PAGE: usize = 100;
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 200;
+const MAX_PAGES: usize = 200;
 /// How often a listing that changes while it is read is restarted.
-const MOST_READINGS: usize = 4;
+const MAX_READINGS: usize = 4;
 /// Maximum GPUs of a machine. Offers with more are for several machines.
 const GPUS_OF_A_MACHINE: u32 = 8;
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     Box::new(Prime { http: access.http.paced(None, PACE), image: access.image })
 }
 
@@ -57,7 +57,7 @@ struct Prime {
 impl Prime {
     /// All items of a collection.
     async fn all<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, BrokerError> {
-        for _ in 0..MOST_READINGS {
+        for _ in 0..MAX_READINGS {
             if let Some(items) = self.read_once(path).await? {
                 return Ok(items);
             }
@@ -70,7 +70,7 @@ impl Prime {
     async fn read_once<T: DeserializeOwned>(&self, path: &str) -> Result<Option<Vec<T>>, BrokerError> {
         let mut items: Vec<T> = Vec::new();
         let mut announced = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let call = Call::get(path).query("offset", items.len()).query("limit", PAGE);
             let page: Page<T> = granted(self.http.call(call).await?)?.json("a page of a list")?;
             let total = *announced.get_or_insert(page.total_count);
@@ -96,7 +96,7 @@ impl Prime {
         let body = json!({"name": name, "publicKey": lease.ssh_public_key.trim()});
         // A repeated registration under a unique name is harmless: both are removed with the
         // instance.
-        let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Effect::Idempotent).body(body)).await?;
+        let reply = self.http.call(Call::new(Method::POST, "/ssh_keys/", Idempotency::Idempotent).body(body)).await?;
         if reply.is_success() {
             return Ok(reply.json::<SshKey>("an SSH key")?.id);
         }
@@ -120,7 +120,7 @@ impl Prime {
         };
         for key in keys.iter().filter(|key| is_over(key)) {
             let Some(id) = wire::segment(&key.id) else { continue };
-            let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Effect::Idempotent);
+            let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Idempotency::Idempotent);
             let removed = self.http.call(call).await;
             if let Err(error) = removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { granted(reply) }) {
                 tracing::warn!("{error}: the key {} stays in the account", key.name);
@@ -157,7 +157,7 @@ impl Broker for Prime {
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
         let mut items = Vec::new();
         let mut announced = 0;
-        for page in 1..=MOST_PAGES {
+        for page in 1..=MAX_PAGES {
             let reply = granted(self.http.call(search(want, page)).await?)?;
             let found: Availability = reply.json("a page of offers")?;
             let is_last = found.items.is_empty();
@@ -179,7 +179,7 @@ impl Broker for Prime {
         let sku: Sku = wire::sku(&self.http, offer)?;
         let key = self.register(lease).await?;
         let order = order(&sku, offer.price, lease, &key);
-        let call = Call::new(Method::POST, "/pods/", Effect::Once).body(order);
+        let call = Call::new(Method::POST, "/pods/", Idempotency::Once).body(order);
         let created = match self.http.call(call).await.and_then(granted) {
             Ok(reply) => reply.json::<Pod>("an instance").map(Pod::into_instance),
             Err(error) => Err(error),
@@ -210,7 +210,7 @@ impl Broker for Prime {
         // The instance has its key's name. Answers about deleted instances have no name. Failing
         // to find the name must not keep the instance running.
         let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
-        let reply = self.http.call(Call::new(Method::DELETE, path, Effect::Idempotent)).await?;
+        let reply = self.http.call(Call::new(Method::DELETE, path, Idempotency::Idempotent)).await?;
         if !is_gone(&reply) {
             granted(reply)?.json::<Deleted>("a confirmation")?;
         }
@@ -556,18 +556,18 @@ fn endpoint(connection: &str) -> Option<SshEndpoint> {
 }
 
 /// The reply, unless it is a refusal.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Whether the API reports that the object does not exist. An error page of a proxy does not
 /// count.
-fn is_gone(reply: &Reply) -> bool {
+fn is_gone(reply: &Response) -> bool {
     reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
 }
 
 /// Kind of a refusal. Most are free text of the cloud behind this one.
-fn kind_of(reply: &Reply) -> BrokerErrorKind {
+fn kind_of(reply: &Response) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
     match reply.status {

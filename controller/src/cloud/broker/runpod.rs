@@ -11,11 +11,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::units::Usd;
 
 mod graphql;
@@ -41,21 +41,21 @@ pub const CLOUD: CloudKind = CloudKind {
 };
 
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 1000;
+const MAX_PAGES: usize = 1000;
 
 const MYSELF: Operation =
-    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Effect::Read };
+    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Idempotency::Read };
 const DEPLOY: Operation = Operation {
     field: "podFindAndDeployOnDemand",
     query: "mutation Deploy($input: PodFindAndDeployOnDemandInput!) \
             { podFindAndDeployOnDemand(input: $input) { id costPerHr } }",
-    effect: Effect::Once,
+    effect: Idempotency::Once,
 };
 /// Rents by bid. RunPod intends to remove this mutation; a refusal will then say so.
 const RENT: Operation = Operation {
     field: "podRentInterruptable",
     query: "mutation Rent($input: PodRentInterruptableInput!) { podRentInterruptable(input: $input) { id costPerHr } }",
-    effect: Effect::Once,
+    effect: Idempotency::Once,
 };
 
 /// One account at RunPod.
@@ -67,7 +67,7 @@ pub struct RunPod {
 
 impl RunPod {
     /// Creates a broker with `access`.
-    pub fn new(access: Access) -> Self {
+    pub fn new(access: ApiAccess) -> Self {
         Self { http: access.http, image: access.image }
     }
 
@@ -110,7 +110,7 @@ impl RunPod {
             let message = "it takes no bids any more: its GraphQL API is gone, and REST has none";
             return Err(self.http.error(BrokerErrorKind::Rejected, message));
         }
-        let call = Call::new(Method::POST, "/v2/pods", Effect::Once).body(self.rest_order(sku, lease));
+        let call = Call::new(Method::POST, "/v2/pods", Idempotency::Once).body(self.rest_order(sku, lease));
         let reply = self.http.call(call).await?;
         if !reply.is_success() {
             // Missing capacity is a plain 400 with a message.
@@ -230,7 +230,7 @@ impl Broker for RunPod {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let mut found = Vec::new();
         let mut cursor = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let page = self.page(cursor.as_deref()).await?;
             let next = page.next().map_err(|why| self.http.error(BrokerErrorKind::Unavailable, why))?;
             if next.is_some() && next == cursor {
@@ -242,7 +242,7 @@ impl Broker for RunPod {
             }
             cursor = next;
         }
-        let message = format!("its list of pods does not end after {MOST_PAGES} pages");
+        let message = format!("its list of pods does not end after {MAX_PAGES} pages");
         Err(self.http.error(BrokerErrorKind::Unavailable, message))
     }
 
@@ -256,7 +256,7 @@ impl Broker for RunPod {
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Effect::Idempotent)).await?;
+        let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Idempotency::Idempotent)).await?;
         match accepted(&reply) {
             _ if reply.status == 404 => Ok(()),
             // Any other success comes from a proxy.
@@ -273,7 +273,7 @@ impl Broker for RunPod {
 }
 
 /// The reply, unless RunPod refused (REST v2, `application/problem+json`).
-fn accepted(reply: &Reply) -> Result<&Reply, BrokerError> {
+fn accepted(reply: &Response) -> Result<&Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(refused(reply.status))) }
 }
 

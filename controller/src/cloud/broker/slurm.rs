@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, Way,
+    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, InstanceTransport,
 };
 use crate::cloud::http::Explain;
 use crate::host::transport::program::OpenSsh;
@@ -48,7 +48,7 @@ pub const NAME: &str = "slurm";
 const JOB: &str = include_str!("slurm/job.sh");
 /// Time before its end at which a job receives SIGTERM. Shorter jobs receive none.
 const WARNING: Duration = Duration::from_secs(120);
-const LEAST_WARNED: Duration = Duration::from_secs(600);
+const MIN_WARNED: Duration = Duration::from_secs(600);
 
 /// A cluster and its settings.
 #[derive(Clone, Debug, PartialEq)]
@@ -175,7 +175,7 @@ impl Slurm {
         options.extend([format!("--job-name={tag}"), "--parsable".to_owned(), "--requeue".to_owned()]);
         options.extend(["--output=job.log", "--open-mode=append"].map(str::to_owned));
         options.push(self.deadline(time));
-        if time >= LEAST_WARNED {
+        if time >= MIN_WARNED {
             options.push(format!("--signal=B:TERM@{}", WARNING.as_secs()));
         }
         let options: Vec<String> = options.iter().map(|option| quote(option)).collect();
@@ -276,13 +276,13 @@ impl Broker for Slurm {
 
     async fn offers(&self, want: &GpuRequest) -> Result<Offers, BrokerError> {
         let root = self.cluster.root().await?;
-        let script = offers::look(&root, self.site.partition.as_deref());
+        let script = offers::script(&root, self.site.partition.as_deref());
         let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
         let mut found = offers::read(&answer, want, &self.site);
         let questions: Vec<(usize, String)> = found
             .sku
             .iter()
-            .take(offers::MOST_ASKED)
+            .take(offers::MAX_ASKED)
             .enumerate()
             .map(|(i, sku)| {
                 let options = self.options(sku, Duration::from_secs(3600));
@@ -348,8 +348,8 @@ impl Broker for Slurm {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let door = self.cluster.door(&self.site.host).await;
-        let mut listed = self.cluster.snapshot().await?.instances(&door);
+        let login_endpoint = self.cluster.login_endpoint(&self.site.host).await;
+        let mut listed = self.cluster.snapshot().await?.instances(&login_endpoint);
         for ours in listed.iter_mut().filter(|instance| instance.tag().is_some()) {
             ours.price = Some(self.site.price(gpus_of(&ours.hardware)));
         }
@@ -378,7 +378,7 @@ impl Broker for Slurm {
         Ok(Some(queue::field(&answer, "there").is_some()))
     }
 
-    fn way(&self, id: &InstanceId) -> Option<Way> {
+    fn instance_transport(&self, id: &InstanceId) -> Option<InstanceTransport> {
         let tag: LeaseTag = id.0.parse().ok()?;
         let job = self.cluster.seen(&id.0);
         let shell = match job {
@@ -386,7 +386,7 @@ impl Broker for Slurm {
             None => Vec::new(),
         };
         let shell = shell.into_iter().chain(["sh".to_owned()]);
-        Some(Way {
+        Some(InstanceTransport {
             name: format!("job {} on {}", tag.run, self.site.host),
             shell: std::iter::once("ssh".to_owned()).chain(self.cluster.ssh().shell()).chain(shell).collect(),
             needs_guard: false,

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, MIB, lenient};
 use super::{
-    Access, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
+    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
     InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
 };
-use crate::cloud::http::{Call, Effect, Http, Method, Reply};
+use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
@@ -51,11 +51,11 @@ const DESTROY: &str = "destroy instance";
 const QUOTA_IS_USED_UP: &str = "search_quota_exceeded";
 
 /// Maximum offers in a reply, which has no pages; an unrestricted search finds fewer.
-const MOST_OFFERS: u32 = 3000;
+const MAX_OFFERS: u32 = 3000;
 /// Maximum instances per page.
 const PAGE: usize = 25;
 /// Maximum pages of a listing.
-const MOST_PAGES: usize = 1000;
+const MAX_PAGES: usize = 1000;
 /// Minimum remaining time of a host's contract in seconds. A shorter one is not worth a start.
 const SHORTEST_CONTRACT: u64 = 6 * 3600;
 /// Minimum share of a GPU's nominal memory that drivers report
@@ -68,7 +68,7 @@ const SMALLEST_DISK: u64 = 10;
 /// Allowed bids, in dollars per hour.
 const BIDS: std::ops::RangeInclusive<f64> = 0.001..=128.0;
 
-fn connect(access: Access) -> Box<dyn Broker> {
+fn connect(access: ApiAccess) -> Box<dyn Broker> {
     let http = access.http.final_when(&[QUOTA_IS_USED_UP]);
     let http = PACES.iter().fold(http, |http, (name, every)| http.paced(Some(name), *every));
     Box::new(Vast { http, image: access.image })
@@ -81,7 +81,7 @@ struct Vast {
 
 impl Vast {
     async fn search(&self, want: &GpuRequest, rental: RentalKind) -> Result<Vec<Value>, BrokerError> {
-        let call = Call::new(Method::POST, "/v0/bundles/", Effect::Read).body(query(want, rental)).at_pace(SEARCH);
+        let call = Call::new(Method::POST, "/v0/bundles/", Idempotency::Read).body(query(want, rental)).at_pace(SEARCH);
         let reply = granted(self.http.call(call).await?)?;
         Ok(reply.json::<Bundles>("a list of offers")?.offers)
     }
@@ -107,7 +107,7 @@ impl Vast {
 
     /// Ends an instance that a failed creation left behind, since it bills its disk. The caller
     /// checks whether it is gone.
-    async fn abandon(&self, reply: &Reply, contract: u64) -> BrokerError {
+    async fn abandon(&self, reply: &Response, contract: u64) -> BrokerError {
         let became = match self.terminate(&InstanceId(contract.to_string())).await {
             Ok(()) => "was terminated".to_owned(),
             Err(error) => format!("could not be terminated: {}", error.message),
@@ -153,7 +153,7 @@ impl Broker for Vast {
         let key: OfferKey = wire::sku(&self.http, offer)?;
         let order = order(&key, lease, &self.image).map_err(|why| self.http.error(BrokerErrorKind::Rejected, why))?;
         let path = format!("/v0/asks/{}/", key.ask);
-        let reply = self.http.call(Call::new(Method::PUT, path, Effect::Once).body(order).at_pace(CREATE)).await?;
+        let reply = self.http.call(Call::new(Method::PUT, path, Idempotency::Once).body(order).at_pace(CREATE)).await?;
         let value = reply.value();
         let says = |field: &str| value.as_ref().and_then(|value| value.get(field));
         let contract = says("new_contract").and_then(Value::as_u64);
@@ -172,7 +172,7 @@ impl Broker for Vast {
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
         let mut contracts = Vec::new();
         let mut token: Option<String> = None;
-        for _ in 0..MOST_PAGES {
+        for _ in 0..MAX_PAGES {
             let page = self.page(token.as_deref()).await?;
             contracts.extend(page.instances);
             // Instances that start or end between two pages change the total. Missing entries do
@@ -209,7 +209,7 @@ impl Broker for Vast {
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let path = format!("/v0/instances/{}/", self.number(id)?);
-        let call = Call::new(Method::DELETE, path, Effect::Idempotent).body(json!({})).at_pace(DESTROY);
+        let call = Call::new(Method::DELETE, path, Idempotency::Idempotent).body(json!({})).at_pace(DESTROY);
         let reply = self.http.call(call).await?;
         if is_gone(&reply) {
             return Ok(());
@@ -266,7 +266,7 @@ enum RentalKind {
 fn query(want: &GpuRequest, rental: RentalKind) -> Value {
     let mut query = json!({
         "type": rental,
-        "limit": MOST_OFFERS,
+        "limit": MAX_OFFERS,
         "order": [["dph_total", "asc"], ["id", "asc"]],
         "allocated_storage": disk_of(want.min_disk.unwrap_or_default()),
         "rentable": {"eq": true},
@@ -633,7 +633,7 @@ impl Contract {
 }
 
 /// The reply, unless it is a refusal, which may have status 200.
-fn granted(reply: Reply) -> Result<Reply, BrokerError> {
+fn granted(reply: Response) -> Result<Response, BrokerError> {
     let failed = reply.value().is_some_and(|value| value.get("success") == Some(&Value::Bool(false)));
     if reply.is_success() && !failed {
         return Ok(reply);
@@ -648,14 +648,14 @@ fn granted(reply: Reply) -> Result<Reply, BrokerError> {
 
 /// Whether the API reports that the instance does not exist. An error page of a proxy does not
 /// count.
-fn is_gone(reply: &Reply) -> bool {
+fn is_gone(reply: &Response) -> bool {
     let code = reply.value().and_then(|value| Some(value.get("error")?.as_str()?.to_owned()));
     matches!(code.as_deref(), Some("not_found" | "no_such_instance")) && kind_of(reply) != BrokerErrorKind::Auth
 }
 
 /// Kind of a refusal. The message has priority over the status: searches answer a bad key with
 /// 404, and a missing offer is 404, 410 or 200.
-fn kind_of(reply: &Reply) -> BrokerErrorKind {
+fn kind_of(reply: &Response) -> BrokerErrorKind {
     let words = reply.in_words().to_lowercase();
     let says = |any: &[&str]| any.iter().any(|phrase| words.contains(phrase));
     match reply.status {

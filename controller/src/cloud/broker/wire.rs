@@ -5,7 +5,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error};
 use serde_json::Value;
 
 use crate::cloud::gpu;
-use crate::cloud::http::{Http, Reply, percent};
+use crate::cloud::http::{Http, Response, percent};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 
@@ -102,7 +102,7 @@ pub(super) fn entries<T: DeserializeOwned>(
 
 /// As [`entries`], for a reply about one instance. A reply that does not describe it is an error.
 pub(super) fn alone<T: DeserializeOwned>(
-    reply: &Reply,
+    reply: &Response,
     broker: &str,
     asked: &InstanceId,
     entry: &Value,

@@ -46,7 +46,7 @@ impl RateLimits {
     }
 
     /// Waits until a call of this name is allowed, in the order of callers.
-    pub(super) async fn turn(&self, name: Option<&'static str>) {
+    pub(super) async fn acquire(&self, name: Option<&'static str>) {
         // In sequence: a slot of the general limit taken for later would block all other callers
         // until then.
         if name.is_some() {
@@ -102,9 +102,9 @@ mod tests {
         paces.hold(None, minute);
         assert_eq!((paces.held(Some("search")), paces.held(None)), (minute, Duration::ZERO));
         let begun = Instant::now();
-        paces.turn(None).await;
+        paces.acquire(None).await;
         assert_eq!(begun.elapsed(), Duration::ZERO);
-        paces.turn(Some("search")).await;
+        paces.acquire(Some("search")).await;
         assert_eq!((begun.elapsed(), paces.held(Some("search"))), (minute, Duration::ZERO));
     }
 
@@ -115,12 +115,12 @@ mod tests {
         paces.set(Some("launch"), Duration::from_secs(1));
         let begun = Instant::now();
         let launches = async {
-            tokio::join!(paces.turn(Some("launch")), paces.turn(Some("launch")));
+            tokio::join!(paces.acquire(Some("launch")), paces.acquire(Some("launch")));
             begun.elapsed()
         };
         let other = async {
             tokio::task::yield_now().await;
-            paces.turn(None).await;
+            paces.acquire(None).await;
             begun.elapsed()
         };
         let (launches, other) = tokio::join!(launches, other);

@@ -66,7 +66,7 @@ const SECRET_NAMES: &[&str] = &[
 /// Fields with explanations, in the order of reading.
 const SENTENCES: &[&str] = &["title", "code", "error", "errors", "message", "msg", "detail", "details", "suggestion"];
 /// Maximum parts of one explanation.
-const MOST: usize = 8;
+const MAX_PARTS: usize = 8;
 
 /// A JSON text without the values of secret fields; other text is unchanged.
 pub(super) fn document(text: &str) -> String {
@@ -114,7 +114,7 @@ fn collect(value: &Value, found: &mut Vec<String>) {
     match value {
         Value::String(text) => {
             let text = text.trim();
-            if !text.is_empty() && found.len() < MOST && !found.iter().any(|known| known.contains(text)) {
+            if !text.is_empty() && found.len() < MAX_PARTS && !found.iter().any(|known| known.contains(text)) {
                 found.push(text.to_owned());
             }
         }

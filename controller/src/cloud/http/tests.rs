@@ -57,10 +57,10 @@ impl Server {
     fn client(&self) -> Http {
         // Only tests of timeouts use short ones, since the machine may be busy.
         let read = if self.hangs { Duration::from_millis(300) } else { limits().read };
-        self.client_with(Limits { read, ..limits() })
+        self.client_with(HttpLimits { read, ..limits() })
     }
 
-    fn client_with(&self, limits: Limits) -> Http {
+    fn client_with(&self, limits: HttpLimits) -> Http {
         Http::new("cloud", &self.url, Some(Secret::new(KEY)), limits).unwrap()
     }
 }
@@ -117,22 +117,22 @@ fn cut() -> Act {
     Act::SayAndClose("HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{\"data\": ".to_owned())
 }
 
-fn limits() -> Limits {
-    Limits {
+fn limits() -> HttpLimits {
+    HttpLimits {
         read: Duration::from_secs(5),
         total: Duration::from_secs(10),
         attempts: 3,
         hurry: 500,
-        ..Limits::default()
+        ..HttpLimits::default()
     }
 }
 
 fn once() -> Call {
-    Call::new(Method::POST, "/things", Effect::Once).body(json!({"a": 1}))
+    Call::new(Method::POST, "/things", Idempotency::Once).body(json!({"a": 1}))
 }
 
 fn idempotent() -> Call {
-    Call::new(Method::DELETE, "/things/1", Effect::Idempotent)
+    Call::new(Method::DELETE, "/things/1", Idempotency::Idempotent)
 }
 
 async fn kind(server: &Server, call: Call) -> BrokerErrorKind {
@@ -297,7 +297,7 @@ async fn calls_keep_the_rate_limit() {
 #[tokio::test]
 async fn rate_limit_wait_does_not_count_towards_the_timeout() {
     let server = Server::start(&[ok()]);
-    let limits = Limits { total: Duration::from_millis(300), ..limits() };
+    let limits = HttpLimits { total: Duration::from_millis(300), ..limits() };
     let http = server.client_with(limits).paced(Some("launch"), Duration::from_secs(100));
     let calls = (0..4).map(|_| http.call(once().at_pace("launch")));
     let replies = futures::future::join_all(calls).await;
@@ -350,7 +350,7 @@ fn sanitising_does_not_reassemble_a_key_in_errors() {
     for between in ["\u{1}", "\u{1b}[0m", "\u{202e}"] {
         let body = format!("no such key: {}", KEY.replacen('-', &format!("-{between}"), 1));
         let key = Some(Hidden::new(&Secret::new(KEY)));
-        let reply = Reply { key, ..Reply::recorded(Effect::Read, 401, body) };
+        let reply = Response { key, ..Response::recorded(Idempotency::Read, 401, body) };
         let errors = [
             reply.refusal(BrokerErrorKind::Auth),
             reply.json::<Value>("a list").unwrap_err(),
@@ -380,7 +380,7 @@ async fn sanitising_does_not_reassemble_a_key_in_explain_output() {
 async fn endless_reply_is_cut() {
     let long = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LARGEST_REPLY + 1));
     let server = Server::start(&[Act::SayAndClose(long)]);
-    let patient = server.client_with(Limits { read: Duration::from_secs(10), attempts: 1, ..limits() });
+    let patient = server.client_with(HttpLimits { read: Duration::from_secs(10), attempts: 1, ..limits() });
     let error = patient.call(once()).await.unwrap_err();
     assert_eq!(error.kind, BrokerErrorKind::Maybe);
     assert!(error.message.contains("more than 32 MiB"), "{error}");
@@ -409,9 +409,9 @@ fn only_https_or_loopback_urls_are_accepted() {
 
 #[test]
 fn malformed_reply_to_a_create_call_is_ambiguous() {
-    let reply = |effect| Reply { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
+    let reply = |effect| Response { broker: "cloud", effect, key: None, status: 200, body: "<html>".to_owned() };
     let kind = |effect| reply(effect).json::<Value>("a thing").unwrap_err().kind;
-    assert_eq!(kind(Effect::Once), BrokerErrorKind::Maybe);
-    assert_eq!(kind(Effect::Read), BrokerErrorKind::Unavailable);
-    assert_eq!(kind(Effect::Idempotent), BrokerErrorKind::Unavailable);
+    assert_eq!(kind(Idempotency::Once), BrokerErrorKind::Maybe);
+    assert_eq!(kind(Idempotency::Read), BrokerErrorKind::Unavailable);
+    assert_eq!(kind(Idempotency::Idempotent), BrokerErrorKind::Unavailable);
 }

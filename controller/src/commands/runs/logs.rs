@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::cloud::broker::InstanceState;
 use crate::commands::{Context, SCHEMA};
-use crate::files::{MOST, absent, read_small};
+use crate::files::{MAX_FILE_BYTES, absent, read_small};
 use crate::host::transport::ssh::HostKeyPin;
 use crate::host::{self, Cursor, HostError, HostEvent, RemoteHost};
 use crate::run::deploy::{KEY_FILE, read_cursor};
@@ -43,7 +43,7 @@ pub(super) async fn command(
 ) -> Result<ExitStatus, CliError> {
     let run = ledger.find(name)?;
     if follow {
-        return go_on(context, ledger, &run.id).await;
+        return follow_log(context, ledger, &run.id).await;
     }
     let lines = so_far(context, ledger, &run).await?;
     let document = serde_json::json!({ "schema": SCHEMA, "run": run.id, "lines": lines });
@@ -76,7 +76,7 @@ async fn so_far(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<V
 }
 
 /// Prints the log until the worker has ended, whether the run is driven or not.
-async fn go_on(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
+async fn follow_log(context: &Context, ledger: &Ledger, id: &str) -> Result<ExitStatus, CliError> {
     let reporter = &context.reporter;
     let say = |line: String| reporter.line(&serde_json::json!({ "line": line }), || line.clone());
     let mut tail = Tail::of(ledger, &ledger.run(id)?);
@@ -145,8 +145,8 @@ async fn read_on(
     };
     let failed = |error: HostError| CliError { status: ExitStatus::Cloud, message: error.message, hint: error.hint };
     let folder = ledger.run_folder(&run.id);
-    let host = match cloud.broker.way(&rental.instance) {
-        Some(way) => RemoteHost::new(way.transport, way.name),
+    let host = match cloud.broker.instance_transport(&rental.instance) {
+        Some(access) => RemoteHost::new(access.transport, access.name),
         None => {
             let pin = HostKeyPin::new(&pin.0).map_err(|error| failed(error.into()))?;
             let (key, deadline) = (folder.join(KEY_FILE), Instant::now() + cloud.timeouts.ssh);
@@ -172,7 +172,7 @@ async fn read_on(
 }
 
 fn at_once(path: &Path) -> Result<Vec<String>, CliError> {
-    read_small(path, MOST).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
+    read_small(path, MAX_FILE_BYTES).map(|text| lines_of(&text)).map_err(|error| unreadable(path, &error))
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> CliError {

@@ -7,8 +7,8 @@ use futures::{StreamExt, stream};
 use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 
-use super::tell::estimate;
-use super::{Session, Todo};
+use super::output::estimate;
+use super::{Session, ModelAction};
 use crate::cloud::clouds::Clouds;
 use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;
@@ -21,7 +21,7 @@ use crate::ui::report::{CliError, Reporter};
 use crate::units::Usd;
 
 /// Interval of summaries of all runs.
-const LOOK: Duration = Duration::from_secs(2);
+const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// A run that is active or about to start.
 struct Task {
@@ -29,12 +29,12 @@ struct Task {
     secrets: Vec<(&'static str, Secret)>,
     /// Whether its worker reads from the hub, and is spaced from others.
     asks_the_hub: bool,
-    begin: Begin,
+    begin: RunStart,
     /// Estimated cost, until the actual one is known.
     estimate: Usd,
 }
 
-enum Begin {
+enum RunStart {
     /// With the clouds with which it goes on.
     Left(Box<RunWriter>, Clouds),
     Anew(Box<RunSpec>),
@@ -47,10 +47,10 @@ impl Session<'_> {
         &self,
         ledger: &Ledger,
         ports: Ports<'_>,
-        todo: Vec<Todo>,
+        todo: Vec<ModelAction>,
     ) -> Result<Vec<(String, DriveError)>, CliError> {
         // Abandoned runs bill, whether they are driven or not.
-        let left = todo.iter().filter(|todo| matches!(todo, Todo::PickUp(_))).count();
+        let left = todo.iter().filter(|todo| matches!(todo, ModelAction::PickUp(_))).count();
         let parallel = self.asked.max_parallel.max(left);
         let tasks = self.tasks(todo, parallel)?;
         if tasks.is_empty() {
@@ -74,28 +74,28 @@ impl Session<'_> {
     }
 
     /// Runs that were left come first: they bill already. At most this many at a time.
-    fn tasks(&self, todo: Vec<Todo>, parallel: usize) -> Result<Vec<Task>, CliError> {
+    fn tasks(&self, todo: Vec<ModelAction>, parallel: usize) -> Result<Vec<Task>, CliError> {
         let mut tasks: Vec<Task> = Vec::new();
         // A checkpoint on a cluster needs no token, and its worker need not wait for others.
         let of_job = |job: &JobSpec| (secrets(self.context, job, parallel), job.asks_the_hub());
         for (model, todo) in self.models.iter().zip(todo) {
             let ((secrets, asks_the_hub), begin, estimate) = match todo {
-                Todo::Nothing => continue,
-                Todo::PickUp(run) => {
+                ModelAction::Nothing => continue,
+                ModelAction::PickUp(run) => {
                     let offer = run.state().offer();
                     let estimate = offer.and_then(|offer| run.record().spec.work.on(offer).cost);
                     let clouds = self.context.clouds_to_go_on(run.record(), &self.clouds)?;
-                    (of_job(&run.record().spec.job), Begin::Left(run, clouds), estimate)
+                    (of_job(&run.record().spec.job), RunStart::Left(run, clouds), estimate)
                 }
-                Todo::Run(prepared) => {
+                ModelAction::Run(prepared) => {
                     let estimate = estimate(&prepared).and_then(|estimate| estimate.cost);
-                    (of_job(&prepared.spec.job), Begin::Anew(Box::new(prepared.signed())), estimate)
+                    (of_job(&prepared.spec.job), RunStart::Anew(Box::new(prepared.signed())), estimate)
                 }
             };
             let estimate = estimate.unwrap_or(Usd::ZERO);
             tasks.push(Task { name: model.entry.name.clone(), secrets, asks_the_hub, begin, estimate });
         }
-        tasks.sort_by_key(|task| matches!(task.begin, Begin::Anew(_)));
+        tasks.sort_by_key(|task| matches!(task.begin, RunStart::Anew(_)));
         Ok(tasks)
     }
 
@@ -109,13 +109,13 @@ impl Session<'_> {
         let reporter = self.context.reporter.of_one(&task.name);
         let stopped = *stop.borrow() != Stop::Go;
         let (run, its_own) = match task.begin {
-            Begin::Left(run, clouds) => {
-                reporter.picked_up(run.record());
+            RunStart::Left(run, clouds) => {
+                reporter.resumed(run.record());
                 (Ok(*run), Some(clouds))
             }
             // After a stop no new run starts.
-            Begin::Anew(_) if stopped => return None,
-            Begin::Anew(spec) => (ledger.plan(&spec), None),
+            RunStart::Anew(_) if stopped => return None,
+            RunStart::Anew(spec) => (ledger.plan(&spec), None),
         };
         let start_throttle = ports.start_throttle.filter(|_| task.asks_the_hub);
         let clouds = its_own.as_ref().unwrap_or(ports.clouds);
@@ -154,7 +154,7 @@ impl Session<'_> {
                 Ok(runs) => self.tell_all(board, &runs, estimates, since_ms),
                 Err(error) => tracing::warn!("{error}"),
             }
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
     }
 

@@ -83,8 +83,8 @@ mod tests {
         let sure = Estimate { value: 2.0, interval: Some([1.5, 2.5]) };
         let row = |label: &str, bars: [Option<Estimate>; 2]| Row { label: label.to_owned(), bars: bars.to_vec() };
         let rows = [
-            row("INT8", [Some(sure), Some(Estimate::bare(1.0))]),
-            row("MXFP4", [Some(Estimate::bare(f64::INFINITY)), None]),
+            row("INT8", [Some(sure), Some(Estimate::without_interval(1.0))]),
+            row("MXFP4", [Some(Estimate::without_interval(f64::INFINITY)), None]),
         ];
         let drawn = |rows: &[Row]| bars("n", "t", "d", ["x", "y"], &series, rows);
         let svg = drawn(&rows).unwrap().svg;

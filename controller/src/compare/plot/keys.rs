@@ -19,7 +19,7 @@ const STEP: usize = 10;
 const DIRECTIONS: i32 = 24;
 
 /// A position in the drawing.
-pub(super) type Place = (i32, i32);
+pub(super) type PixelPosition = (i32, i32);
 
 /// A rectangle of the drawing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +36,7 @@ pub(super) struct Keyed<'a> {
     /// Points of different groups never share a key.
     pub(super) group: usize,
     /// Position.
-    pub(super) at: Place,
+    pub(super) at: PixelPosition,
     /// Its key; empty: none.
     pub(super) key: &'a str,
 }
@@ -49,13 +49,13 @@ pub(super) struct Label {
     /// Its rectangle in the drawing, pixels.
     pub(super) area: Area,
     /// The line from its point, unless it is beside it.
-    pub(super) line: Option<[Place; 2]>,
+    pub(super) line: Option<[PixelPosition; 2]>,
 }
 
 /// Points of a group with a shared key.
 struct Shared<'a> {
     group: usize,
-    at: Place,
+    at: PixelPosition,
     keys: Vec<&'a str>,
 }
 
@@ -91,9 +91,9 @@ fn lay(shared: &[Shared<'_>], room: Area, marks: &[Area]) -> (Vec<Label>, Vec<us
         let width = |c: char| if c.is_alphanumeric() { CHARACTER } else { BETWEEN };
         let size = (text.chars().map(width).sum::<i32>() + GAP, HEIGHT);
         let taken = || marks.iter().chain(labels.iter().map(|label| &label.area)).chain(lines.iter());
-        let is_free = |place: &(Area, Option<[Place; 2]>)| {
+        let is_free = |place: &(Area, Option<[PixelPosition; 2]>)| {
             let (area, line) = place;
-            let crosses = |[from, to]: [Place; 2]| {
+            let crosses = |[from, to]: [PixelPosition; 2]| {
                 along(from, to).any(|step| labels.iter().any(|label| label.area.common(&step) > 0))
             };
             room.holds(area) && taken().all(|other| area.common(other) == 0) && !line.is_some_and(crosses)
@@ -142,7 +142,7 @@ fn together(keys: &[&str]) -> String {
 }
 
 /// The six positions beside a point.
-fn beside((x, y): Place, (width, height): (i32, i32)) -> [Area; 6] {
+fn beside((x, y): PixelPosition, (width, height): (i32, i32)) -> [Area; 6] {
     let mark = super::POINT;
     let (right, left, middle) = (x + mark + 2, x - mark - 2 - width, x - width / 2);
     let (above, below) = (y - mark - height + 4, y + mark - 4);
@@ -152,7 +152,7 @@ fn beside((x, y): Place, (width, height): (i32, i32)) -> [Area; 6] {
 }
 
 /// Positions around a point with a connecting line, from near to far.
-fn away((x, y): Place, (width, height): (i32, i32)) -> impl Iterator<Item = (Area, Option<[Place; 2]>)> {
+fn away((x, y): PixelPosition, (width, height): (i32, i32)) -> impl Iterator<Item = (Area, Option<[PixelPosition; 2]>)> {
     let turns = (0..DIRECTIONS).map(|direction| f64::from(direction) * TAU / f64::from(DIRECTIONS));
     let ways: Vec<(f64, f64)> = turns.map(|angle| (angle.cos(), angle.sin())).collect();
     (NEAREST..FARTHEST).step_by(STEP).flat_map(move |distance| {
@@ -168,7 +168,7 @@ fn away((x, y): Place, (width, height): (i32, i32)) -> impl Iterator<Item = (Are
 }
 
 /// Small areas along a line that cover it for overlap tests.
-pub(super) fn along(from: Place, to: Place) -> impl Iterator<Item = Area> {
+pub(super) fn along(from: PixelPosition, to: PixelPosition) -> impl Iterator<Item = Area> {
     let (x, y) = (to.0 - from.0, to.1 - from.1);
     let steps = x.abs().max(y.abs()) / 6 + 1;
     (0..=steps).map(move |step| Area::around(from.0 + x * step / steps, from.1 + y * step / steps, 1))
@@ -200,7 +200,7 @@ mod tests {
     const ROOM: Area = Area { left: 148, top: 68, right: 836, bottom: 483 };
 
     /// Places the keys 1, 2, 3, ... of these points and asserts that nothing overlaps.
-    fn laid(places: &[Place]) -> Vec<Label> {
+    fn laid(places: &[PixelPosition]) -> Vec<Label> {
         let keys: Vec<String> = (1..=places.len()).map(|number| number.to_string()).collect();
         let points: Vec<Keyed<'_>> =
             places.iter().zip(&keys).map(|(at, key)| Keyed { group: 0, at: *at, key: key.as_str() }).collect();
@@ -233,7 +233,7 @@ mod tests {
 
     #[test]
     fn keys_of_close_points_do_not_overlap() {
-        let row: Vec<Place> = (0..12).map(|i| (330 + 6 * i, 200 + 15 * (i % 3))).collect();
+        let row: Vec<PixelPosition> = (0..12).map(|i| (330 + 6 * i, 200 + 15 * (i % 3))).collect();
         let labels = laid(&row);
         assert!(labels.len() > 8 && labels.iter().any(|label| label.line.is_some()), "{labels:?}");
         // Also at the edges of the room.
@@ -244,7 +244,7 @@ mod tests {
     fn coinciding_or_crowded_points_share_a_key() {
         assert_eq!(texts(&laid(&[(400, 200), (402, 201), (398, 199), (500, 200), (401, 202)])), ["1-3, 5", "4"]);
         assert!(laid(&[(400, 200); 40]).len() == 1);
-        let crowd: Vec<Place> = (0..30).map(|i| (380 + 5 * i, 200 + (37 * i) % 50)).collect();
+        let crowd: Vec<PixelPosition> = (0..30).map(|i| (380 + 5 * i, 200 + (37 * i) % 50)).collect();
         let labels = laid(&crowd);
         assert!(labels.len() < 30 && labels.len() > 3, "{labels:?}");
     }

@@ -7,7 +7,7 @@ use plotters::coord::ranged1d::{KeyPointHint, NoDefaultFormatting, Ranged, Value
 use crate::compare::table::short;
 
 /// Maximum ticks of a logarithmic axis, so that their labels (100 M) do not touch.
-const MOST_NAMES: usize = 6;
+const MAX_NAMES: usize = 6;
 
 /// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,16 +63,16 @@ impl Shape {
 impl Scale {
     /// An axis for all values, which must be finite and, for a logarithmic axis, positive.
     pub(super) fn of(kind: AxisKind, values: impl Iterator<Item = f64>) -> Self {
-        let (least, most) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
+        let (min, max) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(a, b), x| (a.min(x), b.max(x)));
         match kind {
             AxisKind::Percent => Self::even(0.0, 100.0, 25.0, 4.0),
-            AxisKind::Index => Self::even(0.0, most, nice(most / 8.0).max(1.0), 0.5),
+            AxisKind::Index => Self::even(0.0, max, nice(max / 8.0).max(1.0), 0.5),
             AxisKind::Linear => {
-                let most = if most > 0.0 { most * 1.08 } else { 1.0 };
-                Self::even(0.0, most, nice(most / 5.0), 0.0)
+                let max = if max > 0.0 { max * 1.08 } else { 1.0 };
+                Self::even(0.0, max, nice(max / 5.0), 0.0)
             }
-            AxisKind::Log => Self::log(least, most),
-            AxisKind::Count => Self::count(most.max(1.0)),
+            AxisKind::Log => Self::log(min, max),
+            AxisKind::Count => Self::count(max.max(1.0)),
         }
     }
 
@@ -83,10 +83,10 @@ impl Scale {
         Self { low: low - space, high: high + space, shape: Shape::Values, ticks }
     }
 
-    fn log(least: f64, most: f64) -> Self {
+    fn log(min: f64, max: f64) -> Self {
         // A margin of a tenth on both sides, and at least a factor of two in total.
-        let space = ((most / least).log10() * 0.1).max(0.17);
-        let (low, high) = (least.log10() - space, most.log10() + space);
+        let space = ((max / min).log10() * 0.1).max(0.17);
+        let (low, high) = (min.log10() - space, max.log10() + space);
         let decades = (low.floor() as i32)..=(high.ceil() as i32);
         // Limited by the width of the labels (100 M, 200 M).
         let steps: &[f64] = if high - low < 0.71 {
@@ -98,17 +98,17 @@ impl Scale {
         };
         let at = decades.flat_map(|decade| steps.iter().map(move |step| step * 10f64.powi(decade)));
         let at: Vec<f64> = at.filter(|at| (low..=high).contains(&at.log10())).collect();
-        let every = at.len().div_ceil(MOST_NAMES);
+        let every = at.len().div_ceil(MAX_NAMES);
         let ticks = at.into_iter().step_by(every.max(1)).map(|at| (at, short(at))).collect();
         Self { low, high, shape: Shape::Logarithms, ticks }
     }
 
-    fn count(most: f64) -> Self {
+    fn count(max: f64) -> Self {
         let shape = Shape::Successors;
-        let decades = (0..=most.log10().ceil() as i32).map(|decade| 10f64.powi(decade));
+        let decades = (0..=max.log10().ceil() as i32).map(|decade| 10f64.powi(decade));
         let ticks =
-            std::iter::once(0.0).chain(decades).filter(|at| *at <= most * 1.3).map(|at| (at, short(at))).collect();
-        Self { low: -0.1, high: shape.of(most) + 0.15, shape, ticks }
+            std::iter::once(0.0).chain(decades).filter(|at| *at <= max * 1.3).map(|at| (at, short(at))).collect();
+        Self { low: -0.1, high: shape.of(max) + 0.15, shape, ticks }
     }
 
     /// One position per label, from 0.
@@ -163,10 +163,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn scales_contain_their_values_and_have_ticks(least in 1e-12f64..1e12, factor in 1f64..1e12) {
+        fn scales_contain_their_values_and_have_ticks(min in 1e-12f64..1e12, factor in 1f64..1e12) {
             for kind in [AxisKind::Linear, AxisKind::Log, AxisKind::Count] {
-                let scale = Scale::of(kind, [least, least * factor].into_iter());
-                for value in [least, least * factor] {
+                let scale = Scale::of(kind, [min, min * factor].into_iter());
+                for value in [min, min * factor] {
                     prop_assert!((0..=1000).contains(&scale.map(&value, (0, 1000))));
                 }
                 prop_assert!((2..=40).contains(&scale.ticks.len()), "{:?}", scale);

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 
 use outliers_protocol::{Feature, Point as Place, Results};
 
-use super::heat::Heat;
+use super::heatmap::ColourSteps;
 use super::{cost, mark, residual};
 use crate::compare::bootstrap::mean;
 use crate::compare::comparison::Compared;
 use crate::compare::folder::{Run, layers};
-use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, heat, points};
+use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, heatmap, points};
 use crate::compare::statistics::Statistics;
 use crate::compare::threshold_sweep::{self, SweepPoint};
 
@@ -83,7 +83,7 @@ fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let (results, statistics) = (&run.results, run.statistics.as_ref()?);
     let threshold = f64::from(results.thresholds.magnitude);
     let largest = f64::from(results.max_abs).max(threshold * 2.0);
-    let scale = Heat { threshold, largest };
+    let scale = ColourSteps { threshold, largest };
     let layers = layers(results);
     let row = |feature: &&Feature| {
         let cell = |layer: &usize| {
@@ -104,7 +104,7 @@ fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {
         "Largest magnitude of each feature in each layer, at either norm output. Systematic features first; those with a star have outliers but \
          are not systematic.{shown}"
     );
-    heat(name, title, &description, ["layer", "feature"], &scale.words(), &rows)
+    heatmap(name, title, &description, ["layer", "feature"], &scale.words(), &rows)
 }
 
 fn sweep(name: &str, title: &str, run: &Run) -> Option<Plot> {

@@ -3,15 +3,15 @@
 
 use outliers_protocol::{MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, Results};
 
-use super::heat::Heat;
-use crate::compare::plot::{Plot, heat};
+use super::heatmap::ColourSteps;
+use crate::compare::plot::{Plot, heatmap};
 
 /// Dimension x token after the layer with the largest sinks. `None` without the measurement.
 pub(super) fn map(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let map = results.residual_sinks.as_ref()?.map.as_ref()?;
     let shown = || map.dims.iter().take(2 * MAPPED_DIMS);
     let largest = shown().flat_map(|dim| &dim.values).fold(2f64, |largest, value| largest.max(f64::from(value.abs())));
-    let scale = Heat { threshold: 1.0, largest };
+    let scale = ColourSteps { threshold: 1.0, largest };
     let row = |dim: &MappedDim| {
         let star = if dim.is_sink { "" } else { "*" };
         let values = dim.values.iter().take(MAPPED_POSITIONS);
@@ -24,7 +24,7 @@ pub(super) fn map(name: &str, title: &str, results: &Results) -> Option<Plot> {
          with a star are no sinks.",
         map.layer
     );
-    heat(name, title, &description, ["position", "dimension"], &scale.words(), &rows)
+    heatmap(name, title, &description, ["position", "dimension"], &scale.words(), &rows)
 }
 
 #[cfg(test)]

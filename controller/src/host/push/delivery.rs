@@ -39,9 +39,9 @@ const AT_ONCE: usize = 6;
 /// so that the answer does not contain the file's name.
 ///
 /// `look` prints the hash of a file and, if it differs from the wanted one, the hashes of a part's
-/// blocks. `seal` renames a complete part. Another process may do the same at the same time where
-/// hosts share a folder. A program is copied instead: that process or a dead connection may still
-/// have the part open for writing, and then it could not be started.
+/// blocks. `rename_part` renames a complete part. Another process may do the same at the same time
+/// where hosts share a folder. A program is copied instead: that process or a dead connection may
+/// still have the part open for writing, and then it could not be started.
 const FUNCTIONS: &str = r#"
 sum() {
   if command -v sha256sum >/dev/null 2>&1; then sha256sum
@@ -66,7 +66,7 @@ place() {
   if [ "$copy" = yes ]; then whole=$(mktemp "$part.XXXXXX") && cp "$part" "$whole" || return 1; fi
   chmod "$mode" "$whole" && mv -f "$whole" "$file" && rm -f "$part"
 }
-seal() {
+rename_part() {
   file=$1; part=$2; want=$3; mode=$4; copy=$5; whole=$part
   if [ -d "$file" ]; then echo "$file is a folder" >&2; return 1; fi
   have=$(hash "$part")
@@ -208,7 +208,7 @@ impl RemoteHost {
         for gap in large {
             self.send(gap, &tally).await?;
         }
-        self.seal(&gaps).await
+        self.rename_parts(&gaps).await
     }
 
     async fn send(&self, gap: &Gap<'_>, tally: &UploadCounter<'_>) -> Result<(), HostError> {
@@ -261,13 +261,13 @@ impl RemoteHost {
     }
 
     /// Renames parts to their destinations if their hashes match.
-    async fn seal(&self, gaps: &[Gap<'_>]) -> Result<(), HostError> {
+    async fn rename_parts(&self, gaps: &[Gap<'_>]) -> Result<(), HostError> {
         let mut script = format!("{FUNCTIONS}\n");
         for gap in gaps {
             let (file, part) = (quote(&gap.item.remote), quote(&gap.item.part()));
             let copy = if gap.must_be_copied() { "yes" } else { "no" };
             let Item { sha256, mode, .. } = gap.item;
-            script.push_str(&format!("seal {file} {part} {sha256} {mode:o} {copy} || exit 1\n"));
+            script.push_str(&format!("rename_part {file} {part} {sha256} {mode:o} {copy} || exit 1\n"));
         }
         let sealed = self.sh(&script, HASH_LIMIT).await?.fields("sealed");
         let wrong = gaps.iter().enumerate().find(|(i, gap)| sealed.get(*i) != Some(&gap.item.sha256));

@@ -79,7 +79,7 @@ const ALL_TURNS: u32 = 1024;
 
 /// How often a call is repeated after the server opened no channel: alone, and on a fresh
 /// connection.
-const MOST_REFUSALS: u32 = 2;
+const MAX_REFUSALS: u32 = 2;
 
 /// Evaluates an expression that needs channels on the open connection.
 ///
@@ -88,13 +88,13 @@ macro_rules! on_link {
     ($self:ident, $link:ident, $work:expr) => {{
         let mut refusals = 0;
         loop {
-            let turn = $self.turn().await;
+            let turn = $self.channel_permit().await;
             let $link = $self.link().await?;
             let result = $work.await;
             let result = $self.settle(&$link, result).await;
             drop(turn);
             match result {
-                Err(error) if error.kind == TransportErrorKind::NoChannel && refusals < MOST_REFUSALS => {
+                Err(error) if error.kind == TransportErrorKind::NoChannel && refusals < MAX_REFUSALS => {
                     refusals += 1;
                     $self.one_at_a_time.store(true, Ordering::Relaxed);
                     $self.forget(&$link).await;
@@ -173,7 +173,7 @@ impl SshTransport {
             return Ok(link.clone());
         }
         *slot = None;
-        if let Some(error) = self.opened.misconduct(&self.endpoint) {
+        if let Some(error) = self.opened.too_many_channels(&self.endpoint) {
             return Err(error);
         }
         let (handle, _) = connect::open(&self.endpoint, &self.key, Some(&self.pin), &self.tuning, &self.opened).await?;
@@ -183,7 +183,7 @@ impl SshTransport {
     }
 
     /// Permission to open channels, concurrent or exclusive, in the order of requests.
-    async fn turn(&self) -> SemaphorePermit<'_> {
+    async fn channel_permit(&self) -> SemaphorePermit<'_> {
         let turns = if self.one_at_a_time.load(Ordering::Relaxed) { ALL_TURNS } else { 1 };
         self.turns.acquire_many(turns).await.expect("nobody closes it")
     }
@@ -191,7 +191,7 @@ impl SshTransport {
     /// Returns `result`. After a failure of the connection the next call uses a new one.
     async fn settle<T>(&self, link: &Arc<Link>, result: Result<T, TransportError>) -> Result<T, TransportError> {
         // If the host misbehaved, the error says so instead of reporting a broken connection.
-        let result = result.map_err(|error| self.opened.misconduct(&self.endpoint).unwrap_or(error));
+        let result = result.map_err(|error| self.opened.too_many_channels(&self.endpoint).unwrap_or(error));
         if result.as_ref().is_err_and(|e| e.kind.is_transient()) {
             self.forget(link).await;
         }

@@ -10,10 +10,10 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::files::{MOST, digest, is_plain_name, read_small, rename_folder};
+use crate::files::{MAX_FILE_BYTES, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
-use crate::run::{Brought, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
+use crate::run::{SavedResults, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
 
 /// Folders of a run's files. A folder with the first name always contains complete results.
 #[derive(Clone, Debug)]
@@ -59,18 +59,18 @@ pub(super) fn settle(
     folders: &Folders,
     manifest: Option<&Manifest>,
     exit: Option<i32>,
-) -> io::Result<(Brought, RunOutcome)> {
+) -> io::Result<(SavedResults, RunOutcome)> {
     let (ending, complete) = judge(&folders.arriving, manifest, exit);
     let place = if complete { &folders.whole } else { &folders.partial };
     move_over(&folders.arriving, place)?;
-    Ok((Brought { folder: place.to_string_lossy().into_owned(), complete }, ending))
+    Ok((SavedResults { folder: place.to_string_lossy().into_owned(), complete }, ending))
 }
 
 /// Results that an earlier process moved into place without recording it.
-pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(Brought, RunOutcome)> {
+pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(SavedResults, RunOutcome)> {
     let complete = holds(&folders.whole, run).is_ok();
     complete
-        .then(|| (Brought { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed))
+        .then(|| (SavedResults { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed))
 }
 
 /// Removes incomplete downloads.
@@ -83,7 +83,7 @@ pub(super) fn clear(folders: &Folders) {
 
 fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
     let wrong = |why: String| format!("{}: {why}", path.display());
-    let text = read_small(path, MOST).map_err(|error| wrong(error.to_string()))?;
+    let text = read_small(path, MAX_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
 }
 

@@ -16,7 +16,7 @@ use super::Stop;
 use super::ports::{Host, Hosts, Ports};
 use crate::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, RunTime, SshEndpoint, Way,
+    Lease, Offer, Offers, RunTime, SshEndpoint, InstanceTransport,
 };
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
@@ -137,7 +137,7 @@ thread_local! {
 
 /// Sets this thread's wall clock to `at_ms`. It advances with the runtime's clock, which tests
 /// pause and advance.
-pub(crate) fn wind(at_ms: u64) {
+pub(crate) fn set_clock(at_ms: u64) {
     WOUND.set(Some((Instant::now(), at_ms)));
 }
 
@@ -183,7 +183,7 @@ pub(crate) struct Machine {
 
 /// State of the cloud and its hosts.
 #[derive(Default)]
-pub(crate) struct World {
+pub(crate) struct Simulation {
     pub(crate) machines: BTreeMap<String, Machine>,
     pub(crate) effects: Vec<&'static str>,
     /// Names of the pushed files.
@@ -265,14 +265,14 @@ pub(crate) struct World {
 /// The fake broker, and transport to its hosts.
 #[derive(Clone)]
 pub(crate) struct Fake {
-    pub(crate) world: Arc<Mutex<World>>,
+    pub(crate) simulation: Arc<Mutex<Simulation>>,
     pub(crate) crashed: Arc<Notify>,
     pub(crate) stop: Arc<watch::Sender<Stop>>,
     pub(crate) bad_hosts: BadHosts,
     pub(crate) timeouts: Timeouts,
 }
 
-impl World {
+impl Simulation {
     /// The instances that this ledger rented.
     pub(crate) fn ours(&self) -> impl Iterator<Item = &Machine> {
         self.machines.values().filter(|machine| !machine.foreign)
@@ -286,7 +286,7 @@ impl World {
     /// Moves this machine's clock ahead by hours, if it is set by tests.
     pub(crate) fn jump(&mut self) {
         if let Some(now) = wound_ms() {
-            wind(now.saturating_add_signed(JUMP * 1000));
+            set_clock(now.saturating_add_signed(JUMP * 1000));
             self.clock_ahead -= JUMP;
         }
     }
@@ -323,7 +323,7 @@ impl World {
     }
 
     /// Makes the run's row readable.
-    pub(crate) fn mend(&mut self) {
+    pub(crate) fn repair_row(&mut self) {
         if std::mem::take(&mut self.unreadable) {
             self.in_ledger("UPDATE runs SET spec = substr(spec, 2)");
         }
@@ -402,9 +402,9 @@ impl World {
 impl Fake {
     pub(crate) fn new() -> Self {
         let offers = vec![offer("a", 1.0), offer("b", 2.0)];
-        let world = World { offers, visibility: 1, max_duration_s: 3600, ..World::default() };
+        let simulation = Simulation { offers, visibility: 1, max_duration_s: 3600, ..Simulation::default() };
         Self {
-            world: Arc::new(Mutex::new(world)),
+            simulation: Arc::new(Mutex::new(simulation)),
             crashed: Arc::new(Notify::new()),
             stop: Arc::new(watch::Sender::new(Stop::Go)),
             bad_hosts: BadHosts::default(),
@@ -412,8 +412,8 @@ impl Fake {
         }
     }
 
-    pub(crate) fn set(&self, change: impl FnOnce(&mut World)) {
-        change(&mut self.world.lock().unwrap());
+    pub(crate) fn set(&self, change: impl FnOnce(&mut Simulation)) {
+        change(&mut self.simulation.lock().unwrap());
     }
 
     /// The fake cloud.
@@ -426,22 +426,22 @@ impl Fake {
     }
 
     /// Performs and counts an effect, with the fault for its number.
-    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut World) -> T) -> Result<T, Struck> {
+    async fn effect<T>(&self, name: &'static str, apply: impl FnOnce(&mut Simulation) -> T) -> Result<T, FaultOutcome> {
         let outcome = {
-            let mut world = self.world.lock().unwrap();
-            world.pass(Duration::ZERO);
-            world.make_room(Some(Instant::now()));
-            world.effects.push(name);
-            let number = world.effects.len();
-            let fault = world.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
-            world.fired += usize::from(fault.is_some());
-            world.struck.extend(fault.map(|fault| (fault, name)));
+            let mut simulation = self.simulation.lock().unwrap();
+            simulation.pass(Duration::ZERO);
+            simulation.make_room(Some(Instant::now()));
+            simulation.effects.push(name);
+            let number = simulation.effects.len();
+            let fault = simulation.armed.iter().find(|(at, _)| *at == number).map(|(_, fault)| *fault);
+            simulation.fired += usize::from(fault.is_some());
+            simulation.struck.extend(fault.map(|fault| (fault, name)));
             match fault {
-                Some(Fault::Outage) => world.outage = true,
-                Some(Fault::Preempted) => world.preempt(),
-                Some(Fault::PriceRises) => world.raise_prices(),
-                Some(Fault::Odd) => world.odd = true,
-                Some(Fault::Refuses) => world.refuses_until = Some(Instant::now() + REFUSES),
+                Some(Fault::Outage) => simulation.outage = true,
+                Some(Fault::Preempted) => simulation.preempt(),
+                Some(Fault::PriceRises) => simulation.raise_prices(),
+                Some(Fault::Odd) => simulation.odd = true,
+                Some(Fault::Refuses) => simulation.refuses_until = Some(Instant::now() + REFUSES),
                 Some(Fault::Stop) => drop(self.stop.send(Stop::Now)),
                 Some(Fault::StopTwice) => drop(self.stop.send(Stop::SkipSync)),
                 Some(Fault::Hangup) => {
@@ -451,31 +451,31 @@ impl Fake {
                         more
                     });
                 }
-                Some(Fault::StateFull) => world.fill_state(),
+                Some(Fault::StateFull) => simulation.fill_state(),
                 Some(Fault::ResultsFull) => {
-                    world.results_full_until = Some(Instant::now() + self.timeouts.listing_interval * 10);
+                    simulation.results_full_until = Some(Instant::now() + self.timeouts.listing_interval * 10);
                 }
-                Some(Fault::Unreadable) => world.damage(),
-                Some(Fault::ClockJumps) => world.jump(),
+                Some(Fault::Unreadable) => simulation.damage(),
+                Some(Fault::ClockJumps) => simulation.jump(),
                 _ => {}
             }
             let result = match fault {
-                _ if world.outage => Err(Struck::NotApplied),
-                Some(Fault::CrashBefore) => Err(Struck::Crash),
-                Some(Fault::Fails) => Err(Struck::NotApplied),
-                Some(Fault::CrashAfter) => Ok(Err(Struck::Crash)),
-                Some(Fault::AnswerLost) => Ok(Err(Struck::Applied)),
+                _ if simulation.outage => Err(FaultOutcome::NotApplied),
+                Some(Fault::CrashBefore) => Err(FaultOutcome::Crash),
+                Some(Fault::Fails) => Err(FaultOutcome::NotApplied),
+                Some(Fault::CrashAfter) => Ok(Err(FaultOutcome::Crash)),
+                Some(Fault::AnswerLost) => Ok(Err(FaultOutcome::Applied)),
                 _ => Ok(Ok(())),
             };
             result.and_then(|after| {
-                let value = apply(&mut world);
-                world.odd = false;
-                let alive = world.ours().count();
-                world.most_alive = world.most_alive.max(alive);
+                let value = apply(&mut simulation);
+                simulation.odd = false;
+                let alive = simulation.ours().count();
+                simulation.most_alive = simulation.most_alive.max(alive);
                 after.map(|()| value)
             })
         };
-        if matches!(outcome, Err(Struck::Crash)) {
+        if matches!(outcome, Err(FaultOutcome::Crash)) {
             self.crashed.notify_one();
             return std::future::pending().await;
         }
@@ -486,13 +486,13 @@ impl Fake {
 }
 
 #[derive(Clone, Copy, Debug)]
-enum Struck {
+enum FaultOutcome {
     Crash,
     NotApplied,
     Applied,
 }
 
-impl Struck {
+impl FaultOutcome {
     fn broker(self) -> BrokerError {
         let kind = if matches!(self, Self::Applied) { BrokerErrorKind::Maybe } else { BrokerErrorKind::Unavailable };
         BrokerError { broker: "fake", kind, message: format!("{self:?}") }
@@ -510,11 +510,11 @@ impl Broker for Fake {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Capabilities { self_destruct: self.world.lock().unwrap().self_destruct, ..Capabilities::default() }
+        Capabilities { self_destruct: self.simulation.lock().unwrap().self_destruct, ..Capabilities::default() }
     }
 
     fn clock_skew(&self) -> Option<i64> {
-        Some(self.world.lock().unwrap().clock_ahead).filter(|ahead| *ahead != 0)
+        Some(self.simulation.lock().unwrap().clock_ahead).filter(|ahead| *ahead != 0)
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
@@ -522,98 +522,98 @@ impl Broker for Fake {
     }
 
     async fn offers(&self, _: &GpuRequest) -> Result<Offers, BrokerError> {
-        let listed = self.effect("offers", |world| world.offers.clone()).await.map_err(Struck::broker)?;
+        let listed = self.effect("offers", |simulation| simulation.offers.clone()).await.map_err(FaultOutcome::broker)?;
         Ok(Offers { offers: listed, dropped: Vec::new() })
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
         assert!(lease.ssh_public_key.starts_with("ssh-fake"));
-        let made = self.effect("create", |world| {
-            world.creates += 1;
-            if let Some(kind) = world.create_error {
+        let made = self.effect("create", |simulation| {
+            simulation.creates += 1;
+            if let Some(kind) = simulation.create_error {
                 return Err(BrokerError { broker: "fake", kind, message: "said no".into() });
             }
-            if world.sold_out.contains(&offer.key) {
+            if simulation.sold_out.contains(&offer.key) {
                 return Err(BrokerError { broker: "fake", kind: BrokerErrorKind::NoCapacity, message: "gone".into() });
             }
-            world.next_id += 1;
-            let id = format!("i{}", world.next_id);
-            let lived_on = lease.tag.deadline.saturating_sub(world.now_ms() / 1000);
-            assert!(lived_on <= world.max_duration_s, "its deadline is {lived_on} s away");
+            simulation.next_id += 1;
+            let id = format!("i{}", simulation.next_id);
+            let lived_on = lease.tag.deadline.saturating_sub(simulation.now_ms() / 1000);
+            assert!(lived_on <= simulation.max_duration_s, "its deadline is {lived_on} s away");
             let reserved = offer.price.cost(Duration::from_secs(lived_on));
-            for most in [world.budget, world.agreed].into_iter().flatten() {
-                assert!(world.kept + reserved <= most, "{} were spent, {reserved} may come of {most}", world.kept);
+            for most in [simulation.budget, simulation.agreed].into_iter().flatten() {
+                assert!(simulation.kept + reserved <= most, "{} were spent, {reserved} may come of {most}", simulation.kept);
             }
-            assert!(world.names.insert(lease.tag.to_string()), "two instances with one name");
+            assert!(simulation.names.insert(lease.tag.to_string()), "two instances with one name");
             let machine = Machine {
                 name: lease.tag.to_string(),
                 foreign: false,
                 known: false,
                 stopped: false,
-                created_ms: world.now_ms(),
+                created_ms: simulation.now_ms(),
                 deadline_ms: lease.tag.deadline * 1000,
-                hidden: world.visibility,
+                hidden: simulation.visibility,
                 worker: JobStatus::NotStarted,
                 guarded: false,
                 whole: false,
                 job: None,
-                price: world.price_of(offer),
+                price: simulation.price_of(offer),
                 offered: offer.price,
             };
-            world.machines.insert(id.clone(), machine.clone());
+            simulation.machines.insert(id.clone(), machine.clone());
             Ok(instance(&id, &machine))
         });
-        made.await.map_err(Struck::broker)?
+        made.await.map_err(FaultOutcome::broker)?
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
-        let listed = self.effect("list", |world| {
+        let listed = self.effect("list", |simulation| {
             let mut shown = Vec::new();
-            for (id, machine) in &mut world.machines {
+            for (id, machine) in &mut simulation.machines {
                 if machine.hidden == 0 {
                     machine.known = true;
 
-                    shown.push(if world.odd && !machine.foreign { unreadable_entry() } else { instance(id, machine) });
+                    shown.push(if simulation.odd && !machine.foreign { unreadable_entry() } else { instance(id, machine) });
                 } else {
                     machine.hidden -= 1;
                 }
             }
             let up = shown.iter_mut().filter(|instance| matches!(instance.state, InstanceState::Ready(_)));
-            if world.queued > 0 {
-                world.queued -= 1;
+            if simulation.queued > 0 {
+                simulation.queued -= 1;
                 up.for_each(|instance| instance.state = InstanceState::Queued("Priority".into()));
-            } else if world.never_up {
+            } else if simulation.never_up {
                 up.for_each(|instance| instance.state = InstanceState::Booting);
             }
             shown
         });
-        listed.await.map_err(Struck::broker)
+        listed.await.map_err(FaultOutcome::broker)
     }
 
     async fn price_rise(&self, _: &InstanceId) -> Result<Option<String>, BrokerError> {
-        Ok(self.world.lock().unwrap().rise.clone())
+        Ok(self.simulation.lock().unwrap().rise.clone())
     }
 
     fn ends_at(&self, id: &InstanceId) -> Option<u64> {
-        let world = self.world.lock().unwrap();
+        let simulation = self.simulation.lock().unwrap();
         let died = |machine: &Machine| matches!(machine.worker, JobStatus::Ended { .. }) && !machine.whole;
-        (world.limited && world.machines.get(&id.0).is_some_and(died)).then(|| now_ms() / 1000)
+        (simulation.limited && simulation.machines.get(&id.0).is_some_and(died)).then(|| now_ms() / 1000)
     }
 
     fn run_time(&self, id: &InstanceId) -> Option<RunTime> {
-        let world = self.world.lock().unwrap();
-        world.run_time.filter(|_| world.machines.contains_key(&id.0))
+        let simulation = self.simulation.lock().unwrap();
+        simulation.run_time.filter(|_| simulation.machines.contains_key(&id.0))
     }
 
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
-        let ended = self.effect("terminate", |world| {
-            if world.refuses_until.is_some_and(|until| Instant::now() < until) {
-                return Err(Struck::NotApplied);
+        let ended = self.effect("terminate", |simulation| {
+            if simulation.refuses_until.is_some_and(|until| Instant::now() < until) {
+                return Err(FaultOutcome::NotApplied);
             }
-            world.end(&id.0);
+            simulation.end(&id.0);
             Ok(())
         });
-        ended.await.and_then(|refused| refused).map_err(Struck::broker)
+        ended.await.and_then(|refused| refused).map_err(FaultOutcome::broker)
     }
 }
 
@@ -652,7 +652,7 @@ impl Hosts for Fake {
     }
 
     fn serve(&self, want: &GpuRequest) -> Result<(), HostError> {
-        if !self.world.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
+        if !self.simulation.lock().unwrap().without_cuda || want.worker_cuda.is_none() {
             return Ok(());
         }
         Err(HostError::new(HostErrorKind::Local, "built without CUDA"))
@@ -680,7 +680,7 @@ impl Hosts for Fake {
         }
         let id = endpoint.host.clone();
         loop {
-            let error = match self.effect("reach", |world| world.machines.contains_key(&id)).await {
+            let error = match self.effect("reach", |simulation| simulation.machines.contains_key(&id)).await {
                 Ok(true) => return Ok((Box::new(FakeHost { fake: self.clone(), id }), shown)),
                 Ok(false) => broken("refused"),
                 Err(struck) => struck.host(),
@@ -692,8 +692,8 @@ impl Hosts for Fake {
         }
     }
 
-    fn over(&self, way: Way, _: &Path) -> Box<dyn Host> {
-        Box::new(FakeHost { fake: self.clone(), id: way.name })
+    fn over(&self, access: InstanceTransport, _: &Path) -> Box<dyn Host> {
+        Box::new(FakeHost { fake: self.clone(), id: access.name })
     }
 }
 
@@ -705,22 +705,22 @@ struct FakeHost {
 impl FakeHost {
     async fn on_machine<T>(&self, name: &'static str, apply: impl FnOnce(&mut Machine) -> T) -> Result<T, HostError> {
         let id = self.id.clone();
-        let done = self.fake.effect(name, |world| world.machines.get_mut(&id).map(apply));
+        let done = self.fake.effect(name, |simulation| simulation.machines.get_mut(&id).map(apply));
         let gone = || broken("connection reset");
-        done.await.map_err(Struck::host)?.ok_or_else(gone)
+        done.await.map_err(FaultOutcome::host)?.ok_or_else(gone)
     }
 }
 
 #[async_trait]
 impl Host for FakeHost {
     async fn probe(&self, offer: &Offer, _: &GpuRequest, _: bool) -> Result<HostFacts, HostError> {
-        let drags = self.fake.world.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
+        let drags = self.fake.simulation.lock().unwrap().drags.iter().find(|(key, _)| *key == offer.key).cloned();
         if let Some((_, time)) = drags {
             tokio::time::sleep(time).await;
             return Err(broken("no end of it"));
         }
         self.on_machine("probe", |_| ()).await?;
-        if self.fake.world.lock().unwrap().unfit.contains(&offer.key) {
+        if self.fake.simulation.lock().unwrap().unfit.contains(&offer.key) {
             return Err(HostError::new(HostErrorKind::NotAsRented, "it has 0 GPUs"));
         }
         Ok(facts())
@@ -734,9 +734,9 @@ impl Host for FakeHost {
     async fn push_worker(&self, on: OnEvent<'_>) -> Result<(), HostError> {
         on(HostEvent::Uploading { name: "worker".into(), sent: 1, total: 2 });
         let is_barred = {
-            let mut world = self.fake.world.lock().unwrap();
-            let is_barred = world.barred > 0;
-            world.barred = world.barred.saturating_sub(1);
+            let mut simulation = self.fake.simulation.lock().unwrap();
+            let is_barred = simulation.barred > 0;
+            simulation.barred = simulation.barred.saturating_sub(1);
             is_barred
         };
         if is_barred {
@@ -748,12 +748,12 @@ impl Host for FakeHost {
     async fn push(&self, _: &str, local: &Path, name: &str, _: OnEvent<'_>) -> Result<String, HostError> {
         assert!(local.exists());
         self.on_machine("push", |_| ()).await?;
-        self.fake.set(|world| world.pushed.push(name.to_owned()));
+        self.fake.set(|simulation| simulation.pushed.push(name.to_owned()));
         Ok(format!("/remote/{name}"))
     }
 
     async fn launch(&self, _: &str, job: &JobSpec, _: &[(&'static str, Secret)]) -> Result<(), HostError> {
-        let layers = self.fake.world.lock().unwrap().other_layers;
+        let layers = self.fake.simulation.lock().unwrap().other_layers;
         let job = JobSpec { layers: layers.or(job.layers), ..job.clone() };
         self.on_machine("launch", |machine| {
             assert!(machine.guarded, "nothing runs without a guard");
@@ -780,19 +780,19 @@ impl Host for FakeHost {
 
     async fn follow(&self, _: &str, _: OnEvent<'_>) -> Result<JobStatus, HostError> {
         let id = self.id.clone();
-        let status = self.fake.effect("follow", |world| {
-            let machine = world.machines.get_mut(&id)?;
-            if machine.worker == JobStatus::Running && world.deaths > 0 {
-                world.deaths -= 1;
+        let status = self.fake.effect("follow", |simulation| {
+            let machine = simulation.machines.get_mut(&id)?;
+            if machine.worker == JobStatus::Running && simulation.deaths > 0 {
+                simulation.deaths -= 1;
                 machine.worker = JobStatus::Ended { exit: Some(137) };
-            } else if machine.worker == JobStatus::Running && !world.endless {
+            } else if machine.worker == JobStatus::Running && !simulation.endless {
                 machine.worker = JobStatus::Ended { exit: Some(0) };
                 machine.whole = true;
             }
             Some(machine.worker)
         });
         let gone = || broken("connection reset");
-        let status = status.await.map_err(Struck::host)?.ok_or_else(gone)?;
+        let status = status.await.map_err(FaultOutcome::host)?.ok_or_else(gone)?;
         if status == JobStatus::Running {
             return std::future::pending().await;
         }
@@ -808,8 +808,8 @@ impl Host for FakeHost {
     ) -> Result<Option<Manifest>, HostError> {
         let (done, job) = self.on_machine("fetch", |machine| (machine.whole, machine.job.clone())).await?;
         let (stalls, refused, is_full) = {
-            let world = self.fake.world.lock().unwrap();
-            (world.stalls, world.damaged_manifest, world.results_full_until.is_some())
+            let simulation = self.fake.simulation.lock().unwrap();
+            (simulation.stalls, simulation.damaged_manifest, simulation.results_full_until.is_some())
         };
         if stalls {
             return std::future::pending().await;
@@ -826,8 +826,8 @@ impl Host for FakeHost {
             return Ok(None);
         }
         let (outcome, damage) = {
-            let world = self.fake.world.lock().unwrap();
-            (world.outcome.clone().unwrap_or(Outcome::Complete), world.damage)
+            let simulation = self.fake.simulation.lock().unwrap();
+            (simulation.outcome.clone().unwrap_or(Outcome::Complete), simulation.damage)
         };
         let mut entries = Vec::new();
         let metadata = serde_json::json!({ "job": job }).to_string();

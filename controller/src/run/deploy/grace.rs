@@ -58,7 +58,7 @@ impl Grace {
     }
 
     /// Records the progress of an upload.
-    pub(super) fn hear(&self, event: &HostEvent) {
+    pub(super) fn record_upload(&self, event: &HostEvent) {
         if let HostEvent::Uploading { name, sent, .. } = event {
             let mut spent = self.lock();
             let most = spent.uploaded.entry(name.clone()).or_default();
@@ -120,7 +120,7 @@ mod tests {
             while sent < 100_000_000 {
                 tokio::time::sleep(Duration::from_secs(1)).await;
                 sent += bytes;
-                grace.hear(&HostEvent::Uploading { name: "worker".into(), sent, total: 100_000_000 });
+                grace.record_upload(&HostEvent::Uploading { name: "worker".into(), sent, total: 100_000_000 });
             }
             Ok(())
         };
@@ -139,7 +139,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn repeated_progress_does_not_extend_the_timeout() {
         let (grace, begun) = (Grace::new(TIMEOUT), Instant::now());
-        let told = |sent| grace.hear(&HostEvent::Uploading { name: "worker".into(), sent, total: 1 << 30 });
+        let told = |sent| grace.record_upload(&HostEvent::Uploading { name: "worker".into(), sent, total: 1 << 30 });
         (0..50).for_each(|_| [0, 10 * USABLE_RATE, 3].into_iter().for_each(told));
         assert_eq!(grace.end() - begun, TIMEOUT + Duration::from_secs(10));
         grace.put_off(Duration::from_secs(60));

@@ -6,7 +6,7 @@ use std::path::Path;
 use tokio::time::Instant;
 
 use super::StartThrottle;
-use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, Way};
+use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, InstanceTransport};
 use crate::cloud::clouds::{BadHosts, Clouds};
 use crate::host::{GuardConfig, HostError, HostFacts, JobStatus, OnEvent};
 use crate::run::Pin;
@@ -53,7 +53,7 @@ pub trait Hosts: Send + Sync {
     ) -> Result<(Box<dyn Host>, Pin), HostError>;
 
     /// The host behind a cloud's own transport, which connects on demand. `folder` is the run's.
-    fn over(&self, way: Way, folder: &Path) -> Box<dyn Host>;
+    fn over(&self, access: InstanceTransport, folder: &Path) -> Box<dyn Host>;
 }
 
 /// A connected host. Every method can be repeated after a failure or a crash.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use tokio::sync::watch;
 
-use super::terminate::{Bill, Ender};
+use super::terminate::{Bill, InstanceTerminator};
 use super::{DriveError, Driver, OnEvent, Ports, Stop};
 use crate::cloud::broker::{BrokerError, Instance, InstanceId, Offer};
 use crate::cloud::clouds::{Cloud, Clouds};
@@ -35,27 +35,27 @@ async fn recover_on(
     cloud: &Cloud,
     on: &OnEvent<'_>,
 ) -> Result<Vec<Action>, DriveError> {
-    let looked = look(Some(ledger), cloud).await?;
-    carry_out(ledger, ports, cloud, &looked, on).await?;
-    Ok(looked.actions)
+    let reconciliation = reconcile_cloud(Some(ledger), cloud).await?;
+    apply_actions(ledger, ports, cloud, &reconciliation, on).await?;
+    Ok(reconciliation.actions)
 }
 
 /// Performs all actions that the comparison found. A failed action does not stop the others.
 ///
 /// # Errors
 /// The first [`DriveError`].
-pub async fn carry_out(
+pub async fn apply_actions(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
-    looked: &Looked,
+    reconciliation: &Reconciliation,
     on: &OnEvent<'_>,
 ) -> Result<(), DriveError> {
     // What is on this cloud is not looked for on another, and nothing is rented anew.
     let alone = Clouds::from(vec![cloud.clone()]);
     let ports = Ports { clouds: &alone, ..ports };
     let mut done = Ok(());
-    for action in &looked.actions {
+    for action in &reconciliation.actions {
         let this = match action {
             Action::MarkGone { run } => mark_gone(ledger, cloud, run),
             Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
@@ -63,13 +63,13 @@ pub async fn carry_out(
         };
         done = done.and(this);
     }
-    let ended: HashSet<&InstanceId> = looked
+    let ended: HashSet<&InstanceId> = reconciliation
         .actions
         .iter()
         .filter_map(|action| if let Action::Terminate { instance, .. } = action { Some(instance) } else { None })
         .collect();
     let is_stray = |instance: &&Instance| ended.contains(&instance.id);
-    let strays: Vec<Target> = looked.listed.iter().filter(is_stray).map(Target::from).collect();
+    let strays: Vec<Target> = reconciliation.listed.iter().filter(is_stray).map(Target::from).collect();
     if !strays.is_empty() {
         done = done.and(end(cloud, on, &strays).await);
     }
@@ -78,7 +78,7 @@ pub async fn carry_out(
 
 /// A cloud's complete list, and the actions it requires.
 #[derive(Debug, Default)]
-pub struct Looked {
+pub struct Reconciliation {
     /// All instances of the account.
     pub listed: Vec<Instance>,
     /// Actions on instances and runs.
@@ -90,11 +90,11 @@ pub struct Looked {
 ///
 /// # Errors
 /// [`DriveError`] if the cloud does not answer.
-pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, DriveError> {
+pub async fn reconcile_cloud(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
         let actions = reconcile::by_tag(&listed);
-        return Ok(Looked { listed, actions });
+        return Ok(Reconciliation { listed, actions });
     };
     let (is_here, timeouts) = (|offer: &Offer| cloud.broker.made(offer), &cloud.timeouts);
     let mut missing = BTreeMap::new();
@@ -116,9 +116,9 @@ pub async fn look(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Looked, Driv
         let now = cloud.time(ledger.now_ms() / 1000);
         let owner = ledger.owner();
         let actions = reconcile::compare(owner, &is_here, now, &leases, &listed, &missing, timeouts.absences);
-        return Ok(Looked { listed, actions });
+        return Ok(Reconciliation { listed, actions });
     }
-    Ok(Looked::default())
+    Ok(Reconciliation::default())
 }
 
 fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError> {
@@ -201,7 +201,7 @@ impl From<&Instance> for Target {
 /// [`DriveError`] if one cannot be terminated.
 pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
-    let ender = Ender::new(cloud, on);
+    let ender = InstanceTerminator::new(cloud, on);
     let gone = ender.until_gone(targets.to_vec(), Target::bill, || cloud.those_of(&ids)).await;
     gone.map_err(|why| {
         let names: Vec<&str> = ids.iter().map(|id| id.0.as_str()).collect();

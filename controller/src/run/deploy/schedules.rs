@@ -14,8 +14,8 @@ use outliers_tests::tell;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
-use super::fake::{Fake, Fault, World, now_ms, offer, open_ledger, wind};
-use super::tests::{Life, closed_and_clean, home, life};
+use super::fake::{Fake, Fault, Simulation, now_ms, offer, open_ledger, set_clock};
+use super::tests::{ProcessOutcome, closed_and_clean, home, life};
 use super::*;
 use crate::run::ledger::{LedgerEntry, Records};
 use crate::run::reconcile::{Action, Stray};
@@ -28,7 +28,7 @@ const SEED: u64 = 1;
 /// Number of schedules that run twice.
 const TWICE: u64 = 200;
 /// Maximum processes of a run: each fault costs at most one, plus the last one.
-const MOST_LIVES: usize = 12;
+const MAX_LIVES: usize = 12;
 /// Effects over which faults are spread: about the number without faults.
 const EFFECTS: usize = 30;
 /// 2026-01-01 in milliseconds, an arbitrary constant.
@@ -80,75 +80,75 @@ fn first_seed() -> u64 {
 }
 
 /// Sets up a cloud. Every fourth has one fault and no other problems.
-fn prepare(world: &mut World, random: &mut StdRng) {
-    world.self_destruct = random.random_bool(0.5);
+fn prepare(simulation: &mut Simulation, random: &mut StdRng) {
+    simulation.self_destruct = random.random_bool(0.5);
     if random.random_bool(0.05) {
-        world.clock_ahead = SKEWS[random.random_range(0..SKEWS.len())];
+        simulation.clock_ahead = SKEWS[random.random_range(0..SKEWS.len())];
     }
-    world.max_duration_s = [1800, 7200, 6 * 3600][random.random_range(0..3)];
-    (0..random.random_range(0..4)).for_each(|number| world.add_foreign(number));
+    simulation.max_duration_s = [1800, 7200, 6 * 3600][random.random_range(0..3)];
+    (0..random.random_range(0..4)).for_each(|number| simulation.add_foreign(number));
     if random.random_bool(0.25) {
-        world.visibility = random.random_range(0..3);
-        world.armed = vec![(random.random_range(1..EFFECTS / 2), FAULTS[random.random_range(0..FAULTS.len())])];
+        simulation.visibility = random.random_range(0..3);
+        simulation.armed = vec![(random.random_range(1..EFFECTS / 2), FAULTS[random.random_range(0..FAULTS.len())])];
     } else {
-        trouble(world, random);
+        trouble(simulation, random);
     }
     // Of the first offer, to the cent above; or more.
-    let first = world.offers[0].price.cost_up_to_cents(Duration::from_secs(world.max_duration_s));
-    world.agreed = [None, Some(first), Some(Usd::from_dollars(first.dollars() * 2.5))][random.random_range(0..3)];
+    let first = simulation.offers[0].price.cost_up_to_cents(Duration::from_secs(simulation.max_duration_s));
+    simulation.agreed = [None, Some(first), Some(Usd::from_dollars(first.dollars() * 2.5))][random.random_range(0..3)];
 }
 
-fn trouble(world: &mut World, random: &mut StdRng) {
+fn trouble(simulation: &mut Simulation, random: &mut StdRng) {
     let offers = random.random_range(1..6);
-    world.offers = (0..offers).map(|i| offer(&format!("o{i}"), f64::from(i + 1))).collect();
+    simulation.offers = (0..offers).map(|i| offer(&format!("o{i}"), f64::from(i + 1))).collect();
     let pick = |random: &mut StdRng, share: f64| -> Vec<String> {
         (0..offers).filter(|_| random.random_bool(share)).map(|i| format!("o{i}")).collect()
     };
-    world.sold_out = pick(random, 0.2);
-    world.unfit = pick(random, 0.1);
-    world.visibility = random.random_range(0..3);
-    world.endless = random.random_bool(0.05);
-    world.deaths = if random.random_bool(0.1) { random.random_range(1..4) } else { 0 };
-    world.damage = random.random_bool(0.05);
+    simulation.sold_out = pick(random, 0.2);
+    simulation.unfit = pick(random, 0.1);
+    simulation.visibility = random.random_range(0..3);
+    simulation.endless = random.random_bool(0.05);
+    simulation.deaths = if random.random_bool(0.1) { random.random_range(1..4) } else { 0 };
+    simulation.damage = random.random_bool(0.05);
     match random.random_range(0..10) {
         0..3 => {
-            let hours = world.max_duration_s as f64 / 3600.0;
-            world.budget = Some(Usd::from_dollars(hours * random.random_range(0.8..6.0)));
+            let hours = simulation.max_duration_s as f64 / 3600.0;
+            simulation.budget = Some(Usd::from_dollars(hours * random.random_range(0.8..6.0)));
         }
         // A bill above the offer's price cannot be budgeted.
-        3 => world.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0))),
+        3 => simulation.price_on_arrival = Some(UsdPerHour::from_dollars(random.random_range(0.5..9.0))),
         _ => {}
     }
     for _ in 0..random.random_range(1..7) {
         let fault = FAULTS[random.random_range(0..FAULTS.len())];
-        world.armed.push((random.random_range(1..EFFECTS), fault));
+        simulation.armed.push((random.random_range(1..EFFECTS), fault));
     }
 }
 
-fn is_hours_off(world: &World) -> bool {
-    world.clock_ahead.abs() > 3600
+fn is_hours_off(simulation: &Simulation) -> bool {
+    simulation.clock_ahead.abs() > 3600
 }
 
 /// Whether the run must complete: at most one fault, and none that ends the run.
-fn must_complete(world: &World) -> bool {
+fn must_complete(simulation: &Simulation) -> bool {
     let harmless = |(_, fault): &(usize, Fault)| {
         use Fault::{AnswerLost, CrashAfter, CrashBefore, Fails, Odd, Refuses, Unreadable};
         matches!(fault, CrashBefore | CrashAfter | Fails | AnswerLost | Refuses | Odd | Unreadable)
     };
-    let serves = |offer: &Offer| !world.sold_out.contains(&offer.key) && !world.unfit.contains(&offer.key);
+    let serves = |offer: &Offer| !simulation.sold_out.contains(&offer.key) && !simulation.unfit.contains(&offer.key);
     // The cost of an unfit instance may leave too little for the next.
-    let affordable = world.agreed.is_none() || world.sold_out.is_empty() && world.unfit.is_empty();
-    world.armed.len() <= 1
-        && !is_hours_off(world)
+    let affordable = simulation.agreed.is_none() || simulation.sold_out.is_empty() && simulation.unfit.is_empty();
+    simulation.armed.len() <= 1
+        && !is_hours_off(simulation)
         && affordable
-        && world.armed.iter().all(harmless)
-        && world.offers.iter().any(serves)
-        && world.unfit.len() <= 2
-        && !world.endless
-        && !world.damage
-        && world.deaths <= 2
-        && world.budget.is_none()
-        && world.price_on_arrival.is_none()
+        && simulation.armed.iter().all(harmless)
+        && simulation.offers.iter().any(serves)
+        && simulation.unfit.len() <= 2
+        && !simulation.endless
+        && !simulation.damage
+        && simulation.deaths <= 2
+        && simulation.budget.is_none()
+        && simulation.price_on_arrival.is_none()
 }
 
 /// Runs `reap` in another process, as from a timer.
@@ -171,73 +171,73 @@ async fn onlooker(fake: &Fake, home: &Path) {
     assert_eq!((runs.len(), unreadable.len()), (0, 1), "{unreadable:?}");
     let clouds = fake.clouds();
     let cloud = clouds.iter().next().expect("there is one");
-    let looked = tokio::select! {
+    let reconciliation = tokio::select! {
         biased;
         () = fake.crashed.notified() => return,
-        looked = look(Some(&ledger), cloud) => looked,
+        reconciliation = reconcile_cloud(Some(&ledger), cloud) => reconciliation,
     };
     let in_time =
         |action: &Action| matches!(action, Action::LeaveAlone { .. } | Action::Terminate { why: Stray::Expired, .. });
     // A cloud that does not answer yields no actions.
-    let actions = looked.map(|looked| looked.actions).unwrap_or_default();
+    let actions = reconciliation.map(|reconciliation| reconciliation.actions).unwrap_or_default();
     assert!(actions.iter().all(in_time), "{actions:?}");
 }
 
 /// Plays one schedule to its end.
 async fn schedule(seed: u64) -> Played {
-    wind(BEGIN_MS);
+    set_clock(BEGIN_MS);
     let mut random = StdRng::seed_from_u64(seed);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
-    fake.set(|world| {
-        prepare(world, &mut random);
-        world.ledger = home.path().join("state/ledger.db");
+    fake.set(|simulation| {
+        prepare(simulation, &mut random);
+        simulation.ledger = home.path().join("state/ledger.db");
     });
     let (must_complete, hours_off) = {
-        let world = fake.world.lock().expect("nobody panicked");
-        (must_complete(&world), is_hours_off(&world))
+        let simulation = fake.simulation.lock().expect("nobody panicked");
+        (must_complete(&simulation), is_hours_off(&simulation))
     };
     let (mut lives, mut hurried) = (0, true);
     let record = loop {
         let last = life(&fake, home.path()).await;
         // A new process has received no Ctrl-C.
         fake.stop.send_replace(Stop::Go);
-        if let Life::Finished(record) = last {
+        if let ProcessOutcome::Finished(record) = last {
             break record;
         }
         lives += 1;
-        assert!(lives < MOST_LIVES, "no end: {last:?}");
+        assert!(lives < MAX_LIVES, "no end: {last:?}");
         let gap = Duration::from_secs(GAPS[random.random_range(0..GAPS.len())]);
         hurried &= gap < Duration::from_secs(60);
         tokio::time::sleep(gap).await;
-        fake.set(|world| {
-            world.make_room(None);
-            world.pass(gap);
+        fake.set(|simulation| {
+            simulation.make_room(None);
+            simulation.pass(gap);
         });
         if random.random_bool(0.3) {
             // The process may have ended a run during the termination of its instance: then no
             // other instance is rented.
             hurried = false;
-            let unreadable = fake.world.lock().expect("nobody panicked").unreadable;
+            let unreadable = fake.simulation.lock().expect("nobody panicked").unreadable;
             if unreadable {
                 onlooker(&fake, home.path()).await;
             } else {
                 bystander(&fake, home.path()).await;
             }
         }
-        fake.set(World::mend);
+        fake.set(Simulation::repair_row);
     };
-    fake.set(World::mend);
+    fake.set(Simulation::repair_row);
     let (rented, jumped) = {
-        let world = fake.world.lock().expect("nobody panicked");
+        let simulation = fake.simulation.lock().expect("nobody panicked");
         // A jump may correct a clock that was hours behind.
-        (world.creates > 0, world.struck.iter().any(|(fault, _)| *fault == Fault::ClockJumps))
+        (simulation.creates > 0, simulation.struck.iter().any(|(fault, _)| *fault == Fault::ClockJumps))
     };
     assert!(!(hours_off && rented) || jumped, "by such a clock nobody rents");
     closed_and_clean(&fake, &record, "in the end");
     honest(&fake, &record);
     if must_complete && hurried {
-        let effects = &fake.world.lock().expect("nobody panicked").effects;
+        let effects = &fake.simulation.lock().expect("nobody panicked").effects;
         assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "nothing spoke against it: {effects:?}");
     }
     agreed(&fake, home.path()).await;
@@ -247,7 +247,7 @@ async fn schedule(seed: u64) -> Played {
 /// Checks the record: the outcome is the one decided first, losses are named, costs are not
 /// understated, and the budget is kept.
 fn honest(fake: &Fake, record: &RunRecord) {
-    let world = fake.world.lock().expect("nobody panicked");
+    let simulation = fake.simulation.lock().expect("nobody panicked");
     let mut state = RunState::initial();
     for entry in &record.events {
         let next = crate::run::next(&state, &entry.event).expect("it was written so");
@@ -261,33 +261,33 @@ fn honest(fake: &Fake, record: &RunRecord) {
     let cost = record.cost(now_ms());
     // An instance that no list showed counts at its offer's price until its time limit.
     let unseen = |entry: &LedgerEntry| matches!(entry.event, RunEvent::NotCreated { unseen: true, .. });
-    let as_given = world.price_on_arrival.is_none() && world.self_destruct;
+    let as_given = simulation.price_on_arrival.is_none() && simulation.self_destruct;
     if as_given || !record.events.iter().any(unseen) {
-        assert!(cost >= world.billed, "it cost {}, and {cost} is said", world.billed);
+        assert!(cost >= simulation.billed, "it cost {}, and {cost} is said", simulation.billed);
     }
-    if let Some(budget) = world.budget {
-        assert!(world.kept <= budget, "it cost {}, the budget was {budget}", world.kept);
+    if let Some(budget) = simulation.budget {
+        assert!(simulation.kept <= budget, "it cost {}, the budget was {budget}", simulation.kept);
     }
 }
 
 /// Checks that ledger and cloud agree: another comparison yields no actions.
 async fn agreed(fake: &Fake, home: &Path) {
     let ledger = open_ledger(&home.join("state"));
-    fake.set(|world| world.armed.clear());
+    fake.set(|simulation| simulation.armed.clear());
     for cloud in fake.clouds().iter() {
-        let looked = look(Some(&ledger), cloud).await.expect("nothing fails any more");
-        let ours = looked.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
+        let reconciliation = reconcile_cloud(Some(&ledger), cloud).await.expect("nothing fails any more");
+        let ours = reconciliation.listed.iter().filter(|instance| instance.id.0.starts_with('i')).count();
         let idle = |action: &Action| matches!(action, Action::LeaveAlone { .. });
-        assert!(ours == 0 && looked.actions.iter().all(idle), "{looked:?}");
+        assert!(ours == 0 && reconciliation.actions.iter().all(idle), "{reconciliation:?}");
     }
 }
 
 fn played(fake: &Fake, record: &RunRecord) -> Played {
-    let world = fake.world.lock().expect("nobody panicked");
-    let effects = world.effects.iter().map(|effect| (*effect).to_owned());
+    let simulation = fake.simulation.lock().expect("nobody panicked");
+    let effects = simulation.effects.iter().map(|effect| (*effect).to_owned());
     let events = record.events.iter().map(|entry| format!("{} {}", entry.at_ms, entry.event.word()));
     let ending = record.state.ending().map(ToString::to_string);
-    Played { trace: effects.chain(events).chain(ending).collect(), struck: world.struck.clone() }
+    Played { trace: effects.chain(events).chain(ending).collect(), struck: simulation.struck.clone() }
 }
 
 /// Plays one schedule on this thread.

@@ -14,8 +14,8 @@ use tokio::time::Instant;
 
 use super::KEY_FILE;
 use super::ports::{Host, Hosts};
-use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, Way};
-use crate::files::{MOST, absent, read_small};
+use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, InstanceTransport};
+use crate::files::{MAX_FILE_BYTES, absent, read_small};
 use crate::host::keys::{KeyError, RunKey};
 use crate::host::transport::TransportErrorKind;
 use crate::host::transport::ssh::HostKeyPin;
@@ -103,8 +103,8 @@ impl Hosts for SshHosts {
         Ok((Box::new(self.host(host, folder, true)), Pin(pin.as_str().to_owned())))
     }
 
-    fn over(&self, way: Way, folder: &Path) -> Box<dyn Host> {
-        Box::new(self.host(RemoteHost::new(way.transport, way.name), folder, way.needs_guard))
+    fn over(&self, access: InstanceTransport, folder: &Path) -> Box<dyn Host> {
+        Box::new(self.host(RemoteHost::new(access.transport, access.name), folder, access.needs_guard))
     }
 }
 
@@ -301,14 +301,14 @@ impl SshHost {
 
 /// The position in the files of the run with this folder, as stored by its latest driver.
 pub fn read_cursor(folder: &Path) -> Cursor {
-    let text = read_small(&folder.join(CURSOR_FILE), MOST).unwrap_or_default();
+    let text = read_small(&folder.join(CURSOR_FILE), MAX_FILE_BYTES).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 
 /// The latest progress of the run with this folder, as stored by its driver; `None` if it was not
 /// followed or its instance is gone.
 pub fn read_progress(folder: &Path) -> Option<Progress> {
-    serde_json::from_slice(&read_small(&folder.join(PROGRESS_FILE), MOST).ok()?).ok()
+    serde_json::from_slice(&read_small(&folder.join(PROGRESS_FILE), MAX_FILE_BYTES).ok()?).ok()
 }
 
 /// All nodes of a cluster have the same network.

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 
 use super::collect::{self, Folders};
 use super::grace::Grace;
-use super::terminate::{Bill, Ender};
+use super::terminate::{Bill, InstanceTerminator};
 use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
@@ -20,7 +20,7 @@ use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
 use crate::run::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::run::{
-    Brought, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
+    SavedResults, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
 };
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -37,7 +37,7 @@ enum Affordable {
 
 /// How an instance is identified.
 #[derive(Clone, Copy)]
-enum Sought<'a> {
+enum InstanceKey<'a> {
     Id(&'a InstanceId),
     /// By name, after a create call without an answer.
     Name(&'a str),
@@ -46,12 +46,12 @@ enum Sought<'a> {
 /// Unanswered create calls after which the offer counts as refused.
 const UNANSWERED: u32 = 3;
 /// Maximum offers tried for one run, over all clouds.
-const MOST_TRIED: usize = 25;
+const MAX_TRIED: usize = 25;
 /// Maximum instances of one run that are unfit or vanish. After that the cause is probably not the
 /// instances.
-const MOST_RENTED: usize = 3;
+const MAX_RENTED: usize = 3;
 /// Maximum restarts of a worker on one instance.
-const MOST_RESTARTS: u32 = 2;
+const MAX_RESTARTS: u32 = 2;
 
 /// Interval of reports about results that cannot be saved.
 const BETWEEN_WORDS: Duration = Duration::from_secs(30);
@@ -211,7 +211,7 @@ impl Driver<'_> {
     /// The best offer that has not been tried, within the limit of attempts.
     fn next_offer(&self, selected: &[Offer], refused: &[RefusedOffer]) -> Option<Offer> {
         let rented = refused.iter().filter(|refusal| refusal.rented).count();
-        if refused.len() >= MOST_TRIED || rented >= MOST_RENTED {
+        if refused.len() >= MAX_TRIED || rented >= MAX_RENTED {
             return None;
         }
         let is = |offer: &Offer, tried: &Offer| (&offer.broker, &offer.key) == (&tried.broker, &tried.key);
@@ -274,7 +274,7 @@ impl Driver<'_> {
     async fn settle(&mut self, intent: &Intent) -> Step {
         (self.on)(DeployEvent::Settling);
         let name = intent.tag.to_string();
-        let found = self.look_for(Sought::Name(&name), self.cloud()?.timeouts.settle).await?;
+        let found = self.look_for(InstanceKey::Name(&name), self.cloud()?.timeouts.settle).await?;
         match found {
             Some(instance) => self.created(&instance),
             None => {
@@ -355,7 +355,7 @@ impl Driver<'_> {
             return Ok(None);
         }
         let on = |event: HostEvent| {
-            grace.hear(&event);
+            grace.record_upload(&event);
             (self.on)(DeployEvent::Host(event));
         };
         grace.begin("sending the worker");
@@ -522,7 +522,7 @@ impl Driver<'_> {
         }
         self.connect(rental, Some(pin), Duration::ZERO).await?;
         // A worker that fails reports it in a manifest.
-        let may_restart = restarts < MOST_RESTARTS && self.has_time_for_work() && self.is_replaceable();
+        let may_restart = restarts < MAX_RESTARTS && self.has_time_for_work() && self.is_replaceable();
         let cut_off = !self.has_time_for_work() && self.ends_at().is_some();
         match self.bring_home(exit, may_restart || cut_off).await {
             Ok(Some((results, ending))) => Ok(self.append(RunEvent::Fetched { results, ending })?),
@@ -628,7 +628,7 @@ impl Driver<'_> {
 
     /// Fetches the files into the first usable folder; `None` if `whole` results are required and
     /// there is no manifest.
-    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(Brought, RunOutcome)>, HostError> {
+    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(SavedResults, RunOutcome)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {
             let brought = match self.fetch(place).await {
@@ -659,7 +659,7 @@ impl Driver<'_> {
         place: &Folders,
         manifest: Option<&Manifest>,
         exit: Option<i32>,
-    ) -> Result<(Brought, RunOutcome), HostError> {
+    ) -> Result<(SavedResults, RunOutcome), HostError> {
         let written = self.write_record(&place.arriving);
         let settled = written.and_then(|()| collect::settle(place, manifest, exit));
         settled.map_err(|error| local_failure(&place.arriving, &error))
@@ -676,14 +676,14 @@ impl Driver<'_> {
     /// run, from any create call.
     pub(super) async fn terminate(&mut self, rental: &Rental) -> Step {
         self.memory.host = None;
-        self.see_gone(&rental.tag, Some(&rental.instance)).await?;
+        self.terminate_until_gone(&rental.tag, Some(&rental.instance)).await?;
         // What was last seen of it tells when it ended.
         self.meter()?;
         Ok(self.append(RunEvent::Gone)?)
     }
 
     /// Terminates every instance of this run, until complete listings show none.
-    pub(super) async fn see_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
+    pub(super) async fn terminate_until_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
         let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
         let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
@@ -695,7 +695,7 @@ impl Driver<'_> {
             let listed = cloud.list(known.as_slice()).await;
             listed.map(|listed| listed.into_iter().filter(is_ours).collect::<Vec<_>>())
         };
-        let ender = Ender::new(cloud, self.on);
+        let ender = InstanceTerminator::new(cloud, self.on);
         let gone = ender.until_gone(known.into_iter().map(Target::of).collect(), bill, ours).await;
         gone.map_err(|why| {
             let name = known.map_or_else(|| tag.to_string(), ToString::to_string);
@@ -720,8 +720,8 @@ impl Driver<'_> {
         }
         loop {
             let endpoint = self.endpoint(rental, limit).await?;
-            if let Some(way) = self.cloud()?.broker.way(&rental.instance) {
-                self.memory.host = Some(self.ports.hosts.over(way, &self.run.folder()));
+            if let Some(access) = self.cloud()?.broker.instance_transport(&rental.instance) {
+                self.memory.host = Some(self.ports.hosts.over(access, &self.run.folder()));
                 self.renew_guard(rental).await;
                 return Ok(pin.cloned().unwrap_or_else(|| Pin(endpoint.to_string())));
             }
@@ -777,7 +777,7 @@ impl Driver<'_> {
         let mut deadline = Instant::now() + limit;
         let mut told = String::new();
         loop {
-            let found = self.look_for(Sought::Id(&rental.instance), limit).await?;
+            let found = self.look_for(InstanceKey::Id(&rental.instance), limit).await?;
             let found = found.ok_or(StepError::Vanished)?;
             // The answer to a create call may lack the price, or state an earlier one.
             let is_new = matches!(self.run.state(), RunState::Rented { .. });
@@ -814,17 +814,17 @@ impl Driver<'_> {
     }
 
     /// The instance; `None` only after enough complete listings without it.
-    async fn look_for(&mut self, sought: Sought<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
+    async fn look_for(&mut self, sought: InstanceKey<'_>, limit: Duration) -> Result<Option<Instance>, StepError> {
         let cloud = self.cloud()?;
         let deadline = Instant::now() + limit;
         let mut absences = 0;
         loop {
             let found = match sought {
-                Sought::Id(id) => {
+                InstanceKey::Id(id) => {
                     let listed = cloud.list(&[id]).await;
                     listed.map(|listed| listed.into_iter().find(|instance| instance.id == *id))
                 }
-                Sought::Name(name) => cloud.named(name).await,
+                InstanceKey::Name(name) => cloud.named(name).await,
             };
             match found {
                 Ok(Some(instance)) => return Ok(Some(instance)),

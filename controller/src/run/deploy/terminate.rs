@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{DeployEvent, NotEnding, OnEvent, Target};
+use super::{DeployEvent, StillBilling, OnEvent, Target};
 use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::cloud::clouds::Cloud;
 use crate::units::{Usd, UsdPerHour};
@@ -15,7 +15,7 @@ use crate::waiting::{Failed, told};
 const PAUSE: Duration = Duration::from_secs(30);
 
 /// Terminates instances of one cloud.
-pub(super) struct Ender<'a> {
+pub(super) struct InstanceTerminator<'a> {
     cloud: &'a Cloud,
     on: &'a OnEvent<'a>,
     said: Mutex<Option<Instant>>,
@@ -28,7 +28,7 @@ pub(super) struct Bill {
     pub(super) cost: Option<Usd>,
 }
 
-impl<'a> Ender<'a> {
+impl<'a> InstanceTerminator<'a> {
     pub(super) fn new(cloud: &'a Cloud, on: &'a OnEvent<'a>) -> Self {
         Self { cloud, on, said: Mutex::default() }
     }
@@ -95,6 +95,6 @@ impl<'a> Ender<'a> {
         }
         *said = Some(Instant::now());
         let (broker, instance, why) = (self.cloud.name().to_owned(), id.clone(), why.to_owned());
-        (self.on)(DeployEvent::NotEnding(Box::new(NotEnding { broker, instance, why, pause, price, cost })));
+        (self.on)(DeployEvent::StillBilling(Box::new(StillBilling { broker, instance, why, pause, price, cost })));
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, wind};
+use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, set_clock};
 use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;
@@ -16,7 +16,7 @@ const AGREED: Usd = Usd::from_micros(1_000_000);
 
 /// How one process ended.
 #[derive(Debug)]
-pub(super) enum Life {
+pub(super) enum ProcessOutcome {
     Finished(Box<RunRecord>),
     Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] DriveError),
     LetGo,
@@ -24,15 +24,15 @@ pub(super) enum Life {
 }
 
 /// One process: plans the run, or resumes the existing one, and drives it.
-pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
+pub(super) async fn life(fake: &Fake, home: &Path) -> ProcessOutcome {
     let ledger = open_ledger(&home.join("state"));
     let run = match ledger.runs().unwrap().first() {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
         None => {
-            let max_duration_s = fake.world.lock().unwrap().max_duration_s;
+            let max_duration_s = fake.simulation.lock().unwrap().max_duration_s;
             let (budget, agreed) = {
-                let world = fake.world.lock().unwrap();
-                (world.budget, world.agreed)
+                let simulation = fake.simulation.lock().unwrap();
+                (simulation.budget, simulation.agreed)
             };
             let quote = agreed.map(up_to).unwrap_or_default();
             ledger.plan(&RunSpec { max_duration_s, budget, quote, ..spec(&home.join("results")) }).unwrap()
@@ -43,29 +43,29 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> Life {
     let driver = Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on);
     tokio::select! {
         biased;
-        () = fake.crashed.notified() => Life::Killed,
+        () = fake.crashed.notified() => ProcessOutcome::Killed,
         driven = driver.drive() => match driven {
-            Ok(record) if record.state.is_at_rest() => Life::Finished(Box::new(record)),
-            Ok(_) => Life::LetGo,
-            Err(stuck) => Life::Stuck(stuck),
+            Ok(record) if record.state.is_at_rest() => ProcessOutcome::Finished(Box::new(record)),
+            Ok(_) => ProcessOutcome::LetGo,
+            Err(stuck) => ProcessOutcome::Stuck(stuck),
         },
     }
 }
 
 /// Invariants of every finished run.
 pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
-    let world = fake.world.lock().unwrap();
+    let simulation = fake.simulation.lock().unwrap();
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
-    assert_eq!(world.ours().count(), 0, "{what}: an instance is left");
-    assert!(world.most_alive <= 1, "{what}: {} instances at once", world.most_alive);
+    assert_eq!(simulation.ours().count(), 0, "{what}: an instance is left");
+    assert!(simulation.most_alive <= 1, "{what}: {} instances at once", simulation.most_alive);
     if let Some(agreed) = record.spec.quote.ceiling {
-        assert!(world.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", world.kept);
+        assert!(simulation.kept <= agreed, "{what}: {} were paid, {agreed} were agreed", simulation.kept);
     }
     if let Some(results) = record.state.results() {
         let folder = Path::new(&results.folder);
         assert!(folder.join(RUN_FILE).exists(), "{what}");
         // Damaged results are kept, and not marked complete.
-        let kept_aside = world.damage || world.other_layers.is_some();
+        let kept_aside = simulation.damage || simulation.other_layers.is_some();
         assert!(folder.join(files::RESULTS).exists() == results.complete || kept_aside, "{what}");
     }
     if record.state.ending() == Some(&RunOutcome::Completed) {
@@ -81,8 +81,8 @@ pub(super) fn home() -> tempfile::TempDir {
 
 async fn happy() -> (Fake, Box<RunRecord>, tempfile::TempDir) {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.agreed = Some(AGREED));
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    fake.set(|simulation| simulation.agreed = Some(AGREED));
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     (fake, record, home)
 }
 
@@ -104,36 +104,36 @@ async fn run_passes_through_all_states_and_leaves_no_instance() {
 async fn queued_job_outlasts_the_boot_timeout() {
     let (fake, home) = (Fake::new(), home());
     // Many times the timeout of a boot.
-    fake.set(|world| world.queued = 5000);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    fake.set(|simulation| simulation.queued = 5000);
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a queue");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
-    assert_eq!(fake.world.lock().unwrap().creates, 1, "what waits is not exchanged");
+    assert_eq!(fake.simulation.lock().unwrap().creates, 1, "what waits is not exchanged");
 }
 
 #[tokio::test(start_paused = true)]
 async fn worker_ended_at_the_time_limit_is_not_restarted() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| (world.deaths, world.limited) = (1, true));
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    fake.set(|simulation| (simulation.deaths, simulation.limited) = (1, true));
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a time limit");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     assert!(record.state.results().is_some_and(|results| !results.complete), "what there was came home");
-    assert_eq!(fake.world.lock().unwrap().creates, 1, "nothing was rented anew");
+    assert_eq!(fake.simulation.lock().unwrap().creates, 1, "nothing was rented anew");
 }
 
 #[tokio::test(start_paused = true)]
 async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
     let (fake, home) = (Fake::new(), home());
     let began = now_ms() / 1000;
-    fake.set(|world| {
-        (world.endless, world.agreed) = (true, Some(AGREED));
-        world.offers.iter_mut().for_each(|offer| offer.queued = true);
+    fake.set(|simulation| {
+        (simulation.endless, simulation.agreed) = (true, Some(AGREED));
+        simulation.offers.iter_mut().for_each(|offer| offer.queued = true);
         // Its first start took 50 of 60 minutes, and it has got 60 again.
-        world.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
+        simulation.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
     });
     let begun = Instant::now();
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "a second start");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
     let took = begun.elapsed().as_secs();
@@ -146,14 +146,14 @@ async fn requeued_job_stops_when_what_was_agreed_is_used_up() {
 async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
     let (money, gpus) = (Some(Usd::from_dollars(99.0)), Some(GpuTime::from_seconds(360_000)));
     for (budget, max_gpu_time, most) in [(money, None, 600), (None, gpus, 600), (None, None, 3600)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (fake, home) = (Fake::new(), home());
         let began = now_ms() / 1000;
-        fake.set(|world| {
-            world.endless = true;
-            world.offers.iter_mut().for_each(|offer| offer.queued = true);
+        fake.set(|simulation| {
+            simulation.endless = true;
+            simulation.offers.iter_mut().for_each(|offer| offer.queued = true);
             // Its first start took 50 of 60 minutes, and it has got 60 again.
-            world.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
+            simulation.run_time = Some(RunTime { ended_s: 3000, since: Some(began), until: Some(began + 3600) });
         });
         let begun = Instant::now();
         let share = |spec: &mut RunSpec| {
@@ -170,16 +170,16 @@ async fn requeued_job_of_a_survey_takes_no_more_than_its_share() {
 
 /// Every fault of `first` at every effect; then, if `second` is given, that one at every effect
 /// after it.
-async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Life], &str)) -> usize {
+async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[ProcessOutcome], &str)) -> usize {
     sweep_with(first, second, |_| {}, check).await
 }
 
-/// As [`sweep`], with a changed world.
+/// As [`sweep`], with a changed simulation.
 async fn sweep_with(
     first: Fault,
     second: Option<Fault>,
-    change: impl Fn(&mut super::fake::World),
-    check: impl Fn(&Fake, &[Life], &str),
+    change: impl Fn(&mut super::fake::Simulation),
+    check: impl Fn(&Fake, &[ProcessOutcome], &str),
 ) -> usize {
     let mut runs = 0;
     for at in 1.. {
@@ -187,25 +187,25 @@ async fn sweep_with(
         loop {
             later += 1;
             let (fake, home) = (Fake::new(), home());
-            fake.set(|world| (world.armed, world.agreed) = (vec![(at, first)], Some(AGREED)));
+            fake.set(|simulation| (simulation.armed, simulation.agreed) = (vec![(at, first)], Some(AGREED)));
             fake.set(&change);
             if let Some(second) = second {
-                fake.set(|world| world.armed.push((later, second)));
+                fake.set(|simulation| simulation.armed.push((later, second)));
             }
             let mut lives = vec![life(&fake, home.path()).await];
-            let fired = || fake.world.lock().unwrap().fired;
+            let fired = || fake.simulation.lock().unwrap().fired;
             if fired() == 0 {
                 return runs;
             }
-            while !matches!(lives.last(), Some(Life::Finished(_))) {
+            while !matches!(lives.last(), Some(ProcessOutcome::Finished(_))) {
                 assert!(lives.len() < 6, "no end: {lives:?}");
-                if matches!(lives.last(), Some(Life::LetGo)) {
+                if matches!(lives.last(), Some(ProcessOutcome::LetGo)) {
                     // The next process has another terminal.
                     fake.stop.send_replace(Stop::Go);
                 }
                 lives.push(life(&fake, home.path()).await);
             }
-            let names = fake.world.lock().unwrap().effects.clone();
+            let names = fake.simulation.lock().unwrap().effects.clone();
             let what = format!("{first:?} at {at} ({}), {second:?} at {later}", names[at - 1]);
             runs += 1;
             check(&fake, &lives, &what);
@@ -217,9 +217,9 @@ async fn sweep_with(
     unreachable!("the happy path has an end")
 }
 
-fn last(lives: &[Life]) -> &RunRecord {
+fn last(lives: &[ProcessOutcome]) -> &RunRecord {
     match lives.last() {
-        Some(Life::Finished(record)) => record,
+        Some(ProcessOutcome::Finished(record)) => record,
         other => panic!("{other:?}"),
     }
 }
@@ -262,7 +262,7 @@ async fn single_failure_at_any_effect_is_survived() {
             assert_eq!(lives.len(), 1, "{what}");
             closed_and_clean(fake, last(lives), what);
             assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
-            assert!(fake.world.lock().unwrap().creates <= 2, "{what}");
+            assert!(fake.simulation.lock().unwrap().creates <= 2, "{what}");
         })
         .await;
     }
@@ -298,24 +298,24 @@ async fn lost_answer_followed_by_a_crash_is_survived() {
 async fn outage_is_reported_and_resolved_later() {
     for at in 1.. {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| {
-            world.armed = vec![(at, Fault::Outage)];
-            world.max_duration_s = 2;
+        fake.set(|simulation| {
+            simulation.armed = vec![(at, Fault::Outage)];
+            simulation.max_duration_s = 2;
         });
         let first = life(&fake, home.path()).await;
-        if fake.world.lock().unwrap().fired == 0 {
+        if fake.simulation.lock().unwrap().fired == 0 {
             return;
         }
         let what = format!("outage at {at}");
-        if let Life::Finished(record) = &first {
+        if let ProcessOutcome::Finished(record) = &first {
             closed_and_clean(&fake, record, &what);
         }
-        fake.set(|world| {
-            world.armed.clear();
-            world.outage = false;
+        fake.set(|simulation| {
+            simulation.armed.clear();
+            simulation.outage = false;
         });
         let second = life(&fake, home.path()).await;
-        let Life::Finished(record) = second else { panic!("{what}: {second:?}") };
+        let ProcessOutcome::Finished(record) = second else { panic!("{what}: {second:?}") };
         closed_and_clean(&fake, &record, &what);
     }
 }
@@ -348,14 +348,14 @@ async fn ctrl_c_followed_by_a_crash_terminates_the_instance() {
 async fn hangup_leaves_resumable_runs_and_ends_others() {
     for ends_itself in [true, false] {
         let let_go = std::cell::Cell::new(0);
-        let change = |world: &mut super::fake::World| world.self_destruct = ends_itself;
-        let check = |fake: &Fake, lives: &[Life], what: &str| {
+        let change = |simulation: &mut super::fake::Simulation| simulation.self_destruct = ends_itself;
+        let check = |fake: &Fake, lives: &[ProcessOutcome], what: &str| {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(lives.len() == 2, ends_itself && what.contains("(follow)"), "{what}: {lives:?}");
             let ending = last(lives).state.ending();
             if lives.len() == 2 {
                 let_go.set(let_go.get() + 1);
-                assert_eq!((ending, fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 1), "{what}");
+                assert_eq!((ending, fake.simulation.lock().unwrap().creates), (Some(&RunOutcome::Completed), 1), "{what}");
             }
             assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
         };
@@ -374,14 +374,14 @@ async fn detached_run_is_left_once_its_worker_runs_and_is_resumed_later() {
     let record = driver.drive().await.unwrap();
     assert!(record.is_detached() && record.state.word() == "launched", "{:?}", record.state);
     assert!(!ledger.is_driven(&record.id).unwrap());
-    let effects = fake.world.lock().unwrap().effects.clone();
+    let effects = fake.simulation.lock().unwrap().effects.clone();
     assert!(effects.last() == Some(&"status") && !effects.contains(&"follow"), "{effects:?}");
     recover(&ledger, fake.ports(&clouds), &on).await.unwrap();
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it has time left");
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1, "it has time left");
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "detached");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
-    assert!(!record.is_detached() && fake.world.lock().unwrap().creates == 1);
+    assert!(!record.is_detached() && fake.simulation.lock().unwrap().creates == 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -397,27 +397,27 @@ async fn vanished_instance_is_replaced_and_the_run_completes() {
 async fn repeatedly_vanishing_instances_end_the_run_with_a_loss() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
-    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
-    fake.set(|world| world.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+    fake.set(|simulation| simulation.armed = (follow..200).map(|at| (at, Fault::Preempted)).collect());
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "preempted");
     let RunState::Closed { ending: RunOutcome::InstanceLost, loss: Some(loss), .. } = &record.state else {
         panic!("{:?}", record.state)
     };
     assert!(loss.contains("before its files were saved"), "{loss}");
-    assert_eq!(fake.world.lock().unwrap().creates, 3);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 3);
 }
 
 #[tokio::test(start_paused = true)]
 async fn dead_worker_is_restarted_a_bounded_number_of_times() {
     for (deaths, completed) in [(1, true), (2, true), (3, false)] {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| world.deaths = deaths);
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        fake.set(|simulation| simulation.deaths = deaths);
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "died");
         assert_eq!(record.state.ending() == Some(&RunOutcome::Completed), completed, "{deaths}");
         assert!(completed || record.state.ending() == Some(&RunOutcome::WorkerVanished { exit: Some(137) }));
-        assert_eq!(fake.world.lock().unwrap().creates, 1);
+        assert_eq!(fake.simulation.lock().unwrap().creates, 1);
     }
 }
 
@@ -425,14 +425,14 @@ async fn dead_worker_is_restarted_a_bounded_number_of_times() {
 #[tokio::test(start_paused = true)]
 async fn dead_worker_without_time_for_work_is_not_restarted() {
     for (after, restarted) in [(3200, true), (3270, false)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (fake, home) = (Fake::new(), home());
         let (plain, ..) = happy().await;
-        let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
-        fake.set(|world| (world.deaths, world.armed) = (1, vec![(follow, Fault::CrashBefore)]));
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "it dies before it looks");
+        let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+        fake.set(|simulation| (simulation.deaths, simulation.armed) = (1, vec![(follow, Fault::CrashBefore)]));
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "it dies before it looks");
         tokio::time::sleep(Duration::from_secs(after)).await;
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "late");
         let again = record.events.iter().any(|entry| entry.event == RunEvent::Restarted);
         let complete = record.state.results().map(|results| results.complete);
@@ -443,7 +443,7 @@ async fn dead_worker_without_time_for_work_is_not_restarted() {
 
 #[tokio::test(start_paused = true)]
 async fn run_completes_after_a_kill_during_a_worker_restart() {
-    let dies = |world: &mut super::fake::World| world.deaths = 1;
+    let dies = |simulation: &mut super::fake::Simulation| simulation.deaths = 1;
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep_with(fault, None, dies, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
@@ -458,12 +458,12 @@ async fn ctrl_c_saves_partial_results_and_a_second_one_skips_them() {
     for (fault, salvaged) in [(Fault::Stop, true), (Fault::StopTwice, false)] {
         let (fake, home) = (Fake::new(), home());
         let (plain, ..) = happy().await;
-        let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
-        fake.set(|world| {
-            world.endless = true;
-            world.armed = vec![(follow, fault)];
+        let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap() + 1;
+        fake.set(|simulation| {
+            simulation.endless = true;
+            simulation.armed = vec![(follow, fault)];
         });
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
         closed_and_clean(&fake, &record, "ctrl-c");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         assert_eq!(record.state.results().is_some(), salvaged);
@@ -479,7 +479,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
     let ledger = open_ledger(&home.join("state"));
     let mut request = spec(&home.join("results"));
     change(&mut request);
-    fake.set(|world| world.agreed = request.quote.ceiling);
+    fake.set(|simulation| simulation.agreed = request.quote.ceiling);
     let run = ledger.plan(&request).unwrap();
     Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await.unwrap()
 }
@@ -487,7 +487,7 @@ async fn with(change: impl FnOnce(&mut crate::run::RunSpec), fake: &Fake, home: 
 #[tokio::test(start_paused = true)]
 async fn time_limit_ends_an_endless_run() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.endless = true);
+    fake.set(|simulation| simulation.endless = true);
     let record = with(|spec| spec.max_duration_s = 3, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "deadline");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline));
@@ -497,7 +497,7 @@ async fn time_limit_ends_an_endless_run() {
 #[tokio::test(start_paused = true)]
 async fn cancel_from_another_process_ends_the_run() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.endless = true);
+    fake.set(|simulation| simulation.endless = true);
     let state = home.path().join("state");
     let cancel = async {
         loop {
@@ -524,12 +524,12 @@ async fn held_instance_stays_and_is_not_reported_as_left_over() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| spec.keep_running = true, &fake, home.path()).await;
     assert_eq!(record.state.word(), "held");
-    assert_eq!(fake.world.lock().unwrap().machines.len(), 1);
+    assert_eq!(fake.simulation.lock().unwrap().machines.len(), 1);
     let ledger = open_ledger(&home.path().join("state"));
     let mut run = ledger.take(&record.id).unwrap().unwrap();
     run.append(RunEvent::Terminate).unwrap();
     drop(run);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "released");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
@@ -537,14 +537,14 @@ async fn held_instance_stays_and_is_not_reported_as_left_over() {
 #[tokio::test(start_paused = true)]
 async fn next_offer_is_tried_and_the_final_error_lists_all_refusals() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.sold_out = vec!["a".into()]);
+    fake.set(|simulation| simulation.sold_out = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let RunEvent::Creating { intent } = &record.events[2].event else { panic!("{:?}", record.events) };
     assert_eq!(intent.offer.key, "b");
 
     let (fake, home) = (Fake::new(), self::home());
-    fake.set(|world| world.sold_out = vec!["a".into(), "b".into()]);
+    fake.set(|simulation| simulation.sold_out = vec!["a".into(), "b".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert_eq!(trouble.kind, RunFailureKind::NoOffer);
@@ -555,10 +555,10 @@ async fn next_offer_is_tried_and_the_final_error_lists_all_refusals() {
 async fn account_refusal_is_not_retried_with_other_offers() {
     for kind in [BrokerErrorKind::Auth, BrokerErrorKind::Budget] {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| world.create_error = Some(kind));
+        fake.set(|simulation| simulation.create_error = Some(kind));
         let record = with(|_| {}, &fake, home.path()).await;
         closed_and_clean(&fake, &record, "refused");
-        assert_eq!(fake.world.lock().unwrap().creates, 1);
+        assert_eq!(fake.simulation.lock().unwrap().creates, 1);
         let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
         assert!(trouble.hint.is_some() && trouble.kind == RunFailureKind::Broker);
     }
@@ -567,17 +567,17 @@ async fn account_refusal_is_not_retried_with_other_offers() {
 #[tokio::test(start_paused = true)]
 async fn unanswered_create_call_gives_up() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.create_error = Some(BrokerErrorKind::Maybe));
+    fake.set(|simulation| simulation.create_error = Some(BrokerErrorKind::Maybe));
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "maybe for ever");
-    assert!(fake.world.lock().unwrap().creates <= 8);
+    assert!(fake.simulation.lock().unwrap().creates <= 8);
 }
 
 #[tokio::test(start_paused = true)]
 async fn no_offer_rents_nothing() {
     let (fake, home) = (Fake::new(), home());
     let record = with(|spec| spec.request.gpu_filter = Some("A100".into()), &fake, home.path()).await;
-    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 0);
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert_eq!(trouble.kind, RunFailureKind::NoOffer);
     assert!(trouble.message.contains("--gpu-filter"));
@@ -590,7 +590,7 @@ async fn offer_that_exceeds_the_time_limit_is_not_rented() {
     // The start alone is estimated to take five minutes.
     let record = with(|spec| (spec.only_in_time, spec.max_duration_s) = (true, 240), &fake, home.path()).await;
     closed_and_clean(&fake, &record, "late");
-    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 0);
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains("longer than its time limit of 4 min 00 s"), "{}", trouble.message);
     assert!(trouble.hint.as_ref().is_some_and(|hint| hint.contains("--allow-cut-short")), "{trouble:?}");
@@ -599,7 +599,7 @@ async fn offer_that_exceeds_the_time_limit_is_not_rented() {
 #[tokio::test(start_paused = true)]
 async fn instance_billing_above_the_limit_is_terminated() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(9.0)));
+    fake.set(|simulation| simulation.price_on_arrival = Some(UsdPerHour::from_dollars(9.0)));
     let cap = UsdPerHour::from_dollars(1.5);
     let record = with(|spec| spec.request.max_price = Some(cap), &fake, home.path()).await;
     closed_and_clean(&fake, &record, "price");
@@ -610,7 +610,7 @@ async fn instance_billing_above_the_limit_is_terminated() {
 #[tokio::test(start_paused = true)]
 async fn without_a_price_cap_the_quote_bounds_the_price() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
+    fake.set(|simulation| simulation.price_on_arrival = Some(UsdPerHour::from_dollars(1.9)));
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "price");
     // $1.90 is far above the $1.00 of the first offer, and below the $2.00 of the second.
@@ -622,13 +622,13 @@ async fn without_a_price_cap_the_quote_bounds_the_price() {
 
 #[tokio::test(start_paused = true)]
 async fn agreed_amount_bounds_every_offer_tried() {
-    wind(now_ms());
+    set_clock(now_ms());
     for (dearer, rented) in [(2.0, true), (9.0, false)] {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| {
-            world.offers[1].price = UsdPerHour::from_dollars(dearer);
-            world.sold_out = vec!["a".into()];
-            world.endless = true;
+        fake.set(|simulation| {
+            simulation.offers[1].price = UsdPerHour::from_dollars(dearer);
+            simulation.sold_out = vec!["a".into()];
+            simulation.endless = true;
         });
         let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "dearer");
@@ -648,24 +648,24 @@ async fn agreed_amount_bounds_every_offer_tried() {
 async fn instance_billing_above_its_offer_needs_cover_by_the_quote() {
     for (agreed, creates) in [(1.0, 2), (1.06, 1)] {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| world.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
+        fake.set(|simulation| simulation.price_on_arrival = Some(UsdPerHour::from_dollars(1.05)));
         let agreed = Usd::from_dollars(agreed);
         let record = with(|spec| spec.quote = up_to(agreed), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "bill");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
-        assert_eq!(fake.world.lock().unwrap().creates, creates, "{agreed}");
+        assert_eq!(fake.simulation.lock().unwrap().creates, creates, "{agreed}");
     }
 }
 
 #[tokio::test(start_paused = true)]
 async fn price_risen_before_create_is_not_paid() {
-    wind(now_ms());
-    let create = happy().await.0.world.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
+    set_clock(now_ms());
+    let create = happy().await.0.simulation.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
     for at in [create, create + 1] {
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| {
-            world.endless = true;
-            world.armed = vec![(at, Fault::PriceRises)];
+        fake.set(|simulation| {
+            simulation.endless = true;
+            simulation.armed = vec![(at, Fault::PriceRises)];
         });
         let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
         closed_and_clean(&fake, &record, "it rose");
@@ -681,10 +681,10 @@ async fn budget_equal_to_the_quote_suffices() {
 }
 
 /// Events of an endless run if something happens after half an hour.
-async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::World)) -> (RunRecord, Vec<RunNote>) {
-    wind(now_ms());
+async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::Simulation)) -> (RunRecord, Vec<RunNote>) {
+    set_clock(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
-    fake.set(|world| world.endless = true);
+    fake.set(|simulation| simulation.endless = true);
     let state = tempfile::tempdir().unwrap();
     let run = open_ledger(state.path()).plan(&spec).unwrap();
     let on = |event| {
@@ -706,7 +706,7 @@ async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::
 #[tokio::test(start_paused = true)]
 async fn requested_price_increase_is_reported_once_and_refused() {
     let home = home();
-    let rise = |world: &mut super::fake::World| world.rise = Some("$2.00/h".into());
+    let rise = |simulation: &mut super::fake::Simulation| simulation.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
     assert_eq!(told, [RunNote::PriceRise { instance: InstanceId("i1".into()), asked: "$2.00/h".into() }]);
@@ -715,7 +715,7 @@ async fn requested_price_increase_is_reported_once_and_refused() {
 #[tokio::test(start_paused = true)]
 async fn price_risen_during_the_run_ends_it_with_partial_results() {
     let home = home();
-    let bill = |world: &mut super::fake::World| world.bill(UsdPerHour::from_dollars(1.2));
+    let bill = |simulation: &mut super::fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
     let (record, _) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, bill).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.kind == RunFailureKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
@@ -725,28 +725,28 @@ async fn price_risen_during_the_run_ends_it_with_partial_results() {
 #[tokio::test(start_paused = true)]
 async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.unfit = vec!["a".into()]);
+    fake.set(|simulation| simulation.unfit = vec!["a".into()]);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "unfit");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
-    assert_eq!(fake.world.lock().unwrap().creates, 2);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 2);
     let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
     assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
     // The next run of the batch does not use that machine.
     let again = with(|_| {}, &fake, &home.path().join("next")).await;
-    assert_eq!((again.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 3));
+    assert_eq!((again.state.ending(), fake.simulation.lock().unwrap().creates), (Some(&RunOutcome::Completed), 3));
 }
 
 #[tokio::test(start_paused = true)]
 async fn several_unfit_hosts_in_a_row_end_the_run() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| {
-        world.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
-        world.unfit = world.offers.iter().map(|offer| offer.key.clone()).collect();
+    fake.set(|simulation| {
+        simulation.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
+        simulation.unfit = simulation.offers.iter().map(|offer| offer.key.clone()).collect();
     });
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "all unfit");
-    assert_eq!(fake.world.lock().unwrap().creates, 3);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 3);
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(
         trouble.message.starts_with("3 of 9 offers were tried") && trouble.message.contains("0 GPUs"),
@@ -758,10 +758,10 @@ async fn several_unfit_hosts_in_a_row_end_the_run() {
 #[tokio::test(start_paused = true)]
 async fn slow_host_is_exchanged_after_its_timeout() {
     for each in [Duration::MAX, Duration::from_secs(90), Duration::from_secs(1)] {
-        wind(now_ms());
+        set_clock(now_ms());
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
         fake.timeouts = Timeouts::CLOUD;
-        fake.set(|world| world.drags = vec![("a".into(), each)]);
+        fake.set(|simulation| simulation.drags = vec![("a".into(), each)]);
         let record = with(|_| {}, &fake, home.path()).await;
         closed_and_clean(&fake, &record, "drags");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Completed), "{each:?}");
@@ -782,13 +782,13 @@ async fn slow_host_is_exchanged_after_its_timeout() {
 #[tokio::test(start_paused = true)]
 async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.barred = 1);
+    fake.set(|simulation| simulation.barred = 1);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "barred");
-    assert_eq!((record.state.ending(), fake.world.lock().unwrap().creates), (Some(&RunOutcome::Completed), 2));
+    assert_eq!((record.state.ending(), fake.simulation.lock().unwrap().creates), (Some(&RunOutcome::Completed), 2));
 
     let (fake, home) = (Fake::new(), self::home());
-    fake.set(|world| world.barred = 9);
+    fake.set(|simulation| simulation.barred = 9);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "all barred");
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
@@ -801,10 +801,10 @@ async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
 #[tokio::test(start_paused = true)]
 async fn instance_that_never_comes_up_was_not_had() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.never_up = true);
+    fake.set(|simulation| simulation.never_up = true);
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "never up");
-    assert_eq!(fake.world.lock().unwrap().creates, 2);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 2);
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert_eq!(trouble.kind, RunFailureKind::NoOffer);
     assert!(trouble.message.contains("2 of 2 offers were tried and none could be had"), "{trouble:?}");
@@ -816,7 +816,7 @@ async fn run_completes_after_a_kill_during_a_host_exchange() {
     let runs = sweep_with(
         Fault::CrashAfter,
         None,
-        |world| world.unfit = vec!["a".into()],
+        |simulation| simulation.unfit = vec!["a".into()],
         |fake, lives, what| {
             let record = last(lives);
             closed_and_clean(fake, record, what);
@@ -830,17 +830,17 @@ async fn run_completes_after_a_kill_during_a_host_exchange() {
 async fn worker_failure_message_is_the_run_outcome() {
     let (fake, home) = (Fake::new(), home());
     let failure = Failure { kind: FailureKind::Corpus, message: "no text".into(), hint: Some("give some".into()) };
-    fake.set(|world| world.outcome = Some(Outcome::Failed(failure.clone())));
+    fake.set(|simulation| simulation.outcome = Some(Outcome::Failed(failure.clone())));
     let record = with(|_| {}, &fake, home.path()).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::WorkerFailed { failure }));
     assert!(record.state.results().is_some_and(|results| !results.complete));
-    assert!(fake.world.lock().unwrap().machines.is_empty());
+    assert!(fake.simulation.lock().unwrap().machines.is_empty());
 }
 
 #[tokio::test(start_paused = true)]
 async fn damaged_results_are_never_complete() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.damage = true);
+    fake.set(|simulation| simulation.damage = true);
     let record = with(|_| {}, &fake, home.path()).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.message.contains(files::RESULTS));
@@ -882,12 +882,12 @@ async fn corpus_files_keep_their_format_extensions() {
     with(|spec| spec.job.corpus.source = corpus, &fake, home.path()).await;
     let endings = ["txt", "txt", "jsonl", "jsonl", "json.gz", "csv", "tsv.zst", "parquet", "txt"];
     let expected: Vec<String> = endings.iter().enumerate().map(|(i, ending)| format!("corpus-{i}.{ending}")).collect();
-    assert_eq!(fake.world.lock().unwrap().pushed, expected);
+    assert_eq!(fake.simulation.lock().unwrap().pushed, expected);
 }
 
 /// A run for GPUs, with offers of two GPUs.
 fn for_gpus(fake: &Fake, spec: &mut RunSpec) {
-    fake.set(|world| world.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
+    fake.set(|simulation| simulation.offers.iter_mut().for_each(|offer| offer.gpu_count = 2));
     spec.request.worker_cuda = Some("11.8".parse().unwrap());
 }
 
@@ -907,18 +907,18 @@ async fn worker_gets_the_number_of_rented_gpus() {
 async fn resumed_gpu_run_never_starts_a_cpu_worker() {
     let begun = Fake::new();
     let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
-    let effects = begun.world.lock().unwrap().effects.clone();
+    let effects = begun.simulation.lock().unwrap().effects.clone();
     for killed_at in ["create", "push worker", "launch"] {
         let (fake, home) = (Fake::new(), home());
         let at = effects.iter().position(|effect| *effect == killed_at).unwrap() + 1;
-        fake.set(|world| world.armed = vec![(at, Fault::CrashBefore)]);
+        fake.set(|simulation| simulation.armed = vec![(at, Fault::CrashBefore)]);
         let ledger = open_ledger(&home.path().join("state"));
         let mut request = spec(&home.path().join("results"));
         for_gpus(&fake, &mut request);
         drop(ledger.plan(&request).unwrap());
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{killed_at}");
-        fake.set(|world| world.without_cuda = true);
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "{killed_at}");
+        fake.set(|simulation| simulation.without_cuda = true);
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{killed_at}") };
         closed_and_clean(&fake, &record, killed_at);
         let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
         assert!(trouble.kind == RunFailureKind::Local && trouble.message.contains("without CUDA"), "{trouble:?}");
@@ -932,25 +932,25 @@ async fn resumed_gpu_run_never_starts_a_cpu_worker() {
 async fn resumed_gpu_run_keeps_the_worker_it_began_with() {
     let begun = Fake::new();
     let _ = with(|spec| for_gpus(&begun, spec), &begun, home().path()).await;
-    let follow = begun.world.lock().unwrap().effects.iter().position(|effect| *effect == "follow").unwrap() + 1;
+    let follow = begun.simulation.lock().unwrap().effects.iter().position(|effect| *effect == "follow").unwrap() + 1;
     for (deaths, lost) in [(0, false), (1, false), (0, true)] {
         let what = format!("{deaths} deaths, lost: {lost}");
         let (fake, home) = (Fake::new(), home());
-        fake.set(|world| {
-            world.deaths = deaths;
-            world.armed = vec![(follow, Fault::CrashBefore)];
+        fake.set(|simulation| {
+            simulation.deaths = deaths;
+            simulation.armed = vec![(follow, Fault::CrashBefore)];
         });
         let ledger = open_ledger(&home.path().join("state"));
         let mut request = spec(&home.path().join("results"));
         for_gpus(&fake, &mut request);
         drop(ledger.plan(&request).unwrap());
-        assert!(matches!(life(&fake, home.path()).await, Life::Killed), "{what}");
-        fake.set(|world| {
-            world.without_cuda = true;
-            let next = world.effects.len() + 1;
-            world.armed = if lost { vec![(next, Fault::Preempted)] } else { Vec::new() };
+        assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed), "{what}");
+        fake.set(|simulation| {
+            simulation.without_cuda = true;
+            let next = simulation.effects.len() + 1;
+            simulation.armed = if lost { vec![(next, Fault::Preempted)] } else { Vec::new() };
         });
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{what}") };
         closed_and_clean(&fake, &record, &what);
         let launched = record.events.iter().filter(|entry| entry.event.word() == "launched").count();
         assert_eq!(launched, 1, "{what}");
@@ -973,17 +973,17 @@ async fn recovery_ends_only_strays_and_expired_runs() {
     use crate::units::Bytes;
 
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| {
-        world.endless = true;
-        world.max_duration_s = 3;
-        world.visibility = 0;
+    fake.set(|simulation| {
+        simulation.endless = true;
+        simulation.max_duration_s = 3;
+        simulation.visibility = 0;
     });
     let ledger = open_ledger(&home.path().join("state"));
     // Killed while the worker runs.
     let (plain, ..) = happy().await;
-    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
-    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let stray = LeaseTag {
         owner: ledger.owner().into(),
         run: "unknown".into(),
@@ -995,7 +995,7 @@ async fn recovery_ends_only_strays_and_expired_runs() {
         let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0), stage: None };
         fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();
     }
-    let names = || -> Vec<String> { fake.world.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
+    let names = || -> Vec<String> { fake.simulation.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
     assert_eq!(names().len(), 3);
 
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
@@ -1020,13 +1020,13 @@ async fn copied_ledger_ends_no_live_instance_of_its_original() {
     drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
     let (plain, ..) = happy().await;
-    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
-    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     assert_eq!(ledger.owner(), ours.owner(), "it is a copy");
     let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "{found:?}");
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
 /// The heartbeat is checked by the guard on the instance. Another process with such a ledger
@@ -1037,20 +1037,20 @@ async fn missing_heartbeat_ends_the_instance_from_inside() {
     drop(open_ledger(&home.path().join("state")));
     std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
     let (plain, ..) = happy().await;
-    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
-    fake.set(|world| (world.self_destruct, world.armed) = (true, vec![(follow, Fault::CrashBefore)]));
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|simulation| (simulation.self_destruct, simulation.armed) = (true, vec![(follow, Fault::CrashBefore)]));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     let (ours, ledger) = (open_ledger(&home.path().join("state")), open_ledger(copy.path()));
     let run = ours.find("last").unwrap().id;
     assert!(ours.run_folder(&run).join("key").exists() && !ledger.run_folder(&run).exists());
     let look = async || drop(recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap());
     look().await;
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 1, "it may beat");
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1, "it may beat");
     // No controller connects for the guard's timeout.
-    fake.set(|world| world.pass(Duration::from_secs(7200)));
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    fake.set(|simulation| simulation.pass(Duration::from_secs(7200)));
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0);
     look().await;
-    assert!(!fake.world.lock().unwrap().effects.contains(&"terminate"), "nobody had to end it from outside");
+    assert!(!fake.simulation.lock().unwrap().effects.contains(&"terminate"), "nobody had to end it from outside");
 }
 
 /// An instance with time left by the cloud's clock is kept, whatever this machine's clock shows.
@@ -1058,15 +1058,15 @@ async fn missing_heartbeat_ends_the_instance_from_inside() {
 async fn clock_jump_ahead_ends_no_run_with_time_left() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
-    let follow = plain.world.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
-    wind(now_ms());
-    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    fake.set(super::fake::World::jump);
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    set_clock(now_ms());
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
+    fake.set(super::fake::Simulation::jump);
     let ledger = open_ledger(&home.path().join("state"));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 1);
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1);
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     closed_and_clean(&fake, &record, "ahead");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
 }
@@ -1075,30 +1075,30 @@ async fn clock_jump_ahead_ends_no_run_with_time_left() {
 async fn recovery_marks_vanished_instances_and_never_rents() {
     let (fake, home) = (Fake::new(), home());
     let (plain, ..) = happy().await;
-    let effects = plain.world.lock().unwrap().effects.clone();
+    let effects = plain.simulation.lock().unwrap().effects.clone();
     let ledger = open_ledger(&home.path().join("state"));
     let follow = effects.iter().position(|name| *name == "follow").unwrap();
-    fake.set(|world| world.armed = vec![(follow, Fault::CrashBefore)]);
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
-    fake.set(|world| world.machines.clear());
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
+    fake.set(|simulation| simulation.machines.clear());
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(ledger.find("last").unwrap().state.ending(), Some(&RunOutcome::InstanceLost));
-    assert_eq!(fake.world.lock().unwrap().creates, 1);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 1);
 
     // A create call that never happened, in a run whose time is up: the run is closed without
     // another call.
     let (fake, home) = (Fake::new(), self::home());
     let ledger = open_ledger(&home.path().join("state"));
     let create = effects.iter().position(|name| *name == "create").unwrap() + 1;
-    fake.set(|world| {
-        world.armed = vec![(create, Fault::CrashBefore)];
-        world.max_duration_s = 0;
+    fake.set(|simulation| {
+        simulation.armed = vec![(create, Fault::CrashBefore)];
+        simulation.max_duration_s = 0;
     });
-    assert!(matches!(life(&fake, home.path()).await, Life::Killed));
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     let run = ledger.find("last").unwrap();
     assert_eq!((run.state.word(), run.state.ending()), ("closed", Some(&RunOutcome::Deadline)));
-    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 0);
 }
 
 /// Runs of one survey, concurrent in one process.
@@ -1127,7 +1127,7 @@ async fn parallel_runs_wait_for_their_shared_budget() {
             assert_eq!(run.state.results().unwrap().folder, folder.to_string_lossy());
             holds(&folder, &run.id).unwrap();
         }
-        assert_eq!(fake.world.lock().unwrap().most_alive, at_once, "of a budget of {budget}");
+        assert_eq!(fake.simulation.lock().unwrap().most_alive, at_once, "of a budget of {budget}");
     }
 }
 
@@ -1138,15 +1138,15 @@ async fn insufficient_budget_ends_the_run_before_renting() {
         let Some(RunOutcome::Failed { trouble }) = run.state.ending() else { panic!("{:?}", run.state) };
         assert_eq!(trouble.kind, RunFailureKind::Budget);
     }
-    assert_eq!(fake.world.lock().unwrap().creates, 0);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 0);
 }
 
 /// A budget may be lowered below what earlier runs have cost: no negative amount is left.
 #[tokio::test(start_paused = true)]
 async fn overspent_budget_has_nothing_left() {
-    wind(now_ms());
+    set_clock(now_ms());
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.endless = true);
+    fake.set(|simulation| simulation.endless = true);
     let (ledger, clouds, on) = (open_ledger(&home.path().join("state")), fake.clouds(), |_| {});
     let drive = |budget: f64| {
         let survey = Some(Membership { survey: "s".into(), model: "a".into() });
@@ -1164,17 +1164,17 @@ async fn overspent_budget_has_nothing_left() {
 #[tokio::test(start_paused = true)]
 async fn survey_ends_when_a_waiting_run_is_stopped() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.endless = true);
+    fake.set(|simulation| simulation.endless = true);
     let stop = async {
-        while fake.world.lock().unwrap().ours().count() == 0 {
+        while fake.simulation.lock().unwrap().ours().count() == 0 {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
         fake.stop.send_replace(Stop::Now);
     };
     let (runs, ()) = tokio::join!(side_by_side(&fake, home.path(), 1.2), stop);
     assert!(runs.iter().all(|run| run.state.ending() == Some(&RunOutcome::Interrupted)), "{runs:?}");
-    let world = fake.world.lock().unwrap();
-    assert_eq!((world.creates, world.ours().count()), (1, 0));
+    let simulation = fake.simulation.lock().unwrap();
+    assert_eq!((simulation.creates, simulation.ours().count()), (1, 0));
 }
 
 #[tokio::test(start_paused = true)]
@@ -1211,7 +1211,7 @@ async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
 ) -> (Fake, tempfile::TempDir, Result<RunRecord, DriveError>) {
-    super::fake::wind(1_767_225_600_000);
+    super::fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
@@ -1239,15 +1239,15 @@ async fn full_disk_at_any_event_leaves_no_instance() {
         let (fake, home, driven) = on_a_full_disk(events, |_, _, _| {}).await;
         let Err(DriveError::Ledger(error)) = driven else { panic!("{events}: {driven:?}") };
         assert!(error.to_string().contains("ledger.db") && error.to_string().contains("full"), "{error}");
-        let created = fake.world.lock().unwrap().creates;
+        let created = fake.simulation.lock().unwrap().creates;
         assert_eq!(created > 0, events > 0, "{events}: what cannot be intended is not rented");
-        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}: an instance is left");
+        assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0, "{events}: an instance is left");
         // With free space the same run completes.
         let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
         disk.execute_batch("DROP TRIGGER full").unwrap();
-        let Life::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
+        let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("{events}") };
         closed_and_clean(&fake, &record, "with room again");
-        let (billed, cost) = (fake.world.lock().unwrap().billed, record.cost(now_ms()));
+        let (billed, cost) = (fake.simulation.lock().unwrap().billed, record.cost(now_ms()));
         assert!(cost >= billed, "{events}: {billed} were billed, and {cost} is said");
     }
 }
@@ -1266,7 +1266,7 @@ async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
             Ok(record) => closed_and_clean(&fake, &record, "freed"),
             Err(error) => assert!(events >= 6 && matches!(error, DriveError::Ledger(_)), "{events}: {error}"),
         }
-        assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "{events}");
+        assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0, "{events}");
     }
     let begun = Instant::now();
     let stop = |fake: &Fake, _: &rusqlite::Connection, _| {
@@ -1274,19 +1274,19 @@ async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
     };
     let (fake, _home, driven) = on_a_full_disk(4, stop).await;
     assert!(matches!(driven, Err(DriveError::Ledger(_))) && begun.elapsed() < Duration::from_secs(60), "{driven:?}");
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 0);
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0);
 }
 
 /// When a job ended cannot be written down: no reason to leave its results where they are.
 #[tokio::test(start_paused = true)]
 async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
-    wind(now_ms());
+    set_clock(now_ms());
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let began = now_ms() / 1000;
-    fake.set(|world| {
-        world.offers.iter_mut().for_each(|offer| offer.queued = true);
-        world.run_time = Some(RunTime { ended_s: 0, since: Some(began), until: Some(began + 3600) });
+    fake.set(|simulation| {
+        simulation.offers.iter_mut().for_each(|offer| offer.queued = true);
+        simulation.run_time = Some(RunTime { ended_s: 0, since: Some(began), until: Some(began + 3600) });
     });
     let ledger = open_ledger(&home.path().join("state"));
     let disk = std::sync::Mutex::new(rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap());
@@ -1296,7 +1296,7 @@ async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
         if let DeployEvent::State(state) = event
             && matches!(*state, RunState::Ended { .. })
         {
-            fake.set(|world| world.run_time = Some(RunTime { ended_s: 60, since: None, until: None }));
+            fake.set(|simulation| simulation.run_time = Some(RunTime { ended_s: 60, since: None, until: None }));
             let full = "CREATE TRIGGER full BEFORE INSERT ON events \
                         BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END";
             disk.lock().unwrap().execute_batch(full).unwrap();
@@ -1305,16 +1305,16 @@ async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
     };
     let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await;
     assert!(matches!(driven, Err(DriveError::Ledger(_))), "{driven:?}");
-    assert_eq!(fake.world.lock().unwrap().ours().count(), 0, "its instance ended");
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0, "its instance ended");
     assert!(results.join(files::RESULTS).exists(), "what it counted is here");
 }
 
 #[tokio::test(start_paused = true)]
 async fn failing_termination_is_reported_within_5_s_and_retried() {
-    super::fake::wind(1_767_225_600_000);
+    super::fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
-    fake.set(|world| world.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
+    fake.set(|simulation| simulation.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
     let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let (told, said) = (std::sync::Mutex::new(None), std::sync::Mutex::new(Vec::new()));
@@ -1322,7 +1322,7 @@ async fn failing_termination_is_reported_within_5_s_and_retried() {
         DeployEvent::Terminating(_) => {
             told.lock().unwrap().get_or_insert_with(Instant::now);
         }
-        DeployEvent::NotEnding(not) => said.lock().unwrap().push((Instant::now(), not)),
+        DeployEvent::StillBilling(not) => said.lock().unwrap().push((Instant::now(), not)),
         _ => {}
     };
     let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
@@ -1342,13 +1342,13 @@ async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
     let (fake, home) = (Fake::new(), home());
     let ledger = open_ledger(&home.path().join("state"));
     let silent = async || {
-        fake.set(|world| world.outage = true);
+        fake.set(|simulation| simulation.outage = true);
         let stuck = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap_err();
-        fake.set(|world| world.outage = false);
+        fake.set(|simulation| simulation.outage = false);
         stuck
     };
     assert!(matches!(silent().await, DriveError::Silent { .. }), "an empty ledger has nothing anywhere");
-    let Life::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
+    let ProcessOutcome::Finished(_) = life(&fake, home.path()).await else { panic!("nothing was armed") };
     assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has one whose runs are over");
     let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has a run that asked for nothing");
@@ -1363,7 +1363,7 @@ async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
 async fn unwritable_results_folder_falls_back_to_the_ledger_folder() {
     let (fake, home) = (Fake::new(), home());
     std::fs::write(home.path().join("results"), "in the way").unwrap();
-    let Life::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
+    let ProcessOutcome::Finished(record) = life(&fake, home.path()).await else { panic!("stuck") };
     closed_and_clean(&fake, &record, "in the way");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     let place = home.path().join("state/runs").join(&record.id).join(format!("owner--model-{}", record.id));
@@ -1378,7 +1378,7 @@ async fn temporarily_full_disk_during_download_is_waited_out() {
         sweep(Fault::ResultsFull, second, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(last(lives).state.ending(), Some(&RunOutcome::Completed), "{what}");
-            assert_eq!(fake.world.lock().unwrap().creates, 1, "{what}");
+            assert_eq!(fake.simulation.lock().unwrap().creates, 1, "{what}");
         })
         .await;
     }
@@ -1388,7 +1388,7 @@ async fn temporarily_full_disk_during_download_is_waited_out() {
 async fn with_no_room(
     heard: impl Fn(&Fake, &Ledger, &UnsavedResults, usize) + Send + Sync,
 ) -> (Fake, RunRecord, Vec<UnsavedResults>) {
-    wind(1_767_225_600_000);
+    set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
@@ -1406,7 +1406,7 @@ async fn with_no_room(
     };
     let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
     closed_and_clean(&fake, &record, "no room");
-    assert_eq!(fake.world.lock().unwrap().creates, 1);
+    assert_eq!(fake.simulation.lock().unwrap().creates, 1);
     let told = told.into_inner().unwrap();
     (fake, record, told)
 }
@@ -1420,7 +1420,7 @@ async fn unsaved_results_hold_the_instance_until_its_deadline() {
     let RunState::Closed { results: None, loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
     assert!(loss.contains("results"), "{loss}");
     // An hour was agreed, of which 5 minutes are reserved for the end.
-    let (lasted, cost) = (begun.elapsed().as_secs(), fake.world.lock().unwrap().kept);
+    let (lasted, cost) = (begun.elapsed().as_secs(), fake.simulation.lock().unwrap().kept);
     assert!((3200..3600).contains(&lasted) && cost <= AGREED, "{lasted} s, {cost}");
     let (first, last) = (&told[0], &told[told.len() - 1]);
     assert!(told.len() > 50 && told.len() < 130, "it is said and tried every half minute: {}", told.len());
@@ -1464,17 +1464,17 @@ async fn ctrl_c_gives_up_unsaved_results() {
 #[tokio::test(start_paused = true)]
 async fn saving_results_after_ctrl_c_is_bounded() {
     let (plain, ..) = happy().await;
-    let effects = plain.world.lock().unwrap().effects.clone();
+    let effects = plain.simulation.lock().unwrap().effects.clone();
     let follow = effects.iter().position(|name| *name == "follow").unwrap() + 1;
     for (at, endless) in [(follow, true), (effects.iter().position(|name| *name == "fetch").unwrap() + 1, false)] {
         let (mut fake, home, begun) = (Fake::new(), home(), Instant::now());
         fake.timeouts = Timeouts::CLOUD;
-        fake.set(|world| {
-            (world.stalls, world.endless) = (true, endless);
-            world.armed = vec![(at, Fault::Stop)];
+        fake.set(|simulation| {
+            (simulation.stalls, simulation.endless) = (true, endless);
+            simulation.armed = vec![(at, Fault::Stop)];
         });
         let ended = tokio::time::timeout(Duration::from_secs(2 * 3600), life(&fake, home.path())).await;
-        let Ok(Life::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
+        let Ok(ProcessOutcome::Finished(record)) = ended else { panic!("{at}: it is brought home for ever") };
         closed_and_clean(&fake, &record, "stalled");
         assert_eq!(record.state.ending(), Some(&RunOutcome::Interrupted));
         let RunState::Closed { loss: Some(loss), .. } = &record.state else { panic!("{:?}", record.state) };
@@ -1488,7 +1488,7 @@ async fn saving_results_after_ctrl_c_is_bounded() {
 #[tokio::test(start_paused = true)]
 async fn results_of_another_job_are_kept_apart_as_partial() {
     let (fake, home) = (Fake::new(), home());
-    fake.set(|world| world.other_layers = Some(1));
+    fake.set(|simulation| simulation.other_layers = Some(1));
     let record = with(|_| {}, &fake, home.path()).await;
     closed_and_clean(&fake, &record, "another job");
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
@@ -1501,7 +1501,7 @@ async fn results_of_another_job_are_kept_apart_as_partial() {
 #[tokio::test(start_paused = true)]
 async fn folder_of_refused_files_is_reported_before_termination() {
     let (fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
-    fake.set(|world| world.damaged_manifest = true);
+    fake.set(|simulation| simulation.damaged_manifest = true);
     let ledger = open_ledger(&home.path().join("state"));
     let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     let on = |event| match event {

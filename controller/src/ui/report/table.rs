@@ -12,14 +12,14 @@ const NARROWEST: u16 = 20;
 /// Maximum column width if the terminal's width is unknown. Longer cells are wrapped.
 const WIDEST: u16 = 200;
 /// Minimum columns of a shortened name: usually, and without space.
-const LEAST_NAME: u16 = 16;
+const MIN_NAME: u16 = 16;
 const SHORTEST_NAME: u16 = 10;
 /// Width to which sentences are wrapped before names are shortened.
 const SENTENCE: u16 = 28;
 /// Longer words, such as paths, are broken before numbers are wrapped.
 const LONGEST_WORD: u16 = 28;
 /// Minimum width of columns other than ids if words must be broken.
-const LEAST: u16 = 6;
+const MIN_WIDTH: u16 = 6;
 /// Padding on both sides of a column, and without space.
 const PADDING: (u16, u16) = (1, 1);
 const SCARCE_PADDING: (u16, u16) = (0, 1);
@@ -245,11 +245,11 @@ impl Step {
     fn least(self, (kind, word): (Kind, u16)) -> Option<u16> {
         match (self, kind) {
             (Self::Sentences, Kind::Sentence) => Some(SENTENCE.max(word.min(LONGEST_WORD))),
-            (Self::Names, Kind::Name | Kind::Facts) => Some(LEAST_NAME.max(word)),
+            (Self::Names, Kind::Name | Kind::Facts) => Some(MIN_NAME.max(word)),
             (Self::Words, Kind::Sentence) => Some(word.min(LONGEST_WORD)),
             (Self::Words, Kind::Number) => Some(word),
             (Self::ShortNames, Kind::Name | Kind::Facts) => Some(SHORTEST_NAME),
-            (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(LEAST),
+            (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(MIN_WIDTH),
             (Self::All, _) => Some(1),
             _ => None,
         }

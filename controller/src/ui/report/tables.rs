@@ -13,7 +13,7 @@ pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::cloud::estimate::{CROSSING, Estimate, Work};
-use crate::cloud::market::{self, Step};
+use crate::cloud::market::{self, FilterStep};
 use crate::model_name::short;
 use crate::run::RunEvent;
 use crate::run::ledger::{RunRecord, now_ms};
@@ -152,7 +152,7 @@ fn mark(is_over: bool) -> String {
 }
 
 /// Results of the filters.
-pub fn steps(considered: usize, steps: &[Step]) -> String {
+pub fn steps(considered: usize, steps: &[FilterStep]) -> String {
     let removed = steps.iter().filter(|step| step.removed > 0);
     let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
     match removed.is_empty() {

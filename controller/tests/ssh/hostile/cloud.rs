@@ -9,7 +9,7 @@ use outliers::cloud::broker::{
 use outliers::run::ledger::now_ms;
 use outliers::units::UsdPerHour;
 
-use super::host::{Bad, Host, Tally};
+use super::host::{Attack, Host, LoginCounts};
 
 /// The only cloud.
 pub(crate) const NAME: &str = "hostile";
@@ -18,14 +18,14 @@ const GOOD: &str = "good";
 
 /// See the module.
 pub(crate) struct Cloud {
-    bad: Bad,
+    bad: Attack,
     instances: Mutex<Vec<(Instance, Host)>>,
     created: Mutex<usize>,
-    pub(crate) tally: Arc<Tally>,
+    pub(crate) tally: Arc<LoginCounts>,
 }
 
 impl Cloud {
-    pub(crate) fn new(bad: Bad) -> Self {
+    pub(crate) fn new(bad: Attack) -> Self {
         Self { bad, instances: Mutex::default(), created: Mutex::default(), tally: Arc::default() }
     }
 
@@ -56,7 +56,7 @@ impl Broker for Cloud {
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {
-        let bad = if offer.key == GOOD { Bad::Nothing } else { self.bad };
+        let bad = if offer.key == GOOD { Attack::Nothing } else { self.bad };
         let host = Host::start(bad, self.tally.clone()).await;
         let mut created = self.created.lock().unwrap();
         *created += 1;

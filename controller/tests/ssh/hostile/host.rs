@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 
 /// Attack on a client that logs in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Bad {
+pub(crate) enum Attack {
     /// None.
     Nothing,
     /// Commands never end and print nothing.
@@ -38,12 +38,12 @@ pub(crate) enum Bad {
 
 /// What a client permitted.
 #[derive(Debug, Default)]
-pub(crate) struct Tally {
+pub(crate) struct LoginCounts {
     accepted: AtomicUsize,
     refused: AtomicUsize,
 }
 
-impl Tally {
+impl LoginCounts {
     fn count(&self, accepted: bool) {
         if accepted { &self.accepted } else { &self.refused }.fetch_add(1, Ordering::Relaxed);
     }
@@ -62,7 +62,7 @@ pub(crate) struct Host {
 }
 
 impl Host {
-    pub(crate) async fn start(bad: Bad, tally: Arc<Tally>) -> Self {
+    pub(crate) async fn start(bad: Attack, tally: Arc<LoginCounts>) -> Self {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let home = tempfile::tempdir().unwrap();
@@ -104,9 +104,9 @@ impl Drop for Host {
 
 /// One connection.
 struct Connection {
-    bad: Bad,
+    bad: Attack,
     home: PathBuf,
-    tally: Arc<Tally>,
+    tally: Arc<LoginCounts>,
     channels: HashMap<ChannelId, Channel<Msg>>,
 }
 
@@ -119,8 +119,8 @@ impl Handler for Connection {
 
     async fn auth_succeeded(&mut self, session: &mut Session) -> Result<(), Self::Error> {
         match self.bad {
-            Bad::OpensChannels => drop(tokio::spawn(open_channels(session.handle(), self.tally.clone()))),
-            Bad::AsksForForwards => drop(tokio::spawn(ask_for_forwards(session.handle(), self.tally.clone()))),
+            Attack::OpensChannels => drop(tokio::spawn(open_channels(session.handle(), self.tally.clone()))),
+            Attack::AsksForForwards => drop(tokio::spawn(ask_for_forwards(session.handle(), self.tally.clone()))),
             _ => {}
         }
         Ok(())
@@ -142,9 +142,9 @@ impl Handler for Connection {
         let Some(channel) = self.channels.remove(&id) else { return Ok(()) };
         match self.bad {
             // Waits for a host that opens channels, so that no command ends before it.
-            Bad::Silence | Bad::OpensChannels => drop(tokio::spawn(hold(channel))),
-            Bad::Drip => drop(tokio::spawn(talk(channel, 1, Duration::from_secs(1)))),
-            Bad::Flood => drop(tokio::spawn(talk(channel, 30_000, Duration::ZERO))),
+            Attack::Silence | Attack::OpensChannels => drop(tokio::spawn(hold(channel))),
+            Attack::Drip => drop(tokio::spawn(talk(channel, 1, Duration::from_secs(1)))),
+            Attack::Flood => drop(tokio::spawn(talk(channel, 30_000, Duration::ZERO))),
             _ => drop(tokio::spawn(run(command.to_vec(), self.home.clone(), channel))),
         }
         Ok(())
@@ -156,7 +156,7 @@ impl Handler for Connection {
         _name: &str,
         session: &mut Session,
     ) -> Result<(), Self::Error> {
-        if self.bad != Bad::SilentFiles {
+        if self.bad != Attack::SilentFiles {
             return session.channel_failure(id);
         }
         session.channel_success(id)
@@ -219,7 +219,7 @@ async fn gather(mut input: ChannelReadHalf) -> Vec<u8> {
 /// Number of channels opened at first; none was refused.
 const MANY: usize = 81_000;
 
-async fn open_channels(handle: Handle, tally: Arc<Tally>) {
+async fn open_channels(handle: Handle, tally: Arc<LoginCounts>) {
     let (host, path) = ("127.0.0.1", "/tmp/socket");
     for kind in (0..7).cycle().take(MANY) {
         let opened = match kind {
@@ -239,7 +239,7 @@ async fn open_channels(handle: Handle, tally: Arc<Tally>) {
     }
 }
 
-async fn ask_for_forwards(handle: Handle, tally: Arc<Tally>) {
+async fn ask_for_forwards(handle: Handle, tally: Arc<LoginCounts>) {
     for port in 0..1000 {
         tally.count(handle.forward_tcpip("0.0.0.0".to_owned(), 8000 + port).await.is_ok());
     }

@@ -7,15 +7,15 @@ use serde_json::{Value, json};
 
 use super::life::ready;
 use super::{found, kind, rent};
-use crate::{FakeCloud, Life, Odd, Op};
+use crate::{FakeCloud, InstanceStatus, Odd, Op};
 
 /// Every page is read, and each instance is listed once.
 pub async fn goes_to_the_last_page(cloud: &FakeCloud) {
     let planted: BTreeSet<String> = {
-        let mut world = cloud.world();
-        world.page_size = 7;
-        world.stock.iter_mut().for_each(|stock| stock.left = 1000);
-        (0..40).map(|at| world.plant(&format!("somebody's box {at}"))).collect()
+        let mut state = cloud.state();
+        state.page_size = 7;
+        state.stock.iter_mut().for_each(|stock| stock.left = 1000);
+        (0..40).map(|at| state.plant(&format!("somebody's box {at}"))).collect()
     };
     let listed = cloud.broker().list().await.expect("it is read");
     assert_eq!(listed.len(), planted.len(), "none comes twice");
@@ -29,9 +29,9 @@ pub async fn that_is_cut_short_is_an_error(cloud: &FakeCloud) {
         return;
     }
     {
-        let mut world = cloud.world();
-        (world.page_size, world.truncates) = (2, true);
-        (0..5).for_each(|at| drop(world.plant(&format!("box {at}"))));
+        let mut state = cloud.state();
+        (state.page_size, state.truncates) = (2, true);
+        (0..5).for_each(|at| drop(state.plant(&format!("box {at}"))));
     }
     let listed = cloud.broker().list().await;
     assert!(listed.is_err(), "{listed:?}");
@@ -45,7 +45,7 @@ pub async fn may_be_empty(cloud: &FakeCloud) {
 /// Instances of other owners are listed as such.
 pub async fn shows_what_is_not_ours(cloud: &FakeCloud) {
     let names = ["somebody's box", "", "outliers", "outliers-a-b-c-soon", "outliers-A-b-c-1"];
-    names.iter().for_each(|name| drop(cloud.world().plant(name)));
+    names.iter().for_each(|name| drop(cloud.state().plant(name)));
     let listed = cloud.broker().list().await.expect("it is read");
     assert_eq!(listed.len(), names.len());
     assert!(listed.iter().all(|instance| instance.tag().is_none()), "{listed:?}");
@@ -57,7 +57,7 @@ pub async fn says_where_to_log_in(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
     let InstanceState::Ready(alone) = ready(&*broker, &made).await.state else { unreachable!("it is ready") };
-    let ssh = cloud.world().instances[0].ssh.clone();
+    let ssh = cloud.state().instances[0].ssh.clone();
     assert_eq!(alone.host, ssh.host);
     let listed = found(&*broker, &lease).await;
     assert_eq!(listed[0].state, InstanceState::Ready(alone));
@@ -67,8 +67,8 @@ pub async fn says_where_to_log_in(cloud: &FakeCloud) {
 pub async fn survives_unknown_words(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
-    cloud.world().change(&made.id.0, |instance| {
-        instance.life = Life::Running;
+    cloud.state().change(&made.id.0, |instance| {
+        instance.life = InstanceStatus::Running;
         instance.odd_status = Some("HIBERNATING_2".to_owned());
     });
     let listed = found(&*broker, &lease).await;
@@ -79,23 +79,23 @@ pub async fn survives_unknown_words(cloud: &FakeCloud) {
         assert!(word.contains("HIBERNATING_2"), "{word}");
     }
     broker.terminate(&made.id).await.expect("it can be ended");
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }
 
 /// If any field of an instance is missing, null or of another type, the other instances are listed
 /// unchanged. The instance is listed by its id or tag, and can be ended.
 pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
-    let stranger = cloud.world().plant("somebody's box");
+    let stranger = cloud.state().plant("somebody's box");
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
     assert_eq!(broker.list().await.expect("it is read").len(), 2);
-    let fields = cloud.world().fields.clone();
+    let fields = cloud.state().fields.clone();
     assert!(fields.contains_key("id") && fields.len() > 5, "{fields:?}");
     for (field, usual) in &fields {
         for value in [None, Some(Value::Null), Some(json!({"odd": true})), Some(of_another_type(usual))] {
             let odd = Odd { id: made.id.0.clone(), field: field.clone(), value };
             let what = format!("{odd:?}");
-            cloud.world().odd = Some(odd);
+            cloud.state().odd = Some(odd);
             let listed = broker.list().await.unwrap_or_else(|error| panic!("{what}: {error}"));
             assert_eq!(listed.len(), 2, "{what}: {listed:?}");
             assert!(listed.iter().any(|instance| instance.id.0 == stranger), "{what}: {listed:?}");
@@ -108,7 +108,7 @@ pub async fn reads_each_entry_by_itself(cloud: &FakeCloud) {
         }
     }
     broker.terminate(&made.id).await.expect("it can be ended");
-    assert_eq!(cloud.world().live().count(), 1);
+    assert_eq!(cloud.state().live().count(), 1);
 }
 
 /// The same value in another notation: a number as a string, a string as a number.
@@ -122,8 +122,8 @@ fn of_another_type(value: &Value) -> Value {
 
 /// An entry with neither id nor name is counted, because its owner is unknown.
 pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
-    let id = cloud.world().plant("somebody's box");
-    cloud.world().odd = Some(Odd { id, field: "id".to_owned(), value: Some(json!([7])) });
+    let id = cloud.state().plant("somebody's box");
+    cloud.state().odd = Some(Odd { id, field: "id".to_owned(), value: Some(json!([7])) });
     let listed = cloud.broker().list().await.expect("it is read");
     assert_eq!(listed.len(), 1);
     assert!(matches!(listed[0].state, InstanceState::Unreadable(_)) && listed[0].id.0.is_empty(), "{listed:?}");
@@ -133,8 +133,8 @@ pub async fn counts_what_it_cannot_read(cloud: &FakeCloud) {
 pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
-    for life in [Life::Failed, Life::Stopped] {
-        cloud.world().change(&made.id.0, |instance| instance.life = life);
+    for life in [InstanceStatus::Failed, InstanceStatus::Stopped] {
+        cloud.state().change(&made.id.0, |instance| instance.life = life);
         let state = broker.get(&made.id).await.expect("it is read").expect("it is there").state;
         assert!(matches!(state, InstanceState::Failed(_) | InstanceState::Stopped), "{life:?}: {state:?}");
     }
@@ -144,8 +144,8 @@ pub async fn knows_what_does_not_serve(cloud: &FakeCloud) {
 /// listed is not ready.
 pub async fn may_be_late(cloud: &FakeCloud) {
     {
-        let mut world = cloud.world();
-        (world.shown_after, world.lingers) = (2, 2);
+        let mut state = cloud.state();
+        (state.shown_after, state.lingers) = (2, 2);
     }
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
@@ -163,7 +163,7 @@ pub async fn may_be_late(cloud: &FakeCloud) {
 pub async fn forgets_what_ended(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (lease, made) = rent(&*broker).await;
-    assert!(cloud.world().end(&made.id.0));
+    assert!(cloud.state().end(&made.id.0));
     assert_eq!(found(&*broker, &lease).await, []);
     assert_eq!(broker.get(&made.id).await.expect("it is read"), None);
     broker.terminate(&made.id).await.expect("it is gone");
@@ -173,10 +173,10 @@ pub async fn forgets_what_ended(cloud: &FakeCloud) {
 pub async fn terminate_says_when_it_cannot(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
-    cloud.world().fail_always(Op::Terminate, crate::How::Refuse(crate::Refusal::Broken(503)));
+    cloud.state().fail_always(Op::Terminate, crate::How::Refuse(crate::Refusal::Broken(503)));
     let ended = broker.terminate(&made.id).await;
     assert_eq!(kind(&ended), Some(BrokerErrorKind::Unavailable), "{ended:?}");
-    cloud.world().faults.clear();
+    cloud.state().faults.clear();
     broker.terminate(&made.id).await.expect("now it can be ended");
-    assert_eq!(cloud.world().live().count(), 0);
+    assert_eq!(cloud.state().live().count(), 0);
 }

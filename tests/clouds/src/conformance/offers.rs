@@ -117,7 +117,7 @@ async fn kept(cloud: &FakeCloud, asked: &GpuRequest, want: &GpuRequest) -> Vec<(
 
 /// A cloud without offers is not an error.
 pub async fn may_be_none(cloud: &FakeCloud) {
-    cloud.world().stock.clear();
+    cloud.state().stock.clear();
     let offers = cloud.broker().offers(&want()).await.expect("nothing is an answer too");
     assert_eq!(offers.offers, []);
 }
@@ -130,13 +130,13 @@ pub async fn of_others_are_refused(cloud: &FakeCloud) {
         let made = broker.create(&offer, &lease()).await;
         assert_eq!(kind(&made), Some(BrokerErrorKind::Rejected), "{key:?}: {made:?}");
     }
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 }
 
 /// A thousand offers are read.
 pub async fn may_be_many(cloud: &FakeCloud) {
     let plain = Stock::mixed()[0].clone();
-    cloud.world().stock = (0..1000).map(|at| many(&plain, at)).collect();
+    cloud.state().stock = (0..1000).map(|at| many(&plain, at)).collect();
     let listed = cloud.broker().offers(&want()).await.expect("they are read");
     assert!(!listed.offers.is_empty());
 }
@@ -147,7 +147,7 @@ fn many(plain: &Stock, at: i64) -> Stock {
 }
 
 fn shown(cloud: &FakeCloud) -> Vec<Stock> {
-    let stock = cloud.world().stock.clone();
+    let stock = cloud.state().stock.clone();
     let shown: Vec<Stock> = stock.iter().filter_map(|stock| cloud.dialect().shows(stock)).collect();
     assert!(shown.iter().any(Stock::is_plain), "every cloud has something");
     shown

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
 
 /// Lambda's API.
 #[derive(Clone, Copy, Debug)]
@@ -35,29 +35,29 @@ impl Dialect for Lambda {
         }
     }
 
-    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let data = match (method, &path[..]) {
-            ("GET", ["instance-types"]) => instance_types(self, world),
-            ("POST", ["instance-operations", "launch"]) => launch(world, request.read()?)?,
-            ("POST", ["instance-operations", "terminate"]) => match terminate(world, &request.read::<Terminate>()?)? {
+            ("GET", ["instance-types"]) => instance_types(self, state),
+            ("POST", ["instance-operations", "launch"]) => launch(state, request.read()?)?,
+            ("POST", ["instance-operations", "terminate"]) => match terminate(state, &request.read::<Terminate>()?)? {
                 Some(ended) => ended,
                 None => return Ok(failure(400, "global/unknown", "API encountered an unknown error.")),
             },
             ("GET", ["instances"]) => {
-                world.pass_listing();
-                world.listed().iter().map(instance).collect()
+                state.pass_listing();
+                state.listed().iter().map(instance).collect()
             }
-            ("GET", ["instances", id]) => instance(&world.look_at(id).ok_or(Refusal::NotFound)?),
-            ("GET", ["ssh-keys"]) => world.keys.iter().map(ssh_key).collect(),
-            ("POST", ["ssh-keys"]) => add_key(world, request.read()?)?,
-            ("DELETE", ["ssh-keys", id]) => remove_key(world, id)?,
+            ("GET", ["instances", id]) => instance(&state.look_at(id).ok_or(Refusal::NotFound)?),
+            ("GET", ["ssh-keys"]) => state.keys.iter().map(ssh_key).collect(),
+            ("POST", ["ssh-keys"]) => add_key(state, request.read()?)?,
+            ("DELETE", ["ssh-keys", id]) => remove_key(state, id)?,
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &json!({"data": data})))
+        Ok(ApiResponse::json(200, &json!({"data": data})))
     }
 
-    fn refuse(&self, refusal: &Refusal, _on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, _on: Op) -> ApiResponse {
         let (status, code, message) = match refusal {
             Refusal::NoCapacity => (
                 400,
@@ -67,7 +67,7 @@ impl Dialect for Lambda {
             Refusal::Unauthorized => (401, "global/invalid-api-key", "API key was invalid, expired, or deleted."),
             Refusal::Funds => (400, "global/quota-exceeded", "Quota exceeded."),
             Refusal::Invalid(message) => (400, "global/invalid-parameters", message.as_str()),
-            Refusal::RateLimited(after) => return Answer::text(429, "Too Many Requests").retry_after(*after),
+            Refusal::RateLimited(after) => return ApiResponse::text(429, "Too Many Requests").retry_after(*after),
             Refusal::NotFound => (404, "global/object-does-not-exist", "Specified instance does not exist."),
             Refusal::Broken(status) => (*status, "provider/internal-unavailable", "Provider unavailable"),
         };
@@ -108,17 +108,17 @@ struct NewKey {
     public_key: String,
 }
 
-fn launch(world: &mut World, launch: Launch) -> Result<Value, Refusal> {
+fn launch(state: &mut CloudState, launch: Launch) -> Result<Value, Refusal> {
     let [key] = &launch.ssh_key_names[..] else {
         return Err(invalid("Exactly one SSH key must be specified."));
     };
-    let public_key = world.keys.iter().find(|known| known.name == *key).map(|known| known.public_key.clone());
+    let public_key = state.keys.iter().find(|known| known.name == *key).map(|known| known.public_key.clone());
     let public_key = public_key.ok_or(Refusal::NotFound)?;
     if launch.name.len() > 64 {
         return Err(invalid("The name has more than 64 characters."));
     }
     let here = |stock: &&Stock| type_name(stock) == launch.instance_type_name && stock.region == launch.region_name;
-    let stock = world.stock.iter().find(here).ok_or(Refusal::NotFound)?;
+    let stock = state.stock.iter().find(here).ok_or(Refusal::NotFound)?;
     let order = Order {
         stock: stock.id.clone(),
         name: launch.name,
@@ -126,16 +126,16 @@ fn launch(world: &mut World, launch: Launch) -> Result<Value, Refusal> {
         public_key: Some(public_key),
         price: stock.price,
     };
-    Ok(json!({"instance_ids": [world.rent(order)?.id]}))
+    Ok(json!({"instance_ids": [state.rent(order)?.id]}))
 }
 
 /// `None`: an ended instance, for which this cloud has no status.
-fn terminate(world: &mut World, terminate: &Terminate) -> Result<Option<Value>, Refusal> {
+fn terminate(state: &mut CloudState, terminate: &Terminate) -> Result<Option<Value>, Refusal> {
     let mut ended = Vec::new();
     for id in &terminate.instance_ids {
-        let known = world.instances.iter().find(|instance| instance.id == *id).ok_or(Refusal::NotFound)?;
+        let known = state.instances.iter().find(|instance| instance.id == *id).ok_or(Refusal::NotFound)?;
         let name = known.name.clone();
-        if !world.end(id) {
+        if !state.end(id) {
             return Ok(None);
         }
         ended.push(json!({"id": id, "name": name, "status": "terminating"}));
@@ -143,29 +143,29 @@ fn terminate(world: &mut World, terminate: &Terminate) -> Result<Option<Value>, 
     Ok(Some(json!({"terminated_instances": ended})))
 }
 
-fn add_key(world: &mut World, key: NewKey) -> Result<Value, Refusal> {
+fn add_key(state: &mut CloudState, key: NewKey) -> Result<Value, Refusal> {
     if key.name.is_empty() || key.name.len() > 64 {
         return Err(invalid("The name must have 1 to 64 characters."));
     }
-    if world.keys.iter().any(|known| known.name == key.name) {
+    if state.keys.iter().any(|known| known.name == key.name) {
         return Err(invalid("There is already a key of this name."));
     }
     if !key.public_key.starts_with("ssh-") {
         return Err(invalid("The public key is invalid."));
     }
-    let key = SshKey { id: world.new_id(), name: key.name, public_key: key.public_key };
-    world.keys.push(key.clone());
+    let key = SshKey { id: state.new_id(), name: key.name, public_key: key.public_key };
+    state.keys.push(key.clone());
     Ok(ssh_key(&key))
 }
 
-fn remove_key(world: &mut World, id: &str) -> Result<Value, Refusal> {
-    let at = world.keys.iter().position(|key| key.id == id).ok_or(Refusal::NotFound)?;
-    world.keys.remove(at);
+fn remove_key(state: &mut CloudState, id: &str) -> Result<Value, Refusal> {
+    let at = state.keys.iter().position(|key| key.id == id).ok_or(Refusal::NotFound)?;
+    state.keys.remove(at);
     Ok(json!({}))
 }
 
-fn failure(status: u16, code: &str, message: &str) -> Answer {
-    Answer::json(status, &json!({"error": {"code": code, "message": message}}))
+fn failure(status: u16, code: &str, message: &str) -> ApiResponse {
+    ApiResponse::json(status, &json!({"error": {"code": code, "message": message}}))
 }
 
 fn invalid(message: &str) -> Refusal {
@@ -176,9 +176,9 @@ fn ssh_key(key: &SshKey) -> Value {
     json!({"id": key.id, "name": key.name, "public_key": key.public_key})
 }
 
-fn instance_types(dialect: &Lambda, world: &World) -> Value {
+fn instance_types(dialect: &Lambda, state: &CloudState) -> Value {
     let mut types = Map::new();
-    for stock in world.stock.iter().filter_map(|stock| dialect.shows(stock)) {
+    for stock in state.stock.iter().filter_map(|stock| dialect.shows(stock)) {
         let region = json!({"name": stock.region, "description": format!("Somewhere, {}", stock.country)});
         let entry = types
             .entry(type_name(&stock))
@@ -228,10 +228,10 @@ fn cents(price: UsdPerHour) -> i64 {
 
 fn instance(instance: &FakeInstance) -> Value {
     let status = match instance.life {
-        Life::Booting => "booting",
-        Life::Running => "active",
-        Life::Failed | Life::Stopped => "unhealthy",
-        Life::Ended => "terminating",
+        InstanceStatus::Booting => "booting",
+        InstanceStatus::Running => "active",
+        InstanceStatus::Failed | InstanceStatus::Stopped => "unhealthy",
+        InstanceStatus::Ended => "terminating",
     };
     let available = |available: bool| match available {
         true => json!({"available": true}),
@@ -241,7 +241,7 @@ fn instance(instance: &FakeInstance) -> Value {
             "reason_description": "VM has not launched yet",
         }),
     };
-    let up = available(instance.life == Life::Running);
+    let up = available(instance.life == InstanceStatus::Running);
     let mut shown = json!({
         "id": instance.id,
         "name": instance.name,
@@ -254,7 +254,7 @@ fn instance(instance: &FakeInstance) -> Value {
         "tags": [],
         "firewall_rulesets": [],
     });
-    if instance.life == Life::Running {
+    if instance.life == InstanceStatus::Running {
         shown["ip"] = json!(instance.ssh.host);
         shown["jupyter_token"] = json!("03b7d30d9d3e4d8fa41657bc0d478c1b");
     }

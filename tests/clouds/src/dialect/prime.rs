@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, SshKey, Stock, World};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
 
 /// Prime Intellect's API.
 #[derive(Clone, Copy, Debug)]
@@ -46,56 +46,56 @@ impl Dialect for Prime {
         }
     }
 
-    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let body = match (method, &path[..]) {
-            ("GET", ["availability", "gpus"]) => offers(self, world, request)?,
-            ("POST", ["pods", ""]) => create(world, request.read()?)?,
+            ("GET", ["availability", "gpus"]) => offers(self, state, request)?,
+            ("POST", ["pods", ""]) => create(state, request.read()?)?,
             ("GET", ["pods", ""]) => {
                 if request.parameter("offset").is_none_or(|offset| offset == "0") {
-                    world.pass_listing();
+                    state.pass_listing();
                 }
-                let pods = world.listed().iter().map(pod).collect();
-                page(world, request, pods)?
+                let pods = state.listed().iter().map(pod).collect();
+                page(state, request, pods)?
             }
-            ("GET", ["pods", id]) => pod(&world.look_at(id).ok_or(Refusal::NotFound)?),
+            ("GET", ["pods", id]) => pod(&state.look_at(id).ok_or(Refusal::NotFound)?),
             ("DELETE", ["pods", id]) => {
-                if !world.end(id) {
+                if !state.end(id) {
                     return Err(Refusal::NotFound);
                 }
                 json!({"status": "DELETING"})
             }
             ("GET", ["ssh_keys", ""]) => {
-                let keys = world.keys.iter().map(ssh_key).collect();
-                page(world, request, keys)?
+                let keys = state.keys.iter().map(ssh_key).collect();
+                page(state, request, keys)?
             }
-            ("POST", ["ssh_keys", ""]) => add_key(world, request.read()?)?,
+            ("POST", ["ssh_keys", ""]) => add_key(state, request.read()?)?,
             ("DELETE", ["ssh_keys", id]) => {
-                let at = world.keys.iter().position(|key| key.id == *id).ok_or(Refusal::NotFound)?;
-                ssh_key(&world.keys.remove(at))
+                let at = state.keys.iter().position(|key| key.id == *id).ok_or(Refusal::NotFound)?;
+                ssh_key(&state.keys.remove(at))
             }
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &body))
+        Ok(ApiResponse::json(200, &body))
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         let (status, detail) = match refusal {
             Refusal::NoCapacity => (400, "No capacity available for the requested configuration"),
             Refusal::Unauthorized => (401, "Invalid API key"),
             Refusal::Funds => (402, "Insufficient funds"),
             Refusal::Invalid(message) => {
                 let errors = json!({"errors": [{"param": "body", "details": message}]});
-                return Answer::json(422, &errors);
+                return ApiResponse::json(422, &errors);
             }
             Refusal::RateLimited(after) => {
-                return Answer::json(429, &json!({"detail": "Too Many Requests"})).retry_after(*after);
+                return ApiResponse::json(429, &json!({"detail": "Too Many Requests"})).retry_after(*after);
             }
             Refusal::NotFound if on == Op::Keys => (404, "SSH key not found"),
             Refusal::NotFound => (404, "Pod not found"),
-            Refusal::Broken(status) => return Answer::text(*status, "Internal Server Error"),
+            Refusal::Broken(status) => return ApiResponse::text(*status, "Internal Server Error"),
         };
-        Answer::json(status, &json!({"detail": detail}))
+        ApiResponse::json(status, &json!({"detail": detail}))
     }
 
     fn price(&self, stock: &Stock, disk_gib: u64) -> UsdPerHour {
@@ -135,18 +135,18 @@ fn only(request: &Request, known: &[&str]) -> Result<(), Refusal> {
 }
 
 /// The requested page of `items`.
-fn page(world: &World, request: &Request, items: Vec<Value>) -> Result<Value, Refusal> {
+fn page(state: &CloudState, request: &Request, items: Vec<Value>) -> Result<Value, Refusal> {
     only(request, &["offset", "limit"])?;
     let (offset, limit) = (count(request, "offset", 0)?, count(request, "limit", 100)?);
     let total = items.len();
-    let most = limit.min(world.page_size.max(1));
+    let most = limit.min(state.page_size.max(1));
     // A truncated list has a first page and none after it.
-    let most = if world.truncates && offset > 0 { 0 } else { most };
+    let most = if state.truncates && offset > 0 { 0 } else { most };
     let data: Vec<Value> = items.into_iter().skip(offset).take(most).collect();
     Ok(json!({"total_count": total, "offset": offset, "limit": limit, "data": data}))
 }
 
-fn offers(dialect: &Prime, world: &World, request: &Request) -> Result<Value, Refusal> {
+fn offers(dialect: &Prime, state: &CloudState, request: &Request) -> Result<Value, Refusal> {
     only(request, &["page", "page_size", "gpu_count", "gpu_type", "socket", "security", "regions"])?;
     let (page, size) = (count(request, "page", 1)?, count(request, "page_size", LARGEST_PAGE)?);
     if page == 0 || !(1..=LARGEST_PAGE).contains(&size) {
@@ -157,7 +157,7 @@ fn offers(dialect: &Prime, world: &World, request: &Request) -> Result<Value, Re
     if !matches!(security, None | Some("secure_cloud" | "community_cloud")) {
         return Err(invalid("security: Input should be 'secure_cloud' or 'community_cloud'"));
     }
-    let shown = world.stock.iter().filter_map(|stock| dialect.shows(stock));
+    let shown = state.stock.iter().filter_map(|stock| dialect.shows(stock));
     let shown = shown.filter(|stock| number == 0 || stock.gpus as usize == number);
     let shown: Vec<Stock> =
         shown.filter(|stock| security.is_none_or(|security| security == security_of(stock))).collect();
@@ -298,18 +298,18 @@ impl NewPod {
     }
 }
 
-fn create(world: &mut World, create: Create) -> Result<Value, Refusal> {
+fn create(state: &mut CloudState, create: Create) -> Result<Value, Refusal> {
     let pod_wanted = create.pod;
     if create.provider.r#type != "runpod" {
         return Err(invalid("provider.type: Value error"));
     }
-    let Some(stock) = world.stock.iter().find(|stock| pod_wanted.names(stock)).cloned() else {
+    let Some(stock) = state.stock.iter().find(|stock| pod_wanted.names(stock)).cloned() else {
         return Err(invalid("pod.cloudId: no such configuration"));
     };
     pod_wanted.check(&stock)?;
     let key = match &pod_wanted.ssh_key_id {
         Some(id) => {
-            Some(world.keys.iter().find(|key| key.id == *id).ok_or_else(|| invalid("pod.sshKeyId: Value error"))?)
+            Some(state.keys.iter().find(|key| key.id == *id).ok_or_else(|| invalid("pod.sshKeyId: Value error"))?)
         }
         None => None,
     };
@@ -325,7 +325,7 @@ fn create(world: &mut World, create: Create) -> Result<Value, Refusal> {
         public_key: key.map(|key| key.public_key.clone()),
         price,
     };
-    Ok(pod(&world.rent(order)?))
+    Ok(pod(&state.rent(order)?))
 }
 
 #[derive(Deserialize)]
@@ -335,12 +335,12 @@ struct NewKey {
     public_key: String,
 }
 
-fn add_key(world: &mut World, key: NewKey) -> Result<Value, Refusal> {
+fn add_key(state: &mut CloudState, key: NewKey) -> Result<Value, Refusal> {
     if key.name.is_empty() || !key.public_key.starts_with("ssh-") {
         return Err(invalid("publicKey: Value error"));
     }
-    let key = SshKey { id: world.new_id(), name: key.name, public_key: key.public_key };
-    world.keys.push(key.clone());
+    let key = SshKey { id: state.new_id(), name: key.name, public_key: key.public_key };
+    state.keys.push(key.clone());
     Ok(ssh_key(&key))
 }
 
@@ -358,13 +358,13 @@ fn ssh_key(key: &SshKey) -> Value {
 fn pod(instance: &FakeInstance) -> Value {
     let stock = &instance.stock;
     let (status, installation) = match instance.life {
-        Life::Booting => ("PROVISIONING", "PENDING"),
-        Life::Running => ("ACTIVE", "FINISHED"),
-        Life::Failed => ("ERROR", "PENDING"),
-        Life::Stopped => ("STOPPED", "FINISHED"),
-        Life::Ended => ("DELETING", "TERMINATED"),
+        InstanceStatus::Booting => ("PROVISIONING", "PENDING"),
+        InstanceStatus::Running => ("ACTIVE", "FINISHED"),
+        InstanceStatus::Failed => ("ERROR", "PENDING"),
+        InstanceStatus::Stopped => ("STOPPED", "FINISHED"),
+        InstanceStatus::Ended => ("DELETING", "TERMINATED"),
     };
-    let running = instance.life == Life::Running;
+    let running = instance.life == InstanceStatus::Running;
     let ssh = &instance.ssh;
     json!({
         "id": instance.id,

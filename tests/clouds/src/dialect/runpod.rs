@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
 
 mod graphql;
 
@@ -49,26 +49,26 @@ impl Dialect for RunPod {
         }
     }
 
-    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
-        self.keep_deadlines(world);
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
+        self.keep_deadlines(state);
         let (method, path) = request.route();
         match (method, &path[..]) {
-            ("GET", ["v2", "catalog", "gpus"]) => catalog(world, request),
-            ("GET", ["v2", "pods"]) => pods(world, request),
-            ("GET", ["v2", "pods", id]) => Ok(Answer::json(200, &pod(&world.look_at(id).ok_or(Refusal::NotFound)?))),
-            ("DELETE", ["v2", "pods", id]) if world.end(id) => Ok(Answer::empty(204)),
-            ("POST", ["v2", "pods"]) => create(self, world, &request.read()?),
+            ("GET", ["v2", "catalog", "gpus"]) => catalog(state, request),
+            ("GET", ["v2", "pods"]) => pods(state, request),
+            ("GET", ["v2", "pods", id]) => Ok(ApiResponse::json(200, &pod(&state.look_at(id).ok_or(Refusal::NotFound)?))),
+            ("DELETE", ["v2", "pods", id]) if state.end(id) => Ok(ApiResponse::empty(204)),
+            ("POST", ["v2", "pods"]) => create(self, state, &request.read()?),
             ("POST", ["graphql"]) if self.rest_alone => {
                 let gone =
                     json!({"errors": [{"message": "The GraphQL API was retired.", "extensions": {"code": "GONE"}}]});
-                Ok(Answer::json(410, &gone))
+                Ok(ApiResponse::json(410, &gone))
             }
-            ("POST", ["graphql"]) => self.graphql(world, request),
+            ("POST", ["graphql"]) => self.graphql(state, request),
             _ => Err(Refusal::NotFound),
         }
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         match on {
             Op::Create | Op::Check if !self.rest_alone => graphql::refuse(refusal),
             _ => problem(refusal),
@@ -99,12 +99,12 @@ impl RunPod {
         Self { rest_alone: true, ..Self::default() }
     }
 
-    fn keep_deadlines(&self, world: &mut World) {
+    fn keep_deadlines(&self, state: &mut CloudState) {
         let mut deadlines = self.deadlines.lock().unwrap_or_else(PoisonError::into_inner);
         deadlines.retain(|id, deadline| {
-            let passed = *deadline <= world.now;
+            let passed = *deadline <= state.now;
             if passed {
-                world.end(id);
+                state.end(id);
             }
             !passed
         });
@@ -116,7 +116,7 @@ impl RunPod {
 }
 
 /// A refusal of REST v2.
-fn problem(refusal: &Refusal) -> Answer {
+fn problem(refusal: &Refusal) -> ApiResponse {
     let (status, title, detail) = match refusal {
         Refusal::NoCapacity => (400, "Bad Request", graphql::SOLD_OUT),
         Refusal::Unauthorized => (401, "Unauthorized", "missing bearer token"),
@@ -131,8 +131,8 @@ fn problem(refusal: &Refusal) -> Answer {
         document["errors"] = json!([message]);
     }
     let after = if let Refusal::RateLimited(after) = refusal { *after } else { None };
-    let answer = Answer::text(status, &document.to_string());
-    Answer { headers: vec![("content-type", "application/problem+json".to_owned())], ..answer }.retry_after(after)
+    let answer = ApiResponse::text(status, &document.to_string());
+    ApiResponse { headers: vec![("content-type", "application/problem+json".to_owned())], ..answer }.retry_after(after)
 }
 
 fn invalid(message: impl Into<String>) -> Refusal {
@@ -151,10 +151,10 @@ fn gpu_id(gpu: Gpu) -> &'static str {
 const GPUS: [Gpu; 3] = [Gpu::A100, Gpu::H100, Gpu::Rtx4090];
 
 /// Whether it offers stock of this kind at all.
-fn sold(world: &World, gpu: Gpu, secure: bool, spot: bool) -> impl Iterator<Item = &Stock> {
+fn sold(state: &CloudState, gpu: Gpu, secure: bool, spot: bool) -> impl Iterator<Item = &Stock> {
     let for_dollars = |stock: &&Stock| stock.currency == "USD" && stock.prepaid_hours.is_none();
     let of_kind = move |stock: &&Stock| stock.gpu == gpu && stock.secure == secure && stock.spot == spot;
-    world.stock.iter().filter(for_dollars).filter(of_kind)
+    state.stock.iter().filter(for_dollars).filter(of_kind)
 }
 
 /// Query of the catalogue.
@@ -195,18 +195,18 @@ fn cuda(text: &str) -> Option<(u32, u32)> {
 }
 
 /// `GET /v2/catalog/gpus`
-fn catalog(world: &World, request: &Request) -> Result<Answer, Refusal> {
+fn catalog(state: &CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
     let question = Question::read(request)?;
-    let gpus: Vec<Value> = GPUS.iter().filter_map(|gpu| gpu_type(world, *gpu, &question)).collect();
-    Ok(Answer::json(200, &json!({"gpus": gpus})))
+    let gpus: Vec<Value> = GPUS.iter().filter_map(|gpu| gpu_type(state, *gpu, &question)).collect();
+    Ok(ApiResponse::json(200, &json!({"gpus": gpus})))
 }
 
 /// A type of GPU, if it is in the catalogue at all.
-fn gpu_type(world: &World, gpu: Gpu, question: &Question) -> Option<Value> {
-    let of_tier = |secure| sold(world, gpu, secure, false).chain(sold(world, gpu, secure, true));
+fn gpu_type(state: &CloudState, gpu: Gpu, question: &Question) -> Option<Value> {
+    let of_tier = |secure| sold(state, gpu, secure, false).chain(sold(state, gpu, secure, true));
     let fits = |stock: &&Stock| stock.gpus == question.count && stock.cuda >= question.min_cuda;
     let in_stock: Vec<&Stock> =
-        sold(world, gpu, question.secure, false).filter(fits).filter(|stock| stock.left > 0).collect();
+        sold(state, gpu, question.secure, false).filter(fits).filter(|stock| stock.left > 0).collect();
     // One price per type and tier: the cheapest that matches, or else the cheapest.
     let price = |secure: bool| {
         let each = |stock: &Stock| stock.price.0.dollars() / f64::from(stock.gpus);
@@ -265,7 +265,7 @@ struct CreateGpu {
     min_cuda_version: Option<String>,
 }
 
-fn create(cloud: &RunPod, world: &mut World, create: &Create) -> Result<Answer, Refusal> {
+fn create(cloud: &RunPod, state: &mut CloudState, create: &Create) -> Result<ApiResponse, Refusal> {
     if create.name.is_empty() || create.image.is_empty() || create.ports != ["22/tcp"] || !create.start_ssh {
         return Err(invalid("this fake makes pods that can be logged in to"));
     }
@@ -277,7 +277,7 @@ fn create(cloud: &RunPod, world: &mut World, create: &Create) -> Result<Answer, 
         let here = create.data_center_ids.is_empty() || create.data_center_ids.iter().any(|id| id == stock.region);
         here && stock.gpus == create.gpu.count && stock.left > 0 && stock.cuda >= min_cuda
     };
-    let stock = sold(world, *gpu, secure, false).find(is_there).cloned().ok_or(Refusal::NoCapacity)?;
+    let stock = sold(state, *gpu, secure, false).find(is_there).cloned().ok_or(Refusal::NoCapacity)?;
     let disk_gib = (create.disk * 1_000_000_000) >> 30;
     let order = Order {
         price: cloud.price(&stock, disk_gib),
@@ -286,42 +286,42 @@ fn create(cloud: &RunPod, world: &mut World, create: &Create) -> Result<Answer, 
         disk_gib,
         public_key: create.env.get("PUBLIC_KEY").cloned(),
     };
-    Ok(Answer::json(201, &pod(&world.rent(order)?)))
+    Ok(ApiResponse::json(201, &pod(&state.rent(order)?)))
 }
 
 /// `GET /v2/pods`, in pages, as the real API was observed to do.
-fn pods(world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+fn pods(state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
     if let Some((name, _)) = request.query.iter().find(|(name, _)| name != "cursor") {
         return Err(invalid(format!("query parameter '{name}' not allowed")));
     }
     let begin: usize = match request.parameter("cursor") {
         None => {
-            world.pass_listing();
+            state.pass_listing();
             0
         }
         Some(cursor) => {
             cursor.strip_prefix("after-").and_then(|at| at.parse().ok()).ok_or_else(|| invalid("cursor"))?
         }
     };
-    let listed = world.listed();
-    let page: Vec<Value> = listed.iter().skip(begin).take(world.page_size).map(pod).collect();
+    let listed = state.listed();
+    let page: Vec<Value> = listed.iter().skip(begin).take(state.page_size).map(pod).collect();
     let end = begin + page.len();
-    let more = end < listed.len() || world.truncates;
-    let cursor = (more && !world.truncates).then(|| format!("after-{end}"));
-    Ok(Answer::json(200, &json!({"pods": page, "pagination": {"hasNextPage": more, "nextCursor": cursor}})))
+    let more = end < listed.len() || state.truncates;
+    let cursor = (more && !state.truncates).then(|| format!("after-{end}"));
+    Ok(ApiResponse::json(200, &json!({"pods": page, "pagination": {"hasNextPage": more, "nextCursor": cursor}})))
 }
 
 /// A pod as REST v2 shows it.
 fn pod(instance: &FakeInstance) -> Value {
     let (status, runs) = match instance.life {
-        Life::Booting => ("STARTING", false),
-        Life::Running => ("RUNNING", true),
-        Life::Failed => ("ERROR", false),
-        Life::Stopped => ("EXITED", false),
-        Life::Ended => ("TERMINATED", false),
+        InstanceStatus::Booting => ("STARTING", false),
+        InstanceStatus::Running => ("RUNNING", true),
+        InstanceStatus::Failed => ("ERROR", false),
+        InstanceStatus::Stopped => ("EXITED", false),
+        InstanceStatus::Ended => ("TERMINATED", false),
     };
     let ssh = &instance.ssh;
-    let bills = matches!(instance.life, Life::Booting | Life::Running | Life::Failed);
+    let bills = matches!(instance.life, InstanceStatus::Booting | InstanceStatus::Running | InstanceStatus::Failed);
     let direct = json!({
         "host": ssh.host, "port": ssh.port, "username": ssh.user,
         "command": format!("ssh {}@{} -p {}", ssh.user, ssh.host, ssh.port),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{Answer, Dialect, FakeInstance, Gpu, Life, Op, Order, Refusal, Request, Stock, World};
+use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
 
 /// Vast.ai's API.
 #[derive(Clone, Copy, Debug)]
@@ -41,35 +41,35 @@ impl Dialect for Vast {
         }
     }
 
-    fn answer(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+    fn answer(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let (method, path) = request.route();
         let body = match (method, &path[..]) {
-            ("GET", ["v0", "users", "current", ""]) => user(world),
-            ("POST", ["v0", "bundles", ""]) => search(self, world, &request.read()?)?,
-            ("PUT", ["v0", "asks", ask, ""]) => return create(world, &number(ask)?, request.read()?),
-            ("GET", ["v1", "instances", ""]) => list(world, request)?,
+            ("GET", ["v0", "users", "current", ""]) => user(state),
+            ("POST", ["v0", "bundles", ""]) => search(self, state, &request.read()?)?,
+            ("PUT", ["v0", "asks", ask, ""]) => return create(state, &number(ask)?, request.read()?),
+            ("GET", ["v1", "instances", ""]) => list(state, request)?,
             ("GET", ["v0", "instances", "pending-price-increases", ""]) => {
                 json!({"success": true, "count": 0, "truncated": false, "pending_price_increases": []})
             }
             ("GET", ["v0", "instances", id, ""]) => {
-                let found = world.look_at(&number(id)?).filter(FakeInstance::is_live);
+                let found = state.look_at(&number(id)?).filter(FakeInstance::is_live);
                 json!({"instances": found.as_ref().map(instance)})
             }
             ("DELETE", ["v0", "instances", id, ""]) => {
                 if request.json()? != json!({}) {
                     return Err(Refusal::Invalid("the body is not {}".to_owned()));
                 }
-                if !world.end(&number(id)?) {
+                if !state.end(&number(id)?) {
                     return Err(Refusal::NotFound);
                 }
                 json!({"success": true, "msg": "Instance destroyed successfully"})
             }
             _ => return Err(Refusal::NotFound),
         };
-        Ok(Answer::json(200, &body))
+        Ok(ApiResponse::json(200, &body))
     }
 
-    fn refuse(&self, refusal: &Refusal, on: Op) -> Answer {
+    fn refuse(&self, refusal: &Refusal, on: Op) -> ApiResponse {
         let (status, error, msg) = match refusal {
             Refusal::NoCapacity => {
                 (410, "no_such_ask", "error 410/3907: no_such_ask Instance type 1234567 is no longer available.")
@@ -81,12 +81,12 @@ impl Dialect for Vast {
             Refusal::Invalid(message) => (400, "invalid_args", message.as_str()),
             Refusal::RateLimited(after) => {
                 let body = json!({"detail": "API requests too frequent endpoint threshold=4.5"});
-                return Answer::json(429, &body).retry_after(*after);
+                return ApiResponse::json(429, &body).retry_after(*after);
             }
             Refusal::NotFound => (404, "not_found", "Instance not found"),
-            Refusal::Broken(status) => return Answer::text(*status, "Internal Server Error"),
+            Refusal::Broken(status) => return ApiResponse::text(*status, "Internal Server Error"),
         };
-        Answer::json(status, &json!({"success": false, "error": error, "msg": msg}))
+        ApiResponse::json(status, &json!({"success": false, "error": error, "msg": msg}))
     }
 
     fn shows(&self, stock: &Stock) -> Option<Stock> {
@@ -120,13 +120,13 @@ fn invalid(message: &str) -> Refusal {
     Refusal::Invalid(format!("error 400/3467: Invalid args: {message}"))
 }
 
-fn user(world: &World) -> Value {
-    let credit = if world.funds { 25.5 } else { 0.0 };
+fn user(state: &CloudState) -> Value {
+    let credit = if state.funds { 25.5 } else { 0.0 };
     json!({"id": 1, "key_id": 2, "email": "somebody@example.com", "credit": credit, "balance": 0, "ssh_key": "", "sid": "x"})
 }
 
 /// Offers that pass every filter of `query`.
-fn search(dialect: &Vast, world: &World, query: &Map<String, Value>) -> Result<Value, Refusal> {
+fn search(dialect: &Vast, state: &CloudState, query: &Map<String, Value>) -> Result<Value, Refusal> {
     let kind = query.get("type").map_or(Some("ondemand"), Value::as_str);
     let bids = match kind {
         Some("ondemand" | "on-demand") => false,
@@ -138,7 +138,7 @@ fn search(dialect: &Vast, world: &World, query: &Map<String, Value>) -> Result<V
     let limit = query.get("limit").map_or(Some(64), Value::as_u64).ok_or_else(|| invalid("'limit'"))?;
     let filters: Vec<Filter> =
         query.iter().filter_map(|(name, value)| Filter::read(name, value).transpose()).collect::<Result<_, _>>()?;
-    let shown = world.stock.iter().filter_map(|stock| dialect.shows(stock)).filter(|stock| stock.spot == bids);
+    let shown = state.stock.iter().filter_map(|stock| dialect.shows(stock)).filter(|stock| stock.spot == bids);
     let mut asks: Vec<Value> =
         shown.map(|stock| ask(&stock, storage)).filter(|ask| filters.iter().all(|f| f.passes(ask))).collect();
     for order in query.get("order").and_then(Value::as_array).into_iter().flatten().rev() {
@@ -305,13 +305,13 @@ impl Create {
     }
 }
 
-fn create(world: &mut World, ask: &str, create: Create) -> Result<Answer, Refusal> {
+fn create(state: &mut CloudState, ask: &str, create: Create) -> Result<ApiResponse, Refusal> {
     create.check()?;
-    let stock = world.stock.iter().find(|stock| stock.id == ask).cloned();
+    let stock = state.stock.iter().find(|stock| stock.id == ask).cloned();
     let Some(stock) = stock else {
         let msg = format!("error 404/3603: no_such_ask Instance type by id {ask} is not available.");
         let ask: u64 = ask.parse().unwrap_or_default();
-        return Ok(Answer::json(404, &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask})));
+        return Ok(ApiResponse::json(404, &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask})));
     };
     let paid = Stock { price: create.price.map_or(stock.price, UsdPerHour::from_dollars), ..stock.clone() };
     let order = Order {
@@ -321,19 +321,19 @@ fn create(world: &mut World, ask: &str, create: Create) -> Result<Answer, Refusa
         public_key: create.onstart.as_deref().and_then(key_in),
         price: with_disk(&paid, create.disk),
     };
-    let id = world.rent(order)?.id;
+    let id = state.rent(order)?.id;
     let contract: u64 = id.parse().unwrap_or_default();
     let least = if stock.spot { stock.price.0.dollars() } else { stock.price.0.dollars() / 2.0 };
     if create.price.is_some_and(|bid| bid < least) {
         // The instance exists, stopped and billed, and the answer is an error.
-        world.change(&id, |instance| instance.life = Life::Stopped);
+        state.change(&id, |instance| instance.life = InstanceStatus::Stopped);
         let msg = "error 400/3620: bid price too low; instance created in stopped state";
-        return Ok(Answer::json(
+        return Ok(ApiResponse::json(
             400,
             &json!({"success": false, "error": "invalid_price", "msg": msg, "new_contract": contract}),
         ));
     }
-    Ok(Answer::json(
+    Ok(ApiResponse::json(
         200,
         &json!({"success": true, "new_contract": contract, "instance_api_key": "an-instance's-own-key"}),
     ))
@@ -345,7 +345,7 @@ fn key_in(script: &str) -> Option<String> {
     Some(key[..key.find('\'')?].to_owned())
 }
 
-fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
+fn list(state: &mut CloudState, request: &Request) -> Result<Value, Refusal> {
     let known = ["limit", "after_token", "order_by", "select_cols", "select_filters"];
     if let Some((name, _)) = request.query.iter().find(|(name, _)| !known.contains(&name.as_str())) {
         return Err(invalid(&format!("'{name}' is not a parameter")));
@@ -356,18 +356,18 @@ fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
             token.strip_prefix("after=").and_then(|id| id.parse().ok()).ok_or_else(|| invalid("'after_token'"))?
         }
         None => {
-            world.pass_listing();
+            state.pass_listing();
             0
         }
     };
     let id_of = |instance: &FakeInstance| instance.id.parse::<u64>().unwrap_or_default();
-    let mut all = world.listed();
+    let mut all = state.listed();
     // There is no status for an ending instance: a destroyed one is not listed.
     all.retain(FakeInstance::is_live);
     all.sort_by_key(id_of);
     let rest: Vec<&FakeInstance> = all.iter().filter(|instance| id_of(instance) > after).collect();
-    let shown = &rest[..rest.len().min(limit).min(LARGEST_PAGE).min(world.page_size.max(1))];
-    let more = rest.len() > shown.len() && !world.truncates;
+    let shown = &rest[..rest.len().min(limit).min(LARGEST_PAGE).min(state.page_size.max(1))];
+    let more = rest.len() > shown.len() && !state.truncates;
     Ok(json!({
         "success": true,
         "instances_found": shown.len(),
@@ -381,10 +381,10 @@ fn list(world: &mut World, request: &Request) -> Result<Value, Refusal> {
 fn instance(instance: &FakeInstance) -> Value {
     let stock = &instance.stock;
     let (actual, wanted) = match instance.life {
-        Life::Booting => (None, "running"),
-        Life::Running => (Some("running"), "running"),
-        Life::Failed | Life::Ended => (Some("exited"), "running"),
-        Life::Stopped => (Some("stopped"), "stopped"),
+        InstanceStatus::Booting => (None, "running"),
+        InstanceStatus::Running => (Some("running"), "running"),
+        InstanceStatus::Failed | InstanceStatus::Ended => (Some("exited"), "running"),
+        InstanceStatus::Stopped => (Some("stopped"), "stopped"),
     };
     let id: u64 = instance.id.parse().unwrap_or_default();
     let mut shown = json!({
@@ -416,7 +416,7 @@ fn instance(instance: &FakeInstance) -> Value {
         "start_date": instance.created_at as f64 + 0.2,
         "end_date": instance.created_at as f64 + 2e6,
     });
-    if instance.life == Life::Running {
+    if instance.life == InstanceStatus::Running {
         let port = instance.ssh.port.to_string();
         shown["ports"] =
             json!({"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": port}, {"HostIp": "::", "HostPort": port}]});

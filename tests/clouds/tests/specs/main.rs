@@ -66,7 +66,7 @@ async fn all_requests(cloud: &FakeCloud) -> Vec<Request> {
     let offer = offers.iter().find(|offer| !offer.spot).expect("there is an offer");
     let made = broker.create(offer, &lease).await.expect("it can be rented");
     live(&*broker, &made.id).await;
-    cloud.world().requests.clone()
+    cloud.state().requests.clone()
 }
 
 async fn live(broker: &dyn Broker, id: &outliers::cloud::broker::InstanceId) {

@@ -8,8 +8,8 @@ use outliers_worker::checkpoint::dtype::{self, Encoded};
 use outliers_worker::checkpoint::safetensors::StoredDtype;
 
 use super::*;
-use crate::staging::{Misfit, Staging};
-use crate::tests::said_by;
+use crate::staging::{OutOfRangeValue, Staging};
+use crate::tests::test_output;
 
 /// A stream that computes, and the way there.
 struct Gpu {
@@ -74,7 +74,7 @@ fn in_pieces<T: Value>(gpu: &Gpu, stored: StoredTensor<'_>, count: usize, room: 
         piece.copy_to(&mut copied);
         let mut copied = stream.clone_htod(&copied).unwrap();
         let first = (piece.values().start * size_of::<T>()) as CUdeviceptr;
-        let places = Places {
+        let places = DecodeAddresses {
             stored: copied.device_ptr_mut(stream).0,
             values: values.device_ptr_mut(stream).0 + first,
             note: note.device_ptr_mut(stream).0,
@@ -110,7 +110,7 @@ fn compare_as<T: Value>(
         Err(error) => {
             let misfit = misfit.unwrap_or_else(|| panic!("{name}: the CPU says {error}"));
             assert_eq!((!note >> 32, f32::from_bits(!note as u32).is_nan()), (misfit.at as u64, misfit.value.is_nan()));
-            let Misfit { tensor, at, value, dtype } = misfit;
+            let OutOfRangeValue { tensor, at, value, dtype } = misfit;
             assert_eq!(dtype::misfit(&tensor, at, value, dtype), error, "{name}");
         }
     }
@@ -225,7 +225,7 @@ fn kernels_decode_as_the_cpu_does() {
         std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {
         let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-        assert_eq!(said_by("decode::tests::decode_with_both", &environment), "all equal", "{delay} us");
+        assert_eq!(test_output("decode::tests::decode_with_both", &environment), "all equal", "{delay} us");
     }
 }
 
@@ -234,7 +234,7 @@ fn tensors_are_split_at_scale_boundaries() {
     let (codes, scales) = (noise(1, 7 * 40), noise(2, 3 * 2));
     let form = Form::Tiles { scales: Number::E8m0, columns: 40, tile: [3, 20] };
     let pieces: Vec<_> = StoredTensor { form, codes: &codes, scales: &scales }.pieces(7 * 40, 100).collect();
-    assert_eq!(pieces.iter().map(Piece::values).collect::<Vec<_>>(), [0..80, 80..160, 160..240, 240..280]);
+    assert_eq!(pieces.iter().map(EncodedChunk::values).collect::<Vec<_>>(), [0..80, 80..160, 160..240, 240..280]);
     assert_eq!(pieces[1].scales, &scales[..4], "rows 2 and 3 are of two rows of tiles");
     let mut bytes = vec![0; pieces[3].bytes()];
     pieces[3].copy_to(&mut bytes);

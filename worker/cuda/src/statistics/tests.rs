@@ -4,12 +4,12 @@ use cudarc::driver::CudaContext;
 use outliers_scan::Rows;
 
 use super::*;
-use crate::tests::said_by;
+use crate::tests::test_output;
 
 /// Pseudo-random numbers.
-struct Dice(u64);
+struct Rng(u64);
 
-impl Dice {
+impl Rng {
     fn next(&mut self) -> u32 {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 32) as u32
@@ -22,17 +22,17 @@ impl Dice {
 
 /// Rows of many kinds: columns with large values, values equal to the threshold, zeros, tiny and
 /// huge values, equal rows.
-fn values(dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
-    let wild: Vec<bool> = (0..width).map(|_| dice.below(4) == 0).collect();
+fn values(rng: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) -> Vec<f32> {
+    let wild: Vec<bool> = (0..width).map(|_| rng.below(4) == 0).collect();
     let mut x = Vec::new();
     for _ in 0..tokens * sequences {
-        let kind = dice.below(8);
+        let kind = rng.below(8);
         x.extend(wild.iter().map(|wild| {
-            let unit = dice.next() as f32 / 2f32.powi(31) - 1.0;
-            match (kind, dice.below(16)) {
+            let unit = rng.next() as f32 / 2f32.powi(31) - 1.0;
+            match (kind, rng.below(16)) {
                 (0, _) => -0.25,
                 (1, 0..12) => 0.0,
-                (_, 0) => [6.0, -6.0, 5.9, 0.0, -0.0, 1e-7, -6e4, 3e-5][dice.below(8) as usize],
+                (_, 0) => [6.0, -6.0, 5.9, 0.0, -0.0, 1e-7, -6e4, 3e-5][rng.below(8) as usize],
                 _ if *wild => unit * 14.0,
                 _ => unit * 2.0,
             }
@@ -60,13 +60,13 @@ fn with<T>(stream: &Arc<CudaStream>, x: &[f32], dtype: &str, see: impl FnOnce(St
 }
 
 /// Compares the statistics of both.
-fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]: [usize; 3], dtype: &str) {
-    let x = values(dice, [width, tokens, sequences], dtype);
+fn compare(stream: &Arc<CudaStream>, rng: &mut Rng, [width, tokens, sequences]: [usize; 3], dtype: &str) {
+    let x = values(rng, [width, tokens, sequences], dtype);
     let cpu = Rows { x: &x, width, tokens };
     with(stream, &x, dtype, |stored| {
         let activation = Activation::new(Arc::clone(stream), stored, width, tokens);
-        let look = activation.look(Some(6.0), true).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(Some(6.0), true).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         let name = format!("{dtype} [{sequences} x {tokens}, {width}]");
         let (scans, found) = (cpu.scan(), gpu.scan().unwrap());
         assert_eq!((found.len(), gpu.rows()), (sequences, cpu.rows()), "{name}");
@@ -83,20 +83,20 @@ fn compare(stream: &Arc<CudaStream>, dice: &mut Dice, [width, tokens, sequences]
 }
 
 /// Enqueues several looks before it reads the first, then reads them in the same order.
-fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
+fn many_at_a_time(stream: &Arc<CudaStream>, rng: &mut Rng) {
     let (width, tokens) = (61, 33);
-    let all: Vec<Vec<f32>> = (0..5).map(|_| values(dice, [width, tokens, 1], "f32")).collect();
+    let all: Vec<Vec<f32>> = (0..5).map(|_| values(rng, [width, tokens, 1], "f32")).collect();
     let slices: Vec<_> = all.iter().map(|x| stream.clone_htod(x).unwrap()).collect();
     let activation = |x| Activation::new(Arc::clone(stream), Stored::F32(x), width, tokens);
     let activations: Vec<_> = slices.iter().map(|slice| activation(slice.as_view())).collect();
-    let looks: Vec<_> = activations.iter().map(|of| of.look(Some(6.0), true).unwrap()).collect();
+    let scans: Vec<_> = activations.iter().map(|of| of.start_scan(Some(6.0), true).unwrap()).collect();
     // Later work on the stream does not delay the result.
     let later = stream.clone_dtod(&slices[0]).unwrap();
-    for ((x, activation), look) in all.iter().zip(&activations).zip(&looks) {
-        let (cpu, gpu) = (Rows { x, width, tokens }, look.seen(activation).unwrap());
+    for ((x, activation), pending) in all.iter().zip(&activations).zip(&scans) {
+        let (cpu, gpu) = (Rows { x, width, tokens }, pending.summary(activation).unwrap());
         let scans = cpu.scan();
         assert_eq!(gpu.scan().unwrap()[0].rows, scans[0].rows);
-        assert!(look.is_there().unwrap());
+        assert!(pending.is_complete().unwrap());
         assert_eq!(gpu.medians().unwrap(), cpu.medians(&scans));
         assert_eq!(gpu.columns(6.0).unwrap(), cpu.columns(6.0));
         let asked = [(2, 6f32.to_bits()), (7, 0)];
@@ -110,11 +110,11 @@ fn many_at_a_time(stream: &Arc<CudaStream>, dice: &mut Dice) {
 fn look_at_both() {
     crate::find().unwrap();
     let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-    let mut dice = Dice(1);
+    let mut rng = Rng(1);
     let sizes = [[1, 1, 1], [7, 5, 2], [40, 33, 1], [61, 32, 2], [130, 65, 1], [257, 3, 3], [300, 4, 1], [2051, 2, 1]];
     for size in sizes {
         for dtype in ["f32", "bf16", "f16"] {
-            compare(&stream, &mut dice, size, dtype);
+            compare(&stream, &mut rng, size, dtype);
         }
     }
     // More large values than the initial capacity, and non-finite values.
@@ -122,8 +122,8 @@ fn look_at_both() {
     (x[5], x[ROOM + 3]) = (f32::NAN, f32::NEG_INFINITY);
     with(&stream, &x, "bf16", |stored| {
         let activation = Activation::new(Arc::clone(&stream), stored, ROOM / 2, 3);
-        let look = activation.look(Some(6.0), false).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(Some(6.0), false).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         assert_eq!(gpu.large(&[(1, 0), (3, 0), (4, 0)]).unwrap().len(), 3 * ROOM / 2);
         let not_finite: Vec<_> = gpu.scan().unwrap().iter().map(Scan::first_not_finite).collect();
         assert_eq!(not_finite, [Some(0), None]);
@@ -134,11 +134,11 @@ fn look_at_both() {
     });
     with(&stream, &[], "f32", |stored| {
         let activation = Activation::new(Arc::clone(&stream), stored, 4, 0);
-        let look = activation.look(None, true).unwrap();
-        let gpu = look.seen(&activation).unwrap();
+        let pending = activation.start_scan(None, true).unwrap();
+        let gpu = pending.summary(&activation).unwrap();
         assert!(gpu.scan().unwrap().is_empty() && gpu.medians().unwrap().is_empty());
     });
-    many_at_a_time(&stream, &mut dice);
+    many_at_a_time(&stream, &mut rng);
     println!("said: all equal");
 }
 
@@ -148,6 +148,6 @@ fn kernel_statistics_equal_those_of_the_cpu() {
         std::env::var("OUTLIERS_GPU").expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
     for delay in ["0", "300"] {
         let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-        assert_eq!(said_by("statistics::tests::look_at_both", &environment), "all equal", "{delay} us");
+        assert_eq!(test_output("statistics::tests::look_at_both", &environment), "all equal", "{delay} us");
     }
 }

@@ -1,27 +1,27 @@
 //! Large blocks, mapped directly from the system.
 
-mod kept;
+mod free_list;
 
 use std::alloc::Layout;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use self::kept::{Kept, Span};
+use self::free_list::{FreeList, Span};
 
 /// Minimum size of a large block. The search does not pay off for smaller blocks.
-const LEAST: usize = 256 << 10;
+const MIN_BLOCK_BYTES: usize = 256 << 10;
 /// Sizes are multiples of this, so of whole pages on every Linux.
 const STEP: usize = 64 << 10;
 /// Minimum size for which huge pages of 2 MiB are requested.
 const HUGE: usize = 2 << 20;
 
 struct Blocks {
-    kept: Kept,
+    kept: FreeList,
     in_use: usize,
     /// The most bytes that were in use at once.
-    most: usize,
+    peak: usize,
 }
 
-static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: Kept::new(), in_use: 0, most: 0 });
+static BLOCKS: Mutex<Blocks> = Mutex::new(Blocks { kept: FreeList::new(), in_use: 0, peak: 0 });
 
 fn blocks() -> MutexGuard<'static, Blocks> {
     BLOCKS.lock().unwrap_or_else(PoisonError::into_inner)
@@ -29,7 +29,7 @@ fn blocks() -> MutexGuard<'static, Blocks> {
 
 /// Bytes of the block for this layout; `None` if it is not a large block.
 pub(crate) fn size(layout: Layout) -> Option<usize> {
-    (layout.size() >= LEAST && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
+    (layout.size() >= MIN_BLOCK_BYTES && layout.align() <= 4096).then(|| layout.size().next_multiple_of(STEP))
 }
 
 /// A block of this size, and whether it has been used before. `None` if the system is out of
@@ -40,8 +40,8 @@ pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
     if let Some(at) = blocks.kept.take(bytes) {
         return Some((at as *mut u8, true));
     }
-    blocks.most = blocks.most.max(blocks.in_use);
-    let too_much = (blocks.in_use + blocks.kept.bytes()).saturating_sub(blocks.most);
+    blocks.peak = blocks.peak.max(blocks.in_use);
+    let too_much = (blocks.in_use + blocks.kept.bytes()).saturating_sub(blocks.peak);
     blocks.give_back(too_much);
     let fresh = map(bytes).or_else(|| {
         let all = blocks.kept.bytes();
@@ -55,7 +55,7 @@ pub(crate) fn take(bytes: usize) -> Option<(*mut u8, bool)> {
 }
 
 /// Frees a block from [`take`].
-pub(crate) fn give(block: *mut u8, bytes: usize) {
+pub(crate) fn free(block: *mut u8, bytes: usize) {
     let mut blocks = blocks();
     blocks.in_use -= bytes;
     if let Some(span) = blocks.kept.keep(Span { at: block as usize, bytes }) {

@@ -17,7 +17,7 @@ pub(crate) const DEPTH: usize = 2 * SIDE;
 pub(crate) struct BlockRow(pub(crate) [u16; DEPTH]);
 
 /// Most bf16 parts of a number.
-const MOST: usize = 3;
+const MAX_PARTS: usize = 3;
 
 /// A number that is a sum of bf16 parts.
 ///
@@ -32,7 +32,7 @@ pub unsafe trait Real: Copy + Send + Sync {
     ///
     /// # Safety
     /// AVX-512 (F, BW); `count` numbers at `from`.
-    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST];
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MAX_PARTS];
 
     /// At most 16 numbers as f32. Missing numbers are 0.
     ///
@@ -58,7 +58,7 @@ unsafe impl Real for f32 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST] {
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MAX_PARTS] {
         let first = count.min(SIDE);
         // SAFETY: `count` numbers are there, so the second sixteen begin at the end of the first.
         let (low, high) = unsafe {
@@ -93,7 +93,7 @@ unsafe impl Real for bf16 {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw")]
-    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MOST] {
+    unsafe fn parts(from: *const Self, count: usize) -> [__m512i; MAX_PARTS] {
         // SAFETY: `count` numbers are there.
         let x = unsafe { _mm512_maskz_loadu_epi16(mask(count), from.cast()) };
         [x, _mm512_setzero_si512(), _mm512_setzero_si512()]
@@ -128,7 +128,7 @@ unsafe impl Real for bf16 {
 /// significant bits, the next eight, and the last.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn split(x: __m512) -> [__m512i; MOST] {
+fn split(x: __m512) -> [__m512i; MAX_PARTS] {
     let first_bits = |x: __m512| {
         let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
         _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x), upper))

@@ -84,7 +84,7 @@ impl Compute for f16 {
 
     #[inline(always)]
     fn narrow(value: f32) -> u16 {
-        const LEAST_NORMAL: u32 = 113 << 23;
+        const MIN_NORMAL: u32 = 113 << 23;
         /// The last place of an f32 at 0.5 is that of a subnormal f16, so the addition rounds to
         /// it.
         const HALF: u32 = 126 << 23;
@@ -94,7 +94,7 @@ impl Compute for f16 {
         let subnormal = (f32::from_bits(magnitude) + f32::from_bits(HALF)).to_bits().wrapping_sub(HALF);
         let odd = (magnitude >> 13) & 1;
         let normal = magnitude.wrapping_sub(REBIAS).wrapping_add(0xfff + odd) >> 13;
-        let rounded = if magnitude < LEAST_NORMAL { subnormal } else { normal };
+        let rounded = if magnitude < MIN_NORMAL { subnormal } else { normal };
         (rounded | (value.to_bits() >> 16) & 0x8000) as u16
     }
 
@@ -112,16 +112,16 @@ impl Compute for f16 {
 #[inline(always)]
 pub(super) fn widen_f16(bits: u16) -> f32 {
     const INFINITE: u32 = 0x7c00 << 13;
-    const LEAST_NORMAL: u32 = 0x0400 << 13;
+    const MIN_NORMAL: u32 = 0x0400 << 13;
     const REBIAS: u32 = 112 << 23;
-    const LEAST: f32 = f32::from_bits(113 << 23);
+    const SUBNORMAL_BIAS: f32 = f32::from_bits(113 << 23);
     let bits = u32::from(bits);
     let magnitude = (bits & 0x7fff) << 13;
     let normal = magnitude + REBIAS + if magnitude >= INFINITE { REBIAS } else { 0 };
     // Computed as the mantissa of the least normal number minus that number, which avoids
     // arithmetic on subnormals.
-    let subnormal = (f32::from_bits(magnitude + LEAST.to_bits()) - LEAST).to_bits();
-    f32::from_bits(if magnitude < LEAST_NORMAL { subnormal } else { normal } | (bits & 0x8000) << 16)
+    let subnormal = (f32::from_bits(magnitude + SUBNORMAL_BIAS.to_bits()) - SUBNORMAL_BIAS).to_bits();
+    f32::from_bits(if magnitude < MIN_NORMAL { subnormal } else { normal } | (bits & 0x8000) << 16)
 }
 
 #[cfg(test)]

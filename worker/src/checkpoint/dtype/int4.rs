@@ -8,12 +8,12 @@ use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::Result;
 
 /// Value of code 0 before scaling.
-const LEAST: f32 = -8.0;
+const MIN_VALUE: f32 = -8.0;
 
 /// The two values of a byte, low half first.
 #[inline(always)]
 fn pair(byte: u8, scale: f32) -> [f32; 2] {
-    [byte & 15, byte >> 4].map(|code| (f32::from(code) + LEAST) * scale)
+    [byte & 15, byte >> 4].map(|code| (f32::from(code) + MIN_VALUE) * scale)
 }
 
 /// Groups with their scales.
@@ -57,7 +57,7 @@ impl<T: Compute> Format<T> for Groups<'_> {
                         *out = pair(*byte, scale).map(T::narrow);
                     }
                     // The codes are checked only if the largest would not fit.
-                    let all_fit = T::holds(LEAST * scale);
+                    let all_fit = T::holds(MIN_VALUE * scale);
                     fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
                 }
                 fits

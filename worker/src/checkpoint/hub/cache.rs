@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::answer::RequestFailure;
+use super::response::RequestFailure;
 use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
 use super::verify::Hasher;

@@ -12,7 +12,7 @@ use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::HubOptions;
-use super::answer::{
+use super::response::{
     RequestFailure, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable,
     wait_asked_for,
 };

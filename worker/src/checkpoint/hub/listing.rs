@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
-use super::answer::encode;
+use super::response::encode;
 use super::http::{Asked, Client};
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::checkpoint::source::Wanted;
+use crate::checkpoint::source::PlannedRead;
 
 /// Pieces up to this size are fetched together with others of their layer, whatever their unit:
 /// scales of all experts, norms. Larger ones would hold memory from the first unit that needs one
@@ -35,11 +35,11 @@ impl Part {
 #[derive(Clone)]
 struct OrderedRange {
     order: usize,
-    wanted: Wanted,
+    wanted: PlannedRead,
 }
 
 /// The parts, none larger than `largest`, in the order in which they are needed, without overlap.
-pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
+pub(super) fn plan(wanted: &[PlannedRead], largest: u64) -> Vec<Part> {
     let pieces = by_place(wanted);
     let gap = bearable_gap(&pieces);
     let mut parts: Vec<(usize, Part)> = Vec::new();
@@ -54,7 +54,7 @@ pub(super) fn plan(wanted: &[Wanted], largest: u64) -> Vec<Part> {
 }
 
 /// Pieces sorted by position. A piece that is wanted twice counts at its first use.
-fn by_place(wanted: &[Wanted]) -> Vec<OrderedRange> {
+fn by_place(wanted: &[PlannedRead]) -> Vec<OrderedRange> {
     let mut pieces: Vec<OrderedRange> =
         wanted.iter().enumerate().map(|(order, wanted)| OrderedRange { order, wanted: wanted.clone() }).collect();
     pieces.sort_by_key(|piece| (piece.wanted.file, piece.wanted.bytes.start, piece.order));
@@ -73,7 +73,7 @@ fn by_place(wanted: &[Wanted]) -> Vec<OrderedRange> {
 /// Unread bytes between two neighbours, if they may be fetched together.
 fn gap_between(first: &OrderedRange, second: &OrderedRange) -> Option<u64> {
     let (a, b) = (&first.wanted, &second.wanted);
-    let small = |wanted: &Wanted| wanted.bytes.end - wanted.bytes.start <= SMALL;
+    let small = |wanted: &PlannedRead| wanted.bytes.end - wanted.bytes.start <= SMALL;
     let close = a.file == b.file && a.layer == b.layer && (a.unit == b.unit || (small(a) && small(b)));
     close.then(|| b.bytes.start - a.bytes.end)
 }
@@ -123,8 +123,8 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn wanted(file: usize, layer: usize, unit: usize, bytes: Range<u64>) -> Wanted {
-        Wanted { file, bytes, layer, unit }
+    fn wanted(file: usize, layer: usize, unit: usize, bytes: Range<u64>) -> PlannedRead {
+        PlannedRead { file, bytes, layer, unit }
     }
 
     fn ranges(parts: &[Part]) -> Vec<(usize, Range<u64>)> {
@@ -146,7 +146,7 @@ mod tests {
         assert_eq!(parts.len(), 2);
         // Small pieces are, within their layer: FP8 scales of experts are adjacent, far from their
         // values.
-        let scales: Vec<Wanted> = (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
+        let scales: Vec<PlannedRead> = (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
         let parts = plan(&scales, 8 * MIB);
         assert_eq!(ranges(&parts), [(0, 0..256 * 10_752)]);
         assert_eq!(plan(&[wanted(0, 0, 0, 0..10), wanted(0, 1, 1, 10..20)], MIB).len(), 2);
@@ -160,7 +160,7 @@ mod tests {
         assert_eq!(parts[0].wanted, 2 * MIB - 4096);
         let (a, b) = (wanted(0, 0, 0, 0..MIB), wanted(0, 0, 0, MIB + MIB / 2..2 * MIB));
         assert_eq!(plan(&[a, b], 8 * MIB).len(), 2);
-        let many: Vec<Wanted> = (0..1000).map(|i| wanted(0, 0, 0, i * 1000..i * 1000 + 900)).collect();
+        let many: Vec<PlannedRead> = (0..1000).map(|i| wanted(0, 0, 0, i * 1000..i * 1000 + 900)).collect();
         let parts = plan(&many, 8 * MIB);
         let (fetched, used): (u64, u64) = parts.iter().fold((0, 0), |(f, w), p| (f + p.len(), w + p.wanted));
         assert_eq!(used, 900 * 1000);

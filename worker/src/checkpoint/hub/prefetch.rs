@@ -17,7 +17,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::answer::RequestFailure;
+use super::response::RequestFailure;
 use super::http::Timeouts;
 use super::plan::Part;
 use super::remote::RemoteFile;
@@ -25,7 +25,7 @@ use super::verify::{Hasher, Schedule};
 use crate::error::{Result, WorkerError};
 
 /// Interval at which idle threads look for late parts.
-const LOOK: Duration = Duration::from_millis(100);
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// Concurrent fetches of one part; the second is for a late one.
 const ATTEMPTS: u32 = 2;
 /// A part is late after this multiple of its expected time. It is given up, and resumed on another
@@ -37,7 +37,7 @@ const HASHERS: usize = 4;
 
 /// Limits of memory and connections.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct PrefetchLimits {
     /// Bytes of buffers.
     pub(super) bytes: u64,
     /// Maximum concurrent requests.
@@ -54,7 +54,7 @@ pub(super) struct Prefetcher {
 struct Shared {
     files: Arc<Vec<RemoteFile>>,
     parts: Vec<Part>,
-    limits: Limits,
+    limits: PrefetchLimits,
     timeouts: Timeouts,
     state: Mutex<State>,
     changed: Condvar,
@@ -126,7 +126,7 @@ struct Task {
 }
 
 impl Prefetcher {
-    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: Limits, timeouts: Timeouts) -> Self {
+    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: PrefetchLimits, timeouts: Timeouts) -> Self {
         let Schedule { parts, verified, .. } = schedule;
         let mut by_place: Vec<usize> = (0..parts.len()).collect();
         by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));
@@ -299,7 +299,7 @@ impl Shared {
 
     /// Main loop of a hashing thread.
     fn hash(&self) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         let mut state = self.lock();
         loop {
             if state.closed || state.failed.is_some() || state.checks.iter().all(FileHash::is_whole) {
@@ -332,7 +332,7 @@ impl Shared {
 
     /// Main loop of a fetching thread.
     fn work(&self) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         while let Some(mut task) = self.next_task() {
             let fetched = self.fetch(&mut task);
             self.settle(task, fetched);
@@ -357,7 +357,7 @@ impl Shared {
             if state.next == self.parts.len() && state.coming.is_empty() {
                 return None;
             }
-            state = self.changed.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.changed.wait_timeout(state, POLL_INTERVAL).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -440,7 +440,7 @@ impl Shared {
                 state.status[part] = Status::Here { bytes: Arc::new(buffer), left: *wanted };
                 state.coming.retain(|&other| other != part);
                 self.release(&mut state, part);
-                state.rate.see(self.parts[part].len(), took);
+                state.rate.add(self.parts[part].len(), took);
             }
             // The other fetch may still succeed.
             _ if *running > 1 => {
@@ -455,9 +455,9 @@ impl Shared {
 }
 
 /// Reports a panicked thread to the readers that wait for it.
-struct Alarm<'a>(&'a Shared);
+struct PanicGuard<'a>(&'a Shared);
 
-impl Drop for Alarm<'_> {
+impl Drop for PanicGuard<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.lock().failed = Some(WorkerError::internal("a thread that fetched weights panicked"));
@@ -546,7 +546,7 @@ impl TransferRate {
     /// Seconds per byte before the first measurement: 4 MB/s, a slow connection.
     const ASSUMED: f64 = 1.0 / 4e6;
 
-    fn see(&mut self, bytes: u64, took: Duration) {
+    fn add(&mut self, bytes: u64, took: Duration) {
         if bytes < Self::TELLING {
             return;
         }
@@ -580,8 +580,8 @@ mod tests {
     fn measured_rate_follows_large_ranges() {
         let mut rate = TransferRate::default();
         assert_eq!(rate.due(4_000_000), Duration::from_secs(1));
-        rate.see(10, Duration::from_secs(5));
-        rate.see(1 << 20, Duration::from_secs(1));
+        rate.add(10, Duration::from_secs(5));
+        rate.add(1 << 20, Duration::from_secs(1));
         assert_eq!(rate.due(2 << 20), Duration::from_secs(2));
     }
 }

@@ -10,21 +10,21 @@ pub(super) const WINDOW: Duration = Duration::from_secs(300);
 
 /// Limits the number of requests in any window.
 pub(super) struct RateLimiter {
-    most: usize,
+    max_requests: usize,
     window: Duration,
     /// Times of the latest requests, ascending.
     made: Mutex<VecDeque<Instant>>,
 }
 
 impl RateLimiter {
-    pub(super) fn new(most: usize, window: Duration) -> Self {
-        Self { most: most.max(1), window, made: Mutex::default() }
+    pub(super) fn new(max_requests: usize, window: Duration) -> Self {
+        Self { max_requests: max_requests.max(1), window, made: Mutex::default() }
     }
 
     /// Waits until another request is allowed, and counts it.
     pub(super) fn take(&self) {
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
-        if made.len() >= self.most
+        if made.len() >= self.max_requests
             && let Some(first) = made.pop_front()
         {
             let wait = (first + self.window).saturating_duration_since(Instant::now());

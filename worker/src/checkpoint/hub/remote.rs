@@ -9,13 +9,13 @@ use ureq::Body;
 use ureq::http::header::CONTENT_LENGTH;
 use ureq::http::{Response, StatusCode};
 
-use super::answer::{RequestFailure, content_range, header};
+use super::response::{RequestFailure, content_range, header};
 use super::http::{Asked, Client, HubResponse};
 use super::listing::{Digest, RepoFile, RepoListing};
 use crate::error::{Result, WorkerError};
 
 /// Maximum bytes skipped from a server that ignores ranges and begins at 0.
-const MOST_SKIPPED: u64 = 4 << 20;
+const MAX_SKIPPED: u64 = 4 << 20;
 
 /// A file at one commit.
 pub(super) struct RemoteFile {
@@ -200,7 +200,7 @@ impl RemoteFile {
             let why = format!("{length} bytes came instead of a range of {}: an error page, perhaps", self.size);
             return Err(RequestFailure::Expired(why));
         }
-        if range.start > MOST_SKIPPED {
+        if range.start > MAX_SKIPPED {
             let message = format!("{}: the hub's file server sends whole files only", self.asked());
             let hint = "use `--weights cache`, which fetches whole files before the run";
             return Err(RequestFailure::Final(WorkerError::network(message).hint(hint)));

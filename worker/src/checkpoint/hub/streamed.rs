@@ -8,10 +8,10 @@ use outliers_protocol::WeightVerification;
 
 use super::http::{MAX_CONNECTIONS, Timeouts};
 use super::plan;
-use super::prefetch::{Limits, Prefetcher};
+use super::prefetch::{PrefetchLimits, Prefetcher};
 use super::remote::RemoteFile;
 use super::verify::{Schedule, Unverifiable};
-use crate::checkpoint::source::{TensorEntry, TensorIndex, Wanted, WeightSource, check_range};
+use crate::checkpoint::source::{TensorEntry, TensorIndex, PlannedRead, WeightSource, check_range};
 use crate::error::Result;
 
 /// Maximum bytes per request. Smaller requests cost round trips, larger ones lose more when a
@@ -62,7 +62,7 @@ impl HubSource {
 
 /// Maximum bytes held until their file is hashed up to them, if all files of these sizes are
 /// verified whose reading order allows it.
-pub(crate) fn held_for_hashes(order: &[Wanted], sizes: impl Iterator<Item = u64>) -> u64 {
+pub(crate) fn held_for_hashes(order: &[PlannedRead], sizes: impl Iterator<Item = u64>) -> u64 {
     let sizes: Vec<Option<u64>> = sizes.map(Some).collect();
     Schedule::new(plan::plan(order, LARGEST_PART), &sizes, LARGEST_PART, u64::MAX).held
 }
@@ -72,14 +72,14 @@ impl WeightSource for HubSource {
         &self.index
     }
 
-    fn announce(&self, order: &[Wanted], hash_memory: u64) {
+    fn announce(&self, order: &[PlannedRead], hash_memory: u64) {
         // At least one part for every second connection, and the same number waiting, even on a
         // machine with little memory.
         let largest = (self.read_ahead / CONNECTIONS as u64).clamp(SMALLEST_PART, LARGEST_PART);
         let sizes: Vec<Option<u64>> = self.files.iter().map(|file| file.digest().map(|_| file.size())).collect();
         let mut schedule = Schedule::new(plan::plan(order, largest), &sizes, largest, hash_memory);
         let unverified = std::mem::take(&mut schedule.unverified);
-        let limits = Limits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
+        let limits = PrefetchLimits { bytes: self.read_ahead + schedule.held, connections: CONNECTIONS };
         let prefetcher = Some(Arc::new(Prefetcher::start(&self.files, schedule, limits, self.timeouts)));
         *self.announced() = Announced { prefetcher, unverified };
     }

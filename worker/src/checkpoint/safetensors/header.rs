@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{Error as _, MapAccess, Visitor};
 
 use super::{StoredDtype, element_count, shown};
-use crate::checkpoint::stand_in;
+use crate::checkpoint::placeholder;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 
@@ -55,10 +55,10 @@ impl Header {
     /// length.
     ///
     /// # Errors
-    /// Kind `Checkpoint`: a file refused by [`stand_in::refuse`]; fewer than 8 bytes; a length
+    /// Kind `Checkpoint`: a file refused by [`placeholder::refuse`]; fewer than 8 bytes; a length
     /// over [`MAX_HEADER_BYTES`] or beyond the end of the file.
     pub fn bytes_needed(start: &[u8], file_len: u64) -> Result<u64> {
-        stand_in::refuse(start)?;
+        placeholder::refuse(start)?;
         let Some(prefix) = start.first_chunk::<8>() else {
             return Err(damaged(format!("{} bytes are too short for a safetensors file", start.len())));
         };
@@ -105,7 +105,7 @@ pub fn read_header(path: &Path) -> Result<Header> {
     let mut file = open_regular(path).at("open", path)?;
     let file_len = file.metadata().at("read the size of", path)?.len();
     let mut start = Vec::new();
-    read_up_to(&mut file, stand_in::ENOUGH as u64, &mut start).at("read", path)?;
+    read_up_to(&mut file, placeholder::ENOUGH as u64, &mut start).at("read", path)?;
     let named = |error: WorkerError| error.context(path.display());
     let needed = Header::bytes_needed(&start, file_len).map_err(named)?;
     read_up_to(&mut file, needed.saturating_sub(start.len() as u64), &mut start).at("read", path)?;

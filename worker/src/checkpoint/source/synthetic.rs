@@ -34,7 +34,7 @@ const SPREAD_OF_INT4: f64 = 4.64;
 /// Weights of a configuration and seed.
 pub struct SyntheticSource {
     index: TensorIndex,
-    made: BTreeMap<String, Made>,
+    made: BTreeMap<String, ByteGenerator>,
     seed: u64,
     read: AtomicU64,
 }
@@ -111,13 +111,13 @@ fn plain_dtype(config: &Value, quantisation: Option<Quantisation>) -> StoredDtyp
 }
 
 /// Generator of a tensor's bytes: words of eight bytes, with random and fixed bits.
-struct Made {
+struct ByteGenerator {
     dtype: StoredDtype,
     noise: u64,
     fixed: u64,
 }
 
-impl Made {
+impl ByteGenerator {
     /// Floats with magnitudes from 2^exponent to 2^(exponent + 1).
     fn floats(dtype: &StoredDtype, signed: bool, exponent: i32) -> Self {
         let (bits, mantissa, bias) = match dtype {
@@ -186,7 +186,7 @@ struct Layout {
 
 impl Layout {
     /// Name, shape and generator of the tensors of a need: one tensor, or codes and scales.
-    fn tensors(&self, layer: usize, need: &Need) -> Vec<(String, Vec<u64>, Made)> {
+    fn tensors(&self, layer: usize, need: &Need) -> Vec<(String, Vec<u64>, ByteGenerator)> {
         let Architecture { names, spec, quantisation, .. } = &self.architecture;
         let name = names.of(names.bases[0], layer, need.role, need.expert);
         let stack = need.expert.filter(|_| names.is_stacked(need.role)).map(|_| spec.layers[layer].experts());
@@ -197,40 +197,40 @@ impl Layout {
             Some(Quantisation::Mxfp4) if matches!(need.role, Role::ExpertGateUp | Role::ExpertDown) => {
                 let blocks = shape[1] / MXFP4_BLOCK;
                 let codes = stacked(&[shape[0], blocks, MXFP4_BLOCK / 2]);
-                let power = Made::power(exponent(scale, SPREAD_OF_E2M1));
+                let power = ByteGenerator::power(exponent(scale, SPREAD_OF_E2M1));
                 return vec![
-                    (format!("{name}_blocks"), codes, Made::codes(StoredDtype::U8)),
+                    (format!("{name}_blocks"), codes, ByteGenerator::codes(StoredDtype::U8)),
                     (format!("{name}_scales"), stacked(&[shape[0], blocks]), power),
                 ];
             }
             Some(Quantisation::Fp8Blocks { block }) if is_fp8(need) => {
                 let tiles = stacked(&[shape[0].div_ceil(block[0]), shape[1].div_ceil(block[1])]);
-                let scales = Made::floats(&StoredDtype::F32, false, exponent(scale, SPREAD * SPREAD));
+                let scales = ByteGenerator::floats(&StoredDtype::F32, false, exponent(scale, SPREAD * SPREAD));
                 return vec![
-                    (name.clone(), stacked(&shape), Made::floats(&StoredDtype::F8E4M3, true, 0)),
+                    (name.clone(), stacked(&shape), ByteGenerator::floats(&StoredDtype::F8E4M3, true, 0)),
                     (format!("{name}_scale_inv"), tiles, scales),
                 ];
             }
             // Kimi's checkpoints quantise only experts.
             Some(Quantisation::Int4 { group }) if need.expert.is_some() && stack.is_none() => {
-                let scales = Made::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
-                let sides = Made::constant(StoredDtype::I32, shape[0] as u64 | ((shape[1] as u64) << 32));
+                let scales = ByteGenerator::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
+                let sides = ByteGenerator::constant(StoredDtype::I32, shape[0] as u64 | ((shape[1] as u64) << 32));
                 return vec![
-                    (format!("{name}_packed"), stacked(&[shape[0], shape[1] / 8]), Made::codes(StoredDtype::I32)),
+                    (format!("{name}_packed"), stacked(&[shape[0], shape[1] / 8]), ByteGenerator::codes(StoredDtype::I32)),
                     (format!("{name}_scale"), stacked(&[shape[0], shape[1] / group]), scales),
                     (format!("{name}_shape"), vec![2], sides),
                 ];
             }
             Some(Quantisation::Nvfp4(layout)) if is_fp8(need) && stack.is_none() => {
-                let scales = Made::floats(&StoredDtype::F8E4M3, false, 0);
+                let scales = ByteGenerator::floats(&StoredDtype::F8E4M3, false, 0);
                 let whole = (scale / (SPREAD * SPREAD_OF_E2M1)) as f32;
                 let (codes, number, whole) = match layout {
                     Nvfp4Layout::ModelOpt => (name.clone(), "scale_2", whole),
                     Nvfp4Layout::CompressedTensors => (format!("{name}_packed"), "global_scale", whole.recip()),
                 };
-                let whole = Made::constant(StoredDtype::F32, repeated(whole.to_bits().into(), 32));
+                let whole = ByteGenerator::constant(StoredDtype::F32, repeated(whole.to_bits().into(), 32));
                 return vec![
-                    (codes, stacked(&[shape[0], shape[1] / 2]), Made::codes(StoredDtype::U8)),
+                    (codes, stacked(&[shape[0], shape[1] / 2]), ByteGenerator::codes(StoredDtype::U8)),
                     (format!("{name}_scale"), stacked(&[shape[0], shape[1] / NVFP4_BLOCK]), scales),
                     (format!("{name}_{number}"), vec![1], whole),
                 ];
@@ -240,7 +240,7 @@ impl Layout {
         if names.input_major.contains(&need.role) {
             shape.reverse();
         }
-        let made = Made::floats(&self.plain, !is_positive(need.role), exponent(scale, SPREAD));
+        let made = ByteGenerator::floats(&self.plain, !is_positive(need.role), exponent(scale, SPREAD));
         vec![(name, stacked(&shape), made)]
     }
 }

@@ -7,7 +7,7 @@ use half::bf16;
 use serde::Serialize;
 
 use super::{fastest, giga};
-use crate::blocks::attention::Mixing;
+use crate::blocks::attention::SoftmaxAttention;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::Window;
 
@@ -102,7 +102,7 @@ pub fn attention(lengths: &[usize], heads: usize, rounds: usize, device: &Device
             let value = some(&value)?.reshape((sequences * kv_heads, length, value_width))?;
             let compare = |window: Window, sinks: Option<&Tensor>, rounds: usize| {
                 let by = |fused_from: usize| {
-                    let mixing = Mixing::new((width as f64).powf(-0.5), window, sinks).fused_from(fused_from);
+                    let mixing = SoftmaxAttention::new((width as f64).powf(-0.5), window, sinks).fused_from(fused_from);
                     let mut mixed = Vec::new();
                     let seconds = fastest(rounds, || {
                         mixed = vec![mixing.mix(&query, &key, &value)?];

@@ -215,9 +215,9 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         meter: &meter,
     };
     let study = Study::new(Scope::new(job, spec, &tokens), job.thresholds.magnitude);
-    let mut watched = Watched { study, bytes: 0 };
+    let mut measured = MeasuredStudy { study, bytes: 0 };
     let (start, before) = (Instant::now(), gpu::traffic());
-    let (passed, idle) = watching_for_idle_gpus(&devices, &meter, || pass.run(&mut watched, None));
+    let (passed, idle) = watching_for_idle_gpus(&devices, &meter, || pass.run(&mut measured, None));
     passed?;
     source.verify()?;
     let seconds = start.elapsed().as_secs_f64();
@@ -230,7 +230,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let of = |kinds: &[Work]| kinds.iter().map(|work| meter.seconds(*work)).sum::<f64>();
     let computing = |work, flops: f64, kinds: &[Work]| RunRow::new(work, "GFLOP/s", flops / 1e9, of(kinds), products);
     let giga_bytes = weight_bytes as f64 / 1e9;
-    let statistics = watched.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
+    let statistics = measured.alone(spec.hidden, &tokens, compute, &devices[0].device)?;
     let decoding = decoding_alone(&model, compute, &devices[0].device)?;
     let mut rows = vec![
         RunRow::new("reading", "GB/s", giga_bytes, of(&[Work::Reading]), reading_alone(&model)?),
@@ -238,7 +238,7 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         computing("mixers", flops.mixer, &[Work::Mixer]),
         computing("feed-forward", flops.feed_forward, &[Work::FeedForward]),
         computing("embedding, head", flops.head, &[Work::Embedding, Work::Head]),
-        RunRow::new("statistics", "GB/s", watched.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
+        RunRow::new("statistics", "GB/s", measured.bytes as f64 / 1e9, of(&[Work::Statistics]), statistics),
     ];
     if let (Some(copied), Some([there, back])) = (copied, gpu::copy_rates(&devices[0].device, ROUNDS)?) {
         // Copies overlap with all other work, so their time is the run's.
@@ -320,33 +320,33 @@ fn made_up(vocab: usize, sequences: usize, tokens: usize) -> Tokens {
 }
 
 /// A study that counts the bytes it observed.
-struct Watched {
+struct MeasuredStudy {
     study: Study,
     bytes: u64,
 }
 
-impl Watched {
+impl MeasuredStudy {
     /// GB/s of the same statistics alone.
     fn alone(&self, hidden: usize, tokens: &Tokens, compute: DType, device: &Device) -> Result<f64> {
         let x = random([tokens.tokens, hidden], compute, device)?;
         let site = self.study.outliers().sites()[0];
         let mut study = self.study.layer(site.layer);
-        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x).and_then(|()| study.settle()))?;
+        let seconds = fastest(ROUNDS, || study.observe(site, 0, &x).and_then(|()| study.synchronize()))?;
         Ok(giga(x.elem_count() * compute.size_in_bytes(), seconds))
     }
 
-    fn see(&mut self, x: &Tensor) {
+    fn count(&mut self, x: &Tensor) {
         self.bytes += (x.elem_count() * x.dtype().size_in_bytes()) as u64;
     }
 }
 
-impl LayerObserver for Watched {
+impl LayerObserver for MeasuredStudy {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site)
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.see(x);
+        self.count(x);
         self.study.observe(site, first_token, x)
     }
 
@@ -355,7 +355,7 @@ impl LayerObserver for Watched {
     }
 
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
-        self.see(&rows.out);
+        self.count(&rows.out);
         self.study.expert(layer, expert, first_token, rows)
     }
 
@@ -363,12 +363,12 @@ impl LayerObserver for Watched {
         self.study.routing(layer, first_token, choices)
     }
 
-    fn settle(&mut self) -> Result<()> {
-        self.study.settle()
+    fn synchronize(&mut self) -> Result<()> {
+        self.study.synchronize()
     }
 }
 
-impl Observer for Watched {
+impl Observer for MeasuredStudy {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {

@@ -7,7 +7,7 @@ use super::*;
 use crate::checkpoint::hub::{Hub, HubOptions};
 use crate::checkpoint::source::Checkpoint;
 use crate::corpus;
-use crate::model::decoder::Longest;
+use crate::model::decoder::MaxSequenceLength;
 
 /// OLMoE in plain loops over f32, independent of the worker's blocks.
 struct Reference {
@@ -149,7 +149,7 @@ fn outliers(sites: &[Vec<Vec<f32>>]) -> Found {
 fn demo_ids(folder: &Path, tokens: usize) -> Vec<i64> {
     let spec = CorpusSpec { num_sequences: Some(1), sequence_length: Some(tokens), ..CorpusSpec::default() };
     let hub = Hub::new(HubOptions::new("/nowhere")).unwrap();
-    corpus::load(&spec, Some(folder), VOCAB, Some(Longest::Positions(MAX_POSITIONS)), &hub).unwrap().ids
+    corpus::load(&spec, Some(folder), VOCAB, Some(MaxSequenceLength::Positions(MAX_POSITIONS)), &hub).unwrap().ids
 }
 
 const TOKENS: usize = 384;

@@ -9,7 +9,7 @@ use outliers_protocol::CorpusCompression;
 
 use super::*;
 use crate::corpus::file::line_at;
-use crate::corpus::packed::Unpacked;
+use crate::corpus::compressed::Decompressed;
 use crate::noise::mix;
 
 /// Documents that test escaping in all formats.
@@ -346,8 +346,8 @@ fn compressed_files_are_bounded_and_complete() {
         let path = model.write(name, &packed);
         let file = LocalFile::open(&path).unwrap();
         let all = text.len() as u64;
-        assert_eq!(Unpacked::of(&file, compression, all).unwrap().read(0..all).unwrap(), text.as_bytes());
-        let error = Unpacked::of(&file, compression, all - 1).err().unwrap();
+        assert_eq!(Decompressed::of(&file, compression, all).unwrap().read(0..all).unwrap(), text.as_bytes());
+        let error = Decompressed::of(&file, compression, all - 1).err().unwrap();
         assert!(error.message().contains(&format!("over the limit of {}", all - 1)), "{error}");
         assert!(error.hint_text().is_some());
         let said = said(&model, &model.write(name, &packed[..packed.len() / 2]));

@@ -18,9 +18,9 @@ use tokenizers::{
 
 /// Maximum bytes per byte of text by the tokenizer's definition. The largest published factor is
 /// T5's: 33 by its table of characters, 4 by a replacement, 6 by space marks.
-const MOST: f64 = 1000.0;
+const MAX_GROWTH: f64 = 1000.0;
 /// Maximum special tokens that a template may add.
-const MOST_SPECIAL: usize = 1000;
+const MAX_SPECIAL: usize = 1000;
 /// Bytes measured at a time.
 const PIECE: usize = 4 << 10;
 
@@ -46,28 +46,28 @@ impl Growth {
         post_processor.iter().try_for_each(check_template)?;
         let before = normalizer.as_ref().map_or(Ok(1.0), of_normalizer)?;
         let growth = before * pre_tokenizer.as_ref().map_or(Ok(1.0), of_pre_tokenizer)?;
-        if growth > MOST {
-            let message = format!("its steps may make {growth:.0} bytes of each byte of a text, {MOST} are the limit");
+        if growth > MAX_GROWTH {
+            let message = format!("its steps may make {growth:.0} bytes of each byte of a text, {MAX_GROWTH} are the limit");
             return Err(message.into());
         }
         Ok(Self(growth))
     }
 
-    /// Refuses a text that becomes longer than `most` bytes. It is measured if the bound does not
+    /// Refuses a text that becomes longer than `limit` bytes. It is measured if the bound does not
     /// decide.
     ///
     /// # Errors
     /// The text is too long, or a step fails.
-    pub(super) fn check(self, tokenizer: &Tokenizer, text: &str, most: usize) -> Result<()> {
-        if text.len() as f64 * self.0 <= most as f64 {
+    pub(super) fn check(self, tokenizer: &Tokenizer, text: &str, limit: usize) -> Result<()> {
+        if text.len() as f64 * self.0 <= limit as f64 {
             return Ok(());
         }
         let mut grown = 0;
         for piece in pieces(text) {
             grown += length(tokenizer, piece)?;
-            if grown > most {
+            if grown > limit {
                 let bytes = text.len();
-                return Err(format!("of its {bytes} bytes the tokenizer makes more than {most}, the limit").into());
+                return Err(format!("of its {bytes} bytes the tokenizer makes more than {limit}, the limit").into());
             }
         }
         Ok(())
@@ -180,8 +180,8 @@ fn longest_replacement(table: &Precompiled) -> Result<f64> {
 /// Checks that a template is bounded, and contains the text once.
 fn check_template(step: &PostProcessorWrapper) -> Result<()> {
     let special = step.added_tokens(false);
-    if special > MOST_SPECIAL {
-        return Err(format!("it puts {special} special tokens around a text, {MOST_SPECIAL} are the limit").into());
+    if special > MAX_SPECIAL {
+        return Err(format!("it puts {special} special tokens around a text, {MAX_SPECIAL} are the limit").into());
     }
     match step {
         PostProcessorWrapper::Sequence(steps) => {
@@ -247,7 +247,7 @@ mod tests {
         let json = tokenizer.to_string();
         let growth = Growth::of(json.as_bytes()).unwrap();
         let tokenizer = Tokenizer::from_bytes(json.as_bytes()).unwrap();
-        let check = |text: &str, most: usize| growth.check(&tokenizer, text, most);
+        let check = |text: &str, limit: usize| growth.check(&tokenizer, text, limit);
         let plain = "é ".repeat(10_000);
         assert!(check(&plain, 20_000).is_ok(), "nothing in it grows");
         assert!(check(&plain, 19_999).is_err());

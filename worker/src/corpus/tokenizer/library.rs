@@ -4,14 +4,14 @@
 use tokenizers::Tokenizer;
 
 use super::growth::Growth;
-use crate::caught::caught;
+use crate::catch_panic::catch_panic;
 use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::TokenizerFiles;
 use crate::error::{Result, WorkerError};
 
 /// Maximum bytes that a document may become in the tokenizer's steps. Each takes about 20 bytes of
 /// memory there.
-const MOST_GROWN: usize = 1 << 30;
+const MAX_GROWN: usize = 1 << 30;
 
 /// A tokenizer of the library.
 #[derive(Clone)]
@@ -44,8 +44,8 @@ impl Library {
 
     /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, text: &str) -> tokenizers::Result<Vec<u32>> {
-        let ids = caught(|| -> tokenizers::Result<Vec<u32>> {
-            self.growth.check(&self.tokenizer, text, MOST_GROWN)?;
+        let ids = catch_panic(|| -> tokenizers::Result<Vec<u32>> {
+            self.growth.check(&self.tokenizer, text, MAX_GROWN)?;
             Ok(self.tokenizer.encode_fast(text, false)?.get_ids().to_vec())
         });
         ids.unwrap_or_else(|said| Err(failed_over(self.files, &said).into()))
@@ -65,7 +65,7 @@ impl Library {
 
 /// The result of the library, or an error that names `files`.
 fn guarded<T>(files: TokenizerFiles, work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
-    let message = match caught(work) {
+    let message = match catch_panic(work) {
         Ok(Ok(done)) => return Ok(done),
         Ok(Err(error)) => format!("{files} cannot be read: {}", shown(&error.to_string())),
         Err(said) => failed_over(files, &shown(&said)),

@@ -2,21 +2,21 @@
 
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{DType, Storage, Tensor};
-pub use outliers_cuda::Seen;
+pub use outliers_cuda::ScanSummary;
 use outliers_cuda::{Activation, Stored};
 
 use crate::error::{Result, WorkerError};
 
 /// Pending statistics of an activation on a GPU.
-pub struct Look {
-    look: outliers_cuda::Look,
+pub struct PendingScan {
+    pending: outliers_cuda::PendingScan,
     /// Shape `[rows, width]`, contiguous, in a dtype that the kernels support.
     x: Tensor,
     /// Rows per sequence.
     tokens: usize,
 }
 
-impl Look {
+impl PendingScan {
     /// Starts the statistics of a tensor `[rows, width]` with whole sequences of `tokens` rows:
     /// per row and magnitude; with `threshold`, positions of |x| >= threshold for columns; with
     /// `medians`, medians. Returns without waiting. The tensor must not be overwritten before this
@@ -29,16 +29,16 @@ impl Look {
             DType::F32 | DType::BF16 | DType::F16 => x.contiguous()?,
             _ => x.to_dtype(DType::F32)?.contiguous()?,
         };
-        let look = with_activation(&x, tokens, |activation| Ok(activation.look(threshold, medians)?))?;
-        Ok(Self { look, x, tokens })
+        let pending = with_activation(&x, tokens, |activation| Ok(activation.start_scan(threshold, medians)?))?;
+        Ok(Self { pending, x, tokens })
     }
 
     /// Whether the results have arrived, so that reading them does not block.
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn is_there(&self) -> Result<bool> {
-        Ok(self.look.is_there()?)
+    pub fn is_complete(&self) -> Result<bool> {
+        Ok(self.pending.is_complete()?)
     }
 
     /// The tensor, in the dtype in which it was read.
@@ -50,8 +50,8 @@ impl Look {
     ///
     /// # Errors
     /// Errors of the driver and of `see`.
-    pub fn show<T>(&self, see: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
-        with_activation(&self.x, self.tokens, |activation| see(&self.look.seen(activation)?))
+    pub fn show<T>(&self, see: impl FnOnce(&ScanSummary<'_>) -> Result<T>) -> Result<T> {
+        with_activation(&self.x, self.tokens, |activation| see(&self.pending.summary(activation)?))
     }
 }
 

@@ -61,7 +61,7 @@ pub fn attend(
     let queries = storage.as_cuda_slice::<bf16>()?.slice(start..start + values);
     let (keys, values) = (shown::<bf16>(&of_key, key_layout)?, shown::<bf16>(&of_value, value_layout)?);
     let stream = device.cuda_stream();
-    let (mixed, shares) = kernels::attend(&stream, [&queries, &keys, &values], of, sinks.as_ref(), by.watched).w()?;
+    let (mixed, shares) = kernels::attend(&stream, [&queries, &keys, &values], of, sinks.as_ref(), by.recorded).w()?;
     let mixed = tensor(mixed, device, &[sequences * positions, heads * value_width]);
     Ok((mixed, shares.map(|shares| tensor(shares, device, &[sequences * heads, positions, 2]))))
 }

@@ -8,7 +8,7 @@ use half::{bf16, f16};
 use outliers_cuda::fused::{self as kernels, Real};
 pub(crate) use outliers_cuda::fused::{Convolution, Gate, Rotation, Scores};
 
-use super::MOST_VALUES;
+use super::MAX_VALUES;
 
 /// A tensor that is read.
 pub(crate) type Read<'a> = (&'a CudaStorage, &'a Layout);
@@ -27,9 +27,9 @@ macro_rules! in_dtype {
 
 fn offsets(layout: &Layout) -> Result<(usize, usize)> {
     let values = layout.shape().elem_count();
-    if values > MOST_VALUES {
+    if values > MAX_VALUES {
         bail!(
-            "{values} values of shape {:?} in one tensor, of which a GPU takes {MOST_VALUES}: \
+            "{values} values of shape {:?} in one tensor, of which a GPU takes {MAX_VALUES}: \
              use a smaller --micro-batch-tokens, or shorter sequences",
             layout.shape()
         );

@@ -9,9 +9,9 @@ use outliers_scan::{Columns, Large, Scan};
 use crate::error::{Result, WorkerError};
 
 /// Cannot exist without CUDA.
-pub struct Look(Infallible);
+pub struct PendingScan(Infallible);
 
-impl Look {
+impl PendingScan {
     /// Always fails.
     ///
     /// # Errors
@@ -24,7 +24,7 @@ impl Look {
     ///
     /// # Errors
     /// None.
-    pub fn is_there(&self) -> Result<bool> {
+    pub fn is_complete(&self) -> Result<bool> {
         match self.0 {}
     }
 
@@ -37,15 +37,15 @@ impl Look {
     ///
     /// # Errors
     /// None.
-    pub fn show<T>(&self, _: impl FnOnce(&Seen<'_>) -> Result<T>) -> Result<T> {
+    pub fn show<T>(&self, _: impl FnOnce(&ScanSummary<'_>) -> Result<T>) -> Result<T> {
         match self.0 {}
     }
 }
 
 /// Cannot exist without CUDA.
-pub struct Seen<'a>(Infallible, PhantomData<&'a ()>);
+pub struct ScanSummary<'a>(Infallible, PhantomData<&'a ()>);
 
-impl Seen<'_> {
+impl ScanSummary<'_> {
     /// Never called.
     pub fn rows(&self) -> usize {
         match self.0 {}

@@ -32,7 +32,7 @@ impl SortedPairs {
     ///
     /// # Errors
     /// None.
-    pub fn arrive(&mut self) -> Result<Vec<Load>> {
+    pub fn wait(&mut self) -> Result<Vec<Load>> {
         match self.0 {}
     }
 

@@ -11,7 +11,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::fused::Real;
-use outliers_cuda::routing::{self as kernels, Arriving, Kind, Rule};
+use outliers_cuda::routing::{self as kernels, CountsReadback, Kind, Rule};
 
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
@@ -63,9 +63,9 @@ pub struct SortedPairs {
     tokens: Tensor,
     /// `[pairs]`: gate weights in f32, in the same order.
     weights: Tensor,
-    /// Counts being copied, until [`arrive`](Self::arrive).
-    arriving: Option<Arriving>,
-    /// Set by `arrive`: the index of each expert's first pair, then the number of pairs.
+    /// Counts being copied, until [`wait`](Self::wait).
+    arriving: Option<CountsReadback>,
+    /// Set by `wait`: the index of each expert's first pair, then the number of pairs.
     firsts: Vec<usize>,
     /// Tokens and weights, copied on first use.
     on_host: OnceLock<(Vec<u32>, Vec<f32>)>,
@@ -103,7 +103,7 @@ impl SortedPairs {
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn arrive(&mut self) -> Result<Vec<Load>> {
+    pub fn wait(&mut self) -> Result<Vec<Load>> {
         let Some(arriving) = self.arriving.take() else { return Ok(Vec::new()) };
         let (firsts, loads) = arriving.wait().w()?;
         let load = |(load, firsts): (&kernels::Load, &[usize])| Load {
@@ -117,7 +117,7 @@ impl SortedPairs {
         Ok(loads)
     }
 
-    /// Indices of the pairs of a group of experts; after [`arrive`](Self::arrive).
+    /// Indices of the pairs of a group of experts; after [`wait`](Self::wait).
     pub fn range(&self, experts: &Range<usize>) -> Range<usize> {
         self.firsts[experts.start]..self.firsts[experts.end]
     }

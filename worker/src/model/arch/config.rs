@@ -18,8 +18,8 @@ use class::Class;
 use unused::Unused;
 
 /// More layers than any model has. Limits what a damaged or hostile configuration can allocate.
-const MOST_LAYERS: usize = 4096;
-const MOST: u64 = 1 << 31;
+const MAX_LAYERS: usize = 4096;
+const NUMBER_LIMIT: u64 = 1 << 31;
 /// Settings of single layers, an attribute of every class of transformers.
 const PER_LAYER: &str = "per_layer_config";
 
@@ -120,7 +120,7 @@ impl<'a> Config<'a> {
     /// The number of layers under another key.
     pub fn layers_under(&self, key: &str) -> Result<usize> {
         let layers = self.count(key)?;
-        if layers <= MOST_LAYERS {
+        if layers <= MAX_LAYERS {
             Ok(layers)
         } else {
             Err(ill_typed(&self.name(key), "a plausible number of layers", &layers.into()))
@@ -143,7 +143,7 @@ impl<'a> Config<'a> {
     /// A non-negative whole number, or null.
     pub fn count_opt(&self, key: &str) -> Result<Option<usize>> {
         let number = |value: &Value| {
-            let number = value.as_u64().filter(|number| *number < MOST);
+            let number = value.as_u64().filter(|number| *number < NUMBER_LIMIT);
             number.map(|number| number as usize).ok_or_else(|| ill_typed(&self.name(key), "a whole number", value))
         };
         self.get(key)?.map(number).transpose()
@@ -195,7 +195,7 @@ impl<'a> Config<'a> {
     pub fn counts_opt(&self, key: &str) -> Result<Option<Vec<usize>>> {
         let Some(value) = self.get(key)? else { return Ok(None) };
         let wrong = || ill_typed(&self.name(key), "a list of whole numbers", value);
-        let number = |value: &Value| value.as_u64().filter(|n| *n < MOST).map(|n| n as usize);
+        let number = |value: &Value| value.as_u64().filter(|n| *n < NUMBER_LIMIT).map(|n| n as usize);
         let numbers: Option<Vec<usize>> = value.as_array().ok_or_else(wrong)?.iter().map(number).collect();
         numbers.ok_or_else(wrong).map(Some)
     }
@@ -324,7 +324,7 @@ fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
         }
     }
     let Some(block) = values.get("weight_block_size") else { return Ok(Quantisation::Fp8Blocks { block: [128, 128] }) };
-    let side = |value: &Value| value.as_u64().filter(|side| (1..MOST).contains(side)).map(|side| side as usize);
+    let side = |value: &Value| value.as_u64().filter(|side| (1..NUMBER_LIMIT).contains(side)).map(|side| side as usize);
     let sides: Option<Vec<usize>> = block.as_array().and_then(|list| list.iter().map(side).collect());
     match sides.as_deref() {
         Some(&[rows, columns]) => Ok(Quantisation::Fp8Blocks { block: [rows, columns] }),
@@ -363,7 +363,7 @@ fn compressed_tensors(values: &Map<String, Value>) -> Result<Quantisation> {
             }
         }
         let found = &weights["group_size"];
-        let group = found.as_u64().filter(|group| (1..MOST).contains(group) && group.is_multiple_of(8));
+        let group = found.as_u64().filter(|group| (1..NUMBER_LIMIT).contains(group) && group.is_multiple_of(8));
         let group = group.ok_or_else(|| ill_typed(&format!("{name}.group_size"), "a multiple of 8", found))?;
         if *size.get_or_insert(group) != group {
             return Err(unsupported(format!("{KEY}.config_groups with groups of {group} beside others")));

@@ -149,9 +149,9 @@ fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
             return Err(WorkerError::new(FailureKind::Checkpoint, missing));
         }
     };
-    const MOST: usize = 4096;
-    if kinds.len() > MOST {
-        return Err(unsupported(format!("{} layers, more than {MOST}", kinds.len())));
+    const MAX_LAYERS: usize = 4096;
+    if kinds.len() > MAX_LAYERS {
+        return Err(unsupported(format!("{} layers, more than {MAX_LAYERS}", kinds.len())));
     }
     Ok(kinds)
 }

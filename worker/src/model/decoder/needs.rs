@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, LatentSpec, LayerSpec, MambaSpec,
-    MixerSpec, MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, Unit,
+    MixerSpec, MlpSpec, MoeSpec, NormKind, NormOrder, NormSpec, OutputGate, Part, QkNorm, StreamingUnit,
 };
 
 /// Role of a tensor. An architecture's name table maps each role to a published name.
@@ -337,7 +337,7 @@ impl DecoderSpec {
 
     /// The units of all layers in order. A group of experts has at most `group_elements` values,
     /// or one expert.
-    pub fn units(&self, group_elements: u64) -> Vec<Unit> {
+    pub fn units(&self, group_elements: u64) -> Vec<StreamingUnit> {
         self.layers.iter().enumerate().flat_map(|(i, layer)| layer.units(i, self.hidden, group_elements)).collect()
     }
 
@@ -347,8 +347,8 @@ impl DecoderSpec {
 }
 
 impl LayerSpec {
-    fn units(&self, layer: usize, hidden: usize, group_elements: u64) -> Vec<Unit> {
-        let unit = |part, needs| Unit { layer, part, needs };
+    fn units(&self, layer: usize, hidden: usize, group_elements: u64) -> Vec<StreamingUnit> {
+        let unit = |part, needs| StreamingUnit { layer, part, needs };
         let mut units = Vec::new();
         if self.has_mixer() {
             units.push(unit(Part::Mixer, self.mixer_needs(hidden)));

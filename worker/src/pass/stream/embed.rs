@@ -49,7 +49,7 @@ impl Pass<'_> {
             Ok(())
         })?;
         let device = &self.devices[0].device;
-        let mut input = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().input_needs())?.arrived()?.tensors;
+        let mut input = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().input_needs())?.wait()?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
         let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));

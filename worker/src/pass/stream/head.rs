@@ -19,7 +19,7 @@ impl Pass<'_> {
     /// Applies the final norm, and the projection to the head's width if the model has one.
     fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
         let mut output =
-            self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.arrived()?.tensors;
+            self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.wait()?.tensors;
         let spec = self.spec().final_norm;
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);
@@ -54,7 +54,7 @@ impl Pass<'_> {
         let stored = self.model.stored(0, &need);
         let pool = TensorPool::new(2 * (VOCAB_BLOCK * need.shape[1] * self.compute.size_in_bytes()) as u64);
         let mut loader = self.loader(0, &pool)?;
-        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need)?.arrived()).transpose()?;
+        let bias = self.spec().head_bias_need().map(|need| loader.tensor(0, &need)?.wait()).transpose()?;
         let load = |block: &(Range<usize>, Option<Vec<u8>>)| match &block.1 {
             Some(bytes) => loader.decode_rows(&stored, &block.0, bytes),
             None => loader.rows(&stored, &block.0),
@@ -65,7 +65,7 @@ impl Pass<'_> {
         };
         let (mut done, all) = (0, blocks.len());
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
-            let matrix = matrix.arrived()?;
+            let matrix = matrix.wait()?;
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
             let (mut parts, mut targets) = (Vec::with_capacity(batches.len()), Vec::with_capacity(batches.len()));
             for batch in &batches {

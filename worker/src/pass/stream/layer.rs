@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
-use crate::blocks::attention::{TopShares, Watched, Watching, attention};
+use crate::blocks::attention::{TopShares, MaybeRecorder, AttentionRecorder, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, Beside, Inputs, MlpWeights, Piece, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{self, ParallelMlp, Inputs, MlpWeights, ExpertBatch, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -18,7 +18,7 @@ use crate::device::gpu::Positions;
 use crate::error::{Result, WorkerError};
 use crate::kernels::fused;
 use crate::kernels::product::Linear;
-use crate::model::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, Unit};
+use crate::model::decoder::{FfnSpec, LayerSpec, MixerSpec, MoeSpec, NormOrder, NormSpec, Part, Role, StreamingUnit};
 use crate::model::rope::{RopeSpec, RopeTable};
 use crate::pass::meter::{Clock, Subject, Work};
 use crate::stats::{LayerObserver, Site};
@@ -28,21 +28,21 @@ pub(super) enum Block {
     /// Weights of [`Part::Mixer`].
     Mixer { norm: Norm, weights: MixerWeights, table: Option<Arc<RopeTable>>, after: Option<Norm> },
     /// Weights of [`Part::Dense`].
-    Dense { norm: Option<Norm>, weights: MlpWeights, closing: Closing },
+    Dense { norm: Option<Norm>, weights: MlpWeights, closing: LayerEpilogue },
     /// Weights of [`Part::Router`].
     Router {
         norm: Option<Norm>,
         router: Router,
         shared: Option<SharedWeights>,
-        beside: Option<Beside>,
+        beside: Option<ParallelMlp>,
         latent: Option<Linear>,
     },
     /// Weights of [`Part::Experts`].
-    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: Closing },
+    Experts { group: Range<usize>, weights: Vec<MlpWeights>, closing: LayerEpilogue },
 }
 
 /// Operations that end a layer, after its feed-forward.
-pub(super) struct Closing {
+pub(super) struct LayerEpilogue {
     /// Norm of the experts' sum, before the MLP beside them is added.
     experts: Option<Norm>,
     /// Projection out of the experts' latent space, before the output beside them is added.
@@ -53,7 +53,7 @@ pub(super) struct Closing {
     scalar: Option<Tensor>,
 }
 
-impl Closing {
+impl LayerEpilogue {
     fn take(tensors: &mut UnitTensors, norm: NormSpec) -> Result<Self> {
         Ok(Self {
             experts: tensors.norm_if_there(norm, Role::ExpertsPostNorm)?,
@@ -89,8 +89,8 @@ pub(super) struct LayerContext<'a, L> {
 
 impl<'a, L: LayerObserver> LayerContext<'a, L> {
     /// Takes a unit's weights out of its tensors, and passes their gains to the observer.
-    pub(super) fn block(&mut self, unit: &Unit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
-        let tensors = &mut tensors.seen_by(self.seen.taps());
+    pub(super) fn block(&mut self, unit: &StreamingUnit, tensors: UnitTensors, tables: &RopeTables) -> Result<Block> {
+        let tensors = &mut tensors.with_collectors(self.seen.collectors());
         Ok(match (&unit.part, &self.spec.ffn) {
             (Part::Mixer, _) => {
                 let norm = tensors.norm(self.spec.norm, Role::MixerNorm, Role::MixerNormBias)?;
@@ -101,7 +101,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             }
             (Part::Dense, FfnSpec::Dense(mlp)) => {
                 let (norm, weights) = (self.ffn_norm(tensors)?, tensors.dense(*mlp)?);
-                Block::Dense { norm, weights, closing: Closing::take(tensors, self.spec.norm)? }
+                Block::Dense { norm, weights, closing: LayerEpilogue::take(tensors, self.spec.norm)? }
             }
             (Part::Router, FfnSpec::Moe(moe)) => {
                 let norm = self.ffn_norm(tensors)?;
@@ -112,7 +112,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
             (Part::Experts(group), FfnSpec::Moe(moe)) => {
                 let weights = group.clone().map(|expert| tensors.expert(moe.expert, expert));
                 let weights = weights.collect::<candle_core::Result<_>>()?;
-                Block::Experts { group: group.clone(), weights, closing: Closing::take(tensors, self.spec.norm)? }
+                Block::Experts { group: group.clone(), weights, closing: LayerEpilogue::take(tensors, self.spec.norm)? }
             }
             (part, ffn) => return Err(WorkerError::internal(format!("unit {part:?} in a layer with {ffn:?}"))),
         })
@@ -265,7 +265,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         if batch.arm > 0 || !attends || !(top || first_key) {
             return self.mixer(weights, table, x, None);
         }
-        let whole = Watching::new(top, first_key);
+        let whole = AttentionRecorder::new(top, first_key);
         let out = self.mixer(weights, table, x, Some(&whole))?;
         if first_key {
             self.seen.first_key(self.layer, batch.first_token, &whole.first_key())?;
@@ -291,7 +291,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         // The embedding is not a norm output.
         let is_norm_output = self.spec.order != NormOrder::After || self.layer > 0;
         let x = if is_norm_output { self.in_arm(arm, x.clone())? } else { x.clone() };
-        let shares = Watching::new(true, false);
+        let shares = AttentionRecorder::new(true, false);
         self.mixer(weights, table, &x, Some(&shares))?;
         Ok(shares.top())
     }
@@ -301,15 +301,15 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         weights: &MixerWeights,
         table: Option<&RopeTable>,
         x: &Tensor,
-        watched: Watched<'_>,
+        recorder: MaybeRecorder<'_>,
     ) -> Result<Tensor> {
         let n = self.tokens;
         Ok(match (&self.spec.mixer, weights, table) {
             (MixerSpec::Attention(spec), MixerWeights::Attention(weights), table) => {
-                attention(spec, weights, table, x, n, watched)?
+                attention(spec, weights, table, x, n, recorder)?
             }
             (MixerSpec::Latent(spec), MixerWeights::Latent(weights), table) => {
-                latent_attention(spec, weights, table, x, n, watched)?
+                latent_attention(spec, weights, table, x, n, recorder)?
             }
             (MixerSpec::DeltaNet(spec), MixerWeights::DeltaNet(weights), _) => delta_net(spec, weights, x, n)?,
             (MixerSpec::Mamba(spec), MixerWeights::Mamba(weights), _) => mamba(spec, weights, x, n)?,
@@ -346,7 +346,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     }
 
     /// Adds the feed-forward's output and ends the layer.
-    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &Closing, out: Tensor) -> Result<()> {
+    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &LayerEpilogue, out: Tensor) -> Result<()> {
         batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;
@@ -370,7 +370,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
 
     /// Waits for a micro-batch's choices, and passes them to the observer.
     fn routed(&mut self, batch: &mut MicroBatch) -> Result<()> {
-        let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.arrive()?;
+        let choices = batch.mixture.as_mut().ok_or_else(early)?.routed.wait()?;
         if batch.arm > 0 {
             return Ok(());
         }
@@ -387,7 +387,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         moe: &MoeSpec,
         group: &Range<usize>,
         weights: &[MlpWeights],
-        closing: &Closing,
+        closing: &LayerEpilogue,
         batches: &mut [MicroBatch],
     ) -> Result<()> {
         if group.start == 0 {
@@ -436,15 +436,15 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         &mut self,
         weights: &[&MlpWeights],
         inputs: &Inputs,
-        pieces: &[Piece],
+        pieces: &[ExpertBatch],
         batches: &mut [MicroBatch],
     ) -> Result<()> {
         let wave = batches.iter().map(routed_of).collect::<Result<Vec<_>>>()?;
         let x = inputs.gather(&wave, pieces)?;
-        let rows: Vec<usize> = pieces.iter().map(Piece::rows).collect();
+        let rows: Vec<usize> = pieces.iter().map(ExpertBatch::rows).collect();
         let made = ffn::apply_each(weights, &x, &rows)?;
         let mut first = 0;
-        for Piece { expert, sent } in pieces {
+        for ExpertBatch { expert, sent } in pieces {
             for (at, rows) in sent {
                 let made = made.narrow(0, first, *rows)?;
                 first += rows;

@@ -22,8 +22,8 @@ use crate::device::Placement;
 use crate::device::gpu::{self, ReleaseFence};
 use crate::error::{Result, WorkerError};
 use crate::kernels::product;
-use crate::model::decoder::Unit;
-use crate::pass::loader::{LoadedUnit, OnItsWay, TensorPool};
+use crate::model::decoder::StreamingUnit;
+use crate::pass::loader::{LoadedUnit, PendingUpload, TensorPool};
 use crate::pass::meter::{Clock, Subject, Thread, Work};
 use crate::pass::savepoint::SavePoints;
 use crate::stats::{LayerObserver, Observer};
@@ -31,7 +31,7 @@ use crate::stats::{LayerObserver, Observer};
 /// Events that a device waits for.
 enum Event {
     /// The next unit of its layers, or the error that ended loading.
-    Loaded(Result<OnItsWay<LoadedUnit>>),
+    Loaded(Result<PendingUpload<LoadedUnit>>),
     /// A wave, at the first unit of a layer.
     Arrived(usize, Wave),
     /// Another thread has failed.
@@ -39,7 +39,7 @@ enum Event {
 }
 
 /// Memory that is no longer needed.
-struct Freed {
+struct PendingRelease {
     bytes: u64,
     /// Signals when it is free: a GPU may lag far behind the commands it was given.
     release_fence: Option<ReleaseFence>,
@@ -49,7 +49,7 @@ struct Freed {
 pub(super) struct Wavefront<'p, O> {
     pass: &'p Pass<'p>,
     /// Units of all layers in order.
-    units: Vec<Unit>,
+    units: Vec<StreamingUnit>,
     waves: usize,
     observer: Mutex<&'p mut O>,
     save: Mutex<Option<&'p mut SavePoints>>,
@@ -108,9 +108,9 @@ pub(super) fn run<O: Observer>(
 }
 
 /// Reports a panic of a thread to the others.
-struct Alarm<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
+struct PanicGuard<'a, 'p, O: Observer>(&'a Wavefront<'p, O>);
 
-impl<O: Observer> Drop for Alarm<'_, '_, O> {
+impl<O: Observer> Drop for PanicGuard<'_, '_, O> {
     fn drop(&mut self) {
         if thread::panicking() {
             self.0.fail(WorkerError::internal("a thread of the pass panicked"));
@@ -121,7 +121,7 @@ impl<O: Observer> Drop for Alarm<'_, '_, O> {
 impl<O: Observer> Wavefront<'_, O> {
     /// Runs a thread's work. An error stops all threads.
     fn watched(&self, work: impl FnOnce() -> Result<()>) {
-        let _alarm = Alarm(self);
+        let _alarm = PanicGuard(self);
         if let Err(error) = work() {
             self.fail(error);
         }
@@ -145,7 +145,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// A device's units, with their indices among all.
-    fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &Unit)> {
+    fn units_of(&self, device: usize) -> impl Iterator<Item = (usize, &StreamingUnit)> {
         self.units.iter().enumerate().filter(move |(_, unit)| self.device_of(unit.layer) == device)
     }
 
@@ -158,7 +158,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Decoded bytes of a unit.
-    fn bytes(&self, unit: &Unit) -> u64 {
+    fn bytes(&self, unit: &StreamingUnit) -> u64 {
         let device = &self.placement(self.device_of(unit.layer)).device;
         self.pass.model.kept_bytes(unit.layer, &unit.needs, self.pass.compute, product::takes_bf16(device))
     }
@@ -171,7 +171,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Runs the loader of a device. `room` receives freed memory.
-    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<Freed>) -> Result<()> {
+    fn load(&self, device: usize, pool: &TensorPool, room: &Receiver<PendingRelease>) -> Result<()> {
         let mut loader = self.pass.loader(device, pool)?;
         let limit = if self.pass.read_ahead { self.room(device) } else { 0 };
         let mut held = 0;
@@ -179,7 +179,7 @@ impl<O: Observer> Wavefront<'_, O> {
             let bytes = self.bytes(unit);
             while held > 0 && held + bytes > limit {
                 // The device's thread has ended and reported its error.
-                let Ok(Freed { bytes, release_fence }) = room.recv() else { return Ok(()) };
+                let Ok(PendingRelease { bytes, release_fence }) = room.recv() else { return Ok(()) };
                 release_fence.map(ReleaseFence::wait).transpose()?;
                 held -= bytes;
             }
@@ -199,7 +199,7 @@ impl<O: Observer> Wavefront<'_, O> {
     }
 
     /// Adds the location to an error. With a single device it is the unit.
-    fn locate(&self, error: WorkerError, unit: &Unit, device: usize) -> WorkerError {
+    fn locate(&self, error: WorkerError, unit: &StreamingUnit, device: usize) -> WorkerError {
         match self.pass.devices.len() {
             1 => error.context(unit),
             _ => error.context(format!("{unit} on {}", self.placement(device).name)),
@@ -208,7 +208,7 @@ impl<O: Observer> Wavefront<'_, O> {
 }
 
 /// A unit whose weights are on the device.
-struct Held {
+struct ResidentUnit {
     number: usize,
     /// An error is reported when a wave needs the unit. Work before it can still be computed and
     /// saved.
@@ -224,11 +224,11 @@ struct DeviceWorker<'a, 'p, O: Observer> {
     device: usize,
     clock: Clock<'a>,
     pool: &'a TensorPool,
-    freed: Sender<Freed>,
+    freed: Sender<PendingRelease>,
     /// Indices of the units still to be loaded.
     coming: VecDeque<usize>,
     /// Loaded units, in order.
-    held: VecDeque<Held>,
+    held: VecDeque<ResidentUnit>,
     /// Waiting waves by the index of their next unit, in order.
     ready: BTreeMap<usize, VecDeque<Wave>>,
     /// Observations of the layers that have begun.
@@ -238,7 +238,7 @@ struct DeviceWorker<'a, 'p, O: Observer> {
 }
 
 impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
-    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<Freed>) -> Self {
+    fn new(front: &'a Wavefront<'p, O>, device: usize, pool: &'a TensorPool, freed: Sender<PendingRelease>) -> Self {
         Self {
             front,
             device,
@@ -279,22 +279,22 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
 
     /// The earliest unit that a wave waits for.
     fn next(&self) -> Option<usize> {
-        let waits = |held: &Held| self.ready.get(&held.number).is_some_and(|waves| !waves.is_empty());
+        let waits = |held: &ResidentUnit| self.ready.get(&held.number).is_some_and(|waves| !waves.is_empty());
         self.held.iter().position(waits)
     }
 
-    fn hold(&mut self, loaded: Result<OnItsWay<LoadedUnit>>) -> Result<()> {
+    fn hold(&mut self, loaded: Result<PendingUpload<LoadedUnit>>) -> Result<()> {
         let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
         let front = self.front;
         let unit = &front.units[number];
-        let arrived = |way: OnItsWay<LoadedUnit>| way.arrived().map_err(|error| front.locate(error, unit, self.device));
+        let arrived = |pending: PendingUpload<LoadedUnit>| pending.wait().map_err(|error| front.locate(error, unit, self.device));
         let (block, memory) = match loaded.and_then(arrived) {
             Ok(LoadedUnit { tensors, memory }) => {
                 (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
             }
             Err(error) => (Err(error), Vec::new()),
         };
-        self.held.push_back(Held { number, block, memory, passed: 0 });
+        self.held.push_back(ResidentUnit { number, block, memory, passed: 0 });
         Ok(())
     }
 
@@ -361,7 +361,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     /// Releases a unit that all waves have passed.
-    fn let_go(&mut self, Held { number, block, memory, .. }: Held) -> Result<()> {
+    fn let_go(&mut self, ResidentUnit { number, block, memory, .. }: ResidentUnit) -> Result<()> {
         let front = self.front;
         let unit = &front.units[number];
         // These are views of memory that will be reused.
@@ -369,10 +369,10 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         self.pool.give_back(memory);
         let release_fence = gpu::release_fence(&front.placement(self.device).device)?;
         // The loader is gone if there is nothing more to load.
-        let _ = self.freed.send(Freed { bytes: front.bytes(unit), release_fence });
+        let _ = self.freed.send(PendingRelease { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
         if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
-            let settled = self.clock.time(Work::Statistics, || LayerObserver::settle(&mut seen));
+            let settled = self.clock.time(Work::Statistics, || LayerObserver::synchronize(&mut seen));
             settled.map_err(|error| front.locate(error, unit, self.device))?;
             // Joined before the last wave moves on, so that the next layer is joined later.
             lock(&front.observer).join(seen);
@@ -382,7 +382,7 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     /// Runs a function on a unit's layer, with the location added to errors.
-    fn at<R>(&mut self, unit: &Unit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
+    fn at<R>(&mut self, unit: &StreamingUnit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
         let mut at = LayerContext {

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Layer, Matrix, NeverHit, Passed, matrices};
+use super::{Layer, Matrix, UnroutedExpert, FinishedPass, matrices};
 use crate::checkpoint::Model;
 use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::error::{Result, WorkerError};
@@ -46,8 +46,8 @@ fn scales(largest: f32) -> Value {
 pub(super) fn write(
     [act_scales, input_scales]: [&Path; 2],
     layers: &BTreeMap<usize, Layer>,
-    pass: &Passed<'_>,
-    never_hit: &[NeverHit],
+    pass: &FinishedPass<'_>,
+    never_hit: &[UnroutedExpert],
 ) -> Result<()> {
     let model = pass.model;
     let matrices = matrices(&model.spec);

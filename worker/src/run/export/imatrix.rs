@@ -9,9 +9,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::gguf::{self, Tensor, Value};
-use super::{ENTRY, Layer, Matrix, NeverHit, Passed, Seen, matrices, names};
+use super::{ENTRY, Layer, Matrix, UnroutedExpert, FinishedPass, InputStatistics, matrices, names};
 use crate::error::{Result, WorkerError, printable};
-use crate::kernels::taps::{Input, Place};
+use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};
 
 /// Maximum characters of the text's description.
@@ -49,13 +49,13 @@ struct Entry {
 }
 
 impl Entry {
-    fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a Seen> {
-        let place: Place = (self.input, self.by_expert.then_some(at));
+    fn seen<'a>(&self, layers: &'a BTreeMap<usize, Layer>, at: usize) -> Option<&'a InputStatistics> {
+        let place: InputKey = (self.input, self.by_expert.then_some(at));
         layers.get(&self.layer)?.inputs.get(&place).filter(|seen| seen.rows > 0)
     }
 
     /// Shape `[count, columns]`; zeros where no token entered.
-    fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&Seen) -> &[f32]) -> Vec<f32> {
+    fn sums(&self, layers: &BTreeMap<usize, Layer>, of: fn(&InputStatistics) -> &[f32]) -> Vec<f32> {
         let mut all = Vec::with_capacity(self.count * self.columns);
         for at in 0..self.count {
             let Some(seen) = self.seen(layers, at).map(of) else {
@@ -130,8 +130,8 @@ pub(super) fn bytes(spec: &DecoderSpec) -> u64 {
 pub(super) fn write(
     path: &Path,
     layers: &BTreeMap<usize, Layer>,
-    pass: &Passed<'_>,
-    never_hit: &[NeverHit],
+    pass: &FinishedPass<'_>,
+    never_hit: &[UnroutedExpert],
 ) -> Result<()> {
     let architecture = pass.model.family.architecture;
     let family = names::of(architecture)
@@ -185,12 +185,12 @@ mod tests {
     }
 
     /// Layer 0, five rows at one place.
-    fn layers(place: Place, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
-        let seen = Seen { rows: 5, squares, ..Seen::default() };
+    fn layers(place: InputKey, squares: Vec<f32>) -> BTreeMap<usize, Layer> {
+        let seen = InputStatistics { rows: 5, squares, ..InputStatistics::default() };
         BTreeMap::from([(0, Layer { inputs: BTreeMap::from([(place, seen)]), ..Layer::default() })])
     }
 
-    fn squares(seen: &Seen) -> &[f32] {
+    fn squares(seen: &InputStatistics) -> &[f32] {
         &seen.squares
     }
 

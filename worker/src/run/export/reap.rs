@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Layer, Passed, Saliency};
+use super::{Layer, FinishedPass, Saliency};
 use crate::error::{Result, WorkerError};
 use crate::files::write_atomic;
 
@@ -93,7 +93,7 @@ impl OfLayer {
 ///
 /// # Errors
 /// Storage.
-pub(super) fn write(path: &Path, layers: &BTreeMap<usize, Layer>, pass: &Passed<'_>) -> Result<()> {
+pub(super) fn write(path: &Path, layers: &BTreeMap<usize, Layer>, pass: &FinishedPass<'_>) -> Result<()> {
     let none = Saliency::default();
     let of_layer = |(layer, experts): (usize, usize)| {
         let seen = layers.get(&layer);

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::processes::Marks;
+use super::processes::ProcessMarks;
 use super::record::{Folder, Ready, Record, now};
 
 /// Interval of deadline checks. Timers stop while a machine sleeps, the deadline does not.
@@ -85,7 +85,7 @@ async fn passed(deadline: Option<u64>) {
 }
 
 async fn end_everything(folder: &Folder, record: &Record) -> Result<()> {
-    let marks = Marks::new(&record.id, folder.home());
+    let marks = ProcessMarks::new(&record.id, folder.home());
     let ended = tokio::task::spawn_blocking(move || marks.end_all()).await.map_err(io::Error::other)?;
     ended.map_err(anyhow::Error::msg)
 }

@@ -22,12 +22,12 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 /// Marks of an instance's processes.
 #[derive(Clone, Debug)]
-pub(super) struct Marks {
+pub(super) struct ProcessMarks {
     mark: String,
     home: PathBuf,
 }
 
-impl Marks {
+impl ProcessMarks {
     /// The marks of the instance `id` with this home folder.
     pub(super) fn new(id: &str, home: PathBuf) -> Self {
         // The system reports real paths.
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn only_marked_processes_are_killed() {
         let home = tempfile::tempdir().unwrap();
-        let marks = Marks::new("i-test", home.path().to_owned());
+        let marks = ProcessMarks::new("i-test", home.path().to_owned());
         assert!(marks.find().unwrap().is_empty());
         marks.end_all().unwrap();
         let mut ours = Command::new("sleep").arg("100").env(MARKER, "i-test").spawn().unwrap();

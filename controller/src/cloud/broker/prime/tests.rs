@@ -252,8 +252,8 @@ fn refusal_messages_map_to_error_kinds() {
         (422, json!({"detail": [{"loc": ["body"], "msg": "Field required", "type": "missing"}]}), Kind::Rejected),
         (307, json!(""), Kind::Maybe),
     ] {
-        assert_eq!(kind_of(&Reply::recorded(Effect::Once, status, &body)), expected, "{status} {body}");
+        assert_eq!(kind_of(&Response::recorded(Idempotency::Once, status, &body)), expected, "{status} {body}");
     }
-    assert!(is_gone(&Reply::recorded(Effect::Read, 404, json!({"detail": "Pod not found"}))));
-    assert!(!is_gone(&Reply::recorded(Effect::Read, 404, "<html>404</html>")));
+    assert!(is_gone(&Response::recorded(Idempotency::Read, 404, json!({"detail": "Pod not found"}))));
+    assert!(!is_gone(&Response::recorded(Idempotency::Read, 404, "<html>404</html>")));
 }

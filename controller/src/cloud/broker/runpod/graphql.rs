@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::refused;
 use crate::cloud::broker::{BrokerError, BrokerErrorKind};
-use crate::cloud::http::{Call, Effect, Http, Method};
+use crate::cloud::http::{Call, Idempotency, Http, Method};
 
 /// RunPod's messages for missing stock, which has no code.
 const NO_CAPACITY: &[&str] = &[
@@ -29,7 +29,7 @@ pub(super) struct Operation {
     /// The requested field.
     pub(super) field: &'static str,
     pub(super) query: &'static str,
-    pub(super) effect: Effect,
+    pub(super) effect: Idempotency,
 }
 
 impl Operation {

@@ -12,7 +12,7 @@ use super::sku::{self, Sku};
 use super::{NAME, accepted, tier_word};
 use crate::cloud::broker::wire::lenient;
 use crate::cloud::broker::{BrokerError, GpuRequest, Offer, Offers, Tier};
-use crate::cloud::http::{Call, Effect, Http};
+use crate::cloud::http::{Call, Idempotency, Http};
 use crate::cloud::market;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
@@ -23,7 +23,7 @@ const HOSTS: Operation = Operation {
     field: "gpuTypes",
     query: "query Hosts($place: GpuLowestPriceInput) \
             { gpuTypes { id lowestPrice(input: $place) { minimumBidPrice minVcpu minMemory stockStatus } } }",
-    effect: Effect::Read,
+    effect: Idempotency::Read,
 };
 
 #[derive(Deserialize)]

@@ -6,11 +6,11 @@ use crate::cloud::broker::Tier;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 
 /// Minimum container disk in GB. With less, often no host is found.
-const LEAST_DISK: u64 = 20;
+const MIN_DISK: u64 = 20;
 /// Price of container disk while the pod runs (RunPod, Pod pricing): $0.10 per GB and month.
 const DISK_GB_HOUR: f64 = 0.10 / 730.0;
 /// Maximum plausible price in dollars per hour.
-const MOST: f64 = 10_000.0;
+const MAX_GPUS: f64 = 10_000.0;
 
 /// An offer's key: what is rented, in RunPod's names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ impl Sku {
 
 /// Container disk for `disk`, in RunPod's GB, which are at least 10^9 bytes.
 pub(super) fn disk_gb(disk: Option<Bytes>) -> u64 {
-    disk.map_or(0, |disk| disk.0.div_ceil(1_000_000_000)).max(LEAST_DISK)
+    disk.map_or(0, |disk| disk.0.div_ceil(1_000_000_000)).max(MIN_DISK)
 }
 
 /// Price of the whole pod: `gpus` dollars per hour for its GPUs, plus its container disk.
@@ -50,7 +50,7 @@ pub(super) fn disk_gb(disk: Option<Bytes>) -> u64 {
 /// The reason, if it is not a valid price.
 pub(super) fn price(gpus: f64, disk_gb: u64) -> Result<UsdPerHour, String> {
     // NaN is in no range.
-    if !(0.0..=MOST).contains(&gpus) {
+    if !(0.0..=MAX_GPUS).contains(&gpus) {
         return Err("its price makes no sense".to_owned());
     }
     Ok(UsdPerHour::from_dollars(gpus + disk_gb as f64 * DISK_GB_HOUR))

@@ -4,7 +4,7 @@ use super::pod::{Page, Pod};
 use super::sku::{Sku, disk_gb, price};
 use super::*;
 use crate::cloud::broker::SshEndpoint;
-use crate::cloud::http::Limits;
+use crate::cloud::http::HttpLimits;
 use crate::units::{Bytes, CudaVersion, UsdPerHour};
 
 /// A pod as documented, with `changes`.
@@ -133,8 +133,8 @@ fn offer_prices_include_disks() {
 }
 
 fn runpod() -> RunPod {
-    let http = Http::new(NAME, "http://127.0.0.1:9", None, Limits::default()).unwrap();
-    RunPod::new(Access { http, image: "runpod/pytorch:x".to_owned(), ssh_user: None, ssh_port: None })
+    let http = Http::new(NAME, "http://127.0.0.1:9", None, HttpLimits::default()).unwrap();
+    RunPod::new(ApiAccess { http, image: "runpod/pytorch:x".to_owned(), ssh_user: None, ssh_port: None })
 }
 
 fn lease() -> Lease {

@@ -47,15 +47,15 @@ pub(super) struct Cluster {
     interval: Duration,
     explain: Option<Explain>,
     login: OnceCell<Login>,
-    door: OnceCell<Option<SshEndpoint>>,
-    looks: Mutex<Option<Look>>,
+    login_endpoint: OnceCell<Option<SshEndpoint>>,
+    cached: Mutex<Option<CachedSnapshot>>,
     /// Whether a job was submitted or ended since the last snapshot.
     changed: AtomicBool,
     latest: Lock<Option<Arc<Snapshot>>>,
 }
 
 /// Time and result of the last snapshot; `None` while it is unknown.
-type Look = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
+type CachedSnapshot = (Instant, Option<Result<Arc<Snapshot>, BrokerError>>);
 
 impl Cluster {
     pub(super) fn new(ssh: OpenSsh, scratch: Option<String>, interval: Duration, explain: Option<Explain>) -> Self {
@@ -65,8 +65,8 @@ impl Cluster {
             interval,
             explain,
             login: OnceCell::new(),
-            door: OnceCell::new(),
-            looks: Mutex::default(),
+            login_endpoint: OnceCell::new(),
+            cached: Mutex::default(),
             changed: AtomicBool::new(false),
             latest: Lock::default(),
         }
@@ -150,20 +150,20 @@ impl Cluster {
     }
 
     /// The login node's address, for people.
-    pub(super) async fn door(&self, host: &str) -> SshEndpoint {
+    pub(super) async fn login_endpoint(&self, host: &str) -> SshEndpoint {
         let find = || async {
             let (user, name, port) = self.ssh.resolve().await?;
             wire::endpoint(&user, &name, port)
         };
         let named = || SshEndpoint { host: clean(host.as_bytes(), 80), port: 22, user: String::new() };
-        self.door.get_or_init(find).await.clone().unwrap_or_else(named)
+        self.login_endpoint.get_or_init(find).await.clone().unwrap_or_else(named)
     }
 
     /// A snapshot of the queue and the leases' folders, taken after the last change by this
     /// process. `squeue` runs once per interval for all callers; a failure counts as an answer.
     pub(super) async fn snapshot(&self) -> Result<Arc<Snapshot>, BrokerError> {
-        let mut look = self.looks.lock().await;
-        if let Some((at, seen)) = &*look {
+        let mut cached = self.cached.lock().await;
+        if let Some((at, seen)) = &*cached {
             let next = *at + self.interval;
             if Instant::now() < next {
                 match seen {
@@ -175,8 +175,8 @@ impl Cluster {
         let root = self.root().await?;
         self.changed.store(false, Ordering::Relaxed);
         // A cancelled snapshot counts for the interval.
-        *look = Some((Instant::now(), None));
-        let answer = self.ask(&queue::look(&root, self.name(), self.interval), Kind::Unavailable).await;
+        *cached = Some((Instant::now(), None));
+        let answer = self.ask(&queue::snapshot_script(&root, self.name(), self.interval), Kind::Unavailable).await;
         let earlier = self.latest();
         let seen = answer.and_then(|answer| Snapshot::read(&answer)).map(|mut snapshot| {
             if let Some(earlier) = &earlier {
@@ -187,7 +187,7 @@ impl Cluster {
         if let Ok(snapshot) = &seen {
             *self.latest.lock().expect("nothing panics while it is held") = Some(snapshot.clone());
         }
-        *look = Some((Instant::now(), Some(seen.clone())));
+        *cached = Some((Instant::now(), Some(seen.clone())));
         seen
     }
 

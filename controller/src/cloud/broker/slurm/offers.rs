@@ -8,13 +8,13 @@ use crate::text::clean;
 use crate::units::Bytes;
 
 /// Maximum number of offers with a start estimate, since each is a query to Slurm's scheduler.
-pub(super) const MOST_ASKED: usize = 8;
+pub(super) const MAX_ASKED: usize = 8;
 /// CPUs of a job without GPUs.
 const CPUS: u32 = 8;
 
 /// A script that prints the node groups of all partitions, or of one, and the free space for
 /// leases.
-pub(super) fn look(root: &str, partition: Option<&str>) -> String {
+pub(super) fn script(root: &str, partition: Option<&str>) -> String {
     let only = partition.map(|name| quote(&format!("--partition={name}"))).unwrap_or_default();
     let above = root.rsplit_once('/').map_or("/", |(above, _)| above);
     format!(
@@ -126,7 +126,7 @@ pub(super) struct Found {
     dropped: Vec<Dropped>,
 }
 
-/// Parses the output of [`look`] into offers for `want`.
+/// Parses the output of [`script`] into offers for `want`.
 pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     let disk = field(answer, "disk").and_then(free_kib).map(|kib| Bytes(kib.saturating_mul(1024)));
     let mut found = Found::default();
@@ -213,7 +213,7 @@ impl Found {
     /// Adds the output of [`when`].
     pub(super) fn note_starts(&mut self, answer: &str) {
         let Some(now) = field(answer, "now").and_then(|now| now.trim().parse::<u64>().ok()) else { return };
-        for (i, offer) in self.offers.iter_mut().enumerate().take(MOST_ASKED) {
+        for (i, offer) in self.offers.iter_mut().enumerate().take(MAX_ASKED) {
             let Some(words) = field(answer, &format!("start-{i}")) else { continue };
             let at = words.split(" to start at ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
             let when = match at.map(|at| at.saturating_sub(now) / 60) {

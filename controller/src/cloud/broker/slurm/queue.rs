@@ -15,9 +15,9 @@ use crate::units::UsdPerHour;
 const SUBMITTING_S: u64 = 120;
 
 /// Maximum interval of queries that several processes share. Longer intervals are not shared.
-const MOST_APART_S: u64 = 60;
+const MAX_APART_S: u64 = 60;
 /// Prints the input of [`Snapshot::read`], with an answer of `squeue` at most `interval` old.
-const LOOK: &str = include_str!("look.sh");
+const SNAPSHOT: &str = include_str!("snapshot.sh");
 
 /// The clocks of login node, compute nodes and Slurm's controller differ by no more.
 const CLOCKS_S: u64 = 30;
@@ -31,9 +31,9 @@ const ROUND_S: u64 = 600;
 /// The leases' folders below `root` that are of this `cluster`, the whole queue of one user, and
 /// how the jobs ended that it shows no more. `squeue` runs once per `interval`, however many
 /// processes look. `cluster` is empty where its name is not known.
-pub(super) fn look(root: &str, cluster: &str, interval: Duration) -> String {
-    let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MOST_APART_S));
-    format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{LOOK}")
+pub(super) fn snapshot_script(root: &str, cluster: &str, interval: Duration) -> String {
+    let (root, cluster, seconds) = (quote(root), quote(cluster), interval.as_secs().min(MAX_APART_S));
+    format!("ROOT={root} CLUSTER={cluster} INTERVAL={seconds} SUBMITTING={SUBMITTING_S}\n{SNAPSHOT}")
 }
 
 /// Rest of the first line `@<key> ...`.
@@ -114,7 +114,7 @@ enum Stage {
 
 /// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Life {
+enum JobPhase {
     Waits,
     Boots,
     Runs,
@@ -141,15 +141,15 @@ impl Job {
         tag.parse::<LeaseTag>().is_ok().then_some(tag)
     }
 
-    fn life(&self) -> Life {
+    fn life(&self) -> JobPhase {
         match self.state.as_str() {
             "PENDING" | "REQUEUED" | "REQUEUE_FED" | "REQUEUE_HOLD" | "RESV_DEL_HOLD" | "SPECIAL_EXIT"
-            | "SUSPENDED" | "STOPPED" | "EXPEDITING" => Life::Waits,
-            "CONFIGURING" | "POWER_UP_NODE" => Life::Boots,
-            "RUNNING" | "RESIZING" | "SIGNALING" => Life::Runs,
-            "COMPLETING" | "STAGE_OUT" | "UPDATE_DB" => Life::Leaves,
-            state if is_over(state) => Life::Ended,
-            _ => Life::Unknown,
+            | "SUSPENDED" | "STOPPED" | "EXPEDITING" => JobPhase::Waits,
+            "CONFIGURING" | "POWER_UP_NODE" => JobPhase::Boots,
+            "RUNNING" | "RESIZING" | "SIGNALING" => JobPhase::Runs,
+            "COMPLETING" | "STAGE_OUT" | "UPDATE_DB" => JobPhase::Leaves,
+            state if is_over(state) => JobPhase::Ended,
+            _ => JobPhase::Unknown,
         }
     }
 
@@ -255,7 +255,7 @@ fn read_place(line: &str) -> Option<(String, u64, u64)> {
 }
 
 impl Snapshot {
-    /// Parses the output of [`look`].
+    /// Parses the output of [`snapshot_script`].
     ///
     /// # Errors
     /// The output is incomplete.
@@ -290,19 +290,19 @@ impl Snapshot {
     /// The job with a tag: the live one, else the last that ended.
     fn job(&self, tag: &str) -> Option<&Job> {
         let of = || self.jobs.iter().filter(|job| job.name == tag);
-        of().find(|job| job.life() != Life::Ended).or_else(|| of().next_back())
+        of().find(|job| job.life() != JobPhase::Ended).or_else(|| of().next_back())
     }
 
     /// The live staging job of a tag.
     fn staging(&self, tag: &str) -> Option<&Job> {
-        let is_it = |job: &&Job| job.name.strip_suffix(SUFFIX) == Some(tag) && job.life() != Life::Ended;
+        let is_it = |job: &&Job| job.name.strip_suffix(SUFFIX) == Some(tag) && job.life() != JobPhase::Ended;
         self.jobs.iter().find(is_it)
     }
 
     /// Why a queued job waits.
     fn waits_for(&self, tag: &str, job: &Job) -> String {
         match self.staging(tag) {
-            Some(staging) if staging.life() == Life::Runs => {
+            Some(staging) if staging.life() == JobPhase::Runs => {
                 let partition = clean(staging.partition.as_bytes(), 40);
                 format!("job {} in {partition} fetches the model for job {}", staging.number, job.number)
             }
@@ -344,13 +344,13 @@ impl Snapshot {
             return known.then(|| past.map_or_else(|| over(None, None), |past| over(past.starts, past.ends)));
         };
         Some(match job.life() {
-            Life::Waits => over(None, None),
-            Life::Boots | Life::Runs | Life::Unknown => {
+            JobPhase::Waits => over(None, None),
+            JobPhase::Boots | JobPhase::Runs | JobPhase::Unknown => {
                 let since = job.starts.or_else(|| times.map(|times| times.began));
                 let ended_s = since.map_or_else(by_script, before).min(LONGEST_S);
                 RunTime { ended_s, since, until: job.ends }
             }
-            Life::Leaves | Life::Ended => over(job.starts, job.ends),
+            JobPhase::Leaves | JobPhase::Ended => over(job.starts, job.ends),
         })
     }
 
@@ -367,7 +367,7 @@ impl Snapshot {
 
     /// The id of a tag's live job.
     pub(super) fn number(&self, tag: &str) -> Option<String> {
-        self.job(tag).filter(|job| job.life() == Life::Runs).map(|job| job.number.clone())
+        self.job(tag).filter(|job| job.life() == JobPhase::Runs).map(|job| job.number.clone())
     }
 
     /// The final state of a tag's job, if known.
@@ -391,7 +391,7 @@ impl Snapshot {
 
     /// Whether Slurm is ending a tag's job.
     pub(super) fn is_ending(&self, tag: &str) -> bool {
-        self.job(tag).is_some_and(|job| job.life() == Life::Leaves)
+        self.job(tag).is_some_and(|job| job.life() == JobPhase::Leaves)
     }
 
     /// When the job's time is up, or was. A job that waits has all of its time, and one that was
@@ -402,42 +402,42 @@ impl Snapshot {
         match (self.job(tag), self.last_state(tag)) {
             (_, Some(state)) if lost(state) => None,
             (None, _) | (_, Some(_)) => by_its_script(),
-            (Some(job), None) if job.life() == Life::Runs => job.ends.or_else(by_its_script),
+            (Some(job), None) if job.life() == JobPhase::Runs => job.ends.or_else(by_its_script),
             // Its end by then is now, whatever ends it.
             (Some(_), None) if self.is_ending(tag) => by_its_script(),
             (Some(_), None) => None,
         }
     }
 
-    /// All jobs of the user, and all leases with a folder. `door` is the login node.
-    pub(super) fn instances(&self, door: &SshEndpoint) -> Vec<Instance> {
+    /// All jobs of the user, and all leases with a folder. `login_endpoint` is the login node.
+    pub(super) fn instances(&self, login_endpoint: &SshEndpoint) -> Vec<Instance> {
         let mut names: BTreeSet<&str> = self.leases.iter().map(|folder| folder.name.as_str()).collect();
-        let live = || self.jobs.iter().filter(|job| job.life() != Life::Ended);
+        let live = || self.jobs.iter().filter(|job| job.life() != JobPhase::Ended);
         names.extend(live().filter_map(Job::tag));
         let foreign = live().filter(|job| job.tag().is_none());
-        let leases = names.iter().map(|name| self.lease(name, door));
+        let leases = names.iter().map(|name| self.lease(name, login_endpoint));
         leases.chain(foreign.map(other)).chain(self.odd.iter().map(|line| unreadable(line))).collect()
     }
 
-    fn lease(&self, tag: &str, door: &SshEndpoint) -> Instance {
+    fn lease(&self, tag: &str, login_endpoint: &SshEndpoint) -> Instance {
         let folder = self.folder(tag);
         let job = self.job(tag);
-        let life = job.map_or(Life::Ended, Job::life);
+        let life = job.map_or(JobPhase::Ended, Job::life);
         let over = self.over(tag);
         let what = folder.map(|folder| folder.what.clone()).unwrap_or_default();
         let why = || over.clone().unwrap_or_else(|| "it is in the queue no more".to_owned());
         let state = match (life, folder.map(|folder| folder.stage)) {
-            (Life::Waits, _) => InstanceState::Queued(job.map(|job| self.waits_for(tag, job)).unwrap_or_default()),
-            (Life::Boots, _) | (Life::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
-            (Life::Runs, Some(_)) | (Life::Leaves | Life::Ended, Some(Stage::Launched)) => {
-                InstanceState::Ready(door.clone())
+            (JobPhase::Waits, _) => InstanceState::Queued(job.map(|job| self.waits_for(tag, job)).unwrap_or_default()),
+            (JobPhase::Boots, _) | (JobPhase::Ended, Some(Stage::Submitting)) => InstanceState::Booting,
+            (JobPhase::Runs, Some(_)) | (JobPhase::Leaves | JobPhase::Ended, Some(Stage::Launched)) => {
+                InstanceState::Ready(login_endpoint.clone())
             }
             // The folder is removed before the job ends.
-            (Life::Runs | Life::Leaves, None) => InstanceState::Terminating,
-            (Life::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
-            (Life::Leaves, Some(_)) => InstanceState::Booting,
-            (Life::Ended, _) => InstanceState::Failed(format!("its job is over, {}", why())),
-            (Life::Unknown, _) => {
+            (JobPhase::Runs | JobPhase::Leaves, None) => InstanceState::Terminating,
+            (JobPhase::Ended, None) if self.staging(tag).is_some() => InstanceState::Terminating,
+            (JobPhase::Leaves, Some(_)) => InstanceState::Booting,
+            (JobPhase::Ended, _) => InstanceState::Failed(format!("its job is over, {}", why())),
+            (JobPhase::Unknown, _) => {
                 InstanceState::Unknown(job.map(|job| clean(job.state.as_bytes(), 40)).unwrap_or_default())
             }
         };
@@ -461,7 +461,7 @@ impl Snapshot {
 /// A job of the user that is not this program's.
 fn other(job: &Job) -> Instance {
     let state = match job.life() {
-        Life::Waits => InstanceState::Queued(job.waits_for("")),
+        JobPhase::Waits => InstanceState::Queued(job.waits_for("")),
         _ => InstanceState::Unknown(format!("{} on {}", job.state, clean(job.node.as_bytes(), 40))),
     };
     Instance {

@@ -42,7 +42,7 @@ fn site() -> Site {
     }
 }
 
-fn door() -> SshEndpoint {
+fn login_endpoint() -> SshEndpoint {
     SshEndpoint { host: "login".into(), port: 22, user: "me".into() }
 }
 
@@ -60,7 +60,7 @@ fn folder(run: &str, stage: &str, ends: &str) -> String {
 }
 
 fn state(snapshot: &Snapshot, run: &str) -> InstanceState {
-    let found = snapshot.instances(&door()).into_iter().find(|instance| instance.id.0 == tag(run));
+    let found = snapshot.instances(&login_endpoint()).into_iter().find(|instance| instance.id.0 == tag(run));
     found.unwrap_or_else(|| panic!("{run} is listed")).state
 }
 
@@ -76,11 +76,11 @@ fn recorded_jobs_have_states_and_pending_reasons() {
         let InstanceState::Queued(why) = state(&snapshot, run) else { panic!("{run}: {:?}", state(&snapshot, run)) };
         assert!(words.iter().all(|word| why.contains(word)), "{why}");
     }
-    assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(door()));
+    assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(login_endpoint()));
     assert_eq!(state(&snapshot, "r1"), InstanceState::Booting, "it is completing");
     let InstanceState::Failed(why) = state(&snapshot, "r5") else { panic!("it waited for too long") };
     assert!(why.contains("DEADLINE"), "{why}");
-    let all = snapshot.instances(&door());
+    let all = snapshot.instances(&login_endpoint());
     let foreign: Vec<&Instance> = all.iter().filter(|instance| instance.tag().is_none()).collect();
     let names: Vec<&str> = foreign.iter().map(|instance| instance.name.as_str()).collect();
     assert_eq!(names, ["we|ird", "other"], "a name may hold anything, and nothing of it is read: {foreign:?}");
@@ -91,16 +91,16 @@ fn recorded_jobs_have_states_and_pending_reasons() {
 fn finished_job_keeps_its_folder_until_results_are_saved() {
     let leases = folder("r2", "launched", "1700000000") + &folder("r6", "waiting", "");
     let snapshot = seen(&leases, LATER);
-    assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(door()), "there may be results");
+    assert_eq!(state(&snapshot, "r2"), InstanceState::Ready(login_endpoint()), "there may be results");
     assert!(snapshot.over(&tag("r2")).is_some_and(|why| why.contains("CANCELLED")));
     assert_eq!(snapshot.ends_at(&tag("r2")), None, "its time was not up");
     // Slurm forgets ended jobs.
     let forgotten = seen(&leases, "");
-    assert_eq!(state(&forgotten, "r2"), InstanceState::Ready(door()));
+    assert_eq!(state(&forgotten, "r2"), InstanceState::Ready(login_endpoint()));
     assert!(matches!(state(&forgotten, "r6"), InstanceState::Failed(_)));
     assert_eq!(forgotten.ends_at(&tag("r2")), Some(1_700_000_000), "its script has written it down");
     let gone = seen("", LATER);
-    assert!(gone.instances(&door()).iter().all(|instance| instance.id.0 != tag("r2")), "no folder, no job");
+    assert!(gone.instances(&login_endpoint()).iter().all(|instance| instance.id.0 != tag("r2")), "no folder, no job");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn main_job_and_staging_job_form_one_instance() {
         (fetches("PENDING", "Resources"), "PENDING (Resources), may start by 1970-01-01T00:10:00Z; it fetches"),
         (fetches("COMPLETED", "None"), "job 8 in gpu: PENDING (Dependency)"),
     ] {
-        let all = seen(&lease, &queue).instances(&door());
+        let all = seen(&lease, &queue).instances(&login_endpoint());
         assert_eq!(all.len(), 1, "{all:?}");
         let InstanceState::Queued(why) = &all[0].state else { panic!("{all:?}") };
         assert!(why.contains(says), "{why}");
@@ -177,9 +177,9 @@ fn sacct_names_jobs_gone_from_the_queue() {
         ("RUNNING", "in the queue no more", true),
     ] {
         let snapshot = seen(&leases, &format!("@past {}|{word}\n@past {}|\n", tag("r1"), tag("r2")));
-        let all = snapshot.instances(&door());
+        let all = snapshot.instances(&login_endpoint());
         let shown = all.iter().find(|instance| instance.id.0 == tag("r1")).unwrap();
-        assert_eq!(shown.state, InstanceState::Ready(door()), "its files are there");
+        assert_eq!(shown.state, InstanceState::Ready(login_endpoint()), "its files are there");
         assert!(shown.hardware.starts_with("1 x a100 in gpu; ") && shown.hardware.contains(says), "{shown:?}");
         assert_eq!(snapshot.ends_at(&tag("r1")).is_some(), by_time, "{word}");
         assert!(snapshot.over(&tag("r2")).is_some_and(|why| why.contains("in the queue no more")));
@@ -248,12 +248,12 @@ fn five_hundred_jobs_are_listed_by_one_query() {
          echo \"@job $i|RUNNING|None|gpu|1|2|n1|outliers-a1b2c3-r$i-n1x-1790000000\"; i=$((i + 1)); done; }}",
         asked.display()
     );
-    let look = queue::look(root.to_str().unwrap(), "here", Duration::from_secs(60));
+    let script_of_snapshot = queue::snapshot_script(root.to_str().unwrap(), "here", Duration::from_secs(60));
     for _ in 0..2 {
-        let script = format!("{squeue}\n{look}");
+        let script = format!("{squeue}\n{script_of_snapshot}");
         let out = std::process::Command::new("sh").args(["-c", &script]).output().unwrap();
         let answer = String::from_utf8(out.stdout).unwrap();
-        let all = Snapshot::read(&answer).unwrap().instances(&door());
+        let all = Snapshot::read(&answer).unwrap().instances(&login_endpoint());
         let up = all.iter().filter(|instance| matches!(instance.state, InstanceState::Ready(_))).count();
         assert_eq!((all.len(), up), (500, 500), "{:?}", String::from_utf8_lossy(&out.stderr));
     }
@@ -311,7 +311,7 @@ fn job_being_submitted_is_booting() {
 fn truncated_list_is_an_error_and_malformed_lines_are_shown() {
     assert!(Snapshot::read(QUEUE).is_err_and(|error| error.kind == Kind::Unavailable));
     let odd = seen("", "@job 1|RUNNING\n@job x y|lower|a|b|c|d|e\n");
-    let all = odd.instances(&door());
+    let all = odd.instances(&login_endpoint());
     assert!(all.len() == 2 && all.iter().all(Instance::is_nameless), "{all:?}");
     let word = seen("", &format!("@job 1|DANCING|None|gpu|N/A|N/A|n1|{}\n", tag("r1")));
     assert_eq!(state(&word, "r1"), InstanceState::Unknown("DANCING".into()));
@@ -477,7 +477,7 @@ fn sbatch_refusals_map_to_error_kinds() {
 proptest! {
     #[test]
     fn any_answer_parses_without_panic(text in "(@job |@lease |@unstaged |@nodes |[a-z0-9|:/(),-]|\n){0,60}") {
-        let _ = Snapshot::read(&format!("{text}\n@end ")).map(|snapshot| snapshot.instances(&door()));
+        let _ = Snapshot::read(&format!("{text}\n@end ")).map(|snapshot| snapshot.instances(&login_endpoint()));
         let want = GpuRequest { gpu_count: Some(0), ..GpuRequest::default() };
         let _ = offers::read(&text, &want, &site());
     }

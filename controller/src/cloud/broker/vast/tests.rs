@@ -252,7 +252,7 @@ fn refusal_messages_map_to_error_kinds() {
         (200, json!({"success": false}), Kind::Rejected),
         (307, json!(""), Kind::Maybe),
     ] {
-        assert_eq!(kind_of(&Reply::recorded(Effect::Once, status, &body)), expected, "{status} {body}");
+        assert_eq!(kind_of(&Response::recorded(Idempotency::Once, status, &body)), expected, "{status} {body}");
     }
 }
 
@@ -265,7 +265,7 @@ fn only_an_api_answer_proves_an_instance_gone() {
         (404, "<html>404 Not Found</html>", false),
         (404, "", false),
     ] {
-        assert_eq!(is_gone(&Reply::recorded(Effect::Idempotent, status, body)), gone, "{body}");
+        assert_eq!(is_gone(&Response::recorded(Idempotency::Idempotent, status, body)), gone, "{body}");
     }
 }
 

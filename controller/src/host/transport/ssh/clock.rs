@@ -32,13 +32,13 @@ impl<'a> Clock<'a> {
     }
 
     /// Records activity of the server.
-    pub(super) fn hear(&self) {
+    pub(super) fn record_activity(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
 
     /// Adds acknowledged bytes.
     pub(super) fn acknowledge(&self, bytes: u64) {
-        self.hear();
+        self.record_activity();
         self.acknowledged.send_modify(|all| *all += bytes);
         (self.told)(self.acknowledged());
     }

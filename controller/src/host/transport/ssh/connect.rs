@@ -25,12 +25,12 @@ const BANNER_LIMIT: Duration = Duration::from_secs(20);
 /// Prefix of a greeting. A server may send lines of text before it (RFC 4253, section 4.2). The
 /// limits on them are OpenSSH's.
 const GREETING: &[u8] = b"SSH-";
-const MOST_LINES: usize = 1023;
+const MAX_LINES: usize = 1023;
 const LONGEST_LINE: usize = 8192;
 /// Characters of such lines that are kept for messages.
 const SHOWN: usize = 200;
 /// Pause between two looks at an incomplete greeting.
-const LOOK: Duration = Duration::from_millis(50);
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 /// Time limit of the key exchange, and of the login.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 
@@ -38,7 +38,7 @@ const HANDSHAKE_LIMIT: Duration = Duration::from_secs(30);
 const REKEY_TIME: Duration = Duration::from_secs(3600);
 
 /// Channels that a server may try to open before its connection is closed.
-const MOST_OPENED: u32 = 10;
+const MAX_OPENED: u32 = 10;
 
 /// Number of channels that a host has tried to open to this machine. None is requested and none
 /// accepted.
@@ -48,19 +48,19 @@ pub(super) struct ChannelCount(Arc<AtomicU32>);
 impl ChannelCount {
     /// Counts one attempt. Too many are an error, which ends the connection.
     fn note(&self) -> Result<(), russh::Error> {
-        match self.0.fetch_add(1, Ordering::Relaxed) < MOST_OPENED {
+        match self.0.fetch_add(1, Ordering::Relaxed) < MAX_OPENED {
             true => Ok(()),
             false => Err(russh::Error::Disconnect),
         }
     }
 
     /// The error for a host that opened too many channels.
-    pub(super) fn misconduct(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
+    pub(super) fn too_many_channels(&self, endpoint: &SshEndpoint) -> Option<TransportError> {
         let message = format!(
-            "{endpoint}: the host misbehaves: it tried to open more than {MOST_OPENED} channels to this machine, \
+            "{endpoint}: the host misbehaves: it tried to open more than {MAX_OPENED} channels to this machine, \
              and was asked for none"
         );
-        let too_many = self.0.load(Ordering::Relaxed) > MOST_OPENED;
+        let too_many = self.0.load(Ordering::Relaxed) > MAX_OPENED;
         too_many.then(|| TransportError::new(Kind::Remote, message))
     }
 }
@@ -131,7 +131,7 @@ pub(super) async fn open(
     let (mut handle, seen) = handshake(endpoint, stream, pin, tuning, opened).await?;
     let login = timeout(HANDSHAKE_LIMIT, log_in(endpoint, &mut handle, key)).await;
     let login = login.unwrap_or_else(|_| Err(too_long(endpoint, "login", HANDSHAKE_LIMIT)));
-    login.map_err(|error| opened.misconduct(endpoint).unwrap_or(error))?;
+    login.map_err(|error| opened.too_many_channels(endpoint).unwrap_or(error))?;
     Ok((handle, seen))
 }
 
@@ -173,9 +173,9 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Re
         false => format!("; it said {:?}", clean(&said, 80)),
     };
     let what = match began {
-        Ok(Ok(Began::Greeting)) => return Ok(()),
-        Ok(Ok(Began::Closed)) => "the connection was closed before the server's greeting",
-        Ok(Ok(Began::Flood)) => "more text than a server may send comes before its greeting",
+        Ok(Ok(FirstBytes::Greeting)) => return Ok(()),
+        Ok(Ok(FirstBytes::Closed)) => "the connection was closed before the server's greeting",
+        Ok(Ok(FirstBytes::Flood)) => "more text than a server may send comes before its greeting",
         Ok(Err(e)) => return Err(broken(endpoint, &russh::Error::IO(e))),
         Err(_) => {
             let error = too_long(endpoint, "the server's greeting", BANNER_LIMIT);
@@ -186,14 +186,14 @@ async fn wait_for_greeting(endpoint: &SshEndpoint, stream: &mut TcpStream) -> Re
 }
 
 /// First bytes from a server.
-enum Began {
+enum FirstBytes {
     Greeting,
     Closed,
     Flood,
 }
 
 /// Reads the text before the greeting and keeps its start in `said`.
-async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<Began> {
+async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<FirstBytes> {
     let mut seen = [0; 4096];
     // Length of the current line.
     let (mut lines, mut length) = (0, 0);
@@ -201,14 +201,14 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         let n = stream.peek(&mut seen).await?;
         let there = &seen[..n];
         if n == 0 {
-            return Ok(Began::Closed);
+            return Ok(FirstBytes::Closed);
         }
         if length == 0 && there.starts_with(GREETING) {
-            return Ok(Began::Greeting);
+            return Ok(FirstBytes::Greeting);
         }
         if length == 0 && GREETING.starts_with(there) {
             // The peeked bytes stay readable, so that the next look would return at once.
-            tokio::time::sleep(LOOK).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             continue;
         }
         let end = there.iter().position(|b| *b == b'\n');
@@ -216,8 +216,8 @@ async fn take_preface(stream: &mut TcpStream, said: &mut Vec<u8>) -> io::Result<
         said.extend_from_slice(&there[..taken.min(SHOWN.saturating_sub(said.len()))]);
         stream.read_exact(&mut seen[..taken]).await?;
         length += taken;
-        if lines == MOST_LINES || length > LONGEST_LINE + "\r\n".len() {
-            return Ok(Began::Flood);
+        if lines == MAX_LINES || length > LONGEST_LINE + "\r\n".len() {
+            return Ok(FirstBytes::Flood);
         }
         if end.is_some() {
             (lines, length) = (lines + 1, 0);

@@ -46,7 +46,7 @@ pub(super) async fn feed(
     stdin: &[u8],
     clock: &Clock<'_>,
 ) -> Result<ExecOutput, TransportError> {
-    run(handle, command, stdin, &name(command), &|| clock.hear()).await
+    run(handle, command, stdin, &name(command), &|| clock.record_activity()).await
 }
 
 fn name(command: &str) -> String {
@@ -58,7 +58,7 @@ async fn run(
     command: &str,
     stdin: &[u8],
     name: &str,
-    hear: &(dyn Fn() + Send + Sync),
+    record_activity: &(dyn Fn() + Send + Sync),
 ) -> Result<ExecOutput, TransportError> {
     let fail = |e: russh::Error| broken(&name, &e);
     let channel = open(handle).await.map_err(fail)?;
@@ -72,7 +72,7 @@ async fn run(
     };
     tokio::pin!(feed);
     let mut feeding = true;
-    let mut gathered = Gathered::default();
+    let mut gathered = CollectedOutput::default();
     loop {
         let message = tokio::select! {
             () = &mut feed, if feeding => {
@@ -81,7 +81,7 @@ async fn run(
             }
             message = from.wait() => message,
         };
-        hear();
+        record_activity();
         if let Some(result) = gathered.take(message, name) {
             // The server may wait for this side's close. An error means that it closed first.
             let _ = to.close().await;
@@ -103,14 +103,14 @@ async fn open(handle: &Handle<Client>) -> Result<Channel, russh::Error> {
 
 /// Output of a channel so far.
 #[derive(Default)]
-struct Gathered {
+struct CollectedOutput {
     stdout: Vec<u8>,
     stderr: Vec<u8>,
     status: Option<i32>,
     signalled: bool,
 }
 
-impl Gathered {
+impl CollectedOutput {
     /// Processes one message; `Some` when the channel is closed.
     ///
     /// The status may arrive before or after the last data and the end of file, so only the

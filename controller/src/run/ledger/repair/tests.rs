@@ -1,7 +1,7 @@
 use super::super::tests::spec;
 use super::*;
 use crate::run::deploy::fake::offer;
-use crate::run::{Brought, Intent, RunOutcome};
+use crate::run::{SavedResults, Intent, RunOutcome};
 
 fn creating(owner: &str, run: &str) -> RunEvent {
     let tag = crate::cloud::broker::LeaseTag { owner: owner.into(), run: run.into(), nonce: "n".into(), deadline: 7 };
@@ -14,7 +14,7 @@ fn finished(ledger: &Ledger, results: &Path) -> String {
     let id = run.record().id.clone();
     let folder = results.join(format!("m-{id}"));
     fs::create_dir_all(&folder).unwrap();
-    let results = Brought { folder: folder.to_string_lossy().into_owned(), complete: true };
+    let results = SavedResults { folder: folder.to_string_lossy().into_owned(), complete: true };
     for event in [
         creating(ledger.owner(), &id),
         RunEvent::Created { instance: crate::cloud::broker::InstanceId("i".into()), price: None },

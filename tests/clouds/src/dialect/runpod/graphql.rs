@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{GPUS, RunPod, cuda, gpu_id, invalid, sold};
-use crate::{Answer, Dialect, Op, Order, Refusal, Request, Stock, World};
+use crate::{ApiResponse, Dialect, Op, Order, Refusal, Request, Stock, CloudState};
 
 pub(super) const SOLD_OUT: &str =
     "There are no longer any instances available with the requested specifications. Please refresh and try again.";
@@ -93,25 +93,25 @@ pub(super) fn operation(request: &Request) -> Option<Op> {
 }
 
 /// A refusal: status 200 with `errors`, except for errors before GraphQL is parsed.
-pub(super) fn refuse(refusal: &Refusal) -> Answer {
+pub(super) fn refuse(refusal: &Refusal) -> ApiResponse {
     let error = |message: &str, code: &str| json!([{"message": message, "extensions": {"code": code}}]);
-    let done = |message: &str| Answer::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
+    let done = |message: &str| ApiResponse::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
     match refusal {
         Refusal::NoCapacity => done(SOLD_OUT),
         Refusal::Funds => done("Your account balance is too low to deploy a pod. Please add funds."),
         Refusal::NotFound => done("pod not found to terminate"),
-        Refusal::Unauthorized => Answer::json(401, &json!({"errors": error("Unauthorized", "UNAUTHENTICATED")})),
-        Refusal::Invalid(message) => Answer::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")})),
-        Refusal::RateLimited(after) => Answer::text(429, "Too Many Requests").retry_after(*after),
+        Refusal::Unauthorized => ApiResponse::json(401, &json!({"errors": error("Unauthorized", "UNAUTHENTICATED")})),
+        Refusal::Invalid(message) => ApiResponse::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")})),
+        Refusal::RateLimited(after) => ApiResponse::text(429, "Too Many Requests").retry_after(*after),
         Refusal::Broken(status) => {
             let message = "Something went wrong. Please try again later or contact support.";
-            Answer::json(*status, &json!({"errors": error(message, "INTERNAL_SERVER_ERROR")}))
+            ApiResponse::json(*status, &json!({"errors": error(message, "INTERNAL_SERVER_ERROR")}))
         }
     }
 }
 
 impl RunPod {
-    pub(super) fn graphql(&self, world: &mut World, request: &Request) -> Result<Answer, Refusal> {
+    pub(super) fn graphql(&self, state: &mut CloudState, request: &Request) -> Result<ApiResponse, Refusal> {
         let document: Document = request.read()?;
         let field = document.field().ok_or_else(|| unknown(&document.query))?;
         let needed = || invalid("an input is needed");
@@ -120,19 +120,19 @@ impl RunPod {
                 document.variable::<Value>(field)?;
                 json!({"id": "user_2abc", "email": "someone@example.com", "clientBalance": 42.5})
             }
-            "gpuTypes" => types(world, &document.variable(field)?.ok_or_else(needed)?)?,
+            "gpuTypes" => types(state, &document.variable(field)?.ok_or_else(needed)?)?,
             "podTerminate" => {
                 let input: Terminate = document.variable(field)?.ok_or_else(needed)?;
-                world.end(&input.pod_id).then_some(Value::Null).ok_or(Refusal::NotFound)?
+                state.end(&input.pod_id).then_some(Value::Null).ok_or(Refusal::NotFound)?
             }
-            _ => self.rent(world, document.variable(field)?.ok_or_else(needed)?, field == "podRentInterruptable")?,
+            _ => self.rent(state, document.variable(field)?.ok_or_else(needed)?, field == "podRentInterruptable")?,
         };
-        Ok(Answer::json(200, &json!({"data": {field: value}})))
+        Ok(ApiResponse::json(200, &json!({"data": {field: value}})))
     }
 
-    fn rent(&self, world: &mut World, input: Rent, spot: bool) -> Result<Value, Refusal> {
+    fn rent(&self, state: &mut CloudState, input: Rent, spot: bool) -> Result<Value, Refusal> {
         let deadline = input.check(spot)?;
-        let stock = input.choose(world, spot)?.clone();
+        let stock = input.choose(state, spot)?.clone();
         // RunPod's GB may be a GiB; this is the smaller reading.
         let disk_gib = (input.container_disk_in_gb * 1_000_000_000) >> 30;
         let public_key = input.env.iter().find(|variable| variable.key == "PUBLIC_KEY");
@@ -143,7 +143,7 @@ impl RunPod {
             public_key: public_key.map(|variable| variable.value.clone()),
             price: self.price(&stock, disk_gib),
         };
-        let id = world.rent(order)?.id;
+        let id = state.rent(order)?.id;
         if let Some(deadline) = deadline {
             self.set_deadline(id.clone(), deadline);
         }
@@ -218,7 +218,7 @@ impl Rent {
         deadline.map(|deadline| deadline.ok_or_else(|| invalid("DateTime cannot represent it"))).transpose()
     }
 
-    fn choose<'a>(&self, world: &'a World, spot: bool) -> Result<&'a Stock, Refusal> {
+    fn choose<'a>(&self, state: &'a CloudState, spot: bool) -> Result<&'a Stock, Refusal> {
         let gpu = GPUS.into_iter().find(|gpu| gpu_id(*gpu) == self.gpu_type_id).ok_or(Refusal::NoCapacity)?;
         let tiers: &[bool] = match self.cloud_type {
             Cloud::All => &[true, false],
@@ -235,7 +235,7 @@ impl Rent {
             let memory = self.min_memory_in_gb.is_none_or(|min| stock.ram_gib.is_some_and(|ram| ram >= min));
             stock.gpus == self.gpu_count && stock.left > 0 && stock.cuda >= min_cuda && bid && here && memory
         };
-        let mut sold = tiers.iter().flat_map(|secure| sold(world, gpu, *secure, spot)).filter(fits);
+        let mut sold = tiers.iter().flat_map(|secure| sold(state, gpu, *secure, spot)).filter(fits);
         sold.next().ok_or(Refusal::NoCapacity)
     }
 }
@@ -243,7 +243,7 @@ impl Rent {
 /// `GpuLowestPriceInput`.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Place {
+struct LowestPriceInput {
     gpu_count: u32,
     secure_cloud: bool,
     data_center_id: Option<String>,
@@ -253,7 +253,7 @@ struct Place {
 }
 
 /// `gpuTypes`: all of them, each with the cheapest host at a place.
-fn types(world: &World, place: &Place) -> Result<Value, Refusal> {
+fn types(state: &CloudState, place: &LowestPriceInput) -> Result<Value, Refusal> {
     let min_cuda = match &place.min_cuda_version {
         Some(text) => cuda(text).ok_or_else(|| invalid("minCudaVersion"))?,
         None => (0, 0),
@@ -265,7 +265,7 @@ fn types(world: &World, place: &Place) -> Result<Value, Refusal> {
         stock.gpus == place.gpu_count && stock.left > 0 && stock.cuda >= min_cuda && here && memory && disk
     };
     let types = GPUS.into_iter().map(|gpu| {
-        let hosts = |spot| sold(world, gpu, place.secure_cloud, spot).filter(fits);
+        let hosts = |spot| sold(state, gpu, place.secure_cloud, spot).filter(fits);
         let cheapest = |spot| hosts(spot).map(|stock| stock.price.0.dollars()).reduce(f64::min);
         let all = || hosts(false).chain(hosts(true));
         let in_stock = all().next().is_some();

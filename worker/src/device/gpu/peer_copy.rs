@@ -10,13 +10,13 @@ use crate::error::{Result, WorkerError};
 
 /// A tensor that is being copied to another GPU. Its source must live until this has arrived or
 /// was dropped.
-pub struct Passing {
-    passing: outliers_cuda::Passing,
+pub struct PeerCopy {
+    peer_copy: outliers_cuda::PeerCopy,
     shape: Vec<usize>,
     dtype: DType,
 }
 
-impl Passing {
+impl PeerCopy {
     /// Starts the copy of a contiguous tensor to another GPU while both compute. `None` if the
     /// devices are not two GPUs, or for a dtype that no pass uses.
     ///
@@ -36,15 +36,15 @@ impl Passing {
             CudaStorageSlice::F16(x) => Stored::F16(x.slice(start..end)),
             _ => return Ok(None),
         };
-        let passing = outliers_cuda::Passing::start(&stored, &from, &to.cuda_stream())?;
-        Ok(Some(Self { passing, shape: x.dims().to_vec(), dtype: x.dtype() }))
+        let peer_copy = outliers_cuda::PeerCopy::start(&stored, &from, &to.cuda_stream())?;
+        Ok(Some(Self { peer_copy, shape: x.dims().to_vec(), dtype: x.dtype() }))
     }
 
     /// The tensor on the GPU to which it was copied.
     ///
     /// # Errors
     /// Errors of the driver.
-    pub fn arrive(self, device: &Device) -> Result<Tensor> {
+    pub fn wait(self, device: &Device) -> Result<Tensor> {
         let Device::Cuda(device) = device else {
             return Err(WorkerError::internal("a tensor arrives elsewhere than on the GPU it was sent to"));
         };
@@ -57,7 +57,7 @@ impl Passing {
     }
 
     fn arrive_as<T: CudaDType>(self, device: &CudaDevice) -> Result<Tensor> {
-        let slice = self.passing.arrive::<T>(&device.cuda_stream())?;
+        let slice = self.peer_copy.wait::<T>(&device.cuda_stream())?;
         let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, device.clone()));
         Ok(Tensor::from_storage(storage, self.shape, BackpropOp::none(), false))
     }

@@ -5,12 +5,12 @@ use crate::compare::table::short;
 
 /// Steps from the threshold to the largest magnitude by a constant factor; step 0 is below the
 /// threshold.
-pub(super) struct Heat {
+pub(super) struct ColourSteps {
     pub(super) threshold: f64,
     pub(super) largest: f64,
 }
 
-impl Heat {
+impl ColourSteps {
     const ABOVE: u8 = Colour::STEPS - 1;
 
     fn factor(&self) -> f64 {
@@ -39,7 +39,7 @@ mod tests {
 
     #[test]
     fn heat_steps_are_geometric_from_threshold_to_maximum() {
-        let heat = Heat { threshold: 6.0, largest: 768.0 };
+        let heat = ColourSteps { threshold: 6.0, largest: 768.0 };
         assert_eq!([5.99, 6.0, 11.9, 12.1, 768.0, 1e9].map(|x| heat.step(x)), [0, 1, 1, 2, 7, 7]);
         assert_eq!(heat.words().len(), usize::from(Colour::STEPS));
         assert_eq!(&heat.words()[..3], ["|x| < 6", ">= 6", ">= 12"]);

@@ -8,7 +8,7 @@ use outliers_clouds::{FakeCloud, Op};
 use outliers_protocol::files;
 use outliers_tests::context::TestContext;
 
-use crate::clouds::Place;
+use crate::clouds::CloudContext;
 use crate::deploy::{SLOW, signal, signal_worker, slow_deploy, worker_is_busy};
 
 const SIGHUP: i32 = 1;
@@ -97,11 +97,11 @@ fn detached_run_continues_and_attach_saves_its_results() {
 #[test]
 fn detach_is_refused_on_clouds_without_self_termination() {
     let cloud = FakeCloud::start(Lambda);
-    let place = Place::new(&[&cloud]);
-    let said = place.context.run(Place::deployment().into_iter().chain(["--detach".to_owned()]));
+    let place = CloudContext::new(&[&cloud]);
+    let said = place.context.run(CloudContext::deployment().into_iter().chain(["--detach".to_owned()]));
     assert_eq!(said.code, Some(2), "{said:?}");
     assert!(said.stderr.contains("--detach") && said.stderr.contains("lambda"), "{said:?}");
-    assert_eq!(cloud.world().count(Op::Create), 0);
+    assert_eq!(cloud.state().count(Op::Create), 0);
 }
 
 fn lines(text: &str) -> Vec<&str> {

@@ -14,18 +14,18 @@ impl Span {
 }
 
 /// Most kept spans.
-const MOST: usize = 256;
+const MAX_SPANS: usize = 256;
 
 /// Kept spans, none adjacent to another, in the order in which they were kept. Allocates nothing.
-pub(crate) struct Kept {
-    spans: [Span; MOST],
+pub(crate) struct FreeList {
+    spans: [Span; MAX_SPANS],
     count: usize,
     bytes: usize,
 }
 
-impl Kept {
+impl FreeList {
     pub(crate) const fn new() -> Self {
-        Self { spans: [Span { at: 0, bytes: 0 }; MOST], count: 0, bytes: 0 }
+        Self { spans: [Span { at: 0, bytes: 0 }; MAX_SPANS], count: 0, bytes: 0 }
     }
 
     /// Bytes of all spans.
@@ -56,7 +56,7 @@ impl Kept {
             let beside = self.remove(index);
             span = Span { at: span.at.min(beside.at), bytes: span.bytes + beside.bytes };
         }
-        let oldest = (self.count == MOST).then(|| self.remove(0));
+        let oldest = (self.count == MAX_SPANS).then(|| self.remove(0));
         self.bytes -= oldest.map_or(0, |oldest| oldest.bytes);
         self.spans[self.count] = span;
         self.count += 1;
@@ -64,9 +64,9 @@ impl Kept {
     }
 
     /// Removes at most this many bytes of the oldest span. `None` if there is none.
-    pub(crate) fn drop_some(&mut self, most: usize) -> Option<Span> {
+    pub(crate) fn drop_some(&mut self, max_bytes: usize) -> Option<Span> {
         let oldest = self.spans[..self.count].first_mut()?;
-        let bytes = most.min(oldest.bytes);
+        let bytes = max_bytes.min(oldest.bytes);
         oldest.bytes -= bytes;
         self.bytes -= bytes;
         let dropped = Span { at: oldest.end(), bytes };
@@ -102,7 +102,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_byte_is_given_twice_or_lost(steps in prop::collection::vec((0..3u8, 0..400usize, 1..9usize), 1..800)) {
-            let (mut kept, mut places) = (Kept::new(), BTreeSet::new());
+            let (mut kept, mut places) = (FreeList::new(), BTreeSet::new());
             for (kind, at, bytes) in steps {
                 let span = Span { at, bytes };
                 match kind {
@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn best_fit_is_taken_and_neighbours_are_merged() {
-        let mut kept = Kept::new();
+        let mut kept = FreeList::new();
         for (at, bytes) in [(100, 50), (200, 10), (300, 20)] {
             assert_eq!(kept.keep(Span { at, bytes }), None);
         }
@@ -146,11 +146,11 @@ mod tests {
 
     #[test]
     fn oldest_block_is_released_when_too_many_are_kept() {
-        let mut kept = Kept::new();
-        for place in 0..MOST {
+        let mut kept = FreeList::new();
+        for place in 0..MAX_SPANS {
             assert_eq!(kept.keep(Span { at: 2 * place, bytes: 1 }), None);
         }
-        assert_eq!(kept.keep(Span { at: 2 * MOST, bytes: 1 }), Some(Span { at: 0, bytes: 1 }));
-        assert_eq!(kept.bytes(), MOST);
+        assert_eq!(kept.keep(Span { at: 2 * MAX_SPANS, bytes: 1 }), Some(Span { at: 0, bytes: 1 }));
+        assert_eq!(kept.bytes(), MAX_SPANS);
     }
 }

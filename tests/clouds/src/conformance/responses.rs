@@ -30,7 +30,7 @@ pub async fn readings_are_tried_again(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
     for how in [How::Refuse(Refusal::Broken(502)), How::CutBody, How::Refuse(Refusal::RateLimited(None))] {
-        [Op::Offers, Op::List, Op::Get].into_iter().for_each(|op| cloud.world().fail(op, how.clone()));
+        [Op::Offers, Op::List, Op::Get].into_iter().for_each(|op| cloud.state().fail(op, how.clone()));
         assert!(!broker.offers(&want()).await.expect("the second try is answered").offers.is_empty());
         assert_eq!(broker.list().await.expect("the second try is answered").len(), 1);
         assert!(broker.get(&made.id).await.expect("the second try is answered").is_some());
@@ -42,7 +42,7 @@ pub async fn terminations_are_tried_again(cloud: &FakeCloud) {
     let broker = cloud.broker();
     for how in [How::Refuse(Refusal::Broken(500)), How::CutBody] {
         let (_, made) = rent(&*broker).await;
-        cloud.world().fail_after(Op::Terminate, how);
+        cloud.state().fail_after(Op::Terminate, how);
         broker.terminate(&made.id).await.expect("it is gone");
         assert_eq!(live(cloud), []);
     }
@@ -51,7 +51,7 @@ pub async fn terminations_are_tried_again(cloud: &FakeCloud) {
 /// The same without any answer.
 pub async fn unanswered_terminations_are_tried_again(cloud: &FakeCloud) {
     let (_, made) = rent(&*cloud.broker()).await;
-    cloud.world().fail_after(Op::Terminate, How::Hang);
+    cloud.state().fail_after(Op::Terminate, How::Hang);
     cloud.impatient_broker().terminate(&made.id).await.expect("it is gone");
     assert_eq!(live(cloud), []);
 }
@@ -61,16 +61,16 @@ pub async fn nonsense_is_no_list(cloud: &FakeCloud) {
     let broker = cloud.broker();
     rent(&*broker).await;
     for how in nonsense() {
-        cloud.world().fail_always(Op::List, how.clone());
+        cloud.state().fail_always(Op::List, how.clone());
         let listed = broker.list().await;
-        cloud.world().faults.clear();
+        cloud.state().faults.clear();
         assert!(kind(&listed).is_some_and(is_trouble), "{how:?}: {listed:?}");
     }
 }
 
 /// The same without any answer.
 pub async fn silence_is_no_list(cloud: &FakeCloud) {
-    cloud.world().fail_always(Op::List, How::Hang);
+    cloud.state().fail_always(Op::List, How::Hang);
     let listed = cloud.impatient_broker().list().await;
     assert_eq!(kind(&listed), Some(BrokerErrorKind::Unavailable), "{listed:?}");
 }
@@ -79,9 +79,9 @@ pub async fn silence_is_no_list(cloud: &FakeCloud) {
 pub async fn nonsense_is_no_offer(cloud: &FakeCloud) {
     let broker = cloud.broker();
     for how in nonsense() {
-        cloud.world().fail_always(Op::Offers, how.clone());
+        cloud.state().fail_always(Op::Offers, how.clone());
         let offers = broker.offers(&want()).await;
-        cloud.world().faults.clear();
+        cloud.state().faults.clear();
         assert!(kind(&offers).is_some_and(is_trouble), "{how:?}: {offers:?}");
     }
 }
@@ -91,9 +91,9 @@ pub async fn nonsense_is_not_gone(cloud: &FakeCloud) {
     let broker = cloud.broker();
     let (_, made) = rent(&*broker).await;
     for how in nonsense() {
-        cloud.world().fail_always(Op::Get, how.clone());
+        cloud.state().fail_always(Op::Get, how.clone());
         let read = broker.get(&made.id).await;
-        cloud.world().faults.clear();
+        cloud.state().faults.clear();
         assert!(kind(&read).is_some_and(is_trouble), "{how:?}: {read:?}");
     }
 }
@@ -108,7 +108,7 @@ pub async fn keys_are_shown_nowhere(cloud: &FakeCloud) {
     let broker = cloud.connect(KEY, limits(), Some(explain));
     let (offer, made) = (first_offer(&*broker).await, rent(&*broker).await.1);
     for op in [Op::Check, Op::Offers, Op::Create, Op::List, Op::Get, Op::Terminate, Op::Keys] {
-        cloud.world().fail_always(op, How::EchoKey);
+        cloud.state().fail_always(op, How::EchoKey);
     }
     let said = [
         in_words(broker.check().await),
@@ -141,7 +141,7 @@ pub async fn ids_stay_ids(cloud: &FakeCloud) {
 }
 
 fn nonsense() -> [How; 7] {
-    let teapot = crate::Answer::text(418, "I'm a teapot");
+    let teapot = crate::ApiResponse::text(418, "I'm a teapot");
     let broken = How::Refuse(Refusal::Broken(500));
     [How::NotJson, How::OtherJson, How::Html, How::Empty, How::CutBody, broken, How::Say(teapot)]
 }

@@ -8,23 +8,23 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 
-use crate::landing::{Landing, Part, StreamPerContext};
+use crate::readback::{Readback, Part, StreamPerContext};
 use crate::statistics::Stored;
 
 /// Values in transfer to another GPU. Their source may be freed after the transfer is complete or
 /// this is dropped, not before.
 #[must_use]
-pub struct Passing {
+pub struct PeerCopy {
     /// The destination; `None` after the values were taken.
     bytes: Option<CudaSlice<u8>>,
     arrived: CudaEvent,
     /// The stream that computes and frees the source.
     from: Arc<CudaStream>,
     /// The host buffer, if the GPUs have no peer access.
-    through: Option<Landing>,
+    through: Option<Readback>,
 }
 
-impl Passing {
+impl PeerCopy {
     /// Starts the copy of values computed by `from` to the GPU on which `to` computes. Does not
     /// wait.
     ///
@@ -49,10 +49,10 @@ impl Passing {
             unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
             None
         } else {
-            let landing = Landing::ask(from, &[Part::at(x.address(from), x.bytes())])?;
+            let readback = Readback::start(from, &[Part::at(x.address(from), x.bytes())])?;
             // SAFETY: room for all of it, which nobody reads before the event.
-            unsafe { landing.go_on(at, &mail) }?;
-            Some(landing)
+            unsafe { readback.upload_after(at, &mail) }?;
+            Some(readback)
         };
         // The event blocks: a waiting thread sleeps.
         let arrived = mail.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
@@ -64,7 +64,7 @@ impl Passing {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub fn arrive<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
+    pub fn wait<T>(mut self, compute: &Arc<CudaStream>) -> Result<CudaSlice<T>, DriverError> {
         compute.wait(&self.arrived)?;
         let bytes = self.bytes.take().expect("there until it arrives");
         let count = bytes.len() / size_of::<T>();
@@ -76,7 +76,7 @@ impl Passing {
     }
 }
 
-impl Drop for Passing {
+impl Drop for PeerCopy {
     fn drop(&mut self) {
         // After a GPU error no copy is pending.
         let _ = self.from.wait(&self.arrived);
@@ -102,7 +102,7 @@ fn reaches(reader: &CudaContext, other: &CudaContext) -> bool {
 
 /// `CUmemAccessDesc`: location type, location number, access flags.
 #[repr(C)]
-struct Access {
+struct MemoryAccess {
     kind: c_uint,
     device: c_int,
     allowed: c_uint,
@@ -111,7 +111,7 @@ struct Access {
 unsafe extern "C" {
     fn cuDeviceCanAccessPeer(can: *mut c_int, device: c_int, other: c_int) -> c_int;
     fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, device: c_int) -> c_int;
-    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const Access, count: usize) -> c_int;
+    fn cuMemPoolSetAccess(pool: *mut c_void, access: *const MemoryAccess, count: usize) -> c_int;
 }
 
 /// <https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MALLOC__ASYNC.html>
@@ -119,7 +119,7 @@ fn let_in(reader: c_int, other: c_int) -> bool {
     const DEVICE: c_uint = 1;
     const READ_AND_WRITE: c_uint = 3;
     let (mut can, mut pool) = (0, std::ptr::null_mut());
-    let access = Access { kind: DEVICE, device: reader, allowed: READ_AND_WRITE };
+    let access = MemoryAccess { kind: DEVICE, device: reader, allowed: READ_AND_WRITE };
     // SAFETY: the first two write one answer each; the third reads one description.
     unsafe {
         cuDeviceCanAccessPeer(&raw mut can, reader, other) == 0
@@ -132,11 +132,11 @@ fn let_in(reader: c_int, other: c_int) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     #[test]
     #[ignore = "the process that the other starts"]
-    fn pass_on_and_read() {
+    fn copy_and_read() {
         crate::find().unwrap();
         let open = |gpu| CudaContext::new(gpu).unwrap().new_stream().unwrap();
         let (first, second) = (open(0), open(1));
@@ -145,23 +145,23 @@ mod tests {
         for round in 0..60usize {
             let values: Vec<f32> = (0..1 + 997 * (round % 7)).map(|at| (round * 10_000 + at) as f32).collect();
             let source = first.clone_htod(&values).unwrap();
-            let passing = Passing::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
+            let peer_copy = PeerCopy::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
             bytes += 4 * values.len() as u64;
             if round % 9 == 8 {
                 // Dropped without being taken.
-                drop((passing, source));
+                drop((peer_copy, source));
                 continue;
             }
-            waiting.push((passing, source, values));
+            waiting.push((peer_copy, source, values));
             if waiting.len() > 3 {
-                let (passing, source, values) = waiting.remove(0);
-                let there = passing.arrive::<f32>(&second).unwrap();
+                let (peer_copy, source, values) = waiting.remove(0);
+                let there = peer_copy.wait::<f32>(&second).unwrap();
                 drop(source);
                 assert_eq!(second.clone_dtoh(&there).unwrap(), values, "round {round}");
             }
         }
-        for (passing, source, values) in waiting {
-            let there = passing.arrive::<f32>(&second).unwrap();
+        for (peer_copy, source, values) in waiting {
+            let there = peer_copy.wait::<f32>(&second).unwrap();
             drop(source);
             assert_eq!(second.clone_dtoh(&there).unwrap(), values);
         }
@@ -182,7 +182,7 @@ mod tests {
                     ("OUTLIERS_GPU_PEERS", peers),
                     ("OUTLIERS_GPU_DELAY_US", delay),
                 ];
-                assert_eq!(said_by("passing::tests::pass_on_and_read", &environment), way, "{delay} us");
+                assert_eq!(test_output("peer_copy::tests::copy_and_read", &environment), way, "{delay} us");
             }
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::processes::MARKER;
 use super::record::Folder;
-use crate::cloud::broker::Way;
+use crate::cloud::broker::InstanceTransport;
 use crate::host::transport::local::LocalTransport;
 
 /// User name of an instance.
@@ -15,7 +15,7 @@ const PATH: &str =
     "/usr/local/nvidia/bin:/usr/local/cuda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Access to the instance `id` in `folder`.
-pub(super) fn way(id: &str, folder: Folder) -> Way {
+pub(super) fn transport(id: &str, folder: Folder) -> InstanceTransport {
     let home = folder.home();
     let home = home.canonicalize().unwrap_or(home);
     // The instance sees only the GPUs it rented.
@@ -39,5 +39,5 @@ pub(super) fn way(id: &str, folder: Folder) -> Way {
     let shell = ["env", "-i", "TERM=xterm"].map(str::to_owned).into_iter().chain(words).chain(program).collect();
     let name = format!("instance {id}");
     let transport = LocalTransport::new(name.clone(), home, environment, move || folder.admit());
-    Way { transport: Arc::new(transport), name, shell, needs_guard: true }
+    InstanceTransport { transport: Arc::new(transport), name, shell, needs_guard: true }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers_protocol::ModelSource;
 use serde::Serialize;
 
-use super::{Model, Problem, Session, Todo, in_words};
+use super::{Model, Problem, Session, ModelAction, in_words};
 use crate::cli::settings::Span;
 use crate::cloud::broker::Offer;
 use crate::cloud::estimate::Estimate;
@@ -72,7 +72,7 @@ struct Surveyed<'a> {
     schema: u32,
     survey: &'a str,
     folder: String,
-    models: Vec<Came>,
+    models: Vec<ModelResult>,
     /// Cost of all runs of the survey.
     cost: Usd,
     exit_status: u8,
@@ -80,7 +80,7 @@ struct Surveyed<'a> {
 
 /// Result of a model.
 #[derive(Serialize)]
-struct Came {
+struct ModelResult {
     #[serde(flatten)]
     line: IndexEntry,
     /// Cost of its latest run.
@@ -91,7 +91,7 @@ struct Came {
     status: ExitStatus,
 }
 
-impl Came {
+impl ModelResult {
     fn has_failed(&self) -> bool {
         matches!(self.line.outcome, ModelOutcome::Partial | ModelOutcome::Failed)
     }
@@ -99,14 +99,14 @@ impl Came {
 
 impl Session<'_> {
     /// Planned actions for all models.
-    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [Todo], problems: &[Problem]) -> Vec<ModelRow<'r>> {
-        let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r Todo))| {
+    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [ModelAction], problems: &[Problem]) -> Vec<ModelRow<'r>> {
+        let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r ModelAction))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();
-            let outcome = self.member(model).look(runs).0.outcome;
+            let outcome = self.member(model).index_entry(runs).0.outcome;
             let to_do = match (todo, outcome) {
-                (Todo::PickUp(_), _) => "pick up",
-                (Todo::Run(_), _) => "run",
+                (ModelAction::PickUp(_), _) => "pick up",
+                (ModelAction::Run(_), _) => "run",
                 _ if problem.is_some() => "cannot be run",
                 (_, ModelOutcome::Complete) => "nothing: complete",
                 (_, ModelOutcome::Partial | ModelOutcome::Failed) => "nothing: failed",
@@ -130,7 +130,7 @@ impl Session<'_> {
     }
 
     /// Prints the plan.
-    pub(super) fn show(&self, runs: &[RunRecord], todo: &[Todo], problems: &[Problem]) -> ExitStatus {
+    pub(super) fn show(&self, runs: &[RunRecord], todo: &[ModelAction], problems: &[Problem]) -> ExitStatus {
         for model in self.models.iter().filter(|model| model.wanted) {
             if let ModelSource::Hub { id, revision } = &model.identity.job.model
                 && !is_commit(revision)
@@ -176,7 +176,7 @@ impl Session<'_> {
     /// Prints the result. The exit status is that of the most urgent run.
     pub(super) fn conclude(&self, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ExitStatus {
         let wanted = self.models.iter().filter(|model| model.wanted);
-        let models: Vec<Came> = wanted.map(|model| self.came(model, runs, stuck)).collect();
+        let models: Vec<ModelResult> = wanted.map(|model| self.came(model, runs, stuck)).collect();
         let status = ExitStatus::worst(models.iter().map(|came| came.status));
         let surveyed = Surveyed {
             schema: SCHEMA,
@@ -197,8 +197,8 @@ impl Session<'_> {
         status
     }
 
-    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> Came {
-        let (line, run) = self.member(model).look(runs);
+    fn came(&self, model: &Model<'_>, runs: &[RunRecord], stuck: &[(String, DriveError)]) -> ModelResult {
+        let (line, run) = self.member(model).index_entry(runs);
         let status = match (line.outcome, run) {
             _ if stuck.iter().any(|(name, _)| *name == model.entry.name) => ExitStatus::InstanceLeft,
             (ModelOutcome::Complete, _) => ExitStatus::Done,
@@ -211,7 +211,7 @@ impl Session<'_> {
         };
         let place = self.asked.folder.join(&model.entry.name);
         let figures = (line.outcome == ModelOutcome::Complete).then(|| HeadlineFigures::read(&place)).flatten();
-        Came { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
+        ModelResult { cost: run.map_or(Usd::ZERO, |run| run.cost(now_ms())), figures, line, status }
     }
 
     fn in_words(&self, surveyed: &Surveyed<'_>) -> String {

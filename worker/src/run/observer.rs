@@ -7,14 +7,14 @@ use candle_core::Tensor;
 use crate::blocks::attention::{FirstKey, TopShares};
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::error::{Result, WorkerError};
-use crate::kernels::taps::Taps;
+use crate::kernels::input_collectors::InputCollectors;
 use crate::pass::ablation::Sharpness;
 use crate::run::export::{Exports, Layer};
 use crate::run::output::ActivationDump;
 use crate::stats::{LayerObserver, Observer, Site, Study};
 
 /// The observers of the whole pass or of one layer.
-pub struct Watch {
+pub struct RunObserver {
     /// The statistics.
     pub study: Study,
     /// The file of activations, if the job saves them. A pass that writes it cannot be resumed.
@@ -25,7 +25,7 @@ pub struct Watch {
     pub exports: Option<Exports>,
 }
 
-impl LayerObserver for Watch {
+impl LayerObserver for RunObserver {
     fn wants(&self, site: Site) -> bool {
         self.study.wants(site) || self.dump.as_ref().is_some_and(|dump| dump.wants(site))
     }
@@ -49,8 +49,8 @@ impl LayerObserver for Watch {
         self.study.expert(layer, expert, first_token, rows)
     }
 
-    fn taps(&self) -> Option<Taps> {
-        self.exports.as_ref()?.taps()
+    fn collectors(&self) -> Option<InputCollectors> {
+        self.exports.as_ref()?.collectors()
     }
 
     fn attention(&mut self, layer: usize, arms: &[TopShares]) -> Result<()> {
@@ -73,12 +73,12 @@ impl LayerObserver for Watch {
         self.dump.as_mut().map_or(Ok(()), |dump| dump.routing(layer, first_token, choices))
     }
 
-    fn settle(&mut self) -> Result<()> {
-        self.study.settle()
+    fn synchronize(&mut self) -> Result<()> {
+        self.study.synchronize()
     }
 }
 
-impl Observer for Watch {
+impl Observer for RunObserver {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::tap::{InputSums, Tap};
+use crate::kernels::input_collector::{InputSums, InputCollector};
 use crate::model::decoder::Role;
 
 /// An input of matrices of a layer.
@@ -48,33 +48,33 @@ impl Input {
 }
 
 /// An input, with the expert's index if each expert has a separate one.
-pub type Place = (Input, Option<usize>);
+pub type InputKey = (Input, Option<usize>);
 
-/// The taps of one layer. Clones share them.
+/// The collectors of one layer. Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Taps(Arc<Mutex<BTreeMap<Place, Tap>>>);
+pub struct InputCollectors(Arc<Mutex<BTreeMap<InputKey, InputCollector>>>);
 
-impl Taps {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<Place, Tap>> {
+impl InputCollectors {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<InputKey, InputCollector>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The tap for a matrix; `None` if another matrix with the same input has it.
-    pub fn of(&self, role: Role, expert: Option<usize>) -> Option<Tap> {
+    /// The collector for a matrix; `None` if another matrix with the same input has it.
+    pub fn of(&self, role: Role, expert: Option<usize>) -> Option<InputCollector> {
         match self.all().entry((Input::of(role), expert)) {
             Entry::Occupied(_) => None,
-            Entry::Vacant(free) => Some(free.insert(Tap::default()).clone()),
+            Entry::Vacant(free) => Some(free.insert(InputCollector::default()).clone()),
         }
     }
 
-    /// The tap of the queries of latent attention.
-    pub fn queries(&self) -> Tap {
+    /// The collector of the queries of latent attention.
+    pub fn queries(&self) -> InputCollector {
         self.all().entry((Input::Queries, None)).or_default().clone()
     }
 
-    /// Returns the sums of all taps and resets them.
-    pub fn take(&self) -> impl Iterator<Item = (Place, InputSums)> + use<> {
-        std::mem::take(&mut *self.all()).into_iter().map(|(place, tap)| (place, tap.take()))
+    /// Returns the sums of all collectors and resets them.
+    pub fn take(&self) -> impl Iterator<Item = (InputKey, InputSums)> + use<> {
+        std::mem::take(&mut *self.all()).into_iter().map(|(place, collector)| (place, collector.take()))
     }
 }
 
@@ -85,18 +85,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn matrices_with_the_same_input_share_one_tap() {
-        let taps = Taps::default();
-        let tapped = |role, expert| taps.of(role, expert).is_some();
-        assert!(tapped(Role::QProj, None) && !tapped(Role::KProj, None) && !tapped(Role::OutputGate, None));
-        assert!(tapped(Role::ExpertUp, Some(0)) && !tapped(Role::ExpertGate, Some(0)));
-        assert!(tapped(Role::ExpertUp, Some(1)));
-        assert!(tapped(Role::ExpertDown, Some(1)) && tapped(Role::OProj, None) && tapped(Role::Router, None));
-        taps.queries().see(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
-        let seen: BTreeMap<Place, InputSums> = taps.take().collect();
+    fn matrices_with_the_same_input_share_one_collector() {
+        let collectors = InputCollectors::default();
+        let collected = |role, expert| collectors.of(role, expert).is_some();
+        assert!(collected(Role::QProj, None) && !collected(Role::KProj, None) && !collected(Role::OutputGate, None));
+        assert!(collected(Role::ExpertUp, Some(0)) && !collected(Role::ExpertGate, Some(0)));
+        assert!(collected(Role::ExpertUp, Some(1)));
+        assert!(collected(Role::ExpertDown, Some(1)) && collected(Role::OProj, None) && collected(Role::Router, None));
+        collectors.queries().add(&Tensor::new(&[[1f32, 2.0]], &Device::Cpu).unwrap()).unwrap();
+        let seen: BTreeMap<InputKey, InputSums> = collectors.take().collect();
         assert_eq!(seen.len(), 7);
         assert_eq!(seen[&(Input::Queries, None)].values, [1.0, 2.0]);
         assert_eq!(seen[&(Input::of(Role::ExpertGateUp), Some(1))].rows, 0);
-        assert_eq!(taps.take().count(), 0);
+        assert_eq!(collectors.take().count(), 0);
     }
 }

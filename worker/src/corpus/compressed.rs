@@ -7,7 +7,7 @@ use flate2::read::MultiGzDecoder;
 use outliers_protocol::CorpusCompression;
 
 use super::file::{RangedFile, too_long};
-use super::foreign;
+use super::non_text;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 
@@ -15,19 +15,19 @@ use crate::error::{Result, WorkerError};
 const PIECE: u64 = 16 << 20;
 
 /// The content of a compressed file.
-pub(super) struct Unpacked {
+pub(super) struct Decompressed {
     name: String,
     bytes: Vec<u8>,
 }
 
-impl Unpacked {
-    /// Decompresses a file of at most `most` bytes.
-    pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, most: u64) -> Result<Self> {
+impl Decompressed {
+    /// Decompresses a file of at most `limit` bytes.
+    pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, limit: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();
-        unpack(Pieces::of(file), compression, most, &mut bytes).map_err(|error| damaged(file, compression, error))?;
-        if bytes.len() as u64 > most {
-            return Err(too_long(format!("{name} has more bytes when it is unpacked"), most));
+        decompress(Pieces::of(file), compression, limit, &mut bytes).map_err(|error| damaged(file, compression, error))?;
+        if bytes.len() as u64 > limit {
+            return Err(too_long(format!("{name} has more bytes when it is unpacked"), limit));
         }
         Ok(Self { name, bytes })
     }
@@ -36,28 +36,28 @@ impl Unpacked {
 /// The error of a damaged file, or of reading it.
 fn damaged(file: &dyn RangedFile, compression: CorpusCompression, error: io::Error) -> WorkerError {
     let (said, wanted) = match compression {
-        CorpusCompression::Gzip => ("gzip", &foreign::GZIP),
-        CorpusCompression::Zstd => ("zstd", &foreign::ZSTD),
+        CorpusCompression::Gzip => ("gzip", &non_text::GZIP),
+        CorpusCompression::Zstd => ("zstd", &non_text::ZSTD),
     };
     let error = match error.downcast::<WorkerError>() {
         Ok(error) => return error,
         Err(error) => error,
     };
-    let why = foreign::other(file, Some(wanted))
+    let why = non_text::other(file, Some(wanted))
         .map_or_else(|| shown(&error.to_string()), |found| format!("it is {}", found.name));
     let message = format!("{} cannot be unpacked with {said}: {why}", file.name());
     WorkerError::corpus(message).hint("the file is damaged, not all there, or has the ending of another format")
 }
 
 /// Decompresses at most one byte more than the limit.
-fn unpack(from: Pieces<'_>, compression: CorpusCompression, most: u64, into: &mut Vec<u8>) -> io::Result<usize> {
+fn decompress(from: Pieces<'_>, compression: CorpusCompression, limit: u64, into: &mut Vec<u8>) -> io::Result<usize> {
     match compression {
-        CorpusCompression::Gzip => MultiGzDecoder::new(from).take(most + 1).read_to_end(into),
-        CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(most + 1).read_to_end(into),
+        CorpusCompression::Gzip => MultiGzDecoder::new(from).take(limit + 1).read_to_end(into),
+        CorpusCompression::Zstd => zstd::Decoder::new(from)?.take(limit + 1).read_to_end(into),
     }
 }
 
-impl RangedFile for Unpacked {
+impl RangedFile for Decompressed {
     fn name(&self) -> &str {
         &self.name
     }

@@ -58,11 +58,11 @@ impl InputSums {
         });
     }
 
-    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most `most`
-    /// values.
-    fn add_from(&mut self, x: &Tensor, most: usize) -> Result<()> {
+    /// Adds `x` `[rows, width]` from sums made in f32 on its device, over parts of at most
+    /// `max_values` values.
+    fn add_from(&mut self, x: &Tensor, max_values: usize) -> Result<()> {
         let (mut sums, width) = (Vec::new(), self.largest.len());
-        for part in parts(x, most)? {
+        for part in parts(x, max_values)? {
             let part = part.to_dtype(DType::F32)?;
             sums.push(part.sqr()?.sum(0)?);
             sums.push(part.sum(0)?);
@@ -83,14 +83,14 @@ impl InputSums {
 
 /// An observer of a matrix's input. Clones add to the same sums.
 #[derive(Clone, Debug, Default)]
-pub struct Tap(Arc<Mutex<InputSums>>);
+pub struct InputCollector(Arc<Mutex<InputSums>>);
 
-impl Tap {
+impl InputCollector {
     /// Adds `x` `[.., width]`, whose rows follow the earlier ones.
     ///
     /// # Errors
     /// The width differs from that of earlier inputs. Errors of the device.
-    pub fn see(&self, x: &Tensor) -> Result<()> {
+    pub fn add(&self, x: &Tensor) -> Result<()> {
         let width = x.dim(D::Minus1)?;
         let x = x.reshape(((), width))?;
         let mut sums = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -147,10 +147,10 @@ pub fn on_host<T>(x: &Tensor, see: impl FnOnce(&[f32]) -> T) -> Result<T> {
     Ok(see(&values))
 }
 
-/// Views of `x` with whole rows, each of at most `most` values or of one row.
-fn parts(x: &Tensor, most: usize) -> Result<Vec<Tensor>> {
+/// Views of `x` with whole rows, each of at most `max_values` values or of one row.
+fn parts(x: &Tensor, max_values: usize) -> Result<Vec<Tensor>> {
     let rows = x.dims().first().copied().unwrap_or(1);
-    let each = (most * rows / x.elem_count().max(1)).max(1);
+    let each = (max_values * rows / x.elem_count().max(1)).max(1);
     if each >= rows {
         return Ok(vec![x.clone()]);
     }
@@ -178,9 +178,9 @@ mod tests {
     }
 
     fn seen(parts: &[&[f32]], width: usize) -> InputSums {
-        let tap = Tap::default();
-        parts.iter().for_each(|part| tap.see(&tensor(part, width)).unwrap());
-        tap.take()
+        let collector = InputCollector::default();
+        parts.iter().for_each(|part| collector.add(&tensor(part, width)).unwrap());
+        collector.take()
     }
 
     proptest! {
@@ -209,9 +209,9 @@ mod tests {
                 prop_assert_eq!(whole.largest[column], all().fold(0f32, |most, x| most.max(x.abs())));
             }
             // As on a GPU: sums in f32, over all rows and over two at a time.
-            for most in [PART, 2 * width] {
+            for max_values in [PART, 2 * width] {
                 let mut made_there = InputSums::of_width(width);
-                made_there.add_from(&tensor(&x, width), most).unwrap();
+                made_there.add_from(&tensor(&x, width), max_values).unwrap();
                 for (there, here) in made_there.squares.iter().zip(&whole.squares) {
                     prop_assert!((there - here).abs() <= 1e-5 * here, "{} {}", there, here);
                 }
@@ -231,8 +231,8 @@ mod tests {
     #[test]
     fn parts_of_a_tensor_are_its_rows_in_their_order() {
         let x = Tensor::arange(0f32, 70.0, &Device::Cpu).unwrap().reshape((7, 10)).unwrap();
-        let rows = |most: usize| -> Vec<usize> {
-            let parts = parts(&x, most).unwrap();
+        let rows = |max_values: usize| -> Vec<usize> {
+            let parts = parts(&x, max_values).unwrap();
             let values = Tensor::cat(&parts, 0).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(values, x.to_vec2::<f32>().unwrap());
             parts.iter().map(|part| part.dim(0).unwrap()).collect()
@@ -245,11 +245,11 @@ mod tests {
 
     #[test]
     fn tap_restarts_after_its_sums_are_taken() {
-        let tap = Tap::default();
-        tap.clone().see(&tensor(&[3.0, -4.0], 2)).unwrap();
-        assert!(tap.see(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
-        let sums = tap.take();
+        let collector = InputCollector::default();
+        collector.clone().add(&tensor(&[3.0, -4.0], 2)).unwrap();
+        assert!(collector.add(&tensor(&[1.0], 1)).unwrap_err().to_string().contains("width 1 after others of width 2"));
+        let sums = collector.take();
         assert_eq!((sums.rows, sums.squares, sums.largest), (1, vec![9.0, 16.0], vec![3.0, 4.0]));
-        assert_eq!(tap.take(), InputSums::default());
+        assert_eq!(collector.take(), InputSums::default());
     }
 }

@@ -54,7 +54,7 @@ impl Gpu {
 /// Stock of a cloud. A dialect leaves out what its cloud cannot offer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stock {
-    /// Id in this world; digits only, since some clouds number their offers.
+    /// Id in this cloud; digits only, since some clouds number their offers.
     pub id: String,
     /// GPU model.
     pub gpu: Gpu,
@@ -200,7 +200,7 @@ fn each_entry(answer: &mut Value, act: &mut impl FnMut(&mut Map<String, Value>))
 
 /// State of an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Life {
+pub enum InstanceStatus {
     /// Not reachable yet.
     Booting,
     /// It has an address.
@@ -209,7 +209,7 @@ pub enum Life {
     Failed,
     /// Stopped, and billed.
     Stopped,
-    /// Ended. Clouds may list it for a while ([`World::lingers`]).
+    /// Ended. Clouds may list it for a while ([`CloudState::lingers`]).
     Ended,
 }
 
@@ -229,7 +229,7 @@ pub struct FakeInstance {
     /// Price per hour.
     pub price: UsdPerHour,
     /// State.
-    pub life: Life,
+    pub life: InstanceStatus,
     /// A status to show instead of the cloud's, to imitate a new one.
     pub odd_status: Option<String>,
     /// Address of its SSH server once it runs.
@@ -246,7 +246,7 @@ pub struct FakeInstance {
 impl FakeInstance {
     /// Whether it bills.
     pub fn is_live(&self) -> bool {
-        self.life != Life::Ended
+        self.life != InstanceStatus::Ended
     }
 
     /// Cost until now.
@@ -293,7 +293,7 @@ pub type Watch = Arc<dyn Fn(usize, Moment) + Send + Sync>;
 pub type Host = Arc<dyn Fn(&FakeInstance) -> Rented + Send + Sync>;
 
 /// State of a fake cloud. Tests may read and change it.
-pub struct World {
+pub struct CloudState {
     /// Unix seconds, by which the bill is computed. Stands still unless a test advances it or sets
     /// a pace.
     pub now: u64,
@@ -336,13 +336,13 @@ pub struct World {
     made: u64,
 }
 
-impl fmt::Debug for World {
+impl fmt::Debug for CloudState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("World").field("instances", &self.instances).field("keys", &self.keys).finish_non_exhaustive()
+        f.debug_struct("CloudState").field("instances", &self.instances).field("keys", &self.keys).finish_non_exhaustive()
     }
 }
 
-impl Default for World {
+impl Default for CloudState {
     fn default() -> Self {
         Self {
             now: SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
@@ -369,7 +369,7 @@ impl Default for World {
     }
 }
 
-impl World {
+impl CloudState {
     /// Injects a fault into the next request of this kind, which has no effect.
     pub fn fail(&mut self, on: Op, how: How) {
         self.faults.push(Fault { on, applied: false, how, times: 1 });
@@ -411,7 +411,7 @@ impl World {
         self.requests.iter().filter(|request| request.op == Some(op)).count()
     }
 
-    /// A number that is unique in this world.
+    /// A number that is unique in this cloud.
     pub fn new_id(&mut self) -> String {
         self.made += 1;
         (70_000 + self.made).to_string()
@@ -438,7 +438,7 @@ impl World {
             disk_gib: order.disk_gib,
             public_key: order.public_key,
             price: order.price,
-            life: Life::Booting,
+            life: InstanceStatus::Booting,
             odd_status: None,
             // An address for documentation, RFC 5737.
             ssh: SshEndpoint { host: "198.51.100.7".to_owned(), port: 22, user: "root".to_owned() },
@@ -485,7 +485,7 @@ impl World {
         let Some(instance) = self.instances.iter_mut().find(|instance| instance.id == id && instance.is_live()) else {
             return false;
         };
-        instance.life = Life::Ended;
+        instance.life = InstanceStatus::Ended;
         instance.ended_at = Some(now);
         (instance.listings, instance.looks) = (0, 0);
         self.machines.remove(id);
@@ -509,7 +509,7 @@ impl World {
     /// Instances in a list now, oldest first.
     pub fn listed(&self) -> Vec<FakeInstance> {
         let shown = |instance: &&FakeInstance| match instance.life {
-            Life::Ended => instance.looks <= self.lingers,
+            InstanceStatus::Ended => instance.looks <= self.lingers,
             _ => instance.listings > self.shown_after,
         };
         self.instances.iter().filter(shown).cloned().collect()
@@ -531,8 +531,8 @@ impl World {
 
 fn look(instance: &mut FakeInstance, boots_after: u32) {
     instance.looks = instance.looks.saturating_add(1);
-    if instance.life == Life::Booting && instance.looks > boots_after {
-        instance.life = Life::Running;
+    if instance.life == InstanceStatus::Booting && instance.looks > boots_after {
+        instance.life = InstanceStatus::Running;
     }
 }
 
@@ -540,49 +540,49 @@ fn look(instance: &mut FakeInstance, boots_after: u32) {
 mod tests {
     use super::*;
 
-    fn order(world: &World, at: usize) -> Order {
-        let stock = &world.stock[at];
+    fn order(state: &CloudState, at: usize) -> Order {
+        let stock = &state.stock[at];
         let (price, stock) = (stock.price, stock.id.clone());
         Order { stock, name: "x".to_owned(), disk_gib: 20, public_key: None, price }
     }
 
     #[test]
     fn bill_follows_the_clock_until_termination() {
-        let mut world = World { now: 1000, ..World::default() };
-        let id = world.rent(order(&world, 0)).unwrap().id;
-        world.now += 3600;
-        assert_eq!(world.bill(), Usd::from_dollars(1.89));
-        assert!(world.end(&id));
-        assert!(!world.end(&id));
-        world.now += 3600;
-        assert_eq!(world.bill(), Usd::from_dollars(1.89));
-        assert_eq!(world.live().count(), 0);
+        let mut state = CloudState { now: 1000, ..CloudState::default() };
+        let id = state.rent(order(&state, 0)).unwrap().id;
+        state.now += 3600;
+        assert_eq!(state.bill(), Usd::from_dollars(1.89));
+        assert!(state.end(&id));
+        assert!(!state.end(&id));
+        state.now += 3600;
+        assert_eq!(state.bill(), Usd::from_dollars(1.89));
+        assert_eq!(state.live().count(), 0);
     }
 
     #[test]
     fn sold_out_stock_is_not_rented() {
-        let mut world = World::default();
-        assert_eq!(world.rent(order(&world, 3)), Err(Refusal::NoCapacity));
-        world.stock[0].left = 1;
-        world.rent(order(&world, 0)).unwrap();
-        assert_eq!(world.rent(order(&world, 0)), Err(Refusal::NoCapacity));
-        assert_eq!(world.instances.len(), 1);
+        let mut state = CloudState::default();
+        assert_eq!(state.rent(order(&state, 3)), Err(Refusal::NoCapacity));
+        state.stock[0].left = 1;
+        state.rent(order(&state, 0)).unwrap();
+        assert_eq!(state.rent(order(&state, 0)), Err(Refusal::NoCapacity));
+        assert_eq!(state.instances.len(), 1);
     }
 
     #[test]
     fn new_instance_is_listed_late_and_an_ended_one_longer() {
-        let mut world = World { shown_after: 1, boots_after: 2, lingers: 1, ..World::default() };
-        let id = world.rent(order(&world, 0)).unwrap().id;
-        let shown = |world: &mut World| {
-            world.pass_listing();
-            world.listed().first().map(|instance| instance.life)
+        let mut state = CloudState { shown_after: 1, boots_after: 2, lingers: 1, ..CloudState::default() };
+        let id = state.rent(order(&state, 0)).unwrap().id;
+        let shown = |state: &mut CloudState| {
+            state.pass_listing();
+            state.listed().first().map(|instance| instance.life)
         };
-        assert_eq!(shown(&mut world), None);
-        assert_eq!(shown(&mut world), Some(Life::Booting));
-        assert_eq!(world.look_at(&id).unwrap().life, Life::Running);
-        world.end(&id);
-        assert_eq!(shown(&mut world), Some(Life::Ended));
-        assert_eq!(shown(&mut world), None);
-        assert_eq!(world.look_at(&id), None);
+        assert_eq!(shown(&mut state), None);
+        assert_eq!(shown(&mut state), Some(InstanceStatus::Booting));
+        assert_eq!(state.look_at(&id).unwrap().life, InstanceStatus::Running);
+        state.end(&id);
+        assert_eq!(shown(&mut state), Some(InstanceStatus::Ended));
+        assert_eq!(shown(&mut state), None);
+        assert_eq!(state.look_at(&id), None);
     }
 }

@@ -11,7 +11,7 @@ use cudarc::driver::{
 };
 
 /// Bytes of the smallest buffer.
-const LEAST: usize = 1 << 18;
+const MIN_BUFFER_BYTES: usize = 1 << 18;
 /// Alignment of the parts of a buffer.
 const ALIGNMENT: usize = 8;
 
@@ -32,7 +32,7 @@ fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>,
             drop(small);
             // Not write-combined (the library's default), because the host reads the buffer.
             // SAFETY: bytes may be anything.
-            unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(LEAST), 0) }
+            unsafe { context.alloc_pinned_with_flags(bytes.next_power_of_two().max(MIN_BUFFER_BYTES), 0) }
         }
     }
 }
@@ -77,20 +77,20 @@ impl<'a> Part<'a> {
 }
 
 /// Summaries copied into one buffer, which cannot be read before the copy is complete.
-pub(crate) struct Landing {
+pub(crate) struct Readback {
     /// `Some` until this is dropped.
     buffer: Option<PinnedHostSlice<u8>>,
     /// Range of each part.
     parts: Vec<Range<usize>>,
-    landed: CudaEvent,
+    copied: CudaEvent,
 }
 
-impl Landing {
+impl Readback {
     /// Enqueues copies of the parts, in order, on the stream.
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub(crate) fn ask(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
+    pub(crate) fn start(stream: &Arc<CudaStream>, parts: &[Part<'_>]) -> Result<Self, DriverError> {
         let context = stream.context();
         context.bind_to_thread()?;
         let mut end = 0;
@@ -101,28 +101,28 @@ impl Landing {
         };
         let places = parts.iter().map(&mut place).collect();
         // The event blocks: a waiting thread sleeps.
-        let landed = context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
-        let mut landing = Self { buffer: Some(take(context, end)?), parts: places, landed };
-        let buffer = landing.buffer.as_mut().expect("it was just put there").as_mut_slice()?;
-        let asked = parts.iter().zip(&landing.parts).try_for_each(|(part, place)| {
+        let copied = context.new_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
+        let mut readback = Self { buffer: Some(take(context, end)?), parts: places, copied };
+        let buffer = readback.buffer.as_mut().expect("it was just put there").as_mut_slice()?;
+        let asked = parts.iter().zip(&readback.parts).try_for_each(|(part, place)| {
             let place = &mut buffer[place.clone()];
             // SAFETY: as many bytes are at the address and in the buffer, which is neither read nor
             // given to anybody else before the event.
             unsafe { result::memcpy_dtoh_async(place, part.address, stream.cu_stream()) }
         });
         // Also recorded after an error: drop waits for the copies enqueued before it.
-        landing.landed.record(stream)?;
+        readback.copied.record(stream)?;
         asked?;
-        Ok(landing)
+        Ok(readback)
     }
 
     /// Whether the copies are complete.
     ///
     /// # Errors
     /// Errors of the CUDA driver, including those of earlier work on the stream.
-    pub(crate) fn is_there(&self) -> Result<bool, DriverError> {
-        self.landed.context().bind_to_thread()?;
-        self.landed.try_is_complete()
+    pub(crate) fn is_complete(&self) -> Result<bool, DriverError> {
+        self.copied.context().bind_to_thread()?;
+        self.copied.try_is_complete()
     }
 
     /// Waits until the copies are complete.
@@ -130,7 +130,7 @@ impl Landing {
     /// # Errors
     /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
-        self.landed.synchronize()
+        self.copied.synchronize()
     }
 
     /// Enqueues a copy of the first part to a GPU, on a stream of that GPU, after the first copy.
@@ -140,8 +140,8 @@ impl Landing {
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub(crate) unsafe fn go_on(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
-        stream.wait(&self.landed)?;
+    pub(crate) unsafe fn upload_after(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
+        stream.wait(&self.copied)?;
         stream.context().bind_to_thread()?;
         let place = self.parts[0].clone();
         let buffer = self.buffer.as_ref().expect("there until this is dropped");
@@ -180,11 +180,11 @@ impl Landing {
     }
 }
 
-impl Drop for Landing {
+impl Drop for Readback {
     /// The buffer is the next summary's when nothing is copied to it any more.
     fn drop(&mut self) {
         // After an error of the GPU nothing is.
-        let _ = self.landed.synchronize();
+        let _ = self.copied.synchronize();
         if let Some(buffer) = self.buffer.take() {
             SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
         }
@@ -194,11 +194,11 @@ impl Drop for Landing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tests::said_by;
+    use crate::tests::test_output;
 
     #[test]
     #[ignore = "the process that the other starts"]
-    fn land_and_read() {
+    fn copy_and_read() {
         crate::find().unwrap();
         let context = CudaContext::new(0).unwrap();
         let (first, second) = (context.new_stream().unwrap(), context.new_stream().unwrap());
@@ -208,25 +208,25 @@ mod tests {
             let reals = [f64::from(round), 0.5];
             let stream = if round % 3 == 0 { &second } else { &first };
             let (a, b) = (stream.clone_htod(&words).unwrap(), stream.clone_htod(&reals).unwrap());
-            let landing = Landing::ask(stream, &[Part::of(&a, stream), Part::of(&b, stream)]).unwrap();
+            let readback = Readback::start(stream, &[Part::of(&a, stream), Part::of(&b, stream)]).unwrap();
             // What was copied is given back on its stream, and some of it nobody reads.
             drop((a, b));
             if round % 7 == 0 {
-                drop(landing);
+                drop(readback);
                 continue;
             }
-            on_their_way.push((landing, words, reals));
+            on_their_way.push((readback, words, reals));
             if on_their_way.len() > 5 {
-                let (landing, words, reals) = on_their_way.remove(0);
-                assert_eq!((landing.u32s(0).unwrap(), landing.f64s(1).unwrap()), (words, reals.to_vec()));
-                assert!(landing.is_there().unwrap());
+                let (readback, words, reals) = on_their_way.remove(0);
+                assert_eq!((readback.u32s(0).unwrap(), readback.f64s(1).unwrap()), (words, reals.to_vec()));
+                assert!(readback.is_complete().unwrap());
             }
         }
-        for (landing, words, _) in on_their_way {
-            assert_eq!(landing.u32s(0).unwrap(), words);
+        for (readback, words, _) in on_their_way {
+            assert_eq!(readback.u32s(0).unwrap(), words);
         }
-        let empty = Landing::ask(&first, &[]).unwrap();
-        while !empty.is_there().unwrap() {
+        let empty = Readback::start(&first, &[]).unwrap();
+        while !empty.is_complete().unwrap() {
             std::thread::yield_now();
         }
         drop(empty);
@@ -242,7 +242,7 @@ mod tests {
             .expect("OUTLIERS_GPU names a folder that tests/gpu/install_fake_driver.sh made");
         for delay in ["0", "300", "5000"] {
             let environment = [("LD_LIBRARY_PATH", gpu.as_str()), ("OUTLIERS_GPU_DELAY_US", delay)];
-            assert_eq!(said_by("landing::tests::land_and_read", &environment), "all there", "{delay} us");
+            assert_eq!(test_output("readback::tests::copy_and_read", &environment), "all there", "{delay} us");
         }
     }
 }

@@ -6,13 +6,13 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether this thread is inside [`caught`].
+    /// Whether this thread is inside [`catch_panic`].
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The result of `work`, or the message of its panic. After a panic, values that `work` changed
 /// must not be used.
-pub(crate) fn caught<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn catch_panic<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let usual = panic::take_hook();
@@ -39,10 +39,10 @@ mod tests {
 
     #[test]
     fn panic_message_is_returned_and_values_pass() {
-        assert_eq!(caught(|| 3), Ok(3));
-        let index = |at: usize| caught(move || [1, 2].get(at..).expect("in it").len());
+        assert_eq!(catch_panic(|| 3), Ok(3));
+        let index = |at: usize| catch_panic(move || [1, 2].get(at..).expect("in it").len());
         assert_eq!((index(1), index(5)), (Ok(1), Err("in it".to_owned())));
-        assert_eq!(caught(|| panic!("{} is odd", 3)), Err::<(), _>("3 is odd".to_owned()));
+        assert_eq!(catch_panic(|| panic!("{} is odd", 3)), Err::<(), _>("3 is odd".to_owned()));
         assert!(!QUIET.get());
     }
 }

@@ -24,13 +24,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 type Answer = Arc<dyn Fn(&str) -> Vec<u8> + Send + Sync>;
 
 /// One connection of the server.
-struct Liar {
+struct LyingServer {
     answer: Answer,
     channels: HashMap<ChannelId, Channel<Msg>>,
     scripts: HashMap<ChannelId, Vec<u8>>,
 }
 
-impl Handler for Liar {
+impl Handler for LyingServer {
     type Error = russh::Error;
 
     async fn auth_publickey(&mut self, _user: &str, _key: VerifiedPublicKey<'_>) -> Result<Auth, Self::Error> {
@@ -173,7 +173,7 @@ async fn liar(answer: impl Fn(&str) -> Vec<u8> + Send + Sync + 'static) -> (SshT
     let answer: Answer = Arc::new(answer);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            let liar = Liar { answer: answer.clone(), channels: HashMap::new(), scripts: HashMap::new() };
+            let liar = LyingServer { answer: answer.clone(), channels: HashMap::new(), scripts: HashMap::new() };
             let running = russh::server::run_stream(config.clone(), stream, liar).await.unwrap();
             // It ends with the client.
             tokio::spawn(async move { drop(running.await) });

@@ -1,4 +1,4 @@
-//! Replaces `passing` in builds without CUDA.
+//! Replaces `peer_copy` in builds without CUDA.
 
 use std::convert::Infallible;
 
@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 use crate::error::Result;
 
 /// Cannot exist without CUDA.
-pub struct Passing(Infallible);
+pub struct PeerCopy(Infallible);
 
-impl Passing {
+impl PeerCopy {
     /// Always `None`.
     ///
     /// # Errors
@@ -22,7 +22,7 @@ impl Passing {
     ///
     /// # Errors
     /// None.
-    pub fn arrive(self, _: &Device) -> Result<Tensor> {
+    pub fn wait(self, _: &Device) -> Result<Tensor> {
         match self.0 {}
     }
 }

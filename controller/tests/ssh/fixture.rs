@@ -16,13 +16,13 @@ pub(crate) const HASTY: Tuning =
     Tuning { keepalive: Duration::from_millis(500), stall: Duration::from_secs(1), rekey_after: 1 << 30 };
 
 /// A server at the end of a link.
-pub(crate) struct Scene {
+pub(crate) struct SshFixture {
     pub(crate) server: Sshd,
     pub(crate) link: FlakyLink,
     pub(crate) here: TempDir,
 }
 
-impl Scene {
+impl SshFixture {
     /// With more lines of `sshd_config`. `None` without OpenSSH.
     pub(crate) fn new(config: &str, link: impl FnOnce(&SshEndpoint) -> FlakyLink) -> Option<Self> {
         let server = Sshd::start_with(config).unwrap()?;
@@ -31,7 +31,7 @@ impl Scene {
     }
 
     /// Behind a link without delay.
-    pub(crate) fn near(config: &str) -> Option<Self> {
+    pub(crate) fn without_delay(config: &str) -> Option<Self> {
         Self::new(config, |server| FlakyLink::long(server, Duration::ZERO).unwrap())
     }
 
