@@ -10,8 +10,8 @@ use outliers::secret::Secret;
 use outliers::units::{Bytes, UsdPerHour};
 use tokio::runtime::Runtime;
 
-use crate::responses::Responses;
 use crate::assert_harmless;
+use crate::responses::Responses;
 
 /// The account's key. A cloud that repeats it must not get it into an error.
 const KEY: &str = "sk-fuzz-7d1e";

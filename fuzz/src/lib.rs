@@ -5,13 +5,13 @@ use std::future::Future;
 
 use tokio::runtime::{Builder, Runtime};
 
-pub mod responses;
 #[cfg(feature = "worker")]
 pub mod checkpoint;
 pub mod cloud;
 #[cfg(feature = "worker")]
 pub mod corpus;
 pub mod host;
+pub mod responses;
 pub mod sftp;
 
 /// A runtime whose clock advances when all tasks wait, so waits take no time.

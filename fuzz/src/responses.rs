@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use outliers::cloud::http::header::{HeaderMap, HeaderValue, RETRY_AFTER};
-use outliers::cloud::http::{RawResponse, Call, HttpTransport, NoResponse};
+use outliers::cloud::http::{Call, HttpTransport, NoResponse, RawResponse};
 
 /// The remaining answers. Clones share them.
 #[derive(Clone, Debug, Default)]

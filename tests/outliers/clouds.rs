@@ -286,7 +286,8 @@ fn amount_paid_is_at_most_the_amount_shown() {
         state.stock = vec![Stock::plain("1001", Gpu::A100, 1, 1.5), Stock::plain("1002", Gpu::A100, 1, 1.65)];
         state.fail(Op::Create, How::Refuse(Refusal::NoCapacity));
     }
-    let plan = CloudContext::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
+    let plan =
+        CloudContext::deployment().into_iter().map(|word| if word == "-y" { "--dry-run".to_owned() } else { word });
     let said = place.context.run(plan).ok();
     let plan: serde_json::Value = serde_json::from_str(&said.stdout).unwrap();
     let at_most = plan["at_most"].as_i64().unwrap();

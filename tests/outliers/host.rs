@@ -155,8 +155,11 @@ async fn run_goes_from_probe_to_results() {
 
     let worker = fixture.worker().await;
     assert!(worker.path.ends_with(&format!(".cache/outliers/bin/{}/outliers-worker", worker.sha256)));
-    assert!(fixture.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total, .. } if sent == total)));
-    let already = |fixture: &HostFixture| fixture.events.all().iter().any(|e| matches!(e, HostEvent::AlreadyThere { .. }));
+    assert!(
+        fixture.events.all().iter().any(|e| matches!(e, HostEvent::Uploading { sent, total, .. } if sent == total))
+    );
+    let already =
+        |fixture: &HostFixture| fixture.events.all().iter().any(|e| matches!(e, HostEvent::AlreadyThere { .. }));
     assert!(!already(&fixture));
     assert_eq!(fixture.worker().await, worker);
     assert!(already(&fixture));
@@ -304,14 +307,17 @@ async fn concurrent_launches_start_one_worker() {
     for round in 0..5 {
         let run = format!("race{round}");
         let spec = job("hangs");
-        let (a, b) =
-            tokio::join!(fixture.host.launch(&worker, &run, &spec, &[]), fixture.host.launch(&worker, &run, &spec, &[]));
+        let (a, b) = tokio::join!(
+            fixture.host.launch(&worker, &run, &spec, &[]),
+            fixture.host.launch(&worker, &run, &spec, &[])
+        );
         let pid = |launched| match launched {
             Launched::Started { pid } | Launched::Running { pid } => pid,
             Launched::Ended { .. } => panic!("{launched:?}"),
         };
         assert_eq!(pid(a.unwrap()), pid(b.unwrap()));
-        let starts = |fixture: &HostFixture| std::fs::read_to_string(fixture.remote(&run, "starts")).unwrap_or_default();
+        let starts =
+            |fixture: &HostFixture| std::fs::read_to_string(fixture.remote(&run, "starts")).unwrap_or_default();
         fixture.until("a start", |fixture| !starts(fixture).is_empty()).await;
         // A second one would have come by now.
         tokio::time::sleep(Duration::from_millis(300)).await;
@@ -392,7 +398,8 @@ async fn hostile_manifests_download_nothing() {
     for scenario in lies {
         fixture.launch(scenario, scenario).await;
         assert_eq!(fixture.follow(scenario).await, ENDED_WELL, "{scenario}: {}", fixture.events.logs());
-        let error = fixture.host.fetch(scenario, &fixture.home_folder(scenario), &expected(), &|_| {}).await.unwrap_err();
+        let error =
+            fixture.host.fetch(scenario, &fixture.home_folder(scenario), &expected(), &|_| {}).await.unwrap_err();
         assert_eq!(error.kind, HostErrorKind::Damaged, "{scenario}: {error}");
         assert!(!fixture.home_folder(scenario).exists(), "{scenario}");
         assert!(!unfinished(&fixture.home_folder(scenario)).exists(), "{scenario}: it says that nothing was kept");

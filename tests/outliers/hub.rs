@@ -354,7 +354,8 @@ fn broken_and_stalled_downloads_are_resumed() {
         let setup = Setup::new();
         setup.hub.fail(&format!("{SHARD}?"), 2, fault);
         setup.assert_whole(&setup.fetch().unwrap());
-        let ranges: Vec<_> = setup.hub.requests().into_iter().filter(|s| s.path.contains(&format!("{SHARD}?"))).collect();
+        let ranges: Vec<_> =
+            setup.hub.requests().into_iter().filter(|s| s.path.contains(&format!("{SHARD}?"))).collect();
         let starts: Vec<_> =
             ranges.iter().map(|seen| seen.range.as_deref().unwrap().split('-').next().unwrap()).collect();
         assert_eq!(starts, ["bytes=0", "bytes=1500000", "bytes=3000000"]);

@@ -2,11 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod ablation;
-mod detach;
 mod checkpoints;
 mod clouds;
 mod datasets;
 mod deploy;
+mod detach;
 mod docs;
 mod endings;
 mod exports;

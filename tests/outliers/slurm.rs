@@ -14,7 +14,7 @@ use outliers_protocol::{Results, files};
 use outliers_tests::cluster::Cluster;
 use outliers_tests::context::{Said, TestContext};
 use outliers_tests::golden::assert_statistics_equal;
-use outliers_tests::hub::{MockHub, Repo, ReceivedRequest};
+use outliers_tests::hub::{MockHub, ReceivedRequest, Repo};
 use outliers_tests::noise;
 use outliers_tests::programs::{golden, run_worker, workspace};
 

@@ -9,10 +9,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use outliers_protocol::{FailureKind, Manifest, Metadata, Outcome, Results, files};
-use outliers_tests::hub::{Fault, MockHub, Repo, ReceivedRequest, Wire};
+use outliers_tests::hub::{Fault, MockHub, ReceivedRequest, Repo, Wire};
 use outliers_tests::programs::worker;
 use outliers_worker::checkpoint::hub::{Hub, HubOptions, Timeouts, Token};
-use outliers_worker::checkpoint::source::{Checkpoint, TensorEntry, PlannedRead, WeightSource};
+use outliers_worker::checkpoint::source::{Checkpoint, PlannedRead, TensorEntry, WeightSource};
 use outliers_worker::error::WorkerError;
 
 use crate::hub::{ID, Setup};
@@ -335,8 +335,9 @@ fn broken_range_is_resumed_at_its_offset() {
         let range = seen.range.as_ref().unwrap().strip_prefix("bytes=").unwrap();
         range.split_once('-').unwrap().0.parse().unwrap()
     };
-    let resumed =
-        |seen: &&ReceivedRequest| ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path);
+    let resumed = |seen: &&ReceivedRequest| {
+        ranges.iter().any(|first| start(first) + 65_536 == start(seen) && first.path == seen.path)
+    };
     assert!(ranges.iter().any(|seen| resumed(&seen)), "{ranges:?}");
 }
 

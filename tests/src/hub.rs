@@ -315,7 +315,13 @@ impl Server {
         Ok(())
     }
 
-    fn file(&self, path: &str, seen: &ReceivedRequest, large: bool, fault: Option<Fault>) -> Result<Response<Body>, Refused> {
+    fn file(
+        &self,
+        path: &str,
+        seen: &ReceivedRequest,
+        large: bool,
+        fault: Option<Fault>,
+    ) -> Result<Response<Body>, Refused> {
         let (prefix, rest) = kind(path);
         let parts: Vec<&str> = rest.splitn(5, '/').collect();
         let [owner, name, _, _, file] = parts[..] else { return Err((404, "")) };

@@ -15,9 +15,9 @@ use crate::model::decoder::{DecoderSpec, Need, Role, StreamingUnit};
 
 pub mod dtype;
 pub mod hub;
+pub mod placeholder;
 pub mod safetensors;
 pub mod source;
-pub mod placeholder;
 pub mod torch;
 
 /// Maximum problems listed in one error; the others are counted.

@@ -6,13 +6,13 @@
 //! the size is limited instead.
 
 mod array;
+mod compressed;
 mod cutter;
 mod documents;
 mod file;
-mod non_text;
 mod ids;
 mod lines;
-mod compressed;
+mod non_text;
 mod parquet;
 mod rows;
 mod table;
@@ -269,7 +269,9 @@ pub fn fits(length: usize, longest: MaxSequenceLength) -> Result<()> {
         return Ok(());
     }
     let message = match longest {
-        MaxSequenceLength::Positions(_) => format!("sequences of {length} tokens exceed the model's limit of {most} positions"),
+        MaxSequenceLength::Positions(_) => {
+            format!("sequences of {length} tokens exceed the model's limit of {most} positions")
+        }
         MaxSequenceLength::SelectedKeys(_) => format!(
             "sequences of {length} tokens: beyond {most} (index_topk) this model attends to the keys that its indexer \
              selects, which is not computed"

@@ -3,6 +3,6 @@
 //! inputs of these products.
 
 pub mod fused;
-pub mod product;
 pub mod input_collector;
 pub mod input_collectors;
+pub mod product;

@@ -14,7 +14,7 @@ use sysinfo::System;
 
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::{FetchProgress, Hub};
-use crate::checkpoint::source::{Checkpoint, Container, ModelFiles, LocalSource, SyntheticSource, is_plain_name};
+use crate::checkpoint::source::{Checkpoint, Container, LocalSource, ModelFiles, SyntheticSource, is_plain_name};
 use crate::corpus::{self, Tokens};
 use crate::device::gpu;
 use crate::device::{self, MachineInfo, Placement};
@@ -30,14 +30,14 @@ use crate::pass::stream::{Pass, PassResult, Predicted};
 use crate::pass::trace;
 use crate::run::export::Exports;
 use crate::run::inspect::PlannedRun;
-use crate::run::output::{ActivationDump, OutputFolder, write_statistics};
 use crate::run::observer::RunObserver;
+use crate::run::output::{ActivationDump, OutputFolder, write_statistics};
 use crate::stats::{Scope, Study, study};
 
 pub mod export;
 pub mod inspect;
-pub mod output;
 pub mod observer;
+pub mod output;
 
 /// Runs a job and writes its files to `output`. The folder ends with a manifest that states the
 /// outcome, also after an error, unless the disk refuses the write.

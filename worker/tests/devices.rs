@@ -278,7 +278,8 @@ fn a_pass_that_died_goes_on_in_other_micro_batches() {
     let model = Model::open(&fixture.checkpoint.config, source, None).unwrap();
     let prefix = of_layer(&model, model.spec.layers.len() - 1);
     // The last of three sequences each is smaller.
-    let (one, three) = (PassOptions::on(1), PassOptions { micro_batch_tokens: 3 * fixture.tokens.tokens, ..PassOptions::on(2) });
+    let (one, three) =
+        (PassOptions::on(1), PassOptions { micro_batch_tokens: 3 * fixture.tokens.tokens, ..PassOptions::on(2) });
     assert_ne!(fixture.tokens.sequences % 3, 0);
     for (how, then) in [(one, three), (three, one)] {
         let folder = tempfile::tempdir().unwrap();
@@ -347,7 +348,12 @@ impl<F: Fn(Site, usize) -> Result<()> + Send + Sync> Observer for HookedStudy<F>
 
 impl Fixture {
     /// A pass with an action at every site, keyed by the first token of the micro-batch.
-    fn hooked(&self, how: PassOptions, meter: &Meter, hook: impl Fn(Site, usize) -> Result<()> + Send + Sync) -> Result<()> {
+    fn hooked(
+        &self,
+        how: PassOptions,
+        meter: &Meter,
+        hook: impl Fn(Site, usize) -> Result<()> + Send + Sync,
+    ) -> Result<()> {
         let hook = Arc::new(hook);
         let observer = |_: &Model<'_>, study| HookedStudy { study, hook };
         self.pass(how, &*self.checkpoint.weights, meter, observer, None).map(|_| ())

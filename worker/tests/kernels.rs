@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
-use outliers_worker::blocks::attention::{FUSED_FROM, SoftmaxAttention, AttentionRecorder};
+use outliers_worker::blocks::attention::{AttentionRecorder, FUSED_FROM, SoftmaxAttention};
 use outliers_worker::blocks::delta_net::{Convolution, inverse};
 use outliers_worker::device::gpu;
 use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, SinkLogits};

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::ffn::{self, Choices, GateUpProj, Inputs, MlpWeights, ExpertBatch, Routed};
+use outliers_worker::blocks::ffn::{self, Choices, ExpertBatch, GateUpProj, Inputs, MlpWeights, Routed};
 use outliers_worker::device::gpu::{self, Positions};
 use outliers_worker::kernels::product::{self, Linear};
 use outliers_worker::model::decoder::{GateUp, MlpKind, RouterSpec};

@@ -511,7 +511,8 @@ fn clouds(
 
 fn user_file(config: Option<&Path>, environment: &Environment) -> Result<SettingsFile, SettingsError> {
     let Some(path) = user_path(config, environment) else { return Ok(SettingsFile::default()) };
-    let text = read_text(&path, MAX_FILE_BYTES).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
+    let text =
+        read_text(&path, MAX_FILE_BYTES).map_err(|source| SettingsError::Unreadable { path: path.clone(), source })?;
     parse(&text, &path)
 }
 

@@ -68,7 +68,14 @@ pub struct Call {
 impl Call {
     /// Reads `path`, relative to the base URL, with a leading `/`.
     pub fn get(path: impl Into<String>) -> Self {
-        Self { method: Method::GET, path: path.into(), query: Vec::new(), body: None, effect: Idempotency::Read, pace: None }
+        Self {
+            method: Method::GET,
+            path: path.into(),
+            query: Vec::new(),
+            body: None,
+            effect: Idempotency::Read,
+            pace: None,
+        }
     }
 
     /// Any other call.

@@ -422,7 +422,13 @@ pub fn select(offers: Vec<Offer>, want: &GpuRequest, work: &Work) -> Result<Quot
             continue;
         }
         let removed_unknown = removed.iter().filter(|offer| (rule.fit)(offer, want) == Fit::Unknown).count();
-        steps.push(FilterStep { filter: rule.filter, option, removed: removed.len(), removed_unknown, left: left.len() });
+        steps.push(FilterStep {
+            filter: rule.filter,
+            option,
+            removed: removed.len(),
+            removed_unknown,
+            left: left.len(),
+        });
         if left.is_empty() {
             return Err(explain(rule, steps, &offers, &removed, want));
         }

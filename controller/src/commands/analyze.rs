@@ -92,7 +92,8 @@ fn cli_error(error: LocalWorkerError, folder: &Path) -> CliError {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, CliError> {
-    let text = read_small(path, MAX_FILE_BYTES).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))?;
+    let text =
+        read_small(path, MAX_FILE_BYTES).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))?;
     serde_json::from_slice(&text).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
 }
 

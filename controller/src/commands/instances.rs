@@ -6,7 +6,7 @@ use futures::future::join_all;
 use serde::Serialize;
 
 use super::{Context, Home, SCHEMA};
-use crate::cli::{InstancesCommand, BrokerFilter};
+use crate::cli::{BrokerFilter, InstancesCommand};
 use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::cloud::clouds::{Cloud, Clouds};
 use crate::host::transport::quote::quote;
@@ -77,7 +77,8 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
             Err(stuck) => silent.push(stuck.to_string()),
         }
     }
-    let shown = |reconciliation: &Reconciliation| tables::what_they_are(&reconciliation.listed, &reconciliation.actions);
+    let shown =
+        |reconciliation: &Reconciliation| tables::what_they_are(&reconciliation.listed, &reconciliation.actions);
     let words: Vec<String> = reconciliations.iter().flat_map(shown).collect();
     let all: Vec<&Instance> = reconciliations.iter().flat_map(|reconciliation| &reconciliation.listed).collect();
     let instances = all.iter().zip(&words).zip(&deadlines).map(|((instance, words), deadline)| InstanceRow {

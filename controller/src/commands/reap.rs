@@ -138,7 +138,12 @@ fn unseen(stuck: &DriveError, args: &ReapArgs) -> ReapFailure {
 
 impl<'a> CloudFindings<'a> {
     /// Selects what must end, whether it is then ended or only shown. `None`: of all owners.
-    fn of(cloud: &'a Cloud, reconciliation: Reconciliation, owner: Option<&str>, troubles: &mut Vec<ReapFailure>) -> Self {
+    fn of(
+        cloud: &'a Cloud,
+        reconciliation: Reconciliation,
+        owner: Option<&str>,
+        troubles: &mut Vec<ReapFailure>,
+    ) -> Self {
         let now = cloud.time(now_ms() / 1000);
         let runs = runs_of(&reconciliation, cloud.name());
         let is_stray = |instance: &Instance| {

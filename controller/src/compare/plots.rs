@@ -245,7 +245,11 @@ fn own_points(
     comparison.models.iter().filter_map(point).collect()
 }
 
-fn published_points(under: &CountDefinition<'_>, by: &ModelAxis, of: impl Fn(&PublishedRow) -> Option<f64>) -> Vec<Point> {
+fn published_points(
+    under: &CountDefinition<'_>,
+    by: &ModelAxis,
+    of: impl Fn(&PublishedRow) -> Option<f64>,
+) -> Vec<Point> {
     let rows = under.table.iter().flat_map(|table| &table.models).enumerate();
     rows.filter_map(|(i, row)| Some(Point { x: (by.theirs)(row)?, y: of(row)?, interval: None, key: letter(i) }))
         .collect()

@@ -147,9 +147,7 @@ impl Imported {
         }
         let odd = |tally: &&SequenceTotals| {
             let most = 0.0..=tally.features as f64;
-            tally.features > MAX_FEATURES
-                || !most.contains(&tally.layer_share)
-                || !most.contains(&tally.position_share)
+            tally.features > MAX_FEATURES || !most.contains(&tally.layer_share) || !most.contains(&tally.position_share)
         };
         if let Some(odd) = self.outliers.iter().flat_map(|outliers| &outliers.batches).find(odd) {
             return Err(format!("a batch of {} features has shares that cannot be", odd.features));

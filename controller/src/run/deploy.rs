@@ -16,7 +16,7 @@ use crate::cloud::broker::{InstanceId, Offer, RunTime};
 use crate::cloud::clouds::{Cloud, Timeouts};
 use crate::files;
 use crate::host::HostEvent;
-use crate::run::ledger::{LedgerError, CostMeter, RUN_FILE, RunRecord, RunWriter};
+use crate::run::ledger::{CostMeter, LedgerError, RUN_FILE, RunRecord, RunWriter};
 use crate::run::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
 use crate::units::{GpuTime, Span, Usd, UsdPerHour};

@@ -600,7 +600,8 @@ mod tests {
         let script =
             format!("printf '%s\\n%s' '{line}' 'half' > \"$4/progress.jsonl\"; echo said >&2; exit $(cat \"$4/code\")");
         let path = program(folder.path(), &script);
-        let worker = LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: InspectLimits::NONE };
+        let worker =
+            LocalWorker { pushed: Pushed { path: path.clone(), cuda: None }, path, limits: InspectLimits::NONE };
         let out = folder.path().join("out");
         std::fs::create_dir(&out).unwrap();
         std::fs::write(out.join("code"), "0").unwrap();

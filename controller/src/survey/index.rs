@@ -104,7 +104,8 @@ impl Index {
             schema: u32,
         }
         let damaged = |why: String| IndexError::Damaged(format!("{FILE}: {why}"));
-        let text = absent(read_small(&folder.join(FILE), MAX_FILE_BYTES)).map_err(|error| damaged(error.to_string()))?;
+        let text =
+            absent(read_small(&folder.join(FILE), MAX_FILE_BYTES)).map_err(|error| damaged(error.to_string()))?;
         let Some(text) = text else { return Ok(None) };
         let Versioned { schema } = serde_json::from_slice(&text).map_err(|error| damaged(error.to_string()))?;
         if schema != SCHEMA {

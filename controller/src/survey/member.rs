@@ -194,7 +194,7 @@ mod tests {
 
     use super::*;
     use crate::compare::fixture::copy;
-    use crate::run::{SavedResults, FailureDetail, RunEvent, RunSpec};
+    use crate::run::{FailureDetail, RunEvent, RunSpec, SavedResults};
     use crate::ui::status::tests::{ended, rented, run};
 
     /// A run of the model `owner/a` with job and key.

@@ -8,7 +8,7 @@ use crate::host::transport::quote::quote;
 use crate::run::ledger::Unreadable;
 use crate::survey::ModelOutcome;
 use crate::text::{clean, counted, markdown};
-use crate::ui::status::{FinishedRun, Status, SurveyStatus, ActiveRun};
+use crate::ui::status::{ActiveRun, FinishedRun, Status, SurveyStatus};
 
 /// The document in Markdown.
 pub fn document(status: &Status) -> String {

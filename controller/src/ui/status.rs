@@ -124,7 +124,8 @@ pub struct SurveyStatus {
 impl HeadlineFigures {
     /// Reads the figures of a result folder.
     pub fn read(folder: &Path) -> Option<Self> {
-        let results: Results = serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MAX_FILE_BYTES).ok()?).ok()?;
+        let results: Results =
+            serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MAX_FILE_BYTES).ok()?).ok()?;
         let mut verdicts = results.verdicts.iter();
         let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
         Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })
@@ -209,7 +210,8 @@ impl Status {
             }
         }
         let spent_by = |survey: &str| spent_by.get(survey).copied().unwrap_or_default();
-        let (driven, mended): (HashSet<&String>, LatestSuccess<'_>) = (driven.iter().collect(), LatestSuccess::by(runs));
+        let (driven, mended): (HashSet<&String>, LatestSuccess<'_>) =
+            (driven.iter().collect(), LatestSuccess::by(runs));
         let members = Members::of(runs);
         let (closed, open): (Vec<_>, Vec<_>) = runs.iter().partition(|run| run.state.is_closed());
         let left = |run: &&RunRecord| Usd::from_micros(run.at_most(now_ms).micros() - run.cost(now_ms).micros());
@@ -349,7 +351,7 @@ pub(crate) mod tests {
     use crate::cloud::broker::{Lease, LeaseTag, RunTime};
     use crate::run::deploy::fake::{Fake, now_ms as fake_now_ms, offer, spec};
     use crate::run::ledger::LedgerEntry;
-    use crate::run::{SavedResults, FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, next};
+    use crate::run::{FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, SavedResults, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};
     use crate::units::Bytes;
 
@@ -532,7 +534,9 @@ pub(crate) mod tests {
         events[1] = RunEvent::Created { instance: made.id, price: None };
         for (left, shown) in [(60, 60), (7200, 1800)] {
             let until = Some(NOW_MS / 1000 + left);
-            fake.set(|simulation| simulation.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until }));
+            fake.set(|simulation| {
+                simulation.run_time = Some(RunTime { ended_s: 0, since: Some(NOW_MS / 1000), until })
+            });
             let runs = [run("run1", "owner/a", 10, events.clone())];
             let mut status = Status::of(&runs, &[], Vec::new(), NOW_MS);
             status.note_ends(&fake);

@@ -12,11 +12,11 @@ use outliers::units::Bytes;
 
 use crate::{FakeCloud, Stock};
 
-pub mod responses;
 pub mod creation;
 pub mod life;
 pub mod listing;
 pub mod offers;
+pub mod responses;
 
 /// Disk of every lease in these tests.
 pub(crate) const DISK_GIB: u64 = 100;

@@ -8,7 +8,7 @@ pub mod vast;
 use outliers::cloud::broker::CloudKind;
 use outliers::units::UsdPerHour;
 
-use crate::{ApiResponse, Op, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, CloudState, Op, Refusal, Request, Stock};
 
 /// Every dialect.
 pub fn all() -> Vec<Box<dyn Dialect>> {

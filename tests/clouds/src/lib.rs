@@ -15,4 +15,6 @@ pub use dialect::Dialect;
 pub use exchange::{ApiResponse, Request};
 pub use fault::{Fault, How, Op, Refusal};
 pub use server::{FakeCloud, KEY, limits};
-pub use state::{FakeInstance, Gpu, Host, InstanceStatus, Moment, Odd, Order, Rented, SshKey, Stock, Watch, CloudState};
+pub use state::{
+    CloudState, FakeInstance, Gpu, Host, InstanceStatus, Moment, Odd, Order, Rented, SshKey, Stock, Watch,
+};

@@ -15,7 +15,7 @@ use outliers::cloud::http::{Explain, Http, HttpLimits};
 use outliers::secret::Secret;
 use tokio::sync::oneshot;
 
-use crate::{ApiResponse, Dialect, Fault, How, Moment, Op, Refusal, Request, CloudState};
+use crate::{ApiResponse, CloudState, Dialect, Fault, How, Moment, Op, Refusal, Request};
 
 /// The key that every fake cloud accepts.
 pub const KEY: &str = "sk-fake-3f9c61d2b7a84e05";
@@ -153,7 +153,13 @@ impl Shared {
         answer
     }
 
-    fn go_wrong(&self, state: &mut CloudState, request: &Request, op: Op, fault: &Fault) -> (ApiResponse, Option<Loss>) {
+    fn go_wrong(
+        &self,
+        state: &mut CloudState,
+        request: &Request,
+        op: Op,
+        fault: &Fault,
+    ) -> (ApiResponse, Option<Loss>) {
         let done = fault.applied.then(|| self.proper(state, request, op));
         let success = |body: &str| (ApiResponse::text(200, body), None);
         match &fault.how {

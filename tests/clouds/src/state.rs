@@ -338,7 +338,10 @@ pub struct CloudState {
 
 impl fmt::Debug for CloudState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CloudState").field("instances", &self.instances).field("keys", &self.keys).finish_non_exhaustive()
+        f.debug_struct("CloudState")
+            .field("instances", &self.instances)
+            .field("keys", &self.keys)
+            .finish_non_exhaustive()
     }
 }
 

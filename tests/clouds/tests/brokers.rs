@@ -2,7 +2,7 @@
 
 use outliers::cloud::broker::{Broker, CLOUDS, GpuRequest, local::LocalBroker};
 use outliers::units::Bytes;
-use outliers_clouds::conformance::{responses, creation, life, listing, offers};
+use outliers_clouds::conformance::{creation, life, listing, offers, responses};
 use outliers_clouds::{Dialect, FakeCloud, dialect};
 
 macro_rules! properties {

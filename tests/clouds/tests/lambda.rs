@@ -43,7 +43,10 @@ async fn surviving_instance_is_not_reported_as_terminated() {
     for (how, kind) in [
         (refusal("global/unknown"), BrokerErrorKind::Unavailable),
         (refusal("global/forbidden"), BrokerErrorKind::Auth),
-        (How::Say(ApiResponse::json(200, &json!({"data": {"terminated_instances": []}}))), BrokerErrorKind::Unavailable),
+        (
+            How::Say(ApiResponse::json(200, &json!({"data": {"terminated_instances": []}}))),
+            BrokerErrorKind::Unavailable,
+        ),
     ] {
         cloud.state().fail(Op::Terminate, how);
         let ended = cloud.broker().terminate(&made.id).await.expect_err("it lives");

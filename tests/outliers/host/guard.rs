@@ -71,7 +71,9 @@ async fn uncollected_results_end_the_instance_but_a_running_worker_does_not() {
     let Some(fixture) = HostFixture::new().await else { return };
     fixture.guarded("runs", "hangs", terms(600, 2, 600, Some(END))).await;
     fixture.guarded("ended", "quick", terms(600, 2, 600, None)).await;
-    fixture.until("its last word", |fixture| fixture.said("ended").contains("no means to end itself: it bills until")).await;
+    fixture
+        .until("its last word", |fixture| fixture.said("ended").contains("no means to end itself: it bills until"))
+        .await;
     assert!(fixture.said("ended").contains("nobody came for its files in 2 s"), "{}", fixture.said("ended"));
     assert!(!fixture.told_to_end() && fixture.said("runs").is_empty());
     assert_eq!(fixture.fetch("ended").await.manifest.unwrap().files.len(), 2, "they are there all the same");

@@ -116,7 +116,8 @@ pub(crate) unsafe fn launch_sharing(
     stream.context().bind_to_thread()?;
     let function = function(stream.context(), file, name)?;
     if shared > SHARED_BYTES {
-        const MAX_SHARED_MEMORY: CUfunction_attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        const MAX_SHARED_MEMORY: CUfunction_attribute =
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: a function of this context.
         unsafe { result::function::set_function_attribute(function, MAX_SHARED_MEMORY, shared as i32) }?;
     }

@@ -21,11 +21,11 @@ pub mod fused;
 pub mod grouped;
 #[cfg(feature = "staging")]
 mod kernels;
-#[cfg(feature = "staging")]
-mod readback;
 mod libraries;
 #[cfg(feature = "staging")]
 mod peer_copy;
+#[cfg(feature = "staging")]
+mod readback;
 #[cfg(feature = "staging")]
 pub mod routing;
 #[cfg(feature = "staging")]

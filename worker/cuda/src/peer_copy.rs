@@ -8,7 +8,7 @@ use cudarc::driver::result;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 
-use crate::readback::{Readback, Part, StreamPerContext};
+use crate::readback::{Part, Readback, StreamPerContext};
 use crate::statistics::Stored;
 
 /// Values in transfer to another GPU. Their source may be freed after the transfer is complete or

@@ -11,7 +11,7 @@ use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, De
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{File, Grid, launch, number};
-use crate::readback::{Readback, Part};
+use crate::readback::{Part, Readback};
 
 /// Threads per block of most kernels.
 const THREADS: usize = 256;

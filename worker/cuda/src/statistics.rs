@@ -6,11 +6,11 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
-use outliers_scan::{BINS, Column, Columns, Histogram, Large, ExceedingPositions, Row, STRIP, Scan};
+use outliers_scan::{BINS, Column, Columns, ExceedingPositions, Histogram, Large, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number};
-use crate::readback::{Readback, Part, StreamPerContext};
+use crate::readback::{Part, Readback, StreamPerContext};
 
 /// Threads per block of most kernels, and values per digit of a magnitude.
 const THREADS: usize = 256;

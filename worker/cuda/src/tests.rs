@@ -164,7 +164,8 @@ fn copied_bytes_are_counted_by_direction() {
     let folder = folder();
     library(folder.path(), "libcuda.so.1", Of::Driver, &[&GPU[..], &copies[..]].concat());
     library(folder.path(), "libcublas.so.12", Of::Blas, &[]);
-    let said = test_output("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
+    let said =
+        test_output("tests::copy_and_tell", &[("LD_LIBRARY_PATH", &folder.path().to_string_lossy()), (LOOKS, "1")]);
     // A copy that the driver refused is not counted.
     assert_eq!(said, format!("true [0, 1, 0] {:?}", Traffic { to_gpus: 30, from_gpus: 700 }));
 }
@@ -249,7 +250,11 @@ fn cubin_is_loaded_and_ptx_where_the_driver_refuses_it() {
     let environment = [("LD_LIBRARY_PATH", libraries.as_str()), (LOOKS, "1")];
     let told = |[one, two, three]: [char; 3]| format!("true {:?}", [(0, one), (0, two), (0, three)]);
     assert_eq!(program_output(&program, "tests::load_and_tell", &environment), told(['a', 't', 't']));
-    assert_eq!(test_output("tests::load_and_tell", &environment), told(['o', 't', 't']), "nothing follows this program");
+    assert_eq!(
+        test_output("tests::load_and_tell", &environment),
+        told(['o', 't', 't']),
+        "nothing follows this program"
+    );
 }
 
 #[test]

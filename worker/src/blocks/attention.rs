@@ -429,7 +429,11 @@ impl<'a> SoftmaxAttention<'a> {
         let (mixed, shares) = gpu::attend(by, query, key, value)?;
         if let (Some(recorder), Some(shares)) = (self.recorder, shares) {
             let block = ScoreBlock { first_query: 0, queries, first_key: 0, window: self.window };
-            recorder.record_top_and_first(&shares, block, HeadLayout { before: 0, per_sequence: heads, first: self.first_head })?;
+            recorder.record_top_and_first(
+                &shares,
+                block,
+                HeadLayout { before: 0, per_sequence: heads, first: self.first_head },
+            )?;
         }
         Ok(mixed)
     }

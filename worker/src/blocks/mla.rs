@@ -6,11 +6,11 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use crate::blocks::attention::{SoftmaxAttention, MaybeRecorder, sequences_at_once};
+use crate::blocks::attention::{MaybeRecorder, SoftmaxAttention, sequences_at_once};
 use crate::blocks::norm::Norm;
 use crate::kernels::fused::{self, RotatedPart};
-use crate::kernels::product::Linear;
 use crate::kernels::input_collector::InputCollector;
+use crate::kernels::product::Linear;
 use crate::model::decoder::{LatentSpec, Window};
 use crate::model::rope::RopeTable;
 

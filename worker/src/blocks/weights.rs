@@ -6,13 +6,13 @@ use candle_core::{DType, Device, Result, Tensor};
 
 use crate::blocks::attention::{AttentionWeights, Projections};
 use crate::blocks::delta_net::{DeltaNetWeights, DeltaProjections};
-use crate::blocks::ffn::{ParallelMlp, GateUpProj, MlpWeights, Router, SharedWeights};
+use crate::blocks::ffn::{GateUpProj, MlpWeights, ParallelMlp, Router, SharedWeights};
 use crate::blocks::mamba::MambaWeights;
 use crate::blocks::mla::{LatentQuery, LatentWeights};
 use crate::blocks::norm::Norm;
-use crate::kernels::product::Linear;
 use crate::kernels::input_collector::InputCollector;
 use crate::kernels::input_collectors::InputCollectors;
+use crate::kernels::product::Linear;
 use crate::model::decoder::{
     AttentionSpec, DeltaNetSpec, DeltaStored, GateUp, LatentSpec, MambaSpec, MixerSpec, MlpRoles, MlpSpec, MoeSpec,
     NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,

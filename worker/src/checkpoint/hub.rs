@@ -6,7 +6,6 @@
 //! forever on a silent connection. Here every file is compared with the repository's size and hash
 //! before it is renamed into place.
 
-mod response;
 mod cache;
 mod dataset;
 mod http;
@@ -16,6 +15,7 @@ mod plan;
 mod prefetch;
 mod rate_limit;
 mod remote;
+mod response;
 mod streamed;
 mod verify;
 
@@ -32,7 +32,7 @@ pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
 
 use crate::checkpoint::safetensors::{Header, HeaderTensor};
 use crate::checkpoint::source::{
-    CONFIG_FILE, Checkpoint, Container, ModelFiles, LocalSource, Location, MAX_JSON_BYTES, TOKENIZER_SETTINGS,
+    CONFIG_FILE, Checkpoint, Container, LocalSource, Location, MAX_JSON_BYTES, ModelFiles, TOKENIZER_SETTINGS,
     TensorEntry, TensorIndex, TokenizerFiles, WeightFiles, WeightSource, read_small,
 };
 use crate::checkpoint::torch;

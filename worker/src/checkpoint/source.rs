@@ -26,8 +26,8 @@ pub use layout::{
 };
 pub use synthetic::SyntheticSource;
 
-use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, shown};
 use crate::checkpoint::placeholder;
+use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, shown};
 use crate::error::{IoContext, Result, WorkerError, listed, printable};
 use crate::files::{self, open_regular};
 

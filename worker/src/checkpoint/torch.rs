@@ -16,8 +16,8 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
 use crate::checkpoint::placeholder;
+use crate::checkpoint::safetensors::{HeaderTensor, StoredDtype, element_count, shown};
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 use pickle::View;

@@ -25,7 +25,8 @@ impl Decompressed {
     pub(super) fn of(file: &dyn RangedFile, compression: CorpusCompression, limit: u64) -> Result<Self> {
         let name = file.name().to_owned();
         let mut bytes = Vec::new();
-        decompress(Pieces::of(file), compression, limit, &mut bytes).map_err(|error| damaged(file, compression, error))?;
+        decompress(Pieces::of(file), compression, limit, &mut bytes)
+            .map_err(|error| damaged(file, compression, error))?;
         if bytes.len() as u64 > limit {
             return Err(too_long(format!("{name} has more bytes when it is unpacked"), limit));
         }

@@ -5,9 +5,9 @@ use std::collections::VecDeque;
 
 use outliers_protocol::{CorpusContent, CorpusFormat, CorpusSpec};
 
+use super::compressed::Decompressed;
 use super::file::{CONVERT, MAX_HELD_BYTES, MAX_TEXT_BYTES, RangedFile};
 use super::lines::Lines;
-use super::compressed::Decompressed;
 use super::parquet::TextColumn;
 use super::{array, table, text};
 use crate::error::{Result, WorkerError};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::kernels::input_collector::{InputSums, InputCollector};
+use crate::kernels::input_collector::{InputCollector, InputSums};
 use crate::model::decoder::Role;
 
 /// An input of matrices of a layer.

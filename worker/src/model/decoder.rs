@@ -833,6 +833,9 @@ mod tests {
             });
             crate::model::arch::read(&config).unwrap().spec.longest()
         };
-        assert_eq!((longest(99), longest(101)), (Some(MaxSequenceLength::Positions(99)), Some(MaxSequenceLength::SelectedKeys(100))));
+        assert_eq!(
+            (longest(99), longest(101)),
+            (Some(MaxSequenceLength::Positions(99)), Some(MaxSequenceLength::SelectedKeys(100)))
+        );
     }
 }

@@ -136,7 +136,8 @@ impl<'a> Loader<'a> {
         let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
         let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
-        let target = DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let target =
+            DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
         let decode = || target.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major: stored.input_major })
@@ -168,7 +169,8 @@ impl<'a> Loader<'a> {
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
         let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
-        let target = DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let target =
+            DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
         let tensor = self.clock.time(Work::Decoding, || target.decode(&encoded, &shape, dtype, &entry.name))?;
         self.on_its_way(tensor)
     }

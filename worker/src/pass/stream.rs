@@ -30,7 +30,7 @@ use crate::pass::ablation::Arms;
 use crate::pass::loader::{Loader, TensorPool, rows_of};
 use crate::pass::meter::{Clock, Meter, Thread, Work};
 use crate::pass::progress::ProgressSink;
-use crate::pass::savepoint::{self, SerializePart, SavePoint, SavePoints};
+use crate::pass::savepoint::{self, SavePoint, SavePoints, SerializePart};
 use crate::stats::Observer;
 
 /// Rows of the vocabulary per block of embedding and head.
@@ -294,7 +294,8 @@ impl Pass<'_> {
     /// Saves the state before a layer. A failed write is reported and does not end the run.
     fn save(&self, points: &mut SavePoints, next_layer: usize, waves: &[Wave], observer: &impl Observer) {
         let batches = waves.iter().flat_map(|wave| &wave.batches);
-        let hidden = batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as SerializePart<'_>).collect();
+        let hidden =
+            batches.map(|batch| Box::new(|| savepoint::to_bytes(&batch.hidden)) as SerializePart<'_>).collect();
         let verified = self.model.source.verified();
         if let Err(error) = points.save(next_layer, hidden, Box::new(|| observer.state()), verified) {
             self.progress.say(format!("no save point after layer {}: {error}", next_layer - 1));

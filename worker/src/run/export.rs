@@ -21,7 +21,7 @@ use crate::checkpoint::Model;
 use crate::corpus::Tokens;
 use crate::error::{Result, WorkerError, listed};
 use crate::kernels::input_collector::{InputSums, row_norms};
-use crate::kernels::input_collectors::{Input, InputKey, InputCollectors};
+use crate::kernels::input_collectors::{Input, InputCollectors, InputKey};
 use crate::model::decoder::{DecoderSpec, Need, Role};
 use crate::stats::Study;
 
@@ -131,7 +131,8 @@ impl Exports {
 
     /// Adds the sums of a layer that all tokens have passed.
     pub fn join(&mut self, mut seen: Self) {
-        let inputs = seen.collectors.take().map(|(place, sums)| (place, InputStatistics::of(sums, &self.asked))).collect();
+        let inputs =
+            seen.collectors.take().map(|(place, sums)| (place, InputStatistics::of(sums, &self.asked))).collect();
         let layer = seen.layers.remove(&seen.layer).unwrap_or_default();
         self.layers.insert(seen.layer, Layer { inputs, ..layer });
     }

@@ -21,7 +21,8 @@ use crate::device::Placement;
 use crate::device::gpu;
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
-    DecoderSpec, FfnSpec, GateUp, LayerSpec, MaxSequenceLength, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part, Role, StreamingUnit,
+    DecoderSpec, FfnSpec, GateUp, LayerSpec, MaxSequenceLength, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part,
+    Role, StreamingUnit,
 };
 use crate::pass::budget::StreamBudget;
 use crate::pass::stream::{self, VOCAB_BLOCK, WAVES};

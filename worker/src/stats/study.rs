@@ -294,7 +294,9 @@ impl Study {
                 self.coming.push_front((shown, pending));
                 return Ok(());
             }
-            pending.show(|seen| self.record(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) }))?;
+            pending.show(|seen| {
+                self.record(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) })
+            })?;
         }
         Ok(())
     }

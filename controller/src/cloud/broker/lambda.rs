@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GIB, lenient};
 use super::{
-    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
+    Account, ApiAccess, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance,
+    InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, Tier,
 };
 use crate::cloud::gpu;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
+use crate::cloud::http::{Call, Http, Idempotency, Method, Response};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
@@ -44,7 +44,8 @@ const LAUNCH: &str = "launch";
 
 fn connect(access: ApiAccess) -> Box<dyn Broker> {
     let http = access.http.paced(None, BETWEEN_CALLS).paced(Some(LAUNCH), BETWEEN_LAUNCHES);
-    let login = SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
+    let login =
+        SshLogin { user: access.ssh_user.unwrap_or(USER.to_owned()), port: access.ssh_port.unwrap_or(SSH_PORT) };
     Box::new(Lambda { http, login })
 }
 
@@ -145,12 +146,13 @@ impl Lambda {
     }
 
     async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<String, BrokerError> {
-        let call = Call::new(Method::POST, "/instance-operations/launch", Idempotency::Once).at_pace(LAUNCH).body(json!({
-            "region_name": sku.region,
-            "instance_type_name": sku.instance_type,
-            "ssh_key_names": [key],
-            "name": lease.tag.to_string(),
-        }));
+        let call =
+            Call::new(Method::POST, "/instance-operations/launch", Idempotency::Once).at_pace(LAUNCH).body(json!({
+                "region_name": sku.region,
+                "instance_type_name": sku.instance_type,
+                "ssh_key_names": [key],
+                "name": lease.tag.to_string(),
+            }));
         let reply = granted(self.http.call(call).await?)?;
         let launched: Data<Launched> = reply.json("a list of launched instances")?;
         match &launched.data.instance_ids[..] {

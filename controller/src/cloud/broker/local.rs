@@ -21,17 +21,17 @@ use rustix::process::Signal;
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, SshEndpoint, InstanceTransport,
+    InstanceTransport, Lease, Offer, Offers, SshEndpoint,
 };
 use crate::files::{absent, create_private_folder};
 use crate::text::counted;
 
+mod access;
 mod bill;
 mod hardware;
 mod instance;
 mod processes;
 mod record;
-mod access;
 
 pub use bill::{Bill, BillEntry};
 pub(crate) use hardware::memory;

@@ -13,11 +13,11 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, GIB, lenient};
 use super::{
-    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
+    Account, ApiAccess, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, Dropped, GpuRequest, Instance,
     InstanceId, InstanceState, Lease, LeaseTag, Offer, Offers, SshEndpoint, Tier,
 };
 use crate::calendar::from_rfc3339;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
+use crate::cloud::http::{Call, Http, Idempotency, Method, Response};
 use crate::text::clean;
 use crate::units::{Bytes, UsdPerHour};
 

@@ -11,11 +11,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{
-    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, Offer, Offers, Tier, wire,
+    Account, ApiAccess, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance,
+    InstanceId, InstanceState, Lease, Offer, Offers, Tier, wire,
 };
 use crate::calendar::rfc3339;
-use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
+use crate::cloud::http::{Call, Http, Idempotency, Method, Response};
 use crate::units::Usd;
 
 mod graphql;
@@ -43,8 +43,11 @@ pub const CLOUD: CloudKind = CloudKind {
 /// Maximum pages of a listing.
 const MAX_PAGES: usize = 1000;
 
-const MYSELF: Operation =
-    Operation { field: "myself", query: "query Myself { myself { id email clientBalance } }", effect: Idempotency::Read };
+const MYSELF: Operation = Operation {
+    field: "myself",
+    query: "query Myself { myself { id email clientBalance } }",
+    effect: Idempotency::Read,
+};
 const DEPLOY: Operation = Operation {
     field: "podFindAndDeployOnDemand",
     query: "mutation Deploy($input: PodFindAndDeployOnDemandInput!) \

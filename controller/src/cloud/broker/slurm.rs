@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Account, Broker, BrokerError, BrokerErrorKind as Kind, Capabilities, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, LeaseTag, Offer, Offers, RunTime, InstanceTransport,
+    InstanceState, InstanceTransport, Lease, LeaseTag, Offer, Offers, RunTime,
 };
 use crate::cloud::http::Explain;
 use crate::host::transport::program::OpenSsh;

@@ -12,10 +12,10 @@ use serde_json::{Value, json};
 
 use super::wire::{self, GB, MIB, lenient};
 use super::{
-    ApiAccess, Account, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance, InstanceId,
-    InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
+    Account, ApiAccess, Broker, BrokerError, BrokerErrorKind, Capabilities, CloudKind, GpuRequest, Instance,
+    InstanceId, InstanceState, Lease, Offer, Offers, SshEndpoint, Tier,
 };
-use crate::cloud::http::{Call, Idempotency, Http, Method, Response};
+use crate::cloud::http::{Call, Http, Idempotency, Method, Response};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};

@@ -8,7 +8,7 @@ use outliers_protocol::JobSpec;
 use tokio::sync::watch;
 
 use super::output::estimate;
-use super::{Session, ModelAction};
+use super::{ModelAction, Session};
 use crate::cloud::clouds::Clouds;
 use crate::commands::deploy::cli_error_of;
 use crate::commands::drive::listening;

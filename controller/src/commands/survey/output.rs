@@ -5,7 +5,7 @@ use std::time::Duration;
 use outliers_protocol::ModelSource;
 use serde::Serialize;
 
-use super::{Model, Problem, Session, ModelAction, in_words};
+use super::{Model, ModelAction, Problem, Session, in_words};
 use crate::cli::settings::Span;
 use crate::cloud::broker::Offer;
 use crate::cloud::estimate::Estimate;
@@ -99,7 +99,12 @@ impl ModelResult {
 
 impl Session<'_> {
     /// Planned actions for all models.
-    pub(super) fn rows<'r>(&'r self, runs: &[RunRecord], todo: &'r [ModelAction], problems: &[Problem]) -> Vec<ModelRow<'r>> {
+    pub(super) fn rows<'r>(
+        &'r self,
+        runs: &[RunRecord],
+        todo: &'r [ModelAction],
+        problems: &[Problem],
+    ) -> Vec<ModelRow<'r>> {
         let row = |(number, (model, todo)): (usize, (&'r Model<'_>, &'r ModelAction))| {
             let problem = problems.iter().find(|problem| problem.model == number);
             let prepared = todo.prepared();

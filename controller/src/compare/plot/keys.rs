@@ -152,7 +152,10 @@ fn beside((x, y): PixelPosition, (width, height): (i32, i32)) -> [Area; 6] {
 }
 
 /// Positions around a point with a connecting line, from near to far.
-fn away((x, y): PixelPosition, (width, height): (i32, i32)) -> impl Iterator<Item = (Area, Option<[PixelPosition; 2]>)> {
+fn away(
+    (x, y): PixelPosition,
+    (width, height): (i32, i32),
+) -> impl Iterator<Item = (Area, Option<[PixelPosition; 2]>)> {
     let turns = (0..DIRECTIONS).map(|direction| f64::from(direction) * TAU / f64::from(DIRECTIONS));
     let ways: Vec<(f64, f64)> = turns.map(|angle| (angle.cos(), angle.sin())).collect();
     (NEAREST..FARTHEST).step_by(STEP).flat_map(move |distance| {

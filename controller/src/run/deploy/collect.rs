@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::files::{MAX_FILE_BYTES, digest, is_plain_name, read_small, rename_folder};
 use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
-use crate::run::{SavedResults, FailureDetail, RunFailureKind, RunOutcome, RunSpec};
+use crate::run::{FailureDetail, RunFailureKind, RunOutcome, RunSpec, SavedResults};
 
 /// Folders of a run's files. A folder with the first name always contains complete results.
 #[derive(Clone, Debug)]
@@ -69,8 +69,9 @@ pub(super) fn settle(
 /// Results that an earlier process moved into place without recording it.
 pub(super) fn already_home(folders: &Folders, run: &str) -> Option<(SavedResults, RunOutcome)> {
     let complete = holds(&folders.whole, run).is_ok();
-    complete
-        .then(|| (SavedResults { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed))
+    complete.then(|| {
+        (SavedResults { folder: folders.whole.to_string_lossy().into_owned(), complete }, RunOutcome::Completed)
+    })
 }
 
 /// Removes incomplete downloads.

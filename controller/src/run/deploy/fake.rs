@@ -16,7 +16,7 @@ use super::Stop;
 use super::ports::{Host, Hosts, Ports};
 use crate::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
-    Lease, Offer, Offers, RunTime, SshEndpoint, InstanceTransport,
+    InstanceTransport, Lease, Offer, Offers, RunTime, SshEndpoint,
 };
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds, Timeouts};
 use crate::cloud::estimate::Work;
@@ -522,7 +522,8 @@ impl Broker for Fake {
     }
 
     async fn offers(&self, _: &GpuRequest) -> Result<Offers, BrokerError> {
-        let listed = self.effect("offers", |simulation| simulation.offers.clone()).await.map_err(FaultOutcome::broker)?;
+        let listed =
+            self.effect("offers", |simulation| simulation.offers.clone()).await.map_err(FaultOutcome::broker)?;
         Ok(Offers { offers: listed, dropped: Vec::new() })
     }
 
@@ -542,7 +543,11 @@ impl Broker for Fake {
             assert!(lived_on <= simulation.max_duration_s, "its deadline is {lived_on} s away");
             let reserved = offer.price.cost(Duration::from_secs(lived_on));
             for most in [simulation.budget, simulation.agreed].into_iter().flatten() {
-                assert!(simulation.kept + reserved <= most, "{} were spent, {reserved} may come of {most}", simulation.kept);
+                assert!(
+                    simulation.kept + reserved <= most,
+                    "{} were spent, {reserved} may come of {most}",
+                    simulation.kept
+                );
             }
             assert!(simulation.names.insert(lease.tag.to_string()), "two instances with one name");
             let machine = Machine {
@@ -573,7 +578,11 @@ impl Broker for Fake {
                 if machine.hidden == 0 {
                     machine.known = true;
 
-                    shown.push(if simulation.odd && !machine.foreign { unreadable_entry() } else { instance(id, machine) });
+                    shown.push(if simulation.odd && !machine.foreign {
+                        unreadable_entry()
+                    } else {
+                        instance(id, machine)
+                    });
                 } else {
                     machine.hidden -= 1;
                 }

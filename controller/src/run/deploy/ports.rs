@@ -6,7 +6,7 @@ use std::path::Path;
 use tokio::time::Instant;
 
 use super::StartThrottle;
-use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, InstanceTransport};
+use crate::cloud::broker::{GpuRequest, InstanceTransport, Offer, SshEndpoint};
 use crate::cloud::clouds::{BadHosts, Clouds};
 use crate::host::{GuardConfig, HostError, HostFacts, JobStatus, OnEvent};
 use crate::run::Pin;

@@ -14,7 +14,7 @@ use tokio::time::Instant;
 
 use super::KEY_FILE;
 use super::ports::{Host, Hosts};
-use crate::cloud::broker::{GpuRequest, Offer, SshEndpoint, InstanceTransport};
+use crate::cloud::broker::{GpuRequest, InstanceTransport, Offer, SshEndpoint};
 use crate::files::{MAX_FILE_BYTES, absent, read_small};
 use crate::host::keys::{KeyError, RunKey};
 use crate::host::transport::TransportErrorKind;

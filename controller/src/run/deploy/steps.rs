@@ -20,7 +20,7 @@ use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
 use crate::run::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::run::{
-    SavedResults, FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState,
+    FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState, SavedResults,
 };
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
@@ -628,7 +628,11 @@ impl Driver<'_> {
 
     /// Fetches the files into the first usable folder; `None` if `whole` results are required and
     /// there is no manifest.
-    async fn bring_home(&self, exit: Option<i32>, whole: bool) -> Result<Option<(SavedResults, RunOutcome)>, HostError> {
+    async fn bring_home(
+        &self,
+        exit: Option<i32>,
+        whole: bool,
+    ) -> Result<Option<(SavedResults, RunOutcome)>, HostError> {
         let mut trouble = None;
         for place in &self.places() {
             let brought = match self.fetch(place).await {

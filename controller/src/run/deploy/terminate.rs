@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{DeployEvent, StillBilling, OnEvent, Target};
+use super::{DeployEvent, OnEvent, StillBilling, Target};
 use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState};
 use crate::cloud::clouds::Cloud;
 use crate::units::{Usd, UsdPerHour};

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, now_ms, open_ledger, spec, up_to, set_clock};
+use super::fake::{Fake, Fault, now_ms, open_ledger, set_clock, spec, up_to};
 use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;
@@ -355,7 +355,11 @@ async fn hangup_leaves_resumable_runs_and_ends_others() {
             let ending = last(lives).state.ending();
             if lives.len() == 2 {
                 let_go.set(let_go.get() + 1);
-                assert_eq!((ending, fake.simulation.lock().unwrap().creates), (Some(&RunOutcome::Completed), 1), "{what}");
+                assert_eq!(
+                    (ending, fake.simulation.lock().unwrap().creates),
+                    (Some(&RunOutcome::Completed), 1),
+                    "{what}"
+                );
             }
             assert!(matches!(ending, Some(RunOutcome::Interrupted | RunOutcome::Completed)), "{what}: {ending:?}");
         };
@@ -681,7 +685,10 @@ async fn budget_equal_to_the_quote_suffices() {
 }
 
 /// Events of an endless run if something happens after half an hour.
-async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut super::fake::Simulation)) -> (RunRecord, Vec<RunNote>) {
+async fn told_while_it_runs(
+    spec: RunSpec,
+    after: impl FnOnce(&mut super::fake::Simulation),
+) -> (RunRecord, Vec<RunNote>) {
     set_clock(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|simulation| simulation.endless = true);
@@ -995,7 +1002,8 @@ async fn recovery_ends_only_strays_and_expired_runs() {
         let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0), stage: None };
         fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();
     }
-    let names = || -> Vec<String> { fake.simulation.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
+    let names =
+        || -> Vec<String> { fake.simulation.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
     assert_eq!(names().len(), 3);
 
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();

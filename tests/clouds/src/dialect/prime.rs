@@ -7,7 +7,9 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::dialect::Document;
-use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock, CloudState};
+use crate::{
+    ApiResponse, CloudState, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, SshKey, Stock,
+};
 
 /// Prime Intellect's API.
 #[derive(Clone, Copy, Debug)]

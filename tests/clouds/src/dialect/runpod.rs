@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::conformance::DISK_GIB;
 use crate::dialect::Document;
-use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, CloudState, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock};
 
 mod graphql;
 
@@ -55,7 +55,9 @@ impl Dialect for RunPod {
         match (method, &path[..]) {
             ("GET", ["v2", "catalog", "gpus"]) => catalog(state, request),
             ("GET", ["v2", "pods"]) => pods(state, request),
-            ("GET", ["v2", "pods", id]) => Ok(ApiResponse::json(200, &pod(&state.look_at(id).ok_or(Refusal::NotFound)?))),
+            ("GET", ["v2", "pods", id]) => {
+                Ok(ApiResponse::json(200, &pod(&state.look_at(id).ok_or(Refusal::NotFound)?)))
+            }
             ("DELETE", ["v2", "pods", id]) if state.end(id) => Ok(ApiResponse::empty(204)),
             ("POST", ["v2", "pods"]) => create(self, state, &request.read()?),
             ("POST", ["graphql"]) if self.rest_alone => {

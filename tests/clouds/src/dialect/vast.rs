@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::Document;
-use crate::{ApiResponse, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, CloudState, Dialect, FakeInstance, Gpu, InstanceStatus, Op, Order, Refusal, Request, Stock};
 
 /// Vast.ai's API.
 #[derive(Clone, Copy, Debug)]
@@ -311,7 +311,10 @@ fn create(state: &mut CloudState, ask: &str, create: Create) -> Result<ApiRespon
     let Some(stock) = stock else {
         let msg = format!("error 404/3603: no_such_ask Instance type by id {ask} is not available.");
         let ask: u64 = ask.parse().unwrap_or_default();
-        return Ok(ApiResponse::json(404, &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask})));
+        return Ok(ApiResponse::json(
+            404,
+            &json!({"success": false, "error": "invalid_args", "msg": msg, "ask_id": ask}),
+        ));
     };
     let paid = Stock { price: create.price.map_or(stock.price, UsdPerHour::from_dollars), ..stock.clone() };
     let order = Order {

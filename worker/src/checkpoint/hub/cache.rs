@@ -5,9 +5,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
-use super::response::RequestFailure;
 use super::http::Client;
 use super::listing::{Digest, RepoFile, RepoListing};
+use super::response::RequestFailure;
 use super::verify::Hasher;
 use crate::checkpoint::source::is_plain_name;
 use crate::error::{IoContext, Result, WorkerError};

@@ -12,12 +12,12 @@ use ureq::http::{Response, StatusCode};
 use ureq::{Agent, Body};
 
 use super::HubOptions;
+use super::listing::{RepoFile, RepoKind, RepoListing};
+use super::rate_limit::{RateLimiter, WINDOW};
 use super::response::{
     RequestFailure, check_endpoint, content_range, encode, etag, header, redirect, same_origin, unreachable,
     wait_asked_for,
 };
-use super::listing::{RepoFile, RepoKind, RepoListing};
-use super::rate_limit::{RateLimiter, WINDOW};
 use crate::error::{Result, WorkerError, printable};
 
 /// Maximum redirects: relative ones within the hub, and one to the file server.

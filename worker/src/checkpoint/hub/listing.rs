@@ -4,8 +4,8 @@ use std::fmt;
 
 use serde::Deserialize;
 
-use super::response::encode;
 use super::http::{Asked, Client};
+use super::response::encode;
 use crate::checkpoint::safetensors::shown;
 use crate::error::{Result, WorkerError};
 

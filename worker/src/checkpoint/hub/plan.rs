@@ -146,7 +146,8 @@ mod tests {
         assert_eq!(parts.len(), 2);
         // Small pieces are, within their layer: FP8 scales of experts are adjacent, far from their
         // values.
-        let scales: Vec<PlannedRead> = (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
+        let scales: Vec<PlannedRead> =
+            (0..256).map(|e| wanted(0, 3, e as usize, e * 10_752..(e + 1) * 10_752)).collect();
         let parts = plan(&scales, 8 * MIB);
         assert_eq!(ranges(&parts), [(0, 0..256 * 10_752)]);
         assert_eq!(plan(&[wanted(0, 0, 0, 0..10), wanted(0, 1, 1, 10..20)], MIB).len(), 2);

@@ -17,10 +17,10 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::response::RequestFailure;
 use super::http::Timeouts;
 use super::plan::Part;
 use super::remote::RemoteFile;
+use super::response::RequestFailure;
 use super::verify::{Hasher, Schedule};
 use crate::error::{Result, WorkerError};
 
@@ -126,7 +126,12 @@ struct Task {
 }
 
 impl Prefetcher {
-    pub(super) fn start(files: &Arc<Vec<RemoteFile>>, schedule: Schedule, limits: PrefetchLimits, timeouts: Timeouts) -> Self {
+    pub(super) fn start(
+        files: &Arc<Vec<RemoteFile>>,
+        schedule: Schedule,
+        limits: PrefetchLimits,
+        timeouts: Timeouts,
+    ) -> Self {
         let Schedule { parts, verified, .. } = schedule;
         let mut by_place: Vec<usize> = (0..parts.len()).collect();
         by_place.sort_by_key(|&part| (parts[part].file, parts[part].range.start));

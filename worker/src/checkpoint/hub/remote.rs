@@ -9,9 +9,9 @@ use ureq::Body;
 use ureq::http::header::CONTENT_LENGTH;
 use ureq::http::{Response, StatusCode};
 
-use super::response::{RequestFailure, content_range, header};
 use super::http::{Asked, Client, HubResponse};
 use super::listing::{Digest, RepoFile, RepoListing};
+use super::response::{RequestFailure, content_range, header};
 use crate::error::{Result, WorkerError};
 
 /// Maximum bytes skipped from a server that ignores ranges and begins at 0.

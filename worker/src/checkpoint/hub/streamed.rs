@@ -11,7 +11,7 @@ use super::plan;
 use super::prefetch::{PrefetchLimits, Prefetcher};
 use super::remote::RemoteFile;
 use super::verify::{Schedule, Unverifiable};
-use crate::checkpoint::source::{TensorEntry, TensorIndex, PlannedRead, WeightSource, check_range};
+use crate::checkpoint::source::{PlannedRead, TensorEntry, TensorIndex, WeightSource, check_range};
 use crate::error::Result;
 
 /// Maximum bytes per request. Smaller requests cost round trips, larger ones lose more when a

@@ -216,7 +216,11 @@ impl Layout {
                 let scales = ByteGenerator::floats(&StoredDtype::BF16, false, exponent(scale, SPREAD * SPREAD_OF_INT4));
                 let sides = ByteGenerator::constant(StoredDtype::I32, shape[0] as u64 | ((shape[1] as u64) << 32));
                 return vec![
-                    (format!("{name}_packed"), stacked(&[shape[0], shape[1] / 8]), ByteGenerator::codes(StoredDtype::I32)),
+                    (
+                        format!("{name}_packed"),
+                        stacked(&[shape[0], shape[1] / 8]),
+                        ByteGenerator::codes(StoredDtype::I32),
+                    ),
                     (format!("{name}_scale"), stacked(&[shape[0], shape[1] / group]), scales),
                     (format!("{name}_shape"), vec![2], sides),
                 ];

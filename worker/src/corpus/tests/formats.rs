@@ -8,8 +8,8 @@ use ::parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaDataReader, Parq
 use outliers_protocol::CorpusCompression;
 
 use super::*;
-use crate::corpus::file::line_at;
 use crate::corpus::compressed::Decompressed;
+use crate::corpus::file::line_at;
 use crate::noise::mix;
 
 /// Documents that test escaping in all formats.

@@ -47,7 +47,8 @@ impl Growth {
         let before = normalizer.as_ref().map_or(Ok(1.0), of_normalizer)?;
         let growth = before * pre_tokenizer.as_ref().map_or(Ok(1.0), of_pre_tokenizer)?;
         if growth > MAX_GROWTH {
-            let message = format!("its steps may make {growth:.0} bytes of each byte of a text, {MAX_GROWTH} are the limit");
+            let message =
+                format!("its steps may make {growth:.0} bytes of each byte of a text, {MAX_GROWTH} are the limit");
             return Err(message.into());
         }
         Ok(Self(growth))

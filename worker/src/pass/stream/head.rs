@@ -18,8 +18,7 @@ use crate::stats::{Observer, with_f32};
 impl Pass<'_> {
     /// Applies the final norm, and the projection to the head's width if the model has one.
     fn before_head(&self, batches: &mut [MicroBatch], device: &Device, observer: &mut impl Observer) -> Result<()> {
-        let mut output =
-            self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.wait()?.tensors;
+        let mut output = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().output_needs())?.wait()?.tensors;
         let spec = self.spec().final_norm;
         let norm = spec.map(|spec| output.norm(spec, Role::FinalNorm, Role::FinalNormBias)).transpose()?;
         let lead_out = output.linear_if_there(Role::ProjectOut);

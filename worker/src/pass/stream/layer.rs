@@ -7,9 +7,9 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::Point;
 
 use super::{MicroBatch, Mixture, Wave};
-use crate::blocks::attention::{TopShares, MaybeRecorder, AttentionRecorder, attention};
+use crate::blocks::attention::{AttentionRecorder, MaybeRecorder, TopShares, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, ParallelMlp, Inputs, MlpWeights, ExpertBatch, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{self, ExpertBatch, Inputs, MlpWeights, ParallelMlp, Routed, Router, SharedWeights};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -346,7 +346,13 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
     }
 
     /// Adds the feed-forward's output and ends the layer.
-    fn after_ffn(&mut self, batch: &mut MicroBatch, norm: Option<&Norm>, closing: &LayerEpilogue, out: Tensor) -> Result<()> {
+    fn after_ffn(
+        &mut self,
+        batch: &mut MicroBatch,
+        norm: Option<&Norm>,
+        closing: &LayerEpilogue,
+        out: Tensor,
+    ) -> Result<()> {
         batch.hidden = self.added(Point::MlpOut, batch, closing.output.as_ref(), out)?;
         if let (NormOrder::After, Some(norm)) = (self.spec.order, norm) {
             let x = norm.apply(&batch.hidden)?;

@@ -287,7 +287,8 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         let number = self.coming.pop_front().ok_or_else(|| WorkerError::internal("a unit that nobody asked for"))?;
         let front = self.front;
         let unit = &front.units[number];
-        let arrived = |pending: PendingUpload<LoadedUnit>| pending.wait().map_err(|error| front.locate(error, unit, self.device));
+        let arrived =
+            |pending: PendingUpload<LoadedUnit>| pending.wait().map_err(|error| front.locate(error, unit, self.device));
         let (block, memory) = match loaded.and_then(arrived) {
             Ok(LoadedUnit { tensors, memory }) => {
                 (Ok(self.at(unit, |at| at.block(unit, tensors, &front.tables))?), memory)
@@ -382,7 +383,11 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
     }
 
     /// Runs a function on a unit's layer, with the location added to errors.
-    fn at<R>(&mut self, unit: &StreamingUnit, what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>) -> Result<R> {
+    fn at<R>(
+        &mut self,
+        unit: &StreamingUnit,
+        what: impl FnOnce(&mut LayerContext<'_, O::Layer>) -> Result<R>,
+    ) -> Result<R> {
         let front = self.front;
         let seen = self.seen.entry(unit.layer).or_insert_with(|| lock(&front.observer).layer(unit.layer));
         let mut at = LayerContext {

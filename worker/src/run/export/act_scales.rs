@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Layer, Matrix, UnroutedExpert, FinishedPass, matrices};
+use super::{FinishedPass, Layer, Matrix, UnroutedExpert, matrices};
 use crate::checkpoint::Model;
 use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::error::{Result, WorkerError};

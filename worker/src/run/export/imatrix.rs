@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use super::gguf::{self, Tensor, Value};
-use super::{ENTRY, Layer, Matrix, UnroutedExpert, FinishedPass, InputStatistics, matrices, names};
+use super::{ENTRY, FinishedPass, InputStatistics, Layer, Matrix, UnroutedExpert, matrices, names};
 use crate::error::{Result, WorkerError, printable};
 use crate::kernels::input_collectors::{Input, InputKey};
 use crate::model::decoder::{DecoderSpec, DeltaNetSpec, LatentSpec, MixerSpec, Role};

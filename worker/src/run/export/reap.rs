@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::{Layer, FinishedPass, Saliency};
+use super::{FinishedPass, Layer, Saliency};
 use crate::error::{Result, WorkerError};
 use crate::files::write_atomic;
 

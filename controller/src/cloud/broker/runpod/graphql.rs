@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::refused;
 use crate::cloud::broker::{BrokerError, BrokerErrorKind};
-use crate::cloud::http::{Call, Idempotency, Http, Method};
+use crate::cloud::http::{Call, Http, Idempotency, Method};
 
 /// RunPod's messages for missing stock, which has no code.
 const NO_CAPACITY: &[&str] = &[

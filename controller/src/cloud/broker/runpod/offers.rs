@@ -12,7 +12,7 @@ use super::sku::{self, Sku};
 use super::{NAME, accepted, tier_word};
 use crate::cloud::broker::wire::lenient;
 use crate::cloud::broker::{BrokerError, GpuRequest, Offer, Offers, Tier};
-use crate::cloud::http::{Call, Idempotency, Http};
+use crate::cloud::http::{Call, Http, Idempotency};
 use crate::cloud::market;
 use crate::units::{Bytes, CudaVersion, Usd, UsdPerHour};
 

@@ -1,7 +1,7 @@
 use super::super::tests::spec;
 use super::*;
 use crate::run::deploy::fake::offer;
-use crate::run::{SavedResults, Intent, RunOutcome};
+use crate::run::{Intent, RunOutcome, SavedResults};
 
 fn creating(owner: &str, run: &str) -> RunEvent {
     let tag = crate::cloud::broker::LeaseTag { owner: owner.into(), run: run.into(), nonce: "n".into(), deadline: 7 };

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use super::{GPUS, RunPod, cuda, gpu_id, invalid, sold};
-use crate::{ApiResponse, Dialect, Op, Order, Refusal, Request, Stock, CloudState};
+use crate::{ApiResponse, CloudState, Dialect, Op, Order, Refusal, Request, Stock};
 
 pub(super) const SOLD_OUT: &str =
     "There are no longer any instances available with the requested specifications. Please refresh and try again.";
@@ -95,13 +95,16 @@ pub(super) fn operation(request: &Request) -> Option<Op> {
 /// A refusal: status 200 with `errors`, except for errors before GraphQL is parsed.
 pub(super) fn refuse(refusal: &Refusal) -> ApiResponse {
     let error = |message: &str, code: &str| json!([{"message": message, "extensions": {"code": code}}]);
-    let done = |message: &str| ApiResponse::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
+    let done =
+        |message: &str| ApiResponse::json(200, &json!({"errors": error(message, "RUNPOD"), "data": {"pod": null}}));
     match refusal {
         Refusal::NoCapacity => done(SOLD_OUT),
         Refusal::Funds => done("Your account balance is too low to deploy a pod. Please add funds."),
         Refusal::NotFound => done("pod not found to terminate"),
         Refusal::Unauthorized => ApiResponse::json(401, &json!({"errors": error("Unauthorized", "UNAUTHENTICATED")})),
-        Refusal::Invalid(message) => ApiResponse::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")})),
+        Refusal::Invalid(message) => {
+            ApiResponse::json(400, &json!({"errors": error(message, "GRAPHQL_VALIDATION_FAILED")}))
+        }
         Refusal::RateLimited(after) => ApiResponse::text(429, "Too Many Requests").retry_after(*after),
         Refusal::Broken(status) => {
             let message = "Something went wrong. Please try again later or contact support.";
