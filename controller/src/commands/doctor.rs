@@ -81,8 +81,8 @@ pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<Exit
     // One that cannot be read knows no clusters.
     let ledger = ledger.as_ref().ok().filter(|ledger| ledger.records().is_ok());
     let clouds = context.clouds_to_list(ledger, &args.only.broker)?;
-    let checks = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
-    let findings = context.reporter.waiting("the clouds' answers", join_all(checks)).await;
+    let lookups = clouds.iter().map(|cloud| async { [account(cloud).await, strays(ledger, cloud).await] });
+    let findings = context.reporter.waiting("the clouds' answers", join_all(lookups)).await;
     let mut of_clouds: Vec<Finding> = findings.into_iter().flatten().collect();
     let is_named = |cloud: &&CloudSettings| {
         args.only.broker.is_empty() || args.only.broker.iter().any(|name| name == cloud.kind.name)

@@ -499,7 +499,7 @@ impl LayerObserver for Study {
     }
 
     fn observe(&mut self, site: Site, first_token: usize, x: &Tensor) -> Result<()> {
-        self.show(SequenceValues { site, whose: RowTokens::Sequences { first_token } }, x)
+        self.show(Observed { site, whose: RowTokens::Sequences { first_token } }, x)
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
@@ -511,7 +511,7 @@ impl LayerObserver for Study {
     fn expert(&mut self, layer: usize, expert: usize, first_token: usize, rows: &ExpertRows) -> Result<()> {
         let tokens = rows.rows.iter().map(|row| first_token + *row as usize).collect();
         let site = Site { layer, point: Point::ExpertOut };
-        self.show(SequenceValues { site, whose: RowTokens::Expert { expert, tokens } }, &rows.out)
+        self.show(Observed { site, whose: RowTokens::Expert { expert, tokens } }, &rows.out)
     }
 
     fn wants_first_key(&self) -> bool {
