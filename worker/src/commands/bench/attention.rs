@@ -88,12 +88,12 @@ pub fn attention(lengths: &[usize], heads: usize, rounds: usize, device: &Device
     let mut rows = Vec::new();
     for [width, value_width] in WIDTHS {
         let made_up = |heads: usize, width: usize| {
-            let values = Tensor::randn(0f32, 1f32, (tokens, heads * width), &Device::Cpu)?;
+            let values = Tensor::randn(0f32, 0.4f32, (tokens, heads * width), &Device::Cpu)?;
             values.to_dtype(DType::BF16)?.to_device(device)
         };
         let (query, key) = (made_up(heads, width)?, made_up(kv_heads, width)?);
         let value = made_up(kv_heads, value_width)?;
-        let sinks = Tensor::randn(0f32, 1f32, heads, &Device::Cpu)?.to_device(device)?;
+        let sinks = Tensor::randn(0f32, 0.4f32, heads, &Device::Cpu)?.to_device(device)?;
         for &length in lengths {
             let sequences = tokens / length;
             let some = |all: &Tensor| all.narrow(0, 0, sequences * length);
