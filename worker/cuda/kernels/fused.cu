@@ -132,10 +132,10 @@ __device__ void layer_norm(const T *x, const T *gain, const T *bias, u32 rows, u
 
 // What a block of scores stands for: `ScoreBlock` in worker/src/fused.rs. A window of whole chunks
 // has `chunk` keys; without one, `chunk` is 0 and a query sees the last `window` keys.
-struct ScanSummary {
+struct VisibleKeys {
     u32 start, end;
 
-    __device__ ScanSummary(u32 position, u32 first_key, u32 keys, u32 window, u32 chunk) {
+    __device__ VisibleKeys(u32 position, u32 first_key, u32 keys, u32 window, u32 chunk) {
         const u32 first = chunk ? position - position % chunk : position + 1 - min(window, position + 1);
         start = column(first, first_key, keys);
         end = column(position + 1, first_key, keys);
@@ -155,8 +155,8 @@ __device__ void softmax(T *x, u32 rows, u32 keys, u32 queries, u32 first_query, 
     __shared__ float lanes[2 * THREADS];
     const RowThread at;
     const bool is_there = at.row < rows;
-    const ScanSummary seen(first_query + at.row % queries, first_key, keys, window, chunk);
-    const u32 start = is_there ? seen.start : 0, end = is_there ? seen.end : 0;
+    const VisibleKeys visible(first_query + at.row % queries, first_key, keys, window, chunk);
+    const u32 start = is_there ? visible.start : 0, end = is_there ? visible.end : 0;
     const float sink = sinks ? sinks[(first_head + at.row / queries) % heads] : -INFINITY;
     x += u64(at.row) * keys;
     const T *from = x + start;
