@@ -62,7 +62,9 @@ fn built() -> &'static Path {
         // Cargo sets variables for a test's package that build scripts of libraries treat as
         // changes. Without this, each test run would rebuild the TLS library and its dependents.
         for (name, _) in std::env::vars_os() {
-            if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            let is_set_by_cargo =
+                |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") || name == "OUT_DIR";
+            if name.to_str().is_some_and(is_set_by_cargo) {
                 build.env_remove(name);
             }
         }
