@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use outliers_protocol::{SCHEMA, VersionInfo};
 
-use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, names};
+use super::retry::again;
+use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, TIMEOUT, names};
 use crate::files::{digest, is_plain_name};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
@@ -51,12 +52,12 @@ impl RemoteHost {
     /// private folder in the first usable one of `/var/tmp`, `/tmp` and `/dev/shm`.
     pub async fn push_worker(&self, local: &Path, on: OnEvent<'_>) -> Result<RemoteWorker, HostError> {
         let mut item = Item::new(local.to_owned(), String::new(), 0o755).await?;
-        let folder = format!("{}/bin/{}", self.program_folder().await?, item.sha256);
+        let folder = format!("{}/bin/{}", again!(TIMEOUT, on, self.program_folder()), item.sha256);
         item.remote = format!("{folder}/outliers-worker");
         let item = [item];
         self.deliver("worker", &folder, &item, on).await?;
         let [Item { remote: path, sha256, .. }] = item;
-        let version = self.worker_version(&path).await?;
+        let version = again!(TIMEOUT, on, self.worker_version(&path));
         Ok(RemoteWorker { path, sha256, version })
     }
 
@@ -70,7 +71,7 @@ impl RemoteHost {
         on: OnEvent<'_>,
     ) -> Result<String, HostError> {
         names::check_relative(remote_rel)?;
-        let remote = format!("{}/{remote_rel}", self.home().await?);
+        let remote = format!("{}/{remote_rel}", again!(TIMEOUT, on, self.home()));
         let (folder, name) = remote.rsplit_once('/').unwrap_or(("/", &remote));
         let item = Item::new(local.to_owned(), remote.clone(), 0o644).await?;
         check_size(local, item.bytes, limit)?;
@@ -89,7 +90,7 @@ impl RemoteHost {
         on: OnEvent<'_>,
     ) -> Result<PushedFolder, HostError> {
         names::check_relative(remote_rel)?;
-        let path = format!("{}/{remote_rel}", self.home().await?);
+        let path = format!("{}/{remote_rel}", again!(TIMEOUT, on, self.home()));
         let files = list_folder(local, limit)?;
         let mut items = Vec::new();
         for (name, file) in files {
