@@ -674,7 +674,6 @@ mod tests {
         }
         if architecture.starts_with("Nemotron") {
             config["sliding_window"] = Value::Null;
-            config["hybrid_override_pattern"] = json!("ME*-");
         }
         config["text_config"] = config.clone();
         config

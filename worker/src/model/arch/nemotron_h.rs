@@ -1,7 +1,6 @@
 //! Nemotron-H (NVIDIA 2025) in the form of Nemotron 3: a layer is one norm and one block (Mamba-2,
 //! attention without positions, a mixture or an MLP). Hugging Face `NemotronHForCausalLM`.
 
-use outliers_protocol::FailureKind;
 use serde_json::Value;
 
 use super::config::ill_typed;
@@ -9,7 +8,7 @@ use super::{
     Config, Family, Ignored, Names, Pattern, attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups,
     unsupported,
 };
-use crate::error::{Result, WorkerError};
+use crate::error::Result;
 use crate::model::decoder::{
     DecoderSpec, FfnSpec, MambaSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, SharedSpec,
 };
@@ -143,11 +142,7 @@ fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
             };
             letters.chars().map(of).collect::<Result<_>>()?
         }
-        // The class's default of four layers is of no published checkpoint.
-        (None, None) => {
-            let missing = format!("config.json names no kinds of layers: {PATTERN} and layers_block_type are missing");
-            return Err(WorkerError::new(FailureKind::Checkpoint, missing));
-        }
+        (None, None) => vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp],
     };
     const MAX_LAYERS: usize = 4096;
     if kinds.len() > MAX_LAYERS {
