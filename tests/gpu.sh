@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests what the worker computes on NVIDIA GPUs, which this machine's processor emulates (`tests/gpu/`).
-# It needs no GPU, and measures no speed.
+# Tests what the worker computes on NVIDIA GPUs, which this machine's processor emulates
+# (`tests/gpu/`). It needs no GPU, and measures no speed.
 #
 #     tests/gpu.sh [WORKER]
 #
@@ -163,7 +163,8 @@ for fixture in llama-f32 olmoe-bf16; do
     done
     [ "$(awk '/softmax/ { print $1 }' "$work/launches.1")" = "$(awk '/softmax/ { print $1 }' "$work/launches.2")" ]
 done
-# The last is of the mixture, whose experts get few rows each: several are multiplied by one call, beside the one that gets ready.
+# The last is of the mixture, whose experts get few rows each: several are multiplied by one call,
+# beside the one that gets ready.
 grep -qE '^([2-9]|[0-9]{2,}) grouped product$' "$work/launches" || { cat "$work/launches"; exit 1; }
 
 echo "== no more of a GPU's memory than planned, however far it is behind"

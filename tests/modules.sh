@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Prints which rooms each room of both programs uses, the lowest first, and fails where they form a circle.
-# A room is a module at the top of a program, with its folder. Reads text only. Tests are left out.
+# Prints which rooms each room of both programs uses, the lowest first, and fails where they form a
+# circle. A room is a module at the top of a program, with its folder. Reads text only. Tests are
+# left out.
 #     tests/modules.sh
 set -euo pipefail
 export LC_ALL=C

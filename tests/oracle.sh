@@ -6,10 +6,11 @@
 #   tests/oracle.sh ORACLE_FOLDER PYTHON keys [options of `oracle.py keys`]
 #
 # `keys` first compares the worker's data on configuration classes with transformers'. It then tries
-# every key of every family's config.json: left out, null, and as transformers 5 saves it. The result
-# must equal that of transformers, or be a refusal that names the key.
+# every key of every family's config.json: left out, null, and as transformers 5 saves it. The
+# result must equal that of transformers, or be a refusal that names the key.
 #
-# ORACLE_FOLDER holds make_model.py, golden.py and outliers_ref.py; PYTHON has transformers, torch and numpy.
+# ORACLE_FOLDER holds make_model.py, golden.py and outliers_ref.py; PYTHON has transformers, torch
+# and numpy.
 set -euo pipefail
 oracle=$(realpath "${1:?usage: oracle.sh ORACLE_FOLDER [PYTHON] [--families F ..] [--seeds N ..] [--sizes S ..]}")
 python=$(realpath -s "${2:-$(command -v python3)}")

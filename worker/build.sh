@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Builds a worker for other machines: one program that runs with glibc 2.28 (2018) or newer, and with
-# --cuda uses NVIDIA's GPUs if there are any. Needs Rust and Python 3 with pip. Linker and CUDA compiler
-# are Python packages. Nothing is installed.
+# Builds a worker for other machines: one program that runs with glibc 2.28 (2018) or newer, and
+# with --cuda uses NVIDIA's GPUs if there are any. Needs Rust and Python 3 with pip. Linker and
+# CUDA compiler are Python packages. Nothing is installed.
 #
 #     worker/build.sh [--cuda] [--output FILE]      default: target/release/outliers-worker-portable
 #

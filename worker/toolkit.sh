@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fetches the linker and the CUDA compiler that toolkit.txt names, once, and prints their folder. Needs
-# Python 3 with pip.
+# Fetches the linker and the CUDA compiler that toolkit.txt names, once, and prints their folder.
+# Needs Python 3 with pip.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -224,9 +224,9 @@ impl Context {
         Ok(clouds?.into())
     }
 
-    /// Clouds by their names, else every one that can be asked, since a forgotten instance may be on
-    /// any of them: this machine, those whose key is set, and the clusters that the settings or the
-    /// ledger's open runs name.
+    /// Clouds by their names, else every one that can be asked, since a forgotten instance may be
+    /// on any of them: this machine, those whose key is set, and the clusters that the settings or
+    /// the ledger's open runs name.
     ///
     /// # Errors
     /// There is none of that name, its key is not set, or its settings make no sense.

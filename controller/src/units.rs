@@ -85,7 +85,8 @@ impl UsdPerHour {
     /// What this time costs, rounded up to the cent: the amount that is shown pays for all of the
     /// time.
     pub fn cost_up_to_cents(self, time: Duration) -> Usd {
-        // Price times time that makes a cent, in millionths of a dollar per hour times milliseconds.
+        // Price times time that makes a cent, in millionths of a dollar per hour times
+        // milliseconds.
         const CENT: u128 = 10_000 * 3_600_000;
         let micros = u128::try_from(self.0.micros()).unwrap_or(0);
         let cents = micros.saturating_mul(time.as_millis()).div_ceil(CENT);

@@ -202,7 +202,7 @@ fn open_passes_the_page_to_the_browser() {
     assert!(said(&alone).0.contains("page.html"));
 }
 
-// ---------------------------------------------------------------------------------------------------- in a browser
+// ------------------------------------------------------------------------------------ in a browser
 
 #[test]
 fn page_is_readable_on_phone_and_desktop_in_light_and_dark() {

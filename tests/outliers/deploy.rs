@@ -504,7 +504,7 @@ fn edited_handoff_is_not_overwritten() {
     assert!(!std::fs::read_to_string(&file).unwrap().contains("Ask Ada."));
 }
 
-// --------------------------------------------------------------------------------------------------------- bad input
+// --------------------------------------------------------------------------------------- bad input
 
 /// Bad input: the exit code, a word of the message, and that nothing was rented.
 fn refused(context: &TestContext, arguments: &[String], words: &[&str]) {
@@ -623,7 +623,7 @@ fn worker_of_another_version_is_refused_before_renting() {
     refused(&context, &deploy(&model, &["--config", &text(&settings)]), &["other-worker"]);
 }
 
-// ------------------------------------------------------------------------------------------------------ from the hub
+// ------------------------------------------------------------------------------------ from the hub
 
 const HUB_MODEL: &str = "owner/tiny-olmoe";
 const HUB_TOKEN: &str = "hf_not-to-be-seen-anywhere";

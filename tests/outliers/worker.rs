@@ -136,7 +136,7 @@ fn toml_and_json_job_files_give_the_same_job() {
     assert_eq!(results[0].thresholds.magnitude, 5.0);
 }
 
-// --------------------------------------------------------------------------------------------------------- bad input
+// --------------------------------------------------------------------------------------- bad input
 
 /// A copy of a fixture's model, to change.
 pub(crate) fn copy(name: &str) -> tempfile::TempDir {

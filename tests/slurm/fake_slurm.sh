@@ -2,8 +2,8 @@
 # Stands in for sbatch, squeue, scancel, sinfo, sacct and scontrol, by the name with which it is
 # started. Jobs are folders below $SLURM_STAND_IN/jobs and processes of this machine. A job that
 # depends on another starts at a call of squeue after that job has succeeded. The script accepts the
-# options that the broker uses and no others. It prints the output of Slurm 22.05.8 (recorded/), or of
-# 24.05 if the file `newer` exists (README.md). Other files in $SLURM_STAND_IN cause failures:
+# options that the broker uses and no others. It prints the output of Slurm 22.05.8 (recorded/), or
+# of 24.05 if the file `newer` exists (README.md). Other files in $SLURM_STAND_IN cause failures:
 #   hold         the next job waits, with this reason, until the file goes
 #   lose-reply   the next submission times out, though the job was made
 #   refuse       the next submission is refused, with these words

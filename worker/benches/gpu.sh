@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests what the worker computes on an NVIDIA GPU, and measures its speed. Needs no network and builds
-# nothing.
+# Tests what the worker computes on an NVIDIA GPU, and measures its speed. Needs no network and
+# builds nothing.
 #
 #     worker/benches/gpu.sh WORKER [DEVICE] [OUT]
 #

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Stands in for the CUDA compiler while the kernels of the tensor library are built, so that one program
-# runs on every GPU of compute capability 8.0 or newer.
+# Stands in for the CUDA compiler while the kernels of the tensor library are built, so that one
+# program runs on every GPU of compute capability 8.0 or newer.
 #
 # - Kernels become PTX, which drivers compile for their GPU unless `assemble.py` has done that. The
-#   compiler writes its newest PTX version, which older drivers refuse, although the kernels use nothing
-#   newer. The version is lowered to that of drivers from R520 (CUDA 11.8) on.
+#   compiler writes its newest PTX version, which older drivers refuse, although the kernels use
+#   nothing newer. The version is lowered to that of drivers from R520 (CUDA 11.8) on.
 # - Objects (products of quantised formats that are not used here) are left empty. They would run on
 #   one architecture only, and add the CUDA runtime and 30 MB.
 #

@@ -337,7 +337,8 @@ fn multiply_five_experts() {
     assert_eq!(first, 9);
 }
 
-/// How often a process that multiplies five experts starts products of several matrices, and of one;
+/// How often a process that multiplies five experts starts products of several matrices, and of
+/// one;
 /// `None` where the GPU does not tell.
 fn started(environment: &[(&str, &str)]) -> Option<[Option<u64>; 2]> {
     let folder = tempfile::tempdir().unwrap();

@@ -239,7 +239,7 @@ fn read<T: DeserializeOwned>(path: &Path) -> Result<T, ImportError> {
     })
 }
 
-// -------------------------------------------------------------------------------------------------- the predecessor's documents
+// --------------------------------------------------------------------- the predecessor's documents
 
 #[derive(Deserialize)]
 struct OldAnalysis {

@@ -187,11 +187,11 @@ __device__ void logit_parts(const T *x, const u32 *targets, u32 rows, u32 width,
     parts[2] = target < width ? value(x[target]) : 0.0f;
 }
 
-// The causal convolution of each channel over `kernel` tokens, plus its bias if there are some, then
-// SiLU, then, if `length` is not 0, each row as a vector of that length: `Convolution` in
+// The causal convolution of each channel over `kernel` tokens, plus its bias if there are some,
+// then SiLU, then, if `length` is not 0, each row as a vector of that length: `Convolution` in
 // worker/src/delta_net. x is [sequences * positions, heads * width], out [sequences * heads *
-// positions, width] in f32. Taps of a channel are beside each other, the last for the current token;
-// before a sequence there are zeros.
+// positions, width] in f32. Taps of a channel are beside each other, the last for the current
+// token; before a sequence there are zeros.
 template <typename T>
 __device__ void convolution(const T *x, const float *taps, const float *bias, u32 rows, u32 positions, u32 heads,
                             u32 width, u32 kernel, u32 first_channel, float length, float *out) {

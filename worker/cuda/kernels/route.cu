@@ -7,7 +7,8 @@
 constexpr u32 LANES = 32;
 // Tokens whose choices are counted together.
 constexpr u32 TILE = 64;
-// Windows of 32 exponents that an f32's are in, as `ExactSum` in the worker has them, from this one.
+// Windows of 32 exponents that an f32's are in, as `ExactSum` in the worker has them, from this
+// one.
 constexpr u32 WINDOWS = 9, FIRST_WINDOW = 27;
 // Of an expert: tokens at position 0, then the sums of weights of all its tokens and of those at
 // position 0, by windows, each in two halves.
@@ -91,8 +92,8 @@ __device__ inline float judged(const float *scores, u32 size, bool by_two) {
     return by_two && size > 1 ? first + second : first;
 }
 
-// The experts of each row of `logits` [rows, experts] in ascending order, and their weights. A block
-// of LANES threads per row. `scores` has room for twice as many numbers as logits, `keys` for
+// The experts of each row of `logits` [rows, experts] in ascending order, and their weights. A
+// block of LANES threads per row. `scores` has room for twice as many numbers as logits, `keys` for
 // experts + groups + top_k per row. `per_expert`: [experts], or null.
 extern "C" __global__ void choose_experts(const float *logits, const float *per_expert, u32 experts, u32 top_k,
                                           u32 kind, u32 groups, u32 top_groups, u32 normalise, float factor,
@@ -303,10 +304,10 @@ __device__ inline u32 expert_of(const u32 *firsts, u32 experts, u32 pair) {
     return low;
 }
 
-// Copies the rows of `x` [tokens, width] that go to a group of experts to `out`, multiplied by their
-// weights unless those are null. `places`: where each expert's pairs begin and the last one's end,
-// [experts + 1], then the rows of `out` for each one's first, [experts]. A block per pair and THREADS
-// columns.
+// Copies the rows of `x` [tokens, width] that go to a group of experts to `out`, multiplied by
+// their weights unless those are null. `places`: where each expert's pairs begin and the last one's
+// end, [experts + 1], then the rows of `out` for each one's first, [experts]. A block per pair and
+// THREADS columns.
 template <typename T>
 __device__ void gather_rows(const T *x, const u32 *tokens, const float *weights, const u32 *places, u32 experts,
                             u32 width, T *out) {

@@ -138,7 +138,7 @@ pub struct Record {
     pub value: f32,
 }
 
-// -------------------------------------------------------------------------------------------------- massive activations
+// ----------------------------------------------------------------------------- massive activations
 
 /// Massive activations of the residual stream after each layer, by the rule of Sun et al. 2024
 /// (arXiv 2402.17762, section 2): |x| > 100, and |x| at least 1,000 times the median magnitude of
@@ -229,7 +229,7 @@ pub struct MassiveRecord {
     pub ratio_in_token: Option<f64>,
 }
 
-// ------------------------------------------------------------------------------------------------------------ experts
+// ----------------------------------------------------------------------------------------- experts
 
 /// What the router of one layer did. Per-expert numbers are in `statistics.safetensors`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -200,7 +200,7 @@ fn exp_negative(x: f32) -> f32 {
     y * f32::from_bits(((n as i32 + 127) << 23) as u32)
 }
 
-// ---------------------------------------------------------------------------------------------------------- RMSNorm
+// ----------------------------------------------------------------------------------------- RMSNorm
 
 struct RmsNorm<'a> {
     eps: f32,
@@ -284,7 +284,7 @@ pub fn rms_norm_onto(residual: &Tensor, x: &Tensor, gain: &Tensor, eps: f64) -> 
     x.apply_op2_no_bwd(gain, &RmsNorm { eps: eps as f32, residual: Some(residual) })
 }
 
-// -------------------------------------------------------------------------------------------------------- LayerNorm
+// --------------------------------------------------------------------------------------- LayerNorm
 
 struct LayerNorm {
     eps: f32,
@@ -359,7 +359,7 @@ pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<
     x.apply_op3_no_bwd(gain, bias, &LayerNorm { eps: eps as f32 })
 }
 
-// ------------------------------------------------------------------------------------------------------------- rope
+// -------------------------------------------------------------------------------------------- rope
 
 /// Position of the rotated dimensions in a head. A [`RopeTable`] states their number.
 #[derive(Clone, Copy, Debug)]
@@ -461,7 +461,7 @@ pub fn rope(x: Tensor, table: &RopeTable, part: RotatedPart, positions: usize) -
     Ok(x)
 }
 
-// ---------------------------------------------------------------------------------------------------- causal softmax
+// ---------------------------------------------------------------------------------- causal softmax
 
 /// Queries and keys of a block of scores.
 #[derive(Clone, Copy, Debug)]
@@ -588,7 +588,7 @@ pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Opti
     Ok(scores)
 }
 
-// ----------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // logits
 
 /// The largest value and the sum of `exp(value - largest)`, the parts of a log-sum-exp.
@@ -659,7 +659,7 @@ pub fn logit_parts(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
     logits.contiguous()?.apply_op1_no_bwd(&LogitParts { targets })
 }
 
-// -------------------------------------------------------------------------------------------------------------- gates
+// ------------------------------------------------------------------------------------------- gates
 
 /// How a gate is applied to `up`.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -843,7 +843,7 @@ pub fn gated_joined(joined: &Tensor, interleaved: bool, how: Gate) -> Result<Ten
     joined.apply_op1_no_bwd(&GatedJoined { how, interleaved, inner })
 }
 
-// -------------------------------------------------------------------------------------------------------- activations
+// ------------------------------------------------------------------------------------- activations
 
 /// The activation at the inner width of a feed-forward without a gate. NaN is preserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -922,7 +922,7 @@ pub fn activated(x: Tensor, how: Activation) -> Result<Tensor> {
     Ok(x)
 }
 
-// ---------------------------------------------------------------------------------------------------------------- sum
+// --------------------------------------------------------------------------------------------- sum
 
 struct Sum;
 
@@ -968,7 +968,7 @@ pub fn sum(x: Tensor, y: &Tensor) -> Result<Tensor> {
     Ok(x)
 }
 
-// -------------------------------------------------------------------------------------------------------- scatter-add
+// ------------------------------------------------------------------------------------- scatter-add
 
 struct ScatterAdd<'a> {
     rows: &'a [u32],

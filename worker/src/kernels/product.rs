@@ -74,8 +74,8 @@ impl Linear {
 }
 
 /// Has the library for a GPU compute its first product, for which it loads kernels and takes
-/// memory; for a model with `experts` also two by one call, as [`each`] does. Gives its reason if it
-/// refuses the latter. This waits for none of that; the CPU needs none.
+/// memory; for a model with `experts` also two by one call, as [`each`] does. Gives its reason if
+/// it refuses the latter. This waits for none of that; the CPU needs none.
 pub fn get_ready(device: &Device, dtype: DType, experts: bool) -> Result<Option<String>> {
     /// Of a small matrix.
     const SIDE: usize = 64;

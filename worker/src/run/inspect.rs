@@ -426,8 +426,8 @@ pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: 
     let hidden = rows * spec.hidden * size_of::<f32>();
     // Pinned buffers are of powers of two.
     let landed = gpus * ((study::HELD + 1) * summary.next_power_of_two() + hidden) as u64;
-    // What is used, in f32 and in the dtype of the pass; of each token its place in the order of ids
-    // and in what is used.
+    // What is used, in f32 and in the dtype of the pass; of each token its place in the order of
+    // ids and in what is used.
     let in_dtype = (used_values(spec, run) * run.compute.size_in_bytes()) as u64;
     let places = tokens * (size_of::<usize>() + size_of::<u32>()) as u64;
     let at_a_time = (embedded(spec, run) + in_dtype + places + blocks).max(landed);
@@ -534,8 +534,8 @@ fn workspace(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
 }
 
 /// What experts take beside their products on a GPU, bytes: the inputs that are gathered at once,
-/// those of an expert before they are weighted, and of all tokens the choices, with their weights, in
-/// both orders.
+/// those of an expert before they are weighted, and of all tokens the choices, with their weights,
+/// in both orders.
 fn dispatched(spec: &DecoderSpec, moe: &MoeSpec, group: &Range<usize>, run: PlannedRun) -> usize {
     if run.arithmetic.in_place {
         return 0;

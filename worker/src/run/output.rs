@@ -92,7 +92,7 @@ fn hash(path: &Path) -> std::io::Result<(String, u64)> {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ statistics.safetensors
+// -------------------------------------------------------------------------- statistics.safetensors
 
 /// Writes the counts behind the results, so that thresholds on layers and positions can be changed
 /// without a new run, and data too long for `results.json`. P = tokens at position 0 of their
@@ -205,7 +205,7 @@ fn site_index(point: Point) -> usize {
     usize::from(matches!(point, Point::BeforeMlp | Point::AfterMlp))
 }
 
-// ------------------------------------------------------------------------------------------------------ activations
+// ------------------------------------------------------------------------------------- activations
 
 /// Every studied activation, router choice, final norm and logit of a run, under the names of the
 /// reference's golden files: `layer.{i}.site.{j}` f32 `[S, N, H]` (j = 0 before attention, 1

@@ -395,7 +395,7 @@ impl Study {
         merge(&mut self.first_keys, other.first_keys.as_ref(), FirstKeys::merge);
     }
 
-    // ------------------------------------------------------------------------------------------------------ report
+    // -------------------------------------------------------------------------------------- report
 
     /// Applies thresholds and summarises. `ids` are the token ids `[sequences, tokens]`.
     pub fn report(&self, thresholds: &Thresholds, ids: &[i64]) -> Report {

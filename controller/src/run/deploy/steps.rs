@@ -906,8 +906,8 @@ fn no_offer(why: &NothingLeft) -> StepError {
     StepError::End(failed(RunFailureKind::NoOffer, why.to_string(), why.hint().map(str::to_owned)))
 }
 
-/// `dearer` are those for which what was agreed does not pay. `answered`: of the instances that were
-/// rented, one came up and did not serve.
+/// `dearer` are those for which what was agreed does not pay. `answered`: of the instances that
+/// were rented, one came up and did not serve.
 fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize, answered: bool) -> RunOutcome {
     let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
     let (kind, none) = match answered {

@@ -223,7 +223,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         self.seen.gain(Site { layer: self.layer, point: self.point(norm) }, of.gain())
     }
 
-    // ----------------------------------------------------------------------------------------------------- mixer
+    // --------------------------------------------------------------------------------------- mixer
 
     /// Adds the mixer's output for a micro-batch to its residual stream.
     fn mix(
@@ -317,7 +317,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         })
     }
 
-    // ---------------------------------------------------------------------------------------------- feed-forward
+    // -------------------------------------------------------------------------------- feed-forward
 
     /// The feed-forward's norm, unless it shares the mixer's.
     fn ffn_norm(&mut self, tensors: &mut UnitTensors) -> Result<Option<Norm>> {
@@ -365,7 +365,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
         self.show(Point::Residual, batch, &batch.hidden)
     }
 
-    // --------------------------------------------------------------------------------------------------- mixture
+    // ------------------------------------------------------------------------------------- mixture
 
     fn moe(&self) -> Result<&'a MoeSpec> {
         match &self.spec.ffn {

@@ -43,8 +43,8 @@ pub(crate) fn bytes(
     let filled = 2 * key_dim + value_dim + if by_channel { 6 * key_dim } else { 0 };
     // Then decays between tokens, twice in f64 before they are f32.
     let between = tokens * 8 * n;
-    // Or writes and answers with what they come from: while states pass, of which four are alive, or
-    // twice while they are joined.
+    // Or writes and answers with what they come from: while states pass, of which four are alive,
+    // or twice while they are joined.
     let passing = tokens * 3 * value_dim + heads * 4 * key_dim * value_dim;
     let joining = tokens * 7 * value_dim;
     let after = tokens * (n + 3 * key_dim) + passing.max(joining);
