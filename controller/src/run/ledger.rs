@@ -44,6 +44,11 @@ const MAX_OWNER: u64 = 4096;
 /// How long a writer waits for another.
 const BUSY: Duration = Duration::from_secs(20);
 
+/// Attempts to take a lock before another process counts as its holder.
+const LOCK_ATTEMPTS: u32 = 5;
+/// Pause between such attempts.
+const LOCK_PAUSE: Duration = Duration::from_millis(4);
+
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE IF NOT EXISTS runs (
@@ -582,7 +587,14 @@ impl Ledger {
         let path = self.run_folder(id).join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
         let Some(file) = absent(File::open(&path)).map_err(at)? else { return Ok(false) };
-        is_taken(file.try_lock_shared()).map_err(at)
+        // A process that is just being started still holds the locks of the one that starts it.
+        for _ in 0..LOCK_ATTEMPTS {
+            if !is_taken(file.try_lock_shared()).map_err(at)? {
+                return Ok(false);
+            }
+            std::thread::sleep(LOCK_PAUSE);
+        }
+        Ok(true)
     }
 
     /// Asks the current or next driver of the run to stop it.
@@ -627,13 +639,14 @@ impl Ledger {
         self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Retries, since a process that only checks whether the run is driven holds the lock briefly.
+    /// Retries, since a process that only checks whether the run is driven holds the lock briefly,
+    /// and so does one that is just being started.
     fn lock_patiently(&self, id: &str) -> Result<Option<File>, LedgerError> {
-        for _ in 0..10 {
+        for _ in 0..10 * LOCK_ATTEMPTS {
             if let Some(lock) = self.lock(id)? {
                 return Ok(Some(lock));
             }
-            std::thread::sleep(Duration::from_millis(20));
+            std::thread::sleep(LOCK_PAUSE);
         }
         Ok(None)
     }
