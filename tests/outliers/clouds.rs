@@ -364,14 +364,14 @@ fn clock_hours_off_is_refused_and_seconds_off_is_corrected() {
     assert!((195.0..=205.0).contains(&after), "{after}");
 }
 
+/// A fake of every cloud.
+fn all_clouds() -> [FakeCloud; 4] {
+    [FakeCloud::start(RunPod::default()), FakeCloud::start(Vast), FakeCloud::start(Lambda), FakeCloud::start(Prime)]
+}
+
 #[test]
 fn deploy_on_a_sold_out_cloud_exits_as_without_an_offer() {
-    let clouds = [
-        FakeCloud::start(RunPod::default()),
-        FakeCloud::start(Vast),
-        FakeCloud::start(Lambda),
-        FakeCloud::start(Prime),
-    ];
+    let clouds = all_clouds();
     for cloud in &clouds {
         cloud.state().fail_always(Op::Create, How::Refuse(Refusal::NoCapacity));
         let said = CloudContext::new(&[cloud]).deploy();
@@ -384,12 +384,7 @@ fn deploy_on_a_sold_out_cloud_exits_as_without_an_offer() {
 /// Every cloud in one table; one that does not answer is left out, and said so.
 #[test]
 fn offers_queries_all_clouds_concurrently() {
-    let clouds = [
-        FakeCloud::start(RunPod::default()),
-        FakeCloud::start(Vast),
-        FakeCloud::start(Lambda),
-        FakeCloud::start(Prime),
-    ];
+    let clouds = all_clouds();
     clouds[3].state().stock.push(Stock { currency: "EUR", ..Stock::plain("2001", Gpu::A100, 1, 1.0) });
     let place = CloudContext::new(&clouds.iter().collect::<Vec<_>>());
     let found = place.context.json(&["offers", "--gpu-filter", "a100", "--min-vram", "80", "--all"]);
@@ -421,12 +416,7 @@ fn offers_queries_all_clouds_concurrently() {
 /// On a machine without a ledger: exactly the owner's overdue instances end, on every cloud.
 #[test]
 fn reap_needs_only_api_keys() {
-    let clouds = [
-        FakeCloud::start(RunPod::default()),
-        FakeCloud::start(Vast),
-        FakeCloud::start(Lambda),
-        FakeCloud::start(Prime),
-    ];
+    let clouds = all_clouds();
     let now = clouds[0].state().now;
     let (past, future) = (now - 60, now + 3600);
     let names = [

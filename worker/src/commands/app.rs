@@ -129,13 +129,16 @@ fn dispatch(cli: Cli) -> Result<()> {
         Command::Bench { what } => match what {
             Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),
             Bench::Run { options } => print_table(&bench_run(*options, &hub)?, cli.json),
-            Bench::Attention { lengths, heads, rounds, device } => {
+            Bench::Attention { lengths, heads, repetitions, device } => {
                 let placed = device::open(&[device])?;
-                print_table(&bench::attention::attention(&lengths, heads, rounds, &placed[0].device)?, cli.json);
+                print_table(
+                    &bench::attention::attention(&lengths, heads, repetitions.rounds, &placed[0].device)?,
+                    cli.json,
+                );
             }
-            Bench::Decode { values, rounds, device } => {
+            Bench::Decode { values, repetitions, device } => {
                 let placed = device::open(&[device])?;
-                print_table(&bench::decode::decode(values, rounds, &placed[0].device)?, cli.json);
+                print_table(&bench::decode::decode(values, repetitions.rounds, &placed[0].device)?, cli.json);
             }
         },
         Command::Devices => print_table(&device::list(), cli.json),

@@ -163,15 +163,9 @@ pub enum Bench {
             allow_negative_numbers = true
         )]
         heads: usize,
-        /// Repetitions, of which the fastest counts.
-        #[arg(
-            long,
-            value_name = "N",
-            default_value_t = 5,
-            value_parser = whole::<usize>,
-            allow_negative_numbers = true
-        )]
-        rounds: usize,
+        /// How often each is measured.
+        #[command(flatten)]
+        repetitions: Repetitions,
         /// The GPU.
         #[arg(long, value_name = "DEVICE", default_value = "cuda:0")]
         device: String,
@@ -191,19 +185,21 @@ pub enum Bench {
             allow_negative_numbers = true
         )]
         values: usize,
-        /// Repetitions. The fastest counts.
-        #[arg(
-            long,
-            value_name = "N",
-            default_value_t = 5,
-            value_parser = whole::<usize>,
-            allow_negative_numbers = true
-        )]
-        rounds: usize,
+        /// How often each is measured.
+        #[command(flatten)]
+        repetitions: Repetitions,
         /// Device of the decoded values: cpu, or a GPU such as cuda:0, including the upload.
         #[arg(long, value_name = "DEVICE", default_value = "cpu")]
         device: String,
     },
+}
+
+/// How often a measurement is repeated.
+#[derive(Args, Debug)]
+pub struct Repetitions {
+    /// Repetitions. The fastest counts.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = whole::<usize>, allow_negative_numbers = true)]
+    pub rounds: usize,
 }
 
 /// A job as options.
