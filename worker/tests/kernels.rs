@@ -9,9 +9,10 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device, Tensor};
 use half::bf16;
 use outliers_worker::blocks::attention::{AttentionRecorder, FUSED_FROM, SoftmaxAttention};
-use outliers_worker::blocks::delta_net::{Convolution, inverse};
+use outliers_worker::blocks::delta_net::Convolution;
 use outliers_worker::device::gpu;
 use outliers_worker::kernels::fused::{self, Activation, Gate, RotatedPart, ScoreBlock, SinkLogits};
+use outliers_worker::kernels::recurrence::Recurrence;
 use outliers_worker::model::decoder::Window;
 use outliers_worker::model::rope::{Pairing, RopeScaling, RopeSpec};
 use proptest::prelude::*;
@@ -237,6 +238,44 @@ proptest! {
     }
 }
 
+/// A recurrence on both devices, with factors of a state or of each row, with or without strengths.
+fn recurrence_equals_the_cpu(
+    seed: u64,
+    [key_heads, served, positions, rows, width]: [usize; 5],
+    by_row: bool,
+    corrects: bool,
+) -> Result<(), TestCaseError> {
+    let (mut rng, heads) = (Rng(seed), key_heads * served);
+    let mut even = |shape: &[usize]| rng.even(shape, 0.5).to_dtype(DType::F32).unwrap();
+    let (query, key) = (even(&[key_heads, positions, rows]), even(&[key_heads, positions, rows]));
+    let left = (even(&[heads, positions, if by_row { rows } else { 1 }]) + 0.5).unwrap();
+    let strength = (even(&[heads, positions]) + 0.5).unwrap();
+    let value = even(&[heads, positions, width]);
+    same(&[&query, &key, &value, &left, &strength], |of| {
+        let of_states = Recurrence { left: &of[3], strength: corrects.then_some(&of[4]) };
+        of_states.apply(&of[0], &of[1], &of[2]).unwrap()
+    })
+}
+
+/// Those of published models, and the sizes at which the kernel for more rows begins.
+#[test]
+fn recurrences_of_many_rows() {
+    let sizes = [[1, 2, 9, 128, 128], [2, 1, 3, 128, 64], [1, 1, 8, 64, 65], [1, 2, 7, 65, 3], [1, 1, 5, 256, 70]];
+    for (seed, sizes) in (0..).zip(sizes) {
+        for (by_row, corrects) in [(false, true), (true, true), (false, false)] {
+            recurrence_equals_the_cpu(seed, sizes, by_row, corrects).unwrap();
+        }
+    }
+}
+
+#[test]
+fn more_rows_than_a_kernel_has_are_refused() {
+    let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, gpu()).unwrap();
+    let (left, keys) = (zeros(&[1, 2]), zeros(&[1, 2, 257]));
+    let refused = Recurrence { left: &left, strength: None }.apply(&keys, &keys, &zeros(&[1, 2, 3]));
+    assert!(refused.unwrap_err().to_string().contains("257 rows"));
+}
+
 fn dtypes() -> impl Strategy<Value = DType> {
     select(vec![DType::F32, DType::BF16, DType::F16])
 }
@@ -249,8 +288,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
     #[test]
-    fn inverse_equals_the_cpu(seed: u64, count in 1_usize..4, n in select(vec![1_usize, 2, 15, 16, 33, 63, 64])) {
-        same(&[&Rng(seed).tensor(&[count, n, n], DType::F32)], |tensors| inverse(&tensors[0]).unwrap())?;
+    fn recurrences(
+        seed: u64,
+        (key_heads, served, positions) in (1..3usize, 1..4usize, 1..20usize),
+        (rows, width) in (1..40usize, 1..80usize),
+        by_row: bool,
+        corrects: bool,
+    ) {
+        recurrence_equals_the_cpu(seed, [key_heads, served, positions, rows, width], by_row, corrects)?;
     }
 
     #[test]

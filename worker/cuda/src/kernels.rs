@@ -41,10 +41,10 @@ files! {
     Attention "attention"
     Columns "columns"
     Decode "decode"
-    DeltaNet "delta_net"
     Fused "fused"
     Histogram "histogram"
     Large "large"
+    Recurrence "recurrence"
     Route "route"
     Rows "rows"
 }

@@ -14,8 +14,6 @@ mod copies;
 #[cfg(feature = "staging")]
 mod decode;
 #[cfg(feature = "staging")]
-pub mod delta_net;
-#[cfg(feature = "staging")]
 pub mod fused;
 #[cfg(feature = "staging")]
 pub mod grouped;
@@ -26,6 +24,8 @@ mod libraries;
 mod peer_copy;
 #[cfg(feature = "staging")]
 mod readback;
+#[cfg(feature = "staging")]
+pub mod recurrence;
 #[cfg(feature = "staging")]
 pub mod routing;
 #[cfg(feature = "staging")]

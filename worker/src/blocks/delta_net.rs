@@ -11,11 +11,9 @@ use crate::model::decoder::{DeltaNetSpec, DeltaStored};
 
 mod convolution;
 mod recurrence;
-mod triangle;
 
 pub use convolution::Convolution;
 use recurrence::Heads;
-pub use triangle::inverse;
 
 /// Added to the sum of squares of a query or key. The reference implementation fixes it.
 const UNIT_EPS: f32 = 1e-6;
@@ -183,9 +181,9 @@ pub fn delta_net(spec: &DeltaNetSpec, weights: &DeltaNetWeights, x: &Tensor, pos
 /// Bytes that the delta rule takes on a GPU beside its arguments and its result, over so many
 /// sequences of so many positions.
 pub fn rule_bytes(spec: &DeltaNetSpec, sequences: usize, positions: usize) -> usize {
-    let DeltaNetSpec { key_heads, value_heads, key_dim, value_dim, .. } = *spec;
-    let heads = [sequences * key_heads, value_heads / key_heads, positions];
-    recurrence::bytes(heads, key_dim, value_dim, spec.decays_channels())
+    // The decays, of which there were only logarithms.
+    let decays = spec.value_heads * if spec.decays_channels() { spec.key_dim } else { 1 };
+    sequences * positions * decays * size_of::<f32>()
 }
 
 /// What the recurrence runs over. Queries, keys and values are convolved and pass through SiLU;

@@ -9,13 +9,15 @@
 //! ```
 //!
 //! Over a chunk of tokens this is attention without a softmax, weighted by the remaining decay of
-//! each write, plus the remaining previous state.
+//! each write, plus the remaining previous state. A CPU computes that. On a GPU one kernel goes
+//! through the tokens of all heads ([`Recurrence`]).
 
 use candle_core::{DType, Result, Tensor};
 
 use crate::blocks::delta_net::{Convolution, softplus};
-use crate::kernels::fused::{self, Gate};
+use crate::kernels::fused::{self, Gate, has_loops};
 use crate::kernels::product::Linear;
+use crate::kernels::recurrence::Recurrence;
 use crate::model::decoder::MambaSpec;
 
 /// Tokens per chunk.
@@ -94,15 +96,20 @@ fn scan(
         let t = t.reshape((sequences, positions, count, width))?.transpose(1, 2)?.contiguous()?;
         t.reshape((sequences * count, positions, width))
     };
-    let of_groups = |t: &Tensor| {
-        let shape = (sequences * groups, heads / groups, positions, state);
-        t.unsqueeze(1)?.expand(shape)?.reshape((sequences * heads, positions, state))
-    };
-    let (writes, reads) = (of_groups(writes)?, of_groups(reads)?);
     let rate = weights.decay.to_dtype(DType::F32)?.exp()?.neg()?;
     let decay = by_head(&step.broadcast_mul(&rate)?, heads, 1)?;
-    let written = values.broadcast_mul(&by_head(step, heads, 1)?)?;
-    let read = in_chunks(&reads, &writes, &written, &decay)?;
+    let read = {
+        let written = values.broadcast_mul(&by_head(step, heads, 1)?)?;
+        if has_loops(values) {
+            let of_groups = |t: &Tensor| {
+                let shape = (sequences * groups, heads / groups, positions, state);
+                t.unsqueeze(1)?.expand(shape)?.reshape((sequences * heads, positions, state))
+            };
+            in_chunks(&of_groups(reads)?, &of_groups(writes)?, &written, &decay)?
+        } else {
+            Recurrence { left: &decay.exp()?, strength: None }.apply(reads, writes, &written)?
+        }
+    };
     let by_token = |t: &Tensor| {
         let t = t.reshape((sequences, heads, positions, head_dim))?.transpose(1, 2)?.contiguous()?;
         t.reshape((rows, heads, head_dim))
@@ -111,23 +118,26 @@ fn scan(
     (by_token(&read)? + by_token(values)?.broadcast_mul(&skip)?)?.reshape((rows, inner))
 }
 
-/// Tokens of heads that are computed together: what bounds the memory, and lets a CPU's cache hold
-/// it. A head that has more is computed alone.
-fn together(in_place: bool) -> usize {
-    if in_place { 1 << 13 } else { 1 << 18 }
-}
+/// Tokens of heads that are computed together, which a CPU's cache holds. A head that has more is
+/// computed alone.
+const TOGETHER: usize = 1 << 13;
 
 /// Heads that are computed together.
-fn heads_at_once(in_place: bool, heads: usize, positions: usize) -> usize {
-    (together(in_place) / positions.max(1)).clamp(1, heads.max(1))
+fn heads_at_once(heads: usize, positions: usize) -> usize {
+    (TOGETHER / positions.max(1)).clamp(1, heads.max(1))
 }
 
-/// Bytes that the chunks of a micro-batch take beside what is projected, over so many sequences of
-/// so many positions; `in_place`: on a CPU.
-pub fn chunk_bytes(spec: &MambaSpec, sequences: usize, positions: usize, in_place: bool) -> usize {
+/// Bytes that the recurrence of a micro-batch takes beside what is projected, over so many
+/// sequences of so many positions; `in_place`: on a CPU, which repeats writes and reads for each
+/// head.
+pub fn recurrence_bytes(spec: &MambaSpec, sequences: usize, positions: usize, in_place: bool) -> usize {
     let MambaSpec { heads, head_dim, state, .. } = *spec;
+    if !in_place {
+        // Decays and their logarithms.
+        return sequences * positions * heads * 2 * size_of::<f32>();
+    }
     let n = CHUNK.min(positions.max(1));
-    let tokens = heads_at_once(in_place, sequences * heads, positions) * positions.next_multiple_of(n);
+    let tokens = heads_at_once(sequences * heads, positions) * positions.next_multiple_of(n);
     // Of a token of a head: a chunk that is filled up, weights between tokens, in f64 and twice
     // before they are f32, and what is read by them and of states.
     let values = (2 * state + head_dim) + 6 * n + 5 * head_dim;
@@ -140,7 +150,7 @@ pub fn chunk_bytes(spec: &MambaSpec, sequences: usize, positions: usize, in_plac
 /// logarithms of decays `[heads, positions, 1]`: what is read, as `written`.
 fn in_chunks(reads: &Tensor, writes: &Tensor, written: &Tensor, decay: &Tensor) -> Result<Tensor> {
     let (heads, positions, _) = written.dims3()?;
-    by_heads([reads, writes, written, decay], heads_at_once(written.device().is_cpu(), heads, positions))
+    by_heads([reads, writes, written, decay], heads_at_once(heads, positions))
 }
 
 /// As many heads at once.
@@ -216,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_equal_the_recurrence_at_weak_and_strong_decay() {
+    fn both_forms_equal_the_definition_at_weak_and_strong_decay() {
         for positions in [1, 2, 63, 64, 65, 130] {
             for strongest in [0.0, 0.1, 3.0, 500.0] {
                 let mut random = Random::new(positions as u64);
@@ -225,6 +235,9 @@ mod tests {
                 let decay = (tensor(1).abs().unwrap() * -strongest).unwrap();
                 let got = in_chunks(&reads, &writes, &written, &decay).unwrap();
                 let want = naive(&reads, &writes, &written, &decay);
+                assert_close(&got.reshape((3 * positions, 4)).unwrap(), &want, 2e-5);
+                let rule = Recurrence { left: &decay.exp().unwrap(), strength: None };
+                let got = rule.apply(&reads, &writes, &written).unwrap();
                 assert_close(&got.reshape((3 * positions, 4)).unwrap(), &want, 2e-5);
             }
         }
@@ -246,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn memory_is_bounded_whatever_the_number_of_sequences() {
+    fn memory_of_chunks_is_bounded_whatever_the_number_of_sequences() {
         let spec = MambaSpec {
             heads: 128,
             head_dim: 64,
@@ -259,10 +272,9 @@ mod tests {
         };
         // By hand, of each token of a head: 1024 numbers, and 3 of each of a state's in 64 tokens.
         let of_token = (1024 + 3 * 128 * 64 / 64) * 4;
-        let on_a_gpu = |sequences| chunk_bytes(&spec, sequences, 1024, false);
-        assert_eq!(on_a_gpu(1), 128 * 1024 * of_token);
-        assert_eq!((on_a_gpu(2), on_a_gpu(999)), (2 * on_a_gpu(1), 2 * on_a_gpu(1)));
-        assert_eq!(chunk_bytes(&spec, 999, 1024, true), 8 * 1024 * of_token, "what a CPU's cache holds");
+        let of = |sequences| recurrence_bytes(&spec, sequences, 1024, true);
+        assert_eq!((of(1), of(999)), (8 * 1024 * of_token, 8 * 1024 * of_token), "what a CPU's cache holds");
+        assert_eq!(recurrence_bytes(&spec, 3, 1024, false), 3 * 1024 * 128 * 2 * 4, "on a GPU");
     }
 
     #[test]

@@ -25,18 +25,19 @@ use crate::model::rope::{Pairing, RopeTable};
 
 static COMPOSED: AtomicBool = AtomicBool::new(false);
 
-/// Disables the CPU loops of this crate that have no GPU kernel (rows of experts, the delta rule):
-/// this process then uses the tensor library's operations, as on GPUs. Slower; for comparison.
+/// Disables what only CPUs do (rows of experts, chunks of DeltaNets and Mamba): this process then
+/// uses the tensor library's operations and the recurrence by its definition, as on GPUs. Slower;
+/// for comparison.
 pub fn compose_all() {
     COMPOSED.store(true, Ordering::Relaxed);
 }
 
-/// Whether operations on `x` without a kernel use this crate's CPU loops.
+/// Whether operations on `x` take the CPU's own form, where there is one.
 pub(crate) fn has_loops(x: &Tensor) -> bool {
     has_loops_on(x.device())
 }
 
-/// Whether operations on this device without a kernel use the CPU loops.
+/// Whether operations on this device take the CPU's own form, where there is one.
 pub(crate) fn has_loops_on(device: &Device) -> bool {
     device.is_cpu() && !COMPOSED.load(Ordering::Relaxed)
 }

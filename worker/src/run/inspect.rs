@@ -77,12 +77,7 @@ fn most_tokens(spec: &DecoderSpec) -> usize {
     let units = spec.units(u64::MAX);
     let matrices = units.iter().flat_map(|unit| &unit.needs).filter(|need| need.is_matrix());
     let projected = matrices.flat_map(|need| need.shape.iter().copied()).max();
-    // What writes and reads of a Mamba is repeated for each head of a group.
-    let repeated = spec.layers.iter().map(|layer| match &layer.mixer {
-        MixerSpec::Mamba(of) => of.heads * of.state,
-        _ => 0,
-    });
-    let widest = repeated.chain(projected).chain([spec.hidden, VOCAB_BLOCK.min(spec.vocab)]).max();
+    let widest = projected.into_iter().chain([spec.hidden, VOCAB_BLOCK.min(spec.vocab)]).max();
     gpu::MAX_VALUES / widest.unwrap_or(1).max(1)
 }
 
@@ -505,17 +500,17 @@ fn workspace(spec: &DecoderSpec, unit: &StreamingUnit, run: PlannedRun) -> u64 {
             };
             let scores = (sequences * mixer.score_heads() * QUERY_BLOCK * run.tokens).min(SCORE_VALUES) * value;
             let of_batch = rows.div_ceil(run.tokens.max(1));
-            let chunks = match mixer {
+            let recurrence = match mixer {
                 MixerSpec::DeltaNet(delta) if !run.arithmetic.in_place => {
                     delta_net::rule_bytes(delta, of_batch, run.tokens)
                 }
-                MixerSpec::Mamba(of) => mamba::chunk_bytes(of, of_batch, run.tokens, run.arithmetic.in_place),
+                MixerSpec::Mamba(of) => mamba::recurrence_bytes(of, of_batch, run.tokens, run.arithmetic.in_place),
                 _ => 0,
             };
             // Input and output; both are kept while attention is looked at without what an arm
             // lacks.
             let states = if run.arms > 1 { 4 } else { 2 };
-            rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores + chunks
+            rows * (mixer.projected_bytes(value) + mixed + states * spec.hidden * value) + scores + recurrence
         }
         (_, FfnSpec::None) => 0,
         (_, FfnSpec::Dense(mlp)) => feed_forward(mlp),

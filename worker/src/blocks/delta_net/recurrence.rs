@@ -1,4 +1,4 @@
-//! The gated delta rule, a chunk of tokens at a time.
+//! The gated delta rule.
 //!
 //! Per value head, the state `S` `[key_dim, value_dim]` is zero before a sequence. Each token has
 //! a decay `a`, a write strength `b`, a unit key `k`, a value `v` and a query `q`:
@@ -7,9 +7,10 @@
 //! S <- a S      u = b (v - S^T k)      S <- S + k u^T      out = S^T q
 //! ```
 //!
-//! Token by token this is a chain of products with one vector. For a chunk, let `S` be the state
-//! before it and `d(i, j) = a_(j+1) ... a_i` the factor that remains at token i of token j's write
-//! (`d(i)`: of `S`). Then
+//! Token by token this is a chain of products with one vector. On a GPU one kernel computes it, for
+//! all heads at the same time ([`Recurrence`]). On a CPU a chunk of tokens at a time is faster. For
+//! a chunk, let `S` be the state before it and `d(i, j) = a_(j+1) ... a_i` the factor that remains
+//! at token i of token j's write (`d(i)`: of `S`). Then
 //!
 //! ```text
 //! u_i   = b_i (v_i - d(i) S^T k_i - sum over j < i of d(i, j) (k_j . k_i) u_j)
@@ -22,20 +23,17 @@
 //! 2406.06484), solved for all writes at once.
 //!
 //! If each row of `S` has a separate decay (Kimi Delta Attention, arXiv 2510.26692), a is a
-//! vector, and products of keys and queries with keys are weighted per channel ([`by_channel`]).
+//! vector. Products of keys and queries with keys would be weighted per channel, so a CPU computes
+//! token by token, too.
 
 use candle_core::{DType, Device, Result, Tensor};
 use rayon::prelude::*;
 
 use crate::kernels::fused::has_loops;
-
-mod batched;
-mod by_channel;
-
-pub(super) use batched::bytes;
+use crate::kernels::recurrence::Recurrence;
 
 /// Tokens whose writes are solved for together.
-pub(super) const CHUNK: usize = 64;
+const CHUNK: usize = 64;
 
 /// Columns summed in registers. Rows of the solver are padded to a multiple.
 const LANES: usize = 16;
@@ -61,16 +59,20 @@ pub(super) struct Heads {
 impl Heads {
     /// Results of the queries, `[value heads, positions, value_dim]`.
     pub(super) fn delta_rule(&self) -> Result<Tensor> {
-        if !has_loops(&self.value) {
-            return batched::delta_rule(self);
-        }
-        if self.decay.rank() == 3 {
-            return by_channel::token_by_token(self);
+        if self.decay.rank() == 3 || !has_loops(&self.value) {
+            return self.token_by_token();
         }
         // The products of one head are too small to be shared among many cores, but heads are
         // independent.
         let heads = (0..self.value.dim(0)?).into_par_iter().map(|head| self.of(head)?.scan());
         Tensor::cat(&heads.collect::<Result<Vec<_>>>()?, 0)
+    }
+
+    /// By the definition.
+    fn token_by_token(&self) -> Result<Tensor> {
+        let left = self.decay.exp()?;
+        let rule = Recurrence { left: &left, strength: Some(&self.strength) };
+        rule.apply(&self.query, &self.key, &self.value)
     }
 
     /// Value heads per key head.
@@ -229,14 +231,18 @@ mod tests {
         let vectors = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec3::<f64>().unwrap();
         let numbers = |t: &Tensor| t.to_dtype(DType::F64).unwrap().to_vec2::<f64>().unwrap();
         let (query, key, value) = (vectors(&heads.query), vectors(&heads.key), vectors(&heads.value));
-        let (decay, strength) = (numbers(&heads.decay), numbers(&heads.strength));
+        let of_channels = match heads.decay.rank() {
+            3 => heads.decay.clone(),
+            _ => heads.decay.unsqueeze(2).unwrap().repeat((1, 1, heads.key.dim(2).unwrap())).unwrap(),
+        };
+        let (decay, strength) = (vectors(&of_channels), numbers(&heads.strength));
         let served = heads.served().unwrap();
         let one = |h: usize| {
             let token = |t: usize| Token {
                 query: query[h / served][t].clone(),
                 key: key[h / served][t].clone(),
                 value: value[h][t].clone(),
-                decay: vec![decay[h][t].exp(); 10],
+                decay: decay[h][t].iter().map(|decay| decay.exp()).collect(),
                 strength: strength[h][t],
             };
             recurrence((0..value[h].len()).map(token))
@@ -252,7 +258,7 @@ mod tests {
                 let heads = heads(positions, strongest);
                 let want = naive(&heads);
                 close(&heads.delta_rule().unwrap(), &want, 1e-5);
-                close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
+                close(&heads.token_by_token().unwrap(), &want, 1e-5);
             }
         }
     }
@@ -267,7 +273,7 @@ mod tests {
         let heads = Heads { key, strength, ..varied };
         let want = naive(&heads);
         close(&heads.delta_rule().unwrap(), &want, 1e-5);
-        close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
+        close(&heads.token_by_token().unwrap(), &want, 1e-5);
     }
 
     /// Differences of running sums in f32 would lose the weak decays after the strong one.
@@ -278,6 +284,41 @@ mod tests {
         heads.decay = Tensor::from_vec(decay, (4, 100), &Device::Cpu).unwrap();
         let want = naive(&heads);
         close(&heads.delta_rule().unwrap(), &want, 1e-5);
-        close(&batched::delta_rule(&heads).unwrap(), &want, 1e-5);
+        close(&heads.token_by_token().unwrap(), &want, 1e-5);
+    }
+    /// 3 heads whose channels decay, down to `exp(-strongest)`.
+    fn channels(positions: usize, strongest: f64) -> Heads {
+        let uniform = |shape: &[usize], seed| (values(shape, 1.0, seed) + 0.5).unwrap();
+        Heads {
+            query: (values(&[3, positions, 10], 2.0, 1) * 0.3).unwrap(),
+            key: (values(&[3, positions, 10], 2.0, 2) * 0.3).unwrap(),
+            value: values(&[3, positions, 7], 2.0, 3),
+            decay: (uniform(&[3, positions, 10], 4) * -strongest).unwrap(),
+            strength: uniform(&[3, positions], 5),
+        }
+    }
+
+    #[test]
+    fn channel_decays_equal_the_definition() {
+        for positions in [1, 3, 15, 16, 17, 50, 130] {
+            for strongest in [0.0, 0.02, 1.0, 30.0, 2000.0] {
+                let heads = channels(positions, strongest);
+                close(&heads.delta_rule().unwrap(), &naive(&heads), 1e-5);
+            }
+        }
+    }
+
+    #[test]
+    fn equal_channel_decays_equal_a_head_decay() {
+        let each = channels(70, 0.5);
+        let of_head = each.decay.narrow(2, 0, 1).unwrap();
+        let alike = Heads { decay: of_head.broadcast_as((3, 70, 10)).unwrap().contiguous().unwrap(), ..each.clone() };
+        let by_head = Heads { decay: of_head.squeeze(2).unwrap().contiguous().unwrap(), ..each };
+        close(&alike.delta_rule().unwrap(), &by_head.delta_rule().unwrap(), 1e-5);
+        // The same operations.
+        let bits = |t: Tensor| -> Vec<u32> {
+            t.flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f32::to_bits).collect()
+        };
+        assert_eq!(bits(alike.token_by_token().unwrap()), bits(by_head.token_by_token().unwrap()));
     }
 }

@@ -7,6 +7,8 @@ use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::fused::{self as kernels, Real};
 pub(crate) use outliers_cuda::fused::{Convolution, Gate, Rotation, Scores};
+pub(crate) use outliers_cuda::recurrence::Recurrence;
+use outliers_cuda::recurrence::{self as recurrences, MOST_ROWS};
 
 use super::MAX_VALUES;
 
@@ -150,10 +152,26 @@ pub(crate) fn convolution(
     reading(bias, |bias| in_dtype!(x.0, of(x, taps, bias, convolution)))
 }
 
-/// As [`crate::blocks::delta_net::inverse`], of systems of n rows.
-pub(crate) fn invert(systems: Read<'_>, n: usize) -> Result<CudaStorage> {
-    let out = outliers_cuda::delta_net::invert(&systems.0.device.cuda_stream(), &view::<f32>(systems)?, n).w()?;
-    Ok(CudaStorage::wrap_cuda_slice(out, systems.0.device.clone()))
+/// As [`crate::kernels::recurrence::Recurrence`].
+pub(crate) fn recurrence(
+    [query, key, value]: [Read<'_>; 3],
+    left: &Tensor,
+    strength: Option<&Tensor>,
+    of: Recurrence,
+) -> Result<CudaStorage> {
+    if of.rows > MOST_ROWS {
+        bail!("a state of {} rows, of which a GPU takes {MOST_ROWS}", of.rows);
+    }
+    let (left, left_layout) = left.storage_and_layout();
+    let Storage::Cuda(left) = &*left else { bail!("a kernel on tensors of several devices") };
+    let (queries, keys) = (view::<f32>(query)?, view::<f32>(key)?);
+    let (values, left) = (view::<f32>(value)?, view::<f32>((left, left_layout))?);
+    reading(strength, |strength| {
+        let strength = strength.map(view::<f32>).transpose()?;
+        let (stream, inputs) = (value.0.device.cuda_stream(), [&queries, &keys, &values, &left]);
+        let out = recurrences::recurrence(&stream, inputs, strength.as_ref(), of).w()?;
+        Ok(CudaStorage::wrap_cuda_slice(out, value.0.device.clone()))
+    })
 }
 
 /// As [`crate::kernels::fused::gated`].
