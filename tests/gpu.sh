@@ -167,6 +167,18 @@ done
 # beside the one that gets ready.
 grep -qE '^([2-9]|[0-9]{2,}) grouped product$' "$work/launches" || { cat "$work/launches"; exit 1; }
 
+echo "== the recurrence of a layer is one kernel, for all tokens and sequences together"
+# With how many layers that have one.
+for of in "kimi-linear 2" "qwen3-next 3" "nemotron-h 2"; do
+    read -r fixture layers <<< "$of"
+    for sequences in 1 2; do
+        with 1 0 env OUTLIERS_GPU_LAUNCHES="$work/launches" "$worker" run --model "tests/golden/$fixture/model" \
+            --token-ids "tests/golden/$fixture/golden.safetensors" --num-sequences $sequences \
+            --output "$work/launched-$fixture-$sequences" --devices cuda:0 2> "$work/said"
+        [ "$(awk '$2 ~ /^recurrence_/ { n += $1 } END { print n }' "$work/launches")" = "$layers" ]
+    done
+done
+
 echo "== no more of a GPU's memory than planned, however far it is behind"
 # Half as wide, and with fewer experts and words: each value is decoded by interpreted kernels.
 mkdir "$work/narrow"
