@@ -274,6 +274,14 @@ fn outputs_are_causal() {
     close(&block.run(&x, 100).narrow(0, 0, 67).unwrap(), &short, 1e-6);
 }
 
+#[test]
+fn rule_takes_the_memory_of_its_decays() {
+    let mut spec = Block::new(12, 2, 2, [8, 6, 4], -1.0).spec;
+    assert_eq!(rule_bytes(&spec, 3, 10), 3 * 10 * 4 * 4, "of 4 heads");
+    spec.stored = DeltaStored::Apart;
+    assert_eq!(rule_bytes(&spec, 3, 10), 3 * 10 * 4 * 8 * 4, "of 8 channels each");
+}
+
 /// Times Qwen3-Next's block against a token-by-token recurrence in tensor operations over all
 /// heads.
 #[test]
