@@ -134,7 +134,7 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
     }
 
     // What this lane has to load of a tile's keys and values.
-    const u32 key_at = lane % 16 * ROW_BYTES<D> + lane / 16 * 16;
+    const u32 key_at = (lane / 16 * 8 + lane % 8) * ROW_BYTES<D> + lane / 8 % 2 * 16;
     const u32 value_at = KEY_BYTES + lane % 16 * ROW_BYTES<V> + lane / 16 * 16;
 
     // By row: the largest score, the sum of this lane's exponentials, the score of the first key.
@@ -163,14 +163,23 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
         if (first_key > first_of_warp + 15 || first_key + KEYS <= seen_of_warp || first_of_warp >= positions) continue;
 
         float score[KEYS / 8][4] = {};
+        // Loads take longer than products: those of a step are on their way while the step before is
+        // multiplied. A step has 32 keys, 16 values of each.
+        constexpr u32 PARTS = KEYS / 32, STEPS = D / 16 * PARTS;
+        u32 keys[2][2][4];
+        const auto load_keys = [&](u32 step) {
+            const u32 from = at + key_at + step % PARTS * 32 * ROW_BYTES<D> + step / PARTS * 32;
+            load(keys[step % 2][0], from);
+            load(keys[step % 2][1], from + 16 * ROW_BYTES<D>);
+        };
+        load_keys(0);
 #pragma unroll
-        for (u32 k = 0; k < D / 16; k++) {
+        for (u32 step = 0; step < STEPS; step++) {
+            if (step + 1 < STEPS) load_keys(step + 1);
 #pragma unroll
-            for (u32 n = 0; n < KEYS / 16; n++) {
-                u32 keys[4];
-                load(keys, at + key_at + n * 16 * ROW_BYTES<D> + k * 32);
-                multiply(score[2 * n], q[k], keys[0], keys[2]);
-                multiply(score[2 * n + 1], q[k], keys[1], keys[3]);
+            for (u32 n = 0; n < 4; n++) {
+                const u32(&of)[4] = keys[step % 2][n / 2];
+                multiply(score[step % PARTS * 4 + n], q[step / PARTS], of[n % 2 * 2], of[n % 2 * 2 + 1]);
             }
         }
         // Tiles that all queries of the warp see need no mask.
