@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result::{self, DriverError, module};
 use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUfunction_attribute, CUmodule};
-use cudarc::driver::{CudaContext, CudaStream};
+use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DeviceRepr};
 
 /// Declares the kernel files, each with its PTX, which ends with a zero byte.
 macro_rules! files {
@@ -65,6 +65,15 @@ pub(crate) enum Argument {
 pub(crate) fn number(number: usize) -> Argument {
     let counted = u32::try_from(number);
     Argument::Number(counted.unwrap_or_else(|_| panic!("{number} rows, values or tokens; kernels count below 2^32")))
+}
+
+/// Uninitialised memory, for a kernel that writes all of it.
+///
+/// # Errors
+/// Errors of the CUDA driver.
+pub(crate) fn room<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, DriverError> {
+    // SAFETY: what each call is for.
+    unsafe { stream.alloc::<T>(len) }
 }
 
 /// Grid and block of a launch.

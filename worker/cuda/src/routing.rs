@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DeviceRepr, DriverError};
+use cudarc::driver::{CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DevicePtrMut, DriverError};
 
 use crate::fused::Real;
 use crate::kernels::Argument::{Address, Float, Number};
-use crate::kernels::{File, Grid, launch, number};
+use crate::kernels::{File, Grid, launch, number, room};
 use crate::readback::{Part, Readback};
 
 /// Threads per block of most kernels.
@@ -299,10 +299,4 @@ pub fn add_rows<T: Real>(
     let grid = Grid { blocks: [rows, width.div_ceil(THREADS)], threads: THREADS };
     // SAFETY: rows of so many values; tokens that `sort` gave, of as many rows as `out` has.
     unsafe { launch(stream, File::Route, &format!("add_rows_{}", T::DTYPE), grid, &arguments) }
-}
-
-/// Uninitialised memory, for a kernel that writes all of it.
-fn room<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, DriverError> {
-    // SAFETY: what each call is for.
-    unsafe { stream.alloc::<T>(len) }
 }

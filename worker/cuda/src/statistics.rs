@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use outliers_scan::{BINS, Column, Columns, ExceedingPositions, Histogram, Large, Row, STRIP, Scan};
 
 use crate::kernels::Argument::{Address, Float, Number};
-use crate::kernels::{Argument, File, Grid, launch, number};
+use crate::kernels::{Argument, File, Grid, launch, number, room};
 use crate::readback::{Part, Readback, StreamPerContext};
 
 /// Threads per block of most kernels, and values per digit of a magnitude.
@@ -130,8 +130,8 @@ impl<'a> Activation<'a> {
 
     fn look_at_rows(&self) -> Result<OfRows, DriverError> {
         let (rows, width) = (self.rows, self.width);
-        let mut order = self.stream.alloc_zeros::<u32>(2 * rows)?;
-        let mut moments = self.stream.alloc_zeros::<f64>(2 * rows)?;
+        let mut order = room::<u32>(&self.stream, 2 * rows)?;
+        let mut moments = room::<f64>(&self.stream, 2 * rows)?;
         let mut counts = self.stream.alloc_zeros::<u64>(self.sequences() * BINS)?;
         let grid = Grid { blocks: [rows, 1], threads: threads_for(width) };
         // SAFETY: two numbers per row.
@@ -149,15 +149,14 @@ impl<'a> Activation<'a> {
         let (width, sequences) = (self.width, self.sequences());
         let strips = self.strips().blocks[0];
         let (of_strips, of_sequences) = (strips * width, sequences * width);
-        let groups = width.div_ceil(THREADS);
-        let mut marks = self.stream.alloc_zeros::<u32>(2 * of_strips)?;
-        let mut parts = self.stream.alloc_zeros::<f32>(6 * of_strips)?;
-        let mut counts = self.stream.alloc_zeros::<u32>(2 * of_sequences)?;
-        let mut extremes = self.stream.alloc_zeros::<f32>(2 * of_sequences)?;
-        let mut sums = self.stream.alloc_zeros::<f64>(4 * of_sequences)?;
+        let mut marks = room::<u32>(&self.stream, 2 * of_strips)?;
+        let mut parts = room::<f32>(&self.stream, 6 * of_strips)?;
+        let mut counts = room::<u32>(&self.stream, 2 * of_sequences)?;
+        let mut extremes = room::<f32>(&self.stream, 2 * of_sequences)?;
+        let mut sums = room::<f64>(&self.stream, 4 * of_sequences)?;
         let arguments =
             [number(width), number(self.tokens), Float(threshold), self.to(&mut marks), self.to(&mut parts)];
-        let grid = Grid { blocks: [strips, groups], threads: THREADS };
+        let grid = Grid { blocks: [strips, width.div_ceil(THREADS)], threads: THREADS };
         // SAFETY: two words and six numbers per strip and column.
         unsafe { self.launch(File::Columns, "strips", grid, &arguments) }?;
         let arguments = [
@@ -169,7 +168,7 @@ impl<'a> Activation<'a> {
             self.to(&mut extremes),
             self.to(&mut sums),
         ];
-        let grid = Grid { blocks: [sequences, groups], threads: THREADS };
+        let grid = Grid { blocks: [sequences, width.div_ceil(THREADS)], threads: THREADS };
         // SAFETY: what the strips gave; two counts, two values and four sums per sequence and
         // column.
         unsafe { launch(&self.stream, File::Columns, "join", grid, &arguments) }?;
@@ -202,7 +201,7 @@ impl<'a> Activation<'a> {
         }
         let columns: Vec<u32> = listed.iter().map(|dim| *dim as u32).collect();
         let mut columns = self.stream.clone_htod(&columns)?;
-        let mut words = self.stream.alloc_zeros::<u32>(listed.len() * strips)?;
+        let mut words = room::<u32>(&self.stream, listed.len() * strips)?;
         let (marks, _read) = marks.device_ptr(&self.stream);
         let arguments =
             [Address(marks), self.to(&mut columns), number(self.width), number(strips), self.to(&mut words)];
