@@ -133,8 +133,9 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
         }
     }
 
-    // What this lane has to load of a tile's keys and values.
-    const u32 key_at = (lane / 16 * 8 + lane % 8) * ROW_BYTES<D> + lane / 8 % 2 * 16;
+    // What this lane has to load of a tile's keys and values. Of keys, the second matrix is the
+    // second half of the rows of the first one: so both factors of a product are adjacent.
+    const u32 key_at = (lane - (lane + 8) / 16 * 8) * ROW_BYTES<D> + lane / 8 % 2 * 16;
     const u32 value_at = KEY_BYTES + lane % 16 * ROW_BYTES<V> + lane / 16 * 16;
 
     // By row: the largest score, the sum of this lane's exponentials, the score of the first key.
@@ -163,8 +164,8 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
         if (first_key > first_of_warp + 15 || first_key + KEYS <= seen_of_warp || first_of_warp >= positions) continue;
 
         float score[KEYS / 8][4] = {};
-        // Loads take longer than products: those of a step are on their way while the step before is
-        // multiplied. A step has 32 keys, 16 values of each.
+        // Loads take longer than products: those of a step are on their way while the step before
+        // is multiplied. A step has 32 keys, 16 values of each.
         constexpr u32 PARTS = KEYS / 32, STEPS = D / 16 * PARTS;
         u32 keys[2][2][4];
         const auto load_keys = [&](u32 step) {
