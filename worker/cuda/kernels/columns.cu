@@ -16,18 +16,20 @@ __device__ void strips(const T *x, u32 width, u32 tokens, float threshold, u32 *
     u32 exceeds = 0, positive = 0;
     float max = -__int_as_float(0x7f800000), min = __int_as_float(0x7f800000);
     float sum = 0, sum2 = 0, sum3 = 0, sum4 = 0;
-    for (u32 row = 0; row < rows; row++) {
-        const float v = value(x[u64(row) * width]), v2 = v * v;
+    u32 row = 0;
+    in_order<8>(x, width, rows, [&](T x) {
+        const float v = value(x), v2 = v * v;
         const u32 hit = fabsf(v) >= threshold;
         exceeds |= hit << row;
         positive |= (hit & u32(v > 0)) << row;
+        row++;
         max = v > max ? v : max;
         min = v < min ? v : min;
         sum += v;
         sum2 += v2;
         sum3 += v2 * v;
         sum4 += v2 * v2;
-    }
+    });
     const u64 plane = u64(gridDim.x) * width, at = u64(blockIdx.x) * width + column;
     marks[at] = exceeds;
     marks[plane + at] = positive;
@@ -40,35 +42,36 @@ __device__ void strips(const T *x, u32 width, u32 tokens, float threshold, u32 *
 }
 
 // Joins the strips of each sequence, in their order. `counts` and `extremes` are two planes
-// [sequences, width], `sums` four. Blocks of THREADS columns along y, a sequence each along x.
+// [sequences, width], `sums` four. Blocks along y of a column for PLANES threads, a sequence each
+// along x. A warp has one plane.
 extern "C" __global__ void join(const u32 *marks, const float *parts, u32 width, u32 strips, u32 *counts,
                                 float *extremes, double *sums) {
-    const u32 column = blockIdx.y * THREADS + threadIdx.x;
+    constexpr u32 PLANES = 8;
+    const u32 columns = blockDim.x / PLANES, plane = threadIdx.x / columns;
+    const u32 column = blockIdx.y * columns + threadIdx.x % columns;
     if (column >= width) return;
-    const u64 of_strips = u64(gridDim.x) * strips * width;
-    u32 count = 0, positive = 0;
-    float max = -__int_as_float(0x7f800000), min = __int_as_float(0x7f800000);
-    double sum = 0, sum2 = 0, sum3 = 0, sum4 = 0;
-    for (u32 strip = 0; strip < strips; strip++) {
-        const u64 at = (u64(blockIdx.x) * strips + strip) * width + column;
-        count += __popc(marks[at]);
-        positive += __popc(marks[of_strips + at]);
-        max = parts[at] > max ? parts[at] : max;
-        min = parts[of_strips + at] < min ? parts[of_strips + at] : min;
-        sum += double(parts[2 * of_strips + at]);
-        sum2 += double(parts[3 * of_strips + at]);
-        sum3 += double(parts[4 * of_strips + at]);
-        sum4 += double(parts[5 * of_strips + at]);
+    const u64 of_sequences = u64(gridDim.x) * width, of_strips = of_sequences * strips;
+    const u64 at = u64(blockIdx.x) * width + column, from = u64(blockIdx.x) * strips * width + column;
+    if (plane < 2) {
+        u32 count = 0;
+        in_order<16>(marks + plane * of_strips + from, width, strips, [&](u32 marks) { count += __popc(marks); });
+        counts[plane * of_sequences + at] = count;
+        return;
     }
-    const u64 plane = u64(gridDim.x) * width, at = u64(blockIdx.x) * width + column;
-    counts[at] = count;
-    counts[plane + at] = positive;
-    extremes[at] = max;
-    extremes[plane + at] = min;
-    sums[at] = sum;
-    sums[plane + at] = sum2;
-    sums[2 * plane + at] = sum3;
-    sums[3 * plane + at] = sum4;
+    parts += (plane - 2) * of_strips + from;
+    if (plane == 2) {
+        float max = -__int_as_float(0x7f800000);
+        in_order<16>(parts, width, strips, [&](float part) { max = part > max ? part : max; });
+        extremes[at] = max;
+    } else if (plane == 3) {
+        float min = __int_as_float(0x7f800000);
+        in_order<16>(parts, width, strips, [&](float part) { min = part < min ? part : min; });
+        extremes[of_sequences + at] = min;
+    } else {
+        double sum = 0;
+        in_order<16>(parts, width, strips, [&](float part) { sum += double(part); });
+        sums[(plane - 4) * of_sequences + at] = sum;
+    }
 }
 
 // The words of marks of some columns, `[listed, strips]` of all strips. A listed column per block

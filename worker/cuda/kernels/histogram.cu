@@ -23,10 +23,10 @@ __device__ void count(const T *x, u32 width, u32 tokens, u64 *counts, Counted is
     x += (u64(sequence) * tokens + first) * width;
     for (u32 i = threadIdx.x; i < N; i += THREADS) bins[i] = 0;
     __syncthreads();
-    for (u64 i = threadIdx.x; i < u64(rows) * width; i += THREADS) {
-        const u32 k = key(x[i]);
+    in_order<8>(x + threadIdx.x, THREADS, share_of(rows * width, threadIdx.x, THREADS), [&](T x) {
+        const u32 k = key(x);
         if (is_counted(k)) atomicAdd(&bins[bin_of(k)], 1);
-    }
+    });
     __syncthreads();
     for (u32 i = threadIdx.x; i < N; i += THREADS) {
         if (bins[i] > 0) atomicAdd(&counts[u64(sequence) * N + i], u64(bins[i]));

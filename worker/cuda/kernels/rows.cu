@@ -6,7 +6,7 @@
 template <typename T>
 __device__ void order(const T *x, u32 width, u32 *found) {
     __shared__ u32 counts[DIGITS], sums[THREADS], digit, rank, largest;
-    const u32 t = threadIdx.x;
+    const u32 t = threadIdx.x, own = share_of(width, t, blockDim.x);
     x += u64(blockIdx.x) * width;
     if (t == 0) {
         rank = (width - 1) / 2;
@@ -16,11 +16,11 @@ __device__ void order(const T *x, u32 width, u32 *found) {
     for (int shift = 24; shift >= LAST_SHIFT<T>; shift -= 8) {
         for (u32 i = t; i < DIGITS; i += blockDim.x) counts[i] = 0;
         __syncthreads();
-        for (u32 i = t; i < width; i += blockDim.x) {
-            const u32 k = key(x[i]);
+        in_order<8>(x + t, blockDim.x, own, [&](T x) {
+            const u32 k = key(x);
             most = k > most ? k : most;
             if (is_within(k, shift, prefix)) atomicAdd(&counts[digit_at(k, shift)], 1);
-        }
+        });
         __syncthreads();
         pick(counts, sums, &digit, &rank);
         prefix = prefix << 8 | digit;
@@ -49,20 +49,20 @@ __device__ void moments(const T *x, u32 rows, u32 width, double *found) {
     __shared__ double seconds[THREADS], fourths[THREADS];
     const u32 t = threadIdx.x, lane = t % LANES, row = blockIdx.x * (THREADS / LANES) + t / LANES;
     // Threads without a row have a row without values.
-    const u32 end = row < rows ? width : 0;
-    x += u64(row) * width;
+    const u32 own = share_of(row < rows ? width : 0, lane, LANES);
+    x += u64(row) * width + lane;
     double sum = 0;
-    for (u32 i = lane; i < end; i += LANES) sum += double(value(x[i]));
+    in_order<8>(x, LANES, own, [&](T x) { sum += double(value(x)); });
     seconds[t] = sum;
     __syncthreads();
     const double mean = joined(seconds + (t - lane)) / double(width);
     __syncthreads();
     double second = 0, fourth = 0;
-    for (u32 i = lane; i < end; i += LANES) {
-        const double difference = double(value(x[i])) - mean, square = difference * difference;
+    in_order<8>(x, LANES, own, [&](T x) {
+        const double difference = double(value(x)) - mean, square = difference * difference;
         second += square;
         fourth += square * square;
-    }
+    });
     seconds[t] = second;
     fourths[t] = fourth;
     __syncthreads();

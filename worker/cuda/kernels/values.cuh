@@ -83,6 +83,25 @@ __device__ void pick(const C *counts, C *sums, u32 *digit, C *rank) {
     __syncthreads();
 }
 
+// Calls `what` with x[0], x[step], .. : `count` values, in this order. AHEAD of them, a power of
+// two, are loaded before the first one is used: memory answers late.
+template <u32 AHEAD, typename T, typename F>
+__device__ inline void in_order(const T *x, u32 step, u32 count, F what) {
+    for (; count >= AHEAD; count -= AHEAD, x += u64(AHEAD) * step) {
+        T ahead[AHEAD];
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) ahead[i] = x[u64(i) * step];
+#pragma unroll
+        for (u32 i = 0; i < AHEAD; i++) what(ahead[i]);
+    }
+    if constexpr (AHEAD > 1) in_order<AHEAD / 2>(x, step, count, what);
+}
+
+// How many of `count` values a thread has that begins at `first` and takes each `step`-th.
+__device__ inline u32 share_of(u32 count, u32 first, u32 step) {
+    return first < count ? (count - first + step - 1) / step : 0;
+}
+
 // A kernel for each dtype: `NAME_f32`, `NAME_bf16`, `NAME_f16`, of a template NAME.
 #define KERNEL(type, name, parameters, arguments) \
     extern "C" __global__ void name##_##type parameters { name arguments; }

@@ -16,6 +16,8 @@ use crate::readback::{Part, Readback, StreamPerContext};
 const THREADS: usize = 256;
 /// Rows per block of the moments kernel: eight threads each.
 const MOMENT_ROWS: usize = THREADS / 8;
+/// Columns per block of the kernel that joins strips.
+const JOINED: usize = 32;
 /// Initial capacity for large values.
 const ROOM: usize = 1 << 12;
 
@@ -168,7 +170,7 @@ impl<'a> Activation<'a> {
             self.to(&mut extremes),
             self.to(&mut sums),
         ];
-        let grid = Grid { blocks: [sequences, width.div_ceil(THREADS)], threads: THREADS };
+        let grid = Grid { blocks: [sequences, width.div_ceil(JOINED)], threads: THREADS };
         // SAFETY: what the strips gave; two counts, two values and four sums per sequence and
         // column.
         unsafe { launch(&self.stream, File::Columns, "join", grid, &arguments) }?;
