@@ -199,23 +199,19 @@ extern "C" __global__ void count_choices(const u32 *chosen, u32 rows, u32 top_k,
 // [experts + 1] says where each expert's begin, and where the last one's end. One block of THREADS.
 extern "C" __global__ void find_firsts(u32 *counts, u32 tiles, u32 experts, u64 *firsts) {
     for (u32 e = threadIdx.x; e < experts; e += THREADS) {
-        u32 before = 0;
-        for (u32 tile = 0; tile < tiles; tile++) {
-            u32 *count = &counts[u64(tile) * experts + e];
-            const u32 own = *count;
+        u32 before = 0, *count = counts + e;
+        in_order<16>(counts + e, experts, tiles, [&](u32 own) {
             *count = before;
             before += own;
-        }
+            count += experts;
+        });
         firsts[e + 1] = before;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
         u64 before = 0;
-        firsts[0] = 0;
-        for (u32 e = 1; e <= experts; e++) {
-            before += firsts[e];
-            firsts[e] = before;
-        }
+        *firsts++ = 0;
+        in_order<16>(firsts, 1, experts, [&](u64 own) { *firsts++ = before += own; });
     }
 }
 
@@ -234,8 +230,14 @@ extern "C" __global__ void sort_pairs(const u32 *chosen, const float *weights, u
     }
 }
 
-// Adds a weight to a sum: a whole number of 2^(32 window - 1046), in two halves of its bits.
-__device__ inline void add_exactly(u64 *sums, float weight) {
+// A sum of weights of one window, from FIRST_WINDOW: a whole number of 2^(32 window - 1046), in two
+// halves of its bits.
+struct Part {
+    u32 window;
+    u64 low, high;
+};
+
+__device__ inline Part part_of(float weight) {
     const u32 bits = __float_as_uint(weight);
     u32 exponent = bits >> 23 & 0xff, whole = bits & 0x7fffff;
     // That of the same number in f64 is larger by 896, and never that of a subnormal one.
@@ -243,7 +245,7 @@ __device__ inline void add_exactly(u64 *sums, float weight) {
     if (exponent > 0) {
         whole |= 0x800000;
     } else {
-        if (whole == 0) return;
+        if (whole == 0) return {};
         const u32 up = __clz(whole) - 8;
         whole <<= up;
         wide = 897 - int(up);
@@ -254,26 +256,54 @@ __device__ inline void add_exactly(u64 *sums, float weight) {
         low = 0 - low;
         high = 0 - high;
     }
-    u64 *sum = sums + 2 * (u32(wide) / 32 - FIRST_WINDOW);
-    atomicAdd(&sum[0], low);
-    atomicAdd(&sum[1], high);
+    return {u32(wide) / 32 - FIRST_WINDOW, low, high};
+}
+
+// `sums` are of all windows, shared by the block.
+__device__ inline void add_part(u64 *sums, const Part &part) {
+    if (part.low == 0 && part.high == 0) return;
+    atomicAdd(&sums[2 * part.window], part.low);
+    atomicAdd(&sums[2 * part.window + 1], part.high);
+}
+
+__device__ inline u64 other(u64 value, u32 distance) {
+    u64 result;
+    asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(other(u32(value), distance)), "r"(other(u32(value >> 32), distance)));
+    return result;
 }
 
 // What each expert was sent: `loads` [experts, LOAD]. The first row is that token of sequences of
-// so many. A block per expert.
+// so many. A block per expert. Almost all weights are of one window, whose sum all threads would
+// wait for: each adds up its own, then each warp.
 extern "C" __global__ void sum_loads(const u32 *tokens, const float *weights, const u64 *firsts, u32 first_token,
                                      u32 per_sequence, u64 *loads) {
     __shared__ u64 load[LOAD];
     for (u32 i = threadIdx.x; i < LOAD; i += THREADS) load[i] = 0;
     __syncthreads();
     const u64 end = firsts[blockIdx.x + 1];
+    Part own = {};
     for (u64 i = firsts[blockIdx.x] + threadIdx.x; i < end; i += THREADS) {
-        add_exactly(load + 1, weights[i]);
+        const Part part = part_of(weights[i]);
+        if (part.window != own.window) {
+            add_part(load + 1, own);
+            own = {part.window, 0, 0};
+        }
+        own.low += part.low;
+        own.high += part.high;
         if ((first_token + tokens[i]) % per_sequence == 0) {
             atomicAdd(&load[0], 1ull);
-            add_exactly(load + 1 + 2 * WINDOWS, weights[i]);
+            add_part(load + 1 + 2 * WINDOWS, part);
         }
     }
+    // Of two lanes with the same window one takes the sums of both.
+    for (u32 distance = LANES / 2; distance > 0; distance /= 2) {
+        const Part theirs = {other(own.window, distance), other(own.low, distance), other(own.high, distance)};
+        if (theirs.window != own.window) continue;
+        const bool takes = (threadIdx.x & distance) == 0;
+        own.low = takes ? own.low + theirs.low : 0;
+        own.high = takes ? own.high + theirs.high : 0;
+    }
+    add_part(load + 1, own);
     __syncthreads();
     for (u32 i = threadIdx.x; i < LOAD; i += THREADS) loads[u64(blockIdx.x) * LOAD + i] = load[i];
 }
@@ -304,33 +334,54 @@ __device__ inline u32 expert_of(const u32 *firsts, u32 experts, u32 pair) {
     return low;
 }
 
+// Columns of a thread, THREADS apart, and of a block. Where a row is found out takes longer than to
+// copy some of its values.
+constexpr u32 OWN_COLUMNS = 4, COLUMNS = OWN_COLUMNS * THREADS;
+
+// How many columns a thread has from this one on.
+__device__ inline u32 own_columns(u32 width, u32 first) { return min(share_of(width, first, THREADS), OWN_COLUMNS); }
+
 // Copies the rows of `x` [tokens, width] that go to a group of experts to `out`, multiplied by
 // their weights unless those are null. `places`: where each expert's pairs begin and the last one's
 // end, [experts + 1], then the rows of `out` for each one's first, [experts]. A block per pair and
-// THREADS columns.
+// COLUMNS columns.
 template <typename T>
 __device__ void gather_rows(const T *x, const u32 *tokens, const float *weights, const u32 *places, u32 experts,
                             u32 width, T *out) {
-    const u32 column = blockIdx.y * THREADS + threadIdx.x;
-    if (column >= width) return;
+    const u32 first = blockIdx.y * COLUMNS + threadIdx.x, own = own_columns(width, first);
     const u32 pair = places[0] + blockIdx.x, expert = expert_of(places, experts, pair);
     const u64 row = pair - places[expert] + places[experts + 1 + expert];
-    T sent = x[u64(tokens[pair]) * width + column];
-    if (weights) sent = rounded(value(sent) * value(rounded(weights[pair], T())), T());
-    out[row * width + column] = sent;
+    const float weight = weights ? value(rounded(weights[pair], T())) : 1.0f;
+    out += row * width + first;
+    in_order<OWN_COLUMNS>(x + u64(tokens[pair]) * width + first, THREADS, own, [&](T sent) {
+        *out = weights ? rounded(value(sent) * weight, T()) : sent;
+        out += THREADS;
+    });
 }
 
 // Adds what an expert made of some tokens, [rows, width], to `out` [all tokens, width], multiplied
-// by their weights unless those are null. `tokens` are distinct. A block per row and THREADS
+// by their weights unless those are null. `tokens` are distinct. A block per row and COLUMNS
 // columns.
 template <typename T>
 __device__ void add_rows(const T *made, const u32 *tokens, const float *weights, u32 width, T *out) {
-    const u32 column = blockIdx.y * THREADS + threadIdx.x;
-    if (column >= width) return;
-    T *sum = &out[u64(tokens[blockIdx.x]) * width + column];
-    float x = value(made[u64(blockIdx.x) * width + column]);
-    if (weights) x = value(rounded(x * value(rounded(weights[blockIdx.x], T())), T()));
-    *sum = rounded(value(*sum) + x, T());
+    const u32 first = blockIdx.y * COLUMNS + threadIdx.x, own = own_columns(width, first);
+    const float weight = weights ? value(rounded(weights[blockIdx.x], T())) : 1.0f;
+    made += u64(blockIdx.x) * width + first;
+    out += u64(tokens[blockIdx.x]) * width + first;
+    T added[OWN_COLUMNS], sums[OWN_COLUMNS];
+#pragma unroll
+    for (u32 i = 0; i < OWN_COLUMNS; i++) {
+        if (i >= own) continue;
+        added[i] = made[i * THREADS];
+        sums[i] = out[i * THREADS];
+    }
+#pragma unroll
+    for (u32 i = 0; i < OWN_COLUMNS; i++) {
+        if (i >= own) continue;
+        float x = value(added[i]);
+        if (weights) x = value(rounded(x * weight, T()));
+        out[i * THREADS] = rounded(value(sums[i]) + x, T());
+    }
 }
 
 #define EACH_TYPE(type)                                                                       \

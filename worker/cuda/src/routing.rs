@@ -15,6 +15,8 @@ use crate::readback::{Part, Readback};
 
 /// Threads per block of most kernels.
 const THREADS: usize = 256;
+/// Columns per block of kernels that copy or add rows.
+const COLUMNS: usize = 4 * THREADS;
 /// Threads that choose the experts of a token.
 const LANES: usize = 32;
 /// Tokens per block when choices are counted.
@@ -270,7 +272,7 @@ pub fn gather_rows<T: Real>(
     let at = Address(weights.as_ref().map_or(0, |(weights, _)| *weights));
     let numbers = [places.len(), width].map(number);
     let arguments = [&[Address(x), Address(tokens), at, Address(table)], &numbers[..], &[Address(out)]].concat();
-    let grid = Grid { blocks: [end - first, width.div_ceil(THREADS)], threads: THREADS };
+    let grid = Grid { blocks: [end - first, width.div_ceil(COLUMNS)], threads: THREADS };
     // SAFETY: pairs that are there, of rows of `x`, as `sort` gave them, and room where they go.
     unsafe { launch(stream, File::Route, &format!("gather_rows_{}", T::DTYPE), grid, &arguments) }
 }
@@ -296,7 +298,7 @@ pub fn add_rows<T: Real>(
     let (out, _out) = out.device_ptr_mut(stream);
     let at = Address(weights.as_ref().map_or(0, |(weights, _)| *weights));
     let arguments = [Address(made), Address(tokens), at, number(width), Address(out)];
-    let grid = Grid { blocks: [rows, width.div_ceil(THREADS)], threads: THREADS };
+    let grid = Grid { blocks: [rows, width.div_ceil(COLUMNS)], threads: THREADS };
     // SAFETY: rows of so many values; tokens that `sort` gave, of as many rows as `out` has.
     unsafe { launch(stream, File::Route, &format!("add_rows_{}", T::DTYPE), grid, &arguments) }
 }
