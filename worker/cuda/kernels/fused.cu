@@ -107,11 +107,13 @@ __device__ void rms_norm(const T *x, const T *gain, const T *residual, u32 rows,
     x += u64(at.row) * width;
     const float squares = lane_sum(end, lanes, [=](u32 i) { return value(x[i]) * value(x[i]); });
     const float scale = 1.0f / sqrtf(squares / float(width) + eps);
-    for (u32 i = at.lane; i < end; i += LANES) {
-        const T normed = narrow<T>(value(narrow<T>(value(x[i]) * scale)) * value(gain[i]));
+    u32 i = at.lane;
+    in_order<4>(x + i, LANES, share_of(end, i, LANES), [&](T x) {
+        const T normed = narrow<T>(value(narrow<T>(value(x) * scale)) * value(gain[i]));
         const u64 place = u64(at.row) * width + i;
         out[place] = residual ? narrow<T>(value(normed) + value(residual[place])) : normed;
-    }
+        i += LANES;
+    });
 }
 
 // (x - mean) / sqrt(variance + eps) * gain + bias.
@@ -126,8 +128,11 @@ __device__ void layer_norm(const T *x, const T *gain, const T *bias, u32 rows, u
     const float squares =
         lane_sum(end, lanes, [=](u32 i) { return (value(x[i]) - mean) * (value(x[i]) - mean); });
     const float scale = 1.0f / sqrtf(squares / float(width) + eps);
-    for (u32 i = at.lane; i < end; i += LANES)
-        out[i] = narrow<T>((value(x[i]) - mean) * scale * value(gain[i]) + value(bias[i]));
+    u32 i = at.lane;
+    in_order<4>(x + i, LANES, share_of(end, i, LANES), [&](T x) {
+        out[i] = narrow<T>((value(x) - mean) * scale * value(gain[i]) + value(bias[i]));
+        i += LANES;
+    });
 }
 
 // What a block of scores stands for: `ScoreBlock` in worker/src/fused.rs. A window of whole chunks
@@ -292,10 +297,10 @@ __device__ void sum(T *x, const T *y, u32 width, u32 stride) {
 
 #define EACH_TYPE(type)                                                                             \
     KERNEL(type, rms_norm,                                                                          \
-           (const type *x, const type *gain, const type *residual, u32 rows, u32 width, float eps, type *out), \
+           (const type *x, const type *gain, const type *residual, u32 rows, u32 width, float eps, type *__restrict__ out), \
            (x, gain, residual, rows, width, eps, out))                                              \
     KERNEL(type, layer_norm,                                                                        \
-           (const type *x, const type *gain, const type *bias, u32 rows, u32 width, float eps, type *out), \
+           (const type *x, const type *gain, const type *bias, u32 rows, u32 width, float eps, type *__restrict__ out), \
            (x, gain, bias, rows, width, eps, out))                                                  \
     KERNEL(type, softmax,                                                                           \
            (type *x, u32 rows, u32 keys, u32 queries, u32 first_query, u32 first_key, u32 window, u32 chunk, \
