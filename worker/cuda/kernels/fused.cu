@@ -297,10 +297,12 @@ __device__ void sum(T *x, const T *y, u32 width, u32 stride) {
 
 #define EACH_TYPE(type)                                                                             \
     KERNEL(type, rms_norm,                                                                          \
-           (const type *x, const type *gain, const type *residual, u32 rows, u32 width, float eps, type *__restrict__ out), \
+           (const type *x, const type *gain, const type *residual, u32 rows, u32 width, float eps,  \
+            type *__restrict__ out),                                                                \
            (x, gain, residual, rows, width, eps, out))                                              \
     KERNEL(type, layer_norm,                                                                        \
-           (const type *x, const type *gain, const type *bias, u32 rows, u32 width, float eps, type *__restrict__ out), \
+           (const type *x, const type *gain, const type *bias, u32 rows, u32 width, float eps,      \
+            type *__restrict__ out),                                                                \
            (x, gain, bias, rows, width, eps, out))                                                  \
     KERNEL(type, softmax,                                                                           \
            (type *x, u32 rows, u32 keys, u32 queries, u32 first_query, u32 first_key, u32 window, u32 chunk, \

@@ -268,7 +268,9 @@ __device__ inline void add_part(u64 *sums, const Part &part) {
 
 __device__ inline u64 other(u64 value, u32 distance) {
     u64 result;
-    asm("mov.b64 %0, {%1, %2};" : "=l"(result) : "r"(other(u32(value), distance)), "r"(other(u32(value >> 32), distance)));
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(result)
+        : "r"(other(u32(value), distance)), "r"(other(u32(value >> 32), distance)));
     return result;
 }
 
