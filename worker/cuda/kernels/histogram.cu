@@ -50,7 +50,7 @@ __device__ void digits(const T *x, u32 width, u32 tokens, int shift, const u32 *
 // Adds the digit of the value of rank `ranks` to the prefix of each sequence, and clears the
 // counts. One block per sequence, of a power of two of threads up to THREADS.
 extern "C" __global__ void choose(u64 *counts, u32 *prefixes, u64 *ranks) {
-    __shared__ u64 sums[THREADS], rank;
+    __shared__ u64 sums[THREADS / WARP], rank;
     __shared__ u32 digit;
     counts += u64(blockIdx.x) * DIGITS;
     if (threadIdx.x == 0) rank = ranks[blockIdx.x];

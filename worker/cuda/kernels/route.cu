@@ -3,8 +3,8 @@
 // that takes part in no choice any more has the key 0.
 #include "values.cuh"
 
-// Threads of a warp: one chooses for a token.
-constexpr u32 LANES = 32;
+// A warp chooses for a token.
+constexpr u32 LANES = WARP;
 // Tokens whose choices are counted together.
 constexpr u32 TILE = 64;
 // Windows of 32 exponents that an f32's are in, as `ExactSum` in the worker has them, from this
@@ -45,9 +45,6 @@ __device__ inline u32 key_of(float score) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return 0xffffffffu;
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
-
-// What all lanes of a warp have, exchanged.
-__device__ inline u32 other(u32 value, u32 distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
 
 // The largest of all lanes' values; NaNs are passed over.
 __device__ inline float largest(float value) {
@@ -264,14 +261,6 @@ __device__ inline void add_part(u64 *sums, const Part &part) {
     if (part.low == 0 && part.high == 0) return;
     atomicAdd(&sums[2 * part.window], part.low);
     atomicAdd(&sums[2 * part.window + 1], part.high);
-}
-
-__device__ inline u64 other(u64 value, u32 distance) {
-    u64 result;
-    asm("mov.b64 %0, {%1, %2};"
-        : "=l"(result)
-        : "r"(other(u32(value), distance)), "r"(other(u32(value >> 32), distance)));
-    return result;
 }
 
 // What each expert was sent: `loads` [experts, LOAD]. The first row is that token of sequences of

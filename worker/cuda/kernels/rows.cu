@@ -5,7 +5,7 @@
 // threads up to THREADS.
 template <typename T>
 __device__ void order(const T *x, u32 width, u32 *found) {
-    __shared__ u32 counts[DIGITS], sums[THREADS], digit, rank, largest;
+    __shared__ u32 counts[DIGITS], sums[THREADS / WARP], digit, rank, largest;
     const u32 t = threadIdx.x, own = share_of(width, t, blockDim.x);
     x += u64(blockIdx.x) * width;
     if (t == 0) {

@@ -12,6 +12,8 @@ typedef unsigned long long u64;
 constexpr u32 STRIP = 32;
 // Threads of a block at most.
 constexpr u32 THREADS = 256;
+// Threads of a warp.
+constexpr u32 WARP = 32;
 // Values of a digit.
 constexpr u32 DIGITS = 256;
 
@@ -55,26 +57,37 @@ __device__ inline u32 digit_at(u32 key, int shift) { return key >> shift & (DIGI
 // Whether the digits above a shift are those of `prefix`.
 __device__ inline bool is_within(u32 key, int shift, u32 prefix) { return shift == 24 || key >> (shift + 8) == prefix; }
 
+// What all lanes of a warp have, exchanged.
+__device__ inline u32 other(u32 value, u32 distance) { return __shfl_xor_sync(0xffffffffu, value, distance); }
+
+__device__ inline u64 other(u64 value, u32 distance) {
+    u64 result;
+    asm("mov.b64 %0, {%1, %2};"
+        : "=l"(result)
+        : "r"(other(u32(value), distance)), "r"(other(u32(value >> 32), distance)));
+    return result;
+}
+
 // The digit of the value of rank `*rank` (from 0, ascending) into `*digit`, and its rank among the
-// values with that digit into `*rank`. `counts` are those of each digit; `sums` has room for
-// THREADS, as all but `counts` shared by the block. For whole blocks of a power of two of threads.
+// values with that digit into `*rank`. `counts` are those of each digit; `sums` has room for each
+// warp, as all but `counts` shared by the block. For whole blocks of a power of two of threads, a
+// warp at least.
 template <typename C>
 __device__ void pick(const C *counts, C *sums, u32 *digit, C *rank) {
     const u32 t = threadIdx.x, each = DIGITS / blockDim.x;
     C own = 0;
     for (u32 i = 0; i < each; i++) own += counts[each * t + i];
-    sums[t] = own;
-    __syncthreads();
-    for (u32 distance = 1; distance < blockDim.x; distance *= 2) {
-        const C before = t >= distance ? sums[t - distance] : 0;
-        __syncthreads();
-        sums[t] += before;
-        __syncthreads();
+    const C want = *rank;
+    C below = 0, all = own;
+    for (u32 distance = 1; distance < WARP; distance *= 2) {
+        const C theirs = other(all, distance);
+        if (t & distance) below += theirs;
+        all += theirs;
     }
-    const C want = *rank, end = sums[t];
+    if (t % WARP == 0) sums[t / WARP] = all;
     __syncthreads();
-    C below = end - own;
-    if (below <= want && want < end) {
+    for (u32 warp = 0; warp < t / WARP; warp++) below += sums[warp];
+    if (below <= want && want < below + own) {
         u32 found = each * t;
         while (want >= below + counts[found]) below += counts[found++];
         *digit = found;
