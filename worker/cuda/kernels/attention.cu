@@ -165,22 +165,24 @@ __device__ void attention(const bf16 *query, const bf16 *key, const bf16 *value,
 
         float score[KEYS / 8][4] = {};
         // Loads take longer than products: those of a step are on their way while the step before
-        // is multiplied. A step has 32 keys, 16 values of each.
-        constexpr u32 PARTS = KEYS / 32, STEPS = D / 16 * PARTS;
-        u32 keys[2][2][4];
+        // is multiplied. A step has 16 values of 16 keys, or of 32 where registers are left.
+        constexpr u32 LOADS = D <= 80 ? 1 : 2, PARTS = KEYS / 16 / LOADS, STEPS = D / 16 * PARTS;
+        u32 keys[2][LOADS][4];
         const auto load_keys = [&](u32 step) {
-            const u32 from = at + key_at + step % PARTS * 32 * ROW_BYTES<D> + step / PARTS * 32;
-            load(keys[step % 2][0], from);
-            load(keys[step % 2][1], from + 16 * ROW_BYTES<D>);
+#pragma unroll
+            for (u32 i = 0; i < LOADS; i++) {
+                const u32 first = (step % PARTS * LOADS + i) * 16;
+                load(keys[step % 2][i], at + key_at + first * ROW_BYTES<D> + step / PARTS * 32);
+            }
         };
         load_keys(0);
 #pragma unroll
         for (u32 step = 0; step < STEPS; step++) {
             if (step + 1 < STEPS) load_keys(step + 1);
 #pragma unroll
-            for (u32 n = 0; n < 4; n++) {
+            for (u32 n = 0; n < 2 * LOADS; n++) {
                 const u32(&of)[4] = keys[step % 2][n / 2];
-                multiply(score[step % PARTS * 4 + n], q[step / PARTS], of[n % 2 * 2], of[n % 2 * 2 + 1]);
+                multiply(score[step % PARTS * 2 * LOADS + n], q[step / PARTS], of[n % 2 * 2], of[n % 2 * 2 + 1]);
             }
         }
         // Tiles that all queries of the warp see need no mask.
