@@ -9,7 +9,7 @@ use super::{Context, ports};
 use crate::cli::settings::{DefaultBroker, ModelRequest, SurveyRequest};
 use crate::cloud::clouds::{BadHosts, Clouds};
 use crate::run::deploy::{JobIdentity, recover};
-use crate::run::ledger::{Ledger, Records, RunRecord, RunWriter, now_ms};
+use crate::run::ledger::{FileLock, Ledger, Records, RunRecord, RunWriter, now_ms};
 use crate::run::local_worker::LocalWorker;
 use crate::survey::{Index, Member, Members, ModelOutcome, SurveyError, index};
 use crate::text::counted;
@@ -158,7 +158,7 @@ impl<'a> Session<'a> {
     }
 
     /// Locks the survey for this process.
-    fn take(&self, ledger: &Ledger) -> Result<std::fs::File, CliError> {
+    fn take(&self, ledger: &Ledger) -> Result<FileLock, CliError> {
         ledger.take_survey(&self.asked.name)?.ok_or_else(|| {
             let message = format!("the survey {} is being run by another process", self.asked.name);
             CliError::refused(message, "`outliers status` shows how it is going")

@@ -7,7 +7,7 @@
 //! `runs/<run>/lock`, which the operating system releases when the process dies. A run that is not
 //! at rest and whose lock is free is *abandoned*: another process should take it over.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -45,9 +45,9 @@ const MAX_OWNER: u64 = 4096;
 const BUSY: Duration = Duration::from_secs(20);
 
 /// Attempts to take a lock before another process counts as its holder.
-const LOCK_ATTEMPTS: u32 = 5;
+const LOCK_ATTEMPTS: u32 = 10;
 /// Pause between such attempts.
-const LOCK_PAUSE: Duration = Duration::from_millis(4);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 const TABLES: &str = "
     CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -587,14 +587,7 @@ impl Ledger {
         let path = self.run_folder(id).join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
         let Some(file) = absent(File::open(&path)).map_err(at)? else { return Ok(false) };
-        // A process that is just being started still holds the locks of the one that starts it.
-        for _ in 0..LOCK_ATTEMPTS {
-            if !is_taken(file.try_lock_shared()).map_err(at)? {
-                return Ok(false);
-            }
-            std::thread::sleep(LOCK_PAUSE);
-        }
-        Ok(true)
+        Ok(FileLock::of(file, File::try_lock_shared).map_err(at)?.is_none())
     }
 
     /// Asks the current or next driver of the run to stop it.
@@ -640,9 +633,9 @@ impl Ledger {
     }
 
     /// Retries, since a process that only checks whether the run is driven holds the lock briefly,
-    /// and so does one that is just being started.
-    fn lock_patiently(&self, id: &str) -> Result<Option<File>, LedgerError> {
-        for _ in 0..10 * LOCK_ATTEMPTS {
+    /// and so does one that is just being started by a process that died.
+    fn lock_patiently(&self, id: &str) -> Result<Option<FileLock>, LedgerError> {
+        for _ in 0..LOCK_ATTEMPTS {
             if let Some(lock) = self.lock(id)? {
                 return Ok(Some(lock));
             }
@@ -651,25 +644,44 @@ impl Ledger {
         Ok(None)
     }
 
-    /// Locks this survey for the caller while the file is open. `None` if another process has it.
+    /// Locks this survey for the caller while the lock lives. `None` if another process has it.
     ///
     /// # Errors
     /// Errors of the file system.
-    pub fn take_survey(&self, name: &str) -> Result<Option<File>, LedgerError> {
+    pub fn take_survey(&self, name: &str) -> Result<Option<FileLock>, LedgerError> {
         Self::lock_in(&self.folder.join("surveys").join(name))
     }
 
-    fn lock(&self, id: &str) -> Result<Option<File>, LedgerError> {
+    fn lock(&self, id: &str) -> Result<Option<FileLock>, LedgerError> {
         Self::lock_in(&self.run_folder(id))
     }
 
-    fn lock_in(folder: &Path) -> Result<Option<File>, LedgerError> {
+    fn lock_in(folder: &Path) -> Result<Option<FileLock>, LedgerError> {
         let path = folder.join("lock");
         let at = |source| LedgerError::Io { path: path.clone(), source };
         create_private_folder(folder).map_err(at)?;
         let file = private_file().create(true).open(&path).map_err(at)?;
-        let is_taken = is_taken(file.try_lock()).map_err(at)?;
-        Ok((!is_taken).then_some(file))
+        FileLock::of(file, File::try_lock).map_err(at)
+    }
+}
+
+/// A lock on a file until it is dropped. Dropping it unlocks the file: closing it would not do while
+/// a process is being started, which has a copy of every open file until its program runs.
+#[derive(Debug)]
+pub struct FileLock(File);
+
+impl FileLock {
+    /// `None` if another process has it.
+    fn of(file: File, lock: impl Fn(&File) -> Result<(), TryLockError>) -> io::Result<Option<Self>> {
+        Ok(if is_taken(lock(&file))? { None } else { Some(Self(file)) })
+    }
+}
+
+impl Drop for FileLock {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.unlock() {
+            tracing::debug!("a lock ends with its file: {error}");
+        }
     }
 }
 
@@ -804,7 +816,7 @@ fn atomically<T>(
 pub struct RunWriter {
     ledger: Ledger,
     record: RunRecord,
-    _lock: File,
+    _lock: FileLock,
 }
 
 impl RunWriter {
@@ -1220,6 +1232,25 @@ pub(crate) mod tests {
         drop(taken);
         assert!(matches!(ledger.take("zzz"), Err(LedgerError::NoSuchRun { .. })));
         assert!(!ledger.run_folder("zzz").exists(), "asking leaves no folder");
+    }
+
+    /// A process that is just being started has copies of the open files.
+    #[test]
+    fn lock_ends_with_its_driver_whoever_has_copied_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let run = ledger.plan(&spec()).unwrap();
+        let (id, copy) = (run.record().id.clone(), run._lock.0.try_clone().unwrap());
+        assert!(ledger.is_driven(&id).unwrap());
+        drop(run);
+        assert!(!ledger.is_driven(&id).unwrap() && ledger.lock(&id).unwrap().is_some());
+        drop(copy);
+        let survey = ledger.take_survey("s").unwrap().unwrap();
+        let copy = survey.0.try_clone().unwrap();
+        assert!(ledger.take_survey("s").unwrap().is_none());
+        drop(survey);
+        assert!(ledger.take_survey("s").unwrap().is_some());
+        drop(copy);
     }
 
     #[test]
