@@ -806,8 +806,11 @@ fn atomically<T>(
     act: impl FnOnce(&Connection) -> Result<T, LedgerError>,
 ) -> Result<T, LedgerError> {
     connection.execute_batch("BEGIN IMMEDIATE")?;
-    let done = act(connection);
-    connection.execute_batch(if done.is_ok() { "COMMIT" } else { "ROLLBACK" })?;
+    let done = act(connection).and_then(|done| Ok(connection.execute_batch("COMMIT").map(|()| done)?));
+    // SQLite has rolled back by itself after some errors, as of a full disk.
+    if done.is_err() && !connection.is_autocommit() {
+        connection.execute_batch("ROLLBACK")?;
+    }
     done
 }
 
@@ -880,8 +883,8 @@ impl RunWriter {
     /// # Errors
     /// As [`Self::append`].
     pub fn reserve(&mut self, intent: Intent, worst: Usd) -> Result<bool, LedgerError> {
-        let ledger = self.ledger.clone();
-        atomically(&ledger.connection(), |connection| {
+        let (ledger, before) = (self.ledger.clone(), self.record.clone());
+        let reserved = atomically(&ledger.connection(), |connection| {
             let now = ledger.now_ms();
             if let Some(budget) = self.record.budget()
                 && worst > less(budget, &self.sharers(connection)?, |run| run.at_most(now))
@@ -896,8 +899,11 @@ impl RunWriter {
             }
             self.append_to(connection, RunEvent::Creating { intent: Box::new(intent) })?;
             Ok(true)
-        })
-        .map_err(|error| ledger.named(error))
+        });
+        if reserved.is_err() {
+            self.record = before;
+        }
+        reserved.map_err(|error| ledger.named(error))
     }
 
     /// The state of the run's budget, if it has one.
@@ -1232,6 +1238,40 @@ pub(crate) mod tests {
         drop(taken);
         assert!(matches!(ledger.take("zzz"), Err(LedgerError::NoSuchRun { .. })));
         assert!(!ledger.run_folder("zzz").exists(), "asking leaves no folder");
+    }
+
+    #[test]
+    fn transaction_that_sqlite_rolled_back_keeps_its_error() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        let raw = Connection::open(folder.path().join("ledger.db")).unwrap();
+        let full = "CREATE TRIGGER full BEFORE INSERT ON events BEGIN SELECT RAISE(ROLLBACK, 'disk is full'); END";
+        raw.execute_batch(full).unwrap();
+        let (intent, worst) = intent_of(&run.record().spec);
+        let error = run.reserve(intent.clone(), worst).unwrap_err();
+        assert!(error.to_string().contains("disk is full"), "{error}");
+        assert_eq!((run.state().word(), run.record().events.len()), ("planned", 0));
+        raw.execute_batch("DROP TRIGGER full").unwrap();
+        assert!(run.reserve(intent, worst).unwrap(), "no transaction is left open");
+        assert_eq!(ledger.run(&run.record().id).unwrap(), *run.record());
+    }
+
+    /// A commit that fails leaves nothing behind, in the file or here.
+    #[test]
+    fn failed_commit_reserves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(folder.path()).unwrap();
+        let mut run = ledger.plan(&spec()).unwrap();
+        // A reference that is checked at the commit.
+        let check = "CREATE TABLE limits (run TEXT REFERENCES runs (id) DEFERRABLE INITIALLY DEFERRED);
+            CREATE TRIGGER full AFTER INSERT ON events BEGIN INSERT INTO limits VALUES ('none'); END";
+        Connection::open(folder.path().join("ledger.db")).unwrap().execute_batch(check).unwrap();
+        let (intent, worst) = intent_of(&run.record().spec);
+        assert!(run.reserve(intent, worst).is_err());
+        assert_eq!((run.state().word(), run.record().events.len()), ("planned", 0));
+        assert_eq!(ledger.run(&run.record().id).unwrap().state.word(), "planned");
+        assert!(ledger.connection().is_autocommit());
     }
 
     /// A process that is just being started has copies of the open files.
