@@ -255,6 +255,8 @@ struct ProcessState {
     fresh_intent: bool,
     /// Number of this process's unanswered create calls.
     unanswered: u32,
+    /// The created instance, until the ledger has it.
+    created: Option<InstanceId>,
     /// Outcome of the run if no further offer is worth trying.
     hopeless: Option<RunOutcome>,
     host: Option<Box<dyn Host>>,
@@ -386,6 +388,8 @@ impl<'a> Driver<'a> {
             return Ok(());
         }
         let known = self.run.state().rental().map(|rental| rental.instance.clone());
+        // No list may show it yet.
+        let known = known.or_else(|| self.memory.created.take());
         match self.terminate_until_gone(&tag, known.as_ref()).await {
             Err(StepError::Drive(stuck)) => Err(stuck),
             _ => Err(error.into()),

@@ -244,7 +244,10 @@ impl Driver<'_> {
     }
 
     fn created(&mut self, instance: &Instance) -> Step {
-        Ok(self.append(RunEvent::Created { instance: instance.id.clone(), price: instance.price })?)
+        self.memory.created = Some(instance.id.clone());
+        self.append(RunEvent::Created { instance: instance.id.clone(), price: instance.price })?;
+        self.memory.created = None;
+        Ok(())
     }
 
     async fn not_created(&mut self, error: BrokerError) -> Step {

@@ -1260,6 +1260,23 @@ async fn full_disk_at_any_event_leaves_no_instance() {
     }
 }
 
+/// What was just created is in no list yet, and known by the answer alone.
+#[tokio::test(start_paused = true)]
+async fn full_disk_after_a_create_call_leaves_no_unlisted_instance() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|simulation| simulation.visibility = 100);
+    let ledger = open_ledger(&home.path().join("state"));
+    let disk = rusqlite::Connection::open(home.path().join("state/ledger.db")).unwrap();
+    let full = "CREATE TRIGGER full BEFORE INSERT ON events WHEN (SELECT count(*) FROM events) >= 1 \
+                BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END";
+    disk.execute_batch(full).unwrap();
+    let run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await;
+    assert!(matches!(driven, Err(DriveError::Ledger(_))), "{driven:?}");
+    let simulation = fake.simulation.lock().unwrap();
+    assert_eq!((simulation.creates, simulation.ours().count()), (1, 0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn run_survives_a_temporarily_full_disk_and_still_obeys_ctrl_c() {
     for events in 2..8 {
