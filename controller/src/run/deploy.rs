@@ -332,7 +332,7 @@ impl<'a> Driver<'a> {
         (self.on)(DeployEvent::Meter(self.run.record().meter()));
         while !self.run.state().is_at_rest() && !self.memory.let_go {
             match self.advance().await {
-                Err(DriveError::Ledger(error)) if error.is_of_the_file() => self.unrecorded(error).await?,
+                Err(DriveError::Ledger(error)) => self.unrecorded(error).await?,
                 advanced => advanced?,
             }
         }
@@ -373,11 +373,13 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// Handles an unwritable ledger. A run with an instance and time left waits, since the worker
-    /// does not need the ledger. A run that must end, or cannot continue, terminates its instance.
+    /// Handles a ledger that cannot be written, or that lacks what other runs have taken of a shared
+    /// budget. A run with an instance and time left waits, since the worker does not need the
+    /// ledger. A run that must end, or cannot continue, terminates its instance.
     async fn unrecorded(&mut self, error: LedgerError) -> Result<(), DriveError> {
         let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
-        if self.is_replaceable() {
+        let has_work = matches!(self.run.state(), RunState::Launched { .. } | RunState::Ended { .. });
+        if self.is_replaceable() && (error.is_of_the_file() || has_work) {
             let pause = self.timeouts().listing_interval;
             (self.on)(DeployEvent::Retrying { reason: error.to_string(), pause });
             let mut stop = self.stop.clone();

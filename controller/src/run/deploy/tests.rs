@@ -1260,6 +1260,26 @@ async fn full_disk_at_any_event_leaves_no_instance() {
     }
 }
 
+/// Whether a higher price fits into the budget of a survey is not known without every record.
+#[tokio::test(start_paused = true)]
+async fn unreadable_record_of_a_survey_leaves_no_instance() {
+    let create = happy().await.0.simulation.lock().unwrap().effects.iter().position(|name| *name == "create").unwrap();
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|simulation| {
+        simulation.price_on_arrival = Some(UsdPerHour::from_dollars(1.05));
+        simulation.armed = vec![(create + 1, Fault::Unreadable)];
+        simulation.ledger = home.path().join("state/ledger.db");
+    });
+    let survey = Some(Membership { survey: "s".into(), model: "a".into() });
+    let (budget, quote) = (Some(Usd::from_dollars(99.0)), up_to(Usd::from_dollars(1.06)));
+    let spec = RunSpec { survey, budget, quote, ..spec(&home.path().join("results")) };
+    let run = open_ledger(&home.path().join("state")).plan(&spec).unwrap();
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await;
+    assert!(matches!(driven, Err(DriveError::Ledger(LedgerError::Damaged { .. }))), "{driven:?}");
+    let simulation = fake.simulation.lock().unwrap();
+    assert_eq!((simulation.creates, simulation.ours().count()), (1, 0));
+}
+
 /// What was just created is in no list yet, and known by the answer alone.
 #[tokio::test(start_paused = true)]
 async fn full_disk_after_a_create_call_leaves_no_unlisted_instance() {
