@@ -319,6 +319,11 @@ pub enum RunEvent {
         /// That record, whole.
         time: RunTime,
     },
+    /// The instance bills more than before, which the agreed amount covers.
+    Repriced {
+        /// Price that the cloud states now.
+        price: UsdPerHour,
+    },
     /// The instance is unfit or vanished. Another one is rented.
     Discarded {
         /// The reason, in words.
@@ -615,6 +620,9 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
             S::Planned { refused }
         }
         (S::Reachable { rental, pin }, E::Launched) => S::Launched { rental, pin, restarts: 0 },
+        (S::Launched { rental, pin, restarts }, E::Repriced { price }) => {
+            S::Launched { rental: Rental { price, ..rental }, pin, restarts }
+        }
         (S::Launched { rental, pin, restarts }, E::WorkerEnded { exit }) => S::Ended { rental, pin, exit, restarts },
         (S::Ended { rental, pin, restarts, .. }, E::Restarted) => S::Launched { rental, pin, restarts: restarts + 1 },
         (S::Ended { rental, .. }, E::Fetched { results, ending }) => S::Synced { rental, ending, results },
@@ -692,6 +700,7 @@ impl RunEvent {
             Self::Created { .. } => "created",
             Self::Reached { .. } => "reached",
             Self::Metered { .. } => "metered",
+            Self::Repriced { .. } => "repriced",
             Self::Discarded { .. } => "discarded",
             Self::Launched => "launched",
             Self::WorkerEnded { .. } => "worker ended",
@@ -779,6 +788,7 @@ mod tests {
             RunEvent::Created { instance: InstanceId("i1".into()), price: None },
             RunEvent::Reached { pin: Pin("key".into()), price: None },
             RunEvent::Metered { time: RunTime { ended_s: 7, since: Some(8), until: None } },
+            RunEvent::Repriced { price: UsdPerHour::from_dollars(3.0) },
             RunEvent::Discarded { reason: "it has no GPU".into(), lost: false },
             RunEvent::Discarded { reason: "it went away".into(), lost: true },
             RunEvent::Restarted,
@@ -922,7 +932,7 @@ mod tests {
         /// For any sequence of events, with illegal ones refused: an instance that may bill is
         /// never forgotten, the closed state is final, and state and events survive serialisation.
         #[test]
-        fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..19, 0..60)) {
+        fn any_event_sequence_keeps_the_invariants(picks in prop::collection::vec(0usize..20, 0..60)) {
             let all = events();
             let mut state = RunState::initial();
             for pick in picks {
@@ -941,7 +951,8 @@ mod tests {
                     prop_assert!(certain);
                 }
                 if let (Some(before), Some(after)) = (state.rental(), new.rental()) {
-                    let price = if matches!(event, RunEvent::Reached { .. }) { after.price } else { before.price };
+                    let is_told = matches!(event, RunEvent::Reached { .. } | RunEvent::Repriced { .. });
+                    let price = if is_told { after.price } else { before.price };
                     prop_assert_eq!(&Rental { price, ..before.clone() }, after);
                 }
                 if let Some(ending) = state.ending() {

@@ -28,7 +28,7 @@ mod repair;
 pub use repair::Repaired;
 
 /// Version of the tables and their contents. An older program refuses a newer ledger.
-const SCHEMA: i64 = 5;
+const SCHEMA: i64 = 6;
 
 /// Name of a run's record in its results' folder.
 pub const RUN_FILE: &str = "run.json";
@@ -282,6 +282,9 @@ impl RunRecord {
                 (RunEvent::Reached { .. }, Some(rental)) => {
                     let price = rental.price;
                     present = present.map(|bill| OpenBill { price, counted: bill.counted.runs_at(entry.at_ms) });
+                }
+                (RunEvent::Repriced { price }, _) => {
+                    present = present.map(|bill| OpenBill { price: *price, ..bill });
                 }
                 (RunEvent::Metered { time }, _) => {
                     present = present.map(|bill| OpenBill { counted: BilledTime::by(*time), ..bill });
@@ -1388,6 +1391,21 @@ pub(crate) mod tests {
         run.append(RunEvent::Gone).unwrap();
         let bill = run.record().cost(since + 9_000_000);
         assert!(bill >= Usd::from_dollars(0.02) && bill < Usd::from_dollars(60.0), "{bill}");
+    }
+
+    #[test]
+    fn risen_price_counts_from_the_create_call() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut run = Ledger::open(folder.path()).unwrap().plan(&spec()).unwrap();
+        run.append(creating()).unwrap();
+        let since = run.record().changed_at_ms();
+        run.append(RunEvent::Created { instance: InstanceId("i".into()), price: None }).unwrap();
+        run.append(RunEvent::Reached { pin: Pin("p".into()), price: None }).unwrap();
+        run.append(RunEvent::Launched).unwrap();
+        assert_eq!(run.record().cost(since + 2_000), Usd::from_dollars(2.0));
+        run.append(RunEvent::Repriced { price: UsdPerHour::from_dollars(7200.0) }).unwrap();
+        assert_eq!(run.record().cost(since + 2_000), Usd::from_dollars(4.0));
+        assert!(run.record().at_most(since + 2_000) >= Usd::from_dollars(4.0));
     }
 
     #[test]

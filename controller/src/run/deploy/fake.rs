@@ -232,6 +232,8 @@ pub(crate) struct Simulation {
     /// Downloads never end.
     pub(crate) stalls: bool,
     pub(crate) price_on_arrival: Option<UsdPerHour>,
+    /// The answer to a create call names no price.
+    pub(crate) priceless: bool,
     pub(crate) outage: bool,
     /// Terminations are refused until then.
     pub(crate) refuses_until: Option<Instant>,
@@ -566,7 +568,8 @@ impl Broker for Fake {
                 offered: offer.price,
             };
             simulation.machines.insert(id.clone(), machine.clone());
-            Ok(instance(&id, &machine))
+            let made = instance(&id, &machine);
+            Ok(Instance { price: made.price.filter(|_| !simulation.priceless), ..made })
         });
         made.await.map_err(FaultOutcome::broker)?
     }

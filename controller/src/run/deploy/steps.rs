@@ -295,6 +295,10 @@ impl Driver<'_> {
         }
         let pin = self.connect(rental, None, Duration::ZERO).await?;
         let price = self.memory.price.take();
+        // Other runs may have taken the rest of the budget meanwhile.
+        if let Some(reason) = price.map_or(Ok(None), |price| self.too_dear(&rental.offer, price))? {
+            return Err(StepError::Unfit(reason));
+        }
         Ok(self.append(RunEvent::Reached { pin, price })?)
     }
 
@@ -428,7 +432,11 @@ impl Driver<'_> {
             status = self.host().follow(&run, &listen) => status,
             gone = self.instance_lost(rental, &lost) => return Err(gone),
             () = self.metered_anew() => return Ok(()),
-            dear = self.bills_more(rental) => return Err(dear),
+            risen = self.bills_more(rental) => {
+                self.run.append(RunEvent::Repriced { price: risen? })?;
+                (self.on)(DeployEvent::Meter(self.run.record().meter()));
+                return Ok(());
+            }
         };
         match status {
             Ok(JobStatus::Running) => {
@@ -453,12 +461,10 @@ impl Driver<'_> {
     }
 
     /// Reports a higher price that the host demands, which is not accepted. Resolves when the
-    /// instance bills more than the limit.
-    async fn bills_more(&self, rental: &Rental) -> StepError {
-        let cloud = match self.cloud() {
-            Ok(cloud) => cloud,
-            Err(unknown) => return unknown,
-        };
+    /// instance bills more than is recorded: with the price, or with an error if it is more than
+    /// the limit.
+    async fn bills_more(&self, rental: &Rental) -> Result<UsdPerHour, StepError> {
+        let cloud = self.cloud()?;
         let mut told = None;
         loop {
             tokio::time::sleep(BETWEEN_BILLS).await;
@@ -471,11 +477,11 @@ impl Driver<'_> {
             let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
             let listed = listed.into_iter().find(|instance| instance.id == rental.instance);
             let price = listed.and_then(|instance| instance.price).filter(|price| *price > rental.price);
-            match price.map(|price| self.too_dear(&rental.offer, price)) {
-                None | Some(Ok(None)) => {}
-                Some(Ok(Some(reason))) => return StepError::End(failed(RunFailureKind::Budget, reason, None)),
-                Some(Err(error)) => return error,
-            }
+            let Some(price) = price else { continue };
+            return match self.too_dear(&rental.offer, price)? {
+                None => Ok(price),
+                Some(reason) => Err(StepError::End(failed(RunFailureKind::Budget, reason, None))),
+            };
         }
     }
 

@@ -730,6 +730,18 @@ async fn price_risen_during_the_run_ends_it_with_partial_results() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn covered_price_rise_is_recorded_and_counted() {
+    let home = home();
+    let bill = |simulation: &mut super::fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
+    let quote = up_to(Usd::from_dollars(1.3));
+    let (record, _) = told_while_it_runs(RunSpec { quote, ..spec(home.path()) }, bill).await;
+    assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on");
+    let told = record.events.iter().filter(|entry| entry.event.word() == "repriced").count();
+    let cost = record.cost(now_ms());
+    assert!(told == 1 && cost > Usd::from_dollars(1.0) && cost <= Usd::from_dollars(1.2), "{told} {cost}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|simulation| simulation.unfit = vec!["a".into()]);
@@ -1137,6 +1149,37 @@ async fn parallel_runs_wait_for_their_shared_budget() {
         }
         assert_eq!(fake.simulation.lock().unwrap().most_alive, at_once, "of a budget of {budget}");
     }
+}
+
+/// Two runs find a higher price at the same time, which the rest of their budget covers once.
+#[tokio::test(start_paused = true)]
+async fn rest_of_a_shared_budget_covers_one_higher_price() {
+    set_clock(now_ms());
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|simulation| {
+        simulation.price_on_arrival = Some(UsdPerHour::from_dollars(1.1));
+        (simulation.priceless, simulation.visibility) = (true, 0);
+    });
+    let ledger = open_ledger(&home.path().join("state"));
+    let (budget, most) = (Usd::from_dollars(2.15), std::sync::Mutex::new(Usd::ZERO));
+    let on = |_| {
+        let reserved: Usd = ledger.runs().unwrap().iter().map(|run| run.at_most(now_ms())).sum();
+        let mut most = most.lock().unwrap();
+        *most = reserved.max(*most);
+    };
+    let clouds = fake.clouds();
+    let drive = |model: &str| {
+        let survey = Some(Membership { survey: "s".into(), model: model.into() });
+        let quote = up_to(Usd::from_dollars(1.2));
+        let spec = RunSpec { survey, budget: Some(budget), quote, ..spec(&home.path().join("results/s")) };
+        Driver::new(ledger.plan(&spec).unwrap(), fake.ports(&clouds), fake.stop.subscribe(), &on).drive()
+    };
+    let driven = futures::future::join_all(["a", "b"].map(drive)).await;
+    let completed = |run: &RunRecord| run.state.ending() == Some(&RunOutcome::Completed);
+    assert!(driven.iter().any(|run| run.as_ref().is_ok_and(completed)), "{driven:?}");
+    let most = *most.lock().unwrap();
+    assert!(most <= budget && most > Usd::from_dollars(2.05), "{most}");
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 0);
 }
 
 #[tokio::test(start_paused = true)]

@@ -365,6 +365,7 @@ fn happened(event: &RunEvent) -> &'static str {
         RunEvent::Created { .. } => "the instance was rented",
         RunEvent::Reached { .. } => "its host answered",
         RunEvent::Metered { .. } => "the cloud said how long the instance has run",
+        RunEvent::Repriced { .. } => "the instance bills more than before",
         RunEvent::Discarded { .. } => "the instance was given up",
         RunEvent::Launched => "the worker was started",
         RunEvent::WorkerEnded { .. } => "the worker ended",
