@@ -224,7 +224,7 @@ impl Broker for RunPod {
             id: InstanceId(created.id),
             name: lease.tag.to_string(),
             state: InstanceState::Booting,
-            price: created.cost_per_hr.and_then(|gpus| sku::price(gpus, disk).ok()),
+            price: created.cost_per_hr.filter(|gpus| *gpus > 0.0).and_then(|gpus| sku::price(gpus, disk).ok()),
             hardware: wire::hardware(sku.count, &sku.gpu, None),
             created_at: None,
         })
@@ -251,7 +251,7 @@ impl Broker for RunPod {
 
     async fn get(&self, id: &InstanceId) -> Result<Option<Instance>, BrokerError> {
         let reply = self.http.call(Call::get(self.path(id)?)).await?;
-        if reply.status == 404 {
+        if is_gone(&reply) {
             return Ok(None);
         }
         let pod: Value = accepted(&reply)?.json("a pod")?;
@@ -261,7 +261,7 @@ impl Broker for RunPod {
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let reply = self.http.call(Call::new(Method::DELETE, self.path(id)?, Idempotency::Idempotent)).await?;
         match accepted(&reply) {
-            _ if reply.status == 404 => Ok(()),
+            _ if is_gone(&reply) => Ok(()),
             // Any other success comes from a proxy.
             Ok(_) if reply.status != 204 => {
                 Err(reply.error(reply.unclear(), format!("it did not end: {}", reply.in_words())))
@@ -278,6 +278,11 @@ impl Broker for RunPod {
 /// The reply, unless RunPod refused (REST v2, `application/problem+json`).
 fn accepted(reply: &Response) -> Result<&Response, BrokerError> {
     if reply.is_success() { Ok(reply) } else { Err(reply.refusal(refused(reply.status))) }
+}
+
+/// Whether the API reports that the pod does not exist. An error page of a proxy does not count.
+fn is_gone(reply: &Response) -> bool {
+    reply.status == 404 && reply.value().is_some_and(|value| value.get("detail").is_some())
 }
 
 /// Kind of a refusal by its status.

@@ -144,11 +144,14 @@ impl Pod {
         direct.or_else(|| runtime?.ports.iter().flatten().find_map(Port::ssh))
     }
 
+    /// Of a pod that is not stopped, a cost of zero is not its cost.
     fn price(&self) -> Option<UsdPerHour> {
-        let cost = self.cost?;
-        // A stopped pod keeps its container disk for free.
-        let disk = if cost == 0.0 { Some(0) } else { self.disk };
-        sku::price(cost, disk?).ok()
+        let (cost, is_stopped) = (self.cost?, self.status.as_deref() == Some("EXITED"));
+        match cost == 0.0 {
+            // It keeps its container disk for free.
+            true => is_stopped.then(UsdPerHour::default),
+            false => sku::price(cost, self.disk?).ok(),
+        }
     }
 }
 

@@ -94,11 +94,25 @@ fn implausible_values_become_unknown() {
     assert_eq!(instance(json!({"cost": 1e300})).unwrap().price, None);
     let stopped = instance(json!({"cost": 0.0, "status": "EXITED"})).unwrap();
     assert_eq!(stopped.price, Some(UsdPerHour::from_dollars(0.0)));
+    for status in ["PROVISIONING", "STARTING", "RUNNING", "ERROR"] {
+        assert_eq!(instance(json!({"cost": 0.0, "status": status})).unwrap().price, None, "{status}");
+    }
     // Its owner would be unknown.
     for field in ["id", "name"] {
         let mut nameless = pod(json!({}));
         nameless.as_object_mut().unwrap().remove(field);
         assert!(serde_json::from_value::<Pod>(nameless).is_err(), "{field}");
+    }
+}
+
+#[test]
+fn only_the_api_reports_a_missing_pod() {
+    let gone = |status, body: &str| is_gone(&Response::recorded(Idempotency::Read, status, body));
+    assert!(gone(404, r#"{"title": "Not Found", "status": 404, "detail": "pod not found"}"#));
+    for (status, body) in
+        [(404, "404 page not found"), (404, "<html></html>"), (404, ""), (404, "{}"), (403, r#"{"detail": "no"}"#)]
+    {
+        assert!(!gone(status, body), "{status} {body}");
     }
 }
 
