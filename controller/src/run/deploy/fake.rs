@@ -235,6 +235,8 @@ pub(crate) struct Simulation {
     /// The answer to a create call names no price.
     pub(crate) priceless: bool,
     pub(crate) outage: bool,
+    /// Every listing fails.
+    pub(crate) mute: bool,
     /// Terminations are refused until then.
     pub(crate) refuses_until: Option<Instant>,
     /// The current listing shows this program's instances as unreadable entries.
@@ -575,6 +577,9 @@ impl Broker for Fake {
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {
+        if self.simulation.lock().unwrap().mute {
+            return Err(FaultOutcome::NotApplied.broker());
+        }
         let listed = self.effect("list", |simulation| {
             let mut shown = Vec::new();
             for (id, machine) in &mut simulation.machines {

@@ -849,6 +849,10 @@ impl Driver<'_> {
                 }
                 Err(error) if Instant::now() >= deadline => {
                     let message = format!("it is not known whether its instance exists: {error}");
+                    // What cannot be listed can be ended, and nothing else would end it.
+                    if self.is_unused() && !cloud.broker.capabilities().server_deadline {
+                        return Err(StepError::Unfit(message));
+                    }
                     return Err(StepError::Drive(DriveError::Instance { run: self.run.record().id.clone(), message }));
                 }
                 Err(error) => {

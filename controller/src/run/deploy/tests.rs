@@ -320,6 +320,18 @@ async fn outage_is_reported_and_resolved_later() {
     }
 }
 
+/// Before its guard runs, only the controller ends an instance.
+#[tokio::test(start_paused = true)]
+async fn new_instance_is_ended_if_no_list_can_be_read() {
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|simulation| simulation.mute = true);
+    let run = open_ledger(&home.path().join("state")).plan(&spec(&home.path().join("results"))).unwrap();
+    let driven = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &|_| {}).drive().await;
+    assert!(matches!(driven, Err(DriveError::Instance { .. })), "{driven:?}");
+    let simulation = fake.simulation.lock().unwrap();
+    assert_eq!((simulation.creates, simulation.ours().count()), (1, 0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn ctrl_c_at_any_effect_terminates_the_instance() {
     for fault in [Fault::Stop, Fault::StopTwice] {
