@@ -18,7 +18,7 @@ use crate::cloud::broker::{Instance, InstanceId, LeaseTag};
 use crate::cloud::clouds::{BadHosts, Cloud, Clouds};
 use crate::run::deploy::{DriveError, Reconciliation, Target, apply_actions, end, reconcile_cloud};
 use crate::run::ledger::now_ms;
-use crate::run::reconcile::{Action, overdue};
+use crate::run::reconcile::{Action, Leave, overdue};
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus, finish, stray, tables};
 
@@ -159,9 +159,15 @@ impl<'a> CloudFindings<'a> {
                 ExpiredInstance { instance: instance.clone(), owner, run, why, seconds, gone: false }
             };
             let of_run = |tag: &LeaseTag| runs.iter().any(|of| of.run == tag.run && of.instance.is_some());
+            // Its driver may be saving its results, and then ends it.
+            let driven = Action::LeaveAlone { instance: instance.id.clone(), why: Leave::Driven };
+            let is_driven = || reconciliation.actions.contains(&driven);
+            let is_ending = |tag: &LeaseTag| now.saturating_sub(tag.deadline) < cloud.timeouts.sync.as_secs();
             if let (Some(why), Some(tag)) = (is_stray(instance), instance.tag()) {
                 strays.push(doomed(tag, why));
-            } else if let Some(tag) = overdue(owner, now, instance).filter(|tag| !of_run(tag)) {
+            } else if let Some(tag) = overdue(owner, now, instance).filter(|tag| !of_run(tag))
+                && !(is_ending(&tag) && is_driven())
+            {
                 late.push(doomed(tag, "its time is up"));
             }
         }
@@ -328,6 +334,22 @@ mod tests {
         assert_eq!(found.count(), 1);
         let asked = consent(&context, &[found], args, terminal, &mut answers);
         asked.inspect_err(|cli_error| assert_eq!(cli_error.status, ExitStatus::Refused)).is_ok()
+    }
+
+    #[test]
+    fn driven_instance_has_time_to_save_its_results() {
+        let context = context();
+        let cloud = context.cloud("local").unwrap();
+        let sync = cloud.timeouts.sync.as_secs();
+        for (late, driven, ended) in [(60, true, 0), (60, false, 1), (sync + 60, true, 1)] {
+            let name = format!("outliers-o-r-n-{}", now_ms() / 1000 - late);
+            let listed = vec![crate::run::reconcile::tests::instance("i", name)];
+            let leave = Action::LeaveAlone { instance: listed[0].id.clone(), why: Leave::Driven };
+            let actions = driven.then_some(leave).into_iter().collect();
+            let reconciliation = Reconciliation { listed, actions };
+            let found = CloudFindings::of(&cloud, reconciliation, Some("o"), &mut Vec::new());
+            assert_eq!(found.count(), ended, "{late} s, driven: {driven}");
+        }
     }
 
     #[test]
