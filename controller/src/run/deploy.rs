@@ -271,6 +271,8 @@ struct ProcessState {
     /// No local folder can store the files. The instance is kept until then. Reported at that time.
     kept_until: Option<Instant>,
     kept_told: Option<Instant>,
+    /// When this process found the worker ended.
+    ended_at: Option<Instant>,
     /// When the run was stopped; from then on only existing results are saved.
     stopped_at: Arc<OnceLock<Instant>>,
     /// Whether the run continues without this process.
@@ -349,6 +351,9 @@ impl<'a> Driver<'a> {
         }
         if matches!(self.run.state(), RunState::Salvaging { .. }) || *self.stop.borrow() != Stop::Go {
             self.memory.stopped_at.get_or_init(Instant::now);
+        }
+        if matches!(self.run.state(), RunState::Ended { .. }) {
+            self.memory.ended_at.get_or_insert_with(Instant::now);
         }
         let (interrupt, let_go) = (self.interrupt(), self.let_go());
         let step = tokio::select! {
@@ -491,6 +496,7 @@ impl<'a> Driver<'a> {
         self.memory.failing = None;
         self.memory.grace = None;
         self.memory.kept_until = None;
+        self.memory.ended_at = None;
         (self.on)(DeployEvent::Meter(self.run.record().meter()));
         (self.on)(DeployEvent::State(Box::new(self.run.state().clone())));
     }
@@ -587,6 +593,7 @@ impl<'a> Driver<'a> {
         let deadline = self.time_is_up_at();
         let is_coming_home = matches!(self.run.state(), RunState::Ended { .. } | RunState::Salvaging { .. });
         let (stopped_at, limit) = (Arc::clone(&self.memory.stopped_at), self.timeouts().sync);
+        let ended_at = self.memory.ended_at;
         let is_stopped = stopped_at.get().is_some();
         let (mut stop, mut first) = (self.stop.clone(), self.stop.clone());
         let cancel = self.run.cancel_probe();
@@ -605,8 +612,10 @@ impl<'a> Driver<'a> {
                 }
             };
             let late = async {
-                match deadline {
-                    Some(at) if early => tokio::time::sleep(at.saturating_duration_since(Instant::now())).await,
+                match (deadline, ended_at) {
+                    (Some(at), _) if early => tokio::time::sleep(at.saturating_duration_since(Instant::now())).await,
+                    // Saving may take longer than the time limit, but not without end.
+                    (Some(at), Some(ended_at)) => tokio::time::sleep_until(at.max(ended_at) + limit).await,
                     _ => std::future::pending().await,
                 }
             };

@@ -1586,6 +1586,20 @@ async fn saving_results_after_ctrl_c_is_bounded() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn endless_download_ends_soon_after_the_time_limit() {
+    set_clock(now_ms());
+    let (fake, home) = (Fake::new(), home());
+    fake.set(|simulation| simulation.stalls = true);
+    let begun = Instant::now();
+    let record = with(|_| {}, &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "a slow line");
+    let RunState::Closed { ending, loss, .. } = &record.state else { panic!("{:?}", record.state) };
+    assert!(*ending == RunOutcome::Deadline && loss.is_some(), "{:?}", record.state);
+    let took = begun.elapsed().as_secs();
+    assert!((3299..3600).contains(&took), "{took} s");
+}
+
+#[tokio::test(start_paused = true)]
 async fn results_of_another_job_are_kept_apart_as_partial() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|simulation| simulation.other_layers = Some(1));
