@@ -246,18 +246,21 @@ impl Context {
     /// # Errors
     /// One cannot be spoken to, or a run does not tell its own.
     pub fn clusters(&self, ledger: Option<&Ledger>) -> Result<Vec<Cloud>, CliError> {
-        let mut hosts: BTreeSet<String> = self.settings.slurm.iter().map(|site| site.host.clone()).collect();
+        // With another scratch folder than that of the settings, where the record of a run has one.
+        let mut hosts: BTreeSet<(String, Option<String>)> =
+            self.settings.slurm.iter().map(|site| (site.host.clone(), None)).collect();
+        let usual = self.settings.any_cluster.scratch.clone().unwrap_or_default();
         let runs = ledger.map_or_else(|| Ok(Vec::new()), Ledger::runs)?;
         for run in &runs {
             let Some(offer) = run.state.offer().filter(|offer| offer.broker == slurm::NAME) else { continue };
             if let Some(host) = slurm::login_node(offer) {
-                hosts.insert(host);
+                hosts.insert((host, slurm::scratch(offer).filter(|scratch| *scratch != usual)));
             } else if self.settings.slurm.is_none() {
                 let message = format!("run {} has a job on a cluster, and its login node is not recorded", run.id);
                 return Err(CliError::refused(message, "name it with --host"));
             }
         }
-        hosts.iter().map(|host| self.cluster(host)).collect()
+        hosts.into_iter().map(|(host, scratch)| self.cluster(&host, scratch)).collect()
     }
 
     /// The cloud of an offer: where its instance is, if it has one.
@@ -265,7 +268,8 @@ impl Context {
     /// # Errors
     /// As [`Self::cloud`].
     pub fn cloud_of(&self, offer: &Offer) -> Result<Cloud, CliError> {
-        slurm::login_node(offer).map_or_else(|| self.cloud(&offer.broker), |host| self.cluster(&host))
+        let at = |host: String| self.cluster(&host, slurm::scratch(offer));
+        slurm::login_node(offer).map_or_else(|| self.cloud(&offer.broker), at)
     }
 
     /// The clouds of a run: that of its instance, and those on which it may rent another.
@@ -311,7 +315,7 @@ impl Context {
                 let hint = "say --host me@login.cluster.edu, or set `host` in [brokers.slurm] of the settings";
                 return Err(CliError::refused("slurm needs a login node", hint));
             };
-            return self.cluster(&site.host);
+            return self.cluster(&site.host, None);
         }
         let Some(cloud) = self.settings.clouds.iter().find(|cloud| cloud.kind.name == name) else {
             let hint = format!("built in: {}", known_brokers());
@@ -333,8 +337,8 @@ impl Context {
         Ok(Cloud { broker, timeouts: Timeouts { listing_interval, ..Timeouts::CLOUD }, is_local: false })
     }
 
-    /// The cluster behind this login node.
-    fn cluster(&self, host: &str) -> Result<Cloud, CliError> {
+    /// The cluster behind this login node, with the recorded scratch folder or that of the settings.
+    fn cluster(&self, host: &str, scratch: Option<String>) -> Result<Cloud, CliError> {
         let site = &self.settings.any_cluster;
         let ssh = OpenSsh::new(host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));
         let ssh = ssh.map_err(|error| CliError::refused(error.message, "name a host, or another state folder"))?;
@@ -343,6 +347,10 @@ impl Context {
             Timeouts { listing_interval: site.listing_interval, queue: site.queue, absences: 2, ..Timeouts::CLOUD };
         let token = self.settings.hf_token.clone();
         let site = slurm::Site { host: host.to_owned(), token, ..site.clone() };
+        let site = match scratch {
+            Some(recorded) => site.with_scratch(recorded),
+            None => site,
+        };
         let is_that_of_settings = self.settings.slurm.as_ref().is_none_or(|named| named.host == host);
         let broker = Slurm::new(site, ssh, host::PROBE, self.explain()).taking_nameless(is_that_of_settings);
         Ok(Cloud { broker: Arc::new(broker), timeouts, is_local: false })

@@ -89,6 +89,17 @@ pub struct Site {
 }
 
 impl Site {
+    /// The scratch folder as offers record it.
+    fn recorded_scratch(&self) -> String {
+        self.scratch.clone().unwrap_or_default()
+    }
+
+    /// This site with the scratch folder that an offer records.
+    #[must_use]
+    pub fn with_scratch(self, recorded: String) -> Self {
+        Self { scratch: Some(recorded).filter(|path| !path.is_empty()), ..self }
+    }
+
     /// What a job with this many GPUs costs while it runs.
     fn price(&self, gpus: u32) -> UsdPerHour {
         UsdPerHour(Usd::from_micros(self.price_per_gpu.0.micros().saturating_mul(gpus.into())))
@@ -111,6 +122,10 @@ struct Sku {
     /// The cluster's login node. Empty: the offer was recorded by an earlier version.
     #[serde(default)]
     host: String,
+    /// Its scratch folder, as [`Site::scratch`]. Empty: the home folder. `None`: the offer was
+    /// recorded by an earlier version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    scratch: Option<String>,
     partition: String,
     gpus: u32,
     /// As `--gres` names it.
@@ -233,9 +248,18 @@ impl Slurm {
 
 /// The login node of the cluster that an offer is of, where its record tells.
 pub fn login_node(offer: &Offer) -> Option<String> {
+    Some(sku(offer)?.host).filter(|host| !host.is_empty())
+}
+
+/// The scratch folder in which an offer's job has its folder, where its record tells. Empty: the
+/// home folder.
+pub fn scratch(offer: &Offer) -> Option<String> {
+    sku(offer)?.scratch
+}
+
+fn sku(offer: &Offer) -> Option<Sku> {
     let key = Some(&offer.key).filter(|_| offer.broker == NAME)?;
-    let sku: Sku = serde_json::from_str(key).ok()?;
-    Some(sku.host).filter(|host| !host.is_empty())
+    serde_json::from_str(key).ok()
 }
 
 /// In words, the same for an offer and its instance.
@@ -368,7 +392,10 @@ impl Broker for Slurm {
     }
 
     fn made(&self, offer: &Offer) -> bool {
-        offer.broker == NAME && login_node(offer).map_or(self.takes_nameless, |host| host == self.site.host)
+        // A job whose folder is elsewhere would look like one that is being ended.
+        offer.broker == NAME
+            && login_node(offer).map_or(self.takes_nameless, |host| host == self.site.host)
+            && scratch(offer).is_none_or(|scratch| scratch == self.site.recorded_scratch())
     }
 
     async fn has_checkpoint(&self, folder: &str) -> Result<Option<bool>, BrokerError> {

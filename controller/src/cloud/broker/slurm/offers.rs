@@ -189,8 +189,8 @@ impl Found {
         disk: Option<Bytes>,
     ) {
         let partition = group.partition.clone();
-        let host = site.host.clone();
-        let sku = Sku { host, partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
+        let (host, scratch) = (site.host.clone(), Some(site.recorded_scratch()));
+        let sku = Sku { host, scratch, partition, gpus, gpu_type, cpus, mem_mib, limit_s: group.limit_s };
         let Ok(key) = serde_json::to_string(&sku) else { return };
         let offer = Offer { queued: true, ..Offer::new(NAME, key, gpus, site.price(gpus)) };
         let offer = match &sku.gpu_type {

@@ -31,6 +31,7 @@ impl Slurm {
     pub(super) fn staging(&self, partition: &str, stage: &Stage, tag: &str, folder: &str, time: Duration) -> Staging {
         let sku = Sku {
             host: self.site.host.clone(),
+            scratch: None,
             partition: partition.to_owned(),
             gpus: 0,
             gpu_type: None,

@@ -9,7 +9,7 @@ use outliers_protocol::FileBytes;
 use proptest::prelude::*;
 
 use super::queue::{self, Snapshot};
-use super::{JOB, NAME, Site, Sku, Slurm, error, gpus_of, offers, refused};
+use super::{JOB, NAME, Site, Sku, Slurm, error, gpus_of, offers, refused, scratch};
 use crate::cloud::broker::{
     Broker, BrokerErrorKind as Kind, GpuRequest, Instance, InstanceState, Lease, LeaseTag, Offer, RunTime, SshEndpoint,
     Stage,
@@ -376,7 +376,16 @@ fn lease(stage: Option<Stage>) -> Lease {
 
 fn two_gpus() -> Sku {
     let (host, partition) = ("c".into(), "gpu".into());
-    Sku { host, partition, gpus: 2, gpu_type: Some("a100".into()), cpus: 8, mem_mib: 1000, limit_s: None }
+    Sku {
+        host,
+        scratch: None,
+        partition,
+        gpus: 2,
+        gpu_type: Some("a100".into()),
+        cpus: 8,
+        mem_mib: 1000,
+        limit_s: None,
+    }
 }
 
 #[test]
@@ -387,6 +396,29 @@ fn offer_without_a_login_node_is_of_one_cluster() {
     let named = offer(&Sku { host: site().host, ..two_gpus() });
     assert!(slurm().taking_nameless(false).made(&named));
     assert!(!slurm().made(&offer(&Sku { host: "another".into(), ..two_gpus() })));
+}
+
+/// The settings may name another scratch folder than when the job was submitted.
+#[test]
+fn offer_is_of_the_scratch_folder_in_its_record() {
+    let offer = |scratch: Option<&str>| {
+        let sku = Sku { scratch: scratch.map(str::to_owned), ..two_gpus() };
+        Offer::new(NAME, serde_json::to_string(&sku).unwrap(), 2, UsdPerHour::default())
+    };
+    let at = |path: &str| {
+        let ssh = OpenSsh::new("c", None, Path::new("/tmp/x")).unwrap();
+        Slurm::new(site().with_scratch(path.to_owned()), ssh, "", None)
+    };
+    for (recorded, named, same) in [
+        (Some(""), "", true),
+        (Some("/scratch/me"), "/scratch/me", true),
+        (Some("/scratch/me"), "", false),
+        (Some(""), "/scratch/me", false),
+        (None, "/scratch/me", true),
+    ] {
+        assert_eq!(at(named).made(&offer(recorded)), same, "{recorded:?} {named}");
+        assert_eq!(scratch(&offer(recorded)).as_deref(), recorded);
+    }
 }
 
 #[test]
