@@ -313,12 +313,13 @@ fn unresponsive_hub_is_named_while_waiting() {
 #[test]
 fn reap_dry_run_shows_exactly_what_reap_ends() {
     let context = TestContext::new();
-    // One tag of this ledger with a finished run, and one with an unknown run, both overdue.
+    // A tag of a finished run, and one of an unknown run that is overdue.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
     let (cloud, _) = planted("nobody");
     let over = run(&context, &["deploy", "-y", "--json"], job("qwen3")).ok();
     let over: serde_json::Value = serde_json::from_str(&over.stdout).unwrap();
-    let over = over["run"]["id"].as_str().unwrap();
+    let asked = over["run"]["events"].as_array().unwrap().iter().find(|event| event["event"] == "creating").unwrap();
+    let over = asked["intent"]["tag"].as_str().unwrap();
     const TIME: Duration = Duration::from_secs(60);
     let rented = Instant::now();
     let held = ["deploy", "-y", "--json", "--keep-running", "--max-duration", "60s"];
@@ -326,8 +327,8 @@ fn reap_dry_run_shows_exactly_what_reap_ends() {
     let held = held["run"]["id"].as_str().unwrap().to_owned();
     let owner = std::fs::read_to_string(context.state().join("owner")).unwrap().trim().to_owned();
     let planted = |run: &str, deadline: u64| cloud.state().plant(&format!("outliers-{owner}-{run}-n-{deadline}"));
-    let (stray, unknown, young) =
-        (planted(over, now + 3600), planted("unknown", now - 60), planted("unknown", now + 3600));
+    let stray = cloud.state().plant(over);
+    let (unknown, young) = (planted("unknown", now - 60), planted("unknown", now + 3600));
     let settings = context.work().join("mine.toml");
     std::fs::write(&settings, format!("[brokers.lambda]\nbase-url = \"{}\"\n{QUICK}", cloud.url())).unwrap();
     let with = |more: &[&str]| {

@@ -18,7 +18,7 @@ use rand::Rng;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 
-use crate::cloud::broker::{Offer, RunTime};
+use crate::cloud::broker::{LeaseTag, Offer, RunTime};
 use crate::files::{MAX_FILE_BYTES, absent, create_private_folder, is_taken, make_private, read_text, write_whole};
 use crate::run::{self, IllegalEvent, Intent, RunEvent, RunSpec, RunState};
 use crate::units::{GpuTime, Usd, UsdPerHour};
@@ -255,6 +255,15 @@ impl RunRecord {
     pub fn at_price(&self, price: UsdPerHour) -> Usd {
         let (gone, present) = self.bills();
         gone + present.map_or(Usd::ZERO, |bill| price.cost(self.time_at_most(bill.counted, 0)))
+    }
+
+    /// The tags of all its create calls, oldest first. A copy of its ledger elsewhere may have made
+    /// others.
+    pub fn tags(&self) -> impl Iterator<Item = &LeaseTag> {
+        self.events.iter().filter_map(|entry| match &entry.event {
+            RunEvent::Creating { intent } => Some(&intent.tag),
+            _ => None,
+        })
     }
 
     /// Time of the last recorded create call, in milliseconds since the Unix epoch.
@@ -1139,7 +1148,7 @@ pub(crate) mod tests {
     use outliers_protocol::{JobSpec, ModelSource};
 
     use super::*;
-    use crate::cloud::broker::{GpuRequest, InstanceId, LeaseTag, Offer};
+    use crate::cloud::broker::{GpuRequest, InstanceId};
     use crate::cloud::estimate::Work;
     use crate::cloud::market::{self, Quote};
     use crate::run::deploy::fake::up_to;

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::cloud::broker::{Instance, InstanceId, InstanceState, LeaseTag, Offer};
 use crate::run::RunState;
-use crate::run::ledger::{Ledger, LedgerError, Records};
+use crate::run::ledger::{Ledger, LedgerError, Records, Unreadable};
 
 /// An action for one instance or one run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -76,8 +76,7 @@ pub enum Stray {
     UnknownRun,
     /// The run is over.
     RunClosed,
-    /// Its time is up, and the run has another instance or none: it results from an unanswered
-    /// create call.
+    /// The run has another instance or none: it results from an unanswered create call.
     Superseded,
     /// Its time is up, and its run's record cannot be read.
     Expired,
@@ -100,7 +99,8 @@ pub enum Leave {
     /// The run in its tag is not in this ledger, and it has time left: a copied or new ledger
     /// lacks runs that another machine began.
     RunUnknown,
-    /// By this ledger its run has another instance or none, and it has time left.
+    /// By this ledger its run has another instance or none and never asked for this one, and it has
+    /// time left: another machine has a copy of the ledger.
     Superseded,
     /// The cloud's entry of it cannot be read.
     Unreadable,
@@ -116,6 +116,8 @@ pub struct RunLease {
     pub run: String,
     /// Its state; `None`: its record cannot be read.
     pub state: Option<RunState>,
+    /// Tags of all its create calls, as far as they are known.
+    pub tags: Vec<LeaseTag>,
     /// A process drives it.
     pub driven: bool,
 }
@@ -138,12 +140,16 @@ impl RunLease {
 /// Errors of the ledger.
 pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
     let Records { runs, unreadable } = ledger.records()?;
-    let readable = runs.into_iter().map(|run| (run.id, Some(run.state)));
-    let all = readable.chain(unreadable.into_iter().map(|lost| (lost.run, None)));
-    let of = |(run, state): (String, Option<RunState>)| {
-        let is_closed = state.as_ref().is_some_and(RunState::is_closed);
-        let driven = !is_closed && ledger.is_driven(&run)?;
-        Ok(RunLease { run, state, driven })
+    let readable = runs.into_iter().map(|run| {
+        let tags = run.tags().cloned().collect();
+        RunLease { run: run.id, state: Some(run.state), tags, driven: false }
+    });
+    let lost = |lost: Unreadable| RunLease { run: lost.run, state: None, tags: Vec::new(), driven: false };
+    let all = readable.chain(unreadable.into_iter().map(lost));
+    let of = |lease: RunLease| {
+        let is_closed = lease.state.as_ref().is_some_and(RunState::is_closed);
+        let driven = !is_closed && ledger.is_driven(&lease.run)?;
+        Ok(RunLease { driven, ..lease })
     };
     all.map(of).collect()
 }
@@ -236,9 +242,11 @@ fn judge(owner: &str, now: u64, leases: &HashMap<&str, &RunLease>, instance: &In
     match &lease.state {
         None if is_over => terminate(Stray::Expired),
         None => leave(Leave::RecordUnreadable),
-        Some(RunState::Closed { .. }) => terminate(Stray::RunClosed),
-        Some(state) if state.tag() != Some(&tag) && is_over => terminate(Stray::Superseded),
-        Some(state) if state.tag() != Some(&tag) => leave(Leave::Superseded),
+        Some(state) if state.tag() != Some(&tag) => match state {
+            _ if !is_over && !lease.tags.contains(&tag) => leave(Leave::Superseded),
+            RunState::Closed { .. } => terminate(Stray::RunClosed),
+            _ => terminate(Stray::Superseded),
+        },
         Some(RunState::Held { .. }) => leave(Leave::Held),
         Some(_) => Action::Adopt { run: lease.run.clone(), instance: id.clone() },
     }
@@ -323,7 +331,7 @@ pub(crate) mod tests {
     }
 
     fn lease(run: &str, state: RunState) -> RunLease {
-        RunLease { run: run.into(), state: Some(state), driven: false }
+        RunLease { run: run.into(), state: Some(state), tags: Vec::new(), driven: false }
     }
 
     fn launched(run: &str, deadline: u64) -> RunState {
@@ -382,7 +390,7 @@ pub(crate) mod tests {
     fn unexpected_instance_ends_with_its_run_or_deadline() {
         let closed = RunState::Closed { ending: RunOutcome::Completed, results: None, loss: None };
         let leases = [lease("done", closed), lease("r", launched("r", NOW + 9)), lease("p", RunState::initial())];
-        let why = |deadline| -> Vec<_> {
+        let why = |leases: &[RunLease], deadline| -> Vec<_> {
             let shown = [
                 instance("1", tag("done", "n", deadline)),
                 instance("2", tag("never", "n", deadline)),
@@ -390,10 +398,13 @@ pub(crate) mod tests {
                 instance("4", tag("p", "n", deadline)),
             ];
             let ended = |a: &Action| if let Action::Terminate { why, .. } = a { Some(*why) } else { None };
-            actions(&leases, &shown).iter().filter_map(ended).collect()
+            actions(leases, &shown).iter().filter_map(ended).collect()
         };
-        assert_eq!(why(NOW), [Stray::RunClosed, Stray::UnknownRun, Stray::Superseded, Stray::Superseded]);
-        assert_eq!(why(NOW + 1), [Stray::RunClosed], "a copied ledger may lack what its machine began since");
+        assert_eq!(why(&leases, NOW), [Stray::RunClosed, Stray::UnknownRun, Stray::Superseded, Stray::Superseded]);
+        assert!(why(&leases, NOW + 1).is_empty(), "a copied ledger may lack what its machine began since");
+        let asked = [tag("done", "n", NOW + 1), tag("r", "earlier", NOW + 1), tag("p", "n", NOW + 1)].to_vec();
+        let ours = leases.map(|lease| RunLease { tags: asked.clone(), ..lease });
+        assert_eq!(why(&ours, NOW + 1), [Stray::RunClosed, Stray::Superseded, Stray::Superseded]);
     }
 
     #[test]

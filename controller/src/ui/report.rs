@@ -828,7 +828,7 @@ pub fn stray(why: Stray) -> &'static str {
     match why {
         Stray::UnknownRun => "its time was up, and no run of the ledger accounts for it",
         Stray::RunClosed => "its run is over",
-        Stray::Superseded => "its time was up, and its run has another instance, or none",
+        Stray::Superseded => "its run has another instance, or none",
         Stray::Expired => "its time was up, and its run's record cannot be read",
     }
 }

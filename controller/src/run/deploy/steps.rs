@@ -695,10 +695,11 @@ impl Driver<'_> {
         Ok(self.append(RunEvent::Gone)?)
     }
 
-    /// Terminates every instance of this run, until complete listings show none.
+    /// Terminates every instance of this run, until complete listings show none. Those of a copy of
+    /// the ledger on another machine are not this run's.
     pub(super) async fn terminate_until_gone(&self, tag: &LeaseTag, known: Option<&InstanceId>) -> Step {
         let cloud = self.cloud()?;
-        let of_this_run = |other: LeaseTag| other.owner == tag.owner && other.run == tag.run;
+        let of_this_run = |other: LeaseTag| self.run.record().tags().any(|tag| *tag == other);
         let is_ours = |i: &Instance| Some(&i.id) == known || i.tag().is_some_and(of_this_run);
         let bill = |_: &Target| Bill {
             price: self.run.state().rental().map(|rental| rental.price),

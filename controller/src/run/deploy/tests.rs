@@ -1061,6 +1061,29 @@ async fn copied_ledger_ends_no_live_instance_of_its_original() {
     assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1, "{found:?}");
 }
 
+/// A state folder copied while the run had its first instance, which it has lost since.
+#[tokio::test(start_paused = true)]
+async fn copied_ledger_ends_no_later_instance_of_a_run() {
+    let (fake, home, copy) = (Fake::new(), home(), self::home());
+    let (plain, ..) = happy().await;
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
+    std::fs::copy(home.path().join("state/ledger.db"), copy.path().join("ledger.db")).unwrap();
+    fake.set(|simulation| {
+        simulation.preempt();
+        simulation.endless = true;
+    });
+    let at_work = tokio::time::timeout(Duration::from_secs(60), life(&fake, home.path())).await;
+    assert!(at_work.is_err() && fake.simulation.lock().unwrap().creates == 2, "{at_work:?}");
+    let ledger = open_ledger(copy.path());
+    for _ in 0..2 {
+        let found = recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
+        assert_eq!(ledger.find("last").unwrap().state.word(), "closed", "{found:?}");
+        assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1, "{found:?}");
+    }
+}
+
 /// The heartbeat is checked by the guard on the instance. Another process with such a ledger
 /// cannot read it, since the key is in the run's folder.
 #[tokio::test(start_paused = true)]
