@@ -194,7 +194,7 @@ fn runs_of(reconciliation: &Reconciliation, broker: &'static str) -> Vec<OfRun> 
         Action::Finish { run, why } => {
             Some(OfRun { run: run.clone(), broker, instance: instance(run), why: finish(*why), over: false })
         }
-        Action::MarkGone { run } => {
+        Action::MarkGone { run, .. } => {
             Some(OfRun { run: run.clone(), broker, instance: None, why: "its instance is gone", over: false })
         }
         _ => None,

@@ -48,6 +48,8 @@ pub enum Action {
     MarkGone {
         /// The run.
         run: String,
+        /// Its instance.
+        instance: InstanceId,
     },
     /// The instance is foreign or is being driven.
     LeaveAlone {
@@ -272,9 +274,9 @@ fn judge_run(
     let known = state.rental().map(|rental| &rental.instance);
     let is_shown = shown.names.contains(name.as_str()) || known.is_some_and(|id| shown.ids.contains(id));
     // An unanswered create call may still create its instance. Only driving the run resolves that.
-    let may_vanish = known.is_some();
-    if !is_shown && may_vanish && missing.get(&lease.run).is_some_and(|times| *times >= enough) {
-        return Some(Action::MarkGone { run });
+    let is_gone = !is_shown && missing.get(&lease.run).is_some_and(|times| *times >= enough);
+    if let Some(instance) = known.filter(|_| is_gone) {
+        return Some(Action::MarkGone { run, instance: instance.clone() });
     }
     (tag.deadline <= now).then_some(Action::Finish { run, why: Finish::Expired })
 }

@@ -461,7 +461,7 @@ impl Reporter {
                     self.say(&format!("Stray instance {instance} was ended: {}.", stray(*why)));
                 }
                 Action::Finish { run, why } => self.say(&format!("Run {run} was brought to its end: {}.", finish(*why))),
-                Action::MarkGone { run } => self.say(&format!("Run {run}: its instance is gone.")),
+                Action::MarkGone { run, .. } => self.say(&format!("Run {run}: its instance is gone.")),
                 Action::LeaveAlone { instance, why: Leave::Unreadable } => self.warn(&format!(
                     "an entry of a cloud's list cannot be read (its id: `{instance}`); outliers instances list"
                 )),

@@ -57,7 +57,7 @@ pub async fn apply_actions(
     let mut done = Ok(());
     for action in &reconciliation.actions {
         let this = match action {
-            Action::MarkGone { run } => mark_gone(ledger, cloud, run),
+            Action::MarkGone { run, instance } => mark_gone(ledger, cloud, run, instance),
             Action::Finish { run, why } => finish(ledger, ports, on, run, *why).await,
             Action::Terminate { .. } | Action::Adopt { .. } | Action::LeaveAlone { .. } => Ok(()),
         };
@@ -121,8 +121,10 @@ pub async fn reconcile_cloud(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<R
     Ok(Reconciliation::default())
 }
 
-fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str) -> Result<(), DriveError> {
-    if let Some(mut run) = ledger.take(run)? {
+fn mark_gone(ledger: &Ledger, cloud: &Cloud, run: &str, instance: &InstanceId) -> Result<(), DriveError> {
+    // It may have got another instance since the listing.
+    let has_it = |run: &RunWriter| run.state().rental().is_some_and(|rental| rental.instance == *instance);
+    if let Some(mut run) = ledger.take(run)?.filter(has_it) {
         let event = match run.state() {
             RunState::Terminating { .. } => RunEvent::Gone,
             _ => RunEvent::Vanished,

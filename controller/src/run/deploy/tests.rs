@@ -1156,6 +1156,29 @@ async fn recovery_marks_vanished_instances_and_never_rents() {
     assert_eq!(fake.simulation.lock().unwrap().creates, 0);
 }
 
+/// `reap` may wait for an answer between its listing and its actions.
+#[tokio::test(start_paused = true)]
+async fn later_instance_of_a_run_is_not_taken_for_the_vanished_one() {
+    let (fake, home) = (Fake::new(), home());
+    let (plain, ..) = happy().await;
+    let follow = plain.simulation.lock().unwrap().effects.iter().position(|name| *name == "follow").unwrap();
+    fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
+    assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
+    fake.set(|simulation| {
+        simulation.preempt();
+        simulation.endless = true;
+    });
+    let (ledger, clouds) = (open_ledger(&home.path().join("state")), fake.clouds());
+    let cloud = clouds.iter().next().unwrap();
+    let found = reconcile_cloud(Some(&ledger), cloud).await.unwrap();
+    assert_eq!(found.actions.len(), 1, "{found:?}");
+    let at_work = tokio::time::timeout(Duration::from_secs(60), life(&fake, home.path())).await;
+    assert!(at_work.is_err(), "{at_work:?}");
+    apply_actions(&ledger, fake.ports(&clouds), cloud, &found, &|_| {}).await.unwrap();
+    assert_eq!(ledger.find("last").unwrap().state.word(), "launched");
+    assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1);
+}
+
 /// Runs of one survey, concurrent in one process.
 async fn side_by_side(fake: &Fake, home: &Path, budget: f64) -> Vec<RunRecord> {
     let ledger = open_ledger(&home.join("state"));
