@@ -590,10 +590,17 @@ impl<'a> Driver<'a> {
             RunState::Ended { .. } | RunState::Salvaging { .. } => Some(Stop::SkipSync),
             _ => None,
         };
-        let deadline = self.time_is_up_at();
         let is_coming_home = matches!(self.run.state(), RunState::Ended { .. } | RunState::Salvaging { .. });
         let (stopped_at, limit) = (Arc::clone(&self.memory.stopped_at), self.timeouts().sync);
-        let ended_at = self.memory.ended_at;
+        let deadline = match self.run.state() {
+            // All results are there: saving them may take longer than the time limit, but not
+            // without end.
+            RunState::Ended { .. } => {
+                self.time_is_up_at().zip(self.memory.ended_at).map(|(at, ended_at)| at.max(ended_at) + limit)
+            }
+            RunState::Salvaging { .. } => self.salvaged_by(),
+            _ => self.time_is_up_at(),
+        };
         let is_stopped = stopped_at.get().is_some();
         let (mut stop, mut first) = (self.stop.clone(), self.stop.clone());
         let cancel = self.run.cancel_probe();
@@ -612,11 +619,9 @@ impl<'a> Driver<'a> {
                 }
             };
             let late = async {
-                match (deadline, ended_at) {
-                    (Some(at), _) if early => tokio::time::sleep(at.saturating_duration_since(Instant::now())).await,
-                    // Saving may take longer than the time limit, but not without end.
-                    (Some(at), Some(ended_at)) => tokio::time::sleep_until(at.max(ended_at) + limit).await,
-                    _ => std::future::pending().await,
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
                 }
             };
             // After a stop, files are fetched within a short time or not at all.
@@ -638,6 +643,21 @@ impl<'a> Driver<'a> {
 
     /// When the worker must stop, so that its files can be fetched before the instance ends.
     fn time_is_up_at(&self) -> Option<Instant> {
+        let (left, reserve) = self.time_left()?;
+        Some(Instant::now() + left.saturating_sub(reserve))
+    }
+
+    /// When the files of a worker that was stopped must be here, so that the instance is gone at its
+    /// time limit; `None`: it is too late for that, or they cost nothing where they are.
+    fn salvaged_by(&self) -> Option<Instant> {
+        let is_free = self.run.state().offer().is_some_and(|offer| offer.queued || offer.is_local);
+        let (left, reserve) = self.time_left().filter(|_| !is_free)?;
+        let left = left.checked_sub(reserve / 5).filter(|left| !left.is_zero())?;
+        Some(Instant::now() + left)
+    }
+
+    /// Time until the instance must end, and how much of it is for fetching its files.
+    fn time_left(&self) -> Option<(Duration, Duration)> {
         let lease = self.run.state().rental()?.tag.deadline;
         let deadline = [self.ends_at(), self.is_used_up_at()].into_iter().flatten().fold(lease, u64::min);
         let deadline = Duration::from_secs(deadline);
@@ -648,7 +668,7 @@ impl<'a> Driver<'a> {
         let by_the_cloud = |now: u64| self.cloud().map_or(now, |cloud| cloud.time(now));
         let now_ms = self.run.now_ms();
         let now = Duration::from_secs(by_the_cloud(now_ms / 1000)) + Duration::from_millis(now_ms % 1000);
-        Some(Instant::now() + deadline.saturating_sub(reserve).saturating_sub(now))
+        Some((deadline.saturating_sub(now), reserve))
     }
 
     /// When a job has used up what was agreed, its --max-gpu-hours, or its share of what a survey

@@ -1631,6 +1631,22 @@ async fn saving_results_after_ctrl_c_is_bounded() {
     }
 }
 
+/// What a worker left that was stopped at its time limit is not worth more than was agreed.
+#[tokio::test(start_paused = true)]
+async fn endless_download_of_partial_results_ends_before_the_time_limit() {
+    set_clock(now_ms());
+    let (mut fake, home) = (Fake::new(), home());
+    fake.timeouts = Timeouts::CLOUD;
+    fake.set(|simulation| (simulation.endless, simulation.stalls) = (true, true));
+    let begun = Instant::now();
+    let record = with(|spec| spec.quote = up_to(AGREED), &fake, home.path()).await;
+    closed_and_clean(&fake, &record, "a slow line");
+    let RunState::Closed { ending, loss, .. } = &record.state else { panic!("{:?}", record.state) };
+    assert!(*ending == RunOutcome::Deadline && loss.is_some(), "{:?}", record.state);
+    let (took, cost) = (begun.elapsed().as_secs(), record.cost(now_ms()));
+    assert!((3500..3600).contains(&took) && cost <= AGREED, "{took} s, {cost}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn endless_download_ends_soon_after_the_time_limit() {
     set_clock(now_ms());
