@@ -91,17 +91,16 @@ mergeable! {
     #[serde(default, rename_all = "kebab-case")]
     pub struct JobOptions {
         /// Where the weights come from: hub (over the network as they are used, none on disk),
-        /// cache (fetched to disk first and kept), local:DIR (another folder; with an instance, of
-        /// this machine where that is the instance, or of a Slurm cluster, whose jobs then read
-        /// all of the checkpoint there, also where --model is a folder here), synthetic:SEED (made
-        /// up, to try a model of any size) [default: hub, or the model's folder].
+        /// cache (fetched to disk first and kept), local:DIR (a folder of this machine or, on a
+        /// Slurm cluster, of the cluster, whose jobs read configuration and tokenizer there, too),
+        /// synthetic:SEED (made up, to try a model of any size) [default: hub, or the model's
+        /// folder].
         #[cfg_attr(feature = "clap", arg(long, value_name = "WHERE", help_heading = MODEL))]
         #[serde(deserialize_with = "written")]
         pub weights: Option<Weights>,
         /// Memory for weights while they stream, such as 800MiB or 4GB [default: a quarter of the
         /// free memory, 4 GiB at most]. Bytes of files whose hash is not compared yet take at most
         /// another quarter of this; with the default, at most half of the memory left free.
-        /// hash is compared; with the default, half of what is left free.
         #[cfg_attr(feature = "clap", arg(long, value_name = "SIZE", allow_hyphen_values = true,
             help_heading = COMPUTE))]
         #[serde(alias = "stream_budget")]
