@@ -165,7 +165,7 @@ impl Table {
                 return (widths, padding);
             }
         }
-        let steps = [Step::ShortNames, Step::AllButIds, Step::All];
+        let steps = [Step::ShortNames, Step::BrokenSentences, Step::AllButIds, Step::All];
         give_way(&mut widths, &columns, &steps, room.saturating_sub(beside(SCARCE_PADDING)));
         (widths, SCARCE_PADDING)
     }
@@ -234,7 +234,9 @@ enum Step {
     Words,
     /// Shorten names to the minimum.
     ShortNames,
-    /// Break words.
+    /// Break words of sentences.
+    BrokenSentences,
+    /// Break words and numbers.
     AllButIds,
     /// Break ids as well.
     All,
@@ -249,6 +251,7 @@ impl Step {
             (Self::Words, Kind::Sentence) => Some(word.min(LONGEST_WORD)),
             (Self::Words, Kind::Number) => Some(word),
             (Self::ShortNames, Kind::Name | Kind::Facts) => Some(SHORTEST_NAME),
+            (Self::BrokenSentences, Kind::Sentence) => Some(MIN_WIDTH),
             (Self::AllButIds, Kind::Sentence | Kind::Name | Kind::Facts | Kind::Number) => Some(MIN_WIDTH),
             (Self::All, _) => Some(1),
             _ => None,
@@ -328,6 +331,15 @@ mod tests {
         let shown = ids.within(Some(60));
         assert!(shown.contains(long) && widest(&shown) <= 60, "{shown}");
         assert!(runs().within(None).lines().all(|line| line == line.trim_end()));
+    }
+
+    #[test]
+    fn words_are_broken_before_numbers() {
+        let mut table = table(&["run", "state", "cost"]);
+        table.add_row([id("szk2qsk7"), text("tokenizing"), number("$0.000007")]);
+        let shown = table.within(Some(27));
+        assert!(shown.contains("szk2qsk7") && shown.contains("$0.000007"), "{shown}");
+        assert!(widest(&shown) <= 27, "{shown}");
     }
 
     #[test]

@@ -190,7 +190,7 @@ pub fn needs(inspection: &Inspection) -> String {
         ),
         ("arithmetic", operations(plan.flops)),
     ];
-    let mut table = table(&["a run needs", "so much"]);
+    let mut table = table(&["a run needs", "amount"]);
     for (name, value) in rows.into_iter().filter(|(_, value)| !value.is_empty()) {
         table.add_row([Cell::new(name), Cell::new(value)]);
     }
@@ -384,6 +384,10 @@ fn happened(event: &RunEvent) -> &'static str {
 pub fn status(status: &Status) -> String {
     let mut under_way =
         table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done in", "deadline in"]);
+    // If all are of one survey, the table of surveys names it.
+    let first = status.under_way.first().and_then(|run| run.survey.as_ref());
+    let is_named_below = status.under_way.iter().all(|run| run.survey.as_ref() == first)
+        && status.surveys.iter().any(|survey| Some(&survey.index.survey) == first);
     for run in &status.under_way {
         let waits = run.waits.iter().map(|why| format!(", waits: {why}"));
         let waits = waits.chain(run.progress.iter().map(how_far)).collect::<String>();
@@ -391,22 +395,23 @@ pub fn status(status: &Status) -> String {
             true => format!("{}{waits}", run.state),
             false => format!("{}{waits}, {}", run.state, alone(run.detached)),
         };
-        let in_time = |at: Option<u64>| match at {
+        let in_time = |at: Option<u64>, passed: &str| match at {
             None => "-".to_owned(),
-            Some(at) if at <= status.at => "overdue".to_owned(),
+            Some(at) if at <= status.at => passed.to_owned(),
             Some(at) => format!("{:#}", Span(Duration::from_secs(at - status.at))),
         };
         under_way.add_row([
             id(&run.run),
-            name(run.survey.as_deref().unwrap_or("-")),
+            name(run.survey.as_deref().filter(|_| !is_named_below).unwrap_or("-")),
             name(&short(&run.model)),
             text(&state),
             name(run.broker.as_deref().unwrap_or("-")),
             number(run.price.map(|price| price.to_string()).unwrap_or_default()),
             number(run.cost),
             number(run.at_most),
-            number(in_time(run.expected)),
-            number(in_time(run.deadline)),
+            // An estimate that has passed is no deadline that has passed.
+            number(in_time(run.expected, "late")),
+            number(in_time(run.deadline, "overdue")),
         ]);
     }
     let mut surveys = table(&["survey", "complete", "failed", "open", "cost", "folder"]);
@@ -436,7 +441,7 @@ pub fn status(status: &Status) -> String {
     }
     let mut out = String::new();
     for (is_empty, table, nothing) in [
-        (status.under_way.is_empty(), under_way, "nothing is under way\n"),
+        (status.under_way.is_empty(), under_way, "nothing is under way\n\n"),
         (status.surveys.is_empty(), surveys, ""),
         (status.over.is_empty(), over, ""),
     ] {
@@ -636,6 +641,26 @@ mod tests {
         let record = crate::run::ledger::tests::rented();
         let shown = run(&record, true, record.created_at_ms);
         assert!(shown.contains("an instance was ordered") && shown.contains("the instance was rented"), "{shown}");
+    }
+
+    #[test]
+    fn survey_of_all_active_runs_is_named_once() {
+        let home = tempfile::tempdir().unwrap();
+        let mut shown = crate::ui::status::tests::status(home.path());
+        let header = |of: &Status| status(of).lines().next().unwrap_or_default().to_owned();
+        assert!(!header(&shown).contains("survey"), "{}", header(&shown));
+        shown.under_way[0].survey = None;
+        assert!(header(&shown).contains("survey"), "{}", header(&shown));
+    }
+
+    #[test]
+    fn passed_estimate_is_not_shown_as_a_passed_deadline() {
+        let home = tempfile::tempdir().unwrap();
+        let mut late = crate::ui::status::tests::status(home.path());
+        assert!(late.under_way[0].expected.is_some_and(|at| at <= late.at));
+        assert!(status(&late).contains(" late ") && !status(&late).contains("overdue"), "{}", status(&late));
+        late.under_way[0].deadline = Some(late.at);
+        assert!(status(&late).contains("overdue"), "{}", status(&late));
     }
 
     #[test]
