@@ -164,9 +164,7 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     }
     consent(context, &clouds, asked.yes, "an instance", || {
         let at_most = prepared.at_most();
-        let question =
-            format!("Rent the first of these, or the next if it cannot be had, for at most {at_most} in all?");
-        (market(&prepared), question)
+        (market(&prepared), format!("Rent the first, or else the next, for at most {at_most} in all?"))
     })?;
     writable(Path::new(&prepared.spec.results))?;
     let at_most = prepared.at_most();

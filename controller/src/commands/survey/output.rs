@@ -165,7 +165,7 @@ impl Session<'_> {
             let gpus = gpus.unwrap_or_default();
             let problems: Vec<String> = plan.models.iter().filter_map(|row| row.problem.clone()).collect();
             let problems: String = problems.iter().map(|problem| clean_lines(problem) + "\n").collect();
-            format!(
+            tables::paragraphs(&format!(
                 "Nothing is rented. {} at a time.\n\n{}\n{problems}\
                  about {}, at most {} until the time limits; spent so far {}, budget {budget}\n{gpus}",
                 plan.max_parallel,
@@ -173,7 +173,7 @@ impl Session<'_> {
                 plan.estimate,
                 plan.at_most,
                 plan.spent,
-            )
+            ))
         });
         ExitStatus::worst(problems.iter().map(|problem| problem.cli_error.status))
     }
