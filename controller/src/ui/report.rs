@@ -513,9 +513,7 @@ impl Reporter {
             }
             DeployEvent::Stopping(_) => {
                 self.begin_line();
-                self.say(
-                    "Stopping: fetching the results so far, then ending the instance (Ctrl-C again skips the first)",
-                );
+                self.say("Stopping: fetching the results so far first (Ctrl-C again: without them)");
             }
         }
     }
@@ -731,7 +729,7 @@ fn standing(elapsed: Duration, meter: Option<&CostMeter>, now_ms: u64) -> String
     // Within a day the time alone says which day is meant, and the line is short.
     let is_near = deadline.abs_diff(now_ms / 1000) < 86_400;
     let time = time.get(11..).filter(|_| is_near).unwrap_or(time.as_str());
-    format!("{spent}, until {time} UTC")
+    format!("{spent}, deadline {time} UTC")
 }
 
 fn phase(phase: Phase) -> &'static str {
@@ -895,12 +893,12 @@ mod tests {
         assert_eq!(standing(Duration::from_secs(65), None, 0), "1 min so far");
         let run = crate::run::ledger::tests::rented();
         let words = standing(Duration::from_secs(65), Some(&run.meter()), run.created_at_ms + 3_600_000);
-        assert!(words.starts_with("$3") && words.contains(" in 1 min, until "), "{words}");
-        assert!(words.ends_with(", until 1970-01-01 00:00 UTC"), "{words}");
+        assert!(words.starts_with("$3") && words.contains(" in 1 min, deadline "), "{words}");
+        assert!(words.ends_with(", deadline 1970-01-01 00:00 UTC"), "{words}");
         let on_the_day = standing(Duration::from_secs(65), Some(&run.meter()), 5000);
-        assert!(on_the_day.ends_with(" in 1 min, until 00:00 UTC"), "{on_the_day}");
+        assert!(on_the_day.ends_with(" in 1 min, deadline 00:00 UTC"), "{on_the_day}");
         let over_midnight = standing(Duration::from_secs(65), Some(&run.meter()), 86_400_000);
-        assert!(over_midnight.ends_with(" in 1 min, until 00:00 UTC"), "{over_midnight}");
+        assert!(over_midnight.ends_with(" in 1 min, deadline 00:00 UTC"), "{over_midnight}");
     }
 
     #[test]
