@@ -251,7 +251,7 @@ pub fn read(folder: &Path) -> Result<Content, Flaw> {
 /// The manifest of a complete run with all files verified.
 fn vouched(folder: &Path) -> Result<Manifest, Flaw> {
     if !folder.join(files::MANIFEST).exists() {
-        return Err(Flaw::Partial("there is no manifest: the run did not come to its end".to_owned()));
+        return Err(Flaw::Partial("the run ended early, without manifest.json".to_owned()));
     }
     let manifest: Manifest = document(folder, files::MANIFEST)?;
     if let outliers_protocol::Outcome::Failed(failure) = &manifest.outcome {
