@@ -249,7 +249,7 @@ fn failed_listing_does_not_claim_there_are_no_instances() {
     let cloud = FakeCloud::start(Lambda);
     let place = CloudContext::new(&[&cloud]);
     let list = ["instances", "list", "--broker", "lambda"];
-    assert!(place.context.run(list).ok().stdout.contains("no instances"));
+    assert!(place.context.run(list).ok().stdout.contains("no instances on lambda"));
     cloud.state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(list);
     assert!(said.code == Some(5) && said.stdout.is_empty() && said.stderr.contains("not whole"), "{said:?}");

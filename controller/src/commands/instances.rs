@@ -91,9 +91,12 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
         context.reporter.warn(&format!("of the entries of the clouds' lists, {unreadable} cannot be read"));
     }
     let document = InstanceList { schema: SCHEMA, instances: instances.collect(), unreadable, silent };
-    // An incomplete list without instances does not prove that there are none.
-    let nothing_is_known = all.is_empty() && !document.silent.is_empty();
-    let table = || if nothing_is_known { String::new() } else { tables::instances(&all, &words, &deadlines) };
+    let table = || match (all.is_empty(), document.silent.is_empty()) {
+        (false, _) => tables::instances(&all, &words, &deadlines),
+        (true, true) => format!("no instances on {}\n", clouds.names()),
+        // An incomplete list without instances does not prove that there are none.
+        (true, false) => String::new(),
+    };
     context.reporter.result(&document, table);
     match document.silent.first() {
         None => Ok(ExitStatus::Done),

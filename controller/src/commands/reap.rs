@@ -109,12 +109,13 @@ pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitSt
         overdue: Vec::new(),
         troubles: troubles.iter().map(|trouble| trouble.words.clone()).collect(),
     };
+    let listed: Vec<&str> = all.iter().map(|found| found.cloud.name()).collect();
     for found in all {
         document.runs.extend(found.runs);
         document.strays.extend(found.strays);
         document.overdue.extend(found.overdue);
     }
-    context.reporter.result(&document, || in_words(&document));
+    context.reporter.result(&document, || in_words(&document, &listed));
     conclude(&troubles)
 }
 
@@ -279,9 +280,14 @@ fn consent(
     Ok(())
 }
 
-fn in_words(document: &ReapReport) -> String {
+/// The report, by the lists of the clouds of these names.
+fn in_words(document: &ReapReport, listed: &[&str]) -> String {
     if document.overdue.is_empty() && document.strays.is_empty() && document.runs.is_empty() {
-        return "no instance is overdue".to_owned();
+        // Without any list nothing is known.
+        return match listed {
+            [] => String::new(),
+            _ => format!("no instance is overdue on {}", listed.join(", ")),
+        };
     }
     let mut table = tables::table(&["broker", "instance", "owner", "run", "overdue for", "price", "why", "now"]);
     let became = |done: bool| match (document.dry_run, done) {

@@ -497,7 +497,7 @@ pub fn instances(listed: &[&Instance], words: &[String], deadlines: &[Option<u64
             text(words),
         ]);
     }
-    if listed.is_empty() { "no instances\n".to_owned() } else { format!("{table}\n") }
+    format!("{table}\n")
 }
 
 fn state(instance: &Instance) -> String {
