@@ -123,11 +123,10 @@ fn features(results: &Results) -> String {
 /// Offers with the estimated time and cost of a run, and the maximum cost until the time limit, or
 /// the agreed amount if it is less.
 pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
-    let mut table = table(&["#", "broker", "what", "price", "takes", "costs", "at most"]);
-    for (i, offer) in offers.iter().take(most).enumerate() {
+    let mut table = table(&["broker", "what", "price", "takes", "costs", "at most"]);
+    for offer in offers.iter().take(most) {
         let estimate = work.on(offer);
         table.add_row([
-            number(i + 1),
             name(&offer.broker),
             facts(&market::hardware(offer)),
             number(offer.price),
