@@ -39,7 +39,7 @@ pub static VERSION: LazyLock<String> =
 
 const EXIT_CODES: &str = "\
 Exit codes:
-  0    done, and no instance is left (but one that was to be kept, or to work on with --detach)
+  0    done, and no instance is left, except with --keep-running or --detach
   1    the run failed, or something on this machine
   2    wrong arguments, or refused before anything was rented
   3    no offer matched, or none could be had
