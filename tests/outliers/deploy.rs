@@ -295,9 +295,10 @@ fn cancel_from_another_process_ends_the_instance() {
 #[test]
 fn held_instance_exists_until_it_is_terminated() {
     let context = TestContext::new();
-    let _ = context.run(fixture("llama-f32", &["--keep-running"])).ok();
+    let kept = context.run(fixture("llama-f32", &["--keep-running"])).ok();
     assert_eq!(context.bill().running.len(), 1);
     let id = context.bill().running[0].id.0.clone();
+    assert!(kept.stdout.contains(&format!("to end it: outliers instances terminate {id}")), "{kept:?}");
     let listed = context.run(["instances", "list"]).ok();
     assert!(listed.stdout.contains(&id), "{}", listed.stdout);
     // Another deploy does not touch it.

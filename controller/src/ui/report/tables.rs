@@ -10,14 +10,15 @@ use outliers_protocol::{
 
 use super::diagnostics::diagnostics;
 pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
+use crate::calendar::rfc3339;
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
 use crate::cloud::estimate::{CROSSING, Estimate, Work};
 use crate::cloud::market::{self, FilterStep};
 use crate::model_name::short;
-use crate::run::RunEvent;
 use crate::run::ledger::{RunRecord, now_ms};
 use crate::run::reconcile::{Action, Leave};
+use crate::run::{RunEvent, RunState};
 use crate::survey::ModelOutcome;
 use crate::text::{clean, counted};
 use crate::ui::status::Status;
@@ -588,14 +589,23 @@ fn left_alone(why: Leave) -> &'static str {
     }
 }
 
-/// Results' folder and cost of a finished run.
+/// Results' folder and cost of a finished run, and the instance if it is kept.
 pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
     let mut out = String::new();
     if let Some(results) = run.state.results() {
         out += &format!("files: {}\n", results.folder);
     }
     let price = if run.spec.brokers == crate::cloud::broker::local::NAME { " (made up: this machine)" } else { "" };
-    out + &format!("run {}, cost {cost}{price}\n", run.id)
+    out += &format!("run {}, cost {cost}{price}\n", run.id);
+    if let RunState::Held { rental, .. } = &run.state {
+        out += &format!(
+            "its instance is kept and bills {} until {}\nto end it: outliers instances terminate {}\n",
+            rental.price,
+            run.ends_at().map(rfc3339).unwrap_or_default(),
+            rental.instance,
+        );
+    }
+    out
 }
 
 fn age(since_ms: u64, now_ms: u64) -> Span {
