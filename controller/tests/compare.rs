@@ -150,7 +150,7 @@ fn results_are_listed_shown_and_recounted() {
     let (stdout, _) = said(&list);
     assert!(list.status.success() && stdout.contains("allenai/OLMoE-1B-7B-0125"), "{stdout}");
     assert!(stdout.contains("gpt2-run") && stdout.contains("complete"), "{stdout}");
-    for run in ["gpt2-run", "ru", "remote_results/gpt2-run"] {
+    for run in ["gpt2-run", "ru", "remote_results/gpt2-run", "survey/one"] {
         let shown = outliers(context.path(), &["results", "show", run]);
         assert!(shown.status.success() && said(&shown).0.contains("unique features, by layers"), "{run}: {shown:?}");
     }

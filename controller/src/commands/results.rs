@@ -90,12 +90,12 @@ fn list(context: &Context) -> Result<ExitStatus, CliError> {
         perplexity: model.perplexity.map(|perplexity| perplexity.value),
     });
     let list = List { schema: SCHEMA, results: listed.collect() };
-    context.reporter.result(&list, || in_words(&list.results, &context.here));
+    context.reporter.result(&list, || in_words(&list.results, &context.settings.results));
     Ok(ExitStatus::Done)
 }
 
-/// Shows folders relative to `here`.
-fn in_words(results: &[ResultEntry], here: &Path) -> String {
+/// Shows folders relative to `home`, the folder of all results, as `results show` takes them.
+fn in_words(results: &[ResultEntry], home: &Path) -> String {
     if results.is_empty() {
         return "no results yet\n".to_owned();
     }
@@ -112,19 +112,20 @@ fn in_words(results: &[ResultEntry], here: &Path) -> String {
                 ResultKind::Imported { .. } => "imported".to_owned(),
                 ResultKind::Unusable(why) => why.clone(),
             }),
-            tables::name(&result.folder.strip_prefix(here).unwrap_or(&result.folder).display().to_string()),
+            tables::id(&result.folder.strip_prefix(home).unwrap_or(&result.folder).display().to_string()),
         ]);
     }
     format!("{table}\nfeatures: systematic ones, unique, by layers\n")
 }
 
-/// The folder of a result: a path, a prefix of its run's id, the name of its folder, or `last`.
+/// The folder of a result: a path from here or from the results' folder, a prefix of its run's id,
+/// the name of its folder, or `last`.
 fn find(context: &Context, run: &str) -> Result<PathBuf, CliError> {
-    let path = context.here.join(run);
-    if !run.is_empty() && MARKS.iter().any(|name| path.join(name).exists()) {
+    let results = &context.settings.results;
+    let is_result = |path: &PathBuf| !run.is_empty() && MARKS.iter().any(|name| path.join(name).exists());
+    if let Some(path) = [context.here.join(run), results.join(run)].into_iter().find(is_result) {
         return Ok(path);
     }
-    let results = &context.settings.results;
     let refused = |message: String| CliError::refused(message, "outliers results list");
     let all = if results.exists() { paths(std::slice::from_ref(results))? } else { Vec::new() };
     let written = |folder: &Path| {
