@@ -97,7 +97,7 @@ fn in_words(detached: &Detached<'_>) -> String {
         "run {} works on, on instance {instance} of {broker}, at {price}\n\
          it may bill until {until}, {at_most} in all\n\
          then its guard ends it, or its cloud, and what nobody fetched is lost\n\n  \
-         {attach:width$}  follows it, fetches its results, ends the instance\n  \
+         {attach:width$}  saves its results and ends the instance\n  \
          {logs}  what its worker says\n  \
          {status:width$}  what it costs\n",
         run.id,

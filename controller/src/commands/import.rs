@@ -13,6 +13,7 @@ use crate::compare::predecessor::{Imported, import};
 use crate::files::{MAX_FILE_BYTES, read_small, sha256, write_whole};
 use crate::run::deploy::slug;
 use crate::run::ledger::now_ms;
+use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 
 /// Runs `import`.
@@ -61,7 +62,8 @@ fn in_words(imported: &Imported, folder: &Path) -> String {
         for verdict in outliers.verdicts() {
             out += &format!("{}: {}\n", verdict.label, crate::compare::table::short(verdict.count));
         }
-        out += &format!("{} distinct features, each systematic in at least one batch\n", outliers.distinct_features);
+        let features = counted(outliers.distinct_features, "distinct feature");
+        out += &format!("{features}, systematic in at least one batch\n");
     }
     if let Some(perplexity) = &imported.perplexity {
         out += &format!("perplexity {:.4}\n", perplexity.perplexity);
