@@ -70,7 +70,8 @@ pub fn across(comparison: &Comparison) -> Option<Table> {
     )
     .noted(
         "INT8, MXFP4, NVFP4: relative squared error of a norm output, mean over sampled rows, in percent; rotated: by block Hadamard \
-         matrices of so many dimensions, with those that sampling alone may set apart from the best",
+         matrices of so many dimensions, with those that sampling alone may set apart from the best; dimensions at the end that fill no \
+         block are not rotated",
     )
     .noted(
         "Intervals: bootstrap over sequences; that of x^2 is of the sinks as they were found, and a spike has one of where it begins and \

@@ -16,7 +16,9 @@ const SHOWN: usize = 5;
 /// and routers. Empty if none was measured.
 pub(super) fn diagnostics(results: &Results) -> String {
     let mut out = ablation(&results.ablation);
-    out += &results.quantization_error.as_ref().map(quantization).unwrap_or_default();
+    if let Some(errors) = &results.quantization_error {
+        out += &quantization(errors, results.hidden);
+    }
     if !results.other_sites.is_empty() {
         out += &sites(results);
     }
@@ -111,7 +113,7 @@ fn sites(results: &Results) -> String {
 }
 
 /// A line per format, plain and rotated.
-fn quantization(errors: &QuantizationErrors) -> String {
+fn quantization(errors: &QuantizationErrors, hidden: usize) -> String {
     let mut rotations: Vec<usize> = errors.norm_outputs.iter().map(|pooled| pooled.all.rotation).collect();
     rotations.sort_unstable();
     rotations.dedup();
@@ -130,7 +132,12 @@ fn quantization(errors: &QuantizationErrors) -> String {
         };
         rows.add_row(std::iter::once(text(format.label())).chain(rotations.iter().map(error)));
     }
-    format!("\n{rows}\nof norm outputs: {}\n", clean(errors.rule.as_bytes(), 300))
+    let left = rotations.iter().filter(|rotation| **rotation > 0 && hidden % **rotation > 0).map(|rotation| {
+        let left = hidden % rotation;
+        format!("Hadamard {rotation}: the last {left} of {hidden} dimensions fill no block and are not rotated\n")
+    });
+    let left: String = left.collect();
+    format!("\n{rows}\nof norm outputs: {}\n{left}", clean(errors.rule.as_bytes(), 300))
 }
 
 fn residual_sinks(sinks: &ResidualSinks) -> String {
@@ -329,6 +336,7 @@ mod tests {
             "2.0000",
             "Hadamard 32",
             "1.0000",
+            "Hadamard 32: the last 8 of 8 dimensions fill no block and are not rotated",
             "residual sinks: 1 in layer 2, where they are largest, with 25.0 % of x^2 (17)",
             "from layer 1 on, is gone in layer 3",
             "attention on the first key: 50.0 %",
