@@ -126,7 +126,9 @@ pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String
     let at = text.floor_char_boundary(span.start);
     let line = &text[text[..at].rfind('\n').map_or(0, |end| end + 1)..];
     let name = line.lines().next().and_then(|line| line.split_once('=')).map_or("", |(name, _)| name.trim());
-    let said = if name.is_empty() { said } else { format!("`{}`: {said}", clean(name.as_bytes(), 80)) };
+    // The place of a missing field is the table that lacks it, not the key on that line.
+    let is_of_table = name.is_empty() || said.starts_with("missing field ");
+    let said = if is_of_table { said } else { format!("`{}`: {said}", clean(name.as_bytes(), 80)) };
     (Some(1 + text[..at].matches('\n').count()), said)
 }
 
@@ -258,6 +260,18 @@ mod tests {
         }
         let File { text, path, list, yes, number, count, table: Table {} } = toml::from_str("yes = true").unwrap();
         assert_eq!((text.len(), path.as_os_str().len(), list.len(), yes, number, count), (0, 0, 0, true, 0.0, None));
+    }
+
+    #[test]
+    fn missing_field_is_not_attributed_to_another_key() {
+        #[derive(Debug, serde::Deserialize)]
+        struct File {
+            name: String,
+        }
+        let lacking = "budget = 5";
+        let (at, said) = toml_error(lacking, &toml::from_str::<File>(lacking).unwrap_err());
+        assert_eq!((at, said.as_str()), (Some(1), "missing field `name`"));
+        assert_eq!(toml::from_str::<File>("name = 'a'").unwrap().name, "a");
     }
 
     #[test]

@@ -21,7 +21,7 @@ mod output;
 
 impl From<SurveyError> for CliError {
     fn from(error: SurveyError) -> Self {
-        Self::refused(error.to_string(), "config/surveys has surveys to start from")
+        Self::refused(error.to_string(), "docs/surveys.md describes the file; config/surveys has examples")
     }
 }
 
