@@ -455,6 +455,8 @@ fn doctor_reports_each_problem() {
     for word in ["runpod account", "lambda account", "prime API", "PRIME_API_KEY", "worker", "ledger"] {
         assert!(said.stdout.contains(word), "{word}: {said:?}");
     }
+    let lacks_cuda = said.stdout.contains("without CUDA");
+    assert_eq!(lacks_cuda, said.stdout.contains("outliers worker build --cuda"), "{said:?}");
     clouds[1].state().fail_always(Op::List, How::Refuse(Refusal::Unauthorized));
     let said = place.context.run(["doctor"]);
     assert!(said.code == Some(5) && said.stdout.contains("BAD") && !said.stdout.contains(KEY), "{said:?}");

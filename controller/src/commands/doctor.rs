@@ -145,7 +145,13 @@ async fn worker(context: &Context) -> Finding {
             } else {
                 format!("{}; instances get {}, {what}", here.display(), pushed.display())
             };
-            Finding::new("worker", Health::Good, found)
+            let finding = Finding::new("worker", Health::Good, found);
+            // Clouds rent out GPUs, which are refused with a worker that cannot use them.
+            let rents = context.settings.clouds.iter().any(|cloud| cloud.key.is_some());
+            match rents && worker.pushed().cuda.is_none() {
+                true => Finding { is: Health::Odd, ..finding }.hint("for GPUs: outliers worker build --cuda"),
+                false => finding,
+            }
         }
         Err(cli_error) => Finding { hint: cli_error.hint, ..Finding::new("worker", Health::Bad, cli_error.message) },
     }
