@@ -922,8 +922,18 @@ fn no_offer(why: &NothingLeft) -> StepError {
 
 /// `dearer` are those for which what was agreed does not pay. `answered`: of the instances that
 /// were rented, one came up and did not serve.
-fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize, answered: bool) -> RunOutcome {
-    let words: Vec<String> = refused.iter().map(|r| format!("{}: {}", market::title(&r.offer), r.reason)).collect();
+pub(super) fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize, answered: bool) -> RunOutcome {
+    // A reason that several offers share is given once.
+    let mut reasons: Vec<(&str, Vec<String>)> = Vec::new();
+    for RefusedOffer { offer, reason, .. } in refused {
+        let title = market::title(offer);
+        match reasons.iter().position(|(known, _)| *known == reason.as_str()) {
+            Some(at) => reasons[at].1.push(title),
+            None => reasons.push((reason.as_str(), vec![title])),
+        }
+    }
+    let words: Vec<String> =
+        reasons.iter().map(|(reason, titles)| format!("{}: {reason}", titles.join(", "))).collect();
     let (kind, none) = match answered {
         true => (RunFailureKind::Unfit, "none served"),
         false => (RunFailureKind::NoOffer, "none could be had"),

@@ -8,7 +8,7 @@ use super::fake::{Fake, Fault, now_ms, open_ledger, set_clock, spec, up_to};
 use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;
-use crate::run::{Membership, RunFailureKind, RunOutcome, RunSpec};
+use crate::run::{Membership, RefusedOffer, RunFailureKind, RunOutcome, RunSpec};
 use crate::units::{Usd, UsdPerHour};
 
 /// Cost of the first offer for the time limit of an hour.
@@ -827,6 +827,21 @@ async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
     assert!(trouble.message.contains("2 of 2 offers") && trouble.message.contains("nothing runs"), "{trouble:?}");
     assert!(trouble.message.contains("none served"), "{trouble:?}");
     assert_eq!(crate::ui::report::ExitStatus::of_run(&record.state).number(), 1);
+}
+
+#[test]
+fn reason_that_offers_share_is_given_once() {
+    let refused = |place: &str, reason: &str| RefusedOffer {
+        offer: Offer { region: Some(place.to_owned()), ..super::fake::offer("a", 1.0) },
+        reason: reason.to_owned(),
+        rented: false,
+        lost: false,
+    };
+    let all = [refused("here", "sold out"), refused("there", "no money"), refused("yonder", "sold out")];
+    let RunOutcome::Failed { trouble } = super::steps::none_left(&all, 3, 0, false) else { panic!("it failed") };
+    let words = "3 of 3 offers were tried and none could be had (CPU only on fake in here, CPU only on fake in yonder: \
+                 sold out; CPU only on fake in there: no money)";
+    assert_eq!(trouble.message, words);
 }
 
 #[tokio::test(start_paused = true)]
