@@ -9,10 +9,12 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use outliers_protocol::{FileBytes, WeightVerification};
+use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -36,6 +38,11 @@ use crate::files::{self, open_regular};
 pub(crate) const MAX_JSON_BYTES: u64 = 256 << 20;
 /// Maximum characters of a note in the log.
 const LONGEST_NOTE: usize = 2000;
+/// Bytes that a thread reads at a time.
+const READ_AT_ONCE: usize = 512 << 10;
+/// Maximum threads that read at the same time. One copies from the page cache at less than a fifth
+/// of the rate at which a GPU takes weights.
+const READERS: usize = 8;
 
 /// One stored tensor.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -246,6 +253,9 @@ pub struct LocalSource {
     files: Vec<File>,
     verification: WeightVerification,
     read: AtomicU64,
+    /// Threads that only read: those that compute must not wait for a slow disk. `None` if the
+    /// system gives none.
+    readers: OnceLock<Option<ThreadPool>>,
 }
 
 impl LocalSource {
@@ -273,12 +283,29 @@ impl LocalSource {
             files.push(file);
         }
         let index = TensorIndex::of(weights, shards).map_err(|e| e.context(folder.display()))?;
-        Ok(Self { index, folder: folder.to_owned(), files, verification, read: AtomicU64::new(0) })
+        let (folder, read, readers) = (folder.to_owned(), AtomicU64::new(0), OnceLock::new());
+        Ok(Self { index, folder, files, verification, read, readers })
     }
 
+    fn readers(&self) -> Option<&ThreadPool> {
+        let threads = || std::thread::available_parallelism().map_or(1, usize::from).min(READERS);
+        let make = || ThreadPoolBuilder::new().num_threads(threads()).build().ok();
+        self.readers.get_or_init(make).as_ref()
+    }
+
+    /// Fills `into` from a file, with several threads if it is long.
     fn read_at(&self, file: usize, offset: u64, into: &mut [u8]) -> Result<()> {
         let path = || self.folder.join(&self.index.files[file].name);
-        self.files[file].read_exact_at(into, offset).map_err(|error| match error.kind() {
+        let open = &self.files[file];
+        let readers = if into.len() > READ_AT_ONCE { self.readers() } else { None };
+        let read = match readers {
+            None => open.read_exact_at(into, offset),
+            Some(readers) => readers.install(|| {
+                let parts = into.par_chunks_mut(READ_AT_ONCE).enumerate();
+                parts.try_for_each(|(part, into)| open.read_exact_at(into, offset + (part * READ_AT_ONCE) as u64))
+            }),
+        };
+        read.map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => {
                 let message = format!("{} became shorter while it was read", path().display());
                 WorkerError::checkpoint(message).hint("something else is writing to that folder")

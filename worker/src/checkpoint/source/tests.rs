@@ -56,6 +56,27 @@ fn ranges_of_a_sharded_checkpoint_are_read_and_counted() {
 }
 
 #[test]
+fn long_ranges_are_read_in_parts_to_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join(CONFIG_FILE), r#"{"model_type":"x"}"#).unwrap();
+    let len = 5 * READ_AT_ONCE as u64 / 8 + 3;
+    shard(dir.path(), SINGLE_FILE, &[("before", 3), ("long", len)]);
+    let checkpoint = Checkpoint::open_folder(dir.path()).unwrap();
+    let weights = &checkpoint.weights;
+    let long = weights.entry("long").unwrap();
+    let whole: Vec<u8> = (0..len).flat_map(|i| (i as f32).to_le_bytes()).collect();
+    for range in [0..whole.len(), 5..whole.len() - 1, 7..8 + READ_AT_ONCE, 9..9 + READ_AT_ONCE] {
+        let mut into = vec![0; range.len()];
+        weights.read(long, range.start as u64..range.end as u64, &mut into).unwrap();
+        assert!(into == whole[range.clone()], "{range:?}");
+    }
+    let file = fs::OpenOptions::new().write(true).open(dir.path().join(SINGLE_FILE)).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    let error = weights.read(long, 0..whole.len() as u64, &mut vec![0; whole.len()]).unwrap_err();
+    assert!(error.message().contains("became shorter"), "{error}");
+}
+
+#[test]
 fn ranges_outside_the_tensor_are_internal_errors() {
     let dir = two_shards();
     let weights = Checkpoint::open_folder(dir.path()).unwrap().weights;
