@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use cudarc::driver::{CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop};
 use half::{bf16, f16};
 use outliers_scan::{BINS, Column, Columns, ExceedingPositions, Histogram, Large, Row, STRIP, Scan};
+use rayon::prelude::*;
 
 use crate::kernels::Argument::{Address, Float, Number};
 use crate::kernels::{Argument, File, Grid, launch, number, room};
@@ -363,7 +364,7 @@ impl ScanSummary<'_> {
             rows: (s * tokens..(s + 1) * tokens).map(row).collect(),
             magnitudes: Histogram::of_counts(counts),
         };
-        Ok(counts.chunks_exact(BINS).enumerate().map(sequence).collect())
+        Ok(counts.par_chunks_exact(BINS).enumerate().map(sequence).collect())
     }
 
     /// Columns by sequence. A value exceeds if |x| >= `threshold`, which must be the requested
@@ -402,7 +403,7 @@ impl ScanSummary<'_> {
             };
             Columns { columns: (s * width..(s + 1) * width).map(column).collect(), marks: there.map(mark).collect() }
         };
-        Ok((0..sequences).map(sequence).collect())
+        Ok((0..sequences).into_par_iter().map(sequence).collect())
     }
 
     /// Exact median |x| of each sequence, the lower of the two middle values. It must have been

@@ -2,6 +2,7 @@
 
 use outliers_protocol::{MagnitudeQuantiles, RowSpread, RowStatistics};
 use outliers_scan::{Histogram, Scan};
+use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
@@ -67,6 +68,19 @@ impl RowStats {
         }
     }
 
+    /// Adds the rows of several sequences, in parallel.
+    pub fn add_all(&mut self, scans: &[Scan]) {
+        let with = |mut sum: Self, scan: &Scan| {
+            sum.add(scan);
+            sum
+        };
+        let joined = |mut sum: Self, other: Self| {
+            sum.merge(&other);
+            sum
+        };
+        self.merge(&scans.par_iter().fold(Self::default, with).reduce(Self::default, joined));
+    }
+
     /// Adds the rows of another.
     pub fn merge(&mut self, other: &Self) {
         self.rows += other.rows;
@@ -124,6 +138,9 @@ mod tests {
             let mut merged = of(right);
             merged.merge(&of(left));
             prop_assert_eq!(&merged, &of(&x));
+            let mut together = RowStats::default();
+            together.add_all(&[Scan::of(left, 7), Scan::of(right, 7)]);
+            prop_assert_eq!(&together, &of(&x));
             let backwards: Vec<f32> = x.chunks(7).rev().flatten().copied().collect();
             prop_assert_eq!(&of(&backwards), &of(&x));
         }

@@ -365,7 +365,7 @@ impl Study {
             first += scan.rows.len();
         }
         let rows = self.rows.get_mut(&shown.site).expect("studied sites were announced");
-        scans.iter().for_each(|scan| rows.add(scan));
+        rows.add_all(scans);
         let top = self.records.entry(shown.site.point).or_insert_with(|| Top::new(TOP_RECORDS));
         top.offer_values(x, scans, |row, dim, value| shown.found(row, dim, value))
     }
