@@ -7,11 +7,14 @@
 //! dropped soon. Waves pass each unit in order, whatever the speed of the threads: no result
 //! depends on the schedule. The earliest unfinished layer never waits for a later one, so there is
 //! no deadlock.
+//!
+//! One more thread waits for the statistics of each layer that all waves have passed, and joins
+//! them in the order of layers, so that no device waits for its own statistics.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use candle_core::Tensor;
@@ -45,13 +48,24 @@ struct PendingRelease {
     release_fence: Option<ReleaseFence>,
 }
 
+/// Layers that all waves have passed.
+struct Passed<L> {
+    /// Observations by layer, not yet joined.
+    layers: BTreeMap<usize, L>,
+    /// The first layer that is not yet joined.
+    next: usize,
+}
+
 /// State shared by all threads.
-pub(super) struct Wavefront<'p, O> {
+pub(super) struct Wavefront<'p, O: Observer> {
     pass: &'p Pass<'p>,
     /// Units of all layers in order.
     units: Vec<StreamingUnit>,
     waves: usize,
     observer: Mutex<&'p mut O>,
+    passed: Mutex<Passed<O::Layer>>,
+    /// Signals changes of `passed` and `stopped`.
+    changed: Condvar,
     save: Mutex<Option<&'p mut SavePoints>>,
     tables: RopeTables,
     /// Masks of each device.
@@ -85,6 +99,8 @@ pub(super) fn run<O: Observer>(
         units: pass.units(first),
         waves: waves.len(),
         observer: Mutex::new(observer),
+        passed: Mutex::new(Passed { layers: BTreeMap::new(), next: first }),
+        changed: Condvar::new(),
         save: Mutex::new(save),
         tables: RopeTables::new(pass.tokens.tokens),
         inboxes,
@@ -96,6 +112,7 @@ pub(super) fn run<O: Observer>(
     let spares: Vec<TensorPool> =
         (0..pass.devices.len()).map(|device| TensorPool::new(wavefront.room(device))).collect();
     thread::scope(|scope| {
+        scope.spawn(|| wavefront.watched(|| wavefront.join()));
         for ((device, mail), pool) in mail.into_iter().enumerate().zip(&spares) {
             let (freed, room) = channel();
             let wavefront = &wavefront;
@@ -130,6 +147,9 @@ impl<O: Observer> Wavefront<'_, O> {
     fn fail(&self, error: WorkerError) {
         lock(&self.failed).get_or_insert(error);
         self.stopped.store(true, Ordering::Relaxed);
+        // A thread that has seen `stopped` unset under this lock is waiting by now.
+        drop(lock(&self.passed));
+        self.changed.notify_all();
         for inbox in &self.inboxes {
             // The receiver is gone if the device has finished.
             let _ = inbox.send(Event::Stop);
@@ -196,6 +216,32 @@ impl<O: Observer> Wavefront<'_, O> {
             }
         }
         Ok(())
+    }
+
+    /// Joins the observations of all layers, in order, each as soon as it has passed and its
+    /// statistics have arrived.
+    fn join(&self) -> Result<()> {
+        for units in self.units.chunk_by(|unit, next| unit.layer == next.layer) {
+            let last = &units[units.len() - 1];
+            let Some(mut passed) = self.when(|passed| passed.layers.contains_key(&last.layer)) else { return Ok(()) };
+            let seen = passed.layers.remove(&last.layer);
+            drop(passed);
+            if let Some(mut seen) = seen {
+                let settled = LayerObserver::synchronize(&mut seen);
+                settled.map_err(|error| self.locate(error, last, self.device_of(last.layer)))?;
+                lock(&self.observer).join(seen);
+            }
+            lock(&self.passed).next = last.layer + 1;
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Waits for a state of the passed layers; `None` if a thread has failed before.
+    fn when(&self, is_so: impl Fn(&Passed<O::Layer>) -> bool) -> Option<MutexGuard<'_, Passed<O::Layer>>> {
+        let waits = |passed: &mut Passed<O::Layer>| !is_so(passed) && !self.stopped.load(Ordering::Relaxed);
+        let passed = self.changed.wait_while(lock(&self.passed), waits).unwrap_or_else(PoisonError::into_inner);
+        is_so(&passed).then_some(passed)
     }
 
     /// Adds the location to an error. With a single device it is the unit.
@@ -325,9 +371,13 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         lock(&self.front.save).as_ref().is_some_and(|points| points.is_due())
     }
 
-    /// Saves the state while all waves wait before `layer`: all earlier layers have been joined,
-    /// and none of it has begun.
+    /// Saves the state while all waves wait before `layer`, once all earlier layers have been
+    /// joined. None of `layer` has begun.
     fn save(&self, layer: usize, waves: &[Wave]) {
+        let joined = self.clock.time(Work::Saving, || self.front.when(|passed| passed.next == layer).is_some());
+        if !joined {
+            return;
+        }
         let (mut save, observer) = (lock(&self.front.save), lock(&self.front.observer));
         if let Some(points) = save.as_deref_mut() {
             self.clock.time(Work::Saving, || self.front.pass.save(points, layer, waves, &**observer));
@@ -372,11 +422,10 @@ impl<'a, 'p, O: Observer> DeviceWorker<'a, 'p, O> {
         // The loader is gone if there is nothing more to load.
         let _ = self.freed.send(PendingRelease { bytes: front.bytes(unit), release_fence });
         let ends_layer = front.units.get(number + 1).is_none_or(|next| next.layer > unit.layer);
-        if ends_layer && let Some(mut seen) = self.seen.remove(&unit.layer) {
-            let settled = self.clock.time(Work::Statistics, || LayerObserver::synchronize(&mut seen));
-            settled.map_err(|error| front.locate(error, unit, self.device))?;
-            // Joined before the last wave moves on, so that the next layer is joined later.
-            lock(&front.observer).join(seen);
+        if ends_layer && let Some(seen) = self.seen.remove(&unit.layer) {
+            // Before the last wave moves on, so that it is there when later layers have passed.
+            lock(&front.passed).layers.insert(unit.layer, seen);
+            front.changed.notify_all();
         }
         front.pass.progress.unit_done(unit, ends_layer, front.pass.model.source.bytes_read());
         Ok(())
