@@ -46,6 +46,8 @@ pub use decode::{Codes, Form, Number, StoredTensor, Value};
 #[cfg(feature = "staging")]
 pub use peer_copy::PeerCopy;
 #[cfg(feature = "staging")]
+pub use readback::PendingCopy;
+#[cfg(feature = "staging")]
 pub use staging::{OutOfRangeValue, PINNED, ReleaseFence, Staging, UploadFence};
 #[cfg(feature = "staging")]
 pub use statistics::{Activation, PendingScan, ScanSummary, Stored};

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::result;
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, SyncOnDrop,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, CudaView, DevicePtr, DriverError, PinnedHostSlice, SyncOnDrop,
 };
 
 /// Bytes of the smallest buffer.
@@ -130,6 +130,7 @@ impl Readback {
     /// # Errors
     /// Errors of the CUDA driver, including those of earlier work on the stream.
     pub(crate) fn wait(&self) -> Result<(), DriverError> {
+        self.copied.context().bind_to_thread()?;
         self.copied.synchronize()
     }
 
@@ -184,10 +185,33 @@ impl Drop for Readback {
     /// The buffer is the next summary's when nothing is copied to it any more.
     fn drop(&mut self) {
         // After an error of the GPU nothing is.
-        let _ = self.copied.synchronize();
+        let _ = self.wait();
         if let Some(buffer) = self.buffer.take() {
             SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
         }
+    }
+}
+
+/// Values of a GPU in transfer to the host.
+#[must_use]
+pub struct PendingCopy(Readback);
+
+impl PendingCopy {
+    /// Enqueues the copy on the stream and returns.
+    ///
+    /// # Errors
+    /// Errors of the CUDA driver.
+    pub fn start(stream: &Arc<CudaStream>, values: &CudaView<'_, f32>) -> Result<Self, DriverError> {
+        let part = Part::at(values.device_ptr(stream), values.len() * size_of::<f32>());
+        Ok(Self(Readback::start(stream, &[part])?))
+    }
+
+    /// Waits for the values.
+    ///
+    /// # Errors
+    /// Errors of the CUDA driver, including those of earlier work on the stream.
+    pub fn wait(self) -> Result<Vec<f32>, DriverError> {
+        self.0.f32s(0)
     }
 }
 

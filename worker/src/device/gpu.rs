@@ -37,7 +37,7 @@ use candle_core::{Device, Tensor};
 use outliers_protocol::DeviceInfo;
 use rayon::prelude::*;
 
-pub use activation::{PendingScan, ScanSummary};
+pub use activation::{PendingCopy, PendingScan, ScanSummary};
 pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};

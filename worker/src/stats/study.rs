@@ -1,11 +1,14 @@
 //! All measurements of a run in one observer, so that values leave their device once.
 //!
-//! On a GPU, statistics are requested when values are observed and added in the same order when
-//! they arrive, so that the GPU keeps computing.
+//! On a GPU, statistics are requested when values are observed. A thread of the layer adds them in
+//! the same order when they arrive, so that GPU and computing thread go on.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 
-use candle_core::Tensor;
+use candle_core::{DeviceLocation, Tensor};
 use outliers_protocol::{
     AttentionSinks, FeaturePeak, GainSummary, JobSpec, MassiveActivations, Measurement, OtherSite, Point,
     QuantizationErrors, RESIDUAL_SINKS, ResidualSinks, RouterSummary, SpikeLife, SuperExperts, TOP_RECORDS, Thresholds,
@@ -28,7 +31,7 @@ use super::{Column, LayerObserver, Observer, OutlierStats, Site, Summary, with_f
 use crate::blocks::attention::FirstKey;
 use crate::blocks::ffn::{Choices, ExpertRows};
 use crate::corpus::Tokens;
-use crate::device::gpu::PendingScan;
+use crate::device::gpu::{PendingCopy, PendingScan};
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::{DecoderSpec, FfnSpec, LayerSpec};
 
@@ -117,13 +120,89 @@ pub struct Study {
     residual_sinks: Option<ResidualSinkCounts>,
     spikes: Option<Spikes>,
     first_keys: Option<FirstKeys>,
-    /// Requested statistics that have not arrived, oldest first. Empty for a settled layer.
+    /// The thread that adds what a GPU was asked for. `None` for a settled layer.
     #[serde(skip)]
-    coming: VecDeque<(Observed, PendingScan)>,
+    adding: Option<Adding>,
+    /// Shared by all layers.
+    #[serde(skip)]
+    held: Arc<Held>,
 }
 
-/// Maximum activations held on a GPU until their statistics arrive.
+/// Maximum activations held on a GPU until their statistics are added.
 pub const HELD: usize = 4;
+
+/// Counts the activations that are held on each GPU.
+#[derive(Default)]
+struct Held {
+    of_gpus: Mutex<Vec<(DeviceLocation, usize)>>,
+    released: Condvar,
+}
+
+/// One of [`HELD`] places on a GPU.
+struct Place {
+    held: Arc<Held>,
+    gpu: DeviceLocation,
+}
+
+impl Place {
+    /// Waits until fewer than [`HELD`] activations are held on this GPU.
+    fn take(held: &Arc<Held>, gpu: DeviceLocation) -> Self {
+        let of_gpus = held.of_gpus.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_full = |of_gpus: &mut Vec<(DeviceLocation, usize)>| of_gpus.contains(&(gpu, HELD));
+        let mut of_gpus = held.released.wait_while(of_gpus, is_full).unwrap_or_else(PoisonError::into_inner);
+        match of_gpus.iter_mut().find(|(of, _)| *of == gpu) {
+            Some((_, count)) => *count += 1,
+            None => of_gpus.push((gpu, 1)),
+        }
+        Self { held: Arc::clone(held), gpu }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut of_gpus = self.held.of_gpus.lock().unwrap_or_else(PoisonError::into_inner);
+        of_gpus.iter_mut().filter(|(of, _)| *of == self.gpu).for_each(|(_, count)| *count -= 1);
+        self.held.released.notify_all();
+    }
+}
+
+/// What a GPU was asked for.
+enum Requested {
+    /// Statistics. Fields are dropped in this order: a place is free after its values.
+    Scan(Box<(Observed, PendingScan, Place)>),
+    /// Gains of the norm with this output.
+    Gain(Site, PendingCopy),
+}
+
+/// A thread that adds what a GPU was asked for to a study of its own, in the order of requests.
+struct Adding {
+    requests: Sender<Requested>,
+    thread: JoinHandle<Result<Study>>,
+}
+
+impl Adding {
+    /// Adds to an empty study.
+    fn start(mut study: Study) -> Self {
+        let (requests, coming) = channel();
+        let add = move || -> Result<Study> {
+            for requested in coming {
+                study.receive(requested)?;
+            }
+            Ok(study)
+        };
+        Self { requests, thread: thread::spawn(add) }
+    }
+
+    /// The study, after all requests are added.
+    ///
+    /// # Errors
+    /// The first error of a request; later ones were not added.
+    fn finish(self) -> Result<Study> {
+        let Self { requests, thread } = self;
+        drop(requests);
+        thread.join().unwrap_or_else(|_| Err(WorkerError::internal("a thread that adds statistics panicked")))
+    }
+}
 
 /// Observed values and their site.
 struct Observed {
@@ -237,7 +316,8 @@ impl Study {
             residual_sinks: is_asked(Measurement::ResidualSinks).then(|| ResidualSinkCounts::new(threshold)),
             spikes: is_asked(Measurement::SpikeLife).then(Spikes::default),
             first_keys: is_asked(Measurement::AttentionSinks).then(FirstKeys::default),
-            coming: VecDeque::new(),
+            adding: None,
+            held: Arc::default(),
             scope,
         }
     }
@@ -262,7 +342,8 @@ impl Study {
         &self.experts
     }
 
-    /// Adds values: immediately on the host, on a GPU after its statistics arrive.
+    /// Adds values: immediately on the host, on a GPU after its statistics arrive. Waits while
+    /// [`HELD`] activations are held on the GPU.
     fn show(&mut self, shown: Observed, x: &Tensor) -> Result<()> {
         let tokens = match shown.whose {
             RowTokens::Sequences { .. } => self.scope.tokens,
@@ -283,22 +364,34 @@ impl Study {
         } else {
             x
         };
-        self.coming.push_back((shown, PendingScan::at(x, tokens, threshold, point == Point::Residual)?));
-        self.add_what_came(HELD)
+        let place = Place::take(&self.held, x.device().location());
+        let pending = PendingScan::at(x, tokens, threshold, point == Point::Residual)?;
+        self.request(Requested::Scan(Box::new((shown, pending, place))));
+        Ok(())
     }
 
-    /// Adds arrived statistics in the order of requests. Waits while more than `held` are pending.
-    fn add_what_came(&mut self, held: usize) -> Result<()> {
-        while let Some((shown, pending)) = self.coming.pop_front() {
-            if self.coming.len() < held && !pending.is_complete()? {
-                self.coming.push_front((shown, pending));
-                return Ok(());
+    /// Passes a request to the thread that adds.
+    fn request(&mut self, requested: Requested) {
+        let Self { adding, scope, outliers, .. } = self;
+        let adding = adding.get_or_insert_with(|| Adding::start(Self::new(scope.clone(), outliers.threshold())));
+        // The thread has ended after an error, which is reported when the layer has passed.
+        let _ = adding.requests.send(requested);
+    }
+
+    /// Waits for what a GPU was asked for, and adds it.
+    fn receive(&mut self, requested: Requested) -> Result<()> {
+        match requested {
+            Requested::Scan(scan) => {
+                let (shown, pending, _) = &*scan;
+                pending.show(|seen| {
+                    self.record(shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) })
+                })
             }
-            pending.show(|seen| {
-                self.record(&shown, &HostValues { tensor: pending.tensor(), values: &Values::Gpu(seen) })
-            })?;
+            Requested::Gain(site, pending) => {
+                self.gains.insert(site, pending.wait()?);
+                Ok(())
+            }
         }
-        Ok(())
     }
 
     fn record(&mut self, shown: &Observed, x: &HostValues<'_>) -> Result<()> {
@@ -373,7 +466,7 @@ impl Study {
     /// Adds a study of the same scope, or of single layers of it, over other sequences, in any
     /// order and grouping.
     pub fn merge(&mut self, other: &Self) {
-        debug_assert!(other.coming.is_empty(), "a layer that has not settled");
+        debug_assert!(other.adding.is_none(), "a layer that has not settled");
         self.outliers.merge(&other.outliers);
         for (site, theirs) in &other.rows {
             self.rows.get_mut(site).expect("in scope").merge(theirs);
@@ -471,7 +564,8 @@ impl Observer for Study {
     type Layer = Self;
 
     fn layer(&self, layer: usize) -> Self {
-        Self::new(self.scope.of_layer(layer), self.outliers.threshold())
+        let held = Arc::clone(&self.held);
+        Self { held, ..Self::new(self.scope.of_layer(layer), self.outliers.threshold()) }
     }
 
     fn join(&mut self, seen: Self) {
@@ -503,6 +597,11 @@ impl LayerObserver for Study {
     }
 
     fn gain(&mut self, site: Site, gain: &Tensor) -> Result<()> {
+        if let Some(pending) = PendingCopy::start(gain)? {
+            // The host would wait for all that the GPU was asked to compute.
+            self.request(Requested::Gain(site, pending));
+            return Ok(());
+        }
         let values = with_f32(gain, |values| Ok(values.to_vec()))?;
         self.gains.insert(site, values);
         Ok(())
@@ -537,7 +636,10 @@ impl LayerObserver for Study {
     }
 
     fn synchronize(&mut self) -> Result<()> {
-        self.add_what_came(0)
+        if let Some(adding) = self.adding.take() {
+            self.merge(&adding.finish()?);
+        }
+        Ok(())
     }
 }
 

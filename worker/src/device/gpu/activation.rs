@@ -1,11 +1,38 @@
-//! Activations on a GPU as inputs of the statistics kernels.
+//! Activations on a GPU as inputs of the statistics kernels, and values that the host needs later.
 
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::{DType, Storage, Tensor};
+use candle_core::{DType, Device, Storage, Tensor};
 pub use outliers_cuda::ScanSummary;
 use outliers_cuda::{Activation, Stored};
 
+use super::routing::shown;
 use crate::error::{Result, WorkerError};
+
+/// Values of a GPU in transfer to the host.
+#[must_use]
+pub struct PendingCopy(outliers_cuda::PendingCopy);
+
+impl PendingCopy {
+    /// Starts the copy of a tensor as f32, and does not wait for it; `None` on the CPU.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn start(x: &Tensor) -> Result<Option<Self>> {
+        let Device::Cuda(device) = x.device() else { return Ok(None) };
+        let x = x.to_dtype(DType::F32)?.contiguous()?;
+        let (storage, layout) = x.storage_and_layout();
+        let values = shown::<f32>(&storage, layout)?;
+        Ok(Some(Self(outliers_cuda::PendingCopy::start(&device.cuda_stream(), &values)?)))
+    }
+
+    /// Waits for the values.
+    ///
+    /// # Errors
+    /// Errors of the driver.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        Ok(self.0.wait()?)
+    }
+}
 
 /// Pending statistics of an activation on a GPU.
 pub struct PendingScan {
@@ -31,14 +58,6 @@ impl PendingScan {
         };
         let pending = with_activation(&x, tokens, |activation| Ok(activation.start_scan(threshold, medians)?))?;
         Ok(Self { pending, x, tokens })
-    }
-
-    /// Whether the results have arrived, so that reading them does not block.
-    ///
-    /// # Errors
-    /// Errors of the driver.
-    pub fn is_complete(&self) -> Result<bool> {
-        Ok(self.pending.is_complete()?)
     }
 
     /// The tensor, in the dtype in which it was read.

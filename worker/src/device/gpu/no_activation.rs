@@ -9,6 +9,27 @@ use outliers_scan::{Columns, Large, Scan};
 use crate::error::{Result, WorkerError};
 
 /// Cannot exist without CUDA.
+pub struct PendingCopy(Infallible);
+
+impl PendingCopy {
+    /// Always `None`.
+    ///
+    /// # Errors
+    /// None.
+    pub fn start(_: &Tensor) -> Result<Option<Self>> {
+        Ok(None)
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn wait(self) -> Result<Vec<f32>> {
+        match self.0 {}
+    }
+}
+
+/// Cannot exist without CUDA.
 pub struct PendingScan(Infallible);
 
 impl PendingScan {
@@ -18,14 +39,6 @@ impl PendingScan {
     /// Internal: the tensor is on a GPU.
     pub fn at(_: &Tensor, _: usize, _: Option<f32>, _: bool) -> Result<Self> {
         Err(WorkerError::internal("a tensor is on a GPU, which this worker was built without"))
-    }
-
-    /// Never called.
-    ///
-    /// # Errors
-    /// None.
-    pub fn is_complete(&self) -> Result<bool> {
-        match self.0 {}
     }
 
     /// Never called.
