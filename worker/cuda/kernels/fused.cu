@@ -177,7 +177,7 @@ __device__ void softmax(T *x, u32 rows, u32 keys, u32 queries, u32 first_query, 
 // Of each row the largest value, the sum of e^(value - largest), and the value at its target's
 // column: 0 where that is none.
 template <typename T>
-__device__ void logit_parts(const T *x, const u32 *targets, u32 rows, u32 width, float *parts) {
+__device__ void logit_parts(const T *x, const u32 *targets, u32 first, u32 rows, u32 width, float *parts) {
     __shared__ float lanes[2 * THREADS];
     const RowThread at;
     const u32 end = at.row < rows ? width : 0;
@@ -185,7 +185,8 @@ __device__ void logit_parts(const T *x, const u32 *targets, u32 rows, u32 width,
     const float top = lane_max(end, lanes, [=](u32 i) { return value(x[i]); });
     const float sum = lane_sum(end, lanes, [=](u32 i) { return exp_negative(value(x[i]) - top); });
     if (at.lane > 0 || at.row >= rows) return;
-    const u32 target = targets[at.row];
+    // Targets before the first column wrap around to beyond the last.
+    const u32 target = targets[at.row] - first;
     parts += 3 * u64(at.row);
     parts[0] = top;
     parts[1] = sum;
@@ -308,8 +309,9 @@ __device__ void sum(T *x, const T *y, u32 width, u32 stride) {
            (type *x, u32 rows, u32 keys, u32 queries, u32 first_query, u32 first_key, u32 window, u32 chunk, \
             float scale, const float *sinks, u32 first_head, u32 heads),                            \
            (x, rows, keys, queries, first_query, first_key, window, chunk, scale, sinks, first_head, heads)) \
-    KERNEL(type, logit_parts, (const type *x, const u32 *targets, u32 rows, u32 width, float *parts), \
-           (x, targets, rows, width, parts))                                                        \
+    KERNEL(type, logit_parts,                                                                       \
+           (const type *x, const u32 *targets, u32 first, u32 rows, u32 width, float *parts),       \
+           (x, targets, first, rows, width, parts))                                                 \
     KERNEL(type, convolution,                                                                       \
            (const type *x, const float *taps, const float *bias, u32 rows, u32 positions, u32 heads, u32 width, \
             u32 kernel, u32 first_channel, float length, float *out),                               \

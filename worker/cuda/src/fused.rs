@@ -217,24 +217,25 @@ pub fn softmax<T: Real>(
 }
 
 /// Per row of logits: the largest, the sum of `exp(logit - largest)`, and the logit at the
-/// target's column, or 0 without such a column.
+/// target's column, or 0 without such a column. The first column is the target `first`.
 ///
 /// # Errors
 /// Errors of the CUDA driver.
 pub fn logit_parts<T: Real>(
     stream: &Arc<CudaStream>,
     x: &CudaView<'_, T>,
-    targets: &[u32],
+    targets: &CudaView<'_, u32>,
+    first: u32,
 ) -> Result<CudaSlice<f32>, DriverError> {
     let rows = targets.len();
     assert!(rows > 0 && x.len().is_multiple_of(rows), "{} logits of {rows} targets", x.len());
-    let targets = stream.clone_htod(targets)?;
     // SAFETY: the kernel writes all of it.
     let mut parts = unsafe { stream.alloc::<f32>(3 * rows) }?;
     let ((at, _x), (targets, _targets)) = (x.device_ptr(stream), targets.device_ptr(stream));
     {
         let (to, _to) = parts.device_ptr_mut(stream);
-        let arguments = [Address(at), Address(targets), number(rows), number(x.len() / rows), Address(to)];
+        let numbers = [Number(first), number(rows), number(x.len() / rows)];
+        let arguments = [&[Address(at), Address(targets)], &numbers[..], &[Address(to)]].concat();
         // SAFETY: a target for each row, three numbers written for each.
         unsafe { run::<T>(stream, "logit_parts", by_row(rows), &arguments) }?;
     }

@@ -603,61 +603,65 @@ fn exp_sum<T: Real>(values: &[T]) -> (f32, f32) {
     )
 }
 
-struct LogitParts<'a> {
-    targets: &'a [Option<u32>],
+struct LogitParts {
+    /// Target of the first column.
+    first: u32,
 }
 
-impl LogitParts<'_> {
-    /// Number of rows and columns.
-    fn shape(&self, layout: &Layout) -> Result<(usize, usize)> {
-        let (rows, width) = layout.shape().dims2()?;
-        if rows != self.targets.len() {
-            bail!("logit-parts: {rows} rows and {} targets", self.targets.len());
+impl LogitParts {
+    /// Number of rows.
+    fn rows(logits: &Layout, targets: &Layout) -> Result<usize> {
+        match (logits.dims(), targets.dims()) {
+            ([rows, _], [targets]) if rows == targets => Ok(*rows),
+            (logits, targets) => bail!("logit-parts: logits {logits:?} and targets {targets:?}"),
         }
-        Ok((rows, width))
     }
 
-    fn run<T: Real>(&self, logits: &[T], width: usize) -> Vec<f32> {
-        let mut parts = vec![0f32; 3 * self.targets.len()];
-        let rows = parts.par_chunks_exact_mut(3).zip(logits.par_chunks_exact(width)).zip(self.targets);
+    fn run<T: Real>(&self, logits: &[T], targets: &[u32]) -> Vec<f32> {
+        let mut parts = vec![0f32; 3 * targets.len()];
+        let width = logits.len() / targets.len().max(1);
+        let rows = parts.par_chunks_exact_mut(3).zip(logits.par_chunks_exact(width.max(1))).zip(targets);
         rows.for_each(|((parts, logits), target)| {
             let (top, sum) = exp_sum(logits);
-            let at_target = target.map_or(0.0, |column| logits[column as usize].wide());
+            // Targets before the first column wrap around to beyond the last.
+            let at_target = logits.get(target.wrapping_sub(self.first) as usize).map_or(0.0, |logit| logit.wide());
             parts.copy_from_slice(&[top, sum, at_target]);
         });
         parts
     }
 }
 
-impl CustomOp1 for LogitParts<'_> {
+impl CustomOp2 for LogitParts {
     fn name(&self) -> &'static str {
         "logit-parts"
     }
 
-    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (rows, width) = self.shape(l1)?;
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let rows = Self::rows(l1, l2)?;
+        let CpuStorage::U32(targets) = s2 else { bail!("logit-parts: targets are no u32") };
+        let targets = part(targets, l2)?;
         let parts = match s1 {
-            CpuStorage::F32(logits) => self.run(part(logits, l1)?, width),
-            CpuStorage::BF16(logits) => self.run(part(logits, l1)?, width),
-            CpuStorage::F16(logits) => self.run(part(logits, l1)?, width),
+            CpuStorage::F32(logits) => self.run(part(logits, l1)?, targets),
+            CpuStorage::BF16(logits) => self.run(part(logits, l1)?, targets),
+            CpuStorage::F16(logits) => self.run(part(logits, l1)?, targets),
             _ => bail!("logit-parts: not a float"),
         };
         Ok((CpuStorage::F32(parts), Shape::from((rows, 3))))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (rows, _) = self.shape(l1)?;
-        let targets: Vec<u32> = self.targets.iter().map(|target| target.unwrap_or(u32::MAX)).collect();
-        Ok((kernels::logit_parts((s1, l1), &targets)?, Shape::from((rows, 3))))
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        let rows = Self::rows(l1, l2)?;
+        Ok((kernels::logit_parts((s1, l1), (s2, l2), self.first)?, Shape::from((rows, 3))))
     }
 }
 
 /// Parts of the log-likelihood of each row's target over a block of logits `[rows, block]`:
 /// `[rows, 3]` in f32 on the same device. The columns are the largest logit, the sum of `exp(logit
-/// - largest)`, and the target's logit, which is undefined if the target is outside the block.
-pub fn logit_parts(logits: &Tensor, targets: &[Option<u32>]) -> Result<Tensor> {
-    logits.contiguous()?.apply_op1_no_bwd(&LogitParts { targets })
+/// - largest)`, and the target's logit, which is 0 if the target is outside the block. `targets`
+/// `[rows]` in u32; the first column is that of the target `first`.
+pub fn logit_parts(logits: &Tensor, targets: &Tensor, first: u32) -> Result<Tensor> {
+    logits.contiguous()?.apply_op2_no_bwd(targets, &LogitParts { first })
 }
 
 // ------------------------------------------------------------------------------------------- gates
@@ -1289,21 +1293,23 @@ mod tests {
 
     #[test]
     fn partial_logits_combine_by_log_sum_exp() {
-        let targets = [Some(0), None, Some(36), Some(7), None];
+        // Columns of some targets, of which the first column is the one of 1,000.
+        let columns = [Some(0), None, Some(36), Some(7), None];
+        let targets = Tensor::new(&[1000u32, 999, 1036, 1007, u32::MAX], &Device::Cpu).unwrap();
         for dtype in [DType::F32, DType::BF16] {
             let logits = values(&[5, 37], 1).to_dtype(dtype).unwrap();
-            let parts = logit_parts(&logits, &targets).unwrap();
+            let parts = logit_parts(&logits, &targets, 1000).unwrap();
             assert_eq!((parts.dims(), parts.dtype()), (&[5, 3][..], DType::F32));
             let rows = logits.to_dtype(DType::F32).unwrap().to_vec2::<f32>().unwrap();
-            for ((parts, row), target) in parts.to_vec2::<f32>().unwrap().iter().zip(rows).zip(targets) {
+            for ((parts, row), column) in parts.to_vec2::<f32>().unwrap().iter().zip(rows).zip(columns) {
                 let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let sum: f64 = row.iter().map(|logit| f64::from(logit - top).exp()).sum();
                 assert_eq!(parts[0], top);
                 assert!((f64::from(parts[1]) / sum - 1.0).abs() < 1e-6, "{}, not {sum}", parts[1]);
-                assert!(target.is_none_or(|column| parts[2] == row[column as usize]));
+                assert_eq!(parts[2], column.map_or(0.0, |column: usize| row[column]));
             }
         }
-        assert!(logit_parts(&values(&[5, 37], 1), &targets[1..]).is_err());
+        assert!(logit_parts(&values(&[5, 37], 1), &targets.narrow(0, 1, 4).unwrap(), 0).is_err());
     }
 
     #[test]

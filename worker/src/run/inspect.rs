@@ -581,13 +581,14 @@ fn expert_rows(moe: &MoeSpec, run: PlannedRun) -> usize {
     if run.arithmetic.in_place { usual_rows(moe, run.sequences * run.tokens).min(most) } else { most }
 }
 
-/// Memory of the head: one vocabulary block in use, one being loaded, and the logits of a
-/// micro-batch, twice if a softcap applies.
+/// Memory of the head: one vocabulary block in use, one being loaded, on a GPU also the one before,
+/// and the logits of a micro-batch, twice if a softcap applies.
 fn head_workspace(model: &Model<'_>, run: PlannedRun) -> u64 {
     let (need, value) = (model.spec.head_need(), run.compute.size_in_bytes());
     let block = VOCAB_BLOCK.min(model.spec.vocab);
     let stored = model.stored(0, &need);
-    let kept = 2 * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
+    let blocks = if run.arithmetic.in_place { 2 } else { 3 };
+    let kept = blocks * stored.kept_as(run.compute, run.arithmetic.takes_bf16).size_in_bytes() * need.shape[1] * block;
     let widened = if run.arithmetic.widens { size_of::<f32>() * (block + batch_rows(run)) * need.shape[1] } else { 0 };
     let on_its_way = stored.bytes() as usize / need.shape[0] * block;
     let logits = if model.spec.head.softcap.is_some() { 2 * value } else { value };

@@ -122,13 +122,14 @@ pub(crate) fn softmax(x: &mut CudaStorage, layout: &Layout, scores: Scores, sink
     reading(sinks, |sinks| in_dtype!(x, of(x, layout, scores, sinks)))
 }
 
-/// As [`crate::kernels::fused::logit_parts`]. A target beyond all columns means none.
-pub(crate) fn logit_parts(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(x: Read<'_>, targets: &[u32]) -> Result<CudaStorage> {
-        let out = kernels::logit_parts(&x.0.device.cuda_stream(), &view::<T>(x)?, targets).w()?;
+/// As [`crate::kernels::fused::logit_parts`].
+pub(crate) fn logit_parts(x: Read<'_>, targets: Read<'_>, first: u32) -> Result<CudaStorage> {
+    fn of<T: CudaDType + Real>(x: Read<'_>, targets: Read<'_>, first: u32) -> Result<CudaStorage> {
+        let stream = x.0.device.cuda_stream();
+        let out = kernels::logit_parts(&stream, &view::<T>(x)?, &view::<u32>(targets)?, first).w()?;
         Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
     }
-    in_dtype!(x.0, of(x, targets))
+    in_dtype!(x.0, of(x, targets, first))
 }
 
 /// As `crate::blocks::delta_net::Convolution`.

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::{KeptBlocks, MicroBatch, Pass, Predicted, VOCAB_BLOCK, pipeline, vocab_blocks};
 use crate::corpus::Tokens;
+use crate::device::gpu::PendingCopy;
 use crate::error::Result;
 use crate::kernels::fused;
 use crate::kernels::product::product;
@@ -62,12 +63,29 @@ impl Pass<'_> {
             Some(kept) => kept.into_iter().map(|(range, bytes)| (range, Some(bytes))).collect(),
             None => vocab_blocks(self.spec().vocab, VOCAB_BLOCK).into_iter().map(|range| (range, None)).collect(),
         };
+        let following = following(self.tokens);
+        let rows = batches.iter().map(|batch| batch.hidden.dim(0)).collect::<candle_core::Result<Vec<usize>>>()?;
+        let ids_of = |(batch, rows): (&MicroBatch, &usize)| {
+            Tensor::from_slice(&following[batch.first_token..][..*rows], *rows, device)
+        };
+        let targets = batches.iter().zip(&rows).map(ids_of).collect::<candle_core::Result<Vec<Tensor>>>()?;
+        let mut add = |block: &Range<usize>, values: &[f32]| {
+            let mut parts = values.as_chunks::<3>().0;
+            for (batch, rows) in batches.iter().zip(&rows) {
+                let (of_batch, rest) = parts.split_at(*rows);
+                let ids = &following[batch.first_token..][..*rows];
+                likelihoods[batch.arm].add(batch.first_token, ids, block, of_batch);
+                parts = rest;
+            }
+        };
+        // The block before, on its way from a GPU.
+        let mut before: Option<(Range<usize>, PendingCopy)> = None;
         let (mut done, all) = (0, blocks.len());
         pipeline(&clock, Work::Head, blocks, load, |(block, _), matrix| {
             let matrix = matrix.wait()?;
             let bias = bias.as_ref().map(|bias| bias.narrow(0, block.start, block.len())).transpose()?;
-            let (mut parts, mut targets) = (Vec::with_capacity(batches.len()), Vec::with_capacity(batches.len()));
-            for batch in &batches {
+            let mut parts = Vec::with_capacity(batches.len());
+            for (batch, targets) in batches.iter().zip(&targets) {
                 let mut logits = product(&batch.hidden, &matrix)?;
                 if let Some(bias) = &bias {
                     logits = fused::sum(logits, bias)?;
@@ -81,27 +99,42 @@ impl Pass<'_> {
                 if batch.arm == 0 {
                     observer.logits(batch.first_token, block.start, &logits)?;
                 }
-                let following = likelihoods[batch.arm].targets(batch.first_token, logits.dim(0)?, &block);
-                parts.push(fused::logit_parts(&logits, &following)?);
-                targets.push(following);
+                parts.push(fused::logit_parts(&logits, targets, block.start as u32)?);
             }
-            // All micro-batches are copied together, so that the host waits once per block.
-            with_f32(&Tensor::cat(&parts, 0)?, |values| {
-                let mut parts = values.as_chunks::<3>().0;
-                for (batch, targets) in batches.iter().zip(&targets) {
-                    let (of_batch, rest) = parts.split_at(targets.len());
-                    likelihoods[batch.arm].add(batch.first_token, targets, of_batch);
-                    parts = rest;
+            // All micro-batches are copied together. While a GPU computes this block, the host adds
+            // the one before.
+            let parts = Tensor::cat(&parts, 0)?;
+            match PendingCopy::start(&parts)? {
+                Some(copy) => {
+                    if let Some((block, copy)) = before.replace((block, copy)) {
+                        add(&block, &copy.wait()?);
+                    }
                 }
-                Ok(())
-            })?;
+                None => with_f32(&parts, |values| {
+                    add(&block, values);
+                    Ok(())
+                })?,
+            }
             done += 1;
             self.progress.part_done(done, all, "parts of the vocabulary", self.model.source.bytes_read());
             pool.give_back([matrix]);
             Ok(())
         })?;
+        if let Some((block, copy)) = before {
+            add(&block, &copy.wait()?);
+        }
         Ok(likelihoods.iter().map(Likelihoods::predicted).collect())
     }
+}
+
+/// Follows the last token of a sequence. It is in no vocabulary.
+const NO_TOKEN: u32 = u32::MAX;
+
+/// Id of the token that follows each token in its sequence.
+fn following(tokens: &Tokens) -> Vec<u32> {
+    let (n, ids) = (tokens.tokens, &tokens.ids);
+    let id = |token: usize| if token % n + 1 < n { ids[token + 1] as u32 } else { NO_TOKEN };
+    (0..ids.len()).map(id).collect()
 }
 
 /// Negative log-likelihoods, summed over blocks of the vocabulary.
@@ -125,26 +158,15 @@ impl<'a> Likelihoods<'a> {
         Self { tokens, rows: vec![empty; tokens.ids.len()] }
     }
 
-    /// Target columns in a block, for the tokens from `first_token` on; `None` if the target is in
-    /// another block or there is none.
-    fn targets(&self, first_token: usize, rows: usize, block: &Range<usize>) -> Vec<Option<u32>> {
-        let (n, ids) = (self.tokens.tokens, &self.tokens.ids);
-        let column = |token: usize| {
-            let id = (token % n + 1 < n).then(|| ids[token + 1] as usize)?;
-            block.contains(&id).then(|| (id - block.start) as u32)
-        };
-        (first_token..first_token + rows).map(column).collect()
-    }
-
     /// Adds the [parts](fused::logit_parts) of a block's logits for the tokens from `first_token`
-    /// on.
-    fn add(&mut self, first_token: usize, targets: &[Option<u32>], parts: &[[f32; 3]]) {
-        let rows = self.rows[first_token..].par_iter_mut().zip(targets).zip(parts);
-        rows.for_each(|((row, target), [top, sum, at_target])| {
+    /// on, which are followed by tokens of these ids.
+    fn add(&mut self, first_token: usize, following: &[u32], block: &Range<usize>, parts: &[[f32; 3]]) {
+        let rows = self.rows[first_token..].par_iter_mut().zip(following).zip(parts);
+        rows.for_each(|((row, id), [top, sum, at_target])| {
             let joint = row.top.max(*top);
             let rescaled = |t: f32, s: f64| if s == 0.0 { 0.0 } else { s * f64::from(t - joint).exp() };
             (row.sum, row.top) = (rescaled(row.top, row.sum) + rescaled(*top, f64::from(*sum)), joint);
-            if target.is_some() {
+            if block.contains(&(*id as usize)) {
                 row.target = *at_target;
             }
         });
