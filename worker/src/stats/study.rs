@@ -175,9 +175,10 @@ enum Requested {
 }
 
 /// A thread that adds what a GPU was asked for to a study of its own, in the order of requests.
+/// Both fields are `None` once it is finished.
 struct Adding {
-    requests: Sender<Requested>,
-    thread: JoinHandle<Result<Study>>,
+    requests: Option<Sender<Requested>>,
+    thread: Option<JoinHandle<Result<Study>>>,
 }
 
 impl Adding {
@@ -190,17 +191,29 @@ impl Adding {
             }
             Ok(study)
         };
-        Self { requests, thread: thread::spawn(add) }
+        Self { requests: Some(requests), thread: Some(thread::spawn(add)) }
     }
 
     /// The study, after all requests are added.
     ///
     /// # Errors
     /// The first error of a request; later ones were not added.
-    fn finish(self) -> Result<Study> {
-        let Self { requests, thread } = self;
-        drop(requests);
-        thread.join().unwrap_or_else(|_| Err(WorkerError::internal("a thread that adds statistics panicked")))
+    fn finish(mut self) -> Result<Study> {
+        self.requests = None;
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(study)) => study,
+            _ => Err(WorkerError::internal("a thread that adds statistics panicked")),
+        }
+    }
+}
+
+impl Drop for Adding {
+    /// Waits for the thread after an error of the pass, too: it uses the GPU.
+    fn drop(&mut self) {
+        self.requests = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
@@ -375,7 +388,7 @@ impl Study {
         let Self { adding, scope, outliers, .. } = self;
         let adding = adding.get_or_insert_with(|| Adding::start(Self::new(scope.clone(), outliers.threshold())));
         // The thread has ended after an error, which is reported when the layer has passed.
-        let _ = adding.requests.send(requested);
+        let _ = adding.requests.as_ref().map(|requests| requests.send(requested));
     }
 
     /// Waits for what a GPU was asked for, and adds it.
