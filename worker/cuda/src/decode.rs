@@ -116,18 +116,18 @@ pub struct StoredTensor<'a> {
     pub scales: &'a [u8],
 }
 
-/// A range of a stored tensor's values.
+/// A range of a stored tensor's values, and the ranges of its codes and scales in bytes.
 #[derive(Debug)]
-pub(crate) struct EncodedChunk<'a> {
+pub(crate) struct EncodedChunk {
     values: Range<usize>,
-    codes: &'a [u8],
-    scales: &'a [u8],
+    codes: Range<usize>,
+    scales: Range<usize>,
 }
 
 /// GPU addresses for decoding a piece.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct DecodeAddresses {
-    /// Input: the piece's bytes, as [`EncodedChunk::copy_to`] arranges them.
+    /// Input: the piece's bytes, as [`EncodedChunk::copy`] arranges them.
     pub(crate) stored: CUdeviceptr,
     /// Output: the values.
     pub(crate) values: CUdeviceptr,
@@ -135,13 +135,13 @@ pub(crate) struct DecodeAddresses {
     pub(crate) note: CUdeviceptr,
 }
 
-impl<'a> StoredTensor<'a> {
-    /// Splits its `count` values into pieces of at most `room` bytes, where the form allows it.
-    pub(crate) fn pieces(self, count: usize, room: usize) -> impl Iterator<Item = EncodedChunk<'a>> {
-        let granule = match self.form {
-            Form::Plain(_) => 1,
-            Form::Tiles { columns, .. } => columns,
-            Form::Pairs { group, .. } => group,
+impl Form {
+    /// Splits `count` values into pieces of at most `room` bytes, where the form allows it.
+    pub(crate) fn pieces(self, count: usize, room: usize) -> impl Iterator<Item = EncodedChunk> {
+        let granule = match self {
+            Self::Plain(_) => 1,
+            Self::Tiles { columns, .. } => columns,
+            Self::Pairs { group, .. } => group,
         };
         let granule = granule.clamp(1, count.max(1));
         let least = (count > 0).then(|| self.piece(0..granule));
@@ -151,25 +151,25 @@ impl<'a> StoredTensor<'a> {
     }
 
     /// Whether the stored bytes of a value equal its decoded bytes.
-    pub(crate) fn is_stored_as<T: Value>(&self) -> bool {
-        self.form == Form::Plain(T::STORED)
+    pub(crate) fn is_stored_as<T: Value>(self) -> bool {
+        self == Self::Plain(T::STORED)
     }
 
-    fn piece(&self, values: Range<usize>) -> EncodedChunk<'a> {
-        let (codes, scales) = match self.form {
-            Form::Plain(number) => (values.start * number.size()..values.end * number.size(), 0..0),
-            Form::Tiles { scales, columns, tile } => {
+    fn piece(self, values: Range<usize>) -> EncodedChunk {
+        let (codes, scales) = match self {
+            Self::Plain(number) => (values.start * number.size()..values.end * number.size(), 0..0),
+            Self::Tiles { scales, columns, tile } => {
                 let rows = values.start / columns..values.end / columns;
                 let row_of_tiles = columns.div_ceil(tile[1]) * scales.size();
                 let tiles = rows.start / tile[0]..rows.end.div_ceil(tile[0]);
                 (values.clone(), tiles.start * row_of_tiles..tiles.end * row_of_tiles)
             }
-            Form::Pairs { scales, group, .. } => {
+            Self::Pairs { scales, group, .. } => {
                 let groups = values.start / group..values.end / group;
                 (values.start / 2..values.end / 2, groups.start * scales.size()..groups.end * scales.size())
             }
         };
-        EncodedChunk { values, codes: &self.codes[codes], scales: &self.scales[scales] }
+        EncodedChunk { values, codes, scales }
     }
 
     /// Decodes a piece, in the order of the stream. `before`: values decoded earlier with the same
@@ -182,22 +182,22 @@ impl<'a> StoredTensor<'a> {
     /// # Errors
     /// Errors of the CUDA driver.
     pub(crate) unsafe fn launch<T: Value>(
-        &self,
+        self,
         stream: &CudaStream,
-        piece: &EncodedChunk<'_>,
+        piece: &EncodedChunk,
         places: DecodeAddresses,
         before: usize,
     ) -> Result<(), DriverError> {
         let codes = Address(places.stored);
         let scales = Address(places.stored + piece.scales_at() as CUdeviceptr);
-        let (name, threads, mut arguments) = match self.form {
-            Form::Plain(stored) => ("plain", piece.values.len(), vec![codes, Word(stored as u32)]),
-            Form::Tiles { scales: stored, columns, tile } => {
+        let (name, threads, mut arguments) = match self {
+            Self::Plain(stored) => ("plain", piece.values.len(), vec![codes, Word(stored as u32)]),
+            Self::Tiles { scales: stored, columns, tile } => {
                 let (across, row) = (columns.div_ceil(tile[1]), piece.values.start / columns % tile[0]);
                 let grid = [columns, tile[0], tile[1], across, row].map(number);
                 ("tiles", piece.values.len(), [&[codes, scales, Word(stored as u32)], &grid[..]].concat())
             }
-            Form::Pairs { codes: meaning, scales: stored, whole, group } => {
+            Self::Pairs { codes: meaning, scales: stored, whole, group } => {
                 let are_integers = Word((meaning == Codes::Integers).into());
                 let arguments = vec![codes, are_integers, scales, Word(stored as u32), Float(whole), number(group)];
                 ("pairs", piece.values.len() / 2, arguments)
@@ -210,13 +210,18 @@ impl<'a> StoredTensor<'a> {
     }
 }
 
-impl EncodedChunk<'_> {
+impl EncodedChunk {
     /// Range of the tensor's values.
     pub(crate) fn values(&self) -> Range<usize> {
         self.values.clone()
     }
 
-    /// Bytes that [`copy_to`](Self::copy_to) writes.
+    /// Range of the tensor's codes in bytes.
+    pub(crate) fn codes(&self) -> Range<usize> {
+        self.codes.clone()
+    }
+
+    /// Bytes that [`copy`](Self::copy) writes.
     pub(crate) fn bytes(&self) -> usize {
         self.scales_at() + self.scales.len()
     }
@@ -226,15 +231,15 @@ impl EncodedChunk<'_> {
         if self.scales.is_empty() { self.codes.len() } else { self.codes.len().next_multiple_of(ALIGNMENT) }
     }
 
-    /// Copies codes and scales with all threads.
-    pub(crate) fn copy_to(&self, bytes: &mut [u8]) {
+    /// Copies codes and scales of its tensor with all threads.
+    pub(crate) fn copy(&self, of: &StoredTensor<'_>, bytes: &mut [u8]) {
         let copy = |to: &mut [u8], from: &[u8]| {
             let parts = to.par_chunks_mut(COPIED_AT_ONCE).zip(from.par_chunks(COPIED_AT_ONCE));
             parts.for_each(|(to, from)| to.copy_from_slice(from));
         };
         let (codes, scales) = bytes.split_at_mut(self.scales_at());
-        copy(&mut codes[..self.codes.len()], self.codes);
-        copy(scales, self.scales);
+        copy(&mut codes[..self.codes.len()], &of.codes[self.codes.clone()]);
+        copy(scales, &of.scales[self.scales.clone()]);
     }
 }
 

@@ -5,12 +5,13 @@
 //! stream waits for earlier work there. The tensor library does not wait for other streams, so the
 //! compute stream must wait on an [`UploadFence`] before it uses uploaded values.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, PinnedHostSlice};
 
-use crate::decode::{DecodeAddresses, StoredTensor, Value};
+use crate::decode::{DecodeAddresses, EncodedChunk, Form, Number, StoredTensor, Value};
 
 /// Bytes of a buffer, unless an indivisible piece is larger.
 const BUFFER: usize = 16 << 20;
@@ -98,14 +99,43 @@ impl Staging {
         count: usize,
         tensor: &str,
     ) -> Result<CudaSlice<T>, DriverError> {
+        self.decode_filled(stored.form, count, tensor, |piece, pinned| {
+            piece.copy(&stored, pinned);
+            Ok(())
+        })
+    }
+
+    /// As [`decode`](Self::decode), for plain floats that are read into pinned memory: `read` gets
+    /// a byte range of the tensor, and as many bytes to fill.
+    ///
+    /// # Errors
+    /// Errors of the CUDA driver and of `read`.
+    pub fn decode_read<T: Value, E: From<DriverError>>(
+        &mut self,
+        stored: Number,
+        count: usize,
+        tensor: &str,
+        mut read: impl FnMut(Range<usize>, &mut [u8]) -> Result<(), E>,
+    ) -> Result<CudaSlice<T>, E> {
+        self.decode_filled(Form::Plain(stored), count, tensor, |piece, pinned| read(piece.codes(), pinned))
+    }
+
+    /// Has each piece filled into pinned memory.
+    fn decode_filled<T: Value, E: From<DriverError>>(
+        &mut self,
+        form: Form,
+        count: usize,
+        tensor: &str,
+        mut fill: impl FnMut(&EncodedChunk, &mut [u8]) -> Result<(), E>,
+    ) -> Result<CudaSlice<T>, E> {
         // On this stream, which gives it out when it comes to it: on the other one that would be
         // after all that is computed until then. SAFETY: nobody sees it before all of it is asked
         // to be written.
         let mut bytes = unsafe { self.stream.alloc::<u8>(count * size_of::<T>()) }?;
         // Values of the size of their stored form are decoded in place.
-        let in_place = stored.is_stored_as::<T>();
+        let in_place = form.is_stored_as::<T>();
         let (mut note, mut noted_from) = (0, 0);
-        for piece in stored.pieces(count, BUFFER - BUFFER / 64) {
+        for piece in form.pieces(count, BUFFER - BUFFER / 64) {
             let values = piece.values();
             if values.start == 0 || values.end - noted_from > NOTED_TOGETHER {
                 noted_from = values.start;
@@ -118,7 +148,7 @@ impl Staging {
             let buffer = &mut self.buffers[self.next];
             self.next = (self.next + 1) % BUFFERS;
             let pinned = buffer.free(self.stream.context(), len)?;
-            piece.copy_to(pinned);
+            fill(&piece, pinned)?;
             let mut decoded = bytes.slice_mut(values.start * size_of::<T>()..values.end * size_of::<T>());
             let at = decoded.device_ptr_mut(&self.stream).0;
             let places = match &mut self.stored {
@@ -135,7 +165,7 @@ impl Staging {
             buffer.copied = Some(self.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?);
             // SAFETY: room for the piece's bytes and values, and a note, all of this stream, which
             // copies the next piece after this one is decoded.
-            unsafe { stored.launch::<T>(&self.stream, &piece, places, values.start - noted_from) }?;
+            unsafe { form.launch::<T>(&self.stream, &piece, places, values.start - noted_from) }?;
         }
         // SAFETY: an allocation of as many values, all of which have been asked to be written.
         Ok(unsafe { self.compute.upgrade_device_ptr(bytes.leak(), count) })
@@ -281,7 +311,6 @@ impl Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decode::{Form, Number};
     use crate::tests::test_output;
 
     /// Stored values of the test's tensors; every second tensor is bf16.
@@ -314,7 +343,15 @@ mod tests {
             let (number, codes) = stored(tensor, count);
             brought += codes.len() as u64;
             let stored = StoredTensor { form: Form::Plain(number), codes: &codes, scales: &[] };
-            let slice = staging.decode::<f32>(stored, count, "t").unwrap();
+            let slice = if tensor / 40 % 2 == 0 {
+                staging.decode::<f32>(stored, count, "t").unwrap()
+            } else {
+                let read = |range: Range<usize>, into: &mut [u8]| -> Result<(), DriverError> {
+                    into.copy_from_slice(&codes[range]);
+                    Ok(())
+                };
+                staging.decode_read::<f32, _>(number, count, "t", read).unwrap()
+            };
             let upload_fence = staging.upload_fence().unwrap();
             if tensor % 3 == 1 {
                 // Dropped unused, in this order.

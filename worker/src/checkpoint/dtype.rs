@@ -152,6 +152,29 @@ pub fn check(stored: &Encoded<'_>, shape: &[usize], tensor: &str) -> Result<()> 
     }
 }
 
+/// Checks the dtype and the number of bytes of plain floats before they are read.
+///
+/// # Errors
+/// As [`check`].
+pub fn check_plain(dtype: &StoredDtype, bytes: usize, shape: &[usize], tensor: &str) -> Result<()> {
+    if !can_decode(dtype) {
+        return Err(undecodable(dtype, tensor));
+    }
+    let size = dtype.size().and_then(|size| usize::try_from(size).ok());
+    let expected = product(shape).zip(size).and_then(|(n, size)| n.checked_mul(size));
+    check_length("values", bytes, expected, shape, tensor)
+}
+
+fn check_length(what: &str, found: usize, expected: Option<usize>, shape: &[usize], tensor: &str) -> Result<()> {
+    if Some(found) == expected {
+        return Ok(());
+    }
+    let expected = expected.map_or_else(|| "more than this machine can hold".to_owned(), |n| n.to_string());
+    Err(WorkerError::checkpoint(format!(
+        "tensor {tensor}: {found} bytes of {what} for shape {shape:?}, which needs {expected}"
+    )))
+}
+
 /// The error for the value at index `at`, the first of a tensor that the dtype cannot represent.
 pub fn misfit(tensor: &str, at: usize, value: f32, dtype: &str) -> WorkerError {
     if value.is_finite() {
@@ -194,15 +217,8 @@ impl Encoded<'_> {
     /// Checks that the lengths of all parts match `shape`.
     fn check(&self, shape: &[usize], tensor: &str) -> Result<()> {
         let values = product(shape);
-        let fits = |what: &str, found: usize, expected: Option<usize>| {
-            if Some(found) == expected {
-                return Ok(());
-            }
-            let expected = expected.map_or_else(|| "more than this machine can hold".to_owned(), |n| n.to_string());
-            Err(WorkerError::checkpoint(format!(
-                "tensor {tensor}: {found} bytes of {what} for shape {shape:?}, which needs {expected}"
-            )))
-        };
+        let fits =
+            |what: &str, found: usize, expected: Option<usize>| check_length(what, found, expected, shape, tensor);
         let in_blocks = |values: Option<usize>, block: usize| {
             if values.is_some_and(|n| n.is_multiple_of(block)) {
                 return Ok(());
@@ -211,13 +227,7 @@ impl Encoded<'_> {
             Err(WorkerError::checkpoint(message))
         };
         match self {
-            Self::Plain { dtype, bytes } => {
-                if !can_decode(dtype) {
-                    return Err(undecodable(dtype, tensor));
-                }
-                let size = dtype.size().and_then(|size| usize::try_from(size).ok());
-                fits("values", bytes.len(), values.zip(size).and_then(|(n, size)| n.checked_mul(size)))
-            }
+            Self::Plain { dtype, bytes } => check_plain(dtype, bytes.len(), shape, tensor),
             Self::Fp8Blocks { bytes, scales, scale_dtype, shape: matrix, block } => {
                 let size = fp8::scale_size(scale_dtype).ok_or_else(|| {
                     WorkerError::unsupported(format!("tensor {tensor}: its scales are stored as {scale_dtype}"))

@@ -191,6 +191,12 @@ pub trait WeightSource: Send + Sync {
     /// splits a value of a tensor with strides; else errors of the source.
     fn read(&self, entry: &TensorEntry, range: Range<u64>, into: &mut [u8]) -> Result<()>;
 
+    /// Whether parts of a tensor may be read as quickly as all of it. If not, those ranges have to
+    /// be read that were announced.
+    fn reads_parts(&self, _entry: &TensorEntry) -> bool {
+        false
+    }
+
     /// Announces what will be read, in order, so that a remote source can prefetch it. Other reads
     /// remain possible. Up to `hash_memory` bytes may be held until their file is hashed up to
     /// them.
@@ -335,6 +341,10 @@ impl WeightSource for LocalSource {
         }
         self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn reads_parts(&self, entry: &TensorEntry) -> bool {
+        entry.strides.is_none()
     }
 
     fn bytes_read(&self) -> u64 {

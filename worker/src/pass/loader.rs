@@ -120,7 +120,17 @@ impl<'a> Loader<'a> {
 
     fn decoded(&mut self, layer: usize, need: &Need) -> Result<Decoded> {
         let stored = self.model.stored(layer, need);
-        let source = self.model.source;
+        let (source, input_major) = (self.model.source, stored.input_major);
+        let mut shape = need.shape.clone();
+        if input_major {
+            shape.reverse();
+        }
+        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
+        if stored.format == Format::Plain
+            && let Some(read) = self.read_to_gpu(&stored.values, &shape, dtype)
+        {
+            return Ok(Decoded { tensor: read?, input_major });
+        }
         self.clock.time_about(Work::Reading, self.subject.clone(), || -> Result<()> {
             read(source, &stored.values, &mut self.values)?;
             for (piece, into) in [(&stored.scales, &mut self.scales), (&stored.beside, &mut self.beside)] {
@@ -129,18 +139,27 @@ impl<'a> Loader<'a> {
             }
             Ok(())
         })?;
-        let mut shape = need.shape.clone();
-        if stored.input_major {
-            shape.reverse();
-        }
         let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
-        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
         let target =
             DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
         let decode = || target.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
-        Ok(Decoded { tensor, input_major: stored.input_major })
+        Ok(Decoded { tensor, input_major })
+    }
+
+    /// Reads plain floats into the pinned memory through which they go to a GPU; `None` for the
+    /// CPU, and if the source does not read parts of this tensor.
+    fn read_to_gpu(&mut self, values: &TensorRange<'_>, shape: &[usize], dtype: DType) -> Option<Result<Tensor>> {
+        let (source, TensorRange { entry, range }) = (self.model.source, values);
+        let host_to_device = self.host_to_device.as_mut().filter(|_| source.reads_parts(entry))?;
+        let read = |part: Range<usize>, into: &mut [u8]| {
+            let part = range.start + part.start as u64..range.start + part.end as u64;
+            self.clock.time(Work::Reading, || source.read(entry, part, into))
+        };
+        let stored = (&entry.dtype, (range.end - range.start) as usize);
+        let decode = || host_to_device.decode_read(stored, shape, dtype, &entry.name, read);
+        Some(self.clock.time_about(Work::Decoding, self.subject.clone(), decode))
     }
 
     /// Loads some rows of a stored matrix of plain floats.
@@ -148,8 +167,14 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// As [`tensor`](Self::tensor).
     pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<PendingUpload<Tensor>> {
+        let values = rows_of(stored, rows);
+        let shape = [rows.len(), values.entry.shape[1] as usize];
+        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
+        if let Some(tensor) = self.read_to_gpu(&values, &shape, dtype) {
+            return self.on_its_way(tensor?);
+        }
         let mut bytes = std::mem::take(&mut self.values);
-        self.clock.time(Work::Reading, || read(self.model.source, &rows_of(stored, rows), &mut bytes))?;
+        self.clock.time(Work::Reading, || read(self.model.source, &values, &mut bytes))?;
         let decoded = self.decode_rows(stored, rows, &bytes);
         self.values = bytes;
         decoded

@@ -69,9 +69,9 @@ fn in_pieces<T: Value>(gpu: &Gpu, stored: StoredTensor<'_>, count: usize, room: 
     let stream = &gpu.compute;
     let mut values = stream.alloc_zeros::<u8>(count * size_of::<T>()).unwrap();
     let mut note = stream.alloc_zeros::<u64>(1).unwrap();
-    for piece in stored.pieces(count, room) {
+    for piece in stored.form.pieces(count, room) {
         let mut copied = vec![0; piece.bytes()];
-        piece.copy_to(&mut copied);
+        piece.copy(&stored, &mut copied);
         let mut copied = stream.clone_htod(&copied).unwrap();
         let first = (piece.values().start * size_of::<T>()) as CUdeviceptr;
         let places = DecodeAddresses {
@@ -80,7 +80,7 @@ fn in_pieces<T: Value>(gpu: &Gpu, stored: StoredTensor<'_>, count: usize, room: 
             note: note.device_ptr_mut(stream).0,
         };
         // SAFETY: as large as the piece is, and of this stream.
-        unsafe { stored.launch::<T>(stream, &piece, places, piece.values().start) }.unwrap();
+        unsafe { stored.form.launch::<T>(stream, &piece, places, piece.values().start) }.unwrap();
     }
     (stream.clone_dtoh(&values).unwrap(), stream.clone_dtoh(&note).unwrap()[0])
 }
@@ -233,13 +233,16 @@ fn kernels_decode_as_the_cpu_does() {
 fn tensors_are_split_at_scale_boundaries() {
     let (codes, scales) = (noise(1, 7 * 40), noise(2, 3 * 2));
     let form = Form::Tiles { scales: Number::E8m0, columns: 40, tile: [3, 20] };
-    let pieces: Vec<_> = StoredTensor { form, codes: &codes, scales: &scales }.pieces(7 * 40, 100).collect();
+    let pieces: Vec<_> = form.pieces(7 * 40, 100).collect();
     assert_eq!(pieces.iter().map(EncodedChunk::values).collect::<Vec<_>>(), [0..80, 80..160, 160..240, 240..280]);
-    assert_eq!(pieces[1].scales, &scales[..4], "rows 2 and 3 are of two rows of tiles");
+    assert_eq!(pieces[1].scales, 0..4, "rows 2 and 3 are of two rows of tiles");
     let mut bytes = vec![0; pieces[3].bytes()];
-    pieces[3].copy_to(&mut bytes);
+    pieces[3].copy(&StoredTensor { form, codes: &codes, scales: &scales }, &mut bytes);
     assert_eq!((&bytes[..40], &bytes[48..]), (&codes[240..], &scales[4..]));
     let form = Form::Pairs { codes: Codes::Integers, scales: Number::E8m0, whole: 1.0, group: 64 };
-    let pieces = StoredTensor { form, codes: &codes[..96], scales: &scales[..3] }.pieces(192, 10);
-    assert_eq!(pieces.map(|piece| piece.values()).collect::<Vec<_>>(), [0..64, 64..128, 128..192], "groups are whole");
+    assert_eq!(
+        form.pieces(192, 10).map(|piece| piece.values()).collect::<Vec<_>>(),
+        [0..64, 64..128, 128..192],
+        "groups are whole"
+    );
 }

@@ -86,6 +86,10 @@ impl WeightSource for SyntheticSource {
         Ok(())
     }
 
+    fn reads_parts(&self, _: &TensorEntry) -> bool {
+        true
+    }
+
     fn bytes_read(&self) -> u64 {
         self.read.load(Ordering::Relaxed)
     }

@@ -1,14 +1,16 @@
 //! Uploads weights to a GPU: stored bytes pass through pinned memory and are decoded on the GPU
 //! while it computes.
 
+use std::ops::Range;
+
 use candle_core::cuda_backend::cudarc::driver::DriverError;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
-use candle_core::op::BackpropOp;
-use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
+use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 pub use outliers_cuda::ReleaseFence;
 use outliers_cuda::{Codes, Form, Number, Staging, StoredTensor, Value};
 
+use super::routing::tensor;
 use crate::checkpoint::dtype::{self, Encoded};
 use crate::checkpoint::safetensors::StoredDtype;
 use crate::checkpoint::{MXFP4_BLOCK, NVFP4_BLOCK};
@@ -47,27 +49,53 @@ impl HostToDevice {
     ///
     /// # Errors
     /// As [`dtype::check`]. Errors of the driver.
-    pub fn decode(&mut self, stored: &Encoded<'_>, shape: &[usize], compute: DType, tensor: &str) -> Result<Tensor> {
-        dtype::check(stored, shape, tensor)?;
+    pub fn decode(&mut self, stored: &Encoded<'_>, shape: &[usize], compute: DType, name: &str) -> Result<Tensor> {
+        dtype::check(stored, shape, name)?;
         let stored = as_told(stored)?;
         match compute {
-            DType::F32 => self.decode_as::<f32>(stored, shape, tensor),
-            DType::BF16 => self.decode_as::<bf16>(stored, shape, tensor),
-            DType::F16 => self.decode_as::<f16>(stored, shape, tensor),
-            other => Err(WorkerError::internal(format!("no forward pass in {other:?}"))),
+            DType::F32 => self.decode_as::<f32>(stored, shape, name),
+            DType::BF16 => self.decode_as::<bf16>(stored, shape, name),
+            DType::F16 => self.decode_as::<f16>(stored, shape, name),
+            other => Err(no_forward_pass(other)),
         }
+    }
+
+    /// As [`decode`](Self::decode), for the `bytes` of plain floats, which are read into pinned
+    /// memory: `read` gets a range of the bytes, and as many to fill.
+    ///
+    /// # Errors
+    /// As [`dtype::check`]. Errors of the driver and of `read`.
+    pub fn decode_read(
+        &mut self,
+        (stored, bytes): (&StoredDtype, usize),
+        shape: &[usize],
+        compute: DType,
+        name: &str,
+        read: impl FnMut(Range<usize>, &mut [u8]) -> Result<()>,
+    ) -> Result<Tensor> {
+        dtype::check_plain(stored, bytes, shape, name)?;
+        let (stored, count) = (number(stored)?, shape.iter().product());
+        let (staging, device) = (&mut self.staging, &self.device);
+        Ok(match compute {
+            DType::F32 => tensor(staging.decode_read::<f32, WorkerError>(stored, count, name, read)?, device, shape),
+            DType::BF16 => tensor(staging.decode_read::<bf16, WorkerError>(stored, count, name, read)?, device, shape),
+            DType::F16 => tensor(staging.decode_read::<f16, WorkerError>(stored, count, name, read)?, device, shape),
+            other => return Err(no_forward_pass(other)),
+        })
     }
 
     fn decode_as<T: Value + CudaDType>(
         &mut self,
         stored: StoredTensor<'_>,
         shape: &[usize],
-        tensor: &str,
+        name: &str,
     ) -> Result<Tensor> {
-        let slice = self.staging.decode::<T>(stored, shape.iter().product(), tensor)?;
-        let storage = Storage::Cuda(CudaStorage::wrap_cuda_slice(slice, self.device.clone()));
-        Ok(Tensor::from_storage(storage, shape, BackpropOp::none(), false))
+        Ok(tensor(self.staging.decode::<T>(stored, shape.iter().product(), name)?, &self.device, shape))
     }
+}
+
+fn no_forward_pass(dtype: DType) -> WorkerError {
+    WorkerError::internal(format!("no forward pass in {dtype:?}"))
 }
 
 /// A stored tensor as the kernel's arguments.

@@ -1,10 +1,12 @@
 //! Replaces `host_to_device` in builds without CUDA.
 
 use std::convert::Infallible;
+use std::ops::Range;
 
 use candle_core::{DType, Device, Tensor};
 
 use crate::checkpoint::dtype::Encoded;
+use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::Result;
 
 /// Cannot exist without CUDA.
@@ -32,6 +34,21 @@ impl HostToDevice {
     /// # Errors
     /// None.
     pub fn decode(&mut self, _: &Encoded<'_>, _: &[usize], _: DType, _: &str) -> Result<Tensor> {
+        match self.0 {}
+    }
+
+    /// Never called.
+    ///
+    /// # Errors
+    /// None.
+    pub fn decode_read(
+        &mut self,
+        _: (&StoredDtype, usize),
+        _: &[usize],
+        _: DType,
+        _: &str,
+        _: impl FnMut(Range<usize>, &mut [u8]) -> Result<()>,
+    ) -> Result<Tensor> {
         match self.0 {}
     }
 }
