@@ -240,6 +240,14 @@ impl CountsReadback {
     }
 }
 
+/// Memory of so many values for [`gather_rows`], which are unspecified before.
+///
+/// # Errors
+/// Errors of the CUDA driver.
+pub fn gathered<T: Real>(stream: &Arc<CudaStream>, values: usize) -> Result<CudaSlice<T>, DriverError> {
+    room(stream, values)
+}
+
 /// Copies the rows of `x` `[tokens, width]` that go to a group of experts to `out`, each expert's
 /// to the rows from its one of `places` on. `firsts` says where each one's pairs begin among
 /// `tokens`, and after the last one where they end. Rows are multiplied by `weights`, if there are

@@ -552,9 +552,7 @@ impl Inputs {
             places.push(of_expert);
         }
         let all = match wave.first() {
-            Some(Routed { x, pairs: Pairs::Gpu(_), .. }) if rows > 0 => {
-                Some(Tensor::zeros((rows, x.dim(1)?), x.dtype(), x.device())?)
-            }
+            Some(Routed { x, pairs: Pairs::Gpu(_), .. }) if rows > 0 => Some(gpu::gathered_like(x, rows)?),
             _ => None,
         };
         for (batch, routed) in wave.iter().enumerate() {

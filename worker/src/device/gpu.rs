@@ -42,7 +42,7 @@ pub use attention::{attend, attends};
 pub use grouped::{grouped_product, takes_in_group, try_in_group};
 pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
 pub use peer_copy::PeerCopy;
-pub use routing::{SortedPairs, choose_experts, sort_pairs};
+pub use routing::{SortedPairs, choose_experts, gathered_like, sort_pairs};
 
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::Window;

@@ -27,6 +27,14 @@ pub fn sort_pairs(_: &Tensor, _: &Tensor, _: usize, _: Option<Positions>) -> Res
     bail!("choices are on a GPU, which this worker was built without")
 }
 
+/// Always fails.
+///
+/// # Errors
+/// The rows are on a GPU.
+pub fn gathered_like(_: &Tensor, _: usize) -> Result<Tensor> {
+    bail!("rows are on a GPU, which this worker was built without")
+}
+
 impl SortedPairs {
     /// Never called.
     ///

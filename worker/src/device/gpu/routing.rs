@@ -97,6 +97,22 @@ pub fn sort_pairs(
     })
 }
 
+/// Memory `[rows, width]` for [`SortedPairs::gather`], of the dtype and on the device of `x`
+/// `[.., width]`. Values are unspecified until all rows are gathered.
+///
+/// # Errors
+/// Errors of the driver.
+pub fn gathered_like(x: &Tensor, rows: usize) -> Result<Tensor> {
+    let (width, device) = (x.dim(1)?, x.device().as_cuda_device()?);
+    let (stream, values, shape) = (device.cuda_stream(), rows * width, [rows, width]);
+    Ok(match x.dtype() {
+        DType::F32 => tensor(kernels::gathered::<f32>(&stream, values).w()?, device, &shape),
+        DType::BF16 => tensor(kernels::gathered::<bf16>(&stream, values).w()?, device, &shape),
+        DType::F16 => tensor(kernels::gathered::<f16>(&stream, values).w()?, device, &shape),
+        dtype => bail!("rows-of-pairs: there is no kernel for {dtype:?}"),
+    })
+}
+
 impl SortedPairs {
     /// Waits for the counts on the first call. Returns the sums per expert if `positions` was
     /// given.
