@@ -196,6 +196,17 @@ pub fn keep_memory(gpu: u32) -> Result<(), i32> {
     }
 }
 
+/// Stops the library from creating two events for each allocation, and from recording and awaiting
+/// them at each use, which takes the host about as long as starting a kernel. From now on only
+/// events of this crate order the streams of this GPU.
+#[cfg(feature = "staging")]
+pub fn order_by_own_events(stream: &cudarc::driver::CudaStream) {
+    // SAFETY: memory that one stream allocates and another uses or frees is an upload, a summary
+    // or a copy between GPUs. `UploadFence`, `Readback` and `PeerCopy` order these by events, or
+    // the host waits.
+    unsafe { stream.context().disable_event_tracking() }
+}
+
 unsafe extern "C" {
     fn cuDeviceGetDefaultMemPool(pool: *mut *mut c_void, device: c_int) -> c_int;
     fn cuMemPoolSetAttribute(pool: *mut c_void, attribute: c_int, value: *const c_void) -> c_int;

@@ -127,7 +127,11 @@ impl Gpus {
         }
         let device = Device::new_cuda_with_stream(index).map_err(|error| unusable(&error.to_string()))?;
         #[cfg(feature = "cuda")]
-        outliers_cuda::keep_memory(index as u32).map_err(|code| unusable(&format!("its driver's error {code}")))?;
+        {
+            outliers_cuda::keep_memory(index as u32).map_err(|code| unusable(&format!("its driver's error {code}")))?;
+            let opened = device.as_cuda_device().map_err(|error| unusable(&error.to_string()))?;
+            outliers_cuda::order_by_own_events(&opened.cuda_stream());
+        }
         Ok(device)
     }
 
