@@ -12,6 +12,9 @@ use crate::model::decoder::Role;
 use crate::pass::loader::{self, TensorPool, rows_of};
 use crate::pass::meter::{Thread, Work};
 
+/// Rows that are decoded together: starting all threads takes longer than one row.
+const ROWS_AT_ONCE: usize = 256;
+
 impl Pass<'_> {
     /// Token ids to hidden states. The table is read once in blocks of rows; those that the text
     /// uses go to the device, each once, where tokens' rows are gathered.
@@ -25,6 +28,7 @@ impl Pass<'_> {
         // The rows in use, one after another, and which of them is each token's.
         let mut used: Vec<f32> = Vec::with_capacity(order.chunk_by(is_same).count() * width);
         let mut places = vec![0_u32; order.len()];
+        let mut rows_in_use = Vec::new();
         let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
         let (clock, reading) = (self.meter.clock(Thread::Device(0)), self.meter.clock(Thread::Loader(0)));
         let load = move |block: &Range<usize>| {
@@ -37,11 +41,19 @@ impl Pass<'_> {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
             let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
             let row_bytes = bytes.len() / block.len();
-            for run in order[from..to].chunk_by(is_same) {
-                let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
-                let place = (used.len() / width) as u32;
-                used.extend(dtype::to_f32(&bytes[at..at + row_bytes], &entry.dtype, &entry.name)?);
-                run.iter().for_each(|&token| places[token] = place);
+            let runs: Vec<&[usize]> = order[from..to].chunk_by(is_same).collect();
+            for runs in runs.chunks(ROWS_AT_ONCE) {
+                let first = self.tokens.ids[runs[0][0]];
+                let mut place = (used.len() / width) as u32;
+                rows_in_use.clear();
+                for run in runs {
+                    let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
+                    rows_in_use.extend_from_slice(&bytes[at..at + row_bytes]);
+                    run.iter().for_each(|&token| places[token] = place);
+                    place += 1;
+                }
+                let name = format!("{} (rows from {first} on that the text uses)", entry.name);
+                dtype::append_f32(&mut used, &rows_in_use, &entry.dtype, &name)?;
             }
             if let Some(kept) = &mut kept {
                 kept.push((block, bytes));
