@@ -95,7 +95,7 @@ pub trait LayerObserver: Send {
     }
 
     /// Waits for all pending results of a GPU. Called when all tokens have passed the layer,
-    /// before [`Observer::join`].
+    /// before [`Observer::join`], on the thread that joins layers.
     fn synchronize(&mut self) -> Result<()> {
         Ok(())
     }
