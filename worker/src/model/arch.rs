@@ -6,20 +6,18 @@
 use outliers_protocol::{ConfigReading, FailureKind};
 use serde_json::{Map, Value};
 
+// Each file of a family begins with `use super::*`, so that these are theirs, too.
 use crate::error::{Result, WorkerError};
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec,
-    MoeSpec, NormOrder, NormSpec, Role, RouterSpec, Window,
-};
-use crate::model::rope::RopeSpec;
+use crate::model::decoder::*;
+use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
 
 mod config;
 
 pub use config::Config;
 use config::class::Class;
 use config::rope::{RopeKind, yarn_magnitude};
-use config::unsupported;
 use config::unused::Unused;
+use config::{ill_typed, unsupported};
 
 /// A family of models.
 pub struct Family {
@@ -290,22 +288,12 @@ fn attention_without_positions(config: &Config<'_>) -> Result<AttentionSpec> {
     })
 }
 
-/// Layers with limited attention.
-struct Windowed {
-    /// Their name in `layer_types`.
-    kind: &'static str,
-    /// The key with the size of the window.
-    key: &'static str,
-    /// The window; `None` if it is null or switched off.
-    window: Option<Window>,
-}
-
-/// The window of each layer by its kind: all keys for `full_attention`.
-fn windows(kinds: Vec<&str>, windowed: &Windowed) -> Result<Vec<Window>> {
-    let Windowed { kind: limited, key, window } = windowed;
+/// The window of each layer by its kind: all keys for `full_attention`. `limited` layers have the
+/// `window` of `key`; `None` if it is null or switched off.
+fn windows(kinds: Vec<&str>, limited: &str, key: &str, window: Option<Window>) -> Result<Vec<Window>> {
     let of = |(index, kind): (usize, &str)| match kind {
         "full_attention" => Ok(Window::Full),
-        kind if kind == *limited => {
+        kind if kind == limited => {
             window.ok_or_else(|| unsupported(format!("layer_types[{index}] {kind:?} without a {key} in use")))
         }
         _ => Err(unsupported(format!("layer_types[{index}] {kind:?}"))),
@@ -313,12 +301,23 @@ fn windows(kinds: Vec<&str>, windowed: &Windowed) -> Result<Vec<Window>> {
     kinds.into_iter().enumerate().map(of).collect()
 }
 
+/// The window of each layer: by `layer_types`, else every n-th layer is global.
+fn windows_but_every(config: &Config<'_>, every: usize) -> Result<Vec<Window>> {
+    let by_interval = |layer: usize| if layer.is_multiple_of(every) { "full_attention" } else { "sliding_attention" };
+    let kinds = match config.layer_types()? {
+        Some(kinds) => kinds,
+        None => (1..=config.layers()?).map(by_interval).collect(),
+    };
+    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
+    windows(kinds, "sliding_attention", "sliding_window", window)
+}
+
 /// The window of each layer of a dense Qwen: by `layer_types`, else from layer `max_window_layers`
 /// on if switched on.
 fn qwen_windows(config: &Config<'_>) -> Result<Vec<Window>> {
     let (first, sliding) = (config.count("max_window_layers")?, qwen_window(config)?);
     match config.layer_types()? {
-        Some(kinds) => windows(kinds, &Windowed { kind: "sliding_attention", key: "sliding_window", window: sliding }),
+        Some(kinds) => windows(kinds, "sliding_attention", "sliding_window", sliding),
         None => {
             let of = |layer| sliding.filter(|_| layer >= first).unwrap_or(Window::Full);
             Ok((0..config.layers()?).map(of).collect())
@@ -392,11 +391,20 @@ fn pre_norm(norm: NormSpec, mixer: MixerSpec, ffn: FfnSpec) -> LayerSpec {
 /// A decoder by Llama's keys: embedding and head as wide as the residual stream, a final norm like
 /// the layers'.
 fn decoder_like_llama(config: &Config<'_>, layers: Vec<LayerSpec>) -> Result<DecoderSpec> {
-    let hidden = config.count("hidden_size")?;
+    decoder_of_width(config, config.count("hidden_size")?, config.count("max_position_embeddings")?, layers)
+}
+
+/// As [`decoder_like_llama`], with two numbers that are under other keys.
+fn decoder_of_width(
+    config: &Config<'_>,
+    hidden: usize,
+    max_positions: usize,
+    layers: Vec<LayerSpec>,
+) -> Result<DecoderSpec> {
     Ok(DecoderSpec {
         hidden,
         vocab: config.count("vocab_size")?,
-        max_positions: Some(config.count("max_position_embeddings")?),
+        max_positions: Some(max_positions),
         selected_keys: None,
         embedding: EmbeddingSpec { width: hidden, positions: None, scale: None },
         final_norm: layers.first().map(|layer| layer.norm),
@@ -524,7 +532,7 @@ fn family(values: &Map<String, Value>) -> Result<&'static Family> {
     let found = match (architecture.as_str(), model_type.as_str()) {
         (Some(name), _) => FAMILIES.iter().find(|family| family.architecture == name),
         (None, Some(name)) => FAMILIES.iter().find(|family| family.model_types.contains(&name)),
-        (None, None) => return Err(config::ill_typed("architectures[0]", "a string", architecture)),
+        (None, None) => return Err(ill_typed("architectures[0]", "a string", architecture)),
     };
     match (found, architecture, model_type) {
         (None, Value::String(name), _) => unknown(format!("architecture {name:?}")),
@@ -629,7 +637,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::model::decoder::Need;
 
     /// Families without biases, most of which have their own keys for head widths.
     const LATENT: [&str; 8] = [

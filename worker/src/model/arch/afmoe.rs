@@ -2,15 +2,7 @@
 //! and three windowed layers with rotation per global layer without positions. Hugging Face
 //! `AfmoeForCausalLM`.
 
-use super::{
-    Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, Windowed, attention_without_positions,
-    decoder_like_llama, windows,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, LayerSpec, MixerSpec, MlpSpec, MoeSpec,
-    NormOrder, NormSpec, OutputGate, QkNorm, Role, RouterSpec, Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[
@@ -20,8 +12,8 @@ pub(super) const FAMILY: Family = Family {
     ..Family::new("AfmoeForCausalLM", &["afmoe"], "AfmoeConfig", spec, &NAMES)
 };
 
-const NAMES: Names = Names {
-    tensors: &[
+const NAMES: Names = Names::new(
+    &[
         &[
             (Role::MixerPostNorm, "{base}layers.{layer}.post_attention_layernorm.weight"),
             (Role::FfnNorm, "{base}layers.{layer}.pre_mlp_layernorm.weight"),
@@ -34,10 +26,8 @@ const NAMES: Names = Names {
         SEPARATE_EXPERTS,
         SHARED_EXPERTS,
     ],
-    bases: &["model.", ""],
-    input_major: &[],
-    ignored: &[],
-};
+    &["model.", ""],
+);
 
 /// Checks settings of the published code that transformers' class does not have.
 fn expect_published(config: &Config<'_>) -> Result<()> {
@@ -59,13 +49,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         ..attention_without_positions(config)?
     };
     let rope = config.rope(attention.head_dim)?;
-    let every = config.divisor("global_attn_every_n_layers")?;
-    let kinds = match config.layer_types()? {
-        Some(kinds) => kinds,
-        None => (1..=config.layers()?).map(|layer| kind(layer.is_multiple_of(every))).collect(),
-    };
-    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
-    let windows = windows(kinds, &Windowed { kind: kind(false), key: "sliding_window", window })?;
+    let windows = windows_but_every(config, config.divisor("global_attn_every_n_layers")?)?;
     let dense_layers = config.count("num_dense_layers")?;
     let (dense, moe) = (MlpSpec::swiglu(config.count("intermediate_size")?), mixture(config)?);
     let layer = |(index, window): (usize, Window)| LayerSpec {
@@ -83,10 +67,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let scale = EmbeddingScale { factor: (decoder.hidden as f64).sqrt(), rounded: false };
     let scale = config.flag("mup_enabled")?.then_some(scale);
     Ok(DecoderSpec { embedding: EmbeddingSpec { scale, ..decoder.embedding }, ..decoder })
-}
-
-fn kind(is_full: bool) -> &'static str {
-    if is_full { "full_attention" } else { "sliding_attention" }
 }
 
 fn mixture(config: &Config<'_>) -> Result<MoeSpec> {

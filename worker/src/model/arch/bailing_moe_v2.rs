@@ -2,12 +2,7 @@
 //! matrix for queries, keys and values, norms of queries and keys, and partial rotation. Hugging
 //! Face `BailingMoeV2ForCausalLM`, which is code of the model's repository, not of transformers.
 
-use super::{
-    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS,
-    attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups, sparse_after_first, unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, Role};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

@@ -1,12 +1,7 @@
 //! DeepSeek-V2 and V2-Lite (2024): latent attention, softmax routing without renormalisation, with
 //! or without group limits. Hugging Face `DeepseekV2ForCausalLM`.
 
-use super::{
-    Config, Family, Names, ROTARY_BUFFERS, decoder_like_llama, deepseek_v3, pre_norm, sparse_after_first, unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, RouterSpec};
-use crate::model::rope::Pairing;
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

@@ -2,13 +2,7 @@
 //! a correction bias and group limits, FP8 tiles. Hugging Face `DeepseekV3ForCausalLM`; the code
 //! of `auto_map` is not needed.
 
-use super::{
-    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, ROTARY_BUFFERS, SEPARATE_EXPERTS, SHARED_EXPERTS,
-    decoder_like_llama, ffn_like_deepseek, pre_norm, sparse_after_first, unsupported, yarn_magnitude,
-};
-use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, LatentSpec, MixerSpec, NormSpec, Role};
-use crate::model::rope::{Pairing, RopeSpec};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[("transformers has no such attribute", &["ep_size"])],

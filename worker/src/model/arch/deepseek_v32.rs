@@ -2,13 +2,7 @@
 //! length its indexer selects every key, which is DeepSeek-V3. Hugging Face
 //! `DeepseekV32ForCausalLM`.
 
-use super::{
-    Config, Family, INDEXER, NEXT_TOKEN_LAYERS, Names, Unused, deepseek_v3, sparse_after_first, sparse_by_types,
-    unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::DecoderSpec;
-use crate::model::rope::Pairing;
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

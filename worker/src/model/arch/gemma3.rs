@@ -1,8 +1,7 @@
 //! Gemma 3 (Google 2025), the text part of a multimodal checkpoint. Hugging Face
 //! `Gemma3ForConditionalGeneration`.
 
-use super::{Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, gemma3_text};
-use crate::model::decoder::Role;
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Gemma3Config"),

@@ -2,15 +2,7 @@
 //! per global one, a separate rotation for each kind, gated GELU. Hugging Face
 //! `Gemma3ForCausalLM`.
 
-use super::{
-    Config, Family, LIKE_LLAMA, Names, RopeKind, Unused, Windowed, attention_without_positions, decoder_like_llama,
-    unsupported, windows,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingScale, EmbeddingSpec, FfnSpec, GateUp, HeadSpec, LayerSpec, MixerSpec,
-    MlpKind, MlpSpec, NormKind, NormOrder, NormSpec, QkNorm, Role, Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family =
     Family { unused: UNUSED, ..Family::new("Gemma3ForCausalLM", &["gemma3_text"], "Gemma3TextConfig", spec, &NAMES) };
@@ -61,18 +53,7 @@ pub(super) fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     };
     const PATTERN: &str = "sliding_window_pattern";
     let every = if config.has(PATTERN) { config.divisor(PATTERN)? } else { 6 };
-    decoder(config, window_of_each(config, every)?.into_iter().map(layer).collect())
-}
-
-/// The window of each layer: by `layer_types`, else every n-th layer is global.
-pub(super) fn window_of_each(config: &Config<'_>, every: usize) -> Result<Vec<Window>> {
-    let by_interval = |layer: usize| if layer.is_multiple_of(every) { FULL.kind } else { SLIDING.kind };
-    let kinds = match config.layer_types()? {
-        Some(kinds) => kinds,
-        None => (1..=config.layers()?).map(by_interval).collect(),
-    };
-    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
-    windows(kinds, &Windowed { kind: SLIDING.kind, key: "sliding_window", window })
+    decoder(config, windows_but_every(config, every)?.into_iter().map(layer).collect())
 }
 
 /// A decoder of these layers. The embedding is scaled by the root of its width, and logits may

@@ -2,12 +2,7 @@
 //! layers, and a dense MLP beside the experts of mixtures. Hugging Face
 //! `Gemma4ForConditionalGeneration`.
 
-use super::{Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, attention_without_positions, gemma3_text};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, GateUp, LayerSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormOrder, NormSpec,
-    QkNorm, Role, RouterSpec, Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Gemma4Config"),
@@ -86,7 +81,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         }
         FfnSpec::Dense(mlp)
     };
-    let mut windows = gemma3_text::window_of_each(config, 6)?;
+    let mut windows = windows_but_every(config, 6)?;
     // The last layer is global whatever the configuration says.
     if let Some(last) = windows.last_mut() {
         *last = Window::Full;

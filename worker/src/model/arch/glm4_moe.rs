@@ -1,12 +1,7 @@
 //! GLM-4.5 (2025): DeepSeek's routing over grouped-query attention with partial rotation. Hugging
 //! Face `Glm4MoeForCausalLM`.
 
-use super::{
-    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, SEPARATE_EXPERTS, SHARED_EXPERTS, attention_like_llama,
-    decoder_like_llama, ffn_like_deepseek, pre_norm, sparse_after_first,
-};
-use crate::error::Result;
-use crate::model::decoder::{AttentionSpec, DecoderSpec, MixerSpec, NormSpec, QkNorm};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("Glm4MoeForCausalLM", &["glm4_moe"], "Glm4MoeConfig", spec, &NAMES);
 

@@ -1,10 +1,7 @@
 //! GLM-4.7-Flash (2026): DeepSeek-V3's layers under GLM's configuration, values wider than keys.
 //! Hugging Face `Glm4MoeLiteForCausalLM`.
 
-use super::{Config, Family, NEXT_TOKEN_LAYERS, Names, deepseek_v3, sparse_by_types};
-use crate::error::Result;
-use crate::model::decoder::DecoderSpec;
-use crate::model::rope::Pairing;
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

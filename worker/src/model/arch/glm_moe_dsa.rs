@@ -1,7 +1,7 @@
 //! GLM-5, 5.2 and 5.3 (2026): DeepSeek-V3.2 in other widths; later ones share an indexer between
 //! layers. Hugging Face `GlmMoeDsaForCausalLM`.
 
-use super::{Family, deepseek_v32};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

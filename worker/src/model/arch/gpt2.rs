@@ -1,12 +1,7 @@
 //! GPT-2 (Radford et al. 2019): learned positions, LayerNorm, fused q/k/v, matrices stored `[in,
 //! out]`. Hugging Face `GPT2LMHeadModel`.
 
-use super::{Config, Family, Ignored, Names, Pattern, Unused};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
-    MlpSpec, NormOrder, NormSpec, Role,
-};
+use super::*;
 
 pub(super) const FAMILY: Family =
     Family { unused: UNUSED, ..Family::new("GPT2LMHeadModel", &["gpt2"], "GPT2Config", spec, &NAMES) };
@@ -33,11 +28,13 @@ const NAMES: Names = Names {
     ]],
     bases: &["", "transformer."],
     input_major: &[Role::QkvProj, Role::OProj, Role::UpProj, Role::DownProj],
-    ignored: &[
-        Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
-        Ignored { names: Pattern::Suffix(".attn.masked_bias"), why: "causal mask (a buffer)" },
-    ],
+    ignored: CAUSAL_MASK,
 };
+
+pub(super) const CAUSAL_MASK: &[Ignored] = &[
+    Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
+    Ignored { names: Pattern::Suffix(".attn.masked_bias"), why: "causal mask (a buffer)" },
+];
 
 const UNUSED: &[Unused] = &[
     ("training alone uses it", &["attn_pdrop", "embd_pdrop", "resid_pdrop"]),
@@ -47,7 +44,7 @@ const UNUSED: &[Unused] = &[
     ("transformers has no such attribute", &["n_special", "output_past", "predict_special_tokens"]),
 ];
 /// Keys of a head that causal language models do not have.
-const SUMMARY: &[&str] =
+pub(super) const SUMMARY: &[&str] =
     &["summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"];
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
@@ -67,14 +64,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
     let layer = LayerSpec { norm, order: NormOrder::Before, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
-    Ok(DecoderSpec {
-        hidden,
-        vocab: config.count("vocab_size")?,
-        max_positions: Some(rows),
-        selected_keys: None,
-        embedding: EmbeddingSpec { width: hidden, positions: Some(LearnedPositions { rows, offset: 0 }), scale: None },
-        layers: vec![layer; config.layers_under("n_layer")?],
-        final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false, softcap: None },
-    })
+    let decoder = decoder_of_width(config, hidden, rows, vec![layer; config.layers_under("n_layer")?])?;
+    let positions = Some(LearnedPositions { rows, offset: 0 });
+    Ok(DecoderSpec { embedding: EmbeddingSpec { positions, ..decoder.embedding }, ..decoder })
 }

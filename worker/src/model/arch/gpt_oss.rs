@@ -1,12 +1,7 @@
 //! gpt-oss (OpenAI 2025): attention sinks, windows in every second layer, clamped SwiGLU experts
 //! with biases in MXFP4, YaRN without rounding. Hugging Face `GptOssForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, Windowed, attention_like_llama, decoder_like_llama, pre_norm, windows};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec,
-    Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[("transformers has no such attribute", &["experts_per_token", "initial_context_length"])],
@@ -43,17 +38,10 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     };
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let moe = MoeSpec::plain(experts, top_k, expert, RouterSpec::TopKSoftmax);
-    let alternating = |layer: usize| ["sliding_attention", "full_attention"][layer % 2];
-    let kinds = match config.layer_types()? {
-        Some(kinds) => kinds,
-        None => (0..config.layers()?).map(alternating).collect(),
-    };
-    let window = config.count_opt("sliding_window")?.map(Window::Sliding);
-    let windowed = Windowed { kind: "sliding_attention", key: "sliding_window", window };
     let attention = AttentionSpec { sinks: true, ..attention_like_llama(config)? };
     let layer = |window| {
         let mixer = MixerSpec::Attention(AttentionSpec { window, ..attention.clone() });
         pre_norm(norm, mixer, FfnSpec::Moe(moe.clone()))
     };
-    decoder_like_llama(config, windows(kinds, &windowed)?.into_iter().map(layer).collect())
+    decoder_like_llama(config, windows_but_every(config, 2)?.into_iter().map(layer).collect())
 }

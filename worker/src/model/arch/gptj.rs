@@ -1,13 +1,7 @@
 //! GPT-J (Wang and Komatsuzaki 2021): one norm feeds attention and MLP side by side, interleaved
 //! rotation of a part of each head, a head with a bias. Hugging Face `GPTJForCausalLM`.
 
-use super::{Config, Family, Ignored, Names, Pattern, Unused};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, MixerSpec, MlpKind, MlpSpec, NormOrder,
-    NormSpec, Role,
-};
-use crate::model::rope::{Pairing, RopeScaling, RopeSpec};
+use super::*;
 
 pub(super) const FAMILY: Family =
     Family { unused: UNUSED, ..Family::new("GPTJForCausalLM", &["gptj"], "GPTJConfig", spec, &NAMES) };
@@ -32,18 +26,12 @@ const NAMES: Names = Names {
     ]],
     bases: &["transformer.", ""],
     input_major: &[],
-    ignored: &[
-        Ignored { names: Pattern::Suffix(".attn.bias"), why: "causal mask (a buffer)" },
-        Ignored { names: Pattern::Suffix(".attn.masked_bias"), why: "causal mask (a buffer)" },
-    ],
+    ignored: gpt2::CAUSAL_MASK,
 };
 
 const UNUSED: &[Unused] = &[
     ("training alone uses it", &["attn_pdrop", "embd_pdrop", "resid_pdrop"]),
-    (
-        "classifiers alone use it",
-        &["summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"],
-    ),
+    ("classifiers alone use it", gpt2::SUMMARY),
     ("rotations need no table of positions", &["n_ctx"]),
 ];
 /// Base of the frequencies; not in the configuration.
@@ -63,14 +51,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let mlp = MlpSpec { intermediate, kind: MlpKind::GeluTanh, bias: true };
     let mixer = MixerSpec::Attention(attention);
     let layer = LayerSpec { norm, order: NormOrder::Shared, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
-    Ok(DecoderSpec {
-        hidden,
-        vocab: config.count("vocab_size")?,
-        max_positions: Some(config.count("n_positions")?),
-        selected_keys: None,
-        embedding: EmbeddingSpec { width: hidden, positions: None, scale: None },
-        layers: vec![layer; config.layers_under("n_layer")?],
-        final_norm: Some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: true, softcap: None },
-    })
+    let layers = vec![layer; config.layers_under("n_layer")?];
+    let decoder = decoder_of_width(config, hidden, config.count("n_positions")?, layers)?;
+    Ok(DecoderSpec { head: HeadSpec { bias: true, ..decoder.head }, ..decoder })
 }

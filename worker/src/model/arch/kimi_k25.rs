@@ -1,8 +1,7 @@
 //! Kimi-K2.5 and K2.6 (2026), the text part: Kimi-K2 under a prefix, with 4-bit integer experts.
 //! Hugging Face `KimiK25ForConditionalGeneration`.
 
-use super::{Family, Ignored, NEXT_TOKEN_LAYERS, Names, Pattern, ROTARY_BUFFERS, Unused, deepseek_v3};
-use crate::model::decoder::Role;
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Kimi_K25Config"),
@@ -13,9 +12,9 @@ pub(super) const FAMILY: Family = Family {
 const NAMES: Names = Names {
     tensors: &[
         &[(Role::Head, "language_model.lm_head.weight")],
-        super::LIKE_LLAMA,
-        super::SEPARATE_EXPERTS,
-        super::SHARED_EXPERTS,
+        LIKE_LLAMA,
+        SEPARATE_EXPERTS,
+        SHARED_EXPERTS,
         deepseek_v3::LATENT,
     ],
     bases: &["language_model.model."],

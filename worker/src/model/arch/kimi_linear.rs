@@ -2,16 +2,9 @@
 //! of latent attention without rotation, and DeepSeek-V3's routing under Mixtral's names. Hugging
 //! Face `KimiLinearForCausalLM`; the code of `auto_map` is not needed.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
-use super::config::ill_typed;
-use super::{
-    Config, Family, LIKE_LLAMA, Names, decoder_like_llama, deepseek_v3, mixtral, pre_norm, sparse_by_types, unsupported,
-};
-use crate::error::{Result, WorkerError};
-use crate::model::decoder::{
-    DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[
@@ -22,8 +15,8 @@ pub(super) const FAMILY: Family = Family {
     ..Family::new("KimiLinearForCausalLM", &["kimi_linear"], "KimiLinearConfig", spec, &NAMES)
 };
 
-const NAMES: Names = Names {
-    tensors: &[
+const NAMES: Names = Names::new(
+    &[
         &[
             (Role::DeltaQueryConvolution, "{base}layers.{layer}.self_attn.q_conv1d.weight"),
             (Role::DeltaKeyConvolution, "{base}layers.{layer}.self_attn.k_conv1d.weight"),
@@ -46,10 +39,8 @@ const NAMES: Names = Names {
         mixtral::EXPERTS,
         deepseek_v3::LATENT,
     ],
-    bases: &["model.", ""],
-    input_major: &[],
-    ignored: &[],
-};
+    &["model.", ""],
+);
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;

@@ -1,8 +1,6 @@
 //! Llama 2 and 3: pre-norm, GQA, rotary positions, gated MLP. Hugging Face `LlamaForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, ROTARY_BUFFERS, attention_like_llama, decoder_like_llama, pre_norm};
-use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("LlamaForCausalLM", &["llama"], "LlamaConfig", spec, &NAMES);
 

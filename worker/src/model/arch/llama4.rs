@@ -2,16 +2,7 @@
 //! rotation, every fourth layer without either, experts with inputs scaled by the router, a shared
 //! expert. Hugging Face `Llama4ForConditionalGeneration`.
 
-use super::{
-    Config, Family, Ignored, Names, Pattern, Unused, Windowed, attention_like_llama, decoder_like_llama, pre_norm,
-    windows,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, QkNorm, Role,
-    RouterSpec, SharedSpec, Temperature, Window,
-};
-use crate::model::rope::{Pairing, RopeSpec};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Llama4Config"),
@@ -33,7 +24,7 @@ const NAMES: Names = Names {
             (Role::SharedUp, "{base}layers.{layer}.feed_forward.shared_expert.up_proj.weight"),
             (Role::SharedDown, "{base}layers.{layer}.feed_forward.shared_expert.down_proj.weight"),
         ],
-        super::LIKE_LLAMA,
+        LIKE_LLAMA,
     ],
     bases: &["language_model.model."],
     input_major: &[Role::ExpertGateUp, Role::ExpertDown],
@@ -55,7 +46,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
     let rotated = rotated_layers(config)?;
     let window = config.count_opt("attention_chunk_size")?.map(Window::Chunked);
-    let windowed = Windowed { kind: "chunked_attention", key: "attention_chunk_size", window };
     let kinds = match config.layer_types()? {
         Some(kinds) => kinds,
         None => rotated.iter().map(|rotated| if *rotated { "chunked_attention" } else { "full_attention" }).collect(),
@@ -67,7 +57,7 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         let ffn = if sparse { FfnSpec::Moe(mixture.clone()) } else { FfnSpec::Dense(dense) };
         pre_norm(norm, MixerSpec::Attention(attention), ffn)
     };
-    let windows = windows(kinds, &windowed)?;
+    let windows = windows(kinds, "chunked_attention", "attention_chunk_size", window)?;
     decoder_like_llama(config, windows.into_iter().zip(rotated).zip(sparse).map(layer).collect())
 }
 

@@ -2,16 +2,7 @@
 //! a separate key, sigmoid routing with a correction bias, FP8 tiles under Mixtral's names.
 //! Hugging Face `MiniMaxM2ForCausalLM`.
 
-use serde_json::Value;
-
-use super::{
-    Config, Family, LIKE_LLAMA, NEXT_TOKEN_LAYERS, Names, attention_without_positions, decoder_like_llama, mixtral,
-    pre_norm, unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, Role, RouterSpec,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[(

@@ -1,11 +1,7 @@
 //! Mixtral (Jiang et al. 2024): softmax over the best two of eight experts. Hugging Face
 //! `MixtralForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, Role, RouterSpec, Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("MixtralForCausalLM", &["mixtral"], "MixtralConfig", spec, &NAMES);
 

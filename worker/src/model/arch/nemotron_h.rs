@@ -1,17 +1,7 @@
 //! Nemotron-H (NVIDIA 2025) in the form of Nemotron 3: a layer is one norm and one block (Mamba-2,
 //! attention without positions, a mixture or an MLP). Hugging Face `NemotronHForCausalLM`.
 
-use serde_json::Value;
-
-use super::config::ill_typed;
-use super::{
-    Config, Family, Ignored, Names, Pattern, attention_without_positions, decoder_like_llama, pre_norm, sigmoid_groups,
-    unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    DecoderSpec, FfnSpec, MambaSpec, MixerSpec, MlpKind, MlpSpec, MoeSpec, NormSpec, Role, SharedSpec,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[

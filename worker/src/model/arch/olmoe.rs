@@ -1,11 +1,7 @@
 //! OLMoE (Muennighoff et al. 2024): q/k norm over the whole projection, softmax top-k routing, not
 //! renormalised. Hugging Face `OlmoeForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("OlmoeForCausalLM", &["olmoe"], "OlmoeConfig", spec, &NAMES);
 

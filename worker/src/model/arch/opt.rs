@@ -1,18 +1,13 @@
 //! OPT (Zhang et al. 2022): learned positions from row 2 on, ReLU; the 350M model has its norms
 //! after the residual additions and an embedding of half the width. Hugging Face `OPTForCausalLM`.
 
-use super::{Config, Family, Names, Unused};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, EmbeddingSpec, FfnSpec, HeadSpec, LayerSpec, LearnedPositions, MixerSpec, MlpKind,
-    MlpSpec, NormOrder, NormSpec, Role,
-};
+use super::*;
 
 pub(super) const FAMILY: Family =
     Family { unused: UNUSED, ..Family::new("OPTForCausalLM", &["opt"], "OPTConfig", spec, &NAMES) };
 
-const NAMES: Names = Names {
-    tensors: &[&[
+const NAMES: Names = Names::new(
+    &[&[
         (Role::Embedding, "{base}embed_tokens.weight"),
         (Role::Positions, "{base}embed_positions.weight"),
         (Role::ProjectIn, "{base}project_in.weight"),
@@ -37,10 +32,8 @@ const NAMES: Names = Names {
         (Role::DownProj, "{base}layers.{layer}.fc2.weight"),
         (Role::DownProjBias, "{base}layers.{layer}.fc2.bias"),
     ]],
-    bases: &["model.decoder.", "decoder.", ""],
-    input_major: &[],
-    ignored: &[],
-};
+    &["model.decoder.", "decoder.", ""],
+);
 
 /// Unused rows at the start of the position table.
 const POSITION_OFFSET: usize = 2;
@@ -70,18 +63,11 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     let order = if pre_norm { NormOrder::Before } else { NormOrder::After };
     let mixer = MixerSpec::Attention(attention);
     let layer = LayerSpec { norm, order, mixer, ffn: FfnSpec::Dense(mlp), scalar: false };
-    Ok(DecoderSpec {
-        hidden,
-        vocab: config.count("vocab_size")?,
-        max_positions: Some(positions),
-        selected_keys: None,
-        embedding: EmbeddingSpec {
-            width: config.count_or("word_embed_proj_dim", hidden)?,
-            positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),
-            scale: None,
-        },
-        layers: vec![layer; config.layers()?],
-        final_norm: last_norm.then_some(norm),
-        head: HeadSpec { tied: config.flag("tie_word_embeddings")?, stored: false, bias: false, softcap: None },
-    })
+    let embedding = EmbeddingSpec {
+        width: config.count_or("word_embed_proj_dim", hidden)?,
+        positions: Some(LearnedPositions { rows: positions + POSITION_OFFSET, offset: POSITION_OFFSET }),
+        scale: None,
+    };
+    let decoder = decoder_like_llama(config, vec![layer; config.layers()?])?;
+    Ok(DecoderSpec { embedding, final_norm: last_norm.then_some(norm), ..decoder })
 }

@@ -1,9 +1,7 @@
 //! Qwen2 and Qwen2.5 (2024), dense: biases on queries, keys and values only. Hugging Face
 //! `Qwen2ForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, qwen_windows};
-use crate::error::Result;
-use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("Qwen2ForCausalLM", &["qwen2"], "Qwen2Config", spec, &NAMES);
 

@@ -1,8 +1,6 @@
 //! Qwen3 (2025), dense: q/k norm per head. Hugging Face `Qwen3ForCausalLM`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, attention_like_llama, decoder_like_llama, pre_norm, qwen_windows};
-use crate::error::Result;
-use crate::model::decoder::{AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, NormSpec, QkNorm};
+use super::*;
 
 pub(super) const FAMILY: Family = Family::new("Qwen3ForCausalLM", &["qwen3"], "Qwen3Config", spec, &NAMES);
 

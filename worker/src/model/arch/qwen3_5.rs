@@ -1,9 +1,7 @@
 //! Qwen3.5 and 3.6 (2026), dense, the text part: Qwen3-Next's layers with separate DeltaNet
 //! projections. Hugging Face `Qwen3_5ForConditionalGeneration`.
 
-use super::{Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, Unused, qwen3_next};
-use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, DeltaStored, FfnSpec, MlpSpec, Role};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Qwen3_5Config"),

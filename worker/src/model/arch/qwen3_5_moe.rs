@@ -2,9 +2,7 @@
 //! and weights that are always renormalised. Experts are stacked, or separate in FP8. Hugging Face
 //! `Qwen3_5MoeForConditionalGeneration`.
 
-use super::{Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, qwen3_5, qwen3_next};
-use crate::error::Result;
-use crate::model::decoder::{DecoderSpec, DeltaStored, FfnSpec, GateUp, Role};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Qwen3_5MoeConfig"),

@@ -1,14 +1,7 @@
 //! Qwen3 mixtures (2025): q/k norm per head, softmax top-k routing, renormalised. Hugging Face
 //! `Qwen3MoeForCausalLM`.
 
-use super::{
-    Config, Family, LIKE_LLAMA, Names, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama, pre_norm,
-    qwen_window, sparse_layers,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, FfnSpec, MixerSpec, MlpSpec, MoeSpec, NormSpec, QkNorm, RouterSpec, Window,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[("of a mixture, all layers have the window: it has no such attribute", &["max_window_layers"])],

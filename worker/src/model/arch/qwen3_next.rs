@@ -1,15 +1,7 @@
 //! Qwen3-Next (2025): three gated DeltaNet layers per gated attention layer, zero-centred norms, a
 //! gated shared expert. Hugging Face `Qwen3NextForCausalLM`.
 
-use super::{
-    Config, Family, Ignored, LIKE_LLAMA, Names, Pattern, SEPARATE_EXPERTS, attention_like_llama, decoder_like_llama,
-    pre_norm, sparse_layers, unsupported,
-};
-use crate::error::Result;
-use crate::model::decoder::{
-    AttentionSpec, DecoderSpec, DeltaNetSpec, DeltaStored, FfnSpec, GateUp, MixerSpec, MlpKind, MlpSpec, MoeSpec,
-    NormKind, NormSpec, OutputGate, QkNorm, Role, RouterSpec, SharedSpec,
-};
+use super::*;
 
 pub(super) const FAMILY: Family = Family {
     unused: &[("transformers has no such attribute", &["use_sliding_window"])],
