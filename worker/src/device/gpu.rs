@@ -1,48 +1,40 @@
 //! NVIDIA GPUs, if this program was built with CUDA.
 
-#[cfg(feature = "cuda")]
-mod activation;
 #[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_activation.rs"]
+mod absent;
+#[cfg(feature = "cuda")]
 mod activation;
 #[cfg(feature = "cuda")]
 mod attention;
-#[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_attention.rs"]
-mod attention;
+#[cfg(feature = "cuda")]
+mod driver;
 #[cfg(feature = "cuda")]
 pub(crate) mod fused;
 #[cfg(feature = "cuda")]
 mod grouped;
-#[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_grouped.rs"]
-mod grouped;
 #[cfg(feature = "cuda")]
-mod host_to_device;
-#[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_host_to_device.rs"]
 mod host_to_device;
 #[cfg(feature = "cuda")]
 mod peer_copy;
-#[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_peer_copy.rs"]
-mod peer_copy;
 #[cfg(feature = "cuda")]
-mod routing;
-#[cfg(not(feature = "cuda"))]
-#[path = "gpu/no_routing.rs"]
 mod routing;
 
 use candle_core::{Device, Tensor};
 use outliers_protocol::DeviceInfo;
 use rayon::prelude::*;
 
-pub use activation::{PendingCopy, PendingScan, ScanSummary};
-pub use attention::{attend, attends};
-pub use grouped::{grouped_product, takes_in_group, try_in_group};
-pub use host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence};
-pub use peer_copy::PeerCopy;
-pub use routing::{SortedPairs, choose_experts, gathered_like, sort_pairs};
+#[cfg(feature = "cuda")]
+pub use self::{
+    activation::{PendingCopy, PendingScan, ScanSummary},
+    attention::{attend, attends},
+    driver::{copy_rates, find, free_memory, is_idle, oldest_driver, traffic},
+    grouped::{grouped_product, takes_in_group, try_in_group},
+    host_to_device::{HostToDevice, ReleaseFence, UploadFence, release_fence},
+    peer_copy::PeerCopy,
+    routing::{SortedPairs, choose_experts, gathered_like, sort_pairs},
+};
+#[cfg(not(feature = "cuda"))]
+pub use absent::*;
 
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::Window;
@@ -73,38 +65,6 @@ pub struct Gpus {
     pub why_none: Option<String>,
     /// Whether there are GPUs although none is usable: their rent is wasted.
     pub wasted: bool,
-}
-
-/// Detects the GPUs.
-#[cfg(feature = "cuda")]
-pub fn find() -> Gpus {
-    use outliers_cuda::{DriverInfo, Gpu as CudaGpu, OLDEST_COMPUTE};
-
-    let one = |CudaGpu { name, memory_bytes, compute }: &CudaGpu| {
-        let ((major, minor), (least, dot)) = (*compute, OLDEST_COMPUTE);
-        let old = *compute < OLDEST_COMPUTE;
-        let unfit = old.then(|| format!("its compute capability is {major}.{minor}, {least}.{dot} is needed"));
-        Gpu { name: name.clone(), memory_bytes: *memory_bytes, unfit }
-    };
-    match outliers_cuda::find() {
-        Ok(DriverInfo { gpus, .. }) => Gpus { gpus: gpus.iter().map(one).collect(), why_none: None, wasted: false },
-        Err(why) => Gpus { gpus: Vec::new(), why_none: Some(why.to_string()), wasted: why.wastes_a_gpu() },
-    }
-}
-
-/// Detects the GPUs.
-#[cfg(not(feature = "cuda"))]
-pub fn find() -> Gpus {
-    let why_none = Some("this worker was built without CUDA".to_owned());
-    Gpus { gpus: Vec::new(), why_none, wasted: false }
-}
-
-/// Minimum CUDA version of the driver, for a program that uses GPUs.
-pub fn oldest_driver() -> Option<String> {
-    #[cfg(feature = "cuda")]
-    return Some(outliers_cuda::OLDEST.to_string());
-    #[cfg(not(feature = "cuda"))]
-    None
 }
 
 impl Gpus {
@@ -163,19 +123,6 @@ impl Gpus {
     }
 }
 
-/// Free memory of a GPU in bytes; `None` for the CPU, and if the driver does not report it.
-#[cfg(feature = "cuda")]
-pub fn free_memory(device: &Device) -> Option<u64> {
-    let context = device.as_cuda_device().ok()?.cuda_stream().context().clone();
-    context.mem_get_info().ok().map(|(free, _)| free as u64)
-}
-
-/// Free memory of a GPU in bytes; always `None` without CUDA.
-#[cfg(not(feature = "cuda"))]
-pub fn free_memory(_device: &Device) -> Option<u64> {
-    None
-}
-
 /// Softmax attention of whole sequences, which a GPU's kernel computes in one pass.
 #[derive(Clone, Copy, Debug)]
 pub struct FusedAttention<'a> {
@@ -212,38 +159,6 @@ pub struct Load {
     pub mass_at_position_0: Vec<(u16, i128)>,
 }
 
-/// Whether a GPU has finished all work; `None` for the CPU, and if the driver does not report it.
-#[cfg(feature = "cuda")]
-pub fn is_idle(device: &Device) -> Option<bool> {
-    outliers_cuda::is_idle(&device.as_cuda_device().ok()?.cuda_stream())
-}
-
-/// Whether a GPU has finished all work; always `None` without CUDA.
-#[cfg(not(feature = "cuda"))]
-pub fn is_idle(_device: &Device) -> Option<bool> {
-    None
-}
-
-/// Measured rates of copies from pinned memory to a GPU and back in bytes per second; `None` for
-/// the CPU.
-///
-/// # Errors
-/// Errors of the driver.
-#[cfg(feature = "cuda")]
-pub fn copy_rates(device: &Device, rounds: usize) -> Result<Option<[f64; 2]>> {
-    let Device::Cuda(device) = device else { return Ok(None) };
-    Ok(Some(outliers_cuda::copy_rates(&device.cuda_stream(), rounds)?))
-}
-
-/// Measured rates of copies; always `None` without CUDA.
-///
-/// # Errors
-/// None.
-#[cfg(not(feature = "cuda"))]
-pub fn copy_rates(_device: &Device, _rounds: usize) -> Result<Option<[f64; 2]>> {
-    Ok(None)
-}
-
 /// Bytes copied between the host and all GPUs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Traffic {
@@ -258,19 +173,6 @@ impl Traffic {
     pub fn since(self, earlier: Self) -> Self {
         Self { to_gpus: self.to_gpus - earlier.to_gpus, from_gpus: self.from_gpus - earlier.from_gpus }
     }
-}
-
-/// Bytes copied by this process so far.
-#[cfg(feature = "cuda")]
-pub fn traffic() -> Traffic {
-    let outliers_cuda::Traffic { to_gpus, from_gpus } = outliers_cuda::traffic();
-    Traffic { to_gpus, from_gpus }
-}
-
-/// Bytes copied by this process: 0 without CUDA.
-#[cfg(not(feature = "cuda"))]
-pub fn traffic() -> Traffic {
-    Traffic::default()
 }
 
 #[cfg(test)]
