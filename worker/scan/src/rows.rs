@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::Histogram;
-use crate::simd::vectorized;
+use crate::vectorize;
 
 /// Statistics of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,10 +37,7 @@ impl Row {
         let max_bits = scratch.iter().copied().fold(0, u32::max);
         let median = *scratch.select_nth_unstable((x.len() - 1) / 2).1;
         let n = x.len() as f64;
-        let (mean, [second, fourth]) = vectorized(
-            #[inline(always)]
-            || moments(x),
-        );
+        let (mean, [second, fourth]) = vectorize!(moments(x));
         Self {
             max_bits,
             median: f32::from_bits(median),

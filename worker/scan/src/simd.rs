@@ -17,3 +17,14 @@ pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     }
     work()
 }
+
+/// [`vectorized`](crate::simd::vectorized) of an expression.
+#[macro_export]
+macro_rules! vectorize {
+    ($work:expr) => {
+        $crate::simd::vectorized(
+            #[inline(always)]
+            || $work,
+        )
+    };
+}

@@ -14,7 +14,7 @@ use candle_core::{
     Tensor, bail,
 };
 use half::{bf16, f16};
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 use rayon::prelude::*;
 
 use crate::checkpoint::dtype::Compute;
@@ -217,15 +217,12 @@ impl RmsNorm<'_> {
         let mut out = vec![T::narrow(0.0); x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).enumerate().for_each(
             |(row, (out, x))| {
-                vectorized(
-                    #[inline(always)]
-                    || {
-                        self.row(out, x, gain);
-                        if let Some(residual) = residual {
-                            add(out, &residual[row * width..][..width]);
-                        }
-                    },
-                );
+                vectorize!({
+                    self.row(out, x, gain);
+                    if let Some(residual) = residual {
+                        add(out, &residual[row * width..][..width]);
+                    }
+                });
             },
         );
         Ok(out)
@@ -296,10 +293,7 @@ impl LayerNorm {
         let width = gain.len();
         let mut out = vec![T::narrow(0.0); x.len()];
         out.par_chunks_mut(width).zip(x.par_chunks(width)).with_min_len(rows_per_task(width)).for_each(|(out, x)| {
-            vectorized(
-                #[inline(always)]
-                || self.row(out, x, gain, bias),
-            );
+            vectorize!(self.row(out, x, gain, bias));
         });
         out
     }
@@ -386,14 +380,11 @@ impl Rope<'_> {
         x.par_chunks_mut(self.width).with_min_len(rows_per_task(self.width)).enumerate().for_each(|(row, x)| {
             let at = (row % self.positions) * pairs;
             let (cos, sin) = (&cos[at..at + pairs], &sin[at..at + pairs]);
-            vectorized(
-                #[inline(always)]
-                || {
-                    for head in x.chunks_exact_mut(self.part.head_dim) {
-                        rotate_pairs(&mut head[rotated.clone()], self.table.pairing, cos, sin);
-                    }
-                },
-            );
+            vectorize!({
+                for head in x.chunks_exact_mut(self.part.head_dim) {
+                    rotate_pairs(&mut head[rotated.clone()], self.table.pairing, cos, sin);
+                }
+            });
         });
     }
 }
@@ -516,10 +507,7 @@ impl CausalSoftmax<'_> {
                 let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[(first_head + head) % sinks.len()]);
                 let (seen, after) = scores.split_at_mut(range.end);
                 let (before, seen) = seen.split_at_mut(range.start);
-                vectorized(
-                    #[inline(always)]
-                    || softmax(seen, self.scale, sink),
-                );
+                vectorize!(softmax(seen, self.scale, sink));
                 before.fill(T::narrow(0.0));
                 after.fill(T::narrow(0.0));
             },
@@ -594,13 +582,10 @@ pub fn causal_softmax(scores: Tensor, block: ScoreBlock, scale: f64, sinks: Opti
 
 /// The largest value and the sum of `exp(value - largest)`, the parts of a log-sum-exp.
 fn exp_sum<T: Real>(values: &[T]) -> (f32, f32) {
-    vectorized(
-        #[inline(always)]
-        || {
-            let top = lane_max(values, |v| v.wide());
-            (top, lane_sum(values, |v| exp_negative(v.wide() - top)))
-        },
-    )
+    vectorize!({
+        let top = lane_max(values, |v| v.wide());
+        (top, lane_sum(values, |v| exp_negative(v.wide() - top)))
+    })
 }
 
 struct LogitParts {
@@ -751,12 +736,9 @@ impl Overwrite for Gated {
     const NAME: &'static str = "gated";
 
     fn run<T: Real>(&self, gate: &mut [T], up: &[T]) {
-        gate.par_chunks_mut(ELEMENTS).zip(up.par_chunks(ELEMENTS)).for_each(|(gate, up)| {
-            vectorized(
-                #[inline(always)]
-                || self.0.open(gate, up),
-            )
-        });
+        gate.par_chunks_mut(ELEMENTS)
+            .zip(up.par_chunks(ELEMENTS))
+            .for_each(|(gate, up)| vectorize!(self.0.open(gate, up)));
     }
 
     #[cfg(feature = "cuda")]
@@ -788,18 +770,15 @@ impl GatedJoined {
         let mut out = vec![T::narrow(0.0); joined.len() / 2];
         let rows = out.par_chunks_mut(inner).zip(joined.par_chunks(2 * inner)).with_min_len(rows_per_task(2 * inner));
         rows.for_each(|(out, row)| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    if self.interleaved {
-                        self.open_pairs(out, row);
-                    } else {
-                        let (gate, up) = row.split_at(inner);
-                        out.copy_from_slice(gate);
-                        self.how.open(out, up);
-                    }
-                },
-            );
+            vectorize!({
+                if self.interleaved {
+                    self.open_pairs(out, row);
+                } else {
+                    let (gate, up) = row.split_at(inner);
+                    out.copy_from_slice(gate);
+                    self.how.open(out, up);
+                }
+            });
         });
         out
     }
@@ -874,10 +853,7 @@ impl Activation {
 
     fn run_all<T: Real>(self, x: &mut [T]) {
         x.par_chunks_mut(ELEMENTS).for_each(|x| {
-            vectorized(
-                #[inline(always)]
-                || self.run(x),
-            );
+            vectorize!(self.run(x));
         });
     }
 }
@@ -936,10 +912,7 @@ impl Overwrite for Sum {
 
     fn run<T: Real>(&self, x: &mut [T], y: &[T]) {
         let add = |x: &mut [T], y: &[T]| {
-            vectorized(
-                #[inline(always)]
-                || add(x, y),
-            );
+            vectorize!(add(x, y));
         };
         if x.len() == y.len() {
             x.par_chunks_mut(ELEMENTS).zip(y.par_chunks(ELEMENTS)).for_each(|(x, y)| add(x, y));
@@ -990,14 +963,11 @@ impl Overwrite for ScatterAdd<'_> {
             let weight = T::narrow(*weight).wide();
             let at = *row as usize * self.width;
             let out = &mut out[at..at + self.width];
-            vectorized(
-                #[inline(always)]
-                || {
-                    for (o, v) in out.iter_mut().zip(value) {
-                        *o = T::narrow(o.wide() + T::narrow(v.wide() * weight).wide());
-                    }
-                },
-            );
+            vectorize!({
+                for (o, v) in out.iter_mut().zip(value) {
+                    *o = T::narrow(o.wide() + T::narrow(v.wide() * weight).wide());
+                }
+            });
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{D, DType, Device, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 
 /// Columns that are summed together.
 const STRIPE: usize = 256;
@@ -41,20 +41,17 @@ impl InputSums {
         let sums = self.squares.par_chunks_mut(STRIPE).zip(self.values.par_chunks_mut(STRIPE));
         let stripes = sums.zip(self.largest.par_chunks_mut(STRIPE)).enumerate();
         stripes.for_each(|(stripe, ((squares, values), largest))| {
-            vectorized(
-                #[inline(always)]
-                || {
-                    for row in x.chunks_exact(width) {
-                        let sums = squares.iter_mut().zip(&mut *values).zip(&mut *largest);
-                        for (x, ((squares, values), largest)) in row[stripe * STRIPE..].iter().zip(sums) {
-                            let wide = f64::from(*x);
-                            *squares += wide * wide;
-                            *values += wide;
-                            *largest = f32::max(*largest, x.abs());
-                        }
+            vectorize!({
+                for row in x.chunks_exact(width) {
+                    let sums = squares.iter_mut().zip(&mut *values).zip(&mut *largest);
+                    for (x, ((squares, values), largest)) in row[stripe * STRIPE..].iter().zip(sums) {
+                        let wide = f64::from(*x);
+                        *squares += wide * wide;
+                        *values += wide;
+                        *largest = f32::max(*largest, x.abs());
                     }
-                },
-            );
+                }
+            });
         });
     }
 

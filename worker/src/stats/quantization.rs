@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use outliers_protocol::{
     NumberFormat, PooledQuantization, QUANTIZED_ROWS, QuantizationError, QuantizationErrors, SiteQuantization,
 };
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -194,10 +194,7 @@ struct QuantizedRow {
 impl QuantizedRow {
     /// Errors of a row of finite values in all combinations; `None` for a row of zeros.
     fn losses(&mut self, x: &[f32], threshold: f32) -> Option<[Loss; WAYS]> {
-        vectorized(
-            #[inline(always)]
-            || self.losses_in_every_way(x, threshold),
-        )
+        vectorize!(self.losses_in_every_way(x, threshold))
     }
 
     #[inline(always)]

@@ -8,7 +8,7 @@ use outliers_protocol::{
     MAPPED_DIMS, MAPPED_POSITIONS, MappedDim, RESIDUAL_SINKS, ResidualMap, ResidualSink, ResidualSinkLayer,
     ResidualSinks,
 };
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 use outliers_scan::{Row, Scan};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -144,10 +144,7 @@ impl ResidualSinkCounts {
         seen.tokens = scan.rows.len() as u64;
         let times = f64::from(self.threshold).powi(2) / hidden as f64;
         seen.dims.par_chunks_mut(CHUNK).enumerate().for_each(|(chunk, dims)| {
-            vectorized(
-                #[inline(always)]
-                || count(dims, &scan.rows, &x[chunk * CHUNK..], hidden, times),
-            );
+            vectorize!(count(dims, &scan.rows, &x[chunk * CHUNK..], hidden, times));
         });
         let mut largest: Vec<(u32, i64)> = (0..).zip(seen.dims.iter().map(|dim| dim.squares)).collect();
         largest.sort_unstable_by_key(|(dim, squares)| (Reverse(*squares), *dim));

@@ -1,6 +1,6 @@
 //! 4-bit integers in groups with one scale each, as packed by compressed-tensors.
 
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 
 use super::Format;
 use super::convert::Compute;
@@ -48,21 +48,18 @@ impl<T: Compute> Format<T> for Groups<'_> {
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
         let codes = self.codes[start / 2..].chunks(self.group / 2);
         let groups = out.chunks_mut(self.group).zip(codes).zip(&self.scales[start / self.group..]);
-        vectorized(
-            #[inline(always)]
-            || {
-                let mut fits = true;
-                for ((out, codes), &scale) in groups {
-                    for (out, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
-                        *out = pair(*byte, scale).map(T::narrow);
-                    }
-                    // The codes are checked only if the largest would not fit.
-                    let all_fit = T::holds(MIN_VALUE * scale);
-                    fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
+        vectorize!({
+            let mut fits = true;
+            for ((out, codes), &scale) in groups {
+                for (out, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(codes) {
+                    *out = pair(*byte, scale).map(T::narrow);
                 }
-                fits
-            },
-        )
+                // The codes are checked only if the largest would not fit.
+                let all_fit = T::holds(MIN_VALUE * scale);
+                fits &= all_fit || codes.iter().all(|&byte| pair(byte, scale).into_iter().all(T::holds));
+            }
+            fits
+        })
     }
 
     fn value(&self, index: usize) -> f32 {

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use half::{bf16, f16};
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 
 use super::Format;
 use super::convert::{Compute, widen_f16};
@@ -51,18 +51,15 @@ impl<'a, S: Stored<N>, const N: usize> Wide<'a, S, N> {
 impl<T: Compute, S: Stored<N>, const N: usize> Format<T> for Wide<'_, S, N> {
     fn fill(&self, start: usize, out: &mut [T::Bits]) -> bool {
         let stored = &self.stored[start..][..out.len()];
-        vectorized(
-            #[inline(always)]
-            || {
-                let mut fits = true;
-                for (out, bytes) in out.iter_mut().zip(stored) {
-                    let value = S::wide(*bytes);
-                    *out = T::narrow(value);
-                    fits &= T::holds(value);
-                }
-                fits
-            },
-        )
+        vectorize!({
+            let mut fits = true;
+            for (out, bytes) in out.iter_mut().zip(stored) {
+                let value = S::wide(*bytes);
+                *out = T::narrow(value);
+                fits &= T::holds(value);
+            }
+            fits
+        })
     }
 
     fn value(&self, index: usize) -> f32 {

@@ -10,7 +10,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use outliers_protocol::FileBytes;
-use outliers_scan::simd::vectorized;
+use outliers_scan::vectorize;
 use rayon::prelude::*;
 use serde_json::Value;
 
@@ -164,10 +164,7 @@ impl ByteGenerator {
         head.copy_from_slice(&self.word(key, start / 8)[skip..][..head.len()]);
         let first = start.div_ceil(8);
         let (words, tail) = body.as_chunks_mut::<8>();
-        vectorized(
-            #[inline(always)]
-            || words.iter_mut().zip(first..).for_each(|(word, index)| *word = self.word(key, index)),
-        );
+        vectorize!(words.iter_mut().zip(first..).for_each(|(word, index)| *word = self.word(key, index)));
         tail.copy_from_slice(&self.word(key, first + words.len() as u64)[..tail.len()]);
     }
 }
