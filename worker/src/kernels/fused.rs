@@ -99,6 +99,27 @@ fn part_mut<'a, T>(data: &'a mut [T], layout: &Layout) -> Result<&'a mut [T]> {
     }
 }
 
+/// Evaluates an expression over the values of storages of one float dtype. After `made` it gives
+/// values, which are put into a storage of the same dtype.
+macro_rules! floats {
+    (made $name:expr, |$($x:ident),+| $run:expr) => {
+        match ($($x,)+) {
+            ($(CpuStorage::F32($x),)+) => CpuStorage::F32($run),
+            ($(CpuStorage::BF16($x),)+) => CpuStorage::BF16($run),
+            ($(CpuStorage::F16($x),)+) => CpuStorage::F16($run),
+            _ => bail!("{}: not floats of one dtype", $name),
+        }
+    };
+    ($name:expr, |$($x:ident),+| $run:expr) => {
+        match ($($x,)+) {
+            ($(CpuStorage::F32($x),)+) => $run,
+            ($(CpuStorage::BF16($x),)+) => $run,
+            ($(CpuStorage::F16($x),)+) => $run,
+            _ => bail!("{}: not floats of one dtype", $name),
+        }
+    };
+}
+
 /// An operation that overwrites its first argument with its result.
 trait Overwrite {
     const NAME: &'static str;
@@ -121,12 +142,7 @@ impl<O: Overwrite> InplaceOp2 for InPlace<O> {
     }
 
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
-        match (s1, s2) {
-            (CpuStorage::F32(x), CpuStorage::F32(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
-            (CpuStorage::BF16(x), CpuStorage::BF16(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
-            (CpuStorage::F16(x), CpuStorage::F16(y)) => self.0.run(part_mut(x, l1)?, part(y, l2)?),
-            _ => bail!("{}: not floats of one dtype", O::NAME),
-        }
+        floats!(O::NAME, |s1, s2| self.0.run(part_mut(s1, l1)?, part(s2, l2)?));
         Ok(())
     }
 
@@ -244,23 +260,11 @@ impl CustomOp2 for RmsNorm<'_> {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
-        use CpuStorage::{BF16, F16, F32};
         let out = reading(self.residual, |residual| {
-            Ok(match (s1, s2, residual) {
-                (F32(x), F32(g), None) => F32(self.run(part(x, l1)?, part(g, l2)?, None)?),
-                (F32(x), F32(g), Some((F32(r), l3))) => {
-                    F32(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
-                }
-                (BF16(x), BF16(g), None) => BF16(self.run(part(x, l1)?, part(g, l2)?, None)?),
-                (BF16(x), BF16(g), Some((BF16(r), l3))) => {
-                    BF16(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
-                }
-                (F16(x), F16(g), None) => F16(self.run(part(x, l1)?, part(g, l2)?, None)?),
-                (F16(x), F16(g), Some((F16(r), l3))) => {
-                    F16(self.run(part(x, l1)?, part(g, l2)?, Some(part(r, l3)?))?)
-                }
-                _ => bail!("rms-norm: value, gain and residual differ in dtype"),
-            })
+            Ok(floats!(made self.name(), |s1, s2| {
+                let residual = residual.map(|(r, l3)| part(r.as_slice()?, l3)).transpose()?;
+                self.run(part(s1, l1)?, part(s2, l2)?, residual)?
+            }))
         })?;
         Ok((out, l1.shape().clone()))
     }
@@ -324,13 +328,7 @@ impl CustomOp3 for LayerNorm {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        use CpuStorage::{BF16, F16, F32};
-        let out = match (s1, s2, s3) {
-            (F32(x), F32(g), F32(b)) => F32(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
-            (BF16(x), BF16(g), BF16(b)) => BF16(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
-            (F16(x), F16(g), F16(b)) => F16(self.run(part(x, l1)?, part(g, l2)?, part(b, l3)?)),
-            _ => bail!("layer-norm: value, gain and bias differ in dtype"),
-        };
+        let out = floats!(made self.name(), |s1, s2, s3| self.run(part(s1, l1)?, part(s2, l2)?, part(s3, l3)?));
         Ok((out, l1.shape().clone()))
     }
 
@@ -420,12 +418,7 @@ impl InplaceOp2 for Rope<'_> {
     fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<()> {
         let CpuStorage::F32(angles) = s2 else { bail!("rope: angles are not f32") };
         let angles = part(angles, l2)?;
-        match s1 {
-            CpuStorage::F32(x) => self.run(part_mut(x, l1)?, angles),
-            CpuStorage::BF16(x) => self.run(part_mut(x, l1)?, angles),
-            CpuStorage::F16(x) => self.run(part_mut(x, l1)?, angles),
-            _ => bail!("rope: not a float"),
-        }
+        floats!(self.name(), |s1| self.run(part_mut(s1, l1)?, angles));
         Ok(())
     }
 
@@ -544,12 +537,7 @@ impl InplaceOp1 for CausalSoftmax<'_> {
                 Some((CpuStorage::F32(sinks), layout)) => Some(part(sinks, layout)?),
                 Some(_) => bail!("causal-softmax: sinks are not f32"),
             };
-            match storage {
-                CpuStorage::F32(x) => self.run(part_mut(x, layout)?, sinks),
-                CpuStorage::BF16(x) => self.run(part_mut(x, layout)?, sinks),
-                CpuStorage::F16(x) => self.run(part_mut(x, layout)?, sinks),
-                _ => bail!("causal-softmax: not a float"),
-            }
+            floats!(self.name(), |storage| self.run(part_mut(storage, layout)?, sinks));
             Ok(())
         })
     }
@@ -625,12 +613,7 @@ impl CustomOp2 for LogitParts {
         let rows = Self::rows(l1, l2)?;
         let CpuStorage::U32(targets) = s2 else { bail!("logit-parts: targets are no u32") };
         let targets = part(targets, l2)?;
-        let parts = match s1 {
-            CpuStorage::F32(logits) => self.run(part(logits, l1)?, targets),
-            CpuStorage::BF16(logits) => self.run(part(logits, l1)?, targets),
-            CpuStorage::F16(logits) => self.run(part(logits, l1)?, targets),
-            _ => bail!("logit-parts: not a float"),
-        };
+        let parts = floats!(self.name(), |s1| self.run(part(s1, l1)?, targets));
         Ok((CpuStorage::F32(parts), Shape::from((rows, 3))))
     }
 
@@ -804,13 +787,7 @@ impl CustomOp1 for GatedJoined {
     }
 
     fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout) -> Result<(CpuStorage, Shape)> {
-        let out = match s1 {
-            CpuStorage::F32(x) => CpuStorage::F32(self.run(part(x, l1)?)),
-            CpuStorage::BF16(x) => CpuStorage::BF16(self.run(part(x, l1)?)),
-            CpuStorage::F16(x) => CpuStorage::F16(self.run(part(x, l1)?)),
-            _ => bail!("gated-joined: not a float"),
-        };
-        Ok((out, self.shape(l1)))
+        Ok((floats!(made self.name(), |s1| self.run(part(s1, l1)?)), self.shape(l1)))
     }
 
     #[cfg(feature = "cuda")]
@@ -876,12 +853,7 @@ impl InplaceOp1 for Activation {
     }
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        match storage {
-            CpuStorage::F32(x) => self.run_all(part_mut(x, layout)?),
-            CpuStorage::BF16(x) => self.run_all(part_mut(x, layout)?),
-            CpuStorage::F16(x) => self.run_all(part_mut(x, layout)?),
-            _ => bail!("activation: not a float"),
-        }
+        floats!(self.name(), |storage| self.run_all(part_mut(storage, layout)?));
         Ok(())
     }
 
