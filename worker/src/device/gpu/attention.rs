@@ -41,10 +41,7 @@ pub fn attend(
     let ((of_query, layout), (of_key, key_layout)) = (query.storage_and_layout(), key.storage_and_layout());
     let (of_value, value_layout) = value.storage_and_layout();
     let sinks = by.sinks.map(Tensor::storage_and_layout);
-    let sinks = match &sinks {
-        Some((storage, layout)) => Some(shown::<f32>(storage, layout)?),
-        None => None,
-    };
+    let sinks = sinks.as_ref().map(|(storage, layout)| shown::<f32>(storage, layout)).transpose()?;
     let of = Attention {
         sequences,
         positions,

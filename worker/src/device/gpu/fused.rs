@@ -1,11 +1,11 @@
 //! GPU kernels of [`crate::kernels::fused`] over the tensor library's storages.
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{CudaView, CudaViewMut};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, CudaViewMut};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{CudaStorage, DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
-use outliers_cuda::fused::{self as kernels, Real};
+use outliers_cuda::fused as kernels;
 pub(crate) use outliers_cuda::fused::{Convolution, Gate, Rotation, Scores};
 pub(crate) use outliers_cuda::recurrence::Recurrence;
 use outliers_cuda::recurrence::{self as recurrences, MOST_ROWS};
@@ -15,13 +15,22 @@ use super::MAX_VALUES;
 /// A tensor that is read.
 pub(crate) type Read<'a> = (&'a CudaStorage, &'a Layout);
 
-/// Calls a function with the type of the storage's dtype.
+/// Evaluates an expression in which the named type is that of the storage's dtype.
 macro_rules! in_dtype {
-    ($storage:expr, $function:ident($($argument:expr),*)) => {
+    ($storage:expr, $name:ident => $run:expr) => {
         match $storage.dtype() {
-            DType::F32 => $function::<f32>($($argument),*),
-            DType::BF16 => $function::<bf16>($($argument),*),
-            DType::F16 => $function::<f16>($($argument),*),
+            DType::F32 => {
+                type $name = f32;
+                $run
+            }
+            DType::BF16 => {
+                type $name = bf16;
+                $run
+            }
+            DType::F16 => {
+                type $name = f16;
+                $run
+            }
             dtype => bail!("there is no kernel for {dtype:?}"),
         }
     };
@@ -67,69 +76,50 @@ fn reading<R>(tensor: Option<&Tensor>, see: impl FnOnce(Option<Read<'_>>) -> Res
     }
 }
 
+/// What a kernel made of `x`, on the same device.
+fn made<T: CudaDType>(x: Read<'_>, out: CudaSlice<T>) -> CudaStorage {
+    CudaStorage::wrap_cuda_slice(out, x.0.device.clone())
+}
+
 /// As [`crate::kernels::fused::rms_norm`].
 pub(crate) fn rms_norm(x: Read<'_>, gain: Read<'_>, residual: Option<&Tensor>, eps: f32) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(
-        x: Read<'_>,
-        gain: Read<'_>,
-        residual: Option<Read<'_>>,
-        eps: f32,
-    ) -> Result<CudaStorage> {
-        let residual = residual.map(view::<T>).transpose()?;
-        let stream = x.0.device.cuda_stream();
-        let out = kernels::rms_norm(&stream, &view::<T>(x)?, &view::<T>(gain)?, residual.as_ref(), eps).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
-    }
-    reading(residual, |residual| in_dtype!(x.0, of(x, gain, residual, eps)))
+    let stream = x.0.device.cuda_stream();
+    reading(residual, |residual| {
+        in_dtype!(x.0, T => {
+            let residual = residual.map(view::<T>).transpose()?;
+            Ok(made(x, kernels::rms_norm(&stream, &view::<T>(x)?, &view::<T>(gain)?, residual.as_ref(), eps).w()?))
+        })
+    })
 }
 
 /// As [`crate::kernels::fused::layer_norm`].
 pub(crate) fn layer_norm(x: Read<'_>, gain: Read<'_>, bias: Read<'_>, eps: f32) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(x: Read<'_>, gain: Read<'_>, bias: Read<'_>, eps: f32) -> Result<CudaStorage> {
-        let stream = x.0.device.cuda_stream();
+    let stream = x.0.device.cuda_stream();
+    in_dtype!(x.0, T => {
         let out = kernels::layer_norm(&stream, &view::<T>(x)?, &view::<T>(gain)?, &view::<T>(bias)?, eps).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
-    }
-    in_dtype!(x.0, of(x, gain, bias, eps))
+        Ok(made(x, out))
+    })
 }
 
 /// As [`crate::kernels::fused::rope`].
 pub(crate) fn rope(x: &mut CudaStorage, layout: &Layout, table: Read<'_>, rotation: Rotation) -> Result<()> {
-    fn of<T: CudaDType + Real>(
-        x: &mut CudaStorage,
-        layout: &Layout,
-        table: Read<'_>,
-        rotation: Rotation,
-    ) -> Result<()> {
-        let stream = x.device.cuda_stream();
-        kernels::rope(&stream, &mut view_mut::<T>(x, layout)?, &view::<f32>(table)?, rotation).w()
-    }
-    in_dtype!(x, of(x, layout, table, rotation))
+    let stream = x.device.cuda_stream();
+    in_dtype!(x, T => kernels::rope(&stream, &mut view_mut::<T>(x, layout)?, &view::<f32>(table)?, rotation).w())
 }
 
 /// As [`crate::kernels::fused::causal_softmax`].
 pub(crate) fn softmax(x: &mut CudaStorage, layout: &Layout, scores: Scores, sinks: Option<&Tensor>) -> Result<()> {
-    fn of<T: CudaDType + Real>(
-        x: &mut CudaStorage,
-        layout: &Layout,
-        scores: Scores,
-        sinks: Option<Read<'_>>,
-    ) -> Result<()> {
+    let stream = x.device.cuda_stream();
+    reading(sinks, |sinks| {
         let sinks = sinks.map(view::<f32>).transpose()?;
-        let stream = x.device.cuda_stream();
-        kernels::softmax(&stream, &mut view_mut::<T>(x, layout)?, scores, sinks.as_ref()).w()
-    }
-    reading(sinks, |sinks| in_dtype!(x, of(x, layout, scores, sinks)))
+        in_dtype!(x, T => kernels::softmax(&stream, &mut view_mut::<T>(x, layout)?, scores, sinks.as_ref()).w())
+    })
 }
 
 /// As [`crate::kernels::fused::logit_parts`].
 pub(crate) fn logit_parts(x: Read<'_>, targets: Read<'_>, first: u32) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(x: Read<'_>, targets: Read<'_>, first: u32) -> Result<CudaStorage> {
-        let stream = x.0.device.cuda_stream();
-        let out = kernels::logit_parts(&stream, &view::<T>(x)?, &view::<u32>(targets)?, first).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
-    }
-    in_dtype!(x.0, of(x, targets, first))
+    let (stream, targets) = (x.0.device.cuda_stream(), view::<u32>(targets)?);
+    in_dtype!(x.0, T => Ok(made(x, kernels::logit_parts(&stream, &view::<T>(x)?, &targets, first).w()?)))
 }
 
 /// As `crate::blocks::delta_net::Convolution`.
@@ -139,18 +129,13 @@ pub(crate) fn convolution(
     bias: Option<&Tensor>,
     convolution: Convolution,
 ) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(
-        x: Read<'_>,
-        taps: Read<'_>,
-        bias: Option<Read<'_>>,
-        convolution: Convolution,
-    ) -> Result<CudaStorage> {
+    let (stream, taps) = (x.0.device.cuda_stream(), view::<f32>(taps)?);
+    reading(bias, |bias| {
         let bias = bias.map(view::<f32>).transpose()?;
-        let stream = x.0.device.cuda_stream();
-        let out = kernels::convolution(&stream, &view::<T>(x)?, &view::<f32>(taps)?, bias.as_ref(), convolution).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, x.0.device.clone()))
-    }
-    reading(bias, |bias| in_dtype!(x.0, of(x, taps, bias, convolution)))
+        in_dtype!(x.0, T => {
+            Ok(made(x, kernels::convolution(&stream, &view::<T>(x)?, &taps, bias.as_ref(), convolution).w()?))
+        })
+    })
 }
 
 /// As [`crate::kernels::recurrence::Recurrence`].
@@ -170,46 +155,36 @@ pub(crate) fn recurrence(
     reading(strength, |strength| {
         let strength = strength.map(view::<f32>).transpose()?;
         let (stream, inputs) = (value.0.device.cuda_stream(), [&queries, &keys, &values, &left]);
-        let out = recurrences::recurrence(&stream, inputs, strength.as_ref(), of).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, value.0.device.clone()))
+        Ok(made(value, recurrences::recurrence(&stream, inputs, strength.as_ref(), of).w()?))
     })
 }
 
 /// As [`crate::kernels::fused::gated`].
 pub(crate) fn gated(gates: &mut CudaStorage, layout: &Layout, up: Read<'_>, how: Gate) -> Result<()> {
-    fn of<T: CudaDType + Real>(gates: &mut CudaStorage, layout: &Layout, up: Read<'_>, how: Gate) -> Result<()> {
-        let stream = gates.device.cuda_stream();
-        kernels::gated(&stream, &mut view_mut::<T>(gates, layout)?, &view::<T>(up)?, width(layout), how).w()
-    }
-    in_dtype!(gates, of(gates, layout, up, how))
+    let (stream, width) = (gates.device.cuda_stream(), width(layout));
+    in_dtype!(gates, T => {
+        kernels::gated(&stream, &mut view_mut::<T>(gates, layout)?, &view::<T>(up)?, width, how).w()
+    })
 }
 
 /// As [`crate::kernels::fused::gated_joined`].
 pub(crate) fn gated_joined(joined: Read<'_>, inner: usize, interleaved: bool, how: Gate) -> Result<CudaStorage> {
-    fn of<T: CudaDType + Real>(joined: Read<'_>, inner: usize, interleaved: bool, how: Gate) -> Result<CudaStorage> {
-        let stream = joined.0.device.cuda_stream();
-        let out = kernels::gated_joined(&stream, &view::<T>(joined)?, inner, interleaved, how).w()?;
-        Ok(CudaStorage::wrap_cuda_slice(out, joined.0.device.clone()))
-    }
-    in_dtype!(joined.0, of(joined, inner, interleaved, how))
+    let stream = joined.0.device.cuda_stream();
+    in_dtype!(joined.0, T => {
+        Ok(made(joined, kernels::gated_joined(&stream, &view::<T>(joined)?, inner, interleaved, how).w()?))
+    })
 }
 
 /// As [`crate::kernels::fused::activated`].
 pub(crate) fn activate(x: &mut CudaStorage, layout: &Layout, kind: u32) -> Result<()> {
-    fn of<T: CudaDType + Real>(x: &mut CudaStorage, layout: &Layout, kind: u32) -> Result<()> {
-        let stream = x.device.cuda_stream();
-        kernels::activate(&stream, &mut view_mut::<T>(x, layout)?, width(layout), kind).w()
-    }
-    in_dtype!(x, of(x, layout, kind))
+    let stream = x.device.cuda_stream();
+    in_dtype!(x, T => kernels::activate(&stream, &mut view_mut::<T>(x, layout)?, width(layout), kind).w())
 }
 
 /// As [`crate::kernels::fused::sum`].
 pub(crate) fn sum(x: &mut CudaStorage, layout: &Layout, y: Read<'_>) -> Result<()> {
-    fn of<T: CudaDType + Real>(x: &mut CudaStorage, layout: &Layout, y: Read<'_>) -> Result<()> {
-        let stream = x.device.cuda_stream();
-        kernels::sum(&stream, &mut view_mut::<T>(x, layout)?, &view::<T>(y)?, width(layout)).w()
-    }
-    in_dtype!(x, of(x, layout, y))
+    let (stream, width) = (x.device.cuda_stream(), width(layout));
+    in_dtype!(x, T => kernels::sum(&stream, &mut view_mut::<T>(x, layout)?, &view::<T>(y)?, width).w())
 }
 
 #[cfg(test)]

@@ -31,10 +31,7 @@ pub fn choose_experts(
     let device = logits.device().as_cuda_device()?;
     let (storage, layout) = logits.storage_and_layout();
     let numbers = per_expert.map(Tensor::storage_and_layout);
-    let numbers = match &numbers {
-        Some((storage, layout)) => Some(shown::<f32>(storage, layout)?),
-        None => None,
-    };
+    let numbers = numbers.as_ref().map(|(storage, layout)| shown::<f32>(storage, layout)).transpose()?;
     let logits = shown::<f32>(&storage, layout)?;
     let sizes = [experts, top_k];
     let (chosen, weights) = kernels::choose(&device.cuda_stream(), &logits, numbers.as_ref(), sizes, rule(spec)).w()?;
@@ -238,10 +235,7 @@ impl RowsOfPairs {
         let (_, width) = of_out.shape().dims2()?;
         let stream = out.device.cuda_stream();
         let weights = self.weights.as_ref().map(Tensor::storage_and_layout);
-        let weights = match &weights {
-            Some((storage, layout)) => Some(shown::<f32>(storage, layout)?),
-            None => None,
-        };
+        let weights = weights.as_ref().map(|(storage, layout)| shown::<f32>(storage, layout)).transpose()?;
         let (start, end) = offsets(of_out)?;
         let mut out = out.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
         let (x, tokens) = (view::<T>(x, of_x)?, view::<u32>(tokens, of_tokens)?);
