@@ -263,7 +263,7 @@ impl<'a> Model<'a> {
             .unwrap_or_else(|problem| unreachable!("checked when the model was opened: {}", problem.what))
     }
 
-    fn locate(&self, layer: usize, need: &Need) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
+    fn locate(&self, layer: usize, need: &Need) -> Located<StoredTensor<'a>> {
         let names = self.names;
         let role = if need.role == Role::Embedding { self.embedding } else { need.role };
         let name = names.of(self.base, layer, role, need.expert);
@@ -301,12 +301,7 @@ impl<'a> Model<'a> {
         }
     }
 
-    fn locate_mxfp4(
-        &self,
-        name: &str,
-        shape: &[usize],
-        stack: Option<(usize, usize)>,
-    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
+    fn locate_mxfp4(&self, name: &str, shape: &[usize], stack: Option<(usize, usize)>) -> Located<StoredTensor<'a>> {
         let [rows, inputs] = shape else { return Err(TensorProblem::shape(format!("tensor {name} is not a matrix"))) };
         if !inputs.is_multiple_of(MXFP4_BLOCK) {
             let what =
@@ -325,11 +320,7 @@ impl<'a> Model<'a> {
     }
 
     /// The location of a 4-bit matrix. `None` if it is stored as plain floats.
-    fn locate_packed(
-        &self,
-        name: &str,
-        shape: [usize; 2],
-    ) -> Option<std::result::Result<StoredTensor<'a>, TensorProblem>> {
+    fn locate_packed(&self, name: &str, shape: [usize; 2]) -> Option<Located<StoredTensor<'a>>> {
         let packed = format!("{name}_packed");
         let has_packed = self.source.entry(&packed).is_some();
         let is_packed = || self.source.entry(name).is_some_and(|entry| entry.dtype == StoredDtype::U8);
@@ -351,7 +342,7 @@ impl<'a> Model<'a> {
         packed: &str,
         [rows, inputs]: [usize; 2],
         group: usize,
-    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
+    ) -> Located<StoredTensor<'a>> {
         whole_groups(packed, inputs, group)?;
         let values = self.piece_of(packed, &[rows, inputs / 8], &[StoredDtype::I32])?;
         let scales = self.piece(&format!("{name}_scale"), &[rows, inputs / group], None)?;
@@ -367,7 +358,7 @@ impl<'a> Model<'a> {
         codes: &str,
         [rows, inputs]: [usize; 2],
         (number, divided): (&str, bool),
-    ) -> std::result::Result<StoredTensor<'a>, TensorProblem> {
+    ) -> Located<StoredTensor<'a>> {
         whole_groups(codes, inputs, NVFP4_BLOCK)?;
         let values = self.piece_of(codes, &[rows, inputs / 2], &[StoredDtype::U8])?;
         let scales = self.piece_of(&format!("{name}_scale"), &[rows, inputs / NVFP4_BLOCK], &[StoredDtype::F8E4M3])?;
@@ -381,24 +372,14 @@ impl<'a> Model<'a> {
     }
 
     /// Byte range of a stored tensor of one of these dtypes.
-    fn piece_of(
-        &self,
-        name: &str,
-        shape: &[usize],
-        dtypes: &[StoredDtype],
-    ) -> std::result::Result<TensorRange<'a>, TensorProblem> {
+    fn piece_of(&self, name: &str, shape: &[usize], dtypes: &[StoredDtype]) -> Located<TensorRange<'a>> {
         let piece = self.piece(name, shape, None)?;
         if dtypes.contains(&piece.entry.dtype) { Ok(piece) } else { Err(TensorProblem::dtype(piece.entry)) }
     }
 
     /// Byte range of a stored tensor of `shape`, or of slice `stack.0` of a tensor with `stack.1`
     /// slices of that shape.
-    fn piece(
-        &self,
-        name: &str,
-        shape: &[usize],
-        stack: Option<(usize, usize)>,
-    ) -> std::result::Result<TensorRange<'a>, TensorProblem> {
+    fn piece(&self, name: &str, shape: &[usize], stack: Option<(usize, usize)>) -> Located<TensorRange<'a>> {
         let source = self.source;
         let entry = source.entry(name).ok_or_else(|| TensorProblem::shape(format!("tensor {name} is missing")))?;
         let whole: Vec<u64> = stack.map(|(_, experts)| experts).iter().chain(shape).map(|&n| n as u64).collect();
@@ -448,6 +429,9 @@ impl<'a> Model<'a> {
     }
 }
 
+/// What was found, or what is wrong with a stored tensor.
+type Located<T> = std::result::Result<T, TensorProblem>;
+
 #[derive(Debug, PartialEq, Eq)]
 struct TensorProblem {
     what: String,
@@ -469,13 +453,13 @@ impl TensorProblem {
 }
 
 /// Refuses a packed matrix with rows that are not whole groups.
-fn whole_groups(name: &str, inputs: usize, group: usize) -> std::result::Result<(), TensorProblem> {
+fn whole_groups(name: &str, inputs: usize, group: usize) -> Located<()> {
     if inputs.is_multiple_of(group) {
         return Ok(());
     }
     Err(TensorProblem::shape(format!("tensor {name} cannot be packed: {inputs} inputs are not a multiple of {group}")))
 }
 
-fn decodable(entry: &TensorEntry) -> std::result::Result<(), TensorProblem> {
+fn decodable(entry: &TensorEntry) -> Located<()> {
     if dtype::can_decode(&entry.dtype) { Ok(()) } else { Err(TensorProblem::dtype(entry)) }
 }
