@@ -188,7 +188,6 @@ fn is_index(name: &str) -> bool {
 
 /// Whether transformers takes a file of this name for one process's slice:
 /// `shard-00000-model-00001-of-00002.safetensors`.
-/// `shard-00000-model-00001-of-00002.safetensors`.
 pub(super) fn is_distributed(name: &str) -> bool {
     let pattern = |byte: u8| if byte.is_ascii_digit() { b'0' } else { byte };
     name.bytes().map(pattern).eq(*b"shard-00000-model-00000-of-00000.safetensors")
