@@ -202,17 +202,13 @@ impl UnitTensors {
     }
 
     fn mlp(&mut self, spec: MlpSpec, roles: &MlpRoles, expert: Option<usize>) -> Result<MlpWeights> {
+        let mut linear = |[weight, bias]: [Role; 2]| self.linear(weight, bias, expert);
         let gate_up = match spec.gate_up() {
-            None => GateUpProj::Up(self.linear(roles.up, roles.up_bias, expert)?),
-            Some(GateUp::Separate) => GateUpProj::Separate {
-                gate: self.linear(roles.gate, roles.gate_bias, expert)?,
-                up: self.linear(roles.up, roles.up_bias, expert)?,
-            },
-            Some(GateUp::Halves | GateUp::Interleaved) => {
-                GateUpProj::Joined(self.linear(roles.gate_up, roles.gate_up_bias, expert)?)
-            }
+            None => GateUpProj::Up(linear(roles.up)?),
+            Some(GateUp::Separate) => GateUpProj::Separate { gate: linear(roles.gate)?, up: linear(roles.up)? },
+            Some(GateUp::Halves | GateUp::Interleaved) => GateUpProj::Joined(linear(roles.gate_up)?),
         };
-        Ok(MlpWeights { kind: spec.kind, gate_up, down: self.linear(roles.down, roles.down_bias, expert)? })
+        Ok(MlpWeights { kind: spec.kind, gate_up, down: linear(roles.down)? })
     }
 
     /// Takes a dense feed-forward's tensors.

@@ -242,48 +242,32 @@ impl Need {
     }
 }
 
-/// The roles of one feed-forward's tensors.
+/// The roles of one feed-forward's matrices, each with that of its bias.
 pub(crate) struct MlpRoles {
-    pub(crate) gate: Role,
-    pub(crate) up: Role,
-    pub(crate) gate_up: Role,
-    pub(crate) down: Role,
-    pub(crate) gate_bias: Role,
-    pub(crate) up_bias: Role,
-    pub(crate) gate_up_bias: Role,
-    pub(crate) down_bias: Role,
+    pub(crate) gate: [Role; 2],
+    pub(crate) up: [Role; 2],
+    pub(crate) gate_up: [Role; 2],
+    pub(crate) down: [Role; 2],
 }
 
 impl MlpRoles {
     pub(crate) const DENSE: Self = Self {
-        gate: Role::GateProj,
-        up: Role::UpProj,
-        gate_up: Role::GateUpProj,
-        down: Role::DownProj,
-        gate_bias: Role::GateProjBias,
-        up_bias: Role::UpProjBias,
-        gate_up_bias: Role::GateUpProjBias,
-        down_bias: Role::DownProjBias,
+        gate: [Role::GateProj, Role::GateProjBias],
+        up: [Role::UpProj, Role::UpProjBias],
+        gate_up: [Role::GateUpProj, Role::GateUpProjBias],
+        down: [Role::DownProj, Role::DownProjBias],
     };
     pub(crate) const EXPERT: Self = Self {
-        gate: Role::ExpertGate,
-        up: Role::ExpertUp,
-        gate_up: Role::ExpertGateUp,
-        down: Role::ExpertDown,
-        gate_bias: Role::ExpertGateBias,
-        up_bias: Role::ExpertUpBias,
-        gate_up_bias: Role::ExpertGateUpBias,
-        down_bias: Role::ExpertDownBias,
+        gate: [Role::ExpertGate, Role::ExpertGateBias],
+        up: [Role::ExpertUp, Role::ExpertUpBias],
+        gate_up: [Role::ExpertGateUp, Role::ExpertGateUpBias],
+        down: [Role::ExpertDown, Role::ExpertDownBias],
     };
     pub(crate) const SHARED: Self = Self {
-        gate: Role::SharedGate,
-        up: Role::SharedUp,
-        gate_up: Role::SharedGateUp,
-        down: Role::SharedDown,
-        gate_bias: Role::SharedGateBias,
-        up_bias: Role::SharedUpBias,
-        gate_up_bias: Role::SharedGateUpBias,
-        down_bias: Role::SharedDownBias,
+        gate: [Role::SharedGate, Role::SharedGateBias],
+        up: [Role::SharedUp, Role::SharedUpBias],
+        gate_up: [Role::SharedGateUp, Role::SharedGateUpBias],
+        down: [Role::SharedDown, Role::SharedDownBias],
     };
 }
 
@@ -562,16 +546,14 @@ impl MlpSpec {
     fn needs(&self, hidden: usize, roles: &MlpRoles, needs: &mut Vec<Need>) {
         let inner = self.intermediate;
         let widening = match self.gate_up() {
-            None => vec![(roles.up, roles.up_bias, inner)],
-            Some(GateUp::Separate) => vec![(roles.gate, roles.gate_bias, inner), (roles.up, roles.up_bias, inner)],
-            Some(GateUp::Halves | GateUp::Interleaved) => vec![(roles.gate_up, roles.gate_up_bias, 2 * inner)],
+            None => vec![(roles.up, [inner, hidden])],
+            Some(GateUp::Separate) => vec![(roles.gate, [inner, hidden]), (roles.up, [inner, hidden])],
+            Some(GateUp::Halves | GateUp::Interleaved) => vec![(roles.gate_up, [2 * inner, hidden])],
         };
-        for (weight, bias, rows) in widening {
-            needs.push(Need::new(weight, &[rows, hidden]));
-            needs.extend(self.bias.then(|| Need::new(bias, &[rows])));
+        for ([weight, bias], shape) in widening.into_iter().chain([(roles.down, [hidden, inner])]) {
+            needs.push(Need::new(weight, &shape));
+            needs.extend(self.bias.then(|| Need::new(bias, &shape[..1])));
         }
-        needs.push(Need::new(roles.down, &[hidden, inner]));
-        needs.extend(self.bias.then(|| Need::new(roles.down_bias, &[hidden])));
     }
 }
 
