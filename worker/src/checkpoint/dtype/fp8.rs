@@ -1,7 +1,7 @@
 //! FP8 e4m3fn with a grid of scales.
 
-use super::Format;
 use super::convert::Compute;
+use super::{Format, mxfp4};
 use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::{Result, WorkerError};
 
@@ -55,12 +55,7 @@ fn powers(bytes: &[u8], tensor: &str) -> Result<Vec<f32>> {
     if let Some(at) = bytes.iter().position(|byte| *byte == u8::MAX) {
         return Err(WorkerError::checkpoint(format!("tensor {tensor}: scale {at} is NaN")));
     }
-    Ok(bytes.iter().map(|byte| f32::from_bits(power_of_two(*byte))).collect())
-}
-
-/// Bits of `2^(byte - 127)`. The smallest is subnormal.
-const fn power_of_two(byte: u8) -> u32 {
-    if byte == 0 { 1 << 22 } else { (byte as u32) << 23 }
+    Ok(bytes.iter().map(|byte| mxfp4::power(*byte)).collect())
 }
 
 /// A matrix of codes. A task is one row of tiles.

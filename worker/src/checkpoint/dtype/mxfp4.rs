@@ -16,8 +16,8 @@ pub(super) const CODES: [f32; 16] =
 /// The scale byte for NaN.
 const NAN: u8 = 255;
 
-/// 2^(scale - 127).
-fn power(scale: u8) -> f32 {
+/// 2^(scale - 127). The smallest is subnormal.
+pub(super) fn power(scale: u8) -> f32 {
     match scale {
         0 => f32::MIN_POSITIVE / 2.0,
         _ => f32::from_bits(u32::from(scale) << 23),
@@ -25,23 +25,24 @@ fn power(scale: u8) -> f32 {
 }
 
 /// The two values of a byte, low half first.
-fn pair(byte: u8, scale: u8) -> [f32; 2] {
-    [byte & 15, byte >> 4].map(|code| CODES[usize::from(code)] * power(scale))
+pub(super) fn pair(byte: u8, scale: f32) -> [f32; 2] {
+    [byte & 15, byte >> 4].map(|code| CODES[usize::from(code)] * scale)
 }
 
 /// The values of all bytes for one scale.
 struct Table<T: Compute> {
     pairs: [[T::Bits; 2]; 256],
     /// The scale.
-    scale: u8,
+    scale: f32,
     /// Whether the largest code stays finite.
     fits: bool,
 }
 
 impl<T: Compute> Table<T> {
     fn new(scale: u8) -> Self {
+        let scale = power(scale);
         let pairs = std::array::from_fn(|byte| pair(byte as u8, scale).map(T::narrow));
-        Self { pairs, scale, fits: T::holds(CODES[7] * power(scale)) }
+        Self { pairs, scale, fits: T::holds(CODES[7] * scale) }
     }
 
     /// Decodes a block. Returns whether all values are finite.
@@ -111,6 +112,6 @@ impl<T: Compute> Format<T> for Mxfp4Blocks<'_, T> {
 
     fn value(&self, index: usize) -> f32 {
         let block = index / BLOCK;
-        pair(self.codes[block][index % BLOCK / 2], self.scales[block])[index % 2]
+        pair(self.codes[block][index % BLOCK / 2], power(self.scales[block]))[index % 2]
     }
 }

@@ -1,15 +1,11 @@
 //! NVFP4: blocks of 16 4-bit floats with an e4m3 scale each, and one scale per tensor.
 
 use super::convert::Compute;
-use super::{Format, fp8, mxfp4};
+use super::mxfp4::{self, pair};
+use super::{Format, fp8};
 
 /// Values per scale.
 pub(super) const BLOCK: usize = 16;
-
-/// The two values of a byte, low half first.
-fn pair(byte: u8, scale: f32) -> [f32; 2] {
-    [byte & 15, byte >> 4].map(|code| mxfp4::CODES[usize::from(code)] * scale)
-}
 
 /// Blocks with their scales.
 pub(super) struct Nvfp4Blocks<'a> {
