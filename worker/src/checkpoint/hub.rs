@@ -20,15 +20,16 @@ mod streamed;
 mod verify;
 
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use outliers_protocol::{FileBytes, WeightVerification};
 
-pub use dataset::{Dataset, DatasetFile};
+pub use dataset::Dataset;
 pub use http::{Timeouts, Token};
 pub use listing::{Digest, RepoFile, RepoKind, RepoListing};
+pub use remote::RemoteFile;
 
 use crate::checkpoint::safetensors::{Header, HeaderTensor};
 use crate::checkpoint::source::{
@@ -40,7 +41,6 @@ use crate::error::{Result, WorkerError};
 use cache::Cache;
 use http::Client;
 use pieces::Pieces;
-use remote::RemoteFile;
 use streamed::HubSource;
 pub(crate) use streamed::held_for_hashes;
 
@@ -90,10 +90,6 @@ pub struct FetchProgress {
     pub bytes_done: u64,
     /// Bytes of all files.
     pub bytes_total: u64,
-    /// Number of complete files.
-    pub files_done: usize,
-    /// Number of all files.
-    pub files_total: usize,
 }
 
 /// A client of one hub.
@@ -159,14 +155,10 @@ impl Hub {
 
     /// The checked tensors of all weight files, and the files.
     fn index(&self, listing: &Arc<RepoListing>, shards: &Shards) -> Result<(TensorIndex, Vec<RemoteFile>)> {
-        let id = &listing.id;
-        let open = |file: &RepoFile| {
-            let named = || WorkerError::network(format!("the hub does not tell the size of {} of {id}", file.name));
-            Ok(RemoteFile::new(&self.client, listing, file, file.size.ok_or_else(named)?))
-        };
+        let open = |file| RemoteFile::open(&self.client, listing, file);
         let files = shards.files.iter().map(open).collect::<Result<Vec<_>>>()?;
         let found = in_parallel(PARALLEL_HEADERS, &files, |file| tensors(file, shards.weights.container))?;
-        Ok((TensorIndex::of(&shards.weights, found).map_err(|e| e.context(id))?, files))
+        Ok((TensorIndex::of(&shards.weights, found).map_err(|e| e.context(&listing.id))?, files))
     }
 
     /// Fetches configuration and tokenizer only.
@@ -204,9 +196,7 @@ impl Hub {
     ) -> Result<Checkpoint> {
         let counter = Counter::new(&shards.files, progress);
         let hashed = in_parallel(PARALLEL_FILES, &shards.files, |file| {
-            let hashed = self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))?;
-            counter.file_done();
-            Ok(hashed)
+            self.cache.fetch(&self.client, listing, file, &|bytes| counter.add(bytes))
         })?;
         let (verified, believed): (Vec<_>, Vec<_>) = shards.files.iter().zip(hashed).partition(|(_, hashed)| *hashed);
         let mut verification = WeightVerification { verified_files: verified.len(), ..Default::default() };
@@ -327,40 +317,25 @@ impl WeightSource for HeadersOnly {
 
 /// Sums the progress of several threads.
 struct Counter<'a> {
-    done: AtomicU64,
-    files_done: AtomicUsize,
+    done: Mutex<u64>,
     total: u64,
-    files_total: usize,
     report: &'a (dyn Fn(FetchProgress) + Sync),
 }
 
 impl<'a> Counter<'a> {
     fn new(files: &[RepoFile], report: &'a (dyn Fn(FetchProgress) + Sync)) -> Self {
         let total = files.iter().filter_map(|file| file.size).sum();
-        let counter =
-            Self { done: AtomicU64::new(0), files_done: AtomicUsize::new(0), total, files_total: files.len(), report };
-        counter.tell();
+        let counter = Self { done: Mutex::new(0), total, report };
+        counter.add(0);
         counter
     }
 
     /// Adds bytes; negative if a damaged file is restarted.
     fn add(&self, bytes: i64) {
-        self.done.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.tell();
-    }
-
-    fn file_done(&self) {
-        self.files_done.fetch_add(1, Ordering::Relaxed);
-        self.tell();
-    }
-
-    fn tell(&self) {
-        (self.report)(FetchProgress {
-            bytes_done: self.done.load(Ordering::Relaxed),
-            bytes_total: self.total,
-            files_done: self.files_done.load(Ordering::Relaxed),
-            files_total: self.files_total,
-        });
+        // Locked while it reports, so that reports are in order.
+        let mut done = self.done.lock().unwrap_or_else(PoisonError::into_inner);
+        *done = done.wrapping_add_signed(bytes);
+        (self.report)(FetchProgress { bytes_done: *done, bytes_total: self.total });
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use crate::checkpoint::hub::DatasetFile;
+use crate::checkpoint::hub::RemoteFile;
 use crate::error::{IoContext, Result, WorkerError};
 use crate::files::open_regular;
 
@@ -33,7 +33,7 @@ pub(super) trait RangedFile {
     fn read(&self, range: Range<u64>) -> Result<Vec<u8>>;
 }
 
-impl RangedFile for DatasetFile {
+impl RangedFile for RemoteFile {
     fn name(&self) -> &str {
         self.name()
     }

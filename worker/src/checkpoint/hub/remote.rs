@@ -18,7 +18,7 @@ use crate::error::{Result, WorkerError};
 const MAX_SKIPPED: u64 = 4 << 20;
 
 /// A file at one commit.
-pub(super) struct RemoteFile {
+pub struct RemoteFile {
     client: Arc<Client>,
     listing: Arc<RepoListing>,
     name: String,
@@ -37,18 +37,24 @@ struct FileAddress {
 }
 
 impl RemoteFile {
-    /// A file of known size in bytes.
-    pub(super) fn new(client: &Arc<Client>, listing: &Arc<RepoListing>, file: &RepoFile, size: u64) -> Self {
+    /// A file of a listing, which must have its size.
+    pub(super) fn open(client: &Arc<Client>, listing: &Arc<RepoListing>, file: &RepoFile) -> Result<Self> {
         let (client, listing) = (Arc::clone(client), Arc::clone(listing));
-        let RepoFile { name, digest, .. } = file.clone();
-        Self { client, listing, name, size, digest, place: Mutex::default() }
+        let RepoFile { name, size, digest } = file.clone();
+        let Some(size) = size else {
+            let message = format!("the hub does not tell the size of {name} of {}", listing.id);
+            return Err(WorkerError::network(message));
+        };
+        Ok(Self { client, listing, name, size, digest, place: Mutex::default() })
     }
 
-    pub(super) fn size(&self) -> u64 {
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
         self.size
     }
 
-    pub(super) fn name(&self) -> &str {
+    /// Path inside the repository.
+    pub fn name(&self) -> &str {
         &self.name
     }
 
@@ -75,8 +81,11 @@ impl RemoteFile {
         self.listing.asked(&self.name)
     }
 
-    /// Reads a range of the file completely, or fails.
-    pub(super) fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
+    /// Reads a range of the file completely.
+    ///
+    /// # Errors
+    /// Kind `Network` after the last retry.
+    pub fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
         let mut bytes = vec![0; (range.end - range.start) as usize];
         let mut filled = 0;
         self.client.persist(&self.asked(), || {
