@@ -7,22 +7,18 @@ pub mod attention;
 pub mod decode;
 pub mod run;
 
-use std::collections::BTreeMap;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
-use half::bf16;
 use outliers_protocol::{Metadata, files};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
-use crate::checkpoint::source::MAX_JSON_BYTES;
-use crate::error::{Result, WorkerError};
+use crate::checkpoint::source::{CONFIG_FILE, MAX_JSON_BYTES};
+use crate::error::{IoContext, Result, WorkerError};
 use crate::files::read_small;
-use crate::model::arch::{self, Architecture};
 
 /// Rate in units of 10^9 per second.
 fn giga(amount: usize, seconds: f64) -> f64 {
@@ -90,23 +86,20 @@ impl fmt::Display for MemoryTable {
     }
 }
 
-/// Runs synthetic Llama models of one width and several depths, then the shallowest with 16 times
-/// the tokens.
+/// Runs Llama models of one width and several depths over made-up weights, then the shallowest with
+/// 16 times the tokens.
 ///
 /// # Errors
-/// Storage: no room for the checkpoints (which are removed again). Internal: a run failed, or the
-/// system does not report peak memory.
+/// Storage: no room for token ids and results (which are removed again). Internal: a run failed, or
+/// the system does not report peak memory.
 pub fn memory(hidden: usize, layers: &[usize]) -> Result<MemoryTable> {
-    let scratch = Scratch::create()?;
+    let scratch = tempfile::tempdir().at("create", std::env::temp_dir())?;
     let mut rows = Vec::new();
     for &n in layers {
-        let model = scratch.0.join(format!("layers-{n}"));
-        llama(&model, hidden, n)?;
-        rows.push(measure(&scratch.0, &model, n, 4)?);
+        rows.push(measure(scratch.path(), hidden, n, 4)?);
         if n == layers[0] {
-            rows.push(measure(&scratch.0, &model, n, 64)?);
+            rows.push(measure(scratch.path(), hidden, n, 64)?);
         }
-        remove(&model)?;
     }
     let many = rows.remove(1);
     let peaks = || rows.iter().map(|r| r.peak_memory_bytes as f64);
@@ -116,45 +109,25 @@ pub fn memory(hidden: usize, layers: &[usize]) -> Result<MemoryTable> {
     Ok(MemoryTable { rows, peak_ratio_over_depth: ratio, bytes_ratio_over_tokens })
 }
 
-/// A folder that is removed when the measurement ends, also by an error.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn create() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("outliers-bench-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| WorkerError::io("create", &path, &e))?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = remove(&self.0);
-    }
-}
-
-fn remove(path: &Path) -> Result<()> {
-    std::fs::remove_dir_all(path).map_err(|e| WorkerError::io("remove", path, &e))
-}
-
-fn measure(scratch: &Path, model: &Path, layers: usize, sequences: usize) -> Result<MemoryRow> {
+fn measure(scratch: &Path, hidden: usize, layers: usize, sequences: usize) -> Result<MemoryRow> {
     const TOKENS: usize = 256;
-    let (ids, output) = (scratch.join("ids.json"), scratch.join("out"));
+    let (config, ids, output) = (scratch.join(CONFIG_FILE), scratch.join("ids.json"), scratch.join("out"));
     let rows: Vec<Vec<usize>> =
         (0..sequences).map(|s| (0..TOKENS).map(|t| (s * 31 + t * 17) % VOCAB).collect()).collect();
-    let write = serde_json::to_vec(&rows).expect("numbers are JSON");
-    std::fs::write(&ids, write).map_err(|e| WorkerError::io("write", &ids, &e))?;
+    std::fs::write(&config, llama(hidden, layers).to_string()).at("write", &config)?;
+    std::fs::write(&ids, json!(rows).to_string()).at("write", &ids)?;
     let program = std::env::current_exe().map_err(|e| WorkerError::internal(format!("where is this program? {e}")))?;
     let mut command = Command::new(&program);
-    command.arg("run").arg("--model").arg(model).arg("--token-ids").arg(&ids).arg("--output").arg(&output);
-    command.args(["--devices", "cpu", "--micro-batch-tokens", "1024"]).stdin(Stdio::null()).stdout(Stdio::null());
-    let run = command.stderr(Stdio::piped()).output().map_err(|e| WorkerError::io("run", &program, &e))?;
+    command.arg("run").arg("--model").arg(scratch).arg("--token-ids").arg(&ids).arg("--output").arg(&output);
+    command.args(["--weights", "synthetic:1", "--devices", "cpu", "--micro-batch-tokens", "1024"]);
+    let run = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).output();
+    let run = run.at("run", &program)?;
     if !run.status.success() {
         let log = String::from_utf8_lossy(&run.stderr).into_owned();
         return Err(WorkerError::internal(format!("a measured run failed: {}", log.trim())));
     }
     let path = output.join(files::METADATA);
-    let text = read_small(&path, MAX_JSON_BYTES).map_err(|e| WorkerError::io("read", &path, &e))?;
+    let text = read_small(&path, MAX_JSON_BYTES).at("read", &path)?;
     let metadata: Metadata =
         serde_json::from_slice(&text).map_err(|e| WorkerError::internal(format!("unreadable metadata: {e}")))?;
     let silent = || WorkerError::internal("this system does not tell a process's peak memory");
@@ -170,40 +143,12 @@ fn measure(scratch: &Path, model: &Path, layers: usize, sequences: usize) -> Res
 
 const VOCAB: usize = 4096;
 
-/// A Llama checkpoint of random bf16 weights.
-fn llama(folder: &Path, hidden: usize, layers: usize) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(|e| WorkerError::io("create", folder, &e))?;
-    let config = json!({
+/// The configuration of a Llama in bf16.
+fn llama(hidden: usize, layers: usize) -> Value {
+    json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden,
         "intermediate_size": hidden * 11 / 4, "num_hidden_layers": layers, "num_attention_heads": (hidden / 64).max(1),
         "num_key_value_heads": (hidden / 128).max(1), "rms_norm_eps": 1e-5, "vocab_size": VOCAB, "tie_word_embeddings": false,
-    });
-    let path = folder.join("config.json");
-    std::fs::write(&path, config.to_string()).map_err(|e| WorkerError::io("write", &path, &e))?;
-    let Architecture { family, spec, .. } = arch::read(&config)?;
-    let needs = spec.needs();
-    let tensor = |(layer, need): &(usize, crate::model::decoder::Need)| {
-        let shape: Vec<u64> = need.shape.iter().map(|&n| n as u64).collect();
-        TensorSpec::new(family.names.of("model.", *layer, need.role, need.expert), StoredDtype::BF16, &shape)
-    };
-    let specs: Vec<TensorSpec> = needs.iter().map(tensor).collect();
-    let writer = Writer::create(&folder.join("model.safetensors"), &specs, &BTreeMap::new())?;
-    for (index, spec) in specs.iter().enumerate() {
-        writer.write(&spec.name, 0, &noise(index as u64, &spec.shape))?;
-    }
-    writer.finish()
-}
-
-/// Uniform values around 0 (around 1 for gains), scaled so that activations stay near 1.
-fn noise(seed: u64, shape: &[u64]) -> Vec<u8> {
-    let gain = shape.len() == 1;
-    let scale = if gain { 0.1 } else { 1.7 / (shape[1] as f32).sqrt() };
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(2 * shape.iter().product::<u64>() as usize);
-    for _ in 0..shape.iter().product::<u64>() {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let unit = (state >> 40) as f32 / (1 << 23) as f32 - 1.0;
-        bytes.extend(bf16::from_f32(unit * scale + if gain { 1.0 } else { 0.0 }).to_le_bytes());
-    }
-    bytes
+        "torch_dtype": "bfloat16",
+    })
 }
