@@ -142,30 +142,10 @@ const STRIPE: usize = 64;
 /// Counts of 64 features at one site.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Stripe {
-    #[serde(with = "array")]
-    columns: [Column; STRIPE],
+    /// Shape `[STRIPE]`.
+    columns: Vec<Column>,
     /// Per sequence: the features with an occurrence.
     hits: Vec<u64>,
-}
-
-/// Serialises arrays longer than serde's limit of 32.
-mod array {
-    use serde::de::Error;
-    use serde::{Deserialize, Deserializer, Serialize, Serializer};
-
-    pub(super) fn serialize<S: Serializer, T: Serialize, const N: usize>(
-        array: &[T; N],
-        to: S,
-    ) -> Result<S::Ok, S::Error> {
-        array.as_slice().serialize(to)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>, T: Deserialize<'de>, const N: usize>(
-        from: D,
-    ) -> Result<[T; N], D::Error> {
-        let wrong = |list: Vec<T>| D::Error::custom(format!("{} instead of {N} entries", list.len()));
-        Vec::deserialize(from)?.try_into().map_err(wrong)
-    }
 }
 
 /// Positions of 64 features over all sites: per feature one bit per (sequence, position),
@@ -196,7 +176,7 @@ impl OutlierStats {
     /// Empty counts. `tokens` is per sequence; `threshold` T > 0.
     pub fn new(sites: Vec<Site>, hidden: usize, sequences: usize, tokens: usize, threshold: f32) -> Self {
         let n = hidden.div_ceil(STRIPE);
-        let stripe = Stripe { columns: [Column::EMPTY; STRIPE], hits: vec![0; sequences] };
+        let stripe = Stripe { columns: vec![Column::EMPTY; STRIPE], hits: vec![0; sequences] };
         Self {
             threshold,
             hidden,
