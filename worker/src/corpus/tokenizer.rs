@@ -40,11 +40,7 @@ impl TextTokenizer {
         let contents: Vec<Vec<u8>> = files.names().iter().map(read).collect::<Result<_>>()?;
         let python = PythonConfig::read(folder)?;
         let encoder = Encoder::new(files, &contents, &python)?;
-        let prefix = match bos {
-            BosPolicy::Never => Vec::new(),
-            BosPolicy::Auto => own_prefix(&encoder, &python)?,
-            BosPolicy::Always => some_prefix(&encoder, &python)?,
-        };
+        let prefix = prefix(&encoder, &python, bos)?;
         let hash = contents.iter().fold(Sha256::new(), |hash, content| hash.chain_update(content));
         let provenance = TokenizerProvenance {
             file: files.to_string(),
@@ -116,20 +112,15 @@ impl Encoder {
     }
 }
 
-/// The prefix of the family's tokenizer: by the template of tokenizer.json, or by its Python class
-/// if the template lacks it (DeepSeek, OPT).
-fn own_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
-    let template = encoder.template_prefix()?;
-    if template.is_empty() && python.add_bos_token {
-        return Ok(vec![python.bos(encoder)?]);
+/// Ids before each window. That of the family's tokenizer is by the template of tokenizer.json, or
+/// by its Python class if the template lacks it (DeepSeek, OPT).
+fn prefix(encoder: &Encoder, python: &PythonConfig, bos: BosPolicy) -> Result<Vec<u32>> {
+    if bos == BosPolicy::Never {
+        return Ok(Vec::new());
     }
-    Ok(template)
-}
-
-/// The prefix, with the BOS token if there is no other.
-fn some_prefix(encoder: &Encoder, python: &PythonConfig) -> Result<Vec<u32>> {
     let template = encoder.template_prefix()?;
-    if template.is_empty() { Ok(vec![python.bos(encoder)?]) } else { Ok(template) }
+    let adds_bos = bos == BosPolicy::Always || python.add_bos_token;
+    if template.is_empty() && adds_bos { Ok(vec![python.bos(encoder)?]) } else { Ok(template) }
 }
 
 #[cfg(test)]
