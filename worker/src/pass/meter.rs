@@ -31,18 +31,8 @@ pub enum Work {
 }
 
 impl Work {
-    /// All kinds.
-    pub const ALL: [Self; 9] = [
-        Self::Reading,
-        Self::Decoding,
-        Self::Waiting,
-        Self::Embedding,
-        Self::Mixer,
-        Self::FeedForward,
-        Self::Statistics,
-        Self::Head,
-        Self::Saving,
-    ];
+    /// Number of kinds.
+    const COUNT: usize = Self::Saving as usize + 1;
 
     /// One word for time lines.
     pub fn word(self) -> &'static str {
@@ -97,7 +87,7 @@ pub struct Span {
 #[derive(Debug)]
 pub struct Meter {
     began: Instant,
-    nanoseconds: [AtomicU64; Work::ALL.len()],
+    nanoseconds: [AtomicU64; Work::COUNT],
     /// One bit for each of the first 64 devices: whether it waits now.
     waiting: AtomicU64,
     /// `None`: only sums are recorded.

@@ -4,48 +4,12 @@
 
 use std::path::Path;
 
-use serde::Serialize;
+use serde_json::{Map, Value, json};
 
 use crate::device::Placement;
-use crate::error::{Result, WorkerError};
+use crate::error::Result;
 use crate::files::write_atomic;
 use crate::pass::meter::{Span, Subject, Thread};
-
-#[derive(Serialize)]
-struct TraceFile<'a> {
-    #[serde(rename = "displayTimeUnit")]
-    display_time_unit: &'static str,
-    #[serde(rename = "traceEvents")]
-    events: Vec<Event<'a>>,
-}
-
-#[derive(Serialize)]
-#[serde(tag = "ph")]
-enum Event<'a> {
-    /// Name of a row.
-    M { name: &'static str, pid: u32, tid: usize, args: Name },
-    /// A piece of work.
-    X { name: &'static str, pid: u32, tid: usize, ts: f64, dur: f64, args: About<'a> },
-}
-
-#[derive(Serialize)]
-struct Name {
-    name: String,
-}
-
-struct About<'a>(&'a Subject);
-
-impl Serialize for About<'_> {
-    fn serialize<S: serde::Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
-        let batches = self.0.micro_batches.as_ref();
-        let numbers = [
-            ("layer", self.0.layer),
-            ("micro_batch", batches.map(|range| range.start)),
-            ("micro_batches", batches.map(|range| range.len())),
-        ];
-        to.collect_map(numbers.into_iter().filter_map(|(name, number)| Some((name, number?))))
-    }
-}
 
 /// Process id of all rows.
 const PROCESS: u32 = 1;
@@ -57,24 +21,28 @@ const PROCESS: u32 = 1;
 pub fn write(path: &Path, spans: &[Span], devices: &[Placement]) -> Result<()> {
     let rows = (0..devices.len()).flat_map(|device| [Thread::Device(device), Thread::Loader(device)]);
     let named = rows.map(|thread| {
-        let args = Name { name: row_name(thread, devices) };
-        Event::M { name: "thread_name", pid: PROCESS, tid: row(thread), args }
+        let args = json!({"name": row_name(thread, devices)});
+        json!({"ph": "M", "name": "thread_name", "pid": PROCESS, "tid": row(thread), "args": args})
     });
-    let worked = spans.iter().map(|span| {
+    let worked = spans.iter().map(|Span { thread, work, subject, start, end }| {
         let microseconds = |nanoseconds: u128| nanoseconds as f64 / 1e3;
-        let (ts, end) = (span.start.as_nanos(), span.end.as_nanos());
-        Event::X {
-            name: span.work.word(),
-            pid: PROCESS,
-            tid: row(span.thread),
-            ts: microseconds(ts),
-            dur: microseconds(end - ts),
-            args: About(&span.subject),
-        }
+        let (ts, dur) = (microseconds(start.as_nanos()), microseconds(end.as_nanos() - start.as_nanos()));
+        let (name, tid, args) = (work.word(), row(*thread), about(subject));
+        json!({"ph": "X", "name": name, "pid": PROCESS, "tid": tid, "ts": ts, "dur": dur, "args": args})
     });
-    let document = TraceFile { display_time_unit: "ms", events: named.chain(worked).collect() };
-    let text = serde_json::to_vec(&document);
-    write_atomic(path, &text.map_err(|e| WorkerError::internal(format!("the time line cannot be written: {e}")))?)
+    let document = json!({"displayTimeUnit": "ms", "traceEvents": named.chain(worked).collect::<Vec<_>>()});
+    write_atomic(path, document.to_string().as_bytes())
+}
+
+/// Arguments of an event.
+fn about(subject: &Subject) -> Map<String, Value> {
+    let batches = subject.micro_batches.as_ref();
+    let numbers = [
+        ("layer", subject.layer),
+        ("micro_batch", batches.map(|range| range.start)),
+        ("micro_batches", batches.map(|range| range.len())),
+    ];
+    numbers.into_iter().filter_map(|(name, number)| Some((name.to_owned(), number?.into()))).collect()
 }
 
 /// Index of a thread's row: a device's row is above its loader's.
