@@ -30,9 +30,9 @@ pub enum MixerWeights {
     Mamba(MambaWeights),
 }
 
-/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once. A
-/// missing one means that a spec and the block that uses it disagree; this is an error instead of
-/// a panic, since a run costs money.
+/// The decoded tensors of one streaming unit, by role and expert. Each is taken out once. To take
+/// a missing one is an error, unless the method gives an `Option`: a spec and the block that uses
+/// it disagree. It is no panic, since a run costs money.
 pub struct UnitTensors {
     tensors: HashMap<(Role, Option<usize>), Tensor>,
     collectors: Option<InputCollectors>,
@@ -51,9 +51,6 @@ impl UnitTensors {
     }
 
     /// Removes one tensor.
-    ///
-    /// # Errors
-    /// The tensor is missing.
     pub fn take(&mut self, role: Role) -> Result<Tensor> {
         self.take_for(role, None)
     }
@@ -83,18 +80,12 @@ impl UnitTensors {
     }
 
     /// Takes a norm's tensors.
-    ///
-    /// # Errors
-    /// The gain is missing.
     pub fn norm(&mut self, spec: NormSpec, gain: Role, bias: Role) -> Result<Norm> {
         let bias = self.tensors.remove(&(bias, None));
         Norm::new(spec, self.take(gain)?, bias)
     }
 
     /// Takes a mixer's tensors.
-    ///
-    /// # Errors
-    /// A tensor is missing.
     pub fn mixer(&mut self, spec: &MixerSpec) -> Result<MixerWeights> {
         Ok(match spec {
             MixerSpec::Attention(spec) => MixerWeights::Attention(self.attention(spec)?),
@@ -212,25 +203,16 @@ impl UnitTensors {
     }
 
     /// Takes a dense feed-forward's tensors.
-    ///
-    /// # Errors
-    /// A tensor is missing.
     pub fn dense(&mut self, spec: MlpSpec) -> Result<MlpWeights> {
         self.mlp(spec, &MlpRoles::DENSE, None)
     }
 
     /// Takes one expert's tensors.
-    ///
-    /// # Errors
-    /// A tensor is missing.
     pub fn expert(&mut self, spec: MlpSpec, expert: usize) -> Result<MlpWeights> {
         self.mlp(spec, &MlpRoles::EXPERT, Some(expert))
     }
 
     /// Takes the tensors of the router and the shared expert.
-    ///
-    /// # Errors
-    /// A tensor is missing.
     pub fn router(&mut self, spec: &MoeSpec) -> Result<(Router, Option<SharedWeights>)> {
         let mut numbers = |role| self.take(role)?.to_dtype(DType::F32);
         let per_expert = match spec.router {
@@ -253,9 +235,6 @@ impl UnitTensors {
 
     /// Takes the tensors of the dense MLP beside a mixture; `None` if there is none. `norm` is the
     /// layer's kind of norm.
-    ///
-    /// # Errors
-    /// A tensor is missing.
     pub fn beside(&mut self, spec: &MoeSpec, norm: NormSpec) -> Result<Option<ParallelMlp>> {
         let Some(mlp) = spec.beside else { return Ok(None) };
         Ok(Some(ParallelMlp {
@@ -265,10 +244,7 @@ impl UnitTensors {
         }))
     }
 
-    /// Takes a norm without bias; `None` if there is none.
-    ///
-    /// # Errors
-    /// Errors of the tensor library.
+    /// Takes a norm without bias; `None` if there is none. Fails as [`Norm::new`].
     pub fn norm_if_there(&mut self, spec: NormSpec, gain: Role) -> Result<Option<Norm>> {
         self.tensors.remove(&(gain, None)).map(|gain| Norm::new(spec, gain, None)).transpose()
     }

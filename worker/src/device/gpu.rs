@@ -1,4 +1,5 @@
-//! NVIDIA GPUs, if this program was built with CUDA.
+//! NVIDIA GPUs, if this program was built with CUDA. Every function that returns a `Result` passes
+//! on the errors of the driver; its docstring lists the others.
 
 #[cfg(not(feature = "cuda"))]
 mod absent;

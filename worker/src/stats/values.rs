@@ -8,7 +8,7 @@ use crate::device::gpu::ScanSummary;
 use crate::error::Result;
 
 /// Activations `[rows, width]` of whole sequences. Each operation has a CPU and a GPU
-/// implementation with the same results.
+/// implementation with the same results, and fails only with errors of the driver.
 pub enum Values<'a> {
     /// On the host.
     Host(Rows<'a>),
@@ -54,9 +54,6 @@ impl Values<'_> {
     }
 
     /// Statistics per row and magnitude, for each sequence.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn scan(&self) -> Result<Vec<Scan>> {
         match self {
             Self::Host(x) => Ok(x.scan()),
@@ -65,9 +62,6 @@ impl Values<'_> {
     }
 
     /// Statistics per column, for each sequence. A value exceeds if |x| >= `threshold` > 0.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn columns(&self, threshold: f32) -> Result<Vec<Columns>> {
         match self {
             Self::Host(x) => Ok(x.columns(threshold)),
@@ -77,9 +71,6 @@ impl Values<'_> {
 
     /// The exact median |x| of each sequence, the lower of the two middle values. `scans` are
     /// those of the sequences.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn medians(&self, scans: &[Scan]) -> Result<Vec<f32>> {
         match self {
             Self::Host(x) => Ok(x.medians(scans)),
@@ -89,9 +80,6 @@ impl Values<'_> {
 
     /// Values of some rows with |x| bits of at least the row's bound, in order of rows and
     /// columns.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn large(&self, asked: &[(usize, u32)]) -> Result<Vec<Large>> {
         match self {
             Self::Host(x) => Ok(x.large(asked)),

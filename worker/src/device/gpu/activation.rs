@@ -48,9 +48,6 @@ impl PendingScan {
     /// per row and magnitude; with `threshold`, positions of |x| >= threshold for columns; with
     /// `medians`, medians. Returns without waiting. The tensor must not be overwritten before this
     /// value is dropped.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn at(x: &Tensor, tokens: usize, threshold: Option<f32>, medians: bool) -> Result<Self> {
         let x = match x.dtype() {
             DType::F32 | DType::BF16 | DType::F16 => x.contiguous()?,
@@ -68,7 +65,7 @@ impl PendingScan {
     /// Waits for the results and passes them to `see`.
     ///
     /// # Errors
-    /// Errors of the driver and of `see`.
+    /// Errors of `see`.
     pub fn show<T>(&self, see: impl FnOnce(&ScanSummary<'_>) -> Result<T>) -> Result<T> {
         with_activation(&self.x, self.tokens, |activation| see(&self.pending.summary(activation)?))
     }

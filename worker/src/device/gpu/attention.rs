@@ -20,9 +20,6 @@ pub fn attends(query: &Tensor, value: &Tensor) -> bool {
 /// `key` `[sequences * kv_heads, n, d]` and `value` `[sequences * kv_heads, n, v]`, both
 /// contiguous, to `[sequences * n, heads * v]`. If they are wanted, also the largest share and that
 /// of the first key, `[sequences * heads, n, 2]` in f32.
-///
-/// # Errors
-/// The driver's.
 pub fn attend(
     by: FusedAttention<'_>,
     query: &Tensor,

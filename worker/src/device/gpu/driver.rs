@@ -38,9 +38,6 @@ pub fn is_idle(device: &Device) -> Option<bool> {
 
 /// Measured rates of copies from pinned memory to a GPU and back in bytes per second; `None` for
 /// the CPU.
-///
-/// # Errors
-/// Errors of the driver.
 pub fn copy_rates(device: &Device, rounds: usize) -> Result<Option<[f64; 2]>> {
     let Device::Cuda(device) = device else { return Ok(None) };
     Ok(Some(outliers_cuda::copy_rates(&device.cuda_stream(), rounds)?))

@@ -37,9 +37,6 @@ pub fn takes_in_group(matrix: &Tensor) -> bool {
 
 /// Rows of `x` `[rows, in]` times the transposes of matrices `[out, in]`, each perhaps a transposed
 /// view. Each takes so many rows, behind those of the one before.
-///
-/// # Errors
-/// The driver's, the library's.
 pub fn grouped_product(x: &Tensor, matrices: &[&Tensor], rows: &[usize]) -> Result<Tensor> {
     match x.dtype() {
         DType::F32 => of::<f32>(x, matrices, rows),

@@ -26,9 +26,6 @@ pub struct HostToDevice {
 
 impl HostToDevice {
     /// A path to `device`; `None` for the CPU.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn to(device: &Device) -> Result<Option<Self>> {
         let Device::Cuda(device) = device else { return Ok(None) };
         let staging = Staging::new(device.cuda_stream())?;
@@ -36,9 +33,6 @@ impl HostToDevice {
     }
 
     /// The fence of all tensors decoded so far.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn upload_fence(&mut self) -> Result<UploadFence> {
         Ok(UploadFence(self.staging.upload_fence()?))
     }
@@ -48,7 +42,7 @@ impl HostToDevice {
     /// values that do not fit the dtype.
     ///
     /// # Errors
-    /// As [`dtype::check`]. Errors of the driver.
+    /// As [`dtype::check`].
     pub fn decode(&mut self, stored: &Encoded<'_>, shape: &[usize], compute: DType, name: &str) -> Result<Tensor> {
         dtype::check(stored, shape, name)?;
         let stored = as_told(stored)?;
@@ -64,7 +58,7 @@ impl HostToDevice {
     /// memory: `read` gets a range of the bytes, and as many to fill.
     ///
     /// # Errors
-    /// As [`dtype::check`]. Errors of the driver and of `read`.
+    /// As [`dtype::check`].and of `read`.
     pub fn decode_read(
         &mut self,
         (stored, bytes): (&StoredDtype, usize),
@@ -141,8 +135,7 @@ impl UploadFence {
     /// Waits for the fence. GPU work submitted afterwards sees the decoded values.
     ///
     /// # Errors
-    /// Checkpoint: a value does not fit its dtype; the message names the tensor. Errors of the
-    /// driver.
+    /// Checkpoint: a value does not fit its dtype; the message names the tensor.
     pub fn wait(self) -> Result<()> {
         let misfit = self.0.wait()?;
         misfit.map_or(Ok(()), |misfit| Err(dtype::misfit(&misfit.tensor, misfit.at, misfit.value, misfit.dtype)))
@@ -151,9 +144,6 @@ impl UploadFence {
 
 /// A fence after which all memory dropped so far is free; `None` for the CPU, where it is free at
 /// once.
-///
-/// # Errors
-/// Errors of the driver.
 pub fn release_fence(device: &Device) -> Result<Option<ReleaseFence>> {
     let Device::Cuda(device) = device else { return Ok(None) };
     Ok(Some(ReleaseFence::from(&device.cuda_stream())?))

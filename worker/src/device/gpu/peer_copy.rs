@@ -19,9 +19,6 @@ pub struct PeerCopy {
 impl PeerCopy {
     /// Starts the copy of a contiguous tensor to another GPU while both compute. `None` if the
     /// devices are not two GPUs, or for a dtype that no pass uses.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn start(x: &Tensor, to: &Device) -> Result<Option<Self>> {
         if x.device().same_device(to) {
             return Ok(None);
@@ -41,9 +38,6 @@ impl PeerCopy {
     }
 
     /// The tensor on the GPU to which it was copied.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn wait(self, device: &Device) -> Result<Tensor> {
         let Device::Cuda(device) = device else {
             return Err(WorkerError::internal("a tensor arrives elsewhere than on the GPU it was sent to"));

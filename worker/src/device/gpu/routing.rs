@@ -18,9 +18,6 @@ use crate::model::decoder::RouterSpec;
 
 /// Chooses experts for each row of `logits` `[rows, experts]` in f32. Returns experts and weights
 /// `[rows, top_k]`.
-///
-/// # Errors
-/// Errors of the driver.
 pub fn choose_experts(
     spec: RouterSpec,
     top_k: usize,
@@ -70,9 +67,6 @@ pub struct SortedPairs {
 
 /// Sorts the choices `[rows, top_k]` among `experts` by expert. With `positions` it also sums the
 /// gate weights per expert. The counts are still being copied to the host when this returns.
-///
-/// # Errors
-/// Errors of the driver.
 pub fn sort_pairs(
     chosen: &Tensor,
     weights: &Tensor,
@@ -113,9 +107,6 @@ pub fn gathered_like(x: &Tensor, rows: usize) -> Result<Tensor> {
 impl SortedPairs {
     /// Waits for the counts on the first call. Returns the sums per expert if `positions` was
     /// given.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn wait(&mut self) -> Result<Vec<Load>> {
         let Some(arriving) = self.arriving.take() else { return Ok(Vec::new()) };
         let (firsts, loads) = arriving.wait().w()?;
@@ -138,9 +129,6 @@ impl SortedPairs {
     /// Copies the rows of `x` `[tokens, width]` of a group of experts to `all` `[rows, width]`.
     /// Each expert's rows start at its entry of `places`; they are multiplied by their weights if
     /// `scaled`.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn gather(
         &self,
         all: &Tensor,
@@ -156,9 +144,6 @@ impl SortedPairs {
 
     /// Adds `made` `[pairs, width]`, an expert's output for all its tokens, to the tokens' rows of
     /// `out` `[tokens, width]` in place, multiplied by the weights if `scaled`.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn add(&self, out: &Tensor, made: &Tensor, pairs: &Range<usize>, scaled: bool) -> Result<()> {
         let part = |all: &Tensor| all.narrow(0, pairs.start, pairs.len());
         let weights = if scaled { Some(part(&self.weights)?) } else { None };
@@ -166,9 +151,6 @@ impl SortedPairs {
     }
 
     /// Tokens and weights of some pairs. The first call copies all of them.
-    ///
-    /// # Errors
-    /// Errors of the driver.
     pub fn on_host(&self, pairs: &Range<usize>) -> Result<(&[u32], &[f32])> {
         let (tokens, weights) = match self.on_host.get() {
             Some(copied) => copied,
