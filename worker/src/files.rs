@@ -78,6 +78,14 @@ pub(crate) fn put_in_place(file: &File, part: &Path, target: &Path) -> Result<()
     sync_folder(target)
 }
 
+/// Removes a file, if there is one.
+pub(crate) fn remove_if_there(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.at("remove", path),
+    }
+}
+
 /// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use candle_core::DType;
 use outliers_protocol::{
-    CONFIG_RULES, FileBytes, HostInfo, JobSpec, MICRO_BATCH_TOKENS, Metadata, ModelProvenance, ModelSource, Outcome,
-    Phase, Results, SCHEMA, WeightVerification, Weights, files,
+    CONFIG_RULES, FileBytes, HostInfo, JobSpec, Metadata, ModelProvenance, ModelSource, Outcome, Phase, Results,
+    SCHEMA, WeightVerification, Weights, files,
 };
 use sha2::{Digest, Sha256};
 use sysinfo::System;
@@ -19,8 +19,7 @@ use crate::corpus::{self, Tokens};
 use crate::device::gpu;
 use crate::device::{self, MachineInfo, Placement};
 use crate::error::{Result, WorkerError};
-use crate::files::hex;
-use crate::kernels::product::Arithmetic;
+use crate::files::{hex, remove_if_there};
 use crate::pass::ablation::{Arms, Sharpness};
 use crate::pass::budget::{self, StreamBudget};
 use crate::pass::meter::Meter;
@@ -32,7 +31,7 @@ use crate::run::export::Exports;
 use crate::run::inspect::PlannedRun;
 use crate::run::observer::RunObserver;
 use crate::run::output::{ActivationDump, OutputFolder, write_statistics};
-use crate::stats::{Scope, Study, study};
+use crate::stats::{Scope, Study};
 
 pub mod export;
 pub mod inspect;
@@ -55,7 +54,7 @@ pub fn run(job: &JobSpec, output: &Path, hub: &Hub, save_every: Duration, talk: 
     let result = Run { job, folder: &folder, progress: &progress }.attempt(hub, save_every);
     let finished = match &result {
         Ok(_) => {
-            SavePoints::remove(&folder.file(files::SAVE_POINT))?;
+            remove_if_there(&folder.file(files::SAVE_POINT))?;
             let mut names = vec![files::JOB, files::RESULTS, files::METADATA, files::STATISTICS];
             names.extend(asked_for(job).map(|(_, name)| name));
             names.extend(job.export.iter().flat_map(|export| export.files()));
@@ -169,20 +168,8 @@ impl Run<'_> {
             SavePoints::new(folder.file(files::SAVE_POINT), run, save_every)
         });
         let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens.tokens)?;
-        let sharing = device::sharing_memory(&devices);
-        let group_elements = budget.group_elements(compute, sharing);
-        let mut planned = PlannedRun {
-            sequences: tokens.sequences,
-            tokens: tokens.tokens,
-            arms: arms.count(),
-            compute,
-            micro_batch_tokens: MICRO_BATCH_TOKENS,
-            group_elements,
-            measured: study::measured_bytes(job, &model.spec, tokens.sequences) + export::memory(job, &model.spec),
-            arithmetic: Arithmetic::of(&devices, compute),
-            with_head: job.layers.is_none(),
-            devices: sharing,
-        };
+        let size = [tokens.sequences, tokens.tokens];
+        let mut planned = PlannedRun::new(job, &model.spec, size, arms.count(), &devices, budget);
         planned.micro_batch_tokens = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, planned, &devices);
         if device::has_gpu(&devices) {
             progress.say(format!("{} tokens are computed together", planned.micro_batch_tokens));
@@ -191,7 +178,7 @@ impl Run<'_> {
         let on_cpu = devices.iter().any(|placement| placement.device.is_cpu());
         let (cpus, gpus): (Vec<&Placement>, Vec<_>) = devices.iter().partition(|placement| placement.device.is_cpu());
         if !cpus.is_empty() {
-            let on = if sharing > 1 { format!("{sharing} CPU devices") } else { "the CPU".to_owned() };
+            let on = if cpus.len() > 1 { format!("{} CPU devices", cpus.len()) } else { "the CPU".to_owned() };
             fits(needed, &on, budget::free_memory())?;
         }
         for Placement { name, device } in gpus {
@@ -205,7 +192,7 @@ impl Run<'_> {
             devices: &devices,
             micro_batch_tokens: planned.micro_batch_tokens,
             with_head: job.layers.is_none(),
-            group_elements,
+            group_elements: planned.group_elements,
             hash_memory: budget.hash_memory(if on_cpu { needed } else { 0 }),
             read_ahead: true,
             progress,
@@ -214,7 +201,7 @@ impl Run<'_> {
         let passed = self.pass(&pass, save.as_mut()).and_then(|passed| Ok((passed, source.verify()?)));
         if source.is_damaged() {
             // The saved state may have been computed from the damaged file.
-            SavePoints::remove(&folder.file(files::SAVE_POINT))?;
+            remove_if_there(&folder.file(files::SAVE_POINT))?;
         }
         let ((observer, passed), mut verification) = passed?;
         if let (Some(verification), Some(layer)) = (&mut verification, passed.resumed_at_layer) {

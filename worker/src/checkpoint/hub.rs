@@ -20,11 +20,10 @@ mod streamed;
 mod verify;
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 
 use outliers_protocol::{FileBytes, WeightVerification};
+use rayon::prelude::*;
 
 pub use dataset::Dataset;
 pub use http::{Timeouts, Token};
@@ -344,23 +343,9 @@ impl<'a> Counter<'a> {
 fn in_parallel<T: Sync, R: Send>(
     parallel: usize,
     items: &[T],
-    work: impl Fn(&T) -> Result<R> + Sync,
+    work: impl Fn(&T) -> Result<R> + Send + Sync,
 ) -> Result<Vec<R>> {
-    let next = AtomicUsize::new(0);
-    let worker = || {
-        let mut done = Vec::new();
-        loop {
-            let at = next.fetch_add(1, Ordering::Relaxed);
-            let Some(item) = items.get(at) else { return Ok(done) };
-            let result = work(item).inspect_err(|_| next.store(items.len(), Ordering::Relaxed))?;
-            done.push((at, result));
-        }
-    };
-    let parts: Vec<Result<Vec<(usize, R)>>> = thread::scope(|scope| {
-        let threads: Vec<_> = (0..parallel.min(items.len())).map(|_| scope.spawn(worker)).collect();
-        threads.into_iter().map(|t| t.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    });
-    let mut all: Vec<(usize, R)> = parts.into_iter().collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
-    all.sort_by_key(|(at, _)| *at);
-    Ok(all.into_iter().map(|(_, result)| result).collect())
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(parallel.min(items.len()).max(1)).build();
+    let threads = threads.map_err(|error| WorkerError::internal(format!("no threads for the hub: {error}")))?;
+    threads.install(|| items.par_iter().with_max_len(1).map(work).collect())
 }

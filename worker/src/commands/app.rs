@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
-use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, MICRO_BATCH_TOKENS, SCHEMA, VersionInfo, Weights};
+use outliers_protocol::{ByteSize, Failure, FailureKind, Inspection, SCHEMA, VersionInfo, Weights};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::Serialize;
 
@@ -26,7 +26,6 @@ use crate::pass::ablation::Arms;
 use crate::pass::budget::StreamBudget;
 use crate::run::export;
 use crate::run::inspect::{self, PlannedRun};
-use crate::stats::study;
 use crate::{corpus, run};
 
 /// Maximum bytes of a token file.
@@ -172,23 +171,13 @@ fn inspect_command(options: JobArgs, check_text: bool, hub: &Hub) -> Result<Insp
         }
         (job.corpus.num_sequences.unwrap_or(corpus::DEFAULT_SEQUENCES), tokens)
     };
-    let compute = device::compute_dtype(job.precision, &devices);
-    let sharing = device::sharing_memory(&devices);
-    let group_elements = StreamBudget::planned(job.stream_budget_bytes).group_elements(compute, sharing);
     let arms = Arms::of(job.ablation.as_ref(), model.spec.hidden, tokens)?.count();
-    let run = PlannedRun {
-        sequences,
-        tokens,
-        arms,
-        compute,
-        micro_batch_tokens: job.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS),
-        group_elements,
-        measured: study::measured_bytes(&job, &model.spec, sequences) + export::memory(&job, &model.spec),
+    let budget = StreamBudget::planned(job.stream_budget_bytes);
+    let mut run = PlannedRun::new(&job, &model.spec, [sequences, tokens], arms, &devices, budget);
+    if job.devices.is_empty() {
         // A plan without `--devices` is for GPUs.
-        arithmetic: if job.devices.is_empty() { Arithmetic::default() } else { Arithmetic::of(&devices, compute) },
-        with_head: job.layers.is_none(),
-        devices: sharing,
-    };
+        run.arithmetic = Arithmetic::default();
+    }
     let mut inspection = inspect::inspect(&job, &checkpoint, &model, run);
     // A plan without `--devices`, on a machine without GPUs, is for another machine.
     if !job.devices.is_empty() || device::has_gpu(&devices) {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use indicatif::{ProgressBar, ProgressStyle};
 use outliers_protocol::{Phase, Progress, SCHEMA};
 
-use crate::error::{Result, WorkerError};
+use crate::error::{IoContext, Result};
 use crate::model::decoder::StreamingUnit;
 
 /// Maximum pause between lines of `progress.jsonl`: a follower takes a longer one for a hang.
@@ -54,9 +54,7 @@ impl ProgressSink {
     /// # Errors
     /// Storage: the file cannot be created.
     pub fn new(file: Option<&Path>, talk: bool) -> Result<Self> {
-        let open = |path: &Path| {
-            File::options().create(true).append(true).open(path).map_err(|e| WorkerError::io("create", path, &e))
-        };
+        let open = |path: &Path| File::options().create(true).append(true).open(path).at("create", path);
         let bar = (talk && std::io::stderr().is_terminal()).then(|| ProgressBar::new(0).with_style(style()));
         let now = Instant::now();
         let state = State {

@@ -5,9 +5,9 @@
 //! is written to a temporary name, synced and renamed, so that a complete one always exists. A
 //! damaged one, or that of another run, is not used.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
@@ -139,17 +139,6 @@ impl SavePoints {
         let Header { next_layer, verified, .. } = header;
         Ok(Some(SavePoint { next_layer, hidden, observed, verified }))
     }
-
-    /// Removes the save point of a complete run.
-    ///
-    /// # Errors
-    /// Storage.
-    pub fn remove(path: &Path) -> Result<()> {
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(WorkerError::io("remove", path, &error)),
-            _ => Ok(()),
-        }
-    }
 }
 
 /// SHA-256 over the next layer's index, and the names of verified files and all parts with their
@@ -205,7 +194,11 @@ pub fn from_bytes(bytes: &[u8], dtype: DType, shape: &[usize], device: &Device) 
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
+    use crate::files::remove_if_there;
 
     fn points(folder: &Path, run: &str) -> SavePoints {
         SavePoints::new(folder.join("savepoint"), run.to_owned(), Duration::ZERO)
@@ -237,8 +230,8 @@ mod tests {
         save(&mut points, &point(7));
         save(&mut points, &point(8));
         assert_eq!(points.load(), Ok(Some(point(8))));
-        SavePoints::remove(&folder.path().join("savepoint")).unwrap();
-        SavePoints::remove(&folder.path().join("savepoint")).unwrap();
+        remove_if_there(&folder.path().join("savepoint")).unwrap();
+        remove_if_there(&folder.path().join("savepoint")).unwrap();
         assert_eq!(points.load(), Ok(None));
     }
 

@@ -17,8 +17,8 @@ use crate::blocks::{delta_net, mamba};
 use crate::checkpoint::Model;
 use crate::checkpoint::hub::held_for_hashes;
 use crate::checkpoint::source::Checkpoint;
-use crate::device::Placement;
 use crate::device::gpu;
+use crate::device::{self, Placement};
 use crate::kernels::product::Arithmetic;
 use crate::model::decoder::{
     DecoderSpec, FfnSpec, GateUp, LayerSpec, MaxSequenceLength, MixerSpec, MlpSpec, MoeSpec, Need, NormOrder, Part,
@@ -53,6 +53,33 @@ pub struct PlannedRun {
     pub with_head: bool,
     /// Devices that share one memory.
     pub devices: usize,
+}
+
+impl PlannedRun {
+    /// A job over `[sequences, tokens]` on devices, with the micro-batch as asked for or the usual
+    /// one.
+    pub fn new(
+        job: &JobSpec,
+        spec: &DecoderSpec,
+        [sequences, tokens]: [usize; 2],
+        arms: usize,
+        devices: &[Placement],
+        budget: StreamBudget,
+    ) -> Self {
+        let (compute, sharing) = (device::compute_dtype(job.precision, devices), device::sharing_memory(devices));
+        Self {
+            sequences,
+            tokens,
+            arms,
+            compute,
+            micro_batch_tokens: job.micro_batch_tokens.unwrap_or(MICRO_BATCH_TOKENS),
+            group_elements: budget.group_elements(compute, sharing),
+            measured: study::measured_bytes(job, spec, sequences) + export::memory(job, spec),
+            arithmetic: Arithmetic::of(devices, compute),
+            with_head: job.layers.is_none(),
+            devices: sharing,
+        }
+    }
 }
 
 /// Largest micro-batch that is chosen, in tokens. An assumption: a larger one gains little.

@@ -15,8 +15,8 @@ use sha2::{Digest, Sha256};
 use crate::blocks::ffn::Choices;
 use crate::checkpoint::safetensors::{StoredDtype, TensorSpec, Writer};
 use crate::corpus::Tokens;
-use crate::error::{Result, WorkerError};
-use crate::files::{hex, write_atomic};
+use crate::error::{IoContext, Result, WorkerError};
+use crate::files::{hex, remove_if_there, write_atomic};
 use crate::model::decoder::{DecoderSpec, FfnSpec};
 use crate::stats::mixture::{ExpertLoad, ExpertPeaks, RouterStats};
 use crate::stats::top::TopValue;
@@ -34,14 +34,9 @@ impl OutputFolder {
     /// # Errors
     /// Storage: it cannot be made or written.
     pub fn create(path: &Path) -> Result<Self> {
-        fs::create_dir_all(path).map_err(|e| WorkerError::io("create", path, &e))?;
+        fs::create_dir_all(path).at("create", path)?;
         for name in [files::MANIFEST, files::RESULTS, files::METADATA, files::STATISTICS, files::PROGRESS] {
-            match fs::remove_file(path.join(name)) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(WorkerError::io("replace", path.join(name), &e));
-                }
-                _ => {}
-            }
+            remove_if_there(&path.join(name))?;
         }
         Ok(Self { path: path.to_owned() })
     }
@@ -73,7 +68,7 @@ impl OutputFolder {
 
     fn entry(&self, name: &str) -> Result<FileEntry> {
         let path = self.file(name);
-        let (sha256, bytes) = hash(&path).map_err(|e| WorkerError::io("read", &path, &e))?;
+        let (sha256, bytes) = hash(&path).at("read", &path)?;
         Ok(FileEntry { name: name.to_owned(), bytes, sha256 })
     }
 }

@@ -11,7 +11,7 @@ use super::response::RequestFailure;
 use super::verify::Hasher;
 use crate::checkpoint::source::is_plain_name;
 use crate::error::{IoContext, Result, WorkerError};
-use crate::files::{open_regular, part_path, put_in_place, write_atomic};
+use crate::files::{open_regular, part_path, put_in_place, remove_if_there, write_atomic};
 use hf_hub::CacheRepo;
 
 /// Bytes between two calls of the progress callback; also the buffer per download.
@@ -252,10 +252,7 @@ fn link(name: &Path, blob: &Path) -> Result<()> {
     }
     make_parent(name)?;
     let part = part_path(name);
-    match fs::remove_file(&part) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(WorkerError::io("remove", &part, &error)),
-        _ => {}
-    }
+    remove_if_there(&part)?;
     symlink(&target, &part).at("link", &part)?;
     fs::rename(&part, name).at("rename to", name)
 }

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_protocol::{CorpusProvenance, JobSpec, MICRO_BATCH_TOKENS};
+use outliers_protocol::{CorpusProvenance, JobSpec};
 use serde::Serialize;
 
 use super::decode::{self, DecodeTable};
@@ -21,7 +21,7 @@ use crate::corpus::Tokens;
 use crate::device::gpu;
 use crate::device::{self, Placement};
 use crate::error::Result;
-use crate::kernels::product::{self, Arithmetic};
+use crate::kernels::product;
 use crate::model::decoder::Need;
 use crate::pass::ablation::Arms;
 use crate::pass::budget::StreamBudget;
@@ -184,21 +184,9 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
     let model = Model::open(&checkpoint.config, source, job.layers)?;
     let spec = &model.spec;
     let tokens = made_up(spec.vocab, sequences, tokens);
-    let sharing = device::sharing_memory(&devices);
-    let (meter, group_elements) = (Meter::default(), budget.group_elements(compute, sharing));
-    let with_head = job.layers.is_none();
-    let mut planned = PlannedRun {
-        sequences,
-        tokens: tokens.tokens,
-        arms: 1,
-        compute,
-        micro_batch_tokens: MICRO_BATCH_TOKENS,
-        group_elements,
-        measured: 0,
-        arithmetic: Arithmetic::of(&devices, compute),
-        with_head,
-        devices: sharing,
-    };
+    let meter = Meter::default();
+    let size = [sequences, tokens.tokens];
+    let mut planned = PlannedRun { measured: 0, ..PlannedRun::new(job, spec, size, 1, &devices, budget) };
     planned.micro_batch_tokens = inspect::micro_batch_tokens(job.micro_batch_tokens, &model, planned, &devices);
     let pass = Pass {
         model: &model,
@@ -207,8 +195,8 @@ pub fn run(job: &JobSpec, sequences: usize, tokens: usize, hub: &Hub) -> Result<
         compute,
         devices: &devices,
         micro_batch_tokens: planned.micro_batch_tokens,
-        with_head,
-        group_elements,
+        with_head: planned.with_head,
+        group_elements: planned.group_elements,
         hash_memory: budget.hash_memory(0),
         read_ahead: true,
         progress: &progress,
