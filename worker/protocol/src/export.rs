@@ -1,9 +1,8 @@
 //! Files for other programs that a job can ask for (`--export`).
 
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 
+use crate::named::named;
 use crate::{SiteKind, files};
 
 /// A kind of file for other programs.
@@ -19,19 +18,9 @@ pub enum Export {
     Reap,
 }
 
+named!(Export: Imatrix = "imatrix", ActScales = "act-scales", Reap = "reap");
+
 impl Export {
-    /// All exports.
-    pub const ALL: [Self; 3] = [Self::Imatrix, Self::ActScales, Self::Reap];
-
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Imatrix => "imatrix",
-            Self::ActScales => "act-scales",
-            Self::Reap => "reap",
-        }
-    }
-
     /// Names of its files in the results.
     pub fn files(self) -> &'static [&'static str] {
         match self {
@@ -47,16 +36,6 @@ impl Export {
             Self::Imatrix | Self::ActScales => &[],
             Self::Reap => &[SiteKind::ExpertOut],
         }
-    }
-}
-
-/// Reads a [name](Export::name).
-impl FromStr for Export {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::ALL.into_iter().find(|export| export.name() == text);
-        known.ok_or_else(|| format!("there are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::named::named;
 use crate::{Ablation, Export, Measurement, Point, SCHEMA};
 
 /// Name of the English text that ships with the worker.
@@ -113,9 +114,13 @@ pub enum SiteKind {
     ExpertOut,
 }
 
-impl SiteKind {
-    /// All kinds.
-    pub const ALL: [Self; 5] = [Self::Norms, Self::Residual, Self::AttentionOut, Self::MlpOut, Self::ExpertOut];
+named! {
+    SiteKind:
+    Norms = "norms",
+    Residual = "residual",
+    AttentionOut = "attention-out",
+    MlpOut = "mlp-out",
+    ExpertOut = "expert-out"
 }
 
 /// Kinds of sites from the command line: one by its name (`expert-out`), or `all`.
@@ -126,16 +131,10 @@ impl FromStr for SiteKinds {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        use SiteKind::{AttentionOut, ExpertOut, MlpOut, Norms, Residual};
-        Ok(Self(match text {
-            "norms" => vec![Norms],
-            "residual" => vec![Residual],
-            "attention-out" => vec![AttentionOut],
-            "mlp-out" => vec![MlpOut],
-            "expert-out" => vec![ExpertOut],
-            "all" => SiteKind::ALL.to_vec(),
-            _ => return Err("there are norms, residual, attention-out, mlp-out, expert-out, all".to_owned()),
-        }))
+        if text == "all" {
+            return Ok(Self(SiteKind::ALL.to_vec()));
+        }
+        text.parse::<SiteKind>().map(|kind| Self(vec![kind])).map_err(|known| format!("{known}, all"))
     }
 }
 

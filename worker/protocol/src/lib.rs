@@ -22,6 +22,7 @@ mod inspection;
 mod job;
 mod measured;
 mod metadata;
+mod named;
 mod number;
 mod options;
 mod progress;

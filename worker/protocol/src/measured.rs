@@ -2,10 +2,9 @@
 //!
 //! A *row* is the vector of one token at one site, as in [`crate::RowStatistics`].
 
-use std::str::FromStr;
-
 use serde::{Deserialize, Serialize};
 
+use crate::named::named;
 use crate::{Point, Record, SiteKind};
 
 /// Dimensions listed per layer in [`ResidualSinkLayer::dims`].
@@ -32,20 +31,15 @@ pub enum Measurement {
     AttentionSinks,
 }
 
+named! {
+    Measurement:
+    QuantizationError = "quantization-error",
+    ResidualSinks = "residual-sinks",
+    SpikeLife = "spike-life",
+    AttentionSinks = "attention-sinks"
+}
+
 impl Measurement {
-    /// All measurements.
-    pub const ALL: [Self; 4] = [Self::QuantizationError, Self::ResidualSinks, Self::SpikeLife, Self::AttentionSinks];
-
-    /// Its name on the command line.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::QuantizationError => "quantization-error",
-            Self::ResidualSinks => "residual-sinks",
-            Self::SpikeLife => "spike-life",
-            Self::AttentionSinks => "attention-sinks",
-        }
-    }
-
     /// Kinds of sites that it needs; they are studied even if the job does not name them.
     pub fn needs(self) -> &'static [SiteKind] {
         match self {
@@ -53,16 +47,6 @@ impl Measurement {
             Self::ResidualSinks | Self::AttentionSinks => &[SiteKind::Residual],
             Self::SpikeLife => &[SiteKind::Residual, SiteKind::AttentionOut, SiteKind::MlpOut],
         }
-    }
-}
-
-/// Reads a [name](Measurement::name).
-impl FromStr for Measurement {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::ALL.into_iter().find(|measurement| measurement.name() == text);
-        known.ok_or_else(|| format!("there are {}", Self::ALL.map(Self::name).join(", ")))
     }
 }
 
