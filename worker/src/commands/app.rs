@@ -87,12 +87,13 @@ fn print_json(document: &impl Serialize) {
     println!("{}", serde_json::to_string_pretty(document).expect("documents are plain data"));
 }
 
+/// Prints a result as JSON, or by `in_words`.
+fn print_result<T: Serialize>(result: &T, json: bool, in_words: impl FnOnce(&T)) {
+    if json { print_json(result) } else { in_words(result) }
+}
+
 fn print_table(table: &(impl Serialize + std::fmt::Display), json: bool) {
-    if json {
-        print_json(table);
-    } else {
-        print!("{table}");
-    }
+    print_result(table, json, |table| print!("{table}"));
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
@@ -104,26 +105,16 @@ fn dispatch(cli: Cli) -> Result<()> {
                 None => options.job()?,
             };
             let results = run::run(&job, &output, &hub, Duration::from_secs(save_every), true)?;
-            if cli.json {
-                print_json(&results);
-            } else {
-                print_verdicts(&results);
-            }
+            print_result(&results, cli.json, print_verdicts);
         }
         Command::Inspect { options, check_text, memory_limit } => {
             if let Some(ByteSize(bytes)) = memory_limit {
                 limit_memory(bytes)?;
             }
-            let inspection = inspect_command(*options, check_text, &hub)?;
-            if cli.json {
-                print_json(&inspection);
-            } else {
-                print_inspection(&inspection);
-            }
+            print_result(&inspect_command(*options, check_text, &hub)?, cli.json, print_inspection);
         }
         Command::DemoModel { output, seed } => {
-            let planted = demo::make(&output, seed)?;
-            print_json(&planted);
+            print_json(&demo::make(&output, seed)?);
         }
         Command::Bench { what } => match what {
             Bench::Memory { hidden, layers } => print_table(&bench::memory(hidden, &layers)?, cli.json),

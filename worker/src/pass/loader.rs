@@ -22,10 +22,7 @@ use crate::pass::meter::{Clock, Subject, Work};
 pub struct Loader<'a> {
     model: &'a Model<'a>,
     compute: DType,
-    device: &'a Device,
-    pool: &'a TensorPool,
-    /// Set for a GPU.
-    host_to_device: Option<HostToDevice>,
+    target: DecodeTarget<'a>,
     clock: Clock<'a>,
     subject: Subject,
     values: Vec<u8>,
@@ -75,9 +72,9 @@ impl<'a> Loader<'a> {
         pool: &'a TensorPool,
         clock: Clock<'a>,
     ) -> Result<Self> {
-        let (host_to_device, subject) = (HostToDevice::to(device)?, Subject::default());
-        let (values, scales, beside) = Default::default();
-        Ok(Self { model, compute, device, pool, host_to_device, clock, subject, values, scales, beside })
+        let target = DecodeTarget { host_to_device: HostToDevice::to(device)?, pool, device };
+        let (subject, values, scales, beside) = Default::default();
+        Ok(Self { model, compute, target, clock, subject, values, scales, beside })
     }
 
     /// Sets the subject of the times that are measured from now on.
@@ -114,7 +111,7 @@ impl<'a> Loader<'a> {
     }
 
     fn on_its_way<T>(&mut self, value: T) -> Result<PendingUpload<T>> {
-        let upload_fence = self.host_to_device.as_mut().map(HostToDevice::upload_fence).transpose()?;
+        let upload_fence = self.target.host_to_device.as_mut().map(HostToDevice::upload_fence).transpose()?;
         Ok(PendingUpload { upload_fence, value })
     }
 
@@ -125,7 +122,7 @@ impl<'a> Loader<'a> {
         if input_major {
             shape.reverse();
         }
-        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.device));
+        let dtype = stored.kept_as(self.compute, need.is_matrix() && product::takes_bf16(self.target.device));
         if stored.format == Format::Plain
             && let Some(read) = self.read_to_gpu(&stored.values, &shape, dtype)
         {
@@ -141,8 +138,7 @@ impl<'a> Loader<'a> {
         })?;
         let encoded = encoded(&stored, [&self.values, &self.scales, &self.beside], &shape)?;
         let name = &stored.values.entry.name;
-        let target =
-            DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let target = &mut self.target;
         let decode = || target.decode(&encoded, &shape, dtype, name);
         let tensor = self.clock.time_about(Work::Decoding, self.subject.clone(), decode)?;
         Ok(Decoded { tensor, input_major })
@@ -152,7 +148,7 @@ impl<'a> Loader<'a> {
     /// CPU, and if the source does not read parts of this tensor.
     fn read_to_gpu(&mut self, values: &TensorRange<'_>, shape: &[usize], dtype: DType) -> Option<Result<Tensor>> {
         let (source, TensorRange { entry, range }) = (self.model.source, values);
-        let host_to_device = self.host_to_device.as_mut().filter(|_| source.reads_parts(entry))?;
+        let host_to_device = self.target.host_to_device.as_mut().filter(|_| source.reads_parts(entry))?;
         let read = |part: Range<usize>, into: &mut [u8]| {
             let part = range.start + part.start as u64..range.start + part.end as u64;
             self.clock.time(Work::Reading, || source.read(entry, part, into))
@@ -169,7 +165,7 @@ impl<'a> Loader<'a> {
     pub fn rows(&mut self, stored: &StoredTensor<'_>, rows: &Range<usize>) -> Result<PendingUpload<Tensor>> {
         let values = rows_of(stored, rows);
         let shape = [rows.len(), values.entry.shape[1] as usize];
-        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
+        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.target.device));
         if let Some(tensor) = self.read_to_gpu(&values, &shape, dtype) {
             return self.on_its_way(tensor?);
         }
@@ -193,9 +189,8 @@ impl<'a> Loader<'a> {
         let entry = stored.values.entry;
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
-        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.device));
-        let target =
-            DecodeTarget { host_to_device: self.host_to_device.as_mut(), pool: self.pool, device: self.device };
+        let dtype = stored.kept_as(self.compute, product::takes_bf16(self.target.device));
+        let target = &mut self.target;
         let tensor = self.clock.time(Work::Decoding, || target.decode(&encoded, &shape, dtype, &entry.name))?;
         self.on_its_way(tensor)
     }
@@ -203,14 +198,15 @@ impl<'a> Loader<'a> {
 
 /// The path of decoded values to their device.
 struct DecodeTarget<'a> {
-    host_to_device: Option<&'a mut HostToDevice>,
+    /// Set for a GPU.
+    host_to_device: Option<HostToDevice>,
     pool: &'a TensorPool,
     device: &'a Device,
 }
 
 impl DecodeTarget<'_> {
-    fn decode(self, encoded: &Encoded<'_>, shape: &[usize], dtype: DType, name: &str) -> Result<Tensor> {
-        match self.host_to_device {
+    fn decode(&mut self, encoded: &Encoded<'_>, shape: &[usize], dtype: DType, name: &str) -> Result<Tensor> {
+        match &mut self.host_to_device {
             Some(host_to_device) => host_to_device.decode(encoded, shape, dtype, name),
             None => self.pool.decode(encoded, shape, dtype, self.device, name),
         }
