@@ -19,7 +19,7 @@ use crate::error::{IoContext, Result, WorkerError};
 use crate::files::{open_regular, part_path, put_in_place};
 
 /// Version of the file format. Other versions are not read.
-const SCHEMA: u32 = 7;
+const SCHEMA: u32 = 8;
 /// Maximum bytes of the first line.
 const MAX_HEADER: u64 = 1 << 20;
 

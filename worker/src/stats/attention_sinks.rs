@@ -7,35 +7,12 @@ use outliers_protocol::{AttentionSinkLayer, AttentionSinks};
 use outliers_scan::Scan;
 use serde::{Deserialize, Serialize};
 
-use super::exact::ExactSum;
+use super::exact::Mean;
 use crate::blocks::attention::FirstKey;
 
 /// The rule, for reports.
 const RULE: &str = "share of attention on the first key of the sequence, over queries that see it but for the first; \
                     largest |x| of a token's residual stream";
-
-/// Sum and number of values.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Mean {
-    count: u64,
-    sum: ExactSum,
-}
-
-impl Mean {
-    fn add(&mut self, number: f64) {
-        self.count += 1;
-        self.sum.add(number);
-    }
-
-    fn merge(&mut self, other: &Self) {
-        self.count += other.count;
-        self.sum.merge(&other.sum);
-    }
-
-    fn value(&self) -> f64 {
-        self.sum.value() / self.count.max(1) as f64
-    }
-}
 
 /// Adds means of the same layers or sequences.
 fn merge(mine: &mut BTreeMap<usize, Mean>, theirs: &BTreeMap<usize, Mean>) {

@@ -60,6 +60,33 @@ impl ExactSum {
     }
 }
 
+/// The exact mean of finite values.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mean {
+    /// Number of values.
+    pub count: u64,
+    sum: ExactSum,
+}
+
+impl Mean {
+    /// Adds one value.
+    pub fn add(&mut self, value: f64) {
+        self.count += 1;
+        self.sum.add(value);
+    }
+
+    /// Adds the values of another.
+    pub fn merge(&mut self, other: &Self) {
+        self.count += other.count;
+        self.sum.merge(&other.sum);
+    }
+
+    /// The mean; 0 for no values.
+    pub fn value(&self) -> f64 {
+        self.sum.value() / self.count.max(1) as f64
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -6,36 +6,33 @@ use rayon::prelude::*;
 
 use serde::{Deserialize, Serialize};
 
-use super::exact::ExactSum;
+use super::exact::{ExactSum, Mean};
 
 /// Distribution of one number per row.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct RowDistribution {
-    rows: u64,
-    sum: ExactSum,
+    mean: Mean,
     max: f64,
     histogram: Histogram,
 }
 
 impl RowDistribution {
     fn add(&mut self, value: f64) {
-        self.rows += 1;
-        self.sum.add(value);
+        self.mean.add(value);
         self.max = self.max.max(value);
         self.histogram.add_bits((value as f32).to_bits());
     }
 
     fn merge(&mut self, other: &Self) {
-        self.rows += other.rows;
-        self.sum.merge(&other.sum);
+        self.mean.merge(&other.mean);
         self.max = self.max.max(other.max);
         self.histogram.merge(&other.histogram);
     }
 
     fn summary(&self) -> Option<RowSpread> {
-        (self.rows > 0).then(|| RowSpread {
-            rows: self.rows,
-            mean: self.sum.value() / self.rows as f64,
+        (self.mean.count > 0).then(|| RowSpread {
+            rows: self.mean.count,
+            mean: self.mean.value(),
             p50: self.histogram.quantile(0.5).min(self.max),
             p99: self.histogram.quantile(0.99).min(self.max),
             max: self.max,

@@ -7,7 +7,7 @@ use outliers_protocol::{Point, Record, SpikeLayer, SpikeLife};
 use serde::{Deserialize, Serialize};
 
 use super::Site;
-use super::exact::ExactSum;
+use super::exact::Mean;
 use super::fixed_point;
 use super::top::TopValue;
 use outliers_scan::{Row, Scan};
@@ -18,10 +18,8 @@ const TIMES: f64 = 10.0;
 /// Magnitudes of first tokens and of other tokens at one site.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 struct Magnitudes {
-    first: u64,
-    others: u64,
-    first_sum: ExactSum,
-    others_sum: ExactSum,
+    first: Mean,
+    others: Mean,
     /// Largest value of first tokens.
     peak: Option<TopValue>,
     /// Largest |x| of other tokens.
@@ -30,20 +28,14 @@ struct Magnitudes {
 
 impl Magnitudes {
     fn merge(&mut self, other: &Self) {
-        self.first += other.first;
-        self.others += other.others;
-        self.first_sum.merge(&other.first_sum);
-        self.others_sum.merge(&other.others_sum);
+        self.first.merge(&other.first);
+        self.others.merge(&other.others);
         self.peak = self.peak.max(other.peak);
         self.others_max = self.others_max.max(other.others_max);
     }
 
-    fn mean_first(&self) -> f64 {
-        self.first_sum.value() / self.first.max(1) as f64
-    }
-
     fn mean_others(&self) -> Option<f64> {
-        (self.others > 0).then(|| self.others_sum.value() / self.others as f64)
+        (self.others.count > 0).then(|| self.others.value())
     }
 }
 
@@ -70,15 +62,15 @@ impl Spikes {
     pub fn add(&mut self, site: Site, first_token: usize, x: &[f32], scan: &Scan) {
         let Some((first, others)) = scan.rows.split_first() else { return };
         let row = &x[..x.len() / scan.rows.len()];
-        let mut seen = Magnitudes { first: 1, others: others.len() as u64, ..Magnitudes::default() };
-        seen.first_sum.add(f64::from(first.max_abs()));
-        others.iter().for_each(|row| seen.others_sum.add(f64::from(row.max_abs())));
+        let mut seen = Magnitudes::default();
+        seen.first.add(f64::from(first.max_abs()));
+        others.iter().for_each(|row| seen.others.add(f64::from(row.max_abs())));
         seen.others_max = others.iter().map(Row::max_abs).fold(0.0, f32::max);
         let (layer, token) = (site.layer, first_token);
         let found = |(dim, value): (usize, &f32)| TopValue { layer, token, expert: None, dim, value: *value };
         seen.peak = row.iter().enumerate().map(found).max();
         if let (Point::Residual, Some(others)) = (site.point, seen.mean_others()) {
-            let margin = seen.mean_first() - TIMES * others;
+            let margin = seen.first.value() - TIMES * others;
             self.margins.entry(site.layer).or_default().insert(first_token, margin as f32);
         }
         self.sites.entry(site).or_default().merge(&seen);
@@ -108,7 +100,7 @@ impl Spikes {
         let residual = self.sites.iter().filter(|(site, _)| site.point == Point::Residual);
         let residual: Vec<(usize, &Magnitudes)> = residual.map(|(site, seen)| (site.layer, seen)).collect();
         let is_spike = |(_, seen): &&(usize, &Magnitudes)| {
-            seen.mean_others().is_some_and(|others| seen.mean_first() > 0.0 && seen.mean_first() >= TIMES * others)
+            seen.mean_others().is_some_and(|others| seen.first.value() > 0.0 && seen.first.value() >= TIMES * others)
         };
         let spikes: Vec<usize> = residual.iter().filter(is_spike).map(|(layer, _)| *layer).collect();
         let after = |last: &usize| residual.iter().map(|(layer, _)| *layer).find(|layer| layer > last);
@@ -120,10 +112,11 @@ impl Spikes {
             let peak = |seen: Option<&Magnitudes>| seen.and_then(|seen| seen.peak.as_ref()).map(&record);
             let others = |seen: Option<&Magnitudes>| seen.map_or(0.0, |seen| seen.others_max);
             let sum = self.directions.get(&layer).map_or(&[][..], Vec::as_slice);
-            let mean: Vec<f64> = sum.iter().map(|sum| fixed_point::to_f64(*sum) / seen.first.max(1) as f64).collect();
+            let mean: Vec<f64> =
+                sum.iter().map(|sum| fixed_point::to_f64(*sum) / seen.first.count.max(1) as f64).collect();
             layers.push(SpikeLayer {
                 layer,
-                first: seen.mean_first(),
+                first: seen.first.value(),
                 others: seen.mean_others(),
                 residual: peak(Some(seen)),
                 attention_out: peak(attention),
