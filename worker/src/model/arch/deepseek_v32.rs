@@ -15,11 +15,9 @@ pub(super) const FAMILY: Family = Family {
 
 /// Names of this family and of those that build on it.
 pub(super) const NAMES: Names = Names {
-    tensors: deepseek_v3::TENSORS,
-    bases: &["model.", ""],
-    input_major: &[],
     // The first match gives the reason; a layer past the last has an indexer, too.
     ignored: &[NEXT_TOKEN_LAYERS, INDEXER],
+    ..Names::new(deepseek_v3::TENSORS, &["model.", ""])
 };
 
 /// The class overwrites `head_dim`; `qk_head_dim` is a sum of two others.

@@ -6,10 +6,8 @@ use super::*;
 pub(super) const FAMILY: Family = Family::new("Glm4MoeForCausalLM", &["glm4_moe"], "Glm4MoeConfig", spec, &NAMES);
 
 const NAMES: Names = Names {
-    tensors: &[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS],
-    bases: &["model.", ""],
-    input_major: &[],
     ignored: &[NEXT_TOKEN_LAYERS],
+    ..Names::new(&[LIKE_LLAMA, SEPARATE_EXPERTS, SHARED_EXPERTS], &["model.", ""])
 };
 
 fn spec(config: &Config<'_>) -> Result<DecoderSpec> {

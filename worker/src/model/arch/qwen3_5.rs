@@ -10,10 +10,8 @@ pub(super) const FAMILY: Family = Family {
 };
 
 const NAMES: Names = Names {
-    tensors: &[PROJECTIONS, qwen3_next::DELTA_NET, LIKE_LLAMA],
-    bases: &["model.language_model."],
-    input_major: &[],
     ignored: IGNORED,
+    ..Names::new(&[PROJECTIONS, qwen3_next::DELTA_NET, LIKE_LLAMA], &["model.language_model."])
 };
 
 /// Names of DeltaNet's projections.
