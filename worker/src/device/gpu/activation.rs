@@ -1,5 +1,7 @@
 //! Activations on a GPU as inputs of the statistics kernels, and values that the host needs later.
 
+use std::ops::Range;
+
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::{DType, Device, Storage, Tensor};
 pub use outliers_cuda::ScanSummary;
@@ -71,6 +73,16 @@ impl PendingScan {
     }
 }
 
+/// Some of the values; `None` for a dtype that no pass uses.
+pub(super) fn stored(slice: &CudaStorageSlice, part: Range<usize>) -> Option<Stored<'_>> {
+    Some(match slice {
+        CudaStorageSlice::F32(x) => Stored::F32(x.slice(part)),
+        CudaStorageSlice::BF16(x) => Stored::Bf16(x.slice(part)),
+        CudaStorageSlice::F16(x) => Stored::F16(x.slice(part)),
+        _ => return None,
+    })
+}
+
 /// Passes the tensor's values to `see` without a copy.
 fn with_activation<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Activation<'_>) -> Result<T>) -> Result<T> {
     let width = x.dim(1)?;
@@ -79,11 +91,8 @@ fn with_activation<T>(x: &Tensor, tokens: usize, see: impl FnOnce(&Activation<'_
     let Storage::Cuda(storage) = &*storage else {
         return Err(WorkerError::internal("a tensor of a GPU is not there"));
     };
-    let stored = match &storage.slice {
-        CudaStorageSlice::F32(x) => Stored::F32(x.slice(start..end)),
-        CudaStorageSlice::BF16(x) => Stored::Bf16(x.slice(start..end)),
-        CudaStorageSlice::F16(x) => Stored::F16(x.slice(start..end)),
-        _ => return Err(WorkerError::internal("a tensor is of another dtype than it says")),
+    let Some(stored) = stored(&storage.slice, start..end) else {
+        return Err(WorkerError::internal("a tensor is of another dtype than it says"));
     };
     see(&Activation::new(storage.device.cuda_stream(), stored, width, tokens))
 }

@@ -35,6 +35,7 @@ macro_rules! in_dtype {
         }
     };
 }
+pub(super) use in_dtype;
 
 fn offsets(layout: &Layout) -> Result<(usize, usize)> {
     let values = layout.shape().elem_count();

@@ -7,6 +7,7 @@ use candle_core::{DType, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::grouped::{self as kernels, ALIGNMENT, Factor, Real};
 
+use super::fused::in_dtype;
 use super::routing::{shown, tensor};
 
 /// The library refused when it was [tried](try_in_group).
@@ -38,12 +39,7 @@ pub fn takes_in_group(matrix: &Tensor) -> bool {
 /// Rows of `x` `[rows, in]` times the transposes of matrices `[out, in]`, each perhaps a transposed
 /// view. Each takes so many rows, behind those of the one before.
 pub fn grouped_product(x: &Tensor, matrices: &[&Tensor], rows: &[usize]) -> Result<Tensor> {
-    match x.dtype() {
-        DType::F32 => of::<f32>(x, matrices, rows),
-        DType::BF16 => of::<bf16>(x, matrices, rows),
-        DType::F16 => of::<f16>(x, matrices, rows),
-        dtype => bail!("no grouped products in {dtype:?}"),
-    }
+    in_dtype!(x, T => of::<T>(x, matrices, rows))
 }
 
 fn of<T: CudaDType + Real>(x: &Tensor, matrices: &[&Tensor], rows: &[usize]) -> Result<Tensor> {

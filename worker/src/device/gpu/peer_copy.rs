@@ -1,11 +1,11 @@
 //! Copies hidden states from one GPU to another.
 
-use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorageSlice};
+use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaStorage, DType, Device, Storage, Tensor};
 use half::{bf16, f16};
-use outliers_cuda::Stored;
 
+use super::activation::stored;
 use crate::error::{Result, WorkerError};
 
 /// A tensor that is being copied to another GPU. Its source must live until this has arrived or
@@ -27,12 +27,7 @@ impl PeerCopy {
         let (Storage::Cuda(storage), Device::Cuda(to)) = (&*storage, to) else { return Ok(None) };
         let from = storage.device.cuda_stream();
         let Some((start, end)) = layout.contiguous_offsets() else { return Ok(None) };
-        let stored = match &storage.slice {
-            CudaStorageSlice::F32(x) => Stored::F32(x.slice(start..end)),
-            CudaStorageSlice::BF16(x) => Stored::Bf16(x.slice(start..end)),
-            CudaStorageSlice::F16(x) => Stored::F16(x.slice(start..end)),
-            _ => return Ok(None),
-        };
+        let Some(stored) = stored(&storage.slice, start..end) else { return Ok(None) };
         let peer_copy = outliers_cuda::PeerCopy::start(&stored, &from, &to.cuda_stream())?;
         Ok(Some(Self { peer_copy, shape: x.dims().to_vec(), dtype: x.dtype() }))
     }

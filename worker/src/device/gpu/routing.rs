@@ -13,6 +13,7 @@ use half::{bf16, f16};
 use outliers_cuda::fused::Real;
 use outliers_cuda::routing::{self as kernels, CountsReadback, Kind, Rule};
 
+use super::fused::in_dtype;
 use super::{Load, Positions};
 use crate::model::decoder::RouterSpec;
 
@@ -197,12 +198,7 @@ impl InplaceOp3 for RowsOfPairs {
         of_tokens: &Layout,
     ) -> Result<()> {
         let (x, tokens) = ((x, of_x), (tokens, of_tokens));
-        match out.dtype() {
-            DType::F32 => self.run::<f32>(out, of_out, x, tokens),
-            DType::BF16 => self.run::<bf16>(out, of_out, x, tokens),
-            DType::F16 => self.run::<f16>(out, of_out, x, tokens),
-            dtype => bail!("rows-of-pairs: there is no kernel for {dtype:?}"),
-        }
+        in_dtype!(out, T => self.run::<T>(out, of_out, x, tokens))
     }
 }
 
