@@ -11,7 +11,7 @@ use crate::checkpoint::safetensors::{StoredDtype, shown};
 use crate::checkpoint::source::{TensorEntry, WeightSource};
 use crate::error::{Result, WorkerError, listed};
 use crate::model::arch::{self, Architecture, Family, Names, Nvfp4Layout, Quantisation};
-use crate::model::decoder::{DecoderSpec, Need, Role, StreamingUnit};
+use crate::model::decoder::{DecoderSpec, Need, Role};
 
 pub mod dtype;
 pub mod hub;
@@ -404,11 +404,6 @@ impl<'a> Model<'a> {
     /// Stored bytes of some tensors of a layer.
     pub fn stored_bytes<'n>(&self, layer: usize, needs: impl IntoIterator<Item = &'n Need>) -> u64 {
         needs.into_iter().map(|need| self.stored(layer, need).bytes()).sum()
-    }
-
-    /// Stored bytes of a streaming unit.
-    pub fn unit_bytes(&self, unit: &StreamingUnit) -> u64 {
-        self.stored_bytes(unit.layer, &unit.needs)
     }
 
     /// Bytes per stored dtype of the tensors used.

@@ -61,8 +61,7 @@ pub struct JobSpec {
     pub export: BTreeSet<Export>,
     /// Name of a safetensors file in the output folder for every studied activation: tokens x
     /// hidden x sites x 4 bytes. Outputs of single experts are not saved.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "save-activations")]
+    #[serde(default, skip_serializing_if = "Option::is_none", alias = "save-activations")]
     pub save_activations: Option<String>,
     /// Name of a file in the output folder for a timeline of the pass, as JSON in Chrome's trace
     /// event format.
@@ -73,13 +72,11 @@ pub struct JobSpec {
     pub ablation: Option<Ablation>,
     /// Tokens per micro-batch, in whole sequences, at least one. `None`: on GPUs the most that
     /// fit, on CPUs 4,096.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "micro-batch-tokens")]
+    #[serde(default, skip_serializing_if = "Option::is_none", alias = "micro-batch-tokens")]
     pub micro_batch_tokens: Option<usize>,
     /// Most bytes of weights in memory at a time, decoded and in transfer together. `None`: a
     /// share of the free memory.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "stream-budget-bytes")]
+    #[serde(default, skip_serializing_if = "Option::is_none", alias = "stream-budget-bytes")]
     pub stream_budget_bytes: Option<u64>,
 }
 
@@ -292,13 +289,11 @@ pub struct CorpusSpec {
     /// Where the text or the token ids come from.
     pub source: CorpusSource,
     /// Sequences to run. With token ids: the most rows; `None` takes all rows (text: 16).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "num-sequences")]
+    #[serde(skip_serializing_if = "Option::is_none", alias = "num-sequences")]
     pub num_sequences: Option<usize>,
     /// Tokens per sequence, BOS included. With token ids: must equal the row length when given
     /// (text: 2048, or the model's limit if lower).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "sequence-length")]
+    #[serde(skip_serializing_if = "Option::is_none", alias = "sequence-length")]
     pub sequence_length: Option<usize>,
     /// Whether each window starts with the BOS token.
     pub bos: BosPolicy,
@@ -308,14 +303,12 @@ pub struct CorpusSpec {
     #[serde(alias = "text-field")]
     pub text_field: String,
     /// Number of documents to skip first.
-    #[serde(skip_serializing_if = "is_zero")]
-    #[serde(alias = "skip-documents")]
+    #[serde(skip_serializing_if = "is_zero", alias = "skip-documents")]
     pub skip_documents: usize,
     /// Seed by which documents are shuffled. `None`: documents come in stored order. Files, the
     /// blocks of each file and the documents of each block are shuffled, so only the blocks in use
     /// are read.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[serde(alias = "shuffle-seed")]
+    #[serde(skip_serializing_if = "Option::is_none", alias = "shuffle-seed")]
     pub shuffle_seed: Option<u64>,
 }
 

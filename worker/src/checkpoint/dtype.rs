@@ -110,7 +110,7 @@ pub fn decode(stored: &Encoded<'_>, shape: &[usize], compute: DType, device: &De
         DType::F32 => fresh::<f32>,
         DType::BF16 => fresh::<bf16>,
         DType::F16 => fresh::<f16>,
-        other => return Err(no_forward_pass(other)),
+        other => return Err(WorkerError::internal(format!("no forward pass in {other:?}"))),
     };
     tensor_of(stored, shape, device, tensor)
 }
@@ -279,10 +279,6 @@ fn undecodable(dtype: &StoredDtype, tensor: &str) -> WorkerError {
         StoredDtype::F8E4M3 => WorkerError::unsupported(message + " without scales"),
         _ => WorkerError::unsupported(message),
     }
-}
-
-fn no_forward_pass(dtype: DType) -> WorkerError {
-    WorkerError::internal(format!("no forward pass in {dtype:?}"))
 }
 
 fn fresh<T: Compute>(stored: &Encoded<'_>, shape: &[usize], device: &Device, tensor: &str) -> Result<Tensor> {

@@ -338,7 +338,7 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     // Each row once, and which one each token has.
     let embedded = used_values(spec, run) * run.compute.size_in_bytes() + run.sequences * run.tokens * size_of::<u32>();
     let units = spec.units(run.group_elements);
-    let weights: u64 = units.iter().map(|unit| model.unit_bytes(unit)).sum();
+    let weights: u64 = units.iter().map(|unit| model.stored_bytes(unit.layer, &unit.needs)).sum();
     let rows = tokens * OF_ROW as u64 + sequences * 8 * BINS as u64;
     let columns = norms * sequences * hidden * OF_COLUMN as u64;
     let values = on_host * tokens * hidden * size_of::<f32>() as u64;

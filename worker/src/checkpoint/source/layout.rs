@@ -145,7 +145,7 @@ impl Chosen {
 
     /// The parsed index, if the file is one.
     fn index(&self, place: &Location<'_>) -> Result<Option<WeightMap>> {
-        if !is_index(&self.file) {
+        if !self.file.ends_with(".index.json") {
             return Ok(None);
         }
         let map = WeightMap::named(&self.file, &(place.read)(&self.file)?, self.container);
@@ -180,10 +180,6 @@ impl Chosen {
             format!("{file} is read, as transformers does; {index} beside it names files that are not there ({others})")
         })
     }
-}
-
-fn is_index(name: &str) -> bool {
-    name.ends_with(".index.json")
 }
 
 /// Whether transformers takes a file of this name for one process's slice:
