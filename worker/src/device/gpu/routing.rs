@@ -8,7 +8,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::op::BackpropOp;
-use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp3, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, DType, InplaceOp2, Layout, Result, Storage, Tensor, bail};
 use half::{bf16, f16};
 use outliers_cuda::fused::Real;
 use outliers_cuda::routing::{self as kernels, CountsReadback, Kind, Rule};
@@ -140,7 +140,8 @@ impl SortedPairs {
     ) -> Result<()> {
         let weights = scaled.then(|| self.weights.clone());
         let firsts = self.firsts[group.start..=group.end].to_vec();
-        all.inplace_op3(x, &self.tokens, &RowsOfPairs { weights, gathered: Some([firsts, places]) })
+        let tokens = self.tokens.clone();
+        all.inplace_op2(x, &RowsOfPairs { tokens, weights, gathered: Some([firsts, places]) })
     }
 
     /// Adds `made` `[pairs, width]`, an expert's output for all its tokens, to the tokens' rows of
@@ -148,7 +149,7 @@ impl SortedPairs {
     pub fn add(&self, out: &Tensor, made: &Tensor, pairs: &Range<usize>, scaled: bool) -> Result<()> {
         let part = |all: &Tensor| all.narrow(0, pairs.start, pairs.len());
         let weights = if scaled { Some(part(&self.weights)?) } else { None };
-        out.inplace_op3(made, &part(&self.tokens)?, &RowsOfPairs { weights, gathered: None })
+        out.inplace_op2(made, &RowsOfPairs { tokens: part(&self.tokens)?, weights, gathered: None })
     }
 
     /// Tokens and weights of some pairs. The first call copies all of them.
@@ -166,39 +167,23 @@ impl SortedPairs {
 
 /// Adds an expert's rows to their tokens' rows, or gathers them.
 struct RowsOfPairs {
+    tokens: Tensor,
     weights: Option<Tensor>,
     /// For gathering: the first pair of each expert, and the first row of its output.
     gathered: Option<[Vec<usize>; 2]>,
 }
 
-impl InplaceOp3 for RowsOfPairs {
+impl InplaceOp2 for RowsOfPairs {
     fn name(&self) -> &'static str {
         "rows-of-pairs"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &mut CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<()> {
+    fn cpu_fwd(&self, _: &mut CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<()> {
         bail!("rows-of-pairs: pairs of a GPU on a CPU")
     }
 
-    fn cuda_fwd(
-        &self,
-        out: &mut CudaStorage,
-        of_out: &Layout,
-        x: &CudaStorage,
-        of_x: &Layout,
-        tokens: &CudaStorage,
-        of_tokens: &Layout,
-    ) -> Result<()> {
-        let (x, tokens) = ((x, of_x), (tokens, of_tokens));
-        in_dtype!(out, T => self.run::<T>(out, of_out, x, tokens))
+    fn cuda_fwd(&self, out: &mut CudaStorage, of_out: &Layout, x: &CudaStorage, of_x: &Layout) -> Result<()> {
+        in_dtype!(out, T => self.run::<T>(out, of_out, x, of_x))
     }
 }
 
@@ -207,8 +192,8 @@ impl RowsOfPairs {
         &self,
         out: &mut CudaStorage,
         of_out: &Layout,
-        (x, of_x): (&CudaStorage, &Layout),
-        (tokens, of_tokens): (&CudaStorage, &Layout),
+        x: &CudaStorage,
+        of_x: &Layout,
     ) -> Result<()> {
         let (_, width) = of_out.shape().dims2()?;
         let stream = out.device.cuda_stream();
@@ -216,7 +201,8 @@ impl RowsOfPairs {
         let weights = weights.as_ref().map(|(storage, layout)| shown::<f32>(storage, layout)).transpose()?;
         let (start, end) = offsets(of_out)?;
         let mut out = out.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
-        let (x, tokens) = (view::<T>(x, of_x)?, view::<u32>(tokens, of_tokens)?);
+        let (tokens, of_tokens) = self.tokens.storage_and_layout();
+        let (x, tokens) = (view::<T>(x, of_x)?, shown::<u32>(&tokens, of_tokens)?);
         match &self.gathered {
             None => kernels::add_rows(&stream, &mut out, &x, &tokens, weights.as_ref(), width).w(),
             Some([firsts, places]) => {
