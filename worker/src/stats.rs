@@ -148,13 +148,6 @@ struct Stripe {
     hits: Vec<u64>,
 }
 
-/// Positions of 64 features over all sites: per feature one bit per (sequence, position),
-/// allocated at the first occurrence.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Positions {
-    bits: Vec<Option<Box<[u64]>>>,
-}
-
 /// Counts of a run over a fixed set of sites and sequences.
 ///
 /// Memory: sites x hidden x 56 bytes, plus sites x sequences x hidden bits, plus one bit per token
@@ -168,8 +161,9 @@ pub struct OutlierStats {
     tokens: usize,
     /// Shape `[sites][stripes]`.
     stripes: Vec<Vec<Stripe>>,
-    /// Shape `[stripes]`.
-    positions: Vec<Positions>,
+    /// Per feature, over all sites: one bit per (sequence, position), allocated at the first
+    /// occurrence.
+    positions: Vec<Option<Box<[u64]>>>,
 }
 
 impl OutlierStats {
@@ -184,7 +178,7 @@ impl OutlierStats {
             tokens,
             stripes: vec![vec![stripe; n]; sites.len()],
             sites,
-            positions: vec![Positions { bits: vec![None; STRIPE] }; n],
+            positions: vec![None; hidden],
         }
     }
 
@@ -226,7 +220,7 @@ impl OutlierStats {
     /// Number of distinct positions of `sequence` at which `dim` exceeds at any site.
     pub fn positions_in(&self, sequence: usize, dim: usize) -> u64 {
         let words = self.words();
-        let bits = self.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
+        let bits = self.positions[dim].as_deref();
         bits.map_or(0, |b| b[sequence * words..(sequence + 1) * words].iter().map(|w| u64::from(w.count_ones())).sum())
     }
 
@@ -265,8 +259,7 @@ impl OutlierStats {
         let bitmap = words * self.sequences;
         for ExceedingPositions { dim, positions } in &found.marks {
             self.stripes[site][dim / STRIPE].hits[sequence] |= 1 << (dim % STRIPE);
-            let bits = &mut self.positions[dim / STRIPE].bits[dim % STRIPE];
-            let bits = bits.get_or_insert_with(|| vec![0; bitmap].into_boxed_slice());
+            let bits = self.positions[*dim].get_or_insert_with(|| vec![0; bitmap].into_boxed_slice());
             bits[sequence * words..][..words].iter_mut().zip(positions).for_each(|(a, b)| *a |= b);
         }
     }
@@ -282,8 +275,7 @@ impl OutlierStats {
                 mine.hits.iter_mut().zip(&theirs.hits).for_each(|(a, b)| *a |= b);
             }
         }
-        let pairs = self.positions.iter_mut().zip(&other.positions).flat_map(|(a, b)| a.bits.iter_mut().zip(&b.bits));
-        for (mine, theirs) in pairs {
+        for (mine, theirs) in self.positions.iter_mut().zip(&other.positions) {
             match (mine.as_mut(), theirs) {
                 (_, None) => {}
                 (None, Some(theirs)) => *mine = Some(theirs.clone()),

@@ -215,16 +215,15 @@ fn summarise(sequence: usize, rows: &[FeatureCounts]) -> SequenceSummary {
 /// All readings on both axes, the paper's first.
 fn verdicts(rows: &[FeatureCounts], sequences: usize) -> Vec<Verdict> {
     let mut verdicts = Vec::with_capacity(6);
-    for (axis_index, axis) in AXES.into_iter().enumerate() {
-        let corpus: Vec<SystematicShares> = rows.iter().filter_map(|row| row.corpus[axis_index]).collect();
-        verdicts.push(verdict(Reading::Unique, axis, &corpus, 1));
-    }
-    for reading in [Reading::MeanPerSequence, Reading::SumOverSequences] {
+    for reading in [Reading::Unique, Reading::MeanPerSequence, Reading::SumOverSequences] {
         for (axis_index, axis) in AXES.into_iter().enumerate() {
-            let records: Vec<SystematicShares> = rows
-                .iter()
-                .flat_map(|row| row.sequences.iter().filter_map(move |within| within.by[axis_index]))
-                .collect();
+            let records: Vec<SystematicShares> = if reading == Reading::Unique {
+                rows.iter().filter_map(|row| row.corpus[axis_index]).collect()
+            } else {
+                rows.iter()
+                    .flat_map(|row| row.sequences.iter().filter_map(move |within| within.by[axis_index]))
+                    .collect()
+            };
             let divisor = if reading == Reading::MeanPerSequence { sequences } else { 1 };
             verdicts.push(verdict(reading, axis, &records, divisor));
         }

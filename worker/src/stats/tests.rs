@@ -20,7 +20,7 @@ fn host(x: &[f32], width: usize, tokens: usize) -> Values<'_> {
 /// Whether `dim` exceeds at `(sequence, position)` at any site.
 fn exceeds_at(stats: &OutlierStats, dim: usize, sequence: usize, position: usize) -> bool {
     let word = sequence * stats.words() + position / 64;
-    let bits = stats.positions[dim / STRIPE].bits[dim % STRIPE].as_deref();
+    let bits = stats.positions[dim].as_deref();
     bits.is_some_and(|b| b[word] >> (position % 64) & 1 == 1)
 }
 
