@@ -5,26 +5,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::Serialize;
+use serde_json::json;
 
 use super::{FinishedPass, Layer, Saliency};
 use crate::error::{Result, WorkerError};
 use crate::files::write_atomic;
-
-/// The whole file.
-#[derive(Debug, Serialize)]
-struct Document<'a> {
-    schema: u32,
-    model: &'a str,
-    rule: &'static str,
-    tokens: usize,
-    /// Layers with routed experts.
-    layers: Vec<OfLayer>,
-    /// Super experts by the rule of `results.json`.
-    super_experts: Vec<SuperExpert>,
-    /// Share of each layer's experts, 0 to 1, that can be dropped by saliency before the first
-    /// super expert is; `None` without a super expert.
-    share_before_a_super_expert: Option<f64>,
-}
 
 const RULE: &str = "saliency: mean over the tokens that were sent to an expert of gate weight x Euclidean norm of its \
                     output (of the norm alone where gate weights multiply inputs); the lowest are dropped first, those \
@@ -107,15 +92,19 @@ pub(super) fn write(path: &Path, layers: &BTreeMap<usize, Layer>, pass: &Finishe
         .filter_map(|peak| layers.iter().find(|of| of.layer == peak.at.layer)?.super_expert(peak.at.expert?))
         .collect();
     let shares = super_experts.iter().map(|found| found.dropped_before as f64 / found.experts as f64);
-    let document = Document {
-        schema: 1,
-        model: &pass.results.model,
-        rule: RULE,
-        tokens: pass.tokens.ids.len(),
-        share_before_a_super_expert: shares.min_by(f64::total_cmp),
-        layers,
-        super_experts,
-    };
+    let document = json!({
+        "schema": 1,
+        "model": pass.results.model,
+        "rule": RULE,
+        "tokens": pass.tokens.ids.len(),
+        // Those with routed experts.
+        "layers": layers,
+        // By the rule of `results.json`.
+        "super_experts": super_experts,
+        // Share of each layer's experts, 0 to 1, that can be dropped by saliency before the first
+        // super expert is; null without a super expert.
+        "share_before_a_super_expert": shares.min_by(f64::total_cmp),
+    });
     let text = serde_json::to_vec_pretty(&document)
         .map_err(|error| WorkerError::internal(format!("saliencies cannot be written as JSON: {error}")))?;
     write_atomic(path, &text)
