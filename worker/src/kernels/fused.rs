@@ -10,8 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, Device, InplaceOp1, InplaceOp2, Layout, Result, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, D, Device, InplaceOp1, InplaceOp2, Layout, Result, Shape, Storage, Tensor, bail,
 };
 use half::{bf16, f16};
 use outliers_scan::vectorize;
@@ -288,11 +287,12 @@ pub fn rms_norm_onto(residual: &Tensor, x: &Tensor, gain: &Tensor, eps: f64) -> 
 
 // --------------------------------------------------------------------------------------- LayerNorm
 
-struct LayerNorm {
+struct LayerNorm<'a> {
     eps: f32,
+    bias: &'a Tensor,
 }
 
-impl LayerNorm {
+impl LayerNorm<'_> {
     fn run<T: Real>(&self, x: &[T], gain: &[T], bias: &[T]) -> Vec<T> {
         let width = gain.len();
         let mut out = vec![T::narrow(0.0); x.len()];
@@ -314,42 +314,29 @@ impl LayerNorm {
     }
 }
 
-impl CustomOp3 for LayerNorm {
+impl CustomOp2 for LayerNorm<'_> {
     fn name(&self) -> &'static str {
         "layer-norm"
     }
 
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let out = floats!(made self.name(), |s1, s2, s3| self.run(part(s1, l1)?, part(s2, l2)?, part(s3, l3)?));
+    fn cpu_fwd(&self, s1: &CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> Result<(CpuStorage, Shape)> {
+        let out = reading(Some(self.bias), |bias| {
+            let (bias, l3) = bias.expect("given");
+            Ok(floats!(made self.name(), |s1, s2, bias| self.run(part(s1, l1)?, part(s2, l2)?, part(bias, l3)?)))
+        })?;
         Ok((out, l1.shape().clone()))
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &CudaStorage,
-        l1: &Layout,
-        s2: &CudaStorage,
-        l2: &Layout,
-        s3: &CudaStorage,
-        l3: &Layout,
-    ) -> Result<(CudaStorage, Shape)> {
-        Ok((kernels::layer_norm((s1, l1), (s2, l2), (s3, l3), self.eps)?, l1.shape().clone()))
+    fn cuda_fwd(&self, s1: &CudaStorage, l1: &Layout, s2: &CudaStorage, l2: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((kernels::layer_norm((s1, l1), (s2, l2), self.bias, self.eps)?, l1.shape().clone()))
     }
 }
 
 /// `(x - mean) / sqrt(variance + eps) * gain + bias` over the last dimension. `x` `[.., width]`
 /// contiguous, `gain` and `bias` `[width]`.
 pub fn layer_norm(x: &Tensor, gain: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
-    x.apply_op3_no_bwd(gain, bias, &LayerNorm { eps: eps as f32 })
+    x.apply_op2_no_bwd(gain, &LayerNorm { eps: eps as f32, bias })
 }
 
 // -------------------------------------------------------------------------------------------- rope

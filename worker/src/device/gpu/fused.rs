@@ -94,11 +94,14 @@ pub(crate) fn rms_norm(x: Read<'_>, gain: Read<'_>, residual: Option<&Tensor>, e
 }
 
 /// As [`crate::kernels::fused::layer_norm`].
-pub(crate) fn layer_norm(x: Read<'_>, gain: Read<'_>, bias: Read<'_>, eps: f32) -> Result<CudaStorage> {
+pub(crate) fn layer_norm(x: Read<'_>, gain: Read<'_>, bias: &Tensor, eps: f32) -> Result<CudaStorage> {
     let stream = x.0.device.cuda_stream();
-    in_dtype!(x.0, T => {
-        let out = kernels::layer_norm(&stream, &view::<T>(x)?, &view::<T>(gain)?, &view::<T>(bias)?, eps).w()?;
-        Ok(made(x, out))
+    reading(Some(bias), |bias| {
+        let bias = bias.expect("given");
+        in_dtype!(x.0, T => {
+            let out = kernels::layer_norm(&stream, &view::<T>(x)?, &view::<T>(gain)?, &view::<T>(bias)?, eps).w()?;
+            Ok(made(x, out))
+        })
     })
 }
 
