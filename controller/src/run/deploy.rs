@@ -19,7 +19,7 @@ use crate::host::HostEvent;
 use crate::run::ledger::{CostMeter, LedgerError, RUN_FILE, RunRecord, RunWriter};
 use crate::run::local_worker::corpus_files;
 use crate::run::{FailureDetail, Intent, RunEvent, RunFailureKind, RunOutcome, RunState};
-use crate::units::{GpuTime, Span, Usd, UsdPerHour};
+use crate::units::{Span, Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
 mod collect;
@@ -93,8 +93,8 @@ pub enum DeployEvent {
     Booting,
     /// An event on the host.
     Host(HostEvent),
-    /// A note about the run.
-    Note(RunNote),
+    /// A sentence about the run, for people. It may hold what a host or a cloud said.
+    Note(String),
     /// An instance is being terminated.
     Terminating(InstanceId),
     /// The cloud does not terminate an instance.
@@ -110,62 +110,6 @@ pub enum DeployEvent {
     },
     /// The user requested a stop.
     Stopping(Stop),
-}
-
-/// Notes for people. No code depends on them.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RunNote {
-    /// A cloud's offers are left out, since it does not answer.
-    LeftOut {
-        /// The cloud, and the error.
-        why: String,
-    },
-    /// Active runs have reserved the rest of the budget. The run waits until this amount is free.
-    BudgetReserved(Usd),
-    /// Active runs have reserved the rest of --max-gpu-hours. The run waits until this amount is
-    /// free.
-    GpuTimeReserved(GpuTime),
-    /// The worker waits for its start beside others that read from the hub.
-    TurnAwaited {
-        /// Time to wait.
-        wait: Duration,
-        /// Time between the starts of two workers.
-        apart: Duration,
-    },
-    /// The instance is in the cloud's queue.
-    Queued {
-        /// Reason by the cloud.
-        why: String,
-    },
-    /// The instance's host demands a higher price, which is not accepted.
-    PriceRise {
-        /// The instance.
-        instance: InstanceId,
-        /// The demanded price, as text.
-        asked: String,
-    },
-    /// The guard's lease on the instance was not renewed.
-    GuardUnreachable {
-        /// The error.
-        why: String,
-    },
-    /// The worker died and is being restarted.
-    WorkerRestarted {
-        /// Its exit status; `None`: it was killed.
-        exit: Option<i32>,
-    },
-    /// The worker was not restarted.
-    NotRestarted {
-        /// The reason.
-        why: String,
-    },
-    /// The results cannot be saved, and are lost with the instance.
-    FilesLost {
-        /// The run.
-        run: String,
-        /// The instance with the results.
-        instance: InstanceId,
-    },
 }
 
 /// An instance that still bills after it was terminated.

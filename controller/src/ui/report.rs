@@ -17,7 +17,7 @@ use crate::cloud::broker::BrokerError;
 use crate::cloud::clouds::Offered;
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{HostEvent, HostFacts};
-use crate::run::deploy::{DeployEvent, DriveError, RunNote, StillBilling, Stop, UnsavedResults};
+use crate::run::deploy::{DeployEvent, DriveError, StillBilling, Stop, UnsavedResults};
 use crate::run::ledger::{CostMeter, LedgerError, RunRecord, Unreadable, now_ms};
 use crate::run::local_worker::LocalWorkerError;
 use crate::run::reconcile::{Action, Finish, Leave, Stray};
@@ -436,7 +436,7 @@ impl Reporter {
     /// Reports what is missing from the clouds' offers.
     pub fn offered(&self, offered: &Offered) {
         for error in &offered.silent {
-            self.note(&RunNote::LeftOut { why: error.to_string() });
+            self.note(&format!("Left out, it does not answer: {error}"));
         }
         for (broker, dropped) in &offered.dropped {
             let offers = counted(dropped.count, "offer");
@@ -595,8 +595,8 @@ impl Reporter {
         }
     }
 
-    fn note(&self, note: &RunNote) {
-        self.say(&in_words(note));
+    fn note(&self, note: &str) {
+        self.say(&clean(note.as_bytes(), LINE));
     }
 
     /// Shows the worker's progress.
@@ -790,37 +790,6 @@ fn host_facts(facts: &HostFacts) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// Sentence for a note.
-fn in_words(note: &RunNote) -> String {
-    let sentence = match note {
-        RunNote::LeftOut { why } => format!("Left out, it does not answer: {why}"),
-        RunNote::BudgetReserved(least) => {
-            format!("The rest of the budget is reserved by runs under way; waiting until {least} are free")
-        }
-        RunNote::GpuTimeReserved(least) => {
-            format!("The rest of --max-gpu-hours is reserved by runs under way; waiting until {least} are free")
-        }
-        RunNote::TurnAwaited { wait, apart } => {
-            let (wait, apart) = (Span(*wait), Span(*apart));
-            format!("Waiting {wait} for its turn: workers that read from the hub start {apart} apart")
-        }
-        RunNote::Queued { why } => format!("Waiting: {why}"),
-        RunNote::PriceRise { instance, asked } => {
-            format!("The host of {instance} asks for {asked}; it is not agreed to")
-        }
-        RunNote::GuardUnreachable { why } => format!("The guard on the instance could not be reached: {why}"),
-        RunNote::WorkerRestarted { exit: Some(exit) } => {
-            format!("The worker died with status {exit}; it is started again")
-        }
-        RunNote::WorkerRestarted { exit: None } => "The worker was killed; it is started again".to_owned(),
-        RunNote::NotRestarted { why } => format!("The worker could not be started again: {why}"),
-        RunNote::FilesLost { run, instance } => {
-            format!("The files lie as they are in ~/outliers/{run} on instance {instance}, which ends now")
-        }
-    };
-    clean(sentence.as_bytes(), LINE)
-}
-
 /// Reason, after "it was ended: ".
 pub fn stray(why: Stray) -> &'static str {
     match why {
@@ -936,8 +905,6 @@ mod tests {
             let said = on_host(&event);
             assert!(said.contains(words) && super::is_detail(&event) == is_detail, "{event:?}: {said}");
         }
-        let hostile = RunNote::NotRestarted { why: "\u{1b}[2Jgone".into() };
-        assert!(in_words(&hostile).ends_with("again: gone"), "{}", in_words(&hostile));
     }
 
     fn gpu() -> crate::host::GpuFacts {

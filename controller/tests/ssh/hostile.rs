@@ -15,7 +15,7 @@ use outliers::host::keys::RunKey;
 use outliers::host::transport::TransportErrorKind as Kind;
 use outliers::host::transport::ssh::SshTransport;
 use outliers::host::{HostEvent, HostFacts};
-use outliers::run::deploy::{DeployEvent, Driver, Ports, RunNote, SshHosts, Stop};
+use outliers::run::deploy::{DeployEvent, Driver, Ports, SshHosts, Stop};
 use outliers::run::ledger::{Ledger, RunRecord};
 use outliers::run::local_worker::{InspectScope, LocalWorker};
 use outliers::run::output;
@@ -244,7 +244,7 @@ async fn drive(
             DeployEvent::Host(HostEvent::ConnectionLost { why }) => why,
             DeployEvent::Host(HostEvent::Progress(progress)) => progress.message.unwrap_or_default(),
             DeployEvent::Host(HostEvent::Probed(facts)) => words(facts),
-            DeployEvent::Note(RunNote::NotRestarted { why } | RunNote::GuardUnreachable { why }) => why,
+            DeployEvent::Note(note) => note,
             DeployEvent::Refused { reason } | DeployEvent::Retrying { reason, .. } => reason,
             _ => return,
         };

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::collect::{self, Folders};
 use super::grace::Grace;
 use super::terminate::{Bill, InstanceTerminator};
-use super::{DeployEvent, DriveError, Driver, Host, RunNote, StepError, Stop, Target, UnsavedResults};
+use super::{DeployEvent, DriveError, Driver, Host, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
@@ -22,7 +22,7 @@ use crate::run::ledger::{BudgetStatus, RunRecord, random_word};
 use crate::run::{
     FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState, SavedResults,
 };
-use crate::units::{GpuTime, Usd, UsdPerHour};
+use crate::units::{GpuTime, Span, Usd, UsdPerHour};
 
 type Step = Result<(), StepError>;
 
@@ -79,7 +79,7 @@ impl Driver<'_> {
             return Err(StepError::End(failed(RunFailureKind::Local, wrong, Some(hint))));
         }
         for error in &offered.silent {
-            self.note(RunNote::LeftOut { why: error.to_string() });
+            self.note(format!("Left out, it does not answer: {error}"));
         }
         let selected = self.run.record().spec.select(offered.offers).map_err(|none| no_offer(&none))?.offers;
         let selected = match self.within_gpu_time(selected)? {
@@ -190,7 +190,8 @@ impl Driver<'_> {
 
     /// Waits until runs with the same limit have freed enough GPU time, or no longer can.
     async fn wait_for_gpu_time(&self, least: GpuTime) -> Step {
-        self.note(RunNote::GpuTimeReserved(least));
+        let what = "The rest of --max-gpu-hours is reserved by runs under way";
+        self.note(format!("{what}; waiting until {least} are free"));
         let unchanged = |status: BudgetStatus<GpuTime>| status.left < least && least <= status.at_best;
         while self.run.gpu_budget_status()?.is_some_and(unchanged) {
             tokio::time::sleep(self.timeouts().listing_interval).await;
@@ -200,7 +201,7 @@ impl Driver<'_> {
 
     /// Waits until runs with the same budget have freed enough, or no longer can.
     async fn wait_for_budget(&self, least: Usd) -> Step {
-        self.note(RunNote::BudgetReserved(least));
+        self.note(format!("The rest of the budget is reserved by runs under way; waiting until {least} are free"));
         let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
         while self.run.budget_status()?.is_some_and(unchanged) {
             tokio::time::sleep(self.timeouts().listing_interval).await;
@@ -380,7 +381,10 @@ impl Driver<'_> {
     /// Waits until the worker may start beside others of its batch, and reports the time to wait.
     async fn wait_for_turn(&self) {
         let Some(start_throttle) = self.ports.start_throttle else { return };
-        let say = |wait: Duration| self.note(RunNote::TurnAwaited { wait, apart: start_throttle.pause() });
+        let say = |wait: Duration| {
+            let (wait, apart) = (Span(wait), Span(start_throttle.pause()));
+            self.note(format!("Waiting {wait} for its turn: workers that read from the hub start {apart} apart"));
+        };
         start_throttle.wait(say).await;
     }
 
@@ -471,8 +475,8 @@ impl Driver<'_> {
             // A query without an answer is repeated.
             let asked = cloud.call(cloud.broker.price_rise(&rental.instance)).await.ok().flatten();
             if let Some(asked) = asked.filter(|asked| told.as_ref() != Some(asked)) {
-                told = Some(asked.clone());
-                self.note(RunNote::PriceRise { instance: rental.instance.clone(), asked });
+                self.note(format!("The host of {} asks for {asked}; it is not agreed to", rental.instance));
+                told = Some(asked);
             }
             let Ok(listed) = cloud.call(cloud.broker.list()).await else { continue };
             let listed = listed.into_iter().find(|instance| instance.id == rental.instance);
@@ -541,7 +545,8 @@ impl Driver<'_> {
             Err(error) if error.is_here() => self.keep(rental, error).await,
             Err(error) => {
                 if !error.is_transient() {
-                    self.note(RunNote::FilesLost { run, instance: rental.instance.clone() });
+                    let place = format!("~/outliers/{run} on instance {}", rental.instance);
+                    self.note(format!("The files lie as they are in {place}, which ends now"));
                 }
                 let why = error.message.clone();
                 let ended = self.try_again_host(error, self.cloud()?.timeouts.sync).await;
@@ -596,12 +601,13 @@ impl Driver<'_> {
     }
 
     async fn restart(&mut self, exit: Option<i32>) -> Step {
-        self.note(RunNote::WorkerRestarted { exit });
+        let died = exit.map_or_else(|| "was killed".to_owned(), |exit| format!("died with status {exit}"));
+        self.note(format!("The worker {died}; it is started again"));
         match self.host().restart(&self.run.record().id, self.ports.secrets).await {
             Ok(()) => Ok(self.append(RunEvent::Restarted)?),
             // After such an error the files on the instance are no longer usable.
             Err(error) if !error.is_transient() => {
-                self.note(RunNote::NotRestarted { why: error.message });
+                self.note(format!("The worker could not be started again: {}", error.message));
                 Err(StepError::Down)
             }
             Err(error) => self.try_again_host(error, self.cloud()?.timeouts.sync).await,
@@ -718,7 +724,7 @@ impl Driver<'_> {
         })
     }
 
-    fn note(&self, note: RunNote) {
+    fn note(&self, note: String) {
         (self.on)(DeployEvent::Note(note));
     }
 
@@ -762,7 +768,7 @@ impl Driver<'_> {
             return;
         }
         if let Err(error) = self.guard(rental).await {
-            self.note(RunNote::GuardUnreachable { why: error.message });
+            self.note(format!("The guard on the instance could not be reached: {}", error.message));
         }
     }
 
@@ -808,8 +814,8 @@ impl Driver<'_> {
                 // Waiting in a queue is not a fault: another instance would be queued behind it.
                 InstanceState::Queued(why) => {
                     if why != told {
-                        told.clone_from(&why);
-                        self.note(RunNote::Queued { why });
+                        self.note(format!("Waiting: {why}"));
+                        told = why;
                     }
                     deadline = Instant::now() + limit;
                     tokio::time::sleep(timeouts.listing_interval).await;

@@ -9,7 +9,7 @@ use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;
 use crate::run::{Membership, RefusedOffer, RunFailureKind, RunOutcome, RunSpec};
-use crate::units::{Usd, UsdPerHour};
+use crate::units::{GpuTime, Usd, UsdPerHour};
 
 /// Cost of the first offer for the time limit of an hour.
 const AGREED: Usd = Usd::from_micros(1_000_000);
@@ -700,7 +700,7 @@ async fn budget_equal_to_the_quote_suffices() {
 async fn told_while_it_runs(
     spec: RunSpec,
     after: impl FnOnce(&mut super::fake::Simulation),
-) -> (RunRecord, Vec<RunNote>) {
+) -> (RunRecord, Vec<String>) {
     set_clock(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|simulation| simulation.endless = true);
@@ -728,7 +728,7 @@ async fn requested_price_increase_is_reported_once_and_refused() {
     let rise = |simulation: &mut super::fake::Simulation| simulation.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
-    assert_eq!(told, [RunNote::PriceRise { instance: InstanceId("i1".into()), asked: "$2.00/h".into() }]);
+    assert_eq!(told, ["The host of i1 asks for $2.00/h; it is not agreed to"]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1321,9 +1321,9 @@ async fn worker_starts_are_spaced_and_report_the_wait() {
     }
     assert_eq!(*launched.lock().unwrap(), [0, 1, 2]);
     let told = told.into_inner().unwrap();
-    let seconds = |note: &RunNote| match note {
-        RunNote::TurnAwaited { wait, apart } if apart.as_secs() == 20 => wait.as_secs_f64().round() as u64,
-        other => panic!("{other:?}"),
+    let seconds = |note: &String| -> u64 {
+        assert!(note.starts_with("Waiting ") && note.ends_with(" start 20 s apart"), "{note}");
+        note.split(' ').nth(1).unwrap().parse().unwrap()
     };
     let waits: Vec<u64> = told.iter().map(seconds).collect();
     assert!(waits.len() == 2 && (39..=40).contains(&waits[1]), "{waits:?}");
@@ -1703,7 +1703,7 @@ async fn folder_of_refused_files_is_reported_before_termination() {
     let record = Driver::new(run, fake.ports(&fake.clouds()), fake.stop.subscribe(), &on).drive().await.unwrap();
     closed_and_clean(&fake, &record, "refused");
     let told = told.into_inner().unwrap();
-    let lost = RunNote::FilesLost { run: record.id.clone(), instance: InstanceId("i1".into()) };
+    let lost = format!("The files lie as they are in ~/outliers/{} on instance i1, which ends now", record.id);
     assert_eq!(told[0], Some(lost), "{told:?}");
     assert!(told.len() > 1 && told[1..].iter().all(Option::is_none), "{told:?}");
     assert!(record.state.results().is_none());
