@@ -6,6 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::OFlags;
+use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use crate::units::Bytes;
@@ -66,6 +67,14 @@ pub fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
     let text = String::from_utf8(read_small(path, limit)?);
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
+}
+
+/// Reads a JSON document of at most [`MAX_FILE_BYTES`].
+///
+/// # Errors
+/// As [`read_small`], or it is not such a document.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+    Ok(serde_json::from_slice(&read_small(path, MAX_FILE_BYTES)?)?)
 }
 
 /// Creates a folder and its missing parents with access for the user only, under any umask.

@@ -4,13 +4,11 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::files::read_small;
+use crate::files::read_json;
 use crate::text::clean;
 
 /// Folder names that do not identify a model.
 const NOTHING: [&str; 7] = ["model", "models", "checkpoint", "checkpoints", "snapshots", "weights", "hf"];
-/// Maximum bytes of a config.json that is read for a name.
-const MAX_CONFIG_BYTES: u64 = 4 << 20;
 /// Maximum characters of a name.
 const LONGEST: usize = 100;
 
@@ -57,8 +55,7 @@ fn loaded_from(folder: &Path) -> Option<String> {
         #[serde(rename = "_name_or_path")]
         name_or_path: String,
     }
-    let text = read_small(&folder.join("config.json"), MAX_CONFIG_BYTES).ok()?;
-    let Config { name_or_path } = serde_json::from_slice(&text).ok()?;
+    let Config { name_or_path } = read_json(&folder.join("config.json")).ok()?;
     let name = last(&name_or_path);
     (says_something(name) && is_plain(name)).then(|| name.to_owned())
 }

@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::Context;
 use crate::cli::settings::JobRequest;
-use crate::files::{MAX_FILE_BYTES, read_small, rename_folder};
+use crate::files::{read_json, rename_folder};
 use crate::run::deploy::slug;
 use crate::run::ledger::random_word;
 use crate::run::local_worker::{LocalWorkerError, is_refusal};
@@ -73,9 +73,8 @@ fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, CliError> {
     let mut partial = folder.as_os_str().to_owned();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let begun = read_small(&partial.join(files::JOB), MAX_FILE_BYTES).ok();
-    let begun = begun.and_then(|text| serde_json::from_slice::<JobSpec>(&text).ok());
-    if !is_empty(&partial) && begun.as_ref() != Some(job) {
+    let begun = || read_json::<JobSpec>(&partial.join(files::JOB)).ok();
+    if !is_empty(&partial) && begun().as_ref() != Some(job) {
         return refused(&partial, "what another job left");
     }
     Ok(partial)
@@ -92,9 +91,7 @@ fn cli_error(error: LocalWorkerError, folder: &Path) -> CliError {
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<T, CliError> {
-    let text =
-        read_small(path, MAX_FILE_BYTES).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))?;
-    serde_json::from_slice(&text).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
+    read_json(path).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use super::{Context, SCHEMA};
 use crate::cli::DemoArgs;
 use crate::cli::settings::{DeployRequest, JobRequest, RunTerms};
 use crate::cloud::broker::{GpuRequest, Instance, local};
-use crate::files::{MAX_FILE_BYTES, create_private_folder, read_small};
+use crate::files::{create_private_folder, read_json};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
@@ -130,9 +130,7 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> 
 
 fn truth(folder: &Path) -> Result<Planted, CliError> {
     let path = folder.join(TRUTH);
-    let wrong = |why: String| CliError::failed(format!("{}: {why}", path.display()));
-    let text = read_small(&path, MAX_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
-    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+    read_json(&path).map_err(|error| CliError::failed(format!("{}: {error}", path.display())))
 }
 
 fn asked(context: &Context, folder: &Path) -> DeployRequest {

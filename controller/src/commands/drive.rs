@@ -5,14 +5,13 @@ use std::time::Duration;
 
 use outliers_protocol::{Metadata, Results, WeightVerification, files};
 use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::SCHEMA;
 use crate::calendar::rfc3339;
 use crate::cli::settings::Span;
-use crate::files::{MAX_FILE_BYTES, read_small};
+use crate::files::read_json;
 use crate::run::deploy::{DeployEvent, Driver, Ports, Stop};
 use crate::run::ledger::{RunRecord, RunWriter, now_ms};
 use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
@@ -38,8 +37,8 @@ impl Deployed {
     /// The result of a run at rest.
     pub(super) fn of(run: RunRecord) -> Self {
         let folder = run.state.results().filter(|results| results.complete).map(|results| Path::new(&results.folder));
-        let results = folder.and_then(|folder| document(&folder.join(files::RESULTS)));
-        let metadata: Option<Metadata> = folder.and_then(|folder| document(&folder.join(files::METADATA)));
+        let results = folder.and_then(|folder| read_json(&folder.join(files::RESULTS)).ok());
+        let metadata: Option<Metadata> = folder.and_then(|folder| read_json(&folder.join(files::METADATA)).ok());
         Self {
             schema: SCHEMA,
             cost_micro_usd: run.cost(now_ms()).micros(),
@@ -61,11 +60,6 @@ impl Deployed {
     pub(super) fn status(&self) -> ExitStatus {
         ExitStatus::of_run(&self.run.state)
     }
-}
-
-/// Reads a result document; `None` if it is missing or unreadable.
-fn document<T: DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&read_small(path, MAX_FILE_BYTES).ok()?).ok()
 }
 
 /// Drives a run to its end, with Ctrl-C handling.

@@ -10,7 +10,7 @@ use super::Context;
 use crate::cli::ImportArgs;
 use crate::compare::folder::IMPORTED;
 use crate::compare::predecessor::{Imported, import};
-use crate::files::{MAX_FILE_BYTES, read_small, sha256, write_whole};
+use crate::files::{read_json, sha256, write_whole};
 use crate::run::deploy::slug;
 use crate::run::ledger::now_ms;
 use crate::text::counted;
@@ -36,7 +36,7 @@ pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus
 
 /// Time of the existing result's import, which preserves its number in comparisons.
 fn first_imported(folder: &Path) -> Option<u64> {
-    let known: Imported = serde_json::from_slice(&read_small(&folder.join(IMPORTED), MAX_FILE_BYTES).ok()?).ok()?;
+    let known: Imported = read_json(&folder.join(IMPORTED)).ok()?;
     (known.imported_at_ms > 0).then_some(known.imported_at_ms)
 }
 

@@ -8,15 +8,15 @@ use std::time::Duration;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use outliers_protocol::{
-    Ablation, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, ModelSource, Packing, Progress,
-    SCHEMA, VersionInfo, Weights, files,
+    Ablation, ByteSize, CorpusSource, Failure, FailureKind, Inspection, JobSpec, Manifest, ModelSource, Outcome,
+    Packing, Progress, SCHEMA, VersionInfo, Weights, files,
 };
 use rustix::process::Signal;
 use serde::de::DeserializeOwned;
 use tokio::process::Command;
 
 use crate::cloud::broker::local;
-use crate::files::{MAX_FILE_BYTES, read_small};
+use crate::files::{MAX_FILE_BYTES, read_json, read_small};
 use crate::text::clean;
 use crate::units::{Bytes, CudaVersion, Span};
 
@@ -243,10 +243,6 @@ impl LocalWorker {
         folder: &Path,
         on: &(dyn Fn(Progress) + Send + Sync),
     ) -> Result<(), LocalWorkerError> {
-        let trouble = |path: &Path| {
-            let path = path.to_owned();
-            move |error: std::io::Error| LocalWorkerError::File { path, why: error.to_string() }
-        };
         std::fs::create_dir_all(folder).map_err(trouble(folder))?;
         let job_file = folder.join(files::JOB);
         let text = serde_json::to_vec_pretty(job).map_err(|error| trouble(&job_file)(error.into()))?;
@@ -294,8 +290,7 @@ impl Pushed {
 
     /// The description of the program at `path` in a document.
     fn told(path: PathBuf, about: PathBuf) -> Result<Self, LocalWorkerError> {
-        let read = read_small(&about, MAX_FILE_BYTES).and_then(|text| Ok(serde_json::from_slice(&text)?));
-        let info: VersionInfo = read.map_err(|error| LocalWorkerError::File { path: about, why: error.to_string() })?;
+        let info: VersionInfo = read_json(&about).map_err(trouble(&about))?;
         Self::of(path, &info)
     }
 
@@ -338,6 +333,10 @@ fn ran_out_of_memory(status: ExitStatus, said: &str) -> bool {
 
 fn unrunnable(program: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
     |source| LocalWorkerError::Unrunnable { path: program.to_owned(), source }
+}
+
+fn trouble(path: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
+    |error| LocalWorkerError::File { path: path.to_owned(), why: error.to_string() }
 }
 
 /// Options of `inspect` for the job.
@@ -409,9 +408,7 @@ fn pass_on(path: &Path, from: usize, on: &(dyn Fn(Progress) + Send + Sync)) -> u
 
 /// The error of a worker that ended without a report.
 fn last_words(folder: &Path, status: ExitStatus) -> LocalWorkerError {
-    let manifest = read_small(&folder.join(files::MANIFEST), MAX_FILE_BYTES).ok();
-    let manifest = manifest.and_then(|text| serde_json::from_slice::<outliers_protocol::Manifest>(&text).ok());
-    if let Some(outliers_protocol::Manifest { outcome: outliers_protocol::Outcome::Failed(failure), .. }) = manifest {
+    if let Ok(Manifest { outcome: Outcome::Failed(failure), .. }) = read_json(&folder.join(files::MANIFEST)) {
         return LocalWorkerError::Failed(failure);
     }
     let log = read_small(&folder.join(files::LOG), MAX_FILE_BYTES).unwrap_or_default();

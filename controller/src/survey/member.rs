@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use super::index::{Index, IndexEntry, ModelOutcome};
-use crate::files::{MAX_FILE_BYTES, read_small};
+use crate::files::read_json;
 use crate::run::deploy::{JobIdentity, holds};
 use crate::run::ledger::{RUN_FILE, RunRecord};
 use crate::run::{Membership, RunFailureKind, RunOutcome};
@@ -54,7 +54,7 @@ impl Member<'_> {
     /// Complete results of the same work in its folder, by the record and the hashes beside them.
     fn at_home(&self) -> Option<IndexEntry> {
         let place = self.folder.join(self.name);
-        let run: RunRecord = serde_json::from_slice(&read_small(&place.join(RUN_FILE), MAX_FILE_BYTES).ok()?).ok()?;
+        let run: RunRecord = read_json(&place.join(RUN_FILE)).ok()?;
         let is_whole = self.is_run_by(&run) && holds(&place, &run.id).is_ok();
         let line = || self.entry(Some(&run), ModelOutcome::Complete, None);
         is_whole.then(|| IndexEntry { folder: Some(self.name.to_owned()), ..line() })

@@ -8,7 +8,7 @@ use outliers_protocol::{Axis, Progress, Reading, Results, files};
 use serde::Serialize;
 
 use crate::cloud::broker::{Broker, Instance, InstanceId, InstanceState};
-use crate::files::{MAX_FILE_BYTES, read_small};
+use crate::files::read_json;
 use crate::run::deploy::read_progress;
 use crate::run::ledger::{Ledger, LedgerError, Records, RunRecord, Unreadable};
 use crate::run::{Membership, RunEvent, RunOutcome, RunState};
@@ -124,8 +124,7 @@ pub struct SurveyStatus {
 impl HeadlineFigures {
     /// Reads the figures of a result folder.
     pub fn read(folder: &Path) -> Option<Self> {
-        let results: Results =
-            serde_json::from_slice(&read_small(&folder.join(files::RESULTS), MAX_FILE_BYTES).ok()?).ok()?;
+        let results: Results = read_json(&folder.join(files::RESULTS)).ok()?;
         let mut verdicts = results.verdicts.iter();
         let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
         Some(Self { features: paper.count, perplexity: results.perplexity.map(|perplexity| perplexity.perplexity) })

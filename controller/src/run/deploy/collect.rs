@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::files::{MAX_FILE_BYTES, digest, is_plain_name, read_small, rename_folder};
+use crate::files::{digest, is_plain_name, read_json, rename_folder};
 use crate::host::unfinished;
 use crate::run::ledger::RUN_FILE;
 use crate::run::{FailureDetail, RunFailureKind, RunOutcome, RunSpec, SavedResults};
@@ -83,9 +83,7 @@ pub(super) fn clear(folders: &Folders) {
 }
 
 fn document<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
-    let wrong = |why: String| format!("{}: {why}", path.display());
-    let text = read_small(path, MAX_FILE_BYTES).map_err(|error| wrong(error.to_string()))?;
-    serde_json::from_slice(&text).map_err(|error| wrong(error.to_string()))
+    read_json(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// Checks that `folder` contains the complete results of this run.

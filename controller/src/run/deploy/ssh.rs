@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use super::KEY_FILE;
 use super::ports::{Host, Hosts};
 use crate::cloud::broker::{GpuRequest, InstanceTransport, Offer, SshEndpoint};
-use crate::files::{MAX_FILE_BYTES, absent, read_small};
+use crate::files::{absent, read_json};
 use crate::host::keys::{KeyError, RunKey};
 use crate::host::transport::TransportErrorKind;
 use crate::host::transport::ssh::HostKeyPin;
@@ -301,14 +301,13 @@ impl SshHost {
 
 /// The position in the files of the run with this folder, as stored by its latest driver.
 pub fn read_cursor(folder: &Path) -> Cursor {
-    let text = read_small(&folder.join(CURSOR_FILE), MAX_FILE_BYTES).unwrap_or_default();
-    serde_json::from_slice(&text).unwrap_or_default()
+    read_json(&folder.join(CURSOR_FILE)).unwrap_or_default()
 }
 
 /// The latest progress of the run with this folder, as stored by its driver; `None` if it was not
 /// followed or its instance is gone.
 pub fn read_progress(folder: &Path) -> Option<Progress> {
-    serde_json::from_slice(&read_small(&folder.join(PROGRESS_FILE), MAX_FILE_BYTES).ok()?).ok()
+    read_json(&folder.join(PROGRESS_FILE)).ok()
 }
 
 /// All nodes of a cluster have the same network.

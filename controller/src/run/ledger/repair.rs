@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags, params};
 
 use super::{FILE, Ledger, LedgerError, OWNER_FILE, RUN_FILE, Records, RunRecord, Unreadable, now_ms, to_json};
 use crate::calendar::rfc3339;
-use crate::files::{MAX_FILE_BYTES, read_small, write_whole};
+use crate::files::{read_json, write_whole};
 use crate::run::{RunEvent, RunState, next};
 
 /// Result of a repair.
@@ -147,7 +147,7 @@ fn of_results(results: &Path) -> Vec<RunRecord> {
 }
 
 fn read(path: &Path) -> Option<RunRecord> {
-    let run: RunRecord = serde_json::from_slice(&read_small(path, MAX_FILE_BYTES).ok()?).ok()?;
+    let run: RunRecord = read_json(path).ok()?;
     let plain = !run.id.is_empty() && run.id.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
     let state = run.events.iter().try_fold(RunState::initial(), |state, entry| next(&state, &entry.event)).ok()?;
     plain.then_some(RunRecord { state, ..run })

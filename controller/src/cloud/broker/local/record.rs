@@ -19,14 +19,12 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::LeaseTag;
-use crate::files::{absent, create_private_folder, is_taken, read_small};
+use crate::files::{absent, create_private_folder, is_taken, read_json};
 use crate::units::UsdPerHour;
 
-/// Most bytes of any document here; ours are far smaller, a damaged one may be anything.
-const DOCUMENT_LIMIT: u64 = 64 << 10;
 /// Bytes at the end of a log that are searched for its last line.
 const LOG_TAIL: u64 = 4 << 10;
 /// Letters of an instance id after `i-`.
@@ -246,10 +244,6 @@ pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
 
 fn write_json(path: &Path, document: &impl Serialize) -> io::Result<()> {
     write_durably(path, &serde_json::to_vec_pretty(document)?)
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
-    Ok(serde_json::from_slice(&read_small(path, DOCUMENT_LIMIT)?)?)
 }
 
 /// Deletes a folder tree that may contain read-only folders.
