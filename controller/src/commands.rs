@@ -24,57 +24,57 @@ use crate::secret::Secret;
 use crate::ui::report::{CliError, ExitStatus, Reporter};
 use crate::units::Bytes;
 
-pub mod analyze;
-pub mod attach;
-pub mod compare;
-pub mod completions;
-pub mod demo;
-pub mod deploy;
-pub mod doctor;
+pub(crate) mod analyze;
+pub(crate) mod attach;
+pub(crate) mod compare;
+pub(crate) mod completions;
+pub(crate) mod demo;
+pub(crate) mod deploy;
+pub(crate) mod doctor;
 mod drive;
-pub mod handoff;
-pub mod import;
-pub mod inspect;
-pub mod instances;
-pub mod job;
-pub mod man;
-pub mod offers;
-pub mod plan;
+pub(crate) mod handoff;
+pub(crate) mod import;
+pub(crate) mod inspect;
+pub(crate) mod instances;
+pub(crate) mod job;
+pub(crate) mod man;
+pub(crate) mod offers;
+pub(crate) mod plan;
 mod prepare;
-pub mod reap;
-pub mod results;
-pub mod runs;
-pub mod status;
-pub mod survey;
-pub mod worker;
+pub(crate) mod reap;
+pub(crate) mod results;
+pub(crate) mod runs;
+pub(crate) mod status;
+pub(crate) mod survey;
+pub(crate) mod worker;
 
 /// Version of the documents printed with `--json`.
-pub const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// Context of every command.
-pub struct Context {
+pub(crate) struct Context {
     /// The resolved settings.
-    pub settings: Settings,
+    pub(crate) settings: Settings,
     /// Output for people and programs.
-    pub reporter: Reporter,
+    pub(crate) reporter: Reporter,
     /// The current folder.
-    pub here: PathBuf,
+    pub(crate) here: PathBuf,
     /// Path of this program.
-    pub exe: PathBuf,
+    pub(crate) exe: PathBuf,
     /// Whether requests and replies of clouds are shown.
-    pub explain: bool,
+    pub(crate) explain: bool,
 }
 
 /// This machine's ledger, as far as it can be read.
-pub struct Home {
+pub(crate) struct Home {
     /// The ledger; `None` if it cannot be read.
-    pub ledger: Option<Ledger>,
+    pub(crate) ledger: Option<Ledger>,
     /// Owner in the names of this machine's instances.
-    pub owner: Option<String>,
+    pub(crate) owner: Option<String>,
 }
 
 /// Runs the command and returns its exit status.
-pub async fn run(cli: Cli) -> ExitStatus {
+pub(crate) async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
     // An instance has no home folder, state or settings of the user, only its folder.
@@ -169,13 +169,13 @@ impl Context {
     ///
     /// # Errors
     /// Errors of the ledger.
-    pub fn ledger(&self) -> Result<Ledger, CliError> {
+    pub(crate) fn ledger(&self) -> Result<Ledger, CliError> {
         Ok(Ledger::open(&self.settings.state)?)
     }
 
     /// Opens the ledger. If it cannot be read, reports that; then tags and the clouds' lists must
     /// suffice.
-    pub fn home(&self) -> Home {
+    pub(crate) fn home(&self) -> Home {
         let read = Ledger::open(&self.settings.state).and_then(|ledger| Ok((ledger.records()?, ledger)));
         match read {
             Ok((records, ledger)) => {
@@ -193,13 +193,13 @@ impl Context {
     ///
     /// # Errors
     /// It is missing, or of another version.
-    pub async fn worker(&self) -> Result<LocalWorker, CliError> {
+    pub(crate) async fn worker(&self) -> Result<LocalWorker, CliError> {
         let worker = LocalWorker::find(self.settings.worker.as_deref(), &self.exe).await?;
         Ok(worker.limited(self.settings.inspect_limits))
     }
 
     /// Data and operations of a run, with the settings' assumptions.
-    pub fn work(&self, plan: &PlanFigures) -> Work {
+    pub(crate) fn work(&self, plan: &PlanFigures) -> Work {
         Work {
             read: Bytes(plan.bytes_to_read),
             operations: plan.flops,
@@ -213,7 +213,7 @@ impl Context {
     ///
     /// # Errors
     /// No cloud has that name, or its key is not set.
-    pub fn clouds(&self, names: &[String]) -> Result<Clouds, CliError> {
+    pub(crate) fn clouds(&self, names: &[String]) -> Result<Clouds, CliError> {
         let default = match &self.settings.broker {
             DefaultBroker::Named(name) => vec![name.clone()],
             DefaultBroker::Local => vec![local::NAME.to_owned()],
@@ -230,7 +230,7 @@ impl Context {
     ///
     /// # Errors
     /// There is none of that name, its key is not set, or its settings make no sense.
-    pub fn clouds_to_list(&self, ledger: Option<&Ledger>, names: &[String]) -> Result<Clouds, CliError> {
+    pub(crate) fn clouds_to_list(&self, ledger: Option<&Ledger>, names: &[String]) -> Result<Clouds, CliError> {
         let is_named = |name: &str| names.is_empty() || names.iter().any(|named| named == name);
         let clusters = if is_named(slurm::NAME) { self.clusters(ledger)? } else { Vec::new() };
         let all = std::iter::once(local::NAME).chain(self.with_key().map(|cloud| cloud.kind.name));
@@ -245,7 +245,7 @@ impl Context {
     ///
     /// # Errors
     /// One cannot be spoken to, or a run does not tell its own.
-    pub fn clusters(&self, ledger: Option<&Ledger>) -> Result<Vec<Cloud>, CliError> {
+    pub(crate) fn clusters(&self, ledger: Option<&Ledger>) -> Result<Vec<Cloud>, CliError> {
         // With another scratch folder than that of the settings, where the record of a run has one.
         let mut hosts: BTreeSet<(String, Option<String>)> =
             self.settings.slurm.iter().map(|site| (site.host.clone(), None)).collect();
@@ -267,7 +267,7 @@ impl Context {
     ///
     /// # Errors
     /// As [`Self::cloud`].
-    pub fn cloud_of(&self, offer: &Offer) -> Result<Cloud, CliError> {
+    pub(crate) fn cloud_of(&self, offer: &Offer) -> Result<Cloud, CliError> {
         let at = |host: String| self.cluster(&host, slurm::scratch(offer));
         slurm::login_node(offer).map_or_else(|| self.cloud(&offer.broker), at)
     }
@@ -276,7 +276,7 @@ impl Context {
     ///
     /// # Errors
     /// As [`Self::cloud`].
-    pub fn clouds_of(&self, run: &RunRecord) -> Result<Clouds, CliError> {
+    pub(crate) fn clouds_of(&self, run: &RunRecord) -> Result<Clouds, CliError> {
         let cloud = |name: &String| match run.state.offer().filter(|offer| offer.broker == *name) {
             Some(offer) => self.cloud_of(offer),
             None => self.cloud(name),
@@ -290,7 +290,7 @@ impl Context {
     ///
     /// # Errors
     /// As [`Self::cloud`].
-    pub fn clouds_to_go_on(&self, run: &RunRecord, clouds: &Clouds) -> Result<Clouds, CliError> {
+    pub(crate) fn clouds_to_go_on(&self, run: &RunRecord, clouds: &Clouds) -> Result<Clouds, CliError> {
         match run.state.offer() {
             Some(offer) if clouds.of(offer).is_none() => self.clouds_of(run),
             _ => Ok(clouds.clone()),
@@ -305,7 +305,7 @@ impl Context {
     ///
     /// # Errors
     /// No cloud has that name, or its key is not set.
-    pub fn cloud(&self, name: &str) -> Result<Cloud, CliError> {
+    pub(crate) fn cloud(&self, name: &str) -> Result<Cloud, CliError> {
         if name == local::NAME {
             let broker = LocalBroker::new(self.settings.state.join("local"), self.exe.clone());
             return Ok(Cloud { broker: Arc::new(broker), timeouts: Timeouts::LOCAL, is_local: true });
@@ -362,7 +362,7 @@ impl Context {
     }
 
     /// Access to rented hosts, to which the worker for instances is pushed.
-    pub fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
+    pub(crate) fn hosts_for(&self, worker: &LocalWorker) -> SshHosts {
         let pushed = &worker.pushed().path;
         let uses_gpus = worker.pushed().cuda.is_some();
         if worker.pushes_an_older_one() {
@@ -373,13 +373,13 @@ impl Context {
     }
 
     /// Access to rented hosts, to which `worker` is pushed.
-    pub fn hosts(&self, worker: &Path) -> SshHosts {
+    pub(crate) fn hosts(&self, worker: &Path) -> SshHosts {
         SshHosts::new(worker.to_owned(), self.settings.push_limit, self.settings.save_point_limit)
     }
 }
 
 /// External dependencies of a run.
-pub fn ports<'a>(
+pub(crate) fn ports<'a>(
     clouds: &'a Clouds,
     bad_hosts: &'a BadHosts,
     hosts: &'a SshHosts,

@@ -9,26 +9,26 @@
 //! ([`detail`], [`measured`]) and thresholds ([`threshold_sweep`]). [`recount`] applies other
 //! shares of layers and positions to stored counts.
 
-pub mod bootstrap;
-pub mod comparison;
-pub mod detail;
-pub mod difference;
+pub(crate) mod bootstrap;
+pub(crate) mod comparison;
+pub(crate) mod detail;
+pub(crate) mod difference;
 #[cfg(test)]
 pub(crate) mod fixture;
-pub mod folder;
-pub mod measured;
-pub mod page;
-pub mod pdf;
-pub mod pixels;
-pub mod plot;
-pub mod plots;
-pub mod predecessor;
-pub mod print;
-pub mod published;
-pub mod recount;
-pub mod samples;
-pub mod statistics;
-pub mod table;
-pub mod threshold_sweep;
+pub(crate) mod folder;
+pub(crate) mod measured;
+pub(crate) mod page;
+pub(crate) mod pdf;
+pub(crate) mod pixels;
+pub(crate) mod plot;
+pub(crate) mod plots;
+pub(crate) mod predecessor;
+pub(crate) mod print;
+pub(crate) mod published;
+pub(crate) mod recount;
+pub(crate) mod samples;
+pub(crate) mod statistics;
+pub(crate) mod table;
+pub(crate) mod threshold_sweep;
 
-pub use comparison::Comparison;
+pub(crate) use comparison::Comparison;

@@ -12,25 +12,25 @@ use sha2::{Digest, Sha256};
 use crate::units::Bytes;
 
 /// Left free on every disk, since the ledger grows as well.
-pub const RESERVE: Bytes = Bytes::from_mib(64);
+pub(crate) const RESERVE: Bytes = Bytes::from_mib(64);
 
 /// Free disk at `path`, or in the folder where it would be created; `None` if the system does not
 /// report it.
-pub fn free_disk(path: &Path) -> Option<Bytes> {
+pub(crate) fn free_disk(path: &Path) -> Option<Bytes> {
     let there = path.ancestors().find(|path| path.exists())?;
     let figures = rustix::fs::statvfs(there).ok()?;
     Some(Bytes(figures.f_bavail.saturating_mul(figures.f_frsize)))
 }
 
 /// Maximum bytes of a document: more than users, workers or this program write.
-pub const MAX_FILE_BYTES: u64 = 256 << 20;
+pub(crate) const MAX_FILE_BYTES: u64 = 256 << 20;
 
 /// Opens a regular file. A pipe or a device is refused: reading it may never end, and opening a
 /// pipe may block.
 ///
 /// # Errors
 /// It is not a regular file, or cannot be opened.
-pub fn open_regular(path: &Path) -> io::Result<File> {
+pub(crate) fn open_regular(path: &Path) -> io::Result<File> {
     // Checked before opening as well, since opening some devices has an effect.
     regular(&fs::metadata(path)?)?;
     // `O_NONBLOCK` prevents blocking if a pipe has replaced the file.
@@ -47,7 +47,7 @@ fn regular(metadata: &Metadata) -> io::Result<()> {
 ///
 /// # Errors
 /// It is not a regular file, is too long, or cannot be read.
-pub fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let too_long = |has: String| Err(io::Error::other(format!("it has {has}, over the limit of {limit} bytes")));
     let file = open_regular(path)?;
     let bytes = file.metadata()?.len();
@@ -64,7 +64,7 @@ pub fn read_small(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// As [`read_small`], or it is not UTF-8.
-pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
+pub(crate) fn read_text(path: &Path, limit: u64) -> io::Result<String> {
     let text = String::from_utf8(read_small(path, limit)?);
     text.map_err(|_| io::Error::new(io::ErrorKind::InvalidData, "it is not UTF-8"))
 }
@@ -73,7 +73,7 @@ pub fn read_text(path: &Path, limit: u64) -> io::Result<String> {
 ///
 /// # Errors
 /// As [`read_small`], or it is not such a document.
-pub fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> io::Result<T> {
     Ok(serde_json::from_slice(&read_small(path, MAX_FILE_BYTES)?)?)
 }
 
@@ -116,14 +116,14 @@ pub(crate) fn is_taken(tried: Result<(), TryLockError>) -> io::Result<bool> {
 ///
 /// # Errors
 /// It is not a regular file, or cannot be read.
-pub fn digest(path: &Path) -> io::Result<(u64, String)> {
+pub(crate) fn digest(path: &Path) -> io::Result<(u64, String)> {
     let mut hash = Sha256::new();
     let bytes = io::copy(&mut open_regular(path)?, &mut hash)?;
     Ok((bytes, hex(&hash.finalize())))
 }
 
 /// SHA-256 of bytes, lower-case hexadecimal.
-pub fn sha256(bytes: &[u8]) -> String {
+pub(crate) fn sha256(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
 }
 
@@ -134,7 +134,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 
 /// Whether a name is a plain, visible file name on every system, so that it stays in the folder it
 /// is joined to.
-pub fn is_plain_name(name: &str) -> bool {
+pub(crate) fn is_plain_name(name: &str) -> bool {
     let odd =
         |c: char| c.is_control() || matches!(c, '/' | '\\' | ':' | '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}');
     !name.is_empty() && name.len() <= 200 && !name.starts_with(['.', '-']) && !name.contains(odd)
@@ -144,7 +144,7 @@ pub fn is_plain_name(name: &str) -> bool {
 ///
 /// # Errors
 /// Another disk, a target that is not empty, or permission denied.
-pub fn rename_folder(from: &Path, to: &Path) -> io::Result<()> {
+pub(crate) fn rename_folder(from: &Path, to: &Path) -> io::Result<()> {
     File::open(from)?.sync_all()?;
     fs::rename(from, to)?;
     sync_parent(to)
@@ -161,7 +161,7 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 ///
 /// # Errors
 /// Disk full, missing folder, or permission denied.
-pub fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
     let mut part = path.as_os_str().to_owned();
     part.push(".part");
     let mut file = File::create(&part)?;

@@ -11,26 +11,25 @@
 //!   clouds' lists ([`reconcile`](run::reconcile)).
 //! - [`survey`]: many runs at once.
 //! - [`cli`]: the command line, and its [`settings`](cli::settings).
-//! - [`ui`]: [`report`](ui::report) prints all events; the [`status`](ui::status) of all runs is a
-//!   table or a document ([`handoff`](ui::handoff)).
-//! - [`compare`]: comparison of results.
-//! - [`commands`]: one file per command.
+//! - `ui`: `report` prints all events; the `status` of all runs is a table or a document (`handoff`).
+//! - `compare`: comparison of results.
+//! - `commands`: one file per command.
 //!
 //! The other modules are helpers for all rooms.
 
 pub mod calendar;
 pub mod cli;
 pub mod cloud;
-pub mod commands;
-pub mod compare;
-pub mod files;
+mod commands;
+mod compare;
+mod files;
 pub mod host;
-pub mod model_name;
+mod model_name;
 pub mod run;
 pub mod secret;
 pub mod survey;
-pub mod text;
-pub mod ui;
+mod text;
+mod ui;
 pub mod units;
 pub mod waiting;
 

@@ -13,7 +13,7 @@ const NOTHING: [&str; 7] = ["model", "models", "checkpoint", "checkpoints", "sna
 const LONGEST: usize = 100;
 
 /// A hub id unchanged; of a path the last part that identifies the model.
-pub fn short(model: &str) -> String {
+pub(crate) fn short(model: &str) -> String {
     let last = last(model);
     let above = || model.split('/').rev().find(|part| !matches!(*part, "" | "." | "..") && says_something(part));
     if says_something(last) { last.to_owned() } else { above().map_or_else(|| last.to_owned(), readable) }
@@ -28,7 +28,7 @@ fn last(model: &str) -> &str {
 
 /// Name of the model in a folder with an uninformative name: from its config.json, else the next
 /// parent folder with a name. `None`: the folder's name is used.
-pub fn of_folder(folder: &Path) -> Option<String> {
+pub(crate) fn of_folder(folder: &Path) -> Option<String> {
     let names = || folder.ancestors().filter_map(|folder| folder.file_name()?.to_str());
     if names().next().is_none_or(says_something) {
         return None;

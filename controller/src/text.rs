@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 /// text-direction characters.
 ///
 /// Tabs and line ends become spaces; invalid UTF-8 becomes U+FFFD.
-pub fn clean(bytes: &[u8], limit: usize) -> String {
+pub(crate) fn clean(bytes: &[u8], limit: usize) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut out = String::new();
     let mut chars = text.chars();
@@ -30,7 +30,7 @@ pub fn clean(bytes: &[u8], limit: usize) -> String {
 }
 
 /// Maximum terminal columns of a text.
-pub fn columns(text: &str) -> usize {
+pub(crate) fn columns(text: &str) -> usize {
     text.chars().map(columns_of).sum()
 }
 
@@ -40,7 +40,7 @@ fn columns_of(c: char) -> usize {
 }
 
 /// Shortens a text to this number of terminal columns. Its beginning and its end are kept.
-pub fn shorten(text: &str, columns: usize) -> String {
+pub(crate) fn shorten(text: &str, columns: usize) -> String {
     if self::columns(text) <= columns {
         return text.to_owned();
     }
@@ -60,7 +60,7 @@ pub fn shorten(text: &str, columns: usize) -> String {
 
 /// Shortens a comma-separated list to this number of columns by leaving out middle items. Text in
 /// brackets belongs to one item.
-pub fn shorten_facts(facts: &str, columns: usize) -> String {
+pub(crate) fn shorten_facts(facts: &str, columns: usize) -> String {
     let mut open = 0_usize;
     let parts = |c: char| {
         match c {
@@ -84,19 +84,19 @@ pub fn shorten_facts(facts: &str, columns: usize) -> String {
 }
 
 /// A count with its noun, as in `1 offer` and `1,024 offers`.
-pub fn counted(count: usize, one: &str) -> String {
+pub(crate) fn counted(count: usize, one: &str) -> String {
     let ending = if count == 1 { "" } else { "s" };
     format!("{} {one}{ending}", crate::units::grouped(count as u64))
 }
 
 /// As [`clean`], for a text of several lines, which are kept.
-pub fn clean_lines(text: &str) -> String {
+pub(crate) fn clean_lines(text: &str) -> String {
     text.lines().map(|line| clean(line.as_bytes(), 2000)).collect::<Vec<_>>().join("\n")
 }
 
 /// At most `limit` characters of a text, escaped for Markdown: without links, images and cell
 /// separators.
-pub fn markdown(text: &str, limit: usize) -> String {
+pub(crate) fn markdown(text: &str, limit: usize) -> String {
     let mut out = String::new();
     for c in clean(text.as_bytes(), limit).chars() {
         match c {
@@ -114,7 +114,7 @@ pub fn markdown(text: &str, limit: usize) -> String {
 
 /// The error in a TOML text: the line, and the reason with the key. Values and lines are not
 /// shown, since users write keys into such files.
-pub fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
+pub(crate) fn toml_error(text: &str, error: &toml::de::Error) -> (Option<usize>, String) {
     let said = clean(error.message().as_bytes(), 1000);
     let value = said.split_once("string \"").and_then(|(before, rest)| {
         let (_, after) = rest.rsplit_once("\", expected")?;
@@ -139,7 +139,7 @@ fn unknown_name(said: &str) -> Option<String> {
 }
 
 /// A message for an unknown key, with a suggestion in the spelling of options.
-pub fn unknown_key<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn unknown_key<'a>(key: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     let name = key.replace('_', "-");
     let known: BTreeSet<String> = known.into_iter().map(|known| known.replace('_', "-")).collect();
     let close = |known: &&String| strsim::osa_distance(known, &name) <= (name.len() / 3).max(1);

@@ -19,7 +19,7 @@ const LONGEST_NAME: usize = 100;
 ///
 /// # Errors
 /// The model is neither a folder nor a hub id; a file is missing.
-pub fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
+pub(crate) fn job(asked: &JobRequest) -> Result<JobSpec, CliError> {
     let JobRequest { model, revision, options, here } = asked;
     let model = source(model, revision, here)?;
     if matches!(model, ModelSource::Folder { .. }) && revision != MAIN_BRANCH {

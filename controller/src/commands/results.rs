@@ -26,20 +26,20 @@ const OPENER: &str = if cfg!(target_os = "macos") { "open" } else { "xdg-open" }
 
 /// A result in a list.
 #[derive(Serialize)]
-pub struct ResultEntry {
+pub(crate) struct ResultEntry {
     /// Display name of the model.
-    pub model: String,
+    pub(crate) model: String,
     /// Its folder.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// Kind of result, or why it is unusable.
     #[serde(flatten)]
-    pub standing: ResultKind,
+    pub(crate) standing: ResultKind,
     /// Number of sequences, and tokens per sequence.
-    pub tokens: Option<[usize; 2]>,
+    pub(crate) tokens: Option<[usize; 2]>,
     /// Systematic features, unique and by layers.
-    pub count: Option<f64>,
+    pub(crate) count: Option<f64>,
     /// Perplexity on the text.
-    pub perplexity: Option<f64>,
+    pub(crate) perplexity: Option<f64>,
 }
 
 #[derive(Serialize)]

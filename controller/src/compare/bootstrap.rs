@@ -15,18 +15,18 @@ const SEED: u64 = 0x6f75_746c;
 
 /// Totals of the features that are systematic within one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SequenceTotals {
+pub(crate) struct SequenceTotals {
     /// Number of features.
-    pub features: usize,
+    pub(crate) features: usize,
     /// Sum of their shares of layers (or norm outputs), each from 0 to 1.
-    pub layer_share: f64,
+    pub(crate) layer_share: f64,
     /// Sum of their shares of positions, each from 0 to 1.
-    pub position_share: f64,
+    pub(crate) position_share: f64,
 }
 
 impl SequenceTotals {
     /// Totals of every sequence, by layers and by norm outputs.
-    pub fn of_run(statistics: &Statistics, results: &Results) -> [Vec<Self>; 2] {
+    pub(crate) fn of_run(statistics: &Statistics, results: &Results) -> [Vec<Self>; 2] {
         [Axis::Layers, Axis::Sites].map(|axis| {
             let (spread, whole) = match axis {
                 Axis::Layers => (&statistics.sequence_layers, results.n_layers),
@@ -48,14 +48,14 @@ impl SequenceTotals {
 
     /// Counts a feature if it is systematic: in `part` layers (or norm outputs), with its shares
     /// of layers and of positions.
-    pub fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
+    pub(crate) fn judge(&mut self, part: u64, layer_share: f64, position_share: f64, thresholds: &Thresholds) {
         if part > 0 && layer_share >= thresholds.layer_fraction && position_share >= thresholds.position_fraction {
             self.add(layer_share, position_share);
         }
     }
 
     /// The sum of all totals.
-    pub fn sum<'a>(tallies: impl IntoIterator<Item = &'a Self>) -> Self {
+    pub(crate) fn sum<'a>(tallies: impl IntoIterator<Item = &'a Self>) -> Self {
         tallies.into_iter().fold(Self::default(), |sum, tally| Self {
             features: sum.features + tally.features,
             layer_share: sum.layer_share + tally.layer_share,
@@ -64,7 +64,7 @@ impl SequenceTotals {
     }
 
     /// Counts one systematic feature.
-    pub fn add(&mut self, layer_share: f64, position_share: f64) {
+    pub(crate) fn add(&mut self, layer_share: f64, position_share: f64) {
         self.features += 1;
         self.layer_share += layer_share;
         self.position_share += position_share;
@@ -73,35 +73,35 @@ impl SequenceTotals {
 
 /// A figure with the 95 % interval over samples of the same number of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct Estimate {
+pub(crate) struct Estimate {
     /// The figure.
-    pub value: f64,
+    pub(crate) value: f64,
     /// Its interval; `None` if the sequences do not give one.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub interval: Option<[f64; 2]>,
+    pub(crate) interval: Option<[f64; 2]>,
 }
 
 impl Estimate {
     /// A figure without an interval.
-    pub fn without_interval(value: f64) -> Self {
+    pub(crate) fn without_interval(value: f64) -> Self {
         Self { value, interval: None }
     }
 
     /// The figure and its interval multiplied by `by`.
-    pub fn scaled(self, by: f64) -> Self {
+    pub(crate) fn scaled(self, by: f64) -> Self {
         Self { value: self.value * by, interval: self.interval.map(|ends| ends.map(|end| end * by)) }
     }
 }
 
 /// The percentile bootstrap (Efron 1979): the middle 95 % of a statistic over samples of `items`.
 /// `None` for fewer than two items, or if the statistic is undefined for a sample.
-pub fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
+pub(crate) fn interval<T>(items: &[T], statistic: impl Fn(&[&T]) -> Option<f64>) -> Option<[f64; 2]> {
     middle(samples(items, statistic))
 }
 
 /// A statistic over samples of `items` with replacement, each of the same size. Empty for fewer
 /// than two items.
-pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
+pub(crate) fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
     if items.len() < 2 {
         return Vec::new();
     }
@@ -111,7 +111,7 @@ pub fn samples<T, S>(items: &[T], statistic: impl Fn(&[&T]) -> S) -> Vec<S> {
 }
 
 /// The middle 95 % of the samples' values; `None` if there are none, or one is missing.
-pub fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]> {
+pub(crate) fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]> {
     let mut values = values.into_iter().collect::<Option<Vec<f64>>>()?;
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
@@ -120,7 +120,7 @@ pub fn middle(values: impl IntoIterator<Item = Option<f64>>) -> Option<[f64; 2]>
 }
 
 /// The mean; `None` for no numbers.
-pub fn mean(numbers: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
+pub(crate) fn mean(numbers: impl ExactSizeIterator<Item = f64>) -> Option<f64> {
     let count = numbers.len();
     (count > 0).then(|| numbers.sum::<f64>() / count as f64)
 }

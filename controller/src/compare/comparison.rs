@@ -13,59 +13,59 @@ use crate::model_name::short;
 
 /// Results with their figures, and published figures of the same models.
 #[derive(Clone, Debug, Serialize)]
-pub struct Comparison {
+pub(crate) struct Comparison {
     /// Document version.
-    pub schema: u32,
+    pub(crate) schema: u32,
     /// The results, in the order of their runs.
-    pub models: Vec<Compared>,
+    pub(crate) models: Vec<Compared>,
     /// Every count of every model under each reading, with published counts.
-    pub figures: Vec<Figure>,
+    pub(crate) figures: Vec<Figure>,
     /// Differences between models, and from the reader's expectations.
-    pub differences: Vec<Difference>,
+    pub(crate) differences: Vec<Difference>,
     /// Published tables.
-    pub published: &'static [PublishedTable],
+    pub(crate) published: &'static [PublishedTable],
 }
 
 /// One result.
 #[derive(Clone, Debug, Serialize)]
-pub struct Compared {
+pub(crate) struct Compared {
     /// Its number in tables and plots, from 1.
-    pub number: usize,
+    pub(crate) number: usize,
     /// The model's name, with the folder if two results have the same one.
-    pub label: String,
+    pub(crate) label: String,
     /// The model as named in the result.
-    pub model: String,
+    pub(crate) model: String,
     /// Its folder.
-    pub folder: String,
+    pub(crate) folder: String,
     /// Kind of the result.
-    pub standing: ResultKind,
+    pub(crate) standing: ResultKind,
     /// Parameters, from the catalogue, else the number in the tensors that the run used.
-    pub parameters: Option<u64>,
+    pub(crate) parameters: Option<u64>,
     /// Active parameters per token, from the same source; `None` if it has none.
-    pub active_parameters: Option<u64>,
+    pub(crate) active_parameters: Option<u64>,
     /// Whether the model is post-trained; `None` for models outside the catalogue.
-    pub post_trained: Option<bool>,
+    pub(crate) post_trained: Option<bool>,
     /// Its entry in the catalogue.
-    pub catalogue: Option<&'static Known>,
+    pub(crate) catalogue: Option<&'static Known>,
     /// Sequences.
-    pub sequences: Option<usize>,
+    pub(crate) sequences: Option<usize>,
     /// Tokens of each.
-    pub tokens_per_sequence: Option<usize>,
+    pub(crate) tokens_per_sequence: Option<usize>,
     /// Perplexity on its own text by its own tokenizer.
-    pub perplexity: Option<Estimate>,
+    pub(crate) perplexity: Option<Estimate>,
     /// SHA-256 of the job.
-    pub job_sha256: Option<String>,
+    pub(crate) job_sha256: Option<String>,
     /// Provenance of the numbers.
-    pub provenance: Option<Box<Metadata>>,
+    pub(crate) provenance: Option<Box<Metadata>>,
     /// All counts; not printed, since `results.json` contains them.
     #[serde(skip)]
-    pub run: Option<Box<Run>>,
+    pub(crate) run: Option<Box<Run>>,
 }
 
 /// Kind of a result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "standing", content = "why")]
-pub enum ResultKind {
+pub(crate) enum ResultKind {
     /// A complete run.
     Complete,
     /// A complete run of the predecessor, under its own definitions.
@@ -80,7 +80,7 @@ pub enum ResultKind {
 /// Source of a count.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum CountedBy {
+pub(crate) enum CountedBy {
     /// The result itself.
     Ours,
     /// An imported result.
@@ -91,7 +91,7 @@ pub enum CountedBy {
 
 impl CountedBy {
     /// Short name.
-    pub fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Ours => "this run",
             Self::Imported => "imported, the predecessor",
@@ -104,25 +104,25 @@ impl CountedBy {
 
 /// One count.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Figure {
+pub(crate) struct Figure {
     /// The model's number.
-    pub number: usize,
+    pub(crate) number: usize,
     /// The model's label.
-    pub model: String,
+    pub(crate) model: String,
     /// Who counted.
-    pub source: CountedBy,
+    pub(crate) source: CountedBy,
     /// How sequences are pooled.
-    pub reading: Reading,
+    pub(crate) reading: Reading,
     /// The total of which the share of layers is taken.
-    pub axis: Axis,
+    pub(crate) axis: Axis,
     /// Both as text.
-    pub counted_as: String,
+    pub(crate) counted_as: String,
     /// Systematic outlier features.
-    pub count: Estimate,
+    pub(crate) count: Estimate,
     /// Mean percentage of layers (or norm outputs) over the counted features.
-    pub layers: Option<Estimate>,
+    pub(crate) layers: Option<Estimate>,
     /// Mean percentage of sequence positions over the counted features.
-    pub positions: Option<Estimate>,
+    pub(crate) positions: Option<Estimate>,
 }
 
 /// Description of a reading.
@@ -140,7 +140,7 @@ fn reading(reading: Reading, axis: Axis) -> &'static str {
 impl Comparison {
     /// Compares results, numbered by the time of their runs or imports, so that an additional
     /// result changes no other number. Unusable results come last.
-    pub fn of(mut folders: Vec<ResultFolder>) -> Self {
+    pub(crate) fn of(mut folders: Vec<ResultFolder>) -> Self {
         folders.sort_by_key(|folder| match &folder.content {
             Ok(Content::Run(run)) => (0, run.metadata.finished_at_ms),
             Ok(Content::Imported(imported)) => (0, imported.imported_at_ms),
@@ -174,7 +174,7 @@ impl Comparison {
     ///
     /// # Errors
     /// A name that matches none.
-    pub fn only(mut self, names: &[String]) -> Result<Self, String> {
+    pub(crate) fn only(mut self, names: &[String]) -> Result<Self, String> {
         let is_it = |model: &Compared, name: &str| {
             let last = model.model.rsplit('/').next().unwrap_or_default();
             let folder = model.folder.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
@@ -195,7 +195,7 @@ impl Comparison {
 
     /// Summary paragraph: the number of features, models, thresholds, and comparable published
     /// counts.
-    pub fn answer(&self) -> String {
+    pub(crate) fn answer(&self) -> String {
         let counted = |model: &Compared| {
             let figure = self.own(model, Reading::Unique, Axis::Layers)?;
             let published: Vec<String> = self
@@ -231,12 +231,12 @@ impl Comparison {
     }
 
     /// Figures of a model.
-    pub fn figures_of(&self, model: &Compared) -> impl Iterator<Item = &Figure> {
+    pub(crate) fn figures_of(&self, model: &Compared) -> impl Iterator<Item = &Figure> {
         self.figures.iter().filter(move |figure| figure.number == model.number)
     }
 
     /// Figure of a model's own result under a reading.
-    pub fn own(&self, model: &Compared, reading: Reading, axis: Axis) -> Option<&Figure> {
+    pub(crate) fn own(&self, model: &Compared, reading: Reading, axis: Axis) -> Option<&Figure> {
         let own = |figure: &&Figure| !matches!(figure.source, CountedBy::Published(_));
         self.figures_of(model).filter(own).find(|figure| (figure.reading, figure.axis) == (reading, axis))
     }
@@ -270,17 +270,17 @@ impl Compared {
     }
 
     /// Whether the result is unusable.
-    pub fn is_unusable(&self) -> bool {
+    pub(crate) fn is_unusable(&self) -> bool {
         matches!(self.standing, ResultKind::Unusable(_))
     }
 
     /// Share of the parameters that are active per token, from 0 to 1.
-    pub fn active_share(&self) -> Option<f64> {
+    pub(crate) fn active_share(&self) -> Option<f64> {
         Some(self.active_parameters? as f64 / self.parameters? as f64)
     }
 
     /// The counts, unless the result is imported.
-    pub fn results(&self) -> Option<&Results> {
+    pub(crate) fn results(&self) -> Option<&Results> {
         self.run.as_ref().map(|run| &run.results)
     }
 }

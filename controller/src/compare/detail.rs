@@ -21,7 +21,7 @@ const ROWS: usize = 40;
 const PLACES: usize = 3;
 
 /// The tables with content; `name` is their prefix.
-pub fn tables(name: &str, run: &Run) -> Vec<Table> {
+pub(crate) fn tables(name: &str, run: &Run) -> Vec<Table> {
     let results = &run.results;
     let all = [
         features(run),
@@ -300,7 +300,7 @@ fn routers(routers: &[RouterSummary]) -> Table {
 }
 
 /// Names of the studied sites that are not norm outputs; empty if there are none.
-pub fn other_sites(results: &Results) -> String {
+pub(crate) fn other_sites(results: &Results) -> String {
     let mut kinds: Vec<&str> = results.other_sites.iter().map(|site| kind(site.point)).collect();
     kinds.sort_unstable();
     kinds.dedup();

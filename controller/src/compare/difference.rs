@@ -8,13 +8,13 @@ use crate::text::counted;
 
 /// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Difference {
+pub(crate) struct Difference {
     /// Short name of its subject.
-    pub about: &'static str,
+    pub(crate) about: &'static str,
     /// Description.
-    pub says: String,
+    pub(crate) says: String,
     /// Numbers of the models it applies to; empty: all figures.
-    pub models: Vec<usize>,
+    pub(crate) models: Vec<usize>,
 }
 
 /// A property of a model's figures, as text.

@@ -22,10 +22,10 @@ use crate::survey::index::{Index, IndexEntry, IndexError};
 use crate::text::clean;
 
 /// Document of an imported run, instead of [`files::RESULTS`].
-pub const IMPORTED: &str = "imported.json";
+pub(crate) const IMPORTED: &str = "imported.json";
 
 /// Any of them makes a folder one of results, whole or not.
-pub const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
+pub(crate) const MARKS: [&str; 5] = [files::MANIFEST, files::RESULTS, IMPORTED, files::JOB, files::PROGRESS];
 
 /// Maximum bytes of a file. Statistics of the largest models have a tenth of it.
 const LARGEST: u64 = 1 << 30;
@@ -35,16 +35,16 @@ const DEPTH: usize = 2;
 
 /// A folder of results.
 #[derive(Clone, Debug)]
-pub struct ResultFolder {
+pub(crate) struct ResultFolder {
     /// Path of the folder.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// Its content, or why it is unusable.
-    pub content: Result<Content, Flaw>,
+    pub(crate) content: Result<Content, Flaw>,
 }
 
 /// Content of a result folder.
 #[derive(Clone, Debug)]
-pub enum Content {
+pub(crate) enum Content {
     /// A run of this program.
     Run(Box<Run>),
     /// An imported run of another program.
@@ -53,23 +53,23 @@ pub enum Content {
 
 /// A complete run of this program.
 #[derive(Clone, Debug)]
-pub struct Run {
+pub(crate) struct Run {
     /// SHA-256 of the job as run: equal for runs with the same request.
-    pub job_sha256: String,
+    pub(crate) job_sha256: String,
     /// What was counted.
-    pub results: Results,
+    pub(crate) results: Results,
     /// Provenance of the numbers.
-    pub metadata: Metadata,
+    pub(crate) metadata: Metadata,
     /// The counts behind the results; `None` if the manifest does not list the file.
-    pub statistics: Option<Statistics>,
+    pub(crate) statistics: Option<Statistics>,
     /// Totals of systematic features within each sequence, by [`Axis::Layers`] and by
     /// [`Axis::Sites`]; `None` without statistics.
-    pub tallies: Option<[Vec<SequenceTotals>; 2]>,
+    pub(crate) tallies: Option<[Vec<SequenceTotals>; 2]>,
 }
 
 /// Why a result is unusable.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Flaw {
+pub(crate) enum Flaw {
     /// The run did not complete, or its results are not saved yet.
     #[error("partial: {0}")]
     Partial(String),
@@ -83,7 +83,7 @@ pub enum Flaw {
 
 /// Why results cannot be compared.
 #[derive(Debug, thiserror::Error)]
-pub enum ReadError {
+pub(crate) enum ReadError {
     /// A folder cannot be read.
     #[error("{}: {why}", path.display())]
     Unreadable {
@@ -113,7 +113,7 @@ fn flawed(folders: &[(PathBuf, Flaw)]) -> String {
 ///
 /// # Errors
 /// A folder cannot be read, there are no results, or, without `allow_partial`, some are unusable.
-pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
+pub(crate) fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFolder>, ReadError> {
     judged(find_all(folders)?, allow_partial)
 }
 
@@ -123,7 +123,7 @@ pub fn read_all(folders: &[PathBuf], allow_partial: bool) -> Result<Vec<ResultFo
 ///
 /// # Errors
 /// As [`read_all`].
-pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), ReadError> {
+pub(crate) fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolder>, Vec<PathBuf>), ReadError> {
     let is_partial = |found: &FoundFolder| {
         let by_name = found.path.extension().is_some_and(|extension| extension == "partial");
         by_name || (!allow_partial && matches!(found.flaw, Some(Flaw::Partial(_))))
@@ -141,7 +141,7 @@ pub fn read_whole(folder: &Path, allow_partial: bool) -> Result<(Vec<ResultFolde
 ///
 /// # Errors
 /// A folder cannot be read.
-pub fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
+pub(crate) fn paths(folders: &[PathBuf]) -> Result<Vec<PathBuf>, ReadError> {
     match find_all(folders) {
         Ok(found) => Ok(found.into_iter().map(|found| found.path).collect()),
         Err(ReadError::Nothing(_)) => Ok(Vec::new()),
@@ -230,7 +230,7 @@ fn surveyed(folder: &Path, line: &IndexEntry) -> FoundFolder {
 ///
 /// # Errors
 /// The reason why it is unusable.
-pub fn read(folder: &Path) -> Result<Content, Flaw> {
+pub(crate) fn read(folder: &Path) -> Result<Content, Flaw> {
     if folder.extension().is_some_and(|extension| extension == "part") {
         return Err(Flaw::Partial("it is still arriving".to_owned()));
     }

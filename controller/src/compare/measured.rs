@@ -11,7 +11,7 @@ use super::table::{NONE, Table, estimate, numbers, optional, words};
 use crate::ui::report::diagnostics::name;
 
 /// Tables of one model, quantisation errors first; empty without measurements.
-pub fn tables(results: &Results) -> Vec<Table> {
+pub(crate) fn tables(results: &Results) -> Vec<Table> {
     let all = [
         results.quantization_error.as_ref().map(quantization),
         results.residual_sinks.as_ref().map(residual_sinks),
@@ -22,7 +22,7 @@ pub fn tables(results: &Results) -> Vec<Table> {
 }
 
 /// A line per model with measurements; `None` if there are none.
-pub fn across(comparison: &Comparison) -> Option<Table> {
+pub(crate) fn across(comparison: &Comparison) -> Option<Table> {
     let measured = |results: &&Results| {
         results.quantization_error.is_some()
             || results.residual_sinks.is_some()
@@ -81,7 +81,7 @@ pub fn across(comparison: &Comparison) -> Option<Table> {
 }
 
 /// A sentence on the 4-bit rounding errors of the models that measured them.
-pub fn cost(comparison: &Comparison) -> Option<String> {
+pub(crate) fn cost(comparison: &Comparison) -> Option<String> {
     let said = |model: &Compared| {
         let errors = model.results()?.quantization_error.as_ref()?;
         let plain = errors.norm_outputs.iter().find(|pooled| is(pooled, NumberFormat::Mxfp4, 0))?;

@@ -21,7 +21,7 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'n
 const WIDE: usize = 40;
 
 /// The page, with the plots in it.
-pub fn page(comparison: &Comparison) -> String {
+pub(crate) fn page(comparison: &Comparison) -> String {
     let models = &comparison.models;
     let usable: Vec<&Compared> = models.iter().filter(|model| !model.is_unusable()).collect();
     let title = match usable.as_slice() {

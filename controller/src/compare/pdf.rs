@@ -12,7 +12,7 @@ use super::pixels::tree;
 ///
 /// # Errors
 /// An error in the drawing.
-pub fn pdf(svg: &str, inches: f64) -> Result<Vec<u8>, String> {
+pub(crate) fn pdf(svg: &str, inches: f64) -> Result<Vec<u8>, String> {
     let tree = tree(svg)?;
     let size = tree.size();
     let width = inches * 72.0;

@@ -30,7 +30,7 @@ pub(super) fn tree(svg: &str) -> Result<Tree, String> {
 ///
 /// # Errors
 /// An error in the drawing.
-pub fn png(svg: &str, width: Option<u32>) -> Result<Vec<u8>, String> {
+pub(crate) fn png(svg: &str, width: Option<u32>) -> Result<Vec<u8>, String> {
     let tree = tree(svg)?;
     let size = tree.size();
     let scale = width.map_or(1.0, |width| width as f32 / size.width());

@@ -25,9 +25,9 @@ mod colour;
 mod keys;
 mod scale;
 
-pub use bars::{Row, bars};
-pub use colour::{Colour, Rgb, Tint};
-pub use scale::AxisKind;
+pub(crate) use bars::{Row, bars};
+pub(crate) use colour::{Colour, Rgb, Tint};
+pub(crate) use scale::AxisKind;
 
 /// Width of a plot in its units, twice the display size, since marks are placed on whole units.
 const WIDTH: u32 = 840;
@@ -51,61 +51,61 @@ const DOT: i32 = 5;
 
 /// Style of a point. Shape and fill distinguish it without colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Mark {
+pub(crate) struct Mark {
     /// Its colour.
-    pub colour: Colour,
+    pub(crate) colour: Colour,
     /// Round instead of square.
-    pub round: bool,
+    pub(crate) round: bool,
     /// Filled instead of outlined.
-    pub filled: bool,
+    pub(crate) filled: bool,
 }
 
 /// Points of one series.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Group {
+pub(crate) struct Group {
     /// Name in the legend.
-    pub name: String,
+    pub(crate) name: String,
     /// How they are drawn.
-    pub mark: Mark,
+    pub(crate) mark: Mark,
     /// Whether a line joins them.
-    pub joined: bool,
+    pub(crate) joined: bool,
     /// The points, in order.
-    pub points: Vec<Point>,
+    pub(crate) points: Vec<Point>,
 }
 
 /// A point.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Point {
+pub(crate) struct Point {
     /// Along the horizontal axis.
-    pub x: f64,
+    pub(crate) x: f64,
     /// Along the vertical axis.
-    pub y: f64,
+    pub(crate) y: f64,
     /// Interval of `y`.
-    pub interval: Option<[f64; 2]>,
+    pub(crate) interval: Option<[f64; 2]>,
     /// Key beside it: a number or a letter.
-    pub key: String,
+    pub(crate) key: String,
 }
 
 /// An axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Axis {
+pub(crate) struct Axis {
     /// Its label.
-    pub label: &'static str,
+    pub(crate) label: &'static str,
     /// Its scale.
-    pub kind: AxisKind,
+    pub(crate) kind: AxisKind,
 }
 
 /// A finished plot.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Plot {
+pub(crate) struct Plot {
     /// Identifier and file name; unique in a report.
-    pub name: String,
+    pub(crate) name: String,
     /// Its heading.
-    pub title: String,
+    pub(crate) title: String,
     /// What it shows, and how to read it.
-    pub description: String,
+    pub(crate) description: String,
     /// The drawing.
-    pub svg: String,
+    pub(crate) svg: String,
 }
 
 impl Plot {
@@ -127,7 +127,7 @@ impl Plot {
     /// Adds the names of its keys below the drawing, so that it is self-contained. Names are
     /// sanitised, shortened and escaped.
     #[must_use]
-    pub fn keyed(mut self, names: &[(String, String)]) -> Self {
+    pub(crate) fn keyed(mut self, names: &[(String, String)]) -> Self {
         let size = self.svg.split_once("viewBox=\"0 0 ").and_then(|(_, rest)| rest.split_once('"'));
         let numbers = size.and_then(|(numbers, _)| numbers.split_once(' '));
         let height = numbers.and_then(|(_, height)| height.parse::<u32>().ok()).expect("drawings have a size");
@@ -174,7 +174,7 @@ impl Plot {
 }
 
 /// A scatter or line plot. `None` without points.
-pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], groups: &[Group]) -> Option<Plot> {
+pub(crate) fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], groups: &[Group]) -> Option<Plot> {
     let groups: Vec<Group> = groups.iter().map(|group| group.drawable(x.kind, y.kind)).collect();
     let groups: Vec<&Group> = groups.iter().filter(|group| !group.points.is_empty()).collect();
     if groups.is_empty() {
@@ -195,7 +195,7 @@ pub fn points(name: &str, title: &str, description: &str, [x, y]: [Axis; 2], gro
 }
 
 /// A heat map: `rows` from top to bottom, each with its label and its cells. `None` without rows.
-pub fn heatmap(
+pub(crate) fn heatmap(
     name: &str,
     title: &str,
     description: &str,

@@ -15,7 +15,7 @@ mod model;
 mod residual;
 mod trajectory;
 
-pub use model::{of_model, peak_quartiles, quartiles, strongest};
+pub(crate) use model::{of_model, peak_quartiles, quartiles, strongest};
 
 const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
     Mark { colour, round, filled }
@@ -73,7 +73,7 @@ struct CountDefinition<'a> {
 }
 
 /// The plots across models that have points.
-pub fn across(comparison: &Comparison) -> Vec<Plot> {
+pub(crate) fn across(comparison: &Comparison) -> Vec<Plot> {
     let table = |name: &str| comparison.published.iter().find(|table| table.name == name);
     let paper = CountDefinition {
         name: "paper",
@@ -256,7 +256,7 @@ fn published_points(
 }
 
 /// The letter of a row of a published table: a, b, c, ...
-pub fn letter(row: usize) -> String {
+pub(crate) fn letter(row: usize) -> String {
     char::from_u32('a' as u32 + row as u32 % 26).map(String::from).unwrap_or_default()
 }
 

@@ -16,12 +16,12 @@ use super::bootstrap::SequenceTotals;
 use crate::files::{digest, open_regular};
 
 /// File name of the outlier features.
-pub const OUTLIERS: &str = "final_analysis_results.json";
+pub(crate) const OUTLIERS: &str = "final_analysis_results.json";
 /// File name of the perplexity.
-pub const PERPLEXITY: &str = "perplexity_results.json";
+pub(crate) const PERPLEXITY: &str = "perplexity_results.json";
 
 /// Definition of the predecessor's counts.
-pub const DEFINITION: &str = "|x| >= 6 compared in bf16 (from 5.984375 up) at the outputs of both norms of every layer; a feature is \
+pub(crate) const DEFINITION: &str = "|x| >= 6 compared in bf16 (from 5.984375 up) at the outputs of both norms of every layer; a feature is \
     judged within each batch, in >= 25 % of the norm outputs and at >= 6 % of the positions, and counts once for every batch it is \
     systematic in; windows overlap by half and were decoded and encoded again, with the tokenizer's special tokens";
 
@@ -30,83 +30,83 @@ const MAX_FEATURES: usize = 1 << 24;
 
 /// `imported.json`: a run of the predecessor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Imported {
+pub(crate) struct Imported {
     /// Document version.
-    pub schema: u32,
+    pub(crate) schema: u32,
     /// Hub id or folder, as in the run.
-    pub model: String,
+    pub(crate) model: String,
     /// Definition of the counts.
-    pub definition: String,
+    pub(crate) definition: String,
     /// Time of the first import in milliseconds since 1970; 0 if unknown.
     #[serde(default)]
-    pub imported_at_ms: u64,
+    pub(crate) imported_at_ms: u64,
     /// The source files.
-    pub sources: Vec<ImportedFile>,
+    pub(crate) sources: Vec<ImportedFile>,
     /// The outlier features; `None` if only a perplexity was imported.
-    pub outliers: Option<Outliers>,
+    pub(crate) outliers: Option<Outliers>,
     /// The perplexity; `None` if only outlier features were imported.
-    pub perplexity: Option<OldPerplexity>,
+    pub(crate) perplexity: Option<OldPerplexity>,
 }
 
 /// An imported file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ImportedFile {
+pub(crate) struct ImportedFile {
     /// Its path, as given.
-    pub path: String,
+    pub(crate) path: String,
     /// Its size.
-    pub bytes: u64,
+    pub(crate) bytes: u64,
     /// Its SHA-256, lower-case hexadecimal.
-    pub sha256: String,
+    pub(crate) sha256: String,
 }
 
 /// Content of `final_analysis_results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Outliers {
+pub(crate) struct Outliers {
     /// Name of the text in the run.
-    pub dataset: String,
+    pub(crate) dataset: String,
     /// Sequences.
-    pub sequences: usize,
+    pub(crate) sequences: usize,
     /// Requested tokens per sequence.
-    pub tokens_per_sequence: usize,
+    pub(crate) tokens_per_sequence: usize,
     /// Sequences per batch. Features are classified within a batch.
-    pub batch_size: usize,
+    pub(crate) batch_size: usize,
     /// The threshold of magnitude.
-    pub magnitude: f64,
+    pub(crate) magnitude: f64,
     /// Totals per batch, in order; shares of layers are of norm outputs.
-    pub batches: Vec<SequenceTotals>,
+    pub(crate) batches: Vec<SequenceTotals>,
     /// Distinct features that are systematic in at least one batch.
-    pub distinct_features: usize,
+    pub(crate) distinct_features: usize,
     /// Largest magnitude of a systematic feature.
-    pub max_abs: f64,
+    pub(crate) max_abs: f64,
 }
 
 /// Content of `perplexity_results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct OldPerplexity {
+pub(crate) struct OldPerplexity {
     /// Perplexity over all.
-    pub perplexity: f64,
+    pub(crate) perplexity: f64,
     /// Mean negative log-likelihood.
-    pub mean_nll: f64,
+    pub(crate) mean_nll: f64,
     /// Tokens in the mean: all, not only the predicted ones.
-    pub tokens: u64,
+    pub(crate) tokens: u64,
     /// Mean negative log-likelihood of each batch.
-    pub batches: Vec<f64>,
+    pub(crate) batches: Vec<f64>,
 }
 
 /// Why a file cannot be imported.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
-pub struct ImportError {
+pub(crate) struct ImportError {
     /// Which file or folder.
-    pub path: PathBuf,
+    pub(crate) path: PathBuf,
     /// What is wrong with it.
-    pub why: String,
+    pub(crate) why: String,
 }
 
 impl Outliers {
     /// The counts that these files determine. There is none over the whole corpus, since layers
     /// and positions of a feature are known only per batch.
-    pub fn verdicts(&self) -> Vec<Verdict> {
+    pub(crate) fn verdicts(&self) -> Vec<Verdict> {
         let features: usize = self.batches.iter().map(|batch| batch.features).sum();
         let mean = |of: fn(&SequenceTotals) -> f64| {
             (features > 0).then(|| 100.0 * self.batches.iter().map(of).sum::<f64>() / features as f64)
@@ -135,7 +135,7 @@ impl Imported {
     ///
     /// # Errors
     /// The inconsistency.
-    pub fn check(&self) -> Result<(), String> {
+    pub(crate) fn check(&self) -> Result<(), String> {
         if self.outliers.is_none() && self.perplexity.is_none() {
             return Err("it holds neither outlier features nor a perplexity".to_owned());
         }
@@ -160,7 +160,7 @@ impl Imported {
 ///
 /// # Errors
 /// The unusable file, and the reason.
-pub fn import(paths: &[PathBuf]) -> Result<Imported, ImportError> {
+pub(crate) fn import(paths: &[PathBuf]) -> Result<Imported, ImportError> {
     let files = files_of(paths)?;
     let one = |name: &str| {
         let mut named = files.iter().filter(|path| path.file_name().is_some_and(|it| it == name));

@@ -12,7 +12,7 @@ use crate::ui::report::tables::{Cell, name, number, paragraphs, table as text_ta
 const CELL: usize = 600;
 
 /// Formats for a terminal.
-pub fn terminal(comparison: &Comparison) -> String {
+pub(crate) fn terminal(comparison: &Comparison) -> String {
     let mut out = String::new();
     for table in tables(comparison) {
         let mut rows = text_table(&table.columns.iter().map(|column| column.name).collect::<Vec<_>>());
@@ -39,7 +39,7 @@ fn cell(value: &str, column: Column) -> Cell {
 }
 
 /// Formats as Markdown with tables.
-pub fn markdown(comparison: &Comparison) -> String {
+pub(crate) fn markdown(comparison: &Comparison) -> String {
     tables(comparison).iter().map(markdown_table).collect::<Vec<_>>().join("\n")
 }
 
@@ -106,7 +106,7 @@ const CSV: [CsvColumn; 30] = [
 
 /// Formats as CSV (RFC 4180): one line per figure, and one without figures for every unusable
 /// result.
-pub fn csv(comparison: &Comparison) -> String {
+pub(crate) fn csv(comparison: &Comparison) -> String {
     let mut out = CSV.map(|(name, _)| name).join(",") + "\r\n";
     for model in &comparison.models {
         let mut figures: Vec<Option<&Figure>> = comparison.figures_of(model).map(Some).collect();

@@ -28,98 +28,98 @@ static CATALOGUE: LazyLock<Catalogue> =
 /// A published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct PublishedTable {
+pub(crate) struct PublishedTable {
     /// Identifier.
-    pub name: String,
+    pub(crate) name: String,
     /// Its heading.
-    pub title: String,
+    pub(crate) title: String,
     /// Where it was published.
-    pub source: String,
+    pub(crate) source: String,
     /// Definition of its counts.
-    pub definition: String,
+    pub(crate) definition: String,
     /// How sequences are pooled.
-    pub reading: Reading,
+    pub(crate) reading: Reading,
     /// The total of which the share of layers is taken.
-    pub axis: Axis,
+    pub(crate) axis: Axis,
     /// The text.
-    pub corpus: String,
+    pub(crate) corpus: String,
     /// Number of sequences, if a count depends on it.
-    pub sequences: Option<u32>,
+    pub(crate) sequences: Option<u32>,
     /// Its rows.
     #[serde(rename = "model")]
-    pub models: Vec<PublishedRow>,
+    pub(crate) models: Vec<PublishedRow>,
 }
 
 /// A row of a published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
-pub struct PublishedRow {
+pub(crate) struct PublishedRow {
     /// Name in the table.
-    pub name: String,
+    pub(crate) name: String,
     /// Hub ids of the model; empty if it is unavailable.
     #[serde(default)]
-    pub ids: Vec<String>,
+    pub(crate) ids: Vec<String>,
     /// Parameters, as published.
-    pub parameters: u64,
+    pub(crate) parameters: u64,
     /// Active parameters per token; `None` for dense models.
-    pub active: Option<u64>,
+    pub(crate) active: Option<u64>,
     /// Perplexity, if published.
-    pub perplexity: Option<f64>,
+    pub(crate) perplexity: Option<f64>,
     /// The count.
-    pub count: f64,
+    pub(crate) count: f64,
     /// Number of features with values of one sign only.
-    pub one_sided: Option<u32>,
+    pub(crate) one_sided: Option<u32>,
     /// Mean percentage of layers (or norm outputs).
-    pub layers: f64,
+    pub(crate) layers: f64,
     /// Mean percentage of sequence positions.
-    pub positions: f64,
+    pub(crate) positions: f64,
     /// Quartiles of the values of the most common outlier feature.
-    pub quartiles: Option<[f64; 3]>,
+    pub(crate) quartiles: Option<[f64; 3]>,
     /// A remark on the row.
-    pub note: Option<String>,
+    pub(crate) note: Option<String>,
 }
 
 /// Published super experts of a model, for comparison.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct SuperExpertsOf {
+pub(crate) struct SuperExpertsOf {
     /// Hub id.
-    pub id: String,
+    pub(crate) id: String,
     /// Layer and expert index of each.
-    pub experts: Vec<[usize; 2]>,
+    pub(crate) experts: Vec<[usize; 2]>,
     /// Where it was published.
-    pub source: String,
+    pub(crate) source: String,
 }
 
 /// Facts on a model in the catalogue (`config/models.toml`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all(deserialize = "kebab-case"))]
-pub struct Known {
+pub(crate) struct Known {
     /// Hub id.
-    pub id: String,
+    pub(crate) id: String,
     /// Parameters.
-    pub parameters: u64,
+    pub(crate) parameters: u64,
     /// Active parameters per token; `None` for dense models.
-    pub active: Option<u64>,
+    pub(crate) active: Option<u64>,
     /// Whether the model is post-trained: instructions, reasoning, chat.
-    pub post_trained: bool,
+    pub(crate) post_trained: bool,
     /// Optimiser of its training; `None`: unknown.
-    pub optimiser: Option<String>,
+    pub(crate) optimiser: Option<String>,
     /// Whether attention has an output gate; `None`: unknown.
-    pub gated_attention: Option<bool>,
+    pub(crate) gated_attention: Option<bool>,
     /// Whether attention has learned sinks; `None`: unknown.
-    pub learned_sinks: Option<bool>,
+    pub(crate) learned_sinks: Option<bool>,
     /// Position of its norms.
-    pub norms: Option<String>,
+    pub(crate) norms: Option<String>,
     /// Kind of its router.
-    pub router: Option<String>,
+    pub(crate) router: Option<String>,
     /// Dtypes of its published weights.
-    pub stored: Option<String>,
+    pub(crate) stored: Option<String>,
 }
 
 impl Known {
     /// Suspected causes of outliers by name; `None`: unknown.
-    pub fn causes(&self) -> [(&'static str, Option<&str>); 6] {
+    pub(crate) fn causes(&self) -> [(&'static str, Option<&str>); 6] {
         let yes = |known: Option<bool>| known.map(|known| if known { "yes" } else { "no" });
         [
             ("optimiser", self.optimiser.as_deref()),
@@ -132,29 +132,29 @@ impl Known {
     }
 
     /// Active parameters per token.
-    pub fn active(&self) -> u64 {
+    pub(crate) fn active(&self) -> u64 {
         self.active.unwrap_or(self.parameters)
     }
 }
 
 /// All published tables.
-pub fn tables() -> &'static [PublishedTable] {
+pub(crate) fn tables() -> &'static [PublishedTable] {
     &PUBLISHED.table
 }
 
 /// Published rows of a model, with their tables.
-pub fn of_model(id: &str) -> impl Iterator<Item = (&'static PublishedTable, &'static PublishedRow)> {
+pub(crate) fn of_model(id: &str) -> impl Iterator<Item = (&'static PublishedTable, &'static PublishedRow)> {
     let rows = tables().iter().flat_map(|table| table.models.iter().map(move |row| (table, row)));
     rows.filter(move |(_, row)| row.ids.iter().any(|known| known.eq_ignore_ascii_case(id)))
 }
 
 /// The published super experts of a model.
-pub fn super_experts_of(id: &str) -> Option<&'static SuperExpertsOf> {
+pub(crate) fn super_experts_of(id: &str) -> Option<&'static SuperExpertsOf> {
     PUBLISHED.super_experts.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }
 
 /// The catalogue's entry of a model.
-pub fn known(id: &str) -> Option<&'static Known> {
+pub(crate) fn known(id: &str) -> Option<&'static Known> {
     CATALOGUE.model.iter().find(|model| model.id.eq_ignore_ascii_case(id))
 }
 

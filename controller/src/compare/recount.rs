@@ -12,7 +12,7 @@ use super::statistics::Statistics;
 ///
 /// # Errors
 /// Why the stored counts do not suffice.
-pub fn recount(run: &Run, thresholds: Thresholds) -> Result<Results, String> {
+pub(crate) fn recount(run: &Run, thresholds: Thresholds) -> Result<Results, String> {
     let own = run.results.thresholds.magnitude;
     if thresholds.magnitude != own {
         return Err(format!(

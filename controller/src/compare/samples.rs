@@ -8,7 +8,7 @@ use super::bootstrap::{SequenceTotals, samples};
 /// Totals of systematic features over each of many samples of the sequences, by layers and by norm
 /// outputs, with all sequences of a sample together. Empty for runs without details per sequence,
 /// and for one sequence.
-pub fn resampled(results: &Results) -> [Vec<SequenceTotals>; 2] {
+pub(crate) fn resampled(results: &Results) -> [Vec<SequenceTotals>; 2] {
     if !tells(results) {
         return [Vec::new(), Vec::new()];
     }
@@ -57,7 +57,7 @@ fn extent(results: &Results, reached: &[bool]) -> [(u64, usize); 2] {
 ///
 /// # Errors
 /// The inconsistency.
-pub fn check(results: &Results) -> Result<(), String> {
+pub(crate) fn check(results: &Results) -> Result<(), String> {
     if !tells(results) {
         return Ok(());
     }

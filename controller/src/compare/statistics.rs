@@ -7,55 +7,55 @@ use safetensors::{Dtype, SafeTensors};
 
 /// A table of numbers, row by row.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Grid<T> {
+pub(crate) struct Grid<T> {
     columns: usize,
     values: Vec<T>,
 }
 
 impl<T> Grid<T> {
     /// The rows.
-    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[T]> {
+    pub(crate) fn rows(&self) -> impl ExactSizeIterator<Item = &[T]> {
         self.values.chunks_exact(self.columns)
     }
 }
 
 impl<T: Copy> Grid<T> {
     /// The value in a row and a column.
-    pub fn at(&self, row: usize, column: usize) -> T {
+    pub(crate) fn at(&self, row: usize, column: usize) -> T {
         self.values[row * self.columns + column]
     }
 }
 
 /// The tensors for comparisons. [`Statistics::read`] checks their shapes against the results.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Statistics {
+pub(crate) struct Statistics {
     /// Occurrences, `[norm outputs, features]`.
-    pub count: Grid<u64>,
+    pub(crate) count: Grid<u64>,
     /// Largest value, `[norm outputs, features]`, outlier or not.
-    pub max: Grid<f32>,
+    pub(crate) max: Grid<f32>,
     /// Smallest value, `[norm outputs, features]`, outlier or not.
-    pub min: Grid<f32>,
+    pub(crate) min: Grid<f32>,
     /// Positions with an occurrence at any norm output, `[sequences, features]`.
-    pub sequence_positions: Grid<u64>,
+    pub(crate) sequence_positions: Grid<u64>,
     /// Norm outputs with an occurrence, `[sequences, features]`.
-    pub sequence_sites: Grid<u64>,
+    pub(crate) sequence_sites: Grid<u64>,
     /// Layers with an occurrence, `[sequences, features]`.
-    pub sequence_layers: Grid<u64>,
+    pub(crate) sequence_layers: Grid<u64>,
     /// Tokens sent to each expert, by layer.
-    pub router_tokens: BTreeMap<usize, Vec<u64>>,
+    pub(crate) router_tokens: BTreeMap<usize, Vec<u64>>,
     /// Largest magnitude at each expert's output, by layer; empty unless studied.
-    pub expert_peaks: BTreeMap<usize, Vec<f32>>,
+    pub(crate) expert_peaks: BTreeMap<usize, Vec<f32>>,
 }
 
 /// Sizes by the results.
 #[derive(Clone, Copy, Debug)]
-pub struct StudyShape {
+pub(crate) struct StudyShape {
     /// Norm outputs.
-    pub sites: usize,
+    pub(crate) sites: usize,
     /// Sequences.
-    pub sequences: usize,
+    pub(crate) sequences: usize,
     /// Features.
-    pub hidden: usize,
+    pub(crate) hidden: usize,
 }
 
 impl Statistics {
@@ -63,7 +63,7 @@ impl Statistics {
     ///
     /// # Errors
     /// A tensor is missing, or its shape or type differs from the results.
-    pub fn read(bytes: &[u8], shape: StudyShape) -> Result<Self, String> {
+    pub(crate) fn read(bytes: &[u8], shape: StudyShape) -> Result<Self, String> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| format!("it is no safetensors file: {error}"))?;
         let per_site = [shape.sites, shape.hidden];
         let per_sequence = [shape.sequences, shape.hidden];
@@ -80,12 +80,12 @@ impl Statistics {
     }
 
     /// Largest magnitude of a feature at a norm output.
-    pub fn max_abs(&self, site: usize, feature: usize) -> f32 {
+    pub(crate) fn max_abs(&self, site: usize, feature: usize) -> f32 {
         self.peak(site, feature).abs()
     }
 
     /// The value of largest magnitude of a feature at a norm output, signed.
-    pub fn peak(&self, site: usize, feature: usize) -> f32 {
+    pub(crate) fn peak(&self, site: usize, feature: usize) -> f32 {
         let (max, min) = (self.max.at(site, feature), self.min.at(site, feature));
         if max.abs() >= min.abs() { max } else { min }
     }

@@ -13,26 +13,26 @@ use crate::units::grouped;
 
 /// A table of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Table {
+pub(crate) struct Table {
     /// Identifier, the same in every report.
-    pub name: String,
+    pub(crate) name: String,
     /// Its heading.
-    pub title: String,
+    pub(crate) title: String,
     /// Its columns.
-    pub columns: Vec<Column>,
+    pub(crate) columns: Vec<Column>,
     /// Rows, with a cell per column.
-    pub rows: Vec<Vec<String>>,
+    pub(crate) rows: Vec<Vec<String>>,
     /// Notes below the table.
-    pub notes: Vec<String>,
+    pub(crate) notes: Vec<String>,
 }
 
 /// A column of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Column {
+pub(crate) struct Column {
     /// Its heading.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// Whether its cells are numbers.
-    pub numeric: bool,
+    pub(crate) numeric: bool,
 }
 
 /// A column with what a row has in it.
@@ -73,7 +73,7 @@ pub(super) const fn numbers(name: &'static str) -> Column {
 pub(super) const NONE: &str = "-";
 
 /// The tables of a comparison, in reading order.
-pub fn tables(comparison: &Comparison) -> Vec<Table> {
+pub(crate) fn tables(comparison: &Comparison) -> Vec<Table> {
     let mut tables = vec![models(comparison)];
     tables.extend(measured::across(comparison));
     tables.push(counts(comparison));
@@ -247,7 +247,7 @@ pub(super) fn estimate(estimate: Estimate, digits: usize) -> String {
 }
 
 /// A large number in three digits: `6.92 B`.
-pub fn short(number: f64) -> String {
+pub(crate) fn short(number: f64) -> String {
     let (scaled, unit) = match number.abs() {
         n if n >= 1e12 => (number / 1e12, " T"),
         n if n >= 1e9 => (number / 1e9, " B"),

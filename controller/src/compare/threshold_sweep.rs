@@ -9,30 +9,30 @@ use super::folder::{Run, layers};
 
 /// Magnitude thresholds around the paper's 6, from ordinary features (3.5) to massive activations
 /// (100).
-pub const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
+pub(crate) const MAGNITUDES: [f32; 12] = [3.5, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 100.0];
 
 /// Shares of layers in percent; 0: any layer.
-pub const LAYER_PERCENTS: [f64; 6] = [0.0, 10.0, 25.0, 50.0, 75.0, 100.0];
+pub(crate) const LAYER_PERCENTS: [f64; 6] = [0.0, 10.0, 25.0, 50.0, 75.0, 100.0];
 
 /// Shares of positions in percent; 0: any position.
-pub const POSITION_PERCENTS: [f64; 6] = [0.0, 1.0, 6.0, 25.0, 50.0, 75.0];
+pub(crate) const POSITION_PERCENTS: [f64; 6] = [0.0, 1.0, 6.0, 25.0, 50.0, 75.0];
 
 /// Features at one threshold of magnitude.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct SweepPoint {
+pub(crate) struct SweepPoint {
     /// Threshold of |x|.
-    pub magnitude: f32,
+    pub(crate) magnitude: f32,
     /// Number of features that reach it anywhere.
-    pub anywhere: usize,
+    pub(crate) anywhere: usize,
     /// Number of features that reach it in at least the run's share of layers, at any positions.
-    pub in_layers: usize,
+    pub(crate) in_layers: usize,
     /// Those of them that are systematic at the run's magnitude. At higher magnitudes this is an
     /// upper bound.
-    pub systematic: usize,
+    pub(crate) systematic: usize,
 }
 
 /// Points for all magnitudes; empty without statistics.
-pub fn sweep(run: &Run) -> Vec<SweepPoint> {
+pub(crate) fn sweep(run: &Run) -> Vec<SweepPoint> {
     let Some(statistics) = &run.statistics else { return Vec::new() };
     let results = &run.results;
     let order = layer_order(results);
@@ -70,7 +70,7 @@ fn point(magnitude: f32, peaks: &[Vec<f32>], systematic: &[usize], results: &Res
 
 /// Number of features in at least these shares of layers and of positions, in percent, at the
 /// run's magnitude.
-pub fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> usize {
+pub(crate) fn shares(results: &Results, layer_percent: f64, position_percent: f64) -> usize {
     let within = |f: &&outliers_protocol::Feature| {
         f.layer_fraction >= layer_percent / 100.0 && f.position_fraction >= position_percent / 100.0
     };

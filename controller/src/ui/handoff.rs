@@ -11,7 +11,7 @@ use crate::text::{clean, counted, markdown};
 use crate::ui::status::{ActiveRun, FinishedRun, Status, SurveyStatus};
 
 /// The document in Markdown.
-pub fn document(status: &Status) -> String {
+pub(crate) fn document(status: &Status) -> String {
     let now = rfc3339(status.at);
     let date = now.split('T').next().unwrap_or_default();
     let mut parts = vec![
@@ -39,13 +39,13 @@ const SEAL: &str = "\n<!-- outliers handoff, SHA-256 of what is above: ";
 const END: &str = " -->\n";
 
 /// A document with a last line that reveals edits.
-pub fn with_checksum(document: String) -> String {
+pub(crate) fn with_checksum(document: String) -> String {
     let hash = sha256(document.as_bytes());
     document + SEAL + &hash + END
 }
 
 /// Whether a sealed document is unchanged.
-pub fn is_untouched(text: &[u8]) -> bool {
+pub(crate) fn is_untouched(text: &[u8]) -> bool {
     let text = String::from_utf8_lossy(text);
     let parts = text.rsplit_once(SEAL);
     parts.is_some_and(|(document, seal)| seal.strip_suffix(END) == Some(&*sha256(document.as_bytes())))

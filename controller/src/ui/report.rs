@@ -26,9 +26,9 @@ use crate::text::{clean, counted};
 use crate::units::{Bytes, grouped};
 use crate::waiting::{Failed, told};
 
-pub mod diagnostics;
-pub mod table;
-pub mod tables;
+pub(crate) mod diagnostics;
+pub(crate) mod table;
+pub(crate) mod tables;
 
 /// Maximum characters of an untrusted line.
 const LINE: usize = 2000;
@@ -55,7 +55,7 @@ const PICTURE_PAUSE: Duration = Duration::from_secs(5);
 /// How the program ends. The numbers are documented in the help and stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
-pub enum ExitStatus {
+pub(crate) enum ExitStatus {
     /// Done, and nothing is left.
     Done = 0,
     /// The run failed.
@@ -76,12 +76,12 @@ pub enum ExitStatus {
 
 impl ExitStatus {
     /// The documented number.
-    pub fn number(self) -> u8 {
+    pub(crate) fn number(self) -> u8 {
         self as u8
     }
 
     /// The most urgent of several statuses. An instance that may still bill comes first.
-    pub fn worst(all: impl IntoIterator<Item = Self>) -> Self {
+    pub(crate) fn worst(all: impl IntoIterator<Item = Self>) -> Self {
         use ExitStatus::{Cloud, Done, Failed, InstanceLeft, Interrupted, NoOffer, Refused, TimeUp};
         const ORDER: [ExitStatus; 8] = [InstanceLeft, Interrupted, Cloud, TimeUp, NoOffer, Failed, Refused, Done];
         let rank = |status: &Self| ORDER.iter().position(|other| other == status);
@@ -89,7 +89,7 @@ impl ExitStatus {
     }
 
     /// Exit status for a finished run.
-    pub fn of_run(state: &RunState) -> Self {
+    pub(crate) fn of_run(state: &RunState) -> Self {
         match state.ending() {
             Some(RunOutcome::Completed) => Self::Done,
             Some(RunOutcome::WorkerFailed { .. } | RunOutcome::WorkerVanished { .. }) => Self::Failed,
@@ -116,23 +116,23 @@ impl From<ExitStatus> for ExitCode {
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
-pub struct CliError {
+pub(crate) struct CliError {
     /// Exit status of the program.
-    pub status: ExitStatus,
+    pub(crate) status: ExitStatus,
     /// What went wrong, and where.
-    pub message: String,
+    pub(crate) message: String,
     /// The remedy.
-    pub hint: Option<String>,
+    pub(crate) hint: Option<String>,
 }
 
 impl CliError {
     /// A refusal before anything was done.
-    pub fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
+    pub(crate) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
     }
 
     /// A failure on this machine.
-    pub fn failed(message: impl Into<String>) -> Self {
+    pub(crate) fn failed(message: impl Into<String>) -> Self {
         Self { status: ExitStatus::Failed, message: message.into(), hint: None }
     }
 }
@@ -183,7 +183,7 @@ impl From<DriveError> for CliError {
 
 impl CliError {
     /// The error of a run, or of a listing, that could not be completed.
-    pub fn of_drive_error(stuck: &DriveError) -> Self {
+    pub(crate) fn of_drive_error(stuck: &DriveError) -> Self {
         let hint = match stuck {
             DriveError::Instance { run, .. } => {
                 format!("an instance may still be running and billing. To end it: outliers runs cancel {run}")
@@ -204,7 +204,7 @@ impl CliError {
 }
 
 /// Prints messages to standard error, and results to standard output.
-pub struct Reporter {
+pub(crate) struct Reporter {
     json: bool,
     quiet: bool,
     verbose: bool,
@@ -274,7 +274,7 @@ impl PlainLine {
 
 impl Reporter {
     /// Configured by options and environment.
-    pub fn new(global: &Global, environment: &Environment) -> Self {
+    pub(crate) fn new(global: &Global, environment: &Environment) -> Self {
         let terminal = std::io::stderr().is_terminal();
         let plain = environment.is_plain();
         Self {
@@ -299,7 +299,7 @@ impl Reporter {
 
     /// A reporter for one of several concurrent runs: its sentences begin with its name, and it
     /// has a separate bar.
-    pub fn of_one(&self, label: &str) -> Self {
+    pub(crate) fn of_one(&self, label: &str) -> Self {
         Self {
             json: self.json,
             quiet: self.quiet,
@@ -317,12 +317,12 @@ impl Reporter {
     }
 
     /// Shows the state of several runs together.
-    pub fn together(&self, done: usize, all: usize, detail: &str) {
+    pub(crate) fn together(&self, done: usize, all: usize, detail: &str) {
         self.measure(&format!("{done} of {all} done"), done as u64, all as u64, detail);
     }
 
     /// Prints the result of a command: the document for programs, the text for people.
-    pub fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+    pub(crate) fn result<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         self.done();
         let text = if self.json {
             serde_json::to_string_pretty(document).expect("documents hold no maps with keys other than strings")
@@ -346,7 +346,7 @@ impl Reporter {
     }
 
     /// Why something that was to be printed is missing from standard output, such as a full disk.
-    pub fn unprinted(&self) -> Option<CliError> {
+    pub(crate) fn unprinted(&self) -> Option<CliError> {
         let error = self.unprinted.lock().ok()?.take()?;
         let message = format!("standard output cannot be written, and is not whole: {error}");
         let hint = Some("make room where it goes, and run the command again".to_owned());
@@ -355,7 +355,7 @@ impl Reporter {
 
     /// Prints one of many results: a line of text for people, one JSON document per line for
     /// programs.
-    pub fn line<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+    pub(crate) fn line<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         let line = if self.json {
             serde_json::to_string(document).expect("documents hold no maps with keys other than strings")
         } else {
@@ -365,7 +365,7 @@ impl Reporter {
     }
 
     /// A screen that is updated.
-    pub fn screen(&self) -> Screen<'_> {
+    pub(crate) fn screen(&self) -> Screen<'_> {
         let bar = self.redraws.then(|| {
             let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
             let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
@@ -376,7 +376,7 @@ impl Reporter {
     }
 
     /// Prints the error of a command, for programs also on standard output.
-    pub fn cli_error(&self, cli_error: &CliError) {
+    pub(crate) fn cli_error(&self, cli_error: &CliError) {
         if cli_error.status == ExitStatus::Interrupted {
             self.begin_line();
         }
@@ -393,7 +393,7 @@ impl Reporter {
     }
 
     /// Prints an error for people only.
-    pub fn sentence(&self, cli_error: &CliError) {
+    pub(crate) fn sentence(&self, cli_error: &CliError) {
         self.write(&format!("{}: {}", self.paint("31;1", "error"), clean(cli_error.message.as_bytes(), LINE)));
         if let Some(hint) = &cli_error.hint {
             self.write(&format!("{}: {}", self.paint("36", "hint"), clean(hint.as_bytes(), LINE)));
@@ -401,12 +401,12 @@ impl Reporter {
     }
 
     /// Prints a warning.
-    pub fn warn(&self, text: &str) {
+    pub(crate) fn warn(&self, text: &str) {
         self.write(&format!("{}: {}", self.paint("33;1", "warning"), clean(text.as_bytes(), LINE)));
     }
 
     /// Reports runs with unreadable records.
-    pub fn unreadable(&self, runs: &[Unreadable]) {
+    pub(crate) fn unreadable(&self, runs: &[Unreadable]) {
         for Unreadable { run, why } in runs {
             self.warn(&format!(
                 "run {run}: its record in the ledger is damaged ({why}); what it rented carries its id: outliers instances list"
@@ -415,26 +415,26 @@ impl Reporter {
     }
 
     /// Prints a sentence for people.
-    pub fn say(&self, text: &str) {
+    pub(crate) fn say(&self, text: &str) {
         if !self.quiet {
             self.write(text);
         }
     }
 
     /// Prints a sentence with `-v` only.
-    pub fn verbose(&self, text: &str) {
+    pub(crate) fn verbose(&self, text: &str) {
         if self.verbose {
             self.write(&self.paint("2", text));
         }
     }
 
     /// Reports that no cloud's key is set.
-    pub fn using_this_machine(&self) {
+    pub(crate) fn using_this_machine(&self) {
         self.say("No cloud's key is set: this machine is the cloud (broker `local`; its prices are made up).");
     }
 
     /// Reports what is missing from the clouds' offers.
-    pub fn offered(&self, offered: &Offered) {
+    pub(crate) fn offered(&self, offered: &Offered) {
         for error in &offered.silent {
             self.note(&format!("Left out, it does not answer: {error}"));
         }
@@ -445,13 +445,13 @@ impl Reporter {
     }
 
     /// Reports that an abandoned run is resumed.
-    pub fn resumed(&self, run: &RunRecord) {
+    pub(crate) fn resumed(&self, run: &RunRecord) {
         let done = run.state.word();
         self.say(&format!("Picking up run {} where it was left ({done}); its own options hold.", run.id));
     }
 
     /// Reports the actions of a recovery.
-    pub fn recovered<'a>(&self, actions: impl Iterator<Item = &'a Action>) {
+    pub(crate) fn recovered<'a>(&self, actions: impl Iterator<Item = &'a Action>) {
         for action in actions {
             match action {
                 Action::Adopt { run, instance } => self.say(&format!(
@@ -475,7 +475,7 @@ impl Reporter {
     }
 
     /// Reports an event of a driven run.
-    pub fn event(&self, event: DeployEvent) {
+    pub(crate) fn event(&self, event: DeployEvent) {
         match event {
             DeployEvent::State(state) => self.state(&state),
             DeployEvent::Meter(meter) => self.lock().meter = Some(meter),
@@ -519,7 +519,7 @@ impl Reporter {
     }
 
     /// Runs `work`. If it takes more than some seconds, reports that it waits for `what`.
-    pub async fn waiting<T>(&self, what: &str, work: impl Future<Output = T>) -> T {
+    pub(crate) async fn waiting<T>(&self, what: &str, work: impl Future<Output = T>) -> T {
         let say = |failed: Option<&Failed>| {
             self.event(DeployEvent::Waiting { what: what.to_owned(), failed: failed.cloned() });
         };
@@ -580,7 +580,7 @@ impl Reporter {
     }
 
     /// Reports an event on a host.
-    pub fn host(&self, event: HostEvent) {
+    pub(crate) fn host(&self, event: HostEvent) {
         match event {
             HostEvent::Uploading { name, sent, total } => {
                 let label = format!("Uploading {}", short_name(&name));
@@ -600,7 +600,7 @@ impl Reporter {
     }
 
     /// Shows the worker's progress.
-    pub fn progress(&self, progress: &Progress) {
+    pub(crate) fn progress(&self, progress: &Progress) {
         let detail = self.stands(detail(progress));
         self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);
     }
@@ -638,7 +638,7 @@ impl Reporter {
     }
 
     /// Removes the bar.
-    pub fn done(&self) {
+    pub(crate) fn done(&self) {
         if let Some(bar) = self.lock().bar.take() {
             bar.finish_and_clear();
         }
@@ -672,14 +672,14 @@ impl Reporter {
 
 /// Successive pictures: on a terminal each replaces the previous one, otherwise it is printed
 /// below.
-pub struct Screen<'a> {
+pub(crate) struct Screen<'a> {
     reporter: &'a Reporter,
     bar: Option<ProgressBar>,
 }
 
 impl Screen<'_> {
     /// Shows the next picture: the document for programs on one line, the text for people.
-    pub fn show<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
+    pub(crate) fn show<T: Serialize>(&self, document: &T, text: impl FnOnce() -> String) {
         match &self.bar {
             // Redrawn in place in one write, without flicker.
             Some(bar) => bar.set_message(text().trim_end_matches('\n').to_owned()),
@@ -688,7 +688,7 @@ impl Screen<'_> {
     }
 
     /// Pause before the next picture.
-    pub fn pause(&self) -> Duration {
+    pub(crate) fn pause(&self) -> Duration {
         if self.bar.is_some() { REDRAW_PAUSE } else { PICTURE_PAUSE }
     }
 }
@@ -791,7 +791,7 @@ fn host_facts(facts: &HostFacts) -> String {
 }
 
 /// Reason, after "it was ended: ".
-pub fn stray(why: Stray) -> &'static str {
+pub(crate) fn stray(why: Stray) -> &'static str {
     match why {
         Stray::UnknownRun => "its time was up, and no run of the ledger accounts for it",
         Stray::RunClosed => "its run is over",
@@ -801,7 +801,7 @@ pub fn stray(why: Stray) -> &'static str {
 }
 
 /// Reason, after "it was brought to its end: ".
-pub fn finish(why: Finish) -> &'static str {
+pub(crate) fn finish(why: Finish) -> &'static str {
     match why {
         Finish::Ending => "its instance was about to be ended",
         Finish::Expired => "its time was up",

@@ -17,113 +17,113 @@ use crate::units::{Usd, UsdPerHour};
 
 /// Status of all runs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Status {
+pub(crate) struct Status {
     /// Time of the status, in Unix seconds.
-    pub at: u64,
+    pub(crate) at: u64,
     /// Active runs, oldest first.
-    pub under_way: Vec<ActiveRun>,
+    pub(crate) under_way: Vec<ActiveRun>,
     /// Finished runs, oldest first.
-    pub over: Vec<FinishedRun>,
+    pub(crate) over: Vec<FinishedRun>,
     /// Runs with unreadable records; their cost is not included.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub unreadable: Vec<Unreadable>,
+    pub(crate) unreadable: Vec<Unreadable>,
     /// Surveys among the results, by name.
-    pub surveys: Vec<SurveyStatus>,
+    pub(crate) surveys: Vec<SurveyStatus>,
     /// Cost of all runs of the ledger.
-    pub spent: Usd,
+    pub(crate) spent: Usd,
     /// Maximum additional cost of active runs until their time limits.
-    pub reserved: Usd,
+    pub(crate) reserved: Usd,
 }
 
 /// An active run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct ActiveRun {
+pub(crate) struct ActiveRun {
     /// Its id.
-    pub run: String,
+    pub(crate) run: String,
     /// The survey of the run.
-    pub survey: Option<String>,
+    pub(crate) survey: Option<String>,
     /// Hub id or folder.
-    pub model: String,
+    pub(crate) model: String,
     /// State in one word.
-    pub state: String,
+    pub(crate) state: String,
     /// Why it waits in its cluster's queue, if queried.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub waits: Option<String>,
+    pub(crate) waits: Option<String>,
     /// Latest progress of its worker, as stored by its driver.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub progress: Option<Progress>,
+    pub(crate) progress: Option<Progress>,
     /// Whether a process drives it, or the user keeps it.
-    pub looked_after: bool,
+    pub(crate) looked_after: bool,
     /// Whether the user keeps the instance.
-    pub held: bool,
+    pub(crate) held: bool,
     /// Whether the user detached it.
-    pub detached: bool,
+    pub(crate) detached: bool,
     /// Broker of its instance, or of a possible one.
-    pub broker: Option<String>,
+    pub(crate) broker: Option<String>,
     /// Its instance.
-    pub instance: Option<String>,
+    pub(crate) instance: Option<String>,
     /// Price of the instance.
-    pub price: Option<UsdPerHour>,
+    pub(crate) price: Option<UsdPerHour>,
     /// Cost so far.
-    pub cost: Usd,
+    pub(crate) cost: Usd,
     /// Maximum cost until the time limit.
-    pub at_most: Usd,
+    pub(crate) at_most: Usd,
     /// Expected end by its worker's progress, else by the plan, in Unix seconds.
-    pub expected: Option<u64>,
+    pub(crate) expected: Option<u64>,
     /// Deadline of its instance, in Unix seconds.
-    pub deadline: Option<u64>,
+    pub(crate) deadline: Option<u64>,
 }
 
 /// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct FinishedRun {
+pub(crate) struct FinishedRun {
     /// Its id.
-    pub run: String,
+    pub(crate) run: String,
     /// The survey of the run.
-    pub survey: Option<String>,
+    pub(crate) survey: Option<String>,
     /// Hub id or folder.
-    pub model: String,
+    pub(crate) model: String,
     /// Outcome as text.
-    pub ending: String,
+    pub(crate) ending: String,
     /// Whether complete results were saved.
-    pub completed: bool,
+    pub(crate) completed: bool,
     /// Whether a later run of the same work completed or is active.
-    pub superseded: bool,
+    pub(crate) superseded: bool,
     /// The remedy.
-    pub hint: Option<String>,
+    pub(crate) hint: Option<String>,
     /// Cost of the run.
-    pub cost: Usd,
+    pub(crate) cost: Usd,
     /// End in Unix seconds.
-    pub ended: u64,
+    pub(crate) ended: u64,
     /// Folder of the saved results.
-    pub folder: Option<String>,
+    pub(crate) folder: Option<String>,
     /// Figures; `None` if the results are missing.
-    pub figures: Option<HeadlineFigures>,
+    pub(crate) figures: Option<HeadlineFigures>,
 }
 
 /// Figures for a table.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct HeadlineFigures {
+pub(crate) struct HeadlineFigures {
     /// Distinct systematic features over layers, the paper's count.
-    pub features: f64,
+    pub(crate) features: f64,
     /// Perplexity of the same pass.
-    pub perplexity: Option<f64>,
+    pub(crate) perplexity: Option<f64>,
 }
 
 /// A survey with its index.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct SurveyStatus {
+pub(crate) struct SurveyStatus {
     /// Folder of its results.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// Outcome of each model.
-    pub index: Index,
+    pub(crate) index: Index,
     /// Cost of all its runs.
-    pub spent: Usd,
+    pub(crate) spent: Usd,
 }
 
 impl HeadlineFigures {
     /// Reads the figures of a result folder.
-    pub fn read(folder: &Path) -> Option<Self> {
+    pub(crate) fn read(folder: &Path) -> Option<Self> {
         let results: Results = read_json(&folder.join(files::RESULTS)).ok()?;
         let mut verdicts = results.verdicts.iter();
         let paper = verdicts.find(|verdict| (verdict.reading, verdict.axis) == (Reading::Unique, Axis::Layers))?;
@@ -136,7 +136,7 @@ impl Status {
     ///
     /// # Errors
     /// Errors of the ledger.
-    pub fn of_ledger(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
+    pub(crate) fn of_ledger(ledger: &Ledger, results: &Path, now_ms: u64) -> Result<Self, LedgerError> {
         let Records { runs, unreadable } = ledger.records()?;
         let mut driven = Vec::new();
         for run in runs.iter().filter(|run| !run.state.is_closed()) {
@@ -157,19 +157,19 @@ impl Status {
     }
 
     /// Whether a run may change by itself: a process drives it, or it has time left.
-    pub fn is_at_work(&self) -> bool {
+    pub(crate) fn is_at_work(&self) -> bool {
         let has_time = |run: &ActiveRun| run.deadline.is_some_and(|deadline| deadline > self.at);
         self.under_way.iter().any(|run| !run.held && (run.looked_after || has_time(run)))
     }
 
     /// Whether an active run has its instance at this broker.
-    pub fn uses(&self, broker: &str) -> bool {
+    pub(crate) fn uses(&self, broker: &str) -> bool {
         self.under_way.iter().any(|run| run.instance.is_some() && run.broker.as_deref() == Some(broker))
     }
 
     /// Notes when jobs that run end, as their cluster was last listed: nobody may have written it
     /// down since they began.
-    pub fn note_ends(&mut self, cluster: &dyn Broker) {
+    pub(crate) fn note_ends(&mut self, cluster: &dyn Broker) {
         let of_cluster = |run: &&mut ActiveRun| run.broker.as_deref() == Some(cluster.name());
         for run in self.under_way.iter_mut().filter(of_cluster) {
             let instance = run.instance.clone().map(InstanceId);
@@ -180,7 +180,7 @@ impl Status {
     }
 
     /// Notes which runs wait in a queue, by their cluster's list: nobody knows when they are done.
-    pub fn note_queue(&mut self, listed: &[Instance]) {
+    pub(crate) fn note_queue(&mut self, listed: &[Instance]) {
         let waits = |run: &ActiveRun| {
             let same = |instance: &&Instance| {
                 Some(&instance.id.0) == run.instance.as_ref() && Some(&instance.broker) == run.broker.as_ref()

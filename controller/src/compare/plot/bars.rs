@@ -17,16 +17,16 @@ const SPAN: f64 = 0.84;
 
 /// Bars of one group.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Row {
+pub(crate) struct Row {
     /// Label of the group.
-    pub label: String,
+    pub(crate) label: String,
     /// One per series, from top to bottom; `None` without a value.
-    pub bars: Vec<Option<Estimate>>,
+    pub(crate) bars: Vec<Option<Estimate>>,
 }
 
 /// Rows from top to bottom with bars in the colours of the series, and intervals as lines. `[x,
 /// y]` are the axis labels. `None` without bars.
-pub fn bars(
+pub(crate) fn bars(
     name: &str,
     title: &str,
     description: &str,

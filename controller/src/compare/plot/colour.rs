@@ -4,7 +4,7 @@ use plotters::style::RGBColor;
 
 /// A colour by its meaning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Colour {
+pub(crate) enum Colour {
     /// Background.
     Surface,
     /// Text and axes.
@@ -26,17 +26,17 @@ pub enum Colour {
 }
 
 /// Red, green, blue.
-pub type Rgb = [u8; 3];
+pub(crate) type Rgb = [u8; 3];
 
 /// A colour with its values for light and dark mode.
-pub type Tint = (Colour, Rgb, Rgb);
+pub(crate) type Tint = (Colour, Rgb, Rgb);
 
 impl Colour {
     /// Number of steps of [`Self::Heat`].
-    pub const STEPS: u8 = 8;
+    pub(crate) const STEPS: u8 = 8;
 
     /// All colours with their values for light and dark mode.
-    pub const ALL: [Tint; 16] = [
+    pub(crate) const ALL: [Tint; 16] = [
         (Self::Surface, [0xff, 0xff, 0xff], [0x14, 0x18, 0x1d]),
         (Self::Ink, [0x1b, 0x1f, 0x24], [0xe6, 0xea, 0xef]),
         (Self::Muted, [0x4f, 0x58, 0x63], [0xb3, 0xbc, 0xc7]),

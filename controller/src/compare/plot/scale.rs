@@ -11,7 +11,7 @@ const MAX_NAMES: usize = 6;
 
 /// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AxisKind {
+pub(crate) enum AxisKind {
     /// Linear from 0.
     Linear,
     /// Logarithmic; values must be positive.

@@ -19,7 +19,7 @@ const FEATURES: usize = 24;
 const LAYER: Axis = Axis { label: "layer", kind: AxisKind::Index };
 
 /// The plots of one model; empty without a run.
-pub fn of_model(model: &Compared) -> Vec<Plot> {
+pub(crate) fn of_model(model: &Compared) -> Vec<Plot> {
     let Some(run) = model.run.as_deref() else { return Vec::new() };
     let number = model.number;
     let named = |what: &str| format!("model{number}-{what}");
@@ -70,7 +70,7 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
 }
 
 /// Features in the order of tables and heat maps: systematic ones first, then by magnitude.
-pub fn strongest(results: &Results) -> Vec<&Feature> {
+pub(crate) fn strongest(results: &Results) -> Vec<&Feature> {
     let mut features: Vec<&Feature> = results.features.iter().collect();
     features.sort_by(|a, b| {
         let rank = |f: &Feature| (f.systematic_by_layers, f.systematic_by_sites);
@@ -189,7 +189,7 @@ fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
 
 /// Quartiles of a feature's signed peaks over the norm outputs with outliers. `None` if it has
 /// none.
-pub fn peak_quartiles(statistics: &Statistics, feature: usize) -> Option<[f64; 3]> {
+pub(crate) fn peak_quartiles(statistics: &Statistics, feature: usize) -> Option<[f64; 3]> {
     quartiles(peaks(statistics, feature))
 }
 
@@ -201,7 +201,7 @@ pub(super) fn peaks(statistics: &Statistics, feature: usize) -> Vec<f64> {
 }
 
 /// Each quartile is one of the values: a mean of values of opposite sign may be misleading.
-pub fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
+pub(crate) fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
     Some([0.25, 0.5, 0.75].map(|share| values[(share * last as f64).round() as usize]))

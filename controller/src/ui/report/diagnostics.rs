@@ -35,10 +35,10 @@ pub(super) fn diagnostics(results: &Results) -> String {
 }
 
 /// Columns of an ablation.
-pub const WITHOUT: [&str; 4] = ["perplexity", "of the whole", "largest probability", "largest attention share"];
+pub(crate) const WITHOUT: [&str; 4] = ["perplexity", "of the whole", "largest probability", "largest attention share"];
 
 /// Cells of an ablation.
-pub fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
+pub(crate) fn without(arm: &AblationArm, whole: &AblationArm) -> [String; 4] {
     [
         figure(arm.perplexity.perplexity, 4),
         format!("{} x", figure(arm.perplexity.perplexity / whole.perplexity.perplexity, 3)),
@@ -59,7 +59,7 @@ fn ablation(arms: &[AblationArm]) -> String {
 }
 
 /// Name of a kind of site.
-pub fn name(point: Point) -> &'static str {
+pub(crate) fn name(point: Point) -> &'static str {
     match point {
         Point::BeforeAttention => "norm before attention",
         Point::BeforeMlp => "norm before MLP",

@@ -32,14 +32,14 @@ const STYLE: TableStyle = TableStyle::new()
 
 /// Rows with a header.
 #[derive(Clone, Debug)]
-pub struct Table {
+pub(crate) struct Table {
     header: Vec<String>,
     rows: Vec<Vec<Cell>>,
 }
 
 /// A cell.
 #[derive(Clone, Debug)]
-pub struct Cell {
+pub(crate) struct Cell {
     text: String,
     kind: Kind,
 }
@@ -59,37 +59,37 @@ enum Kind {
 }
 
 /// A table with a header.
-pub fn table(header: &[&str]) -> Table {
+pub(crate) fn table(header: &[&str]) -> Table {
     Table { header: header.iter().map(|&name| name.to_owned()).collect(), rows: Vec::new() }
 }
 
 /// A cell of untrusted text.
-pub fn text(text: &str) -> Cell {
+pub(crate) fn text(text: &str) -> Cell {
     Cell::new(clean(text.as_bytes(), 200))
 }
 
 /// A cell with an untrusted name, which is shortened instead of wrapped.
-pub fn name(name: &str) -> Cell {
+pub(crate) fn name(name: &str) -> Cell {
     Cell { kind: Kind::Name, ..Cell::new(clean(name.as_bytes(), 100)) }
 }
 
 /// A cell of comma-separated items, the most important first and last.
-pub fn facts(facts: &str) -> Cell {
+pub(crate) fn facts(facts: &str) -> Cell {
     Cell { kind: Kind::Facts, ..text(facts) }
 }
 
 /// A cell with an id for the next command.
-pub fn id(id: &str) -> Cell {
+pub(crate) fn id(id: &str) -> Cell {
     Cell { kind: Kind::Id, ..Cell::new(clean(id.as_bytes(), 200)) }
 }
 
 /// A right-aligned cell.
-pub fn number(text: impl fmt::Display) -> Cell {
+pub(crate) fn number(text: impl fmt::Display) -> Cell {
     Cell { kind: Kind::Number, ..Cell::new(text) }
 }
 
 /// Wraps the lines of a text between words to the width of the terminal on standard output.
-pub fn paragraphs(text: &str) -> String {
+pub(crate) fn paragraphs(text: &str) -> String {
     folded(text, comfy_table::Table::new().width())
 }
 
@@ -118,20 +118,20 @@ fn folded(text: &str, width: Option<u16>) -> String {
 
 impl Cell {
     /// A cell of trusted text.
-    pub fn new(text: impl fmt::Display) -> Self {
+    pub(crate) fn new(text: impl fmt::Display) -> Self {
         Self { text: text.to_string(), kind: Kind::Sentence }
     }
 }
 
 impl Table {
     /// Adds a row with a cell per column.
-    pub fn add_row(&mut self, cells: impl IntoIterator<Item = Cell>) {
+    pub(crate) fn add_row(&mut self, cells: impl IntoIterator<Item = Cell>) {
         self.rows.push(cells.into_iter().collect());
     }
 
     /// Removes empty columns.
     #[must_use]
-    pub fn without_empty_columns(mut self) -> Self {
+    pub(crate) fn without_empty_columns(mut self) -> Self {
         let says_something = |cell: &Cell| !matches!(cell.text.as_str(), "" | "-");
         let holds = |column: &usize| self.rows.iter().any(|row| row.get(*column).is_some_and(says_something));
         let kept: Vec<usize> = (0..self.header.len()).filter(holds).collect();
@@ -143,7 +143,7 @@ impl Table {
     }
 
     /// The table as text of at most this width, if possible.
-    pub fn within(&self, width: Option<u16>) -> String {
+    pub(crate) fn within(&self, width: Option<u16>) -> String {
         let whole = self.laid_out(&self.rows, None, PADDING);
         let Some(width) = width.filter(|width| *width >= NARROWEST) else { return whole.trim_fmt() };
         let natural = whole.column_max_content_widths();

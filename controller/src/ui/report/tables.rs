@@ -9,7 +9,7 @@ use outliers_protocol::{
 };
 
 use super::diagnostics::diagnostics;
-pub use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
+pub(crate) use super::table::{Cell, facts, id, name, number, paragraphs, table, text};
 use crate::calendar::rfc3339;
 use crate::cli::settings::Span;
 use crate::cloud::broker::{Capabilities, Instance, InstanceId, InstanceState, Offer};
@@ -25,7 +25,7 @@ use crate::ui::status::Status;
 use crate::units::{Bytes, Usd, figure, grouped, operations};
 
 /// Maximum lines of long lists; the file, or `--json`, contains all.
-pub const TOP: usize = 10;
+pub(crate) const TOP: usize = 10;
 
 fn percent(share: Option<f64>) -> Cell {
     number(share.map_or_else(|| "-".to_owned(), |share| format!("{share:.1}")))
@@ -35,7 +35,7 @@ fn percent(share: Option<f64>) -> Cell {
 ///
 /// `model` is its local name; results contain the one on the instance. Unverified weights are
 /// reported below the verdicts.
-pub fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
+pub(crate) fn results(model: &str, results: &Results, weights: Option<&WeightVerification>) -> String {
     let thresholds = results.thresholds;
     let mut out = format!(
         "{}: {} of {}, {}, {}, {}\n\
@@ -123,7 +123,7 @@ fn features(results: &Results) -> String {
 
 /// Offers with the estimated time and cost of a run, and the maximum cost until the time limit, or
 /// the agreed amount if it is less.
-pub fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
+pub(crate) fn offers(offers: &[Offer], work: &Work, limit: Duration, agreed: Option<Usd>, most: usize) -> String {
     let mut table = table(&["broker", "what", "price", "takes", "costs", "at most"]);
     for offer in offers.iter().take(most) {
         let estimate = work.on(offer);
@@ -152,7 +152,7 @@ fn mark(is_over: bool) -> String {
 }
 
 /// Results of the filters.
-pub fn steps(considered: usize, steps: &[FilterStep]) -> String {
+pub(crate) fn steps(considered: usize, steps: &[FilterStep]) -> String {
     let removed = steps.iter().filter(|step| step.removed > 0);
     let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
     match removed.is_empty() {
@@ -162,7 +162,7 @@ pub fn steps(considered: usize, steps: &[FilterStep]) -> String {
 }
 
 /// The needs of a run, after notes on its weights.
-pub fn needs(inspection: &Inspection) -> String {
+pub(crate) fn needs(inspection: &Inspection) -> String {
     let plan = &inspection.plan;
     let together = plan.micro_batch_tokens.map(|tokens| grouped(tokens as u64));
     let together = together.unwrap_or_else(|| {
@@ -204,7 +204,7 @@ pub fn needs(inspection: &Inspection) -> String {
 }
 
 /// Time and cost of a run, with a line for each part and its assumptions.
-pub fn estimate(estimate: &Estimate) -> String {
+pub(crate) fn estimate(estimate: &Estimate) -> String {
     let span = |seconds: f64| Span(Duration::from_secs_f64(seconds)).to_string();
     let mut out = String::new();
     if estimate.start_seconds > 0.0 {
@@ -230,7 +230,7 @@ pub fn estimate(estimate: &Estimate) -> String {
 }
 
 /// Description of a checkpoint.
-pub fn inspection(inspection: &Inspection) -> String {
+pub(crate) fn inspection(inspection: &Inspection) -> String {
     let mut out = format!(
         "{} ({}), revision {}\nwidth {}, vocabulary {}, {}, {}, head {}, tokenizer {}\n",
         clean(inspection.model.as_bytes(), 200),
@@ -302,7 +302,7 @@ pub fn inspection(inspection: &Inspection) -> String {
 }
 
 /// Table of all runs.
-pub fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
+pub(crate) fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
     for (run, driven) in runs.iter().zip(driven) {
         let state = match (run.state.is_at_rest(), driven) {
@@ -329,7 +329,7 @@ fn alone(detached: bool) -> &'static str {
 }
 
 /// One run with its events.
-pub fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
+pub(crate) fn run(run: &RunRecord, driven: bool, now_ms: u64) -> String {
     let mut out = format!("run {} of {} on {}\n", run.id, clean(run.spec.model.as_bytes(), 200), broker(run));
     let state = match driven || run.state.is_at_rest() {
         true => "",
@@ -381,7 +381,7 @@ fn happened(event: &RunEvent) -> &'static str {
 }
 
 /// What runs, what is finished, what it costs.
-pub fn status(status: &Status) -> String {
+pub(crate) fn status(status: &Status) -> String {
     let mut under_way =
         table(&["run", "survey", "model", "state", "broker", "price", "cost", "at most", "done in", "deadline in"]);
     // If all are of one survey, the table of surveys names it.
@@ -479,7 +479,7 @@ fn broker(run: &RunRecord) -> &str {
 }
 
 /// Instances, what is made of each in words, and when they end at the latest, in Unix seconds.
-pub fn instances(listed: &[&Instance], words: &[String], deadlines: &[Option<u64>]) -> String {
+pub(crate) fn instances(listed: &[&Instance], words: &[String], deadlines: &[Option<u64>]) -> String {
     let mut table = table(&["broker", "instance", "run", "state", "hardware", "price", "deadline in", "what it is"]);
     for ((instance, words), deadline) in listed.iter().zip(words).zip(deadlines) {
         table.add_row([
@@ -519,7 +519,7 @@ fn until(at: u64) -> Span {
 }
 
 /// One instance, with what ends it if everybody forgets it; `deadline` in Unix seconds.
-pub fn instance(
+pub(crate) fn instance(
     instance: &Instance,
     words: &str,
     run: Option<&RunRecord>,
@@ -550,7 +550,7 @@ pub fn instance(
 }
 
 /// Descriptions of instances by their actions.
-pub fn what_they_are<'a>(listed: &[Instance], actions: impl IntoIterator<Item = &'a Action>) -> Vec<String> {
+pub(crate) fn what_they_are<'a>(listed: &[Instance], actions: impl IntoIterator<Item = &'a Action>) -> Vec<String> {
     let (mut of_instances, mut of_runs) = (HashMap::<&InstanceId, String>::new(), HashMap::<&str, String>::new());
     for action in actions {
         match action {
@@ -590,7 +590,7 @@ fn left_alone(why: Leave) -> &'static str {
 }
 
 /// Results' folder and cost of a finished run, and the instance if it is kept.
-pub fn epilogue(run: &RunRecord, cost: Usd) -> String {
+pub(crate) fn epilogue(run: &RunRecord, cost: Usd) -> String {
     let mut out = String::new();
     if let Some(results) = run.state.results() {
         out += &format!("files: {}\n", results.folder);
