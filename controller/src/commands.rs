@@ -51,11 +51,8 @@ pub(crate) mod worker;
 /// Version of the documents printed with `--json`.
 pub(crate) const SCHEMA: u32 = 1;
 
-/// Context of every command.
 pub(crate) struct Context {
-    /// The resolved settings.
     pub(crate) settings: Settings,
-    /// Output for people and programs.
     pub(crate) reporter: Reporter,
     /// The current folder.
     pub(crate) here: PathBuf,
@@ -73,7 +70,6 @@ pub(crate) struct Home {
     pub(crate) owner: Option<String>,
 }
 
-/// Runs the command and returns its exit status.
 pub(crate) async fn run(cli: Cli) -> ExitStatus {
     let environment = Environment::of_process();
     let reporter = Reporter::new(&cli.global, &environment);
@@ -165,10 +161,6 @@ fn surroundings(
 }
 
 impl Context {
-    /// Opens the ledger.
-    ///
-    /// # Errors
-    /// Errors of the ledger.
     pub(crate) fn ledger(&self) -> Result<Ledger, CliError> {
         Ok(Ledger::open(&self.settings.state)?)
     }

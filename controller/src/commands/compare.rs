@@ -18,7 +18,6 @@ const DPI: u16 = 300;
 /// Default width of PDF files: 840 units at 120 per inch.
 const PDF_INCHES: f64 = 7.0;
 
-/// Runs `compare`.
 pub(super) fn command(context: &Context, args: &CompareArgs) -> Result<ExitStatus, CliError> {
     let (folders, left_out) = match args.folders.is_empty() {
         true => usual(&context.settings.results, args.allow_partial)?,

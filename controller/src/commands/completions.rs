@@ -5,7 +5,6 @@ use clap::CommandFactory;
 use crate::cli::Cli;
 use crate::ui::report::ExitStatus;
 
-/// Runs `completions`.
 pub(super) fn command(shell: clap_complete::Shell) -> ExitStatus {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "outliers", &mut script);

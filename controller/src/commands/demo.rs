@@ -22,7 +22,6 @@ const TRUTH: &str = "planted.json";
 const SEQUENCES: usize = 8;
 const LENGTH: usize = 256;
 
-/// The planted features.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 struct Planted {
     systematic: Vec<Feature>,
@@ -53,7 +52,6 @@ struct ComparedFeature {
     found: bool,
 }
 
-/// Result of the demo.
 #[derive(Debug, Serialize)]
 struct DemoReport {
     schema: u32,
@@ -65,7 +63,6 @@ struct DemoReport {
     deployed: Deployed,
 }
 
-/// Runs `demo`.
 pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitStatus, CliError> {
     let folder = model(context, args).await?;
     let planted = truth(&folder)?;

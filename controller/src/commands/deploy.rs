@@ -36,7 +36,6 @@ struct Plan<'a> {
     at_most: Usd,
 }
 
-/// Runs `deploy`.
 pub(super) async fn command(context: &Context, asked: &DeployRequest) -> Result<ExitStatus, CliError> {
     let Some(deployed) = deploy(context, asked).await? else { return Ok(ExitStatus::Done) };
     if !deployed.run.state.is_at_rest() {
@@ -55,7 +54,6 @@ struct Detached<'a> {
     run: &'a RunRecord,
     broker: Option<&'a str>,
     instance: Option<&'a InstanceId>,
-    /// Price of its instance.
     price: Option<UsdPerHour>,
     /// Maximum total cost until the deadline.
     at_most: Usd,
@@ -104,7 +102,6 @@ fn in_words(detached: &Detached<'_>) -> String {
     )
 }
 
-/// Prints the result of a deploy.
 pub(super) fn print_result(context: &Context, deployed: &Deployed) {
     let cost = Usd::from_micros(deployed.cost_micro_usd);
     context.reporter.result(deployed, || deployed.table() + &tables::epilogue(&deployed.run, cost));

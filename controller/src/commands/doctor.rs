@@ -35,7 +35,6 @@ struct Finding {
     what: String,
     is: Health,
     found: String,
-    /// The remedy.
     hint: Option<String>,
 }
 
@@ -43,9 +42,7 @@ struct Finding {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Health {
-    /// Good.
     Good,
-    /// Not used.
     Unused,
     /// It works, but needs attention.
     Odd,
@@ -63,7 +60,6 @@ impl Finding {
     }
 }
 
-/// Runs `doctor`.
 pub(super) async fn command(context: &Context, args: &DoctorArgs) -> Result<ExitStatus, CliError> {
     let mut checks = vec![keys(&context.settings.state), worker(context).await];
     if args.repair {

@@ -16,18 +16,12 @@ use crate::run::deploy::{DeployEvent, Driver, Ports, Stop};
 use crate::run::ledger::{RunRecord, RunWriter, now_ms};
 use crate::ui::report::{CliError, ExitStatus, Reporter, tables};
 
-/// Result of a deploy.
 #[derive(Debug, Serialize)]
 pub(super) struct Deployed {
-    /// Document version.
     pub(super) schema: u32,
-    /// The run with its events.
     pub(super) run: RunRecord,
-    /// Cost in millionths of a dollar.
     pub(super) cost_micro_usd: i64,
-    /// Exit status of the program.
     pub(super) exit_status: u8,
-    /// The worker's results, if there are any.
     pub(super) results: Option<Results>,
     /// Verification of weight files by the hub's hashes.
     pub(super) weight_verification: Option<WeightVerification>,
@@ -56,7 +50,6 @@ impl Deployed {
         self.results.as_ref().map(table).unwrap_or_default()
     }
 
-    /// Exit status of the program.
     pub(super) fn status(&self) -> ExitStatus {
         ExitStatus::of_run(&self.run.state)
     }

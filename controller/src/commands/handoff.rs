@@ -18,7 +18,6 @@ const FOLDER: &str = "handoffs";
 
 #[derive(Serialize)]
 struct Written<'a> {
-    /// Path of the document.
     file: &'a Path,
     #[serde(flatten)]
     document: StatusReport<'a>,

@@ -16,7 +16,6 @@ use crate::run::ledger::now_ms;
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Runs `import`.
 pub(super) fn command(context: &Context, args: &ImportArgs) -> Result<ExitStatus, CliError> {
     let mut imported = import(&args.paths).map_err(|error| {
         CliError::refused(

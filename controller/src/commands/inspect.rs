@@ -5,7 +5,6 @@ use crate::cli::settings::JobRequest;
 use crate::run::local_worker::InspectScope;
 use crate::ui::report::{CliError, ExitStatus, tables};
 
-/// Runs `inspect`.
 pub(super) async fn command(context: &Context, asked: &JobRequest) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
     let job = super::job::job(asked)?;

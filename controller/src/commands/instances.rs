@@ -40,7 +40,6 @@ struct InstanceRow<'a> {
     deadline: Option<u64>,
 }
 
-/// Runs an `instances` subcommand.
 pub(super) async fn command(context: &Context, command: InstancesCommand) -> Result<ExitStatus, CliError> {
     let home = context.home();
     match command {

@@ -11,7 +11,6 @@ use crate::files::write_whole;
 use crate::text::counted;
 use crate::ui::report::{CliError, ExitStatus};
 
-/// Runs `man`.
 pub(super) fn command(context: &Context, folder: &Path) -> Result<ExitStatus, CliError> {
     let folder = context.here.join(folder);
     let failed = |path: &Path, error: std::io::Error| CliError::failed(format!("{}: {error}", path.display()));

@@ -25,7 +25,6 @@ struct OffersReport<'a> {
     /// The work that determines the ranking.
     work: Work,
     considered: usize,
-    /// Results of the filters.
     steps: Vec<FilterStep>,
     /// Offers left out before any filter.
     dropped: Vec<DroppedOffers<'a>>,
@@ -50,7 +49,6 @@ struct PricedOffer<'a> {
     over_limit: bool,
 }
 
-/// Runs `offers`.
 pub(super) async fn command(context: &Context, asked: &OffersRequest) -> Result<ExitStatus, CliError> {
     let want = market::for_the_worker(asked.request.clone());
     let work = work(context, asked).await?;

@@ -43,7 +43,6 @@ fn estimate(work: &Work, asked: &PlanRequest, best: Option<&Offer>) -> Estimate 
     }
 }
 
-/// Runs `plan`.
 pub(super) async fn command(context: &Context, asked: &PlanRequest) -> Result<ExitStatus, CliError> {
     let worker = context.worker().await?;
     let job = super::job::job(&asked.job)?;

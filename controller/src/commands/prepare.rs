@@ -31,13 +31,11 @@ pub(super) struct RunRequest {
     pub(super) job: JobSpec,
     /// Key of the same work.
     pub(super) job_key: String,
-    /// Terms of the rental.
     pub(super) terms: RunTerms,
 }
 
 /// A checked run that may start.
 pub(super) struct Prepared {
-    /// Plan of the run.
     pub(super) spec: RunSpec,
     /// The checkpoint, and what the job needs.
     pub(super) inspection: Inspection,
@@ -146,7 +144,6 @@ fn in_gpu_time(mut quote: Quote, spec: &RunSpec) -> Result<Quote, CliError> {
     }
 }
 
-/// Identifies the work of the job.
 pub(super) fn identity(context: &Context, job: &JobSpec) -> Result<JobIdentity, CliError> {
     for path in corpus_files(job) {
         // Checked before hashing, which would take long for a terabyte.
@@ -268,10 +265,6 @@ async fn is_on_cluster(context: &Context, cloud: &Cloud, folder: &str) -> Result
     Ok(context.reporter.waiting("the cluster's files", look).await? == Some(true))
 }
 
-/// The staging of a model.
-///
-/// # Errors
-/// A part of the job's hub data cannot be staged.
 fn stage(job: &JobSpec, id: &str, inspection: &Inspection) -> Result<Stage, CliError> {
     if let CorpusSource::Dataset(_) = job.corpus.source {
         let message = "--dataset is read from the hub, and --stage-partition fetches the model alone";

@@ -75,7 +75,6 @@ struct ReapFailure {
     words: String,
 }
 
-/// Runs `reap`.
 pub(super) async fn command(context: &Context, args: &ReapArgs) -> Result<ExitStatus, CliError> {
     let home = context.home();
     let owner = args.owner.as_deref().or(home.owner.as_deref());

@@ -24,12 +24,10 @@ const PAGE: &str = "page.html";
 /// Program that opens a page in the user's browser.
 const OPENER: &str = if cfg!(target_os = "macos") { "open" } else { "xdg-open" };
 
-/// A result in a list.
 #[derive(Serialize)]
 pub(crate) struct ResultEntry {
     /// Display name of the model.
     pub(crate) model: String,
-    /// Its folder.
     pub(crate) folder: PathBuf,
     /// Kind of result, or why it is unusable.
     #[serde(flatten)]
@@ -38,7 +36,6 @@ pub(crate) struct ResultEntry {
     pub(crate) tokens: Option<[usize; 2]>,
     /// Systematic features, unique and by layers.
     pub(crate) count: Option<f64>,
-    /// Perplexity on the text.
     pub(crate) perplexity: Option<f64>,
 }
 
@@ -55,7 +52,6 @@ struct Recounted<'a> {
     /// Marks the document as recounted.
     recounted: bool,
     folder: &'a Path,
-    /// The run's thresholds.
     own_thresholds: Thresholds,
     results: Results,
 }
@@ -66,7 +62,6 @@ struct OpenedReport<'a> {
     page: &'a Path,
 }
 
-/// Runs a `results` subcommand.
 pub(super) fn command(context: &Context, command: &ResultsCommand) -> Result<ExitStatus, CliError> {
     match command {
         ResultsCommand::List => list(context),

@@ -51,7 +51,6 @@ impl<'a> RunRow<'a> {
     }
 }
 
-/// Runs a `runs` subcommand.
 pub(super) async fn command(context: &Context, command: RunsCommand) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     match command {

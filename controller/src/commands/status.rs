@@ -11,7 +11,6 @@ use crate::run::ledger::{Ledger, now_ms};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::ui::status::Status;
 
-/// The status with its version.
 #[derive(Serialize)]
 pub(super) struct StatusReport<'a> {
     pub(super) schema: u32,
@@ -29,7 +28,6 @@ struct StatusSnapshot {
     silent: Vec<CliError>,
 }
 
-/// Runs `status`.
 pub(super) async fn command(context: &Context, watch: bool) -> Result<ExitStatus, CliError> {
     let ledger = context.ledger()?;
     let clusters = context.clusters(Some(&ledger));

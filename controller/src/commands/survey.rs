@@ -54,7 +54,6 @@ enum ModelAction {
     Run(Box<Prepared>),
 }
 
-/// Runs `survey`.
 pub(super) async fn command(context: &Context, asked: &SurveyRequest) -> Result<ExitStatus, CliError> {
     let session = Session::open(context, asked)?;
     let (worker, ledger) = (context.worker().await?, context.ledger()?);

@@ -14,7 +14,6 @@ use crate::units::CudaVersion;
 /// Build script in the project's folder.
 const SCRIPT: &str = "worker/build.sh";
 
-/// The built worker.
 #[derive(Debug, Serialize)]
 struct WorkerReport {
     schema: u32,
@@ -23,7 +22,6 @@ struct WorkerReport {
     oldest_cuda: Option<CudaVersion>,
 }
 
-/// Runs a `worker` subcommand.
 pub(super) async fn command(context: &Context, command: WorkerCommand) -> Result<ExitStatus, CliError> {
     let WorkerCommand::Build { cuda, output } = command;
     let project = project(&context.here)?;

@@ -16,7 +16,6 @@ const SEED: u64 = 0x6f75_746c;
 /// Totals of the features that are systematic within one sequence.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SequenceTotals {
-    /// Number of features.
     pub(crate) features: usize,
     /// Sum of their shares of layers (or norm outputs), each from 0 to 1.
     pub(crate) layer_share: f64,
@@ -74,7 +73,6 @@ impl SequenceTotals {
 /// A figure with the 95 % interval over samples of the same number of sequences.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Estimate {
-    /// The figure.
     pub(crate) value: f64,
     /// Its interval; `None` if the sequences do not give one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,7 +80,6 @@ pub(crate) struct Estimate {
 }
 
 impl Estimate {
-    /// A figure without an interval.
     pub(crate) fn without_interval(value: f64) -> Self {
         Self { value, interval: None }
     }

@@ -14,7 +14,6 @@ use crate::model_name::short;
 /// Results with their figures, and published figures of the same models.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Comparison {
-    /// Document version.
     pub(crate) schema: u32,
     /// The results, in the order of their runs.
     pub(crate) models: Vec<Compared>,
@@ -22,7 +21,6 @@ pub(crate) struct Comparison {
     pub(crate) figures: Vec<Figure>,
     /// Differences between models, and from the reader's expectations.
     pub(crate) differences: Vec<Difference>,
-    /// Published tables.
     pub(crate) published: &'static [PublishedTable],
 }
 
@@ -35,9 +33,7 @@ pub(crate) struct Compared {
     pub(crate) label: String,
     /// The model as named in the result.
     pub(crate) model: String,
-    /// Its folder.
     pub(crate) folder: String,
-    /// Kind of the result.
     pub(crate) standing: ResultKind,
     /// Parameters, from the catalogue, else the number in the tensors that the run used.
     pub(crate) parameters: Option<u64>,
@@ -45,15 +41,11 @@ pub(crate) struct Compared {
     pub(crate) active_parameters: Option<u64>,
     /// Whether the model is post-trained; `None` for models outside the catalogue.
     pub(crate) post_trained: Option<bool>,
-    /// Its entry in the catalogue.
     pub(crate) catalogue: Option<&'static Known>,
-    /// Sequences.
     pub(crate) sequences: Option<usize>,
-    /// Tokens of each.
     pub(crate) tokens_per_sequence: Option<usize>,
     /// Perplexity on its own text by its own tokenizer.
     pub(crate) perplexity: Option<Estimate>,
-    /// SHA-256 of the job.
     pub(crate) job_sha256: Option<String>,
     /// Provenance of the numbers.
     pub(crate) provenance: Option<Box<Metadata>>,
@@ -62,15 +54,12 @@ pub(crate) struct Compared {
     pub(crate) run: Option<Box<Run>>,
 }
 
-/// Kind of a result.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "snake_case", tag = "standing", content = "why")]
 pub(crate) enum ResultKind {
-    /// A complete run.
     Complete,
     /// A complete run of the predecessor, under its own definitions.
     Imported {
-        /// Definition of its counts.
         definition: String,
     },
     /// Unusable, for this reason. It has no figures.
@@ -83,14 +72,12 @@ pub(crate) enum ResultKind {
 pub(crate) enum CountedBy {
     /// The result itself.
     Ours,
-    /// An imported result.
     Imported,
     /// A published table, by its name.
     Published(&'static str),
 }
 
 impl CountedBy {
-    /// Short name.
     pub(crate) fn name(&self) -> &'static str {
         match self {
             Self::Ours => "this run",
@@ -105,11 +92,8 @@ impl CountedBy {
 /// One count.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Figure {
-    /// The model's number.
     pub(crate) number: usize,
-    /// The model's label.
     pub(crate) model: String,
-    /// Who counted.
     pub(crate) source: CountedBy,
     /// How sequences are pooled.
     pub(crate) reading: Reading,
@@ -125,7 +109,6 @@ pub(crate) struct Figure {
     pub(crate) positions: Option<Estimate>,
 }
 
-/// Description of a reading.
 fn reading(reading: Reading, axis: Axis) -> &'static str {
     match (reading, axis) {
         (Reading::Unique, Axis::Layers) => "unique, by layers (the paper's)",
@@ -230,7 +213,6 @@ impl Comparison {
         )
     }
 
-    /// Figures of a model.
     pub(crate) fn figures_of(&self, model: &Compared) -> impl Iterator<Item = &Figure> {
         self.figures.iter().filter(move |figure| figure.number == model.number)
     }
@@ -269,7 +251,6 @@ impl Compared {
         Self::new(number, folder, &name, ResultKind::Unusable(why))
     }
 
-    /// Whether the result is unusable.
     pub(crate) fn is_unusable(&self) -> bool {
         matches!(self.standing, ResultKind::Unusable(_))
     }
@@ -352,7 +333,6 @@ struct BootstrapSamples {
     unique: [Vec<SequenceTotals>; 2],
     /// Totals within each sequence.
     within: [Vec<SequenceTotals>; 2],
-    /// Number of sequences.
     sequences: usize,
 }
 

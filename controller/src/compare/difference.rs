@@ -6,12 +6,10 @@ use serde::Serialize;
 use super::comparison::{Compared, ResultKind};
 use crate::text::counted;
 
-/// One difference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Difference {
     /// Short name of its subject.
     pub(crate) about: &'static str,
-    /// Description.
     pub(crate) says: String,
     /// Numbers of the models it applies to; empty: all figures.
     pub(crate) models: Vec<usize>,

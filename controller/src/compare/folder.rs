@@ -33,16 +33,13 @@ const LARGEST: u64 = 1 << 30;
 /// Maximum depth of results in a folder: `<survey>/<model>/`.
 const DEPTH: usize = 2;
 
-/// A folder of results.
 #[derive(Clone, Debug)]
 pub(crate) struct ResultFolder {
-    /// Path of the folder.
     pub(crate) path: PathBuf,
     /// Its content, or why it is unusable.
     pub(crate) content: Result<Content, Flaw>,
 }
 
-/// Content of a result folder.
 #[derive(Clone, Debug)]
 pub(crate) enum Content {
     /// A run of this program.
@@ -84,18 +81,10 @@ pub(crate) enum Flaw {
 /// Why results cannot be compared.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ReadError {
-    /// A folder cannot be read.
     #[error("{}: {why}", path.display())]
-    Unreadable {
-        /// Path of the folder.
-        path: PathBuf,
-        /// Error of the system.
-        why: String,
-    },
-    /// There are no results.
+    Unreadable { path: PathBuf, why: String },
     #[error("no results in {}", list(.0))]
     Nothing(Vec<PathBuf>),
-    /// Some results are unusable.
     #[error("{}", flawed(.0))]
     Flawed(Vec<(PathBuf, Flaw)>),
 }
@@ -386,7 +375,6 @@ fn same_counts([by_layers, by_sites]: &[Vec<SequenceTotals>; 2], results: &Resul
 
 #[cfg(test)]
 impl Run {
-    /// A test fixture.
     pub(super) fn fixture(name: &str) -> Self {
         let home = tempfile::tempdir().unwrap();
         match read(&super::fixture::copy(name, &home.path().join("r"))).unwrap() {

@@ -52,7 +52,6 @@ const DOT: i32 = 5;
 /// Style of a point. Shape and fill distinguish it without colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mark {
-    /// Its colour.
     pub(crate) colour: Colour,
     /// Round instead of square.
     pub(crate) round: bool,
@@ -65,20 +64,15 @@ pub(crate) struct Mark {
 pub(crate) struct Group {
     /// Name in the legend.
     pub(crate) name: String,
-    /// How they are drawn.
     pub(crate) mark: Mark,
     /// Whether a line joins them.
     pub(crate) joined: bool,
-    /// The points, in order.
     pub(crate) points: Vec<Point>,
 }
 
-/// A point.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Point {
-    /// Along the horizontal axis.
     pub(crate) x: f64,
-    /// Along the vertical axis.
     pub(crate) y: f64,
     /// Interval of `y`.
     pub(crate) interval: Option<[f64; 2]>,
@@ -86,25 +80,19 @@ pub(crate) struct Point {
     pub(crate) key: String,
 }
 
-/// An axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Axis {
-    /// Its label.
     pub(crate) label: &'static str,
-    /// Its scale.
     pub(crate) kind: AxisKind,
 }
 
-/// A finished plot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plot {
     /// Identifier and file name; unique in a report.
     pub(crate) name: String,
-    /// Its heading.
     pub(crate) title: String,
     /// What it shows, and how to read it.
     pub(crate) description: String,
-    /// The drawing.
     pub(crate) svg: String,
 }
 

@@ -31,7 +31,6 @@ const MAX_FEATURES: usize = 1 << 24;
 /// `imported.json`: a run of the predecessor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Imported {
-    /// Document version.
     pub(crate) schema: u32,
     /// Hub id or folder, as in the run.
     pub(crate) model: String,
@@ -40,7 +39,6 @@ pub(crate) struct Imported {
     /// Time of the first import in milliseconds since 1970; 0 if unknown.
     #[serde(default)]
     pub(crate) imported_at_ms: u64,
-    /// The source files.
     pub(crate) sources: Vec<ImportedFile>,
     /// The outlier features; `None` if only a perplexity was imported.
     pub(crate) outliers: Option<Outliers>,
@@ -48,12 +46,10 @@ pub(crate) struct Imported {
     pub(crate) perplexity: Option<OldPerplexity>,
 }
 
-/// An imported file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ImportedFile {
     /// Its path, as given.
     pub(crate) path: String,
-    /// Its size.
     pub(crate) bytes: u64,
     /// Its SHA-256, lower-case hexadecimal.
     pub(crate) sha256: String,
@@ -64,13 +60,11 @@ pub(crate) struct ImportedFile {
 pub(crate) struct Outliers {
     /// Name of the text in the run.
     pub(crate) dataset: String,
-    /// Sequences.
     pub(crate) sequences: usize,
     /// Requested tokens per sequence.
     pub(crate) tokens_per_sequence: usize,
     /// Sequences per batch. Features are classified within a batch.
     pub(crate) batch_size: usize,
-    /// The threshold of magnitude.
     pub(crate) magnitude: f64,
     /// Totals per batch, in order; shares of layers are of norm outputs.
     pub(crate) batches: Vec<SequenceTotals>,
@@ -83,7 +77,6 @@ pub(crate) struct Outliers {
 /// Content of `perplexity_results.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct OldPerplexity {
-    /// Perplexity over all.
     pub(crate) perplexity: f64,
     /// Mean negative log-likelihood.
     pub(crate) mean_nll: f64,
@@ -93,13 +86,10 @@ pub(crate) struct OldPerplexity {
     pub(crate) batches: Vec<f64>,
 }
 
-/// Why a file cannot be imported.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {why}", path.display())]
 pub(crate) struct ImportError {
-    /// Which file or folder.
     pub(crate) path: PathBuf,
-    /// What is wrong with it.
     pub(crate) why: String,
 }
 

@@ -25,13 +25,10 @@ static PUBLISHED: LazyLock<Published> =
 static CATALOGUE: LazyLock<Catalogue> =
     LazyLock::new(|| toml::from_str(include_str!("../../../config/models.toml")).expect("a test reads it"));
 
-/// A published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct PublishedTable {
-    /// Identifier.
     pub(crate) name: String,
-    /// Its heading.
     pub(crate) title: String,
     /// Where it was published.
     pub(crate) source: String,
@@ -45,12 +42,10 @@ pub(crate) struct PublishedTable {
     pub(crate) corpus: String,
     /// Number of sequences, if a count depends on it.
     pub(crate) sequences: Option<u32>,
-    /// Its rows.
     #[serde(rename = "model")]
     pub(crate) models: Vec<PublishedRow>,
 }
 
-/// A row of a published table.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all(deserialize = "kebab-case"))]
 pub(crate) struct PublishedRow {
@@ -59,13 +54,10 @@ pub(crate) struct PublishedRow {
     /// Hub ids of the model; empty if it is unavailable.
     #[serde(default)]
     pub(crate) ids: Vec<String>,
-    /// Parameters, as published.
     pub(crate) parameters: u64,
     /// Active parameters per token; `None` for dense models.
     pub(crate) active: Option<u64>,
-    /// Perplexity, if published.
     pub(crate) perplexity: Option<f64>,
-    /// The count.
     pub(crate) count: f64,
     /// Number of features with values of one sign only.
     pub(crate) one_sided: Option<u32>,
@@ -75,7 +67,6 @@ pub(crate) struct PublishedRow {
     pub(crate) positions: f64,
     /// Quartiles of the values of the most common outlier feature.
     pub(crate) quartiles: Option<[f64; 3]>,
-    /// A remark on the row.
     pub(crate) note: Option<String>,
 }
 
@@ -83,7 +74,6 @@ pub(crate) struct PublishedRow {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SuperExpertsOf {
-    /// Hub id.
     pub(crate) id: String,
     /// Layer and expert index of each.
     pub(crate) experts: Vec<[usize; 2]>,
@@ -95,9 +85,7 @@ pub(crate) struct SuperExpertsOf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all(deserialize = "kebab-case"))]
 pub(crate) struct Known {
-    /// Hub id.
     pub(crate) id: String,
-    /// Parameters.
     pub(crate) parameters: u64,
     /// Active parameters per token; `None` for dense models.
     pub(crate) active: Option<u64>,
@@ -137,7 +125,6 @@ impl Known {
     }
 }
 
-/// All published tables.
 pub(crate) fn tables() -> &'static [PublishedTable] {
     &PUBLISHED.table
 }

@@ -13,7 +13,6 @@ pub(crate) struct Grid<T> {
 }
 
 impl<T> Grid<T> {
-    /// The rows.
     pub(crate) fn rows(&self) -> impl ExactSizeIterator<Item = &[T]> {
         self.values.chunks_exact(self.columns)
     }
@@ -52,7 +51,6 @@ pub(crate) struct Statistics {
 pub(crate) struct StudyShape {
     /// Norm outputs.
     pub(crate) sites: usize,
-    /// Sequences.
     pub(crate) sequences: usize,
     /// Features.
     pub(crate) hidden: usize,

@@ -11,14 +11,11 @@ use super::plots::letter;
 use super::published::{PublishedRow, PublishedTable};
 use crate::units::grouped;
 
-/// A table of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Table {
     /// Identifier, the same in every report.
     pub(crate) name: String,
-    /// Its heading.
     pub(crate) title: String,
-    /// Its columns.
     pub(crate) columns: Vec<Column>,
     /// Rows, with a cell per column.
     pub(crate) rows: Vec<Vec<String>>,
@@ -26,10 +23,8 @@ pub(crate) struct Table {
     pub(crate) notes: Vec<String>,
 }
 
-/// A column of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Column {
-    /// Its heading.
     pub(crate) name: &'static str,
     /// Whether its cells are numbers.
     pub(crate) numeric: bool,
@@ -59,12 +54,10 @@ impl Table {
     }
 }
 
-/// A column of words.
 pub(super) const fn words(name: &'static str) -> Column {
     Column { name, numeric: false }
 }
 
-/// A column of numbers.
 pub(super) const fn numbers(name: &'static str) -> Column {
     Column { name, numeric: true }
 }

@@ -58,11 +58,9 @@ const PICTURE_PAUSE: Duration = Duration::from_secs(5);
 pub(crate) enum ExitStatus {
     /// Done, and nothing is left.
     Done = 0,
-    /// The run failed.
     Failed = 1,
     /// Wrong arguments, or refused before anything was rented.
     Refused = 2,
-    /// No offer.
     NoOffer = 3,
     /// Time or money is up.
     TimeUp = 4,
@@ -88,7 +86,6 @@ impl ExitStatus {
         all.into_iter().min_by_key(rank).unwrap_or(Done)
     }
 
-    /// Exit status for a finished run.
     pub(crate) fn of_run(state: &RunState) -> Self {
         match state.ending() {
             Some(RunOutcome::Completed) => Self::Done,
@@ -113,15 +110,12 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
-/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct CliError {
-    /// Exit status of the program.
     pub(crate) status: ExitStatus,
     /// What went wrong, and where.
     pub(crate) message: String,
-    /// The remedy.
     pub(crate) hint: Option<String>,
 }
 
@@ -251,7 +245,6 @@ impl DisplayState {
     }
 }
 
-/// The last plain progress line.
 struct PlainLine {
     at: Instant,
     label: String,
@@ -400,7 +393,6 @@ impl Reporter {
         }
     }
 
-    /// Prints a warning.
     pub(crate) fn warn(&self, text: &str) {
         self.write(&format!("{}: {}", self.paint("33;1", "warning"), clean(text.as_bytes(), LINE)));
     }
@@ -579,7 +571,6 @@ impl Reporter {
         }
     }
 
-    /// Reports an event on a host.
     pub(crate) fn host(&self, event: HostEvent) {
         match event {
             HostEvent::Uploading { name, sent, total } => {
@@ -599,7 +590,6 @@ impl Reporter {
         self.say(&clean(note.as_bytes(), LINE));
     }
 
-    /// Shows the worker's progress.
     pub(crate) fn progress(&self, progress: &Progress) {
         let detail = self.stands(detail(progress));
         self.measure(phase(progress.phase), progress.layer as u64, progress.layers as u64, &detail);

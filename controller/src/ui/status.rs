@@ -15,7 +15,6 @@ use crate::run::{Membership, RunEvent, RunOutcome, RunState};
 use crate::survey::{Index, Members};
 use crate::units::{Usd, UsdPerHour};
 
-/// Status of all runs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Status {
     /// Time of the status, in Unix seconds.
@@ -35,12 +34,9 @@ pub(crate) struct Status {
     pub(crate) reserved: Usd,
 }
 
-/// An active run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct ActiveRun {
-    /// Its id.
     pub(crate) run: String,
-    /// The survey of the run.
     pub(crate) survey: Option<String>,
     /// Hub id or folder.
     pub(crate) model: String,
@@ -60,11 +56,8 @@ pub(crate) struct ActiveRun {
     pub(crate) detached: bool,
     /// Broker of its instance, or of a possible one.
     pub(crate) broker: Option<String>,
-    /// Its instance.
     pub(crate) instance: Option<String>,
-    /// Price of the instance.
     pub(crate) price: Option<UsdPerHour>,
-    /// Cost so far.
     pub(crate) cost: Usd,
     /// Maximum cost until the time limit.
     pub(crate) at_most: Usd,
@@ -74,12 +67,9 @@ pub(crate) struct ActiveRun {
     pub(crate) deadline: Option<u64>,
 }
 
-/// A finished run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct FinishedRun {
-    /// Its id.
     pub(crate) run: String,
-    /// The survey of the run.
     pub(crate) survey: Option<String>,
     /// Hub id or folder.
     pub(crate) model: String,
@@ -89,9 +79,7 @@ pub(crate) struct FinishedRun {
     pub(crate) completed: bool,
     /// Whether a later run of the same work completed or is active.
     pub(crate) superseded: bool,
-    /// The remedy.
     pub(crate) hint: Option<String>,
-    /// Cost of the run.
     pub(crate) cost: Usd,
     /// End in Unix seconds.
     pub(crate) ended: u64,
@@ -110,19 +98,15 @@ pub(crate) struct HeadlineFigures {
     pub(crate) perplexity: Option<f64>,
 }
 
-/// A survey with its index.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct SurveyStatus {
-    /// Folder of its results.
     pub(crate) folder: PathBuf,
-    /// Outcome of each model.
     pub(crate) index: Index,
     /// Cost of all its runs.
     pub(crate) spent: Usd,
 }
 
 impl HeadlineFigures {
-    /// Reads the figures of a result folder.
     pub(crate) fn read(folder: &Path) -> Option<Self> {
         let results: Results = read_json(&folder.join(files::RESULTS)).ok()?;
         let mut verdicts = results.verdicts.iter();

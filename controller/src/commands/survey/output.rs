@@ -47,7 +47,6 @@ pub(super) struct ModelRow<'a> {
     at_most: Option<Usd>,
 }
 
-/// Plan of a survey.
 #[derive(Serialize)]
 struct SurveyPlan<'a> {
     schema: u32,
@@ -66,7 +65,6 @@ struct SurveyPlan<'a> {
     at_most: Usd,
 }
 
-/// Result of a survey.
 #[derive(Serialize)]
 struct Surveyed<'a> {
     schema: u32,
@@ -78,7 +76,6 @@ struct Surveyed<'a> {
     exit_status: u8,
 }
 
-/// Result of a model.
 #[derive(Serialize)]
 struct ModelResult {
     #[serde(flatten)]
@@ -257,7 +254,6 @@ impl Session<'_> {
     }
 }
 
-/// The plan as a table.
 pub(super) fn table_of(rows: &[ModelRow<'_>]) -> String {
     let mut table = tables::table(&["model", "to do", "what", "price", "takes", "costs", "at most"]);
     for row in rows {

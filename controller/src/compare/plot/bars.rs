@@ -18,7 +18,6 @@ const SPAN: f64 = 0.84;
 /// Bars of one group.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Row {
-    /// Label of the group.
     pub(crate) label: String,
     /// One per series, from top to bottom; `None` without a value.
     pub(crate) bars: Vec<Option<Estimate>>,

@@ -11,15 +11,10 @@ pub(crate) enum Colour {
     Ink,
     /// Labels of points.
     Muted,
-    /// The grid.
     Grid,
-    /// First series.
     First,
-    /// Second series.
     Second,
-    /// Third series.
     Third,
-    /// Fourth series.
     Fourth,
     /// Step of a magnitude scale, from 0 (below the threshold) to 7 (the largest).
     Heat(u8),

@@ -21,7 +21,6 @@ const DIRECTIONS: i32 = 24;
 /// A position in the drawing.
 pub(super) type PixelPosition = (i32, i32);
 
-/// A rectangle of the drawing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Area {
     pub(super) left: i32,
@@ -35,7 +34,6 @@ pub(super) struct Area {
 pub(super) struct Keyed<'a> {
     /// Points of different groups never share a key.
     pub(super) group: usize,
-    /// Position.
     pub(super) at: PixelPosition,
     /// Its key; empty: none.
     pub(super) key: &'a str,

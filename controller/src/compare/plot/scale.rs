@@ -9,7 +9,6 @@ use crate::compare::table::short;
 /// Maximum ticks of a logarithmic axis, so that their labels (100 M) do not touch.
 const MAX_NAMES: usize = 6;
 
-/// Scale of an axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AxisKind {
     /// Linear from 0.

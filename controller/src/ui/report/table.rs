@@ -37,7 +37,6 @@ pub(crate) struct Table {
     rows: Vec<Vec<Cell>>,
 }
 
-/// A cell.
 #[derive(Clone, Debug)]
 pub(crate) struct Cell {
     text: String,
@@ -58,7 +57,6 @@ enum Kind {
     Number,
 }
 
-/// A table with a header.
 pub(crate) fn table(header: &[&str]) -> Table {
     Table { header: header.iter().map(|&name| name.to_owned()).collect(), rows: Vec::new() }
 }
@@ -129,7 +127,6 @@ impl Table {
         self.rows.push(cells.into_iter().collect());
     }
 
-    /// Removes empty columns.
     #[must_use]
     pub(crate) fn without_empty_columns(mut self) -> Self {
         let says_something = |cell: &Cell| !matches!(cell.text.as_str(), "" | "-");

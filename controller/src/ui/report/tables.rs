@@ -151,7 +151,6 @@ fn mark(is_over: bool) -> String {
     if is_over { format!(" {OVER}") } else { String::new() }
 }
 
-/// Results of the filters.
 pub(crate) fn steps(considered: usize, steps: &[FilterStep]) -> String {
     let removed = steps.iter().filter(|step| step.removed > 0);
     let removed: Vec<String> = removed.map(|step| format!("{} by {}", step.removed, step.option)).collect();
@@ -229,7 +228,6 @@ pub(crate) fn estimate(estimate: &Estimate) -> String {
     out
 }
 
-/// Description of a checkpoint.
 pub(crate) fn inspection(inspection: &Inspection) -> String {
     let mut out = format!(
         "{} ({}), revision {}\nwidth {}, vocabulary {}, {}, {}, head {}, tokenizer {}\n",
@@ -301,7 +299,6 @@ pub(crate) fn inspection(inspection: &Inspection) -> String {
     paragraphs(&(out + &needs(inspection)))
 }
 
-/// Table of all runs.
 pub(crate) fn runs(runs: &[RunRecord], driven: &[bool], now_ms: u64) -> String {
     let mut table = table(&["run", "model", "broker", "state", "age", "cost", "how it ended"]);
     for (run, driven) in runs.iter().zip(driven) {
