@@ -30,8 +30,8 @@ pub(super) async fn command(
         ran = worker.run(&job, &partial, &on) => ran,
         // The worker receives the terminal's Ctrl-C, too. Dropping it ends it in any case.
         _ = tokio::signal::ctrl_c() => {
-            let hint = Some(format!("the same command with --output {} resumes it", folder.display()));
-            return Err(CliError { status: ExitStatus::Interrupted, message: "interrupted".to_owned(), hint });
+            let hint = format!("the same command with --output {} resumes it", folder.display());
+            return Err(CliError::new(ExitStatus::Interrupted, "interrupted", hint));
         }
     };
     if let Err(error) = ran {

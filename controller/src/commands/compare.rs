@@ -115,19 +115,18 @@ fn write(path: &Path, bytes: &[u8]) -> Result<(), CliError> {
 
 fn unwritable(path: &Path, error: &std::io::Error) -> CliError {
     let message = format!("{} cannot be written: {error}", path.display());
-    let hint = Some("--html takes a file; --svg, --png and --pdf take a folder".to_owned());
-    CliError { status: ExitStatus::Failed, message, hint }
+    CliError::new(ExitStatus::Failed, message, "--html takes a file; --svg, --png and --pdf take a folder")
 }
 
 impl From<ReadError> for CliError {
     fn from(error: ReadError) -> Self {
         let message = error.to_string();
         match error {
-            ReadError::Flawed(_) => Self {
-                status: ExitStatus::Failed,
+            ReadError::Flawed(_) => Self::new(
+                ExitStatus::Failed,
                 message,
-                hint: Some("--allow-partial continues without their figures and notes their absence".to_owned()),
-            },
+                "--allow-partial continues without their figures and notes their absence",
+            ),
             ReadError::Nothing(_) | ReadError::Unreadable { .. } => Self::refused(
                 message,
                 "name folders with results, or with folders of results: <model>-<run>/, <survey>/<model>/",

@@ -87,11 +87,8 @@ pub(super) async fn command(context: &Context, args: &DemoArgs) -> Result<ExitSt
 
 fn verdict(exact: bool, left: &[Instance]) -> Result<ExitStatus, CliError> {
     if let Some(instance) = left.first() {
-        return Err(CliError {
-            status: ExitStatus::InstanceLeft,
-            message: format!("instance {} is left", instance.id),
-            hint: Some(format!("outliers instances terminate {}", instance.id)),
-        });
+        let hint = format!("outliers instances terminate {}", instance.id);
+        return Err(CliError::new(ExitStatus::InstanceLeft, format!("instance {} is left", instance.id), hint));
     }
     if exact {
         return Ok(ExitStatus::Done);

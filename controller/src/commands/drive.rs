@@ -91,11 +91,8 @@ fn let_go(run: &RunRecord) -> CliError {
         true => String::new(),
         false => format!("; its guard ends the run after {} without a controller", Span(lease)),
     };
-    CliError {
-        status: ExitStatus::InstanceLeft,
-        message: format!("run {} was left running{}", run.id, bills.unwrap_or_default()),
-        hint: Some(format!("`outliers attach {}` resumes it{sooner}", run.id)),
-    }
+    let message = format!("run {} was left running{}", run.id, bills.unwrap_or_default());
+    CliError::new(ExitStatus::InstanceLeft, message, format!("`outliers attach {}` resumes it{sooner}", run.id))
 }
 
 /// Runs `work`, which receives the user's requests to stop.
@@ -118,11 +115,8 @@ pub(super) async fn listening<T>(
 }
 
 fn deaf(error: &std::io::Error) -> CliError {
-    CliError {
-        status: ExitStatus::InstanceLeft,
-        message: format!("signals cannot be heard: {error}"),
-        hint: Some("an instance may still be running: outliers instances list".to_owned()),
-    }
+    let hint = "an instance may still be running: outliers instances list";
+    CliError::new(ExitStatus::InstanceLeft, format!("signals cannot be heard: {error}"), hint)
 }
 
 /// Handles signals, forever. Of Ctrl-C and SIGTERM the first stops and the second skips the

@@ -99,11 +99,9 @@ async fn list(context: &Context, home: &Home, clouds: &Clouds) -> Result<ExitSta
     context.reporter.result(&document, table);
     match document.silent.first() {
         None => Ok(ExitStatus::Done),
-        Some(words) => Err(CliError {
-            status: ExitStatus::Cloud,
-            message: format!("this list is not whole: {words}"),
-            hint: Some("outliers doctor".to_owned()),
-        }),
+        Some(words) => {
+            Err(CliError::new(ExitStatus::Cloud, format!("this list is not whole: {words}"), "outliers doctor"))
+        }
     }
 }
 

@@ -119,11 +119,8 @@ fn within_budget(Prepared { spec, quote, .. }: &Prepared) -> Result<(), CliError
     let Some(budget) = spec.budget else { return Ok(()) };
     let least = quote.offers.iter().map(|offer| spec.worst(offer, Usd::ZERO)).min();
     let Some(least) = least.filter(|least| *least > budget) else { return Ok(()) };
-    Err(CliError {
-        status: ExitStatus::TimeUp,
-        message: format!("the cheapest offer may cost {least} until its time limit, and --budget allows {budget}"),
-        hint: Some("a shorter --max-duration reserves less; or raise --budget".to_owned()),
-    })
+    let message = format!("the cheapest offer may cost {least} until its time limit, and --budget allows {budget}");
+    Err(CliError::new(ExitStatus::TimeUp, message, "a shorter --max-duration reserves less; or raise --budget"))
 }
 
 /// The offers within the run's budget of GPU time until the time limit.

@@ -125,7 +125,7 @@ fn conclude(troubles: &[ReapFailure]) -> Result<ExitStatus, CliError> {
         ExitStatus::InstanceLeft => "an instance may still be running and billing; the same command tries again",
         _ => "no run of this ledger is open there; `outliers doctor` looks at keys and clouds",
     };
-    Err(CliError { status, message: first.words.clone(), hint: Some(hint.to_owned()) })
+    Err(CliError::new(status, &first.words, hint))
 }
 
 /// The error of a cloud that cannot be listed. Whether it has instances of other owners is

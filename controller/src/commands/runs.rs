@@ -144,9 +144,6 @@ async fn ask(context: &Context, ledger: &Ledger, id: &str) -> Result<RunRecord, 
             return end_alone(context, taken, Stop::Now).await;
         }
     }
-    Err(CliError {
-        status: ExitStatus::InstanceLeft,
-        message: format!("run {id} was asked to end and has not"),
-        hint: Some(format!("outliers runs show {id}")),
-    })
+    let message = format!("run {id} was asked to end and has not");
+    Err(CliError::new(ExitStatus::InstanceLeft, message, format!("outliers runs show {id}")))
 }

@@ -55,8 +55,8 @@ async fn read_status(context: &Context, ledger: &Ledger, clusters: &Clusters) ->
     let asked: &[Cloud] = match clusters {
         _ if !status.uses(slurm::NAME) => &[],
         Ok(clusters) => clusters,
-        Err(CliError { status, message, hint }) => {
-            silent.push(CliError { status: *status, message: message.clone(), hint: hint.clone() });
+        Err(error) => {
+            silent.push(error.clone());
             &[]
         }
     };
@@ -65,11 +65,10 @@ async fn read_status(context: &Context, ledger: &Ledger, clusters: &Clusters) ->
     for answer in context.reporter.waiting("the clusters' queues", lists).await {
         match answer {
             Ok(found) => listed.extend(found),
-            Err(error) => silent.push(CliError {
-                status: ExitStatus::Cloud,
-                message: format!("whether runs wait in the queue is not known: {error}"),
-                hint: Some("outliers doctor".to_owned()),
-            }),
+            Err(error) => {
+                let message = format!("whether runs wait in the queue is not known: {error}");
+                silent.push(CliError::new(ExitStatus::Cloud, message, "outliers doctor"));
+            }
         }
     }
     status.note_queue(&listed);

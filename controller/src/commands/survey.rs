@@ -132,11 +132,8 @@ fn refuse(problems: &[Problem]) -> Result<(), CliError> {
     }
     let status = ExitStatus::worst(problems.iter().map(|problem| problem.cli_error.status));
     let words: Vec<String> = problems.iter().map(|problem| in_words(&problem.cli_error)).collect();
-    Err(CliError {
-        status,
-        message: format!("nothing was rented: {}", words.join("; ")),
-        hint: Some("--only leaves models out; --dry-run shows what the others would take".to_owned()),
-    })
+    let hint = "--only leaves models out; --dry-run shows what the others would take";
+    Err(CliError::new(status, format!("nothing was rented: {}", words.join("; ")), hint))
 }
 
 fn in_words(cli_error: &CliError) -> String {

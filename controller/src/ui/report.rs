@@ -110,7 +110,7 @@ impl From<ExitStatus> for ExitCode {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 #[error("{message}")]
 pub(crate) struct CliError {
     pub(crate) status: ExitStatus,
@@ -120,9 +120,13 @@ pub(crate) struct CliError {
 }
 
 impl CliError {
+    pub(crate) fn new(status: ExitStatus, message: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { status, message: message.into(), hint: Some(hint.into()) }
+    }
+
     /// A refusal before anything was done.
     pub(crate) fn refused(message: impl Into<String>, hint: impl Into<String>) -> Self {
-        Self { status: ExitStatus::Refused, message: message.into(), hint: Some(hint.into()) }
+        Self::new(ExitStatus::Refused, message, hint)
     }
 
     /// A failure on this machine.
@@ -342,8 +346,7 @@ impl Reporter {
     pub(crate) fn unprinted(&self) -> Option<CliError> {
         let error = self.unprinted.lock().ok()?.take()?;
         let message = format!("standard output cannot be written, and is not whole: {error}");
-        let hint = Some("make room where it goes, and run the command again".to_owned());
-        Some(CliError { status: ExitStatus::Failed, message, hint })
+        Some(CliError::new(ExitStatus::Failed, message, "make room where it goes, and run the command again"))
     }
 
     /// Prints one of many results: a line of text for people, one JSON document per line for

@@ -84,8 +84,7 @@ async fn choose<'a>(
     let unreadable = |(cloud, instance): &(&Cloud, Instance)| {
         let tag = instance.tag().filter(|_| instance.id.0.is_empty())?;
         let message = format!("{} lists an instance of run {} whose id cannot be read", cloud.name(), tag.run);
-        let hint = Some("end it in the cloud's own console".to_owned());
-        Some(CliError { status: ExitStatus::InstanceLeft, message, hint })
+        Some(CliError::new(ExitStatus::InstanceLeft, message, "end it in the cloud's own console"))
     };
     let of =
         |(cloud, instance): (&'a Cloud, Instance)| Chosen { cloud, id: instance.id.clone(), shown: Some(instance) };
@@ -134,11 +133,8 @@ async fn alone<'a>(
 
 fn unseen(id: &str, silent: &[CliError]) -> CliError {
     let Some(first) = silent.first() else { return missing(id) };
-    CliError {
-        status: first.status,
-        message: format!("`{id}` is in no list that can be read: {}", first.message),
-        hint: Some("no list is needed where the cloud is named: add --broker NAME".to_owned()),
-    }
+    let message = format!("`{id}` is in no list that can be read: {}", first.message);
+    CliError::new(first.status, message, "no list is needed where the cloud is named: add --broker NAME")
 }
 
 /// The owner whose instances are meant.
