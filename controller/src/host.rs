@@ -26,7 +26,7 @@ mod guard;
 pub mod keys;
 mod launch;
 mod names;
-mod probe;
+pub(crate) mod probe;
 mod push;
 mod reach;
 mod retry;

@@ -124,7 +124,7 @@ fn read(answer: &ScriptOutput, before: SystemTime, after: SystemTime) -> HostFac
 
 /// Available KiB in a line of `df -Pk`. The file system's name may contain blanks, so columns are
 /// counted from the percentage.
-pub(super) fn free_kib(line: &str) -> Option<u64> {
+pub(crate) fn free_kib(line: &str) -> Option<u64> {
     let words: Vec<&str> = line.split_whitespace().collect();
     let percent = words.iter().position(|word| word.ends_with('%'))?;
     words.get(percent.checked_sub(1)?)?.parse().ok()

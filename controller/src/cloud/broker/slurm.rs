@@ -317,7 +317,7 @@ impl Broker for Slurm {
         if let Ok(answer) = self.cluster.ask(&offers::when(&questions), Kind::Unavailable).await {
             found.note_starts(&answer);
         }
-        Ok(found.into_offers())
+        Ok(found.offers)
     }
 
     async fn create(&self, offer: &Offer, lease: &Lease) -> Result<Instance, BrokerError> {

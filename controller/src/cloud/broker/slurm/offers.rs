@@ -2,7 +2,8 @@
 
 use super::queue::field;
 use super::{NAME, Site, Sku};
-use crate::cloud::broker::{Dropped, GpuRequest, Offer, Offers};
+use crate::cloud::broker::{GpuRequest, Offer, Offers};
+use crate::host::probe::free_kib;
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::Bytes;
@@ -122,8 +123,7 @@ fn gpus(gres: &str) -> Vec<(Option<String>, u32)> {
 #[derive(Debug, Default)]
 pub(super) struct Found {
     pub(super) sku: Vec<Sku>,
-    offers: Vec<Offer>,
-    dropped: Vec<Dropped>,
+    pub(super) offers: Offers,
 }
 
 /// Parses the output of [`script`] into offers for `want`.
@@ -133,29 +133,14 @@ pub(super) fn read(answer: &str, want: &GpuRequest, site: &Site) -> Found {
     for line in answer.lines().filter_map(|line| line.strip_prefix("@nodes ")) {
         match Group::read(line) {
             Some(group) if group.is_up => found.add(&group, want, site, disk),
-            Some(group) => found.leave_out(format!("partition {} is not up", group.partition)),
-            None => found.leave_out("described in a way that is not understood".to_owned()),
+            Some(group) => found.offers.drop_one(format!("partition {} is not up", group.partition)),
+            None => found.offers.drop_one("described in a way that is not understood".to_owned()),
         }
     }
     found
 }
 
-/// Available KiB in a line of `df -Pk`. The file system's name may contain blanks, so columns are
-/// counted from the percentage.
-fn free_kib(line: &str) -> Option<u64> {
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let percent = words.iter().position(|word| word.ends_with('%'))?;
-    words.get(percent.checked_sub(1)?)?.parse().ok()
-}
-
 impl Found {
-    fn leave_out(&mut self, reason: String) {
-        match self.dropped.iter_mut().find(|dropped| dropped.reason == reason) {
-            Some(dropped) => dropped.count += 1,
-            None => self.dropped.push(Dropped { reason, count: 1 }),
-        }
-    }
-
     fn add(&mut self, group: &Group, want: &GpuRequest, site: &Site, disk: Option<Bytes>) {
         let least_mib = want.min_cpu_ram.max(want.worker_ram).map_or(0, |ram| ram.0.div_ceil(1 << 20));
         if want.gpu_count == Some(0) {
@@ -165,12 +150,12 @@ impl Found {
             return;
         }
         if group.gpus.is_empty() {
-            self.leave_out("without GPUs".to_owned());
+            self.offers.drop_one("without GPUs".to_owned());
         }
         for (kind, all) in &group.gpus {
             let count = want.gpu_count.unwrap_or(1);
             if count > *all {
-                self.leave_out("with fewer GPUs in a node".to_owned());
+                self.offers.drop_one("with fewer GPUs in a node".to_owned());
                 continue;
             }
             let cpus = share(group.cpus.into(), count, *all).max(1) as u32;
@@ -199,7 +184,7 @@ impl Found {
         };
         // An A100 or V100 is assumed to be the smaller variant.
         let vram = offer.vram.or_else(|| sku.gpu_type.as_deref().and_then(least_memory));
-        self.offers.push(Offer {
+        self.offers.offers.push(Offer {
             vram,
             cpu_ram: Some(Bytes::from_mib(mem_mib)),
             cpu_cores: Some(cpus),
@@ -213,7 +198,7 @@ impl Found {
     /// Adds the output of [`when`].
     pub(super) fn note_starts(&mut self, answer: &str) {
         let Some(now) = field(answer, "now").and_then(|now| now.trim().parse::<u64>().ok()) else { return };
-        for (i, offer) in self.offers.iter_mut().enumerate().take(MAX_ASKED) {
+        for (i, offer) in self.offers.offers.iter_mut().enumerate().take(MAX_ASKED) {
             let Some(words) = field(answer, &format!("start-{i}")) else { continue };
             let at = words.split(" to start at ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
             let when = match at.map(|at| at.saturating_sub(now) / 60) {
@@ -224,10 +209,6 @@ impl Found {
             };
             offer.region = offer.region.take().map(|region| format!("{region}, {when}"));
         }
-    }
-
-    pub(super) fn into_offers(self) -> Offers {
-        Offers { offers: self.offers, dropped: self.dropped }
     }
 }
 

@@ -319,7 +319,7 @@ fn truncated_list_is_an_error_and_malformed_lines_are_shown() {
 
 fn offered(nodes: &str, want: &GpuRequest) -> Vec<Offer> {
     let disk = "@disk /dev/sda1 1000 100 900 10% /\n";
-    offers::read(&format!("{nodes}{disk}"), want, &site()).into_offers().offers
+    offers::read(&format!("{nodes}{disk}"), want, &site()).offers.offers
 }
 
 #[test]
@@ -339,14 +339,14 @@ fn node_groups_become_offers_of_the_requested_size() {
     assert_eq!(two[0].price, UsdPerHour::default());
     assert!(two.iter().all(|offer| offer.queued));
     let priced = Site { price_per_gpu: UsdPerHour::from_dollars(1.5), ..site() };
-    let priced = offers::read(nodes, &want(2), &priced).into_offers().offers;
+    let priced = offers::read(nodes, &want(2), &priced).offers.offers;
     assert!(priced.iter().all(|offer| offer.price == UsdPerHour::from_dollars(3.0)), "{priced:?}");
     let sizes = ["2 x a100 in gpu; its job is over", "4 GPUs in gpu", "8 CPU cores in cpu", ""].map(gpus_of);
     assert_eq!(sizes, [2, 4, 0, 0]);
     assert_eq!(two[0].region.as_deref(), Some("gpu: 1 of 2 nodes idle"));
     let sku: Sku = serde_json::from_str(&two[1].key).unwrap();
     assert_eq!((sku.limit_s, sku.gpu_type.as_deref(), sku.mem_mib), (Some(43_200), Some("h100"), 256_000));
-    let found = offers::read(nodes, &want(4), &site()).into_offers();
+    let found = offers::read(nodes, &want(4), &site()).offers;
     let dropped: Vec<&str> = found.dropped.iter().map(|dropped| dropped.reason.as_str()).collect();
     assert_eq!(dropped, ["with fewer GPUs in a node", "partition old is not up", "without GPUs"]);
 }
@@ -359,7 +359,7 @@ fn start_estimate_of_the_queue_is_shown() {
         "@start-0 sbatch: Job 5 to start at 8200 using 1 processors on nodes vm in partition gpu \n\
          @start-1 allocation failure: Requested node configuration is not available \n@now 1000\n",
     );
-    let offers = found.into_offers().offers;
+    let offers = found.offers.offers;
     let region = |i: usize| offers[i].region.clone().unwrap();
     assert!(region(0).ends_with("starts in some 2 h"), "{}", region(0));
     assert!(region(1).contains("no start: allocation failure"), "{}", region(1));
