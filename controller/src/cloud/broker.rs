@@ -345,6 +345,12 @@ pub struct Instance {
 }
 
 impl Instance {
+    /// An instance without price, hardware and creation time.
+    pub fn new(broker: &str, id: impl Into<String>, name: impl Into<String>, state: InstanceState) -> Self {
+        let (broker, id, name) = (broker.to_owned(), InstanceId(id.into()), name.into());
+        Self { broker, id, name, state, price: None, hardware: String::new(), created_at: None }
+    }
+
     /// Whether neither its name nor its tag can be read, so that it may be this program's.
     pub fn is_nameless(&self) -> bool {
         matches!(self.state, InstanceState::Unreadable(_)) && self.name.is_empty()

@@ -341,15 +341,7 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn instance(id: &str, name: impl ToString) -> Instance {
-        Instance {
-            broker: "fake".into(),
-            id: InstanceId(id.into()),
-            name: name.to_string(),
-            state: InstanceState::Booting,
-            price: None,
-            hardware: String::new(),
-            created_at: None,
-        }
+        Instance::new("fake", id, name.to_string(), InstanceState::Booting)
     }
 
     fn is_fake(offer: &Offer) -> bool {

@@ -455,13 +455,9 @@ impl InstanceEntry {
             gpus => wire::hardware(gpus, &it.gpu(), it.vram()),
         };
         Instance {
-            broker: NAME.to_owned(),
-            state,
             price: instance_type.and_then(InstanceType::price),
             hardware: instance_type.map(hardware).unwrap_or_default(),
-            created_at: None,
-            id: InstanceId(self.id),
-            name: self.name.unwrap_or_default(),
+            ..Instance::new(NAME, self.id, self.name.unwrap_or_default(), state)
         }
     }
 }

@@ -260,27 +260,16 @@ fn look_at(id: &str, folder: &Folder) -> Option<Instance> {
     };
     let state = state_of(folder, &record).unwrap_or_else(|error| InstanceState::Unknown(error.to_string()));
     Some(Instance {
-        broker: NAME.to_owned(),
-        id: InstanceId(id.to_owned()),
-        name: record.name,
-        state,
         price: Some(record.price),
         hardware: record.hardware,
         created_at: Some(record.created_at),
+        ..Instance::new(NAME, id, record.name, state)
     })
 }
 
 fn unreadable_instance(id: &str, error: &Option<io::Error>) -> Instance {
     let reason = error.as_ref().map_or("it is missing".to_owned(), ToString::to_string);
-    Instance {
-        broker: NAME.to_owned(),
-        id: InstanceId(id.to_owned()),
-        name: String::new(),
-        state: InstanceState::Failed(format!("instance.json cannot be read: {reason}")),
-        price: None,
-        hardware: String::new(),
-        created_at: None,
-    }
+    Instance::new(NAME, id, "", InstanceState::Failed(format!("instance.json cannot be read: {reason}")))
 }
 
 fn state_of(folder: &Folder, record: &Record) -> io::Result<InstanceState> {

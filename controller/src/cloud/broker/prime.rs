@@ -505,13 +505,10 @@ impl Pod {
             if state == InstanceState::Stopped { self.stopped_price_hr.or(self.price_hr) } else { self.price_hr };
         let gpus = self.gpu_name.unwrap_or_default();
         Instance {
-            broker: NAME.to_owned(),
             hardware: wire::hardware(self.gpu_count.unwrap_or(1), &clean(gpus.as_bytes(), 60), None),
-            id: InstanceId(self.id),
-            name: self.name,
-            state,
             price: price.and_then(wire::price),
             created_at: self.created_at.as_deref().and_then(from_rfc3339),
+            ..Instance::new(NAME, self.id, self.name, state)
         }
     }
 

@@ -220,13 +220,9 @@ impl Broker for RunPod {
         let Some(created) = created else { return self.create_by_rest(&sku, lease).await };
         let disk = sku::disk_gb(Some(lease.disk));
         Ok(Instance {
-            broker: NAME.to_owned(),
-            id: InstanceId(created.id),
-            name: lease.tag.to_string(),
-            state: InstanceState::Booting,
             price: created.cost_per_hr.filter(|gpus| *gpus > 0.0).and_then(|gpus| sku::price(gpus, disk).ok()),
             hardware: wire::hardware(sku.count, &sku.gpu, None),
-            created_at: None,
+            ..Instance::new(NAME, created.id, lease.tag.to_string(), InstanceState::Booting)
         })
     }
 

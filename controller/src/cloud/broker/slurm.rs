@@ -360,15 +360,8 @@ impl Broker for Slurm {
         if queue::field(&answer, "submitted").is_none() {
             return Err(error(Kind::Maybe, "sbatch did not say what became of the job".to_owned()));
         }
-        Ok(Instance {
-            broker: NAME.to_owned(),
-            id: InstanceId(lease.tag.to_string()),
-            name: lease.tag.to_string(),
-            state: InstanceState::Queued("it was just submitted".to_owned()),
-            price: Some(offer.price),
-            hardware: what(&sku),
-            created_at: None,
-        })
+        let (name, state) = (lease.tag.to_string(), InstanceState::Queued("it was just submitted".to_owned()));
+        Ok(Instance { price: Some(offer.price), hardware: what(&sku), ..Instance::new(NAME, &name, &name, state) })
     }
 
     async fn list(&self) -> Result<Vec<Instance>, BrokerError> {

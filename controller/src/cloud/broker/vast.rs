@@ -581,13 +581,10 @@ impl Contract {
         let gpus = clean(self.gpu_name.unwrap_or_default().as_bytes(), 60);
         let vram = self.gpu_ram.and_then(|mib| wire::size(mib, MIB));
         Instance {
-            broker: NAME.to_owned(),
-            id: InstanceId(self.id),
-            name: self.label.unwrap_or_default(),
-            state,
             price: self.dph_total.and_then(wire::price),
             hardware: wire::hardware(self.num_gpus.unwrap_or(1), &gpus, vram),
             created_at: self.start_date.filter(|seconds| (0.0..1e11).contains(seconds)).map(|seconds| seconds as u64),
+            ..Instance::new(NAME, self.id, self.label.unwrap_or_default(), state)
         }
     }
 

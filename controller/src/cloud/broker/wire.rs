@@ -70,13 +70,9 @@ pub(super) fn sku<T: DeserializeOwned>(http: &Http, offer: &Offer) -> Result<T, 
 /// An instance that was just rented, where the cloud tells only its id.
 pub(super) fn booting(id: String, offer: &Offer, lease: &Lease) -> Instance {
     Instance {
-        broker: offer.broker.clone(),
-        id: InstanceId(id),
-        name: lease.tag.to_string(),
-        state: InstanceState::Booting,
         price: Some(offer.price),
         hardware: hardware(offer.gpu_count, offer.gpu_raw.as_deref().unwrap_or_default(), offer.vram_reported),
-        created_at: None,
+        ..Instance::new(&offer.broker, id, lease.tag.to_string(), InstanceState::Booting)
     }
 }
 
@@ -127,15 +123,8 @@ fn entry_of<T: DeserializeOwned>(
         Err(why) => why.to_string(),
     };
     let name = ["name", "label"].iter().find_map(|field| entry.get(field)?.as_str());
-    Some(Instance {
-        broker: broker.to_owned(),
-        id: InstanceId(id_of(entry).unwrap_or_default()),
-        name: name.unwrap_or_default().to_owned(),
-        state: InstanceState::Unreadable(clean(why.as_bytes(), 200)),
-        price: None,
-        hardware: String::new(),
-        created_at: None,
-    })
+    let (id, state) = (id_of(entry).unwrap_or_default(), InstanceState::Unreadable(clean(why.as_bytes(), 200)));
+    Some(Instance::new(broker, id, name.unwrap_or_default(), state))
 }
 
 /// A price in dollars per hour. `None` if it is implausible.

@@ -635,15 +635,7 @@ impl Broker for Fake {
 }
 
 fn unreadable_entry() -> Instance {
-    Instance {
-        broker: "fake".into(),
-        id: InstanceId(String::new()),
-        name: String::new(),
-        state: InstanceState::Unreadable("it is no object".into()),
-        price: None,
-        hardware: String::new(),
-        created_at: None,
-    }
+    Instance::new("fake", "", "", InstanceState::Unreadable("it is no object".into()))
 }
 
 fn instance(id: &str, machine: &Machine) -> Instance {

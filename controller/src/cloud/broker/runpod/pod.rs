@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::{NAME, sku};
 use crate::calendar::from_rfc3339;
 use crate::cloud::broker::wire::{self, lenient};
-use crate::cloud::broker::{Instance, InstanceId, InstanceState, SshEndpoint};
+use crate::cloud::broker::{Instance, InstanceState, SshEndpoint};
 use crate::text::clean;
 use crate::units::UsdPerHour;
 
@@ -112,13 +112,10 @@ impl Pod {
     /// The pod as an instance; `None`: it has ended.
     pub(super) fn instance(&self) -> Option<Instance> {
         Some(Instance {
-            broker: NAME.to_owned(),
-            id: InstanceId(self.id.clone()),
-            name: self.name.clone(),
-            state: self.state()?,
             price: self.price(),
             hardware: self.gpu.as_ref().map_or("CPU only".to_owned(), |gpu| wire::hardware(gpu.count, &gpu.id, None)),
             created_at: self.created_at.as_deref().and_then(from_rfc3339),
+            ..Instance::new(NAME, &self.id, &self.name, self.state()?)
         })
     }
 

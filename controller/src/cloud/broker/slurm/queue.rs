@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::{Kind, NAME, SUFFIX, error};
 use crate::calendar::rfc3339;
-use crate::cloud::broker::{BrokerError, Instance, InstanceId, InstanceState, LeaseTag, RunTime, SshEndpoint};
+use crate::cloud::broker::{BrokerError, Instance, InstanceState, LeaseTag, RunTime, SshEndpoint};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::UsdPerHour;
@@ -446,15 +446,7 @@ impl Snapshot {
             Some(over) => format!("{what}; its job is over, {over}"),
             None => what,
         };
-        Instance {
-            broker: NAME.to_owned(),
-            id: InstanceId(tag.to_owned()),
-            name: tag.to_owned(),
-            state,
-            price: Some(UsdPerHour::default()),
-            hardware,
-            created_at: None,
-        }
+        Instance { price: Some(UsdPerHour::default()), hardware, ..Instance::new(NAME, tag, tag, state) }
     }
 }
 
@@ -464,25 +456,9 @@ fn other(job: &Job) -> Instance {
         JobPhase::Waits => InstanceState::Queued(job.waits_for("")),
         _ => InstanceState::Unknown(format!("{} on {}", job.state, clean(job.node.as_bytes(), 40))),
     };
-    Instance {
-        broker: NAME.to_owned(),
-        id: InstanceId(job.number.clone()),
-        name: clean(job.name.as_bytes(), 80),
-        state,
-        price: None,
-        hardware: String::new(),
-        created_at: None,
-    }
+    Instance::new(NAME, &job.number, clean(job.name.as_bytes(), 80), state)
 }
 
 fn unreadable(line: &str) -> Instance {
-    Instance {
-        broker: NAME.to_owned(),
-        id: InstanceId(String::new()),
-        name: String::new(),
-        state: InstanceState::Unreadable(format!("squeue printed `{line}`")),
-        price: None,
-        hardware: String::new(),
-        created_at: None,
-    }
+    Instance::new(NAME, "", "", InstanceState::Unreadable(format!("squeue printed `{line}`")))
 }
