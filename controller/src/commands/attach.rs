@@ -48,7 +48,7 @@ async fn take_up(context: &Context, ledger: &Ledger, run: &RunRecord) -> Result<
     let workers = if run.spec.survey.is_some() { context.settings.max_parallel } else { 1 };
     let secrets = secrets(context, &run.spec.job, workers);
     context.reporter.resumed(taken.record());
-    drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets)).await
+    drive(&context.reporter, taken, ports(&clouds, &bad_hosts, &hosts, &secrets), false).await
 }
 
 /// Sets another folder for the unsaved results of a run. Returns its path.

@@ -5,7 +5,7 @@ use std::path::Path;
 use outliers_protocol::Inspection;
 use serde::Serialize;
 
-use super::drive::{Deployed, drive_as};
+use super::drive::{Deployed, drive};
 use super::instances::LISTS;
 use super::prepare::{Prepared, RunRequest, consent, identity, prepare, room, secrets, writable};
 use super::{Context, SCHEMA, ports};
@@ -149,7 +149,7 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
         let secrets = secrets(context, &run.record().spec.job, 1);
         let clouds = context.clouds_to_go_on(run.record(), &clouds)?;
         let ports = Ports { clouds: &clouds, secrets: &secrets, ..ports };
-        return drive_as(reporter, run, ports, asked.terms.detach).await.map(Some);
+        return drive(reporter, run, ports, asked.terms.detach).await.map(Some);
     }
     tell_of_the_same(reporter, &ledger, &identity)?;
     let run_request = RunRequest { job, job_key: key, terms: asked.terms.clone() };
@@ -172,7 +172,7 @@ pub(super) async fn deploy(context: &Context, asked: &DeployRequest) -> Result<O
     }
     // A checkpoint on a cluster needs no token.
     let secrets = secrets(context, &run.record().spec.job, 1);
-    drive_as(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some)
+    drive(reporter, run, Ports { secrets: &secrets, ..ports }, asked.terms.detach).await.map(Some)
 }
 
 /// Checks that each of these clouds ends an abandoned instance.

@@ -55,20 +55,12 @@ impl Deployed {
     }
 }
 
-/// Drives a run to its end, with Ctrl-C handling.
+/// Drives a run to its end, with Ctrl-C handling; with `detach` only until its worker runs: the
+/// returned run is then not at rest.
 ///
 /// # Errors
 /// Status 6: its instance may remain.
-pub(super) async fn drive(reporter: &Reporter, run: RunWriter, ports: Ports<'_>) -> Result<Deployed, CliError> {
-    drive_as(reporter, run, ports, false).await
-}
-
-/// As [`drive`], or with `detach` only until its worker runs: the returned run is then not at
-/// rest.
-///
-/// # Errors
-/// Status 6: its instance may remain.
-pub(super) async fn drive_as(
+pub(super) async fn drive(
     reporter: &Reporter,
     run: RunWriter,
     ports: Ports<'_>,
