@@ -499,6 +499,11 @@ impl Response {
         (200..300).contains(&self.status)
     }
 
+    /// The reply, unless it is a refusal, of the kind that `kind_of` tells.
+    pub fn granted(self, kind_of: impl Fn(&Self) -> BrokerErrorKind) -> Result<Self, BrokerError> {
+        if self.is_success() { Ok(self) } else { Err(self.refusal(kind_of(&self))) }
+    }
+
     /// Parses the body as `T`; `what` names it in the error.
     ///
     /// # Errors

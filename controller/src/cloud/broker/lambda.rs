@@ -120,7 +120,7 @@ impl Broker for Lambda {
     async fn terminate(&self, id: &InstanceId) -> Result<(), BrokerError> {
         let call = Call::new(Method::POST, "/instance-operations/terminate", Idempotency::Idempotent);
         let reply = self.http.call(call.body(json!({"instance_ids": [id]}))).await?;
-        let name = match granted(reply) {
+        let name = match reply.granted(kind_of) {
             Ok(reply) => {
                 let ended: Data<Ended> = reply.json("a list of terminated instances")?;
                 let named = |machine: &&Value| wire::id_of(machine).as_ref() == Some(&id.0);
@@ -142,7 +142,7 @@ impl Broker for Lambda {
 impl Lambda {
     /// The `data` of the cloud's answer.
     async fn ask<T: for<'de> Deserialize<'de>>(&self, call: Call, what: &str) -> Result<T, BrokerError> {
-        Ok(granted(self.http.call(call).await?)?.json::<Data<T>>(what)?.data)
+        Ok(self.http.call(call).await?.granted(kind_of)?.json::<Data<T>>(what)?.data)
     }
 
     async fn launch(&self, sku: &Sku, lease: &Lease, key: &str) -> Result<String, BrokerError> {
@@ -153,7 +153,7 @@ impl Lambda {
                 "ssh_key_names": [key],
                 "name": lease.tag.to_string(),
             }));
-        let reply = granted(self.http.call(call).await?)?;
+        let reply = self.http.call(call).await?.granted(kind_of)?;
         let launched: Data<Launched> = reply.json("a list of launched instances")?;
         match &launched.data.instance_ids[..] {
             [id] => Ok(id.clone()),
@@ -167,7 +167,7 @@ impl Lambda {
     /// The cloud's unparsed entry of one instance.
     async fn machine(&self, id: &InstanceId) -> Result<Option<(Response, Value)>, BrokerError> {
         let segment = wire::id_segment(&self.http, id)?;
-        match granted(self.http.call(Call::get(format!("/instances/{segment}"))).await?) {
+        match self.http.call(Call::get(format!("/instances/{segment}"))).await?.granted(kind_of) {
             Ok(reply) => {
                 let machine = reply.json::<Data<Value>>("an instance")?.data;
                 Ok(Some((reply, machine)))
@@ -207,7 +207,7 @@ impl Lambda {
         let (tag, public_key) = (lease.tag.to_string(), lease.ssh_public_key.trim());
         let body = json!({"name": tag, "public_key": public_key});
         let reply = self.http.call(Call::new(Method::POST, "/ssh-keys", Idempotency::Idempotent).body(body)).await?;
-        match granted(reply) {
+        match reply.granted(kind_of) {
             Ok(reply) => Ok(reply.json::<Data<Key>>("an SSH key")?.data),
             // An earlier attempt arrived without its answer, or an earlier lease of the run added
             // the same key.
@@ -243,7 +243,7 @@ impl Lambda {
         let Some(segment) = wire::segment(id) else { return };
         let call = Call::new(Method::DELETE, format!("/ssh-keys/{segment}"), Idempotency::Idempotent);
         let removed = match self.http.call(call).await {
-            Ok(reply) => granted(reply).map(|_| ()),
+            Ok(reply) => reply.granted(kind_of).map(|_| ()),
             Err(error) => Err(error),
         };
         match removed {
@@ -253,11 +253,6 @@ impl Lambda {
             _ => {}
         }
     }
-}
-
-/// The reply, unless it is a refusal.
-fn granted(reply: Response) -> Result<Response, BrokerError> {
-    if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Kind of a refusal, by its code and not its status.

@@ -72,7 +72,7 @@ impl Prime {
         let mut announced = None;
         for _ in 0..MAX_PAGES {
             let call = Call::get(path).query("offset", items.len()).query("limit", PAGE);
-            let page: Page<T> = granted(self.http.call(call).await?)?.json("a page of a list")?;
+            let page: Page<T> = self.http.call(call).await?.granted(kind_of)?.json("a page of a list")?;
             let total = *announced.get_or_insert(page.total_count);
             if total != page.total_count {
                 return Ok(None);
@@ -122,7 +122,9 @@ impl Prime {
             let Some(id) = wire::segment(&key.id) else { continue };
             let call = Call::new(Method::DELETE, format!("/ssh_keys/{id}"), Idempotency::Idempotent);
             let removed = self.http.call(call).await;
-            if let Err(error) = removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { granted(reply) }) {
+            if let Err(error) =
+                removed.and_then(|reply| if is_gone(&reply) { Ok(reply) } else { reply.granted(kind_of) })
+            {
                 tracing::warn!("{error}: the key {} stays in the account", key.name);
             }
         }
@@ -148,7 +150,7 @@ impl Broker for Prime {
     }
 
     async fn check(&self) -> Result<Account, BrokerError> {
-        let reply = granted(self.http.call(Call::get("/pods/").query("offset", 0).query("limit", 1)).await?)?;
+        let reply = self.http.call(Call::get("/pods/").query("offset", 0).query("limit", 1)).await?.granted(kind_of)?;
         reply.json::<Page<Value>>("a page of a list")?;
         // The answer does not state the account's name or balance.
         Ok(Account::default())
@@ -158,7 +160,7 @@ impl Broker for Prime {
         let mut items = Vec::new();
         let mut announced = 0;
         for page in 1..=MAX_PAGES {
-            let reply = granted(self.http.call(search(want, page)).await?)?;
+            let reply = self.http.call(search(want, page)).await?.granted(kind_of)?;
             let found: Availability = reply.json("a page of offers")?;
             let is_last = found.items.is_empty();
             announced = found.total_count;
@@ -200,7 +202,7 @@ impl Broker for Prime {
         if is_gone(&reply) {
             return Ok(None);
         }
-        let reply = granted(reply)?;
+        let reply = reply.granted(kind_of)?;
         let pod: Value = reply.json("an instance")?;
         wire::alone(&reply, NAME, id, &pod, Pod::live)
     }
@@ -212,7 +214,7 @@ impl Broker for Prime {
         let tag = self.get(id).await.ok().flatten().and_then(|instance| instance.tag());
         let reply = self.http.call(Call::new(Method::DELETE, path, Idempotency::Idempotent)).await?;
         if !is_gone(&reply) {
-            granted(reply)?.json::<Deleted>("a confirmation")?;
+            reply.granted(kind_of)?.json::<Deleted>("a confirmation")?;
         }
         self.sweep_keys(tag.as_ref()).await;
         Ok(())
@@ -550,11 +552,6 @@ fn endpoint(connection: &str) -> Option<SshEndpoint> {
     };
     let (user, host) = target.split_once('@')?;
     wire::endpoint(user, host, port)
-}
-
-/// The reply, unless it is a refusal.
-fn granted(reply: Response) -> Result<Response, BrokerError> {
-    if reply.is_success() { Ok(reply) } else { Err(reply.refusal(kind_of(&reply))) }
 }
 
 /// Whether the API reports that the object does not exist. An error page of a proxy does not
