@@ -169,15 +169,7 @@ impl FromStr for PlotWidth {
 
 /// A count with separators, as in `3,969,152`.
 pub fn grouped(count: u64) -> String {
-    let digits = count.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
+    indicatif::HumanCount(count).to_string()
 }
 
 /// A number with this many decimals; a large one as in `1.2346e71`.

@@ -298,18 +298,12 @@ impl Reporter {
     /// has a separate bar.
     pub(crate) fn of_one(&self, label: &str) -> Self {
         Self {
-            json: self.json,
-            quiet: self.quiet,
-            verbose: self.verbose,
-            color: self.color,
-            bars: self.bars,
-            echoes: self.echoes,
-            redraws: self.redraws,
             label: clean(label.as_bytes(), 40),
             pause: PLAIN_PAUSE_OF_MANY,
             board: self.board.clone(),
             now: Mutex::default(),
             unprinted: Mutex::default(),
+            ..*self
         }
     }
 
