@@ -3,7 +3,7 @@
 use std::fs::{self, File, Metadata, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::OFlags;
 use serde::de::DeserializeOwned;
@@ -150,11 +150,26 @@ pub(crate) fn rename_folder(from: &Path, to: &Path) -> io::Result<()> {
     sync_parent(to)
 }
 
-fn sync_parent(path: &Path) -> io::Result<()> {
+/// Makes the name of a file or folder durable.
+pub(crate) fn sync_parent(path: &Path) -> io::Result<()> {
     match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => File::open(folder)?.sync_all(),
         _ => Ok(()),
     }
+}
+
+/// The path with a suffix, in the same folder.
+pub(crate) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Runs work that blocks outside the runtime's tasks.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// Writes a file through a temporary one, synced and renamed durably.
@@ -162,8 +177,7 @@ fn sync_parent(path: &Path) -> io::Result<()> {
 /// # Errors
 /// Disk full, missing folder, or permission denied.
 pub(crate) fn write_whole(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
+    let part = beside(path, ".part");
     let mut file = File::create(&part)?;
     let written = file.write_all(content).and_then(|()| file.sync_all()).and_then(|()| fs::rename(&part, path));
     if let Err(error) = written {

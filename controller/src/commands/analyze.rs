@@ -7,7 +7,7 @@ use serde::de::DeserializeOwned;
 
 use super::Context;
 use crate::cli::settings::JobRequest;
-use crate::files::{read_json, rename_folder};
+use crate::files::{beside, read_json, rename_folder};
 use crate::run::deploy::slug;
 use crate::run::ledger::random_word;
 use crate::run::local_worker::{LocalWorkerError, is_refusal};
@@ -70,9 +70,7 @@ fn partial(folder: &Path, job: &JobSpec) -> Result<PathBuf, CliError> {
     if !is_empty(folder) {
         return refused(folder, "other results");
     }
-    let mut partial = folder.as_os_str().to_owned();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
+    let partial = beside(folder, ".partial");
     let begun = || read_json::<JobSpec>(&partial.join(files::JOB)).ok();
     if !is_empty(&partial) && begun().as_ref() != Some(job) {
         return refused(&partial, "what another job left");

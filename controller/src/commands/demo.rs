@@ -11,7 +11,7 @@ use super::{Context, SCHEMA};
 use crate::cli::DemoArgs;
 use crate::cli::settings::{DeployRequest, JobRequest, RunTerms};
 use crate::cloud::broker::{GpuRequest, Instance, local};
-use crate::files::{create_private_folder, read_json};
+use crate::files::{beside, create_private_folder, read_json};
 use crate::ui::report::{CliError, ExitStatus, tables};
 use crate::units::Usd;
 
@@ -105,9 +105,7 @@ async fn model(context: &Context, args: &DemoArgs) -> Result<PathBuf, CliError> 
         return Ok(folder);
     }
     let trouble = |error: std::io::Error| CliError::failed(format!("{}: {error}", folder.display()));
-    let mut part = folder.as_os_str().to_owned();
-    part.push(format!(".{}.part", crate::run::ledger::random_word(6)));
-    let part = PathBuf::from(part);
+    let part = beside(&folder, &format!(".{}.part", crate::run::ledger::random_word(6)));
     let parent = folder.parent().unwrap_or(Path::new("/"));
     // The state folder may be created here.
     let made = if args.output.is_none() { create_private_folder(parent) } else { std::fs::create_dir_all(parent) };

@@ -1,5 +1,8 @@
 //! Errors of work on a host.
 
+use std::io;
+use std::path::Path;
+
 use crate::host::transport::{TransportError, TransportErrorKind};
 
 /// A failure of the connection or of the host.
@@ -44,6 +47,11 @@ impl HostError {
     /// An error without a hint.
     pub fn new(kind: HostErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into(), hint: None }
+    }
+
+    /// A failure of this machine's file system.
+    pub(crate) fn local(path: &Path, error: &io::Error) -> Self {
+        Self::new(HostErrorKind::Local, format!("{}: {error}", path.display()))
     }
 
     /// Adds a hint.

@@ -12,7 +12,7 @@ use super::bundle::BundleFile;
 use super::push::hash_file;
 use super::retry::again;
 use super::{HostError, HostErrorKind, HostEvent, OnEvent, RemoteHost};
-use crate::files::{RESERVE, absent, free_disk, read_small};
+use crate::files::{RESERVE, absent, beside, free_disk, read_small, sync_parent};
 use crate::host::transport::TransportErrorKind;
 use crate::text::clean;
 use crate::units::Bytes;
@@ -83,7 +83,7 @@ impl RemoteHost {
         }
         check_replaceable(into)?;
         let part = unfinished(into);
-        let here = |e: io::Error| local_error(&part, &e);
+        let here = |e: io::Error| HostError::local(&part, &e);
         fs::create_dir_all(&part).map_err(here)?;
         let entries = manifest.as_ref().map_or(&[][..], |manifest| &manifest.files);
         let lacking = keep_verified(&part, entries).await?;
@@ -96,7 +96,7 @@ impl RemoteHost {
             write_synced(&part.join(files::MANIFEST), text).map_err(here)?;
         }
         let files = list(&part).map_err(here)?;
-        settle(&part, into).map_err(|e| local_error(into, &e))?;
+        settle(&part, into).map_err(|e| HostError::local(into, &e))?;
         Ok(Fetched { partial: manifest.is_none(), manifest, files })
     }
 
@@ -221,12 +221,12 @@ impl RemoteHost {
     fn keep(&self, local: &Path, bytes: &[u8], on: OnEvent<'_>) -> Result<(), HostError> {
         let name = local.file_name().unwrap_or_default().to_string_lossy().into_owned();
         on(HostEvent::Fetching { name, bytes: bytes.len() as u64 });
-        write_synced(local, bytes).map_err(|e| local_error(local, &e))
+        write_synced(local, bytes).map_err(|e| HostError::local(local, &e))
     }
 
     fn compare_with_kept(&self, manifest: &Manifest, known: &[u8], into: &Path) -> Result<Fetched, HostError> {
         if serde_json::from_slice::<Manifest>(known).is_ok_and(|known| known == *manifest) {
-            let files = list(into).map_err(|e| local_error(into, &e))?;
+            let files = list(into).map_err(|e| HostError::local(into, &e))?;
             return Ok(Fetched { manifest: Some(manifest.clone()), partial: false, files });
         }
         let message = format!("{} holds the results of another run", into.display());
@@ -248,12 +248,12 @@ impl RemoteHost {
 /// Removes unverified files of an unfinished fetch. Returns the entries still to fetch.
 async fn keep_verified<'a>(part: &Path, entries: &'a [FileEntry]) -> Result<Vec<&'a FileEntry>, HostError> {
     let mut lacking: Vec<_> = entries.iter().collect();
-    for name in list(part).map_err(|e| local_error(part, &e))? {
+    for name in list(part).map_err(|e| HostError::local(part, &e))? {
         let local = part.join(&name);
         let entry = lacking.iter().position(|entry| entry.name == name);
         match entry {
             Some(i) if is_verified(&local, lacking[i]).await? => drop(lacking.remove(i)),
-            _ => fs::remove_file(&local).map_err(|e| local_error(&local, &e))?,
+            _ => fs::remove_file(&local).map_err(|e| HostError::local(&local, &e))?,
         }
     }
     Ok(lacking)
@@ -281,12 +281,12 @@ fn batches<'a>(entries: &[&'a FileEntry]) -> Vec<Vec<&'a FileEntry>> {
 
 /// The manifest of a folder that was fetched completely.
 fn kept(folder: &Path) -> Result<Option<Vec<u8>>, HostError> {
-    absent(read_small(&folder.join(files::MANIFEST), MAX_MANIFEST)).map_err(|e| local_error(folder, &e))
+    absent(read_small(&folder.join(files::MANIFEST), MAX_MANIFEST)).map_err(|e| HostError::local(folder, &e))
 }
 
 /// Refuses to replace a folder unless an earlier fetch can have made it.
 fn check_replaceable(into: &Path) -> Result<(), HostError> {
-    let Some(there) = absent(list(into)).map_err(|e| local_error(into, &e))? else { return Ok(()) };
+    let Some(there) = absent(list(into)).map_err(|e| HostError::local(into, &e))? else { return Ok(()) };
     match there.iter().find(|name| !LOOSE.contains(&name.as_str()) && *name != files::LOG) {
         None => Ok(()),
         Some(other) => {
@@ -316,16 +316,8 @@ fn settle(part: &Path, into: &Path) -> io::Result<()> {
     remove_folder(&old)?;
     absent(fs::rename(into, &old))?;
     fs::rename(part, into)?;
-    if let Some(parent) = into.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-        File::open(parent)?.sync_all()?;
-    }
+    sync_parent(into)?;
     remove_folder(&old)
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 fn remove_folder(folder: &Path) -> io::Result<()> {
@@ -335,8 +327,4 @@ fn remove_folder(folder: &Path) -> io::Result<()> {
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::write(path, bytes)?;
     File::open(path)?.sync_all()
-}
-
-fn local_error(path: &Path, error: &io::Error) -> HostError {
-    HostError::new(HostErrorKind::Local, format!("{}: {error}", path.display()))
 }

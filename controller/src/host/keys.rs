@@ -1,6 +1,6 @@
 //! The SSH key of one run: created before anything is rented, removed after the run.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use russh::keys::ssh_key::LineEnding;
 use russh::keys::ssh_key::private::Ed25519Keypair;
 use russh::keys::{PrivateKey, load_secret_key};
 
-use crate::files::create_private_folder;
+use crate::files::{beside, create_private_folder, sync_parent};
 
 /// A new Ed25519 key pair. The private half is a file of mode 0600.
 #[derive(Clone, Debug)]
@@ -59,9 +59,7 @@ impl RunKey {
 
 /// Creates the file atomically, with mode 0600 from the start.
 fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
-    let mut part = path.as_os_str().to_owned();
-    part.push(".part");
-    let part = PathBuf::from(part);
+    let part = beside(path, ".part");
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&part)?;
     file.write_all(content)?;
     file.sync_all()?;
@@ -69,10 +67,7 @@ fn write_private(path: &Path, content: &[u8]) -> io::Result<()> {
     let linked = fs::hard_link(&part, path);
     fs::remove_file(&part)?;
     linked?;
-    if let Some(folder) = path.parent() {
-        File::open(folder)?.sync_all()?;
-    }
-    Ok(())
+    sync_parent(path)
 }
 
 /// Why a run's key could not be made or read.

@@ -1,13 +1,12 @@
 //! Pushes files to the host: the worker and a job's inputs.
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 use outliers_protocol::{SCHEMA, VersionInfo};
 
 use super::retry::again;
 use super::{HostError, HostErrorKind, OnEvent, RemoteHost, SHORT, TIMEOUT, names};
-use crate::files::{digest, is_plain_name};
+use crate::files::{blocking, digest, is_plain_name};
 use crate::host::transport::quote::quote;
 use crate::text::clean;
 use crate::units::Bytes;
@@ -181,6 +180,5 @@ fn list_folder(folder: &Path, limit: u64) -> Result<Vec<(String, PathBuf)>, Host
 /// Size and SHA-256 of a local file.
 pub(super) async fn hash_file(path: &Path) -> Result<(u64, String), HostError> {
     let owned = path.to_owned();
-    let hashed = tokio::task::spawn_blocking(move || digest(&owned)).await.unwrap_or_else(|e| Err(io::Error::other(e)));
-    hashed.map_err(|e| HostError::new(HostErrorKind::Local, format!("{}: {e}", path.display())))
+    blocking(move || digest(&owned)).await.map_err(|error| HostError::local(path, &error))
 }

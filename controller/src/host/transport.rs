@@ -9,6 +9,8 @@ use async_trait::async_trait;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
+use crate::files::beside;
+
 pub mod local;
 pub mod program;
 pub mod quote;
@@ -141,9 +143,7 @@ fn local_error(path: &Path, error: &io::Error) -> TransportError {
 
 /// A temporary name beside a file of this machine.
 fn part_beside(path: &Path) -> PathBuf {
-    let mut part = path.as_os_str().to_owned();
-    part.push(format!(".part.{:08x}", rand::rng().random::<u32>()));
-    part.into()
+    beside(path, &format!(".part.{:08x}", rand::rng().random::<u32>()))
 }
 
 /// Renames a file that was downloaded to `part`, or removes what has come of it.

@@ -14,7 +14,7 @@ use futures::future::try_join_all;
 use sha2::{Digest, Sha256};
 
 use super::hash_file;
-use crate::files::{hex, open_regular};
+use crate::files::{blocking, hex, open_regular};
 use crate::host::probe::free_kib;
 use crate::host::retry::Retry;
 use crate::host::transport::SendRequest;
@@ -316,9 +316,7 @@ async fn gap<'a>(item: &'a Item, there: &[(u64, String)]) -> Result<Gap<'a>, Hos
 
 async fn hash_blocks(path: &Path, block: u64) -> Result<Vec<String>, HostError> {
     let owned = path.to_owned();
-    let hashed = tokio::task::spawn_blocking(move || hash_blocks_now(&owned, block)).await;
-    let hashed = hashed.unwrap_or_else(|e| Err(io::Error::other(e)));
-    hashed.map_err(|e| HostError::new(HostErrorKind::Local, format!("{}: {e}", path.display())))
+    blocking(move || hash_blocks_now(&owned, block)).await.map_err(|error| HostError::local(path, &error))
 }
 
 fn hash_blocks_now(path: &Path, block: u64) -> io::Result<Vec<String>> {

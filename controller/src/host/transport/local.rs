@@ -15,7 +15,7 @@ use tokio::time::timeout;
 
 use super::program::{gather, is_flood};
 use super::{ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside};
-use crate::files::{absent, open_regular};
+use crate::files::{absent, blocking, open_regular};
 
 /// Bytes copied at once.
 const PIECE: usize = 1 << 20;
@@ -182,10 +182,6 @@ impl Transport for LocalTransport {
         });
         read.await.map_err(|error| self::remote(remote, &error))
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 /// Writes a file to a temporary name beside `path`, syncs it and renames it over `path`.

@@ -957,6 +957,5 @@ fn did_not_come_up(rental: &Rental, why: &str) -> StepError {
 }
 
 fn local_failure(path: &Path, error: &std::io::Error) -> HostError {
-    HostError::new(HostErrorKind::Local, format!("{}: {error}", path.display()))
-        .hint("the results' folder must be writable and have room")
+    HostError::local(path, error).hint("the results' folder must be writable and have room")
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 
 use crate::cloud::broker::LeaseTag;
-use crate::files::{absent, create_private_folder, is_taken, read_json};
+use crate::files::{absent, create_private_folder, is_taken, read_json, sync_parent};
 use crate::units::UsdPerHour;
 
 /// Bytes at the end of a log that are searched for its last line.
@@ -79,7 +79,7 @@ impl Folder {
         create_private_folder(&draft.0)?;
         let written = draft.fill(record);
         let place = instances.join(&record.id);
-        let placed = written.and_then(|()| fs::rename(&draft.0, &place)).and_then(|()| sync_dir(instances));
+        let placed = written.and_then(|()| fs::rename(&draft.0, &place)).and_then(|()| sync_parent(&place));
         match placed {
             Ok(()) => Ok(Self(place)),
             Err(error) => {
@@ -198,7 +198,7 @@ impl Folder {
         let (Some(parent), Some(name)) = (self.0.parent(), self.0.file_name()) else { return Ok(()) };
         let gone = parent.join(format!(".gone-{}", name.to_string_lossy()));
         absent(fs::rename(&self.0, &gone))?;
-        sync_dir(parent)?;
+        sync_parent(&gone)?;
         absent(remove_stubborn(&gone))?;
         Ok(())
     }
@@ -227,19 +227,14 @@ pub(super) fn now() -> u64 {
 
 /// Temporary name, fsync, rename: a reader sees the old content or the new, after a crash too.
 /// Mode 0600.
-pub(super) fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
+fn write_durably(path: &Path, content: &[u8]) -> io::Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let draft = path.with_file_name(format!(".{name}.{}.part", std::process::id()));
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&draft)?;
     file.write_all(content)?;
     file.sync_all()?;
     fs::rename(&draft, path)?;
-    path.parent().map_or(Ok(()), sync_dir)
-}
-
-/// Syncs a folder, so that renames in it are durable.
-pub(super) fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
+    sync_parent(path)
 }
 
 fn write_json(path: &Path, document: &impl Serialize) -> io::Result<()> {

@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::files::open_regular;
+use crate::files::{blocking, open_regular};
 use crate::host::transport::{TransportError, TransportErrorKind as Kind};
 
 /// A plain file that is read at any offset.
@@ -25,7 +25,6 @@ impl UploadSource {
             let mut block = vec![0; (range.end - range.start) as usize];
             file.read_exact_at(&mut block, range.start).map(|()| block)
         };
-        let read = tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(io::Error::other(e)));
-        read.map_err(|e| TransportError::new(Kind::Local, format!("reading the file to send: {e}")))
+        blocking(read).await.map_err(|e| TransportError::new(Kind::Local, format!("reading the file to send: {e}")))
     }
 }
