@@ -12,7 +12,7 @@ use crate::cloud::offer::GpuRequest;
 use crate::cloud::offer::request::{MONEY, RENT};
 use crate::units::{PlotWidth, Positive, Span};
 
-pub mod settings;
+pub(crate) mod settings;
 
 /// Headings of options, beside those of the job's and the instance's.
 const ALL: &str = "Options of all commands";

@@ -10,7 +10,7 @@
 //!   ([`ledger`](run::ledger)), driven by one loop ([`deploy`](run::deploy)) and compared with the
 //!   clouds' lists ([`reconcile`](run::reconcile)).
 //! - [`survey`]: many runs at once.
-//! - [`cli`]: the command line, and its [`settings`](cli::settings).
+//! - [`cli`]: the command line, and its `settings`.
 //! - `ui`: `report` prints all events; the `status` of all runs is a table or a document (`handoff`).
 //! - `compare`: comparison of results.
 //! - `commands`: one file per command.

@@ -23,35 +23,37 @@ use crate::secret::Secret;
 use crate::text::toml_error;
 use crate::units::{Bytes, Fraction, Positive, UsdPerHour};
 
-pub use crate::units::Span;
-pub use resolve::{DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRequest, RunTerms, SurveyRequest};
+pub(crate) use crate::units::Span;
+pub(crate) use resolve::{
+    DeployRequest, JobRequest, ModelRequest, OffersRequest, PlanRequest, RunTerms, SurveyRequest,
+};
 
 mod resolve;
 
 /// Environment variables that this program reads, beside the clouds' keys
 /// ([`CloudKind::key_variable`], or the variable that the
 /// settings name).
-pub mod variables {
+pub(crate) mod variables {
     /// Folder of ledger, keys and the local cloud.
-    pub const STATE: &str = "OUTLIERS_STATE";
+    pub(crate) const STATE: &str = "OUTLIERS_STATE";
     /// The user's settings.
-    pub const CONFIG: &str = "OUTLIERS_CONFIG";
+    pub(crate) const CONFIG: &str = "OUTLIERS_CONFIG";
     /// Token for gated models. It is passed only to the worker of a job that needs it.
-    pub const HF_TOKEN: &str = "HF_TOKEN";
+    pub(crate) const HF_TOKEN: &str = "HF_TOKEN";
     /// Address of another hub; passed to the worker.
-    pub const HF_ENDPOINT: &str = "HF_ENDPOINT";
+    pub(crate) const HF_ENDPOINT: &str = "HF_ENDPOINT";
     /// Folder with the token file of `hf auth login`.
-    pub const HF_HOME: &str = "HF_HOME";
+    pub(crate) const HF_HOME: &str = "HF_HOME";
     /// Disables colours, with any value.
-    pub const NO_COLOR: &str = "NO_COLOR";
+    pub(crate) const NO_COLOR: &str = "NO_COLOR";
     /// `dumb`: no colours and no bars.
-    pub const TERM: &str = "TERM";
+    pub(crate) const TERM: &str = "TERM";
     /// Base of the state folder.
-    pub const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
+    pub(crate) const XDG_STATE_HOME: &str = "XDG_STATE_HOME";
     /// Base of the user's settings.
-    pub const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
+    pub(crate) const XDG_CONFIG_HOME: &str = "XDG_CONFIG_HOME";
     /// Base of both, if they are not set.
-    pub const HOME: &str = "HOME";
+    pub(crate) const HOME: &str = "HOME";
 }
 
 /// How long a job may wait in a cluster's queue; results are kept in its folder as long.
@@ -68,7 +70,7 @@ const MAX_TOKEN: u64 = 64 << 10;
 
 /// The environment as it was at the start. It holds keys, so it is never printed.
 #[derive(Clone, Default)]
-pub struct Environment {
+pub(crate) struct Environment {
     values: BTreeMap<String, String>,
     /// Whether the name of the home folder is not UTF-8.
     odd_home: bool,
@@ -76,7 +78,7 @@ pub struct Environment {
 
 impl Environment {
     /// Reads the environment of this process.
-    pub fn of_process() -> Self {
+    pub(crate) fn of_process() -> Self {
         Self::of_system(std::env::vars_os())
     }
 
@@ -92,8 +94,8 @@ impl Environment {
         environment
     }
 
-    /// An environment with these variables only, for tests.
-    pub fn of(pairs: &[(&str, &str)]) -> Self {
+    #[cfg(test)]
+    pub(crate) fn of(pairs: &[(&str, &str)]) -> Self {
         Self::of_system(pairs.iter().map(|(name, value)| (OsString::from(name), OsString::from(value))))
     }
 
@@ -117,61 +119,61 @@ impl Environment {
     }
 
     /// Whether the environment allows coloured and redrawn output.
-    pub fn is_plain(&self) -> bool {
+    pub(crate) fn is_plain(&self) -> bool {
         self.get(variables::NO_COLOR).is_some() || self.get(variables::TERM) == Some("dumb")
     }
 }
 
 /// The resolved settings of a command.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub(crate) struct Settings {
     /// Folder of ledger, keys and the local cloud.
-    pub state: PathBuf,
+    pub(crate) state: PathBuf,
     /// Folder of the results, absolute.
-    pub results: PathBuf,
+    pub(crate) results: PathBuf,
     /// Path of the worker program, if set.
-    pub worker: Option<PathBuf>,
+    pub(crate) worker: Option<PathBuf>,
     /// Limits for the inspection of a job on this machine.
-    pub inspect_limits: InspectLimits,
+    pub(crate) inspect_limits: InspectLimits,
     /// The default brokers.
-    pub broker: DefaultBroker,
+    pub(crate) broker: DefaultBroker,
     /// Every supported cloud that is not disabled, with its key if one is set.
-    pub clouds: Vec<CloudSettings>,
+    pub(crate) clouds: Vec<CloudSettings>,
     /// The cluster behind a login node, where one is named.
-    pub slurm: Option<slurm::Site>,
+    pub(crate) slurm: Option<slurm::Site>,
     /// The same for any cluster: its host is empty where none is named.
-    pub any_cluster: slurm::Site,
+    pub(crate) any_cluster: slurm::Site,
     /// After this an instance has no right to exist.
-    pub max_duration: Duration,
+    pub(crate) max_duration: Duration,
     /// Timeouts of the guard on an instance.
-    pub watch: GuardTimeouts,
+    pub(crate) watch: GuardTimeouts,
     /// Disk beyond the needs of the checkpoint.
-    pub spare_disk: Bytes,
+    pub(crate) spare_disk: Bytes,
     /// Maximum size of a pushed folder or corpus.
-    pub push_limit: Bytes,
+    pub(crate) push_limit: Bytes,
     /// Maximum size of a save point that is fetched while the worker runs.
-    pub save_point_limit: Bytes,
+    pub(crate) save_point_limit: Bytes,
     /// Maximum concurrent runs of a survey.
-    pub max_parallel: usize,
+    pub(crate) max_parallel: usize,
     /// Minimum time between the starts of two workers of a survey.
-    pub stagger: Duration,
+    pub(crate) stagger: Duration,
     /// Options of every job.
-    pub job: JobOptions,
+    pub(crate) job: JobOptions,
     /// Weight bytes per second, for plans.
-    pub read_rate: Bytes,
+    pub(crate) read_rate: Bytes,
     /// Share of peak arithmetic, for plans.
-    pub efficiency: f64,
+    pub(crate) efficiency: f64,
     /// Maximum requests to the hub in five minutes, over all runs.
-    pub hub_requests: usize,
+    pub(crate) hub_requests: usize,
     /// Token for gated models.
-    pub hf_token: Option<Secret>,
+    pub(crate) hf_token: Option<Secret>,
     /// Address of another hub.
-    pub hf_endpoint: Option<String>,
+    pub(crate) hf_endpoint: Option<String>,
 }
 
 /// The default brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum DefaultBroker {
+pub(crate) enum DefaultBroker {
     /// Named in the settings.
     Named(String),
     /// Every cloud whose key is set.
@@ -182,29 +184,29 @@ pub enum DefaultBroker {
 
 /// Settings of a cloud.
 #[derive(Clone, Debug)]
-pub struct CloudSettings {
+pub(crate) struct CloudSettings {
     /// The cloud that these settings are for.
-    pub kind: &'static CloudKind,
+    pub(crate) kind: &'static CloudKind,
     /// Base URL of its API.
-    pub base_url: String,
+    pub(crate) base_url: String,
     /// Environment variable with its key.
-    pub key_variable: String,
+    pub(crate) key_variable: String,
     /// Its key.
-    pub key: Option<Secret>,
+    pub(crate) key: Option<Secret>,
     /// Container image for instances.
-    pub image: String,
+    pub(crate) image: String,
     /// SSH user of its instances, if the cloud does not state it.
-    pub ssh_user: Option<String>,
+    pub(crate) ssh_user: Option<String>,
     /// SSH port of its instances, if the cloud does not state it.
-    pub ssh_port: Option<u16>,
+    pub(crate) ssh_port: Option<u16>,
     /// Minimum time between two listings.
-    pub listing_interval: Option<Duration>,
+    pub(crate) listing_interval: Option<Duration>,
 }
 
 impl CloudSettings {
     /// The variable's name for messages. A value that does not look like a name may be the key
     /// itself, and is not shown.
-    pub fn variable(&self) -> &str {
+    pub(crate) fn variable(&self) -> &str {
         let fits = |b: u8| b.is_ascii_uppercase() || b.is_ascii_digit() || b == b'_';
         let is_name = self.key_variable.len() <= 60 && self.key_variable.bytes().all(fits);
         if is_name { &self.key_variable } else { "the variable that key-variable in the settings names" }
@@ -394,7 +396,11 @@ impl Settings {
     ///
     /// # Errors
     /// [`SettingsError`] if a file is unreadable or invalid, or there is no folder for the state.
-    pub fn resolve(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+    pub(crate) fn resolve(
+        config: Option<&Path>,
+        environment: &Environment,
+        here: &Path,
+    ) -> Result<Self, SettingsError> {
         Self::of(user_file(config, environment)?, environment, here)
     }
 
@@ -403,7 +409,11 @@ impl Settings {
     ///
     /// # Errors
     /// [`SettingsError`] if there is no folder for the state.
-    pub fn for_endings(config: Option<&Path>, environment: &Environment, here: &Path) -> Result<Self, SettingsError> {
+    pub(crate) fn for_endings(
+        config: Option<&Path>,
+        environment: &Environment,
+        here: &Path,
+    ) -> Result<Self, SettingsError> {
         let text = user_path(config, environment).and_then(|path| read_text(&path, MAX_FILE_BYTES).ok());
         let table = text.and_then(|text| toml::from_str::<toml::Table>(&text).ok()).unwrap_or_default();
         let clouds = |brokers: toml::Value| brokers.try_into().ok();
@@ -455,7 +465,7 @@ impl Settings {
 
     /// Applies the command line's options of the cluster. Without a host there is no cluster.
     #[must_use]
-    pub fn on_cluster(self, typed: &ClusterArgs) -> Self {
+    pub(crate) fn on_cluster(self, typed: &ClusterArgs) -> Self {
         let site = self.any_cluster;
         let any_cluster = slurm::Site {
             host: typed.host.clone().unwrap_or(site.host),
@@ -471,7 +481,7 @@ impl Settings {
     }
 
     /// Environment variables for each worker if `workers` of them use the hub at the same time.
-    pub fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
+    pub(crate) fn hub_variables(&self, workers: usize) -> Vec<(&'static str, Secret)> {
         let share = (self.hub_requests / workers.max(1)).max(1);
         let endpoint = self.hf_endpoint.as_ref().map(|text| (variables::HF_ENDPOINT, Secret::new(text.clone())));
         let token = self.hf_token.clone().map(|token| (variables::HF_TOKEN, token));
@@ -561,7 +571,7 @@ fn missing_default(field: &'static str) -> SettingsError {
 
 /// Why the settings are unusable.
 #[derive(Debug, thiserror::Error)]
-pub enum SettingsError {
+pub(crate) enum SettingsError {
     /// A file cannot be read.
     #[error("{}: {source}", path.display())]
     Unreadable {
@@ -593,14 +603,14 @@ pub enum SettingsError {
 }
 
 /// Names of all supported clouds.
-pub fn known_brokers() -> String {
+pub(crate) fn known_brokers() -> String {
     let clouds = CLOUDS.iter().map(|kind| kind.name);
     [local::NAME, slurm::NAME].into_iter().chain(clouds).collect::<Vec<_>>().join(", ")
 }
 
 impl SettingsError {
     /// The remedy.
-    pub fn hint(&self) -> String {
+    pub(crate) fn hint(&self) -> String {
         match self {
             Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),
             Self::Wrong { .. } => "config/outliers.toml shows every setting with its default".to_owned(),

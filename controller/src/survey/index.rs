@@ -8,47 +8,47 @@ use serde::{Deserialize, Serialize};
 use crate::files::{MAX_FILE_BYTES, absent, is_plain_name, read_small, write_whole};
 
 /// File name in the survey's folder.
-pub const FILE: &str = "index.json";
+pub(crate) const FILE: &str = "index.json";
 
 /// Version of the document.
-pub const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
 
 /// Content of the document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Index {
+pub(crate) struct Index {
     /// Document version.
-    pub schema: u32,
+    pub(crate) schema: u32,
     /// The survey's name.
-    pub survey: String,
+    pub(crate) survey: String,
     /// Absolute path of its file. The same command resumes from it.
-    pub file: String,
+    pub(crate) file: String,
     /// Models in the file's order.
-    pub models: Vec<IndexEntry>,
+    pub(crate) models: Vec<IndexEntry>,
 }
 
 /// One model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct IndexEntry {
+pub(crate) struct IndexEntry {
     /// Its name in the survey.
-    pub name: String,
+    pub(crate) name: String,
     /// Hub id or folder.
-    pub model: String,
+    pub(crate) model: String,
     /// Key of the requested work.
-    pub job_key: String,
+    pub(crate) job_key: String,
     /// The run with this outcome.
-    pub run: Option<String>,
+    pub(crate) run: Option<String>,
     /// Outcome of the model.
-    pub outcome: ModelOutcome,
+    pub(crate) outcome: ModelOutcome,
     /// Folder beside this document, if results were saved.
-    pub folder: Option<String>,
+    pub(crate) folder: Option<String>,
     /// Why it is not complete.
-    pub why: Option<String>,
+    pub(crate) why: Option<String>,
 }
 
 /// Outcome of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum ModelOutcome {
+pub(crate) enum ModelOutcome {
     /// Complete results exist and match the worker's manifest.
     Complete,
     /// Partial results were saved.
@@ -61,7 +61,7 @@ pub enum ModelOutcome {
 
 impl ModelOutcome {
     /// One word, for tables.
-    pub fn word(self) -> &'static str {
+    pub(crate) fn word(self) -> &'static str {
         match self {
             Self::Complete => "complete",
             Self::Partial => "partial",
@@ -73,7 +73,7 @@ impl ModelOutcome {
 
 /// Why an index is unusable.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum IndexError {
+pub(crate) enum IndexError {
     /// It has another version.
     Version(String),
     /// It is invalid.
@@ -82,7 +82,7 @@ pub enum IndexError {
 
 impl Index {
     /// The entry of a model, by its name in the survey.
-    pub fn entry(&self, name: &str) -> Option<&IndexEntry> {
+    pub(crate) fn entry(&self, name: &str) -> Option<&IndexEntry> {
         self.models.iter().find(|line| line.name == name)
     }
 
@@ -90,7 +90,7 @@ impl Index {
     ///
     /// # Errors
     /// Disk full, missing folder, or permission denied.
-    pub fn write(&self, folder: &Path) -> std::io::Result<()> {
+    pub(crate) fn write(&self, folder: &Path) -> std::io::Result<()> {
         write_whole(&folder.join(FILE), &serde_json::to_vec_pretty(self)?)
     }
 
@@ -98,7 +98,7 @@ impl Index {
     ///
     /// # Errors
     /// It cannot be read, has another version, or names folders outside its own.
-    pub fn read(folder: &Path) -> Result<Option<Self>, IndexError> {
+    pub(crate) fn read(folder: &Path) -> Result<Option<Self>, IndexError> {
         #[derive(Deserialize)]
         struct Versioned {
             schema: u32,

@@ -11,26 +11,26 @@ use crate::run::{Membership, RunFailureKind, RunOutcome};
 
 /// A model of a survey with its work.
 #[derive(Clone, Copy, Debug)]
-pub struct Member<'a> {
+pub(crate) struct Member<'a> {
     /// The survey's name.
-    pub survey: &'a str,
+    pub(crate) survey: &'a str,
     /// The model's name in it.
-    pub name: &'a str,
+    pub(crate) name: &'a str,
     /// Identity of its job.
-    pub identity: &'a JobIdentity,
+    pub(crate) identity: &'a JobIdentity,
     /// Key of its work on this survey's brokers.
-    pub job_key: &'a str,
+    pub(crate) job_key: &'a str,
     /// The survey's folder.
-    pub folder: &'a Path,
+    pub(crate) folder: &'a Path,
     /// Its entry in the previous index.
-    pub before: Option<&'a IndexEntry>,
+    pub(crate) before: Option<&'a IndexEntry>,
 }
 
 impl Member<'_> {
     /// Its outcome, and the run of the same work with this outcome: one with complete results,
     /// else the latest. If the ledger has none, since it may be new, the folder and its index are
     /// used.
-    pub fn index_entry<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
+    pub(crate) fn index_entry<'r>(&self, runs: &'r [RunRecord]) -> (IndexEntry, Option<&'r RunRecord>) {
         let mut latest = None;
         for run in runs.iter().rev().filter(|run| self.is_run_by(run)) {
             let (outcome, why) = judge(run, &self.folder.join(self.name));
@@ -61,7 +61,7 @@ impl Member<'_> {
     }
 
     /// Whether a run does this work for this survey, on any broker.
-    pub fn is_run_by(&self, run: &RunRecord) -> bool {
+    pub(crate) fn is_run_by(&self, run: &RunRecord) -> bool {
         let is_this = |member: &Membership| (member.survey.as_str(), member.model.as_str()) == (self.survey, self.name);
         run.spec.survey.as_ref().is_some_and(is_this)
             && run.spec.job == self.identity.job
@@ -82,11 +82,11 @@ impl Member<'_> {
 }
 
 /// The runs of each model of all surveys, oldest first.
-pub struct Members<'a>(HashMap<&'a Membership, Vec<&'a RunRecord>>);
+pub(crate) struct Members<'a>(HashMap<&'a Membership, Vec<&'a RunRecord>>);
 
 impl<'a> Members<'a> {
     /// From all runs of the ledger.
-    pub fn of(runs: &'a [RunRecord]) -> Self {
+    pub(crate) fn of(runs: &'a [RunRecord]) -> Self {
         let mut of_model: HashMap<_, Vec<_>> = HashMap::new();
         for run in runs {
             if let Some(member) = &run.spec.survey {
@@ -98,7 +98,7 @@ impl<'a> Members<'a> {
 
     /// An index as the runs' records have it: the survey's command wrote it, and `attach` may have
     /// brought runs home since. Nothing is read of their results.
-    pub fn on(&self, index: Index) -> Index {
+    pub(crate) fn on(&self, index: Index) -> Index {
         let by_record = |run: &RunRecord| {
             let outcome = outcome(run);
             let ending = run.state.ending().filter(|_| run.state.is_at_rest() && outcome != ModelOutcome::Complete);
@@ -108,7 +108,7 @@ impl<'a> Members<'a> {
     }
 
     /// The same by the results in the survey's folder too.
-    pub fn in_folder(&self, folder: &Path, index: Index) -> Index {
+    pub(crate) fn in_folder(&self, folder: &Path, index: Index) -> Index {
         self.on_each(index, |run, name| judge(run, &folder.join(name)))
     }
 

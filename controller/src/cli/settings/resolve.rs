@@ -15,125 +15,125 @@ use crate::units::{Bytes, GpuTime, Positive, Span, Usd, UsdPerHour};
 
 /// A requested job, not yet checked.
 #[derive(Clone, Debug)]
-pub struct JobRequest {
+pub(crate) struct JobRequest {
     /// The checkpoint: hub id or folder.
-    pub model: String,
+    pub(crate) model: String,
     /// Branch, tag or commit of a hub model.
-    pub revision: String,
+    pub(crate) revision: String,
     /// Options merged from all sources.
-    pub options: JobOptions,
+    pub(crate) options: JobOptions,
     /// The folder that relative paths refer to.
-    pub here: PathBuf,
+    pub(crate) here: PathBuf,
 }
 
 /// Options for renting and for the end of the instance.
 #[derive(Clone, Debug)]
-pub struct RunTerms {
+pub(crate) struct RunTerms {
     /// Filters for offers. Missing ones come from the plan.
-    pub request: GpuRequest,
+    pub(crate) request: GpuRequest,
     /// Whether to upload the model's folder.
-    pub push_model: bool,
+    pub(crate) push_model: bool,
     /// Whether to keep the instance after the worker has ended.
-    pub keep_running: bool,
+    pub(crate) keep_running: bool,
     /// Whether to leave the instance to its guard once the worker runs.
-    pub detach: bool,
+    pub(crate) detach: bool,
     /// Time limit from the create call to the instance's end.
-    pub max_duration: Duration,
+    pub(crate) max_duration: Duration,
     /// Whether a run may start although it is estimated to exceed the time limit.
-    pub cut_short: bool,
+    pub(crate) cut_short: bool,
     /// Budget of this run, or of the whole survey.
-    pub budget: Option<Usd>,
+    pub(crate) budget: Option<Usd>,
     /// Budget of GPU time of this run, or of the whole survey.
-    pub max_gpu_time: Option<GpuTime>,
+    pub(crate) max_gpu_time: Option<GpuTime>,
     /// Folder in which the results' folder is created.
-    pub results: PathBuf,
+    pub(crate) results: PathBuf,
     /// The survey of the run.
-    pub survey: Option<Membership>,
+    pub(crate) survey: Option<Membership>,
 }
 
 /// Request of `deploy`.
 #[derive(Clone, Debug)]
-pub struct DeployRequest {
+pub(crate) struct DeployRequest {
     /// The job.
-    pub job: JobRequest,
+    pub(crate) job: JobRequest,
     /// Brokers to rent from; empty: those of the settings.
-    pub brokers: Vec<String>,
+    pub(crate) brokers: Vec<String>,
     /// Terms of the rental.
-    pub terms: RunTerms,
+    pub(crate) terms: RunTerms,
     /// Whether to rent nothing.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Whether to skip the confirmation.
-    pub yes: bool,
+    pub(crate) yes: bool,
 }
 
 /// Request of `survey`.
 #[derive(Clone, Debug)]
-pub struct SurveyRequest {
+pub(crate) struct SurveyRequest {
     /// Name of the survey.
-    pub name: String,
+    pub(crate) name: String,
     /// Its file.
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Folder of the survey's results.
-    pub folder: PathBuf,
+    pub(crate) folder: PathBuf,
     /// Only these models, by id or by their names; empty: all.
-    pub only: Vec<String>,
+    pub(crate) only: Vec<String>,
     /// Brokers to rent from; empty: those of the settings.
-    pub brokers: Vec<String>,
+    pub(crate) brokers: Vec<String>,
     /// Models in the file's order.
-    pub models: Vec<ModelRequest>,
+    pub(crate) models: Vec<ModelRequest>,
     /// Maximum concurrent runs.
-    pub max_parallel: usize,
+    pub(crate) max_parallel: usize,
     /// Budget of all runs together.
-    pub budget: Option<Usd>,
+    pub(crate) budget: Option<Usd>,
     /// Budget of GPU time of all runs together.
-    pub max_gpu_time: Option<GpuTime>,
+    pub(crate) max_gpu_time: Option<GpuTime>,
     /// Whether to run failed models again.
-    pub rerun_failed: bool,
+    pub(crate) rerun_failed: bool,
     /// Whether to rent nothing.
-    pub dry_run: bool,
+    pub(crate) dry_run: bool,
     /// Whether to skip the confirmation.
-    pub yes: bool,
+    pub(crate) yes: bool,
 }
 
 /// A model of a survey.
 #[derive(Clone, Debug)]
-pub struct ModelRequest {
+pub(crate) struct ModelRequest {
     /// Its name in the survey.
-    pub name: String,
+    pub(crate) name: String,
     /// Its job.
-    pub job: JobRequest,
+    pub(crate) job: JobRequest,
     /// Terms of its rental.
-    pub terms: RunTerms,
+    pub(crate) terms: RunTerms,
 }
 
 /// Request of `plan`.
 #[derive(Clone, Debug)]
-pub struct PlanRequest {
+pub(crate) struct PlanRequest {
     /// The job.
-    pub job: JobRequest,
+    pub(crate) job: JobRequest,
     /// Brokers to query; empty: those of the settings.
-    pub brokers: Vec<String>,
+    pub(crate) brokers: Vec<String>,
     /// Filters for offers.
-    pub request: GpuRequest,
+    pub(crate) request: GpuRequest,
     /// Price of the whole instance; `None`: that of the cheapest matching offer.
-    pub price: Option<UsdPerHour>,
+    pub(crate) price: Option<UsdPerHour>,
     /// Bytes of weights that the instance reads per second.
-    pub read_rate: Bytes,
+    pub(crate) read_rate: Bytes,
     /// Peak arithmetic of the instance, operations per second.
-    pub peak: Option<f64>,
+    pub(crate) peak: Option<f64>,
 }
 
 /// Request of `offers`.
 #[derive(Clone, Debug)]
-pub struct OffersRequest {
+pub(crate) struct OffersRequest {
     /// The job whose cost determines the ranking.
-    pub job: Option<JobRequest>,
+    pub(crate) job: Option<JobRequest>,
     /// Brokers to query; empty: those of the settings.
-    pub brokers: Vec<String>,
+    pub(crate) brokers: Vec<String>,
     /// Filters for offers.
-    pub request: GpuRequest,
+    pub(crate) request: GpuRequest,
     /// Whether to show all offers.
-    pub all: bool,
+    pub(crate) all: bool,
 }
 
 fn dollars(amount: Positive) -> Usd {
@@ -146,13 +146,13 @@ fn gpu_hours(hours: Positive) -> GpuTime {
 
 impl Settings {
     /// The job of a command that runs in the folder `here`.
-    pub fn job_request(&self, model: ModelArgs, typed: JobOptions, here: &Path) -> JobRequest {
+    pub(crate) fn job_request(&self, model: ModelArgs, typed: JobOptions, here: &Path) -> JobRequest {
         let ModelArgs { model, revision } = model;
         JobRequest { model, revision, options: typed.merge(self.job.clone()), here: here.to_owned() }
     }
 
     /// Resolves `deploy`, run in the folder `here`.
-    pub fn deploy_request(&self, typed: DeployArgs, here: &Path) -> DeployRequest {
+    pub(crate) fn deploy_request(&self, typed: DeployArgs, here: &Path) -> DeployRequest {
         DeployRequest {
             job: self.job_request(typed.model, typed.job, here),
             brokers: typed.want.broker,
@@ -178,7 +178,7 @@ impl Settings {
     ///
     /// # Errors
     /// The file cannot be read, or is invalid.
-    pub fn survey_request(&self, typed: SurveyArgs, here: &Path) -> Result<SurveyRequest, SurveyError> {
+    pub(crate) fn survey_request(&self, typed: SurveyArgs, here: &Path) -> Result<SurveyRequest, SurveyError> {
         let Survey { name, path, job, models, max_parallel, budget, max_gpu_time, max_duration } =
             Survey::read(&here.join(typed.file))?;
         let options = job.merge(self.job.clone());
@@ -225,7 +225,7 @@ impl Settings {
     }
 
     /// Resolves `plan`, run in the folder `here`.
-    pub fn plan_request(&self, typed: PlanArgs, here: &Path) -> PlanRequest {
+    pub(crate) fn plan_request(&self, typed: PlanArgs, here: &Path) -> PlanRequest {
         let bytes = |gib: Positive| Bytes((gib.get() * (1u64 << 30) as f64) as u64);
         PlanRequest {
             job: self.job_request(typed.model, typed.job, here),
@@ -238,7 +238,7 @@ impl Settings {
     }
 
     /// Resolves `offers`, run in the folder `here`.
-    pub fn offers_request(&self, typed: OffersArgs, here: &Path) -> OffersRequest {
+    pub(crate) fn offers_request(&self, typed: OffersArgs, here: &Path) -> OffersRequest {
         let revision = typed.revision;
         let job = |model| self.job_request(ModelArgs { model, revision }, JobOptions::default(), here);
         OffersRequest {
