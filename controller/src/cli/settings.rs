@@ -77,7 +77,6 @@ pub(crate) struct Environment {
 }
 
 impl Environment {
-    /// Reads the environment of this process.
     pub(crate) fn of_process() -> Self {
         Self::of_system(std::env::vars_os())
     }
@@ -135,7 +134,6 @@ pub(crate) struct Settings {
     pub(crate) worker: Option<PathBuf>,
     /// Limits for the inspection of a job on this machine.
     pub(crate) inspect_limits: InspectLimits,
-    /// The default brokers.
     pub(crate) broker: DefaultBroker,
     /// Every supported cloud that is not disabled, with its key if one is set.
     pub(crate) clouds: Vec<CloudSettings>,
@@ -174,7 +172,6 @@ pub(crate) struct Settings {
 /// The default brokers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum DefaultBroker {
-    /// Named in the settings.
     Named(String),
     /// Every cloud whose key is set.
     Clouds,
@@ -182,18 +179,14 @@ pub(crate) enum DefaultBroker {
     Local,
 }
 
-/// Settings of a cloud.
 #[derive(Clone, Debug)]
 pub(crate) struct CloudSettings {
-    /// The cloud that these settings are for.
     pub(crate) kind: &'static CloudKind,
     /// Base URL of its API.
     pub(crate) base_url: String,
     /// Environment variable with its key.
     pub(crate) key_variable: String,
-    /// Its key.
     pub(crate) key: Option<Secret>,
-    /// Container image for instances.
     pub(crate) image: String,
     /// SSH user of its instances, if the cloud does not state it.
     pub(crate) ssh_user: Option<String>,
@@ -569,37 +562,16 @@ fn missing_default(field: &'static str) -> SettingsError {
     SettingsError::Wrong { path: PathBuf::from("config/outliers.toml"), why: format!("{field} is missing") }
 }
 
-/// Why the settings are unusable.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SettingsError {
-    /// A file cannot be read.
     #[error("{}: {source}", path.display())]
-    Unreadable {
-        /// The settings file.
-        path: PathBuf,
-        /// Error of the system.
-        source: std::io::Error,
-    },
-    /// A file is invalid.
+    Unreadable { path: PathBuf, source: std::io::Error },
     #[error("{}: {why}", path.display())]
-    Wrong {
-        /// The settings file.
-        path: PathBuf,
-        /// Location and error.
-        why: String,
-    },
-    /// A section names an unsupported broker.
+    Wrong { path: PathBuf, why: String },
     #[error("[brokers.{name}]: there is no such cloud")]
-    NoSuchBroker {
-        /// The name in the file.
-        name: String,
-    },
-    /// There is no home folder.
+    NoSuchBroker { name: String },
     #[error("there is no place for the ledger: HOME {why}")]
-    NoState {
-        /// What is wrong with `HOME`.
-        why: &'static str,
-    },
+    NoState { why: &'static str },
 }
 
 /// Names of all supported clouds.
@@ -609,7 +581,6 @@ pub(crate) fn known_brokers() -> String {
 }
 
 impl SettingsError {
-    /// The remedy.
     pub(crate) fn hint(&self) -> String {
         match self {
             Self::Unreadable { .. } => "name a file that can be read, or none".to_owned(),

@@ -321,7 +321,6 @@ async fn ask<T: DeserializeOwned>(program: &Path, arguments: &[String]) -> Resul
     }
 }
 
-/// The end of an output.
 fn tail(text: &[u8]) -> &[u8] {
     &text[text.len().saturating_sub(500)..]
 }
@@ -339,7 +338,6 @@ fn trouble(path: &Path) -> impl Fn(std::io::Error) -> LocalWorkerError {
     |error| LocalWorkerError::File { path: path.to_owned(), why: error.to_string() }
 }
 
-/// Options of `inspect` for the job.
 fn inspect_arguments(job: &JobSpec, check: InspectScope) -> Vec<String> {
     let mut arguments = vec!["inspect".to_owned()];
     let mut option = |name: &str, value: Option<String>| {

@@ -189,7 +189,6 @@ pub fn compare(
     actions
 }
 
-/// The instances of a list.
 struct ListedInstances<'a> {
     names: HashSet<&'a str>,
     ids: HashSet<&'a InstanceId>,

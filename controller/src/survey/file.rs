@@ -201,7 +201,6 @@ impl<'de> Deserializer<'de> for Keys<'_> {
     }
 }
 
-/// An error and its location.
 struct LocatedError {
     span: Range<usize>,
     message: String,

@@ -16,9 +16,7 @@ pub(crate) const SCHEMA: u32 = 1;
 /// Content of the document.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Index {
-    /// Document version.
     pub(crate) schema: u32,
-    /// The survey's name.
     pub(crate) survey: String,
     /// Absolute path of its file. The same command resumes from it.
     pub(crate) file: String,
@@ -26,10 +24,8 @@ pub(crate) struct Index {
     pub(crate) models: Vec<IndexEntry>,
 }
 
-/// One model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct IndexEntry {
-    /// Its name in the survey.
     pub(crate) name: String,
     /// Hub id or folder.
     pub(crate) model: String,
@@ -37,7 +33,6 @@ pub(crate) struct IndexEntry {
     pub(crate) job_key: String,
     /// The run with this outcome.
     pub(crate) run: Option<String>,
-    /// Outcome of the model.
     pub(crate) outcome: ModelOutcome,
     /// Folder beside this document, if results were saved.
     pub(crate) folder: Option<String>,
@@ -45,7 +40,6 @@ pub(crate) struct IndexEntry {
     pub(crate) why: Option<String>,
 }
 
-/// Outcome of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum ModelOutcome {
@@ -71,12 +65,9 @@ impl ModelOutcome {
     }
 }
 
-/// Why an index is unusable.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum IndexError {
-    /// It has another version.
     Version(String),
-    /// It is invalid.
     Damaged(String),
 }
 

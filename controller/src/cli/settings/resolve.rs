@@ -31,9 +31,7 @@ pub(crate) struct JobRequest {
 pub(crate) struct RunTerms {
     /// Filters for offers. Missing ones come from the plan.
     pub(crate) request: GpuRequest,
-    /// Whether to upload the model's folder.
     pub(crate) push_model: bool,
-    /// Whether to keep the instance after the worker has ended.
     pub(crate) keep_running: bool,
     /// Whether to leave the instance to its guard once the worker runs.
     pub(crate) detach: bool,
@@ -47,33 +45,23 @@ pub(crate) struct RunTerms {
     pub(crate) max_gpu_time: Option<GpuTime>,
     /// Folder in which the results' folder is created.
     pub(crate) results: PathBuf,
-    /// The survey of the run.
     pub(crate) survey: Option<Membership>,
 }
 
-/// Request of `deploy`.
 #[derive(Clone, Debug)]
 pub(crate) struct DeployRequest {
-    /// The job.
     pub(crate) job: JobRequest,
     /// Brokers to rent from; empty: those of the settings.
     pub(crate) brokers: Vec<String>,
-    /// Terms of the rental.
     pub(crate) terms: RunTerms,
-    /// Whether to rent nothing.
     pub(crate) dry_run: bool,
-    /// Whether to skip the confirmation.
     pub(crate) yes: bool,
 }
 
-/// Request of `survey`.
 #[derive(Clone, Debug)]
 pub(crate) struct SurveyRequest {
-    /// Name of the survey.
     pub(crate) name: String,
-    /// Its file.
     pub(crate) file: PathBuf,
-    /// Folder of the survey's results.
     pub(crate) folder: PathBuf,
     /// Only these models, by id or by their names; empty: all.
     pub(crate) only: Vec<String>,
@@ -81,39 +69,28 @@ pub(crate) struct SurveyRequest {
     pub(crate) brokers: Vec<String>,
     /// Models in the file's order.
     pub(crate) models: Vec<ModelRequest>,
-    /// Maximum concurrent runs.
     pub(crate) max_parallel: usize,
     /// Budget of all runs together.
     pub(crate) budget: Option<Usd>,
     /// Budget of GPU time of all runs together.
     pub(crate) max_gpu_time: Option<GpuTime>,
-    /// Whether to run failed models again.
     pub(crate) rerun_failed: bool,
-    /// Whether to rent nothing.
     pub(crate) dry_run: bool,
-    /// Whether to skip the confirmation.
     pub(crate) yes: bool,
 }
 
-/// A model of a survey.
 #[derive(Clone, Debug)]
 pub(crate) struct ModelRequest {
-    /// Its name in the survey.
     pub(crate) name: String,
-    /// Its job.
     pub(crate) job: JobRequest,
-    /// Terms of its rental.
     pub(crate) terms: RunTerms,
 }
 
-/// Request of `plan`.
 #[derive(Clone, Debug)]
 pub(crate) struct PlanRequest {
-    /// The job.
     pub(crate) job: JobRequest,
     /// Brokers to query; empty: those of the settings.
     pub(crate) brokers: Vec<String>,
-    /// Filters for offers.
     pub(crate) request: GpuRequest,
     /// Price of the whole instance; `None`: that of the cheapest matching offer.
     pub(crate) price: Option<UsdPerHour>,
@@ -123,16 +100,13 @@ pub(crate) struct PlanRequest {
     pub(crate) peak: Option<f64>,
 }
 
-/// Request of `offers`.
 #[derive(Clone, Debug)]
 pub(crate) struct OffersRequest {
     /// The job whose cost determines the ranking.
     pub(crate) job: Option<JobRequest>,
     /// Brokers to query; empty: those of the settings.
     pub(crate) brokers: Vec<String>,
-    /// Filters for offers.
     pub(crate) request: GpuRequest,
-    /// Whether to show all offers.
     pub(crate) all: bool,
 }
 
@@ -151,7 +125,6 @@ impl Settings {
         JobRequest { model, revision, options: typed.merge(self.job.clone()), here: here.to_owned() }
     }
 
-    /// Resolves `deploy`, run in the folder `here`.
     pub(crate) fn deploy_request(&self, typed: DeployArgs, here: &Path) -> DeployRequest {
         DeployRequest {
             job: self.job_request(typed.model, typed.job, here),
@@ -224,7 +197,6 @@ impl Settings {
         })
     }
 
-    /// Resolves `plan`, run in the folder `here`.
     pub(crate) fn plan_request(&self, typed: PlanArgs, here: &Path) -> PlanRequest {
         let bytes = |gib: Positive| Bytes((gib.get() * (1u64 << 30) as f64) as u64);
         PlanRequest {
@@ -237,7 +209,6 @@ impl Settings {
         }
     }
 
-    /// Resolves `offers`, run in the folder `here`.
     pub(crate) fn offers_request(&self, typed: OffersArgs, here: &Path) -> OffersRequest {
         let revision = typed.revision;
         let job = |model| self.job_request(ModelArgs { model, revision }, JobOptions::default(), here);

@@ -20,13 +20,11 @@ pub(super) struct Grace {
     spent: Mutex<Spent>,
 }
 
-/// State of the time limit.
 struct Spent {
     /// End, without the extension by uploads.
     end: Instant,
     /// Maximum acknowledged bytes per upload.
     uploaded: BTreeMap<String, u64>,
-    /// The current stage.
     stage: &'static str,
     /// The last failure that was retried.
     failure: Option<String>,
@@ -40,24 +38,20 @@ impl Grace {
         Self { timeouts, spent: Mutex::new(spent) }
     }
 
-    /// The current end.
     pub(super) fn end(&self) -> Instant {
         let spent = self.lock();
         let uploaded: u64 = spent.uploaded.values().sum();
         spent.end + Duration::from_secs(uploaded / USABLE_RATE)
     }
 
-    /// Whether the time is over.
     pub(super) fn is_over(&self) -> bool {
         Instant::now() >= self.end()
     }
 
-    /// Starts another stage.
     pub(super) fn begin(&self, stage: &'static str) {
         self.lock().stage = stage;
     }
 
-    /// Records the progress of an upload.
     pub(super) fn record_upload(&self, event: &HostEvent) {
         if let HostEvent::Uploading { name, sent, .. } = event {
             let mut spent = self.lock();

@@ -19,7 +19,6 @@ const GPU_PRICE: i64 = 100_000;
 /// Time limit of `nvidia-smi`. It can hang on a faulty driver; then no GPU is offered.
 const NVIDIA_SMI_LIMIT: Duration = Duration::from_secs(20);
 
-/// Current hardware of the machine.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Hardware {
     /// Cores available to this process.
@@ -32,7 +31,6 @@ pub(super) struct Hardware {
     pub(super) gpus: Vec<Gpu>,
 }
 
-/// One GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Gpu {
     /// Name by the driver.
@@ -51,7 +49,6 @@ pub(super) enum Sku {
 }
 
 impl Sku {
-    /// The key of an offer.
     pub(super) fn key(&self) -> String {
         match self {
             Self::Cpu => "cpu".to_owned(),

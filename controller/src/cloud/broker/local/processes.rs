@@ -28,7 +28,6 @@ pub(super) struct ProcessMarks {
 }
 
 impl ProcessMarks {
-    /// The marks of the instance `id` with this home folder.
     pub(super) fn new(id: &str, home: PathBuf) -> Self {
         // The system reports real paths.
         let home = home.canonicalize().unwrap_or(home);

@@ -39,9 +39,7 @@ pub(super) struct Record {
     pub(super) id: String,
     /// The lease tag.
     pub(super) name: String,
-    /// Price per hour.
     pub(super) price: UsdPerHour,
-    /// Hardware as text.
     pub(super) hardware: String,
     /// Indices of its GPUs, in PCI order.
     pub(super) gpus: Vec<u32>,
@@ -97,7 +95,6 @@ impl Folder {
         write_json(&self.0.join("instance.json"), record)
     }
 
-    /// The folder itself.
     pub(super) fn path(&self) -> &Path {
         &self.0
     }

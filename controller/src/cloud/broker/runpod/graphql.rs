@@ -26,7 +26,6 @@ const NOT_UNDERSTOOD: &[&str] = &["graphql_parse_failed", "graphql_validation_fa
 /// A query or mutation. Values are passed as variables, so that none is parsed as part of it.
 #[derive(Clone, Copy)]
 pub(super) struct Operation {
-    /// The requested field.
     pub(super) field: &'static str,
     pub(super) query: &'static str,
     pub(super) effect: Idempotency,

@@ -112,7 +112,6 @@ enum Stage {
     Launched,
 }
 
-/// State of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum JobPhase {
     Waits,

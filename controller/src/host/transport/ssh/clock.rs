@@ -31,7 +31,6 @@ impl<'a> Clock<'a> {
         self.patience
     }
 
-    /// Records activity of the server.
     pub(super) fn record_activity(&self) {
         *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }

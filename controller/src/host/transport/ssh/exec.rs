@@ -150,5 +150,4 @@ impl CollectedOutput {
     }
 }
 
-/// A channel of the client.
 pub(super) type Channel = russh::Channel<Msg>;
