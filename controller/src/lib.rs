@@ -8,7 +8,7 @@
 //!   [`http`](cloud::http); their offers form a [`market`](cloud::market).
 //! - [`run`]: the life of a run as a pure state machine, recorded event by event
 //!   ([`ledger`](run::ledger)), driven by one loop ([`deploy`](run::deploy)) and compared with the
-//!   clouds' lists ([`reconcile`](run::reconcile)).
+//!   clouds' lists (`reconcile`).
 //! - [`survey`]: many runs at once.
 //! - [`cli`]: the command line, and its `settings`.
 //! - `ui`: `report` prints all events; the `status` of all runs is a table or a document (`handoff`).

@@ -34,7 +34,7 @@ pub mod deploy;
 pub mod ledger;
 pub mod local_worker;
 pub mod output;
-pub mod reconcile;
+pub(crate) mod reconcile;
 
 /// How much more than its offer an instance of a cloud may bill where nobody was asked and no cap
 /// was given.

@@ -39,7 +39,7 @@ mod tests;
 
 pub use collect::{holds, slug};
 pub use ports::{Host, Hosts, Ports};
-pub use recover::{Reconciliation, Target, apply_actions, end, reconcile_cloud, recover, release};
+pub(crate) use recover::{Reconciliation, Target, apply_actions, end, reconcile_cloud, recover, release};
 pub use ssh::{SshHosts, read_cursor, read_progress};
 pub use start_throttle::StartThrottle;
 

@@ -21,49 +21,24 @@ use crate::run::ledger::{Ledger, LedgerError, Records, Unreadable};
 /// An action for one instance or one run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "action", rename_all = "snake_case")]
-pub enum Action {
+pub(crate) enum Action {
     /// The instance of an abandoned run with time left: the same command picks the run up, or
     /// `runs cancel` ends it.
-    Adopt {
-        /// The run.
-        run: String,
-        /// Its instance.
-        instance: InstanceId,
-    },
+    Adopt { run: String, instance: InstanceId },
     /// An abandoned run without open decisions, to be driven to its end.
-    Finish {
-        /// The run.
-        run: String,
-        /// Why the run is over.
-        why: Finish,
-    },
+    Finish { run: String, why: Finish },
     /// An instance of this program without a run.
-    Terminate {
-        /// The instance's id.
-        instance: InstanceId,
-        /// Why nothing expects it.
-        why: Stray,
-    },
+    Terminate { instance: InstanceId, why: Stray },
     /// An abandoned run whose instance was missing from enough complete listings.
-    MarkGone {
-        /// The run.
-        run: String,
-        /// Its instance.
-        instance: InstanceId,
-    },
+    MarkGone { run: String, instance: InstanceId },
     /// The instance is foreign or is being driven.
-    LeaveAlone {
-        /// The instance's id.
-        instance: InstanceId,
-        /// Why it is left alone.
-        why: Leave,
-    },
+    LeaveAlone { instance: InstanceId, why: Leave },
 }
 
 /// Why an abandoned run must be driven to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Finish {
+pub(crate) enum Finish {
     /// Its instance was being terminated.
     Ending,
     /// Its time is up.
@@ -73,7 +48,7 @@ pub enum Finish {
 /// Why an instance of this program must be terminated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Stray {
+pub(crate) enum Stray {
     /// Its time is up, and the ledger has no such run.
     UnknownRun,
     /// The run is over.
@@ -87,7 +62,7 @@ pub enum Stray {
 /// Why an instance is left alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Leave {
+pub(crate) enum Leave {
     /// It carries no tag of this program.
     NotOurs,
     /// It carries the tag of another ledger.
@@ -109,29 +84,28 @@ pub enum Leave {
 }
 
 /// Whether an offer is of the cloud whose list is compared.
-pub type IsHere<'a> = dyn Fn(&Offer) -> bool + 'a;
+pub(crate) type IsHere<'a> = dyn Fn(&Offer) -> bool + 'a;
 
 /// A run as far as this comparison goes.
 #[derive(Clone, Debug, PartialEq)]
-pub struct RunLease {
-    /// The run's id.
-    pub run: String,
+pub(crate) struct RunLease {
+    pub(crate) run: String,
     /// Its state; `None`: its record cannot be read.
-    pub state: Option<RunState>,
+    pub(crate) state: Option<RunState>,
     /// Tags of all its create calls, as far as they are known.
-    pub tags: Vec<LeaseTag>,
+    pub(crate) tags: Vec<LeaseTag>,
     /// A process drives it.
-    pub driven: bool,
+    pub(crate) driven: bool,
 }
 
 impl RunLease {
     /// Whether its instance is, or may be, on this cloud.
-    pub fn is_on(&self, is_here: &IsHere<'_>) -> bool {
+    pub(crate) fn is_on(&self, is_here: &IsHere<'_>) -> bool {
         self.state.as_ref().and_then(RunState::offer).is_some_and(is_here)
     }
 
     /// The same as far as anybody knows: of an unreadable record nothing is known.
-    pub fn may_be_on(&self, is_here: &IsHere<'_>) -> bool {
+    pub(crate) fn may_be_on(&self, is_here: &IsHere<'_>) -> bool {
         self.state.is_none() || self.is_on(is_here)
     }
 }
@@ -140,7 +114,7 @@ impl RunLease {
 ///
 /// # Errors
 /// Errors of the ledger.
-pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
+pub(crate) fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
     let Records { runs, unreadable } = ledger.records()?;
     let readable = runs.into_iter().map(|run| {
         let tags = run.tags().cloned().collect();
@@ -160,7 +134,7 @@ pub fn leases(ledger: &Ledger) -> Result<Vec<RunLease>, LedgerError> {
 ///
 /// `missing` counts, for each run, the consecutive complete listings that did not show its
 /// instance, this one included; after `enough` of them it is gone. `now`: Unix seconds.
-pub fn compare(
+pub(crate) fn compare(
     owner: &str,
     is_here: &IsHere<'_>,
     now: u64,
@@ -202,7 +176,7 @@ impl<'a> ListedInstances<'a> {
 }
 
 /// Actions by tags alone, if no ledger can be read.
-pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
+pub(crate) fn by_tag(listed: &[Instance]) -> Vec<Action> {
     let judge = |instance: &Instance| {
         let why = match instance.tag() {
             _ if instance.is_nameless() || instance.id.0.is_empty() => Leave::Unreadable,
@@ -216,7 +190,7 @@ pub fn by_tag(listed: &[Instance]) -> Vec<Action> {
 
 /// The lease of an instance whose time is up, if its owner is `owner`, or with `None` any ledger.
 /// `now`: Unix seconds.
-pub fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
+pub(crate) fn overdue(owner: Option<&str>, now: u64, instance: &Instance) -> Option<LeaseTag> {
     let tag = instance.tag()?;
     let meant = owner.is_none_or(|owner| owner == tag.owner);
     (meant && tag.deadline <= now && instance.state != InstanceState::Terminating).then_some(tag)
@@ -282,19 +256,22 @@ fn judge_run(
 
 /// The names of instances that the ledger knows to be on other clouds. One cluster may be reached
 /// by several names: its list is read once for each, and shows each instance once.
-pub fn elsewhere(leases: &[RunLease], is_here: &IsHere<'_>) -> HashSet<String> {
+pub(crate) fn elsewhere(leases: &[RunLease], is_here: &IsHere<'_>) -> HashSet<String> {
     let others = leases.iter().filter(|lease| !lease.is_on(is_here));
     others.filter_map(|lease| Some(lease.state.as_ref()?.tag()?.to_string())).collect()
 }
 
 /// The instances of abandoned runs on this cloud.
-pub fn abandoned_on<'a>(leases: &'a [RunLease], is_here: &'a IsHere<'_>) -> impl Iterator<Item = &'a InstanceId> {
+pub(crate) fn abandoned_on<'a>(
+    leases: &'a [RunLease],
+    is_here: &'a IsHere<'_>,
+) -> impl Iterator<Item = &'a InstanceId> {
     let abandoned = leases.iter().filter(move |lease| lease.is_on(is_here) && !lease.driven);
     abandoned.filter_map(|lease| Some(&lease.state.as_ref()?.rental()?.instance))
 }
 
 /// Counts, for each abandoned run with an instance, in how many listings in a row it was missing.
-pub fn count_missing(
+pub(crate) fn count_missing(
     leases: &[RunLease],
     is_here: &IsHere<'_>,
     listed: &[Instance],

@@ -20,7 +20,7 @@ use crate::units::UsdPerHour;
 ///
 /// # Errors
 /// [`DriveError`] if a cloud does not answer, or an instance cannot be terminated.
-pub async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, DriveError> {
+pub(crate) async fn recover(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<Vec<Action>, DriveError> {
     let each = join_all(ports.clouds.iter().map(|cloud| recover_on(ledger, ports, cloud, on))).await;
     let mut actions = Vec::new();
     for found in each {
@@ -44,7 +44,7 @@ async fn recover_on(
 ///
 /// # Errors
 /// The first [`DriveError`].
-pub async fn apply_actions(
+pub(crate) async fn apply_actions(
     ledger: &Ledger,
     ports: Ports<'_>,
     cloud: &Cloud,
@@ -78,11 +78,9 @@ pub async fn apply_actions(
 
 /// A cloud's complete list, and the actions it requires.
 #[derive(Debug, Default)]
-pub struct Reconciliation {
-    /// All instances of the account.
-    pub listed: Vec<Instance>,
-    /// Actions on instances and runs.
-    pub actions: Vec<Action>,
+pub(crate) struct Reconciliation {
+    pub(crate) listed: Vec<Instance>,
+    pub(crate) actions: Vec<Action>,
 }
 
 /// Compares the ledger with a cloud's list, listing again until a missing instance counts as gone.
@@ -90,7 +88,7 @@ pub struct Reconciliation {
 ///
 /// # Errors
 /// [`DriveError`] if the cloud does not answer.
-pub async fn reconcile_cloud(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
+pub(crate) async fn reconcile_cloud(ledger: Option<&Ledger>, cloud: &Cloud) -> Result<Reconciliation, DriveError> {
     let Some(ledger) = ledger else {
         let listed = cloud.call(cloud.broker.list()).await.map_err(|error| unanswered(&error, true))?;
         let actions = reconcile::by_tag(&listed);
@@ -158,7 +156,7 @@ async fn finish(ledger: &Ledger, ports: Ports<'_>, on: &OnEvent<'_>, run: &str, 
 ///
 /// # Errors
 /// [`DriveError`]. The instance is gone unless the error says otherwise.
-pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
+pub(crate) async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) -> Result<(), DriveError> {
     let RunState::Held { rental, .. } = run.state().clone() else { return Ok(()) };
     let Err(error) = run.append(RunEvent::Terminate) else { return Ok(()) };
     if let Some(cloud) = ports.clouds.of(&rental.offer) {
@@ -169,18 +167,17 @@ pub async fn release(run: &mut RunWriter, ports: Ports<'_>, on: &OnEvent<'_>) ->
 
 /// An instance to terminate.
 #[derive(Clone, Debug)]
-pub struct Target {
-    /// Its id.
-    pub id: InstanceId,
+pub(crate) struct Target {
+    pub(crate) id: InstanceId,
     /// Its price, if known.
-    pub price: Option<UsdPerHour>,
+    pub(crate) price: Option<UsdPerHour>,
     /// Its creation in Unix seconds, if known.
-    pub since: Option<u64>,
+    pub(crate) since: Option<u64>,
 }
 
 impl Target {
     /// An instance with an unknown price and age.
-    pub fn of(id: &InstanceId) -> Self {
+    pub(crate) fn of(id: &InstanceId) -> Self {
         Self { id: id.clone(), price: None, since: None }
     }
 
@@ -201,7 +198,7 @@ impl From<&Instance> for Target {
 ///
 /// # Errors
 /// [`DriveError`] if one cannot be terminated.
-pub async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
+pub(crate) async fn end(cloud: &Cloud, on: &OnEvent<'_>, targets: &[Target]) -> Result<(), DriveError> {
     let ids: Vec<&InstanceId> = targets.iter().map(|target| &target.id).collect();
     let ender = InstanceTerminator::new(cloud, on);
     let gone = ender.until_gone(targets.to_vec(), Target::bill, || cloud.those_of(&ids)).await;
