@@ -18,7 +18,7 @@ use crate::cloud::broker::{
 };
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
-use crate::run::ledger::{BudgetStatus, RunRecord, random_word};
+use crate::run::ledger::{BudgetStatus, LedgerError, RunRecord, RunWriter, random_word};
 use crate::run::{
     FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState, SavedResults,
 };
@@ -84,11 +84,11 @@ impl Driver<'_> {
         let selected = self.run.record().spec.select(offered.offers).map_err(|none| no_offer(&none))?.offers;
         let selected = match self.within_gpu_time(selected)? {
             Ok(offers) => offers,
-            Err(least) => return self.wait_for_gpu_time(least).await,
+            Err(least) => return self.wait_for("--max-gpu-hours", least, RunWriter::gpu_budget_status).await,
         };
         let affordable = match self.affordable(&selected)? {
             Affordable::Now(offers) => offers,
-            Affordable::Later(least) => return self.wait_for_budget(least).await,
+            Affordable::Later(least) => return self.wait_for("the budget", least, RunWriter::budget_status).await,
         };
         let Some(offer) = self.next_offer(&affordable, refused) else {
             let was_lost = refused.last().is_some_and(|refusal| refusal.lost);
@@ -188,22 +188,16 @@ impl Driver<'_> {
         Ok(Ok(selected))
     }
 
-    /// Waits until runs with the same limit have freed enough GPU time, or no longer can.
-    async fn wait_for_gpu_time(&self, least: GpuTime) -> Step {
-        let what = "The rest of --max-gpu-hours is reserved by runs under way";
-        self.note(format!("{what}; waiting until {least} are free"));
-        let unchanged = |status: BudgetStatus<GpuTime>| status.left < least && least <= status.at_best;
-        while self.run.gpu_budget_status()?.is_some_and(unchanged) {
-            tokio::time::sleep(self.timeouts().listing_interval).await;
-        }
-        Ok(())
-    }
-
-    /// Waits until runs with the same budget have freed enough, or no longer can.
-    async fn wait_for_budget(&self, least: Usd) -> Step {
-        self.note(format!("The rest of the budget is reserved by runs under way; waiting until {least} are free"));
-        let unchanged = |budget_status: BudgetStatus| budget_status.left < least && least <= budget_status.at_best;
-        while self.run.budget_status()?.is_some_and(unchanged) {
+    /// Waits until runs that share `what` have freed `least` of it, or no longer can.
+    async fn wait_for<T: PartialOrd + std::fmt::Display>(
+        &self,
+        what: &str,
+        least: T,
+        budget: fn(&RunWriter) -> Result<Option<BudgetStatus<T>>, LedgerError>,
+    ) -> Step {
+        self.note(format!("The rest of {what} is reserved by runs under way; waiting until {least} are free"));
+        let unchanged = |status: BudgetStatus<T>| status.left < least && least <= status.at_best;
+        while budget(&self.run)?.is_some_and(unchanged) {
             tokio::time::sleep(self.timeouts().listing_interval).await;
         }
         Ok(())
