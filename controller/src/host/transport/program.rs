@@ -23,6 +23,7 @@ use super::scripts::{self, demand, in_sh};
 use super::{
     ExecOutput, SendRequest, Transport, TransportError, TransportErrorKind as Kind, local_error, part_beside, settle,
 };
+use crate::files::create_private_folder;
 use crate::text::clean;
 
 /// Time limit from the start of `ssh` to a session.
@@ -186,10 +187,8 @@ impl OpenSsh {
     }
 
     fn make_folder(&self) -> Result<(), TransportError> {
-        use std::os::unix::fs::DirBuilderExt;
         let folder = self.socket.parent().unwrap_or_else(|| Path::new("/"));
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder);
-        made.map_err(|error| TransportError::new(Kind::Local, format!("{}: {error}", folder.display())))
+        create_private_folder(folder).map_err(|error| local_error(folder, &error))
     }
 
     /// The error for a failure of `ssh` itself.
