@@ -8,11 +8,12 @@ use outliers_protocol::{
 
 use super::folder::Run;
 use super::measured;
-use super::plots::{peak_quartiles, quartiles, strongest};
+use super::plots::{peak_quartiles, quartiles};
 use super::published;
 use super::table::{NONE, Table, numbers, optional, words};
 use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, SweepPoint, shares, sweep};
 use crate::ui::report::diagnostics::{WITHOUT, without};
+use crate::ui::report::tables::strongest;
 
 /// Maximum rows of a long table; `results.json` contains all.
 const ROWS: usize = 40;

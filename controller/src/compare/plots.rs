@@ -15,7 +15,7 @@ mod model;
 mod residual;
 mod trajectory;
 
-pub(crate) use model::{of_model, peak_quartiles, quartiles, strongest};
+pub(crate) use model::{of_model, peak_quartiles, quartiles};
 
 const fn mark(colour: Colour, round: bool, filled: bool) -> Mark {
     Mark { colour, round, filled }
@@ -114,13 +114,13 @@ const NUMBERS: &str = "Numbers are models, letters rows of the published table. 
 
 /// Lists the models that a plot cannot show.
 fn missing(comparison: &Comparison, groups: &[Group]) -> String {
-    let left_out = comparison.models.iter().filter(|model| !is_shown(model, groups));
-    let numbers: Vec<String> = left_out.map(|model| model.number.to_string()).collect();
+    let numbers = comparison.models.iter().map(|model| model.number.to_string());
+    let numbers: Vec<String> = numbers.filter(|number| !is_shown(number, groups)).collect();
     if numbers.is_empty() { String::new() } else { format!(" Not shown, for want of a value: {}.", numbers.join(", ")) }
 }
 
-fn is_shown(model: &Compared, groups: &[Group]) -> bool {
-    groups.iter().flat_map(|group| &group.points).any(|point| point.key == model.number.to_string())
+fn is_shown(key: &str, groups: &[Group]) -> bool {
+    groups.iter().flat_map(|group| &group.points).any(|point| point.key == key)
 }
 
 /// L% and S%: figures 3a and 3b.
@@ -219,12 +219,11 @@ fn magnitude(comparison: &Comparison, under: &CountDefinition<'_>, by: &ModelAxi
 
 /// Names of the keys of these points, models first.
 fn names(comparison: &Comparison, under: &CountDefinition<'_>, groups: &[Group]) -> Vec<(String, String)> {
-    let is_shown = |key: &str| groups.iter().flat_map(|group| &group.points).any(|point| point.key == key);
     let short = |name: &str| name.rsplit('/').next().unwrap_or(name).to_owned();
     let models = comparison.models.iter().map(|model| (model.number.to_string(), short(&model.label)));
     let rows = under.table.iter().flat_map(|table| &table.models).enumerate();
     let rows = rows.map(|(i, row)| (letter(i), short(&row.name)));
-    models.chain(rows).filter(|(key, _)| is_shown(key)).collect()
+    models.chain(rows).filter(|(key, _)| is_shown(key, groups)).collect()
 }
 
 fn group(name: &str, mark: Mark, points: Vec<Point>) -> Group {

@@ -12,6 +12,7 @@ use crate::compare::folder::{Run, layers};
 use crate::compare::plot::{Axis, AxisKind, Colour, Group, Mark, Plot, Point, heatmap, points};
 use crate::compare::statistics::Statistics;
 use crate::compare::threshold_sweep::{self, SweepPoint};
+use crate::ui::report::tables::strongest;
 
 /// Maximum features in a heat map.
 const FEATURES: usize = 24;
@@ -67,16 +68,6 @@ fn magnitudes(name: &str, title: &str, results: &Results) -> Option<Plot> {
     ];
     let description = "The largest magnitude at each norm output, and the magnitude that 99.9 % of its values do not exceed, by layer.";
     points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
-}
-
-/// Features in the order of tables and heat maps: systematic ones first, then by magnitude.
-pub(crate) fn strongest(results: &Results) -> Vec<&Feature> {
-    let mut features: Vec<&Feature> = results.features.iter().collect();
-    features.sort_by(|a, b| {
-        let rank = |f: &Feature| (f.systematic_by_layers, f.systematic_by_sites);
-        rank(b).cmp(&rank(a)).then(b.max_abs.total_cmp(&a.max_abs))
-    });
-    features
 }
 
 fn features(name: &str, title: &str, run: &Run) -> Option<Plot> {

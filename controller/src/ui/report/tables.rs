@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use outliers_protocol::{
-    FeaturePeak, FileBytes, Inspection, LayerInspection, MICRO_BATCH_TOKENS, Phase, Progress, Reading, Results, Sided,
-    WeightVerification,
+    Feature, FeaturePeak, FileBytes, Inspection, LayerInspection, MICRO_BATCH_TOKENS, Phase, Progress, Reading,
+    Results, Sided, WeightVerification,
 };
 
 use super::diagnostics::diagnostics;
@@ -75,10 +75,16 @@ pub(crate) fn results(model: &str, results: &Results, weights: Option<&WeightVer
     paragraphs(&(out + &diagnostics(results)))
 }
 
+/// Features in the order of tables and heat maps: systematic ones first, then by magnitude.
+pub(crate) fn strongest(results: &Results) -> Vec<&Feature> {
+    let rank = |f: &Feature| (f.systematic_by_layers, f.systematic_by_sites);
+    let mut features: Vec<&Feature> = results.features.iter().collect();
+    features.sort_by(|a, b| rank(b).cmp(&rank(a)).then(b.max_abs.total_cmp(&a.max_abs)));
+    features
+}
+
 fn features(results: &Results) -> String {
-    let mut strongest: Vec<_> = results.features.iter().collect();
-    let key = |f: &&outliers_protocol::Feature| (f.systematic_by_layers, f.systematic_by_sites, f.max_abs);
-    strongest.sort_by(|a, b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal));
+    let strongest = strongest(results);
     if strongest.is_empty() {
         return format!("no value reaches the threshold; the largest is {:.3}\n", results.max_abs);
     }
