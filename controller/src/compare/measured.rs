@@ -8,7 +8,7 @@ use outliers_protocol::{
 use super::bootstrap::{Estimate, interval, mean, middle, samples};
 use super::comparison::{Compared, Comparison};
 use super::table::{NONE, Table, estimate, numbers, optional, words};
-use crate::ui::report::diagnostics::name;
+use crate::ui::report::diagnostics::{name, pooled};
 
 /// Tables of one model, quantisation errors first; empty without measurements.
 pub(crate) fn tables(results: &Results) -> Vec<Table> {
@@ -34,7 +34,7 @@ pub(crate) fn across(comparison: &Comparison) -> Option<Table> {
         models.filter_map(|model| Some((model, model.results().filter(measured)?))).collect();
     let plain = |results: &Results, format: NumberFormat| {
         let errors = results.quantization_error.as_ref();
-        let plain = errors.and_then(|errors| errors.norm_outputs.iter().find(|pooled| is(pooled, format, 0)));
+        let plain = errors.and_then(|errors| pooled(errors, format, 0));
         optional(plain, |of| estimate(relative_error(of), 3))
     };
     let rotated = |results: &Results| {
@@ -84,7 +84,7 @@ pub(crate) fn across(comparison: &Comparison) -> Option<Table> {
 pub(crate) fn cost(comparison: &Comparison) -> Option<String> {
     let said = |model: &Compared| {
         let errors = model.results()?.quantization_error.as_ref()?;
-        let plain = errors.norm_outputs.iter().find(|pooled| is(pooled, NumberFormat::Mxfp4, 0))?;
+        let plain = pooled(errors, NumberFormat::Mxfp4, 0)?;
         let (best, rotations) = best(errors)?;
         let [plain_error, best_error] = [plain, best].map(|pooled| estimate(relative_error(pooled), 3));
         let share = 100.0 * plain.all.share_in_outlier_blocks;
@@ -98,10 +98,6 @@ pub(crate) fn cost(comparison: &Comparison) -> Option<String> {
     let costs: Vec<String> = comparison.models.iter().filter_map(said).collect();
     let about = "What outliers cost in 4 bits (MXFP4), in percent of norm outputs' x^2";
     (!costs.is_empty()).then(|| format!("{about}: {}.", costs.join("; ")))
-}
-
-fn is(pooled: &PooledQuantization, format: NumberFormat, rotation: usize) -> bool {
-    (pooled.all.format, pooled.all.rotation) == (format, rotation)
 }
 
 /// A figure with the interval of its mean over sequences.

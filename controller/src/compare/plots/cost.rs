@@ -6,6 +6,7 @@ use crate::compare::Comparison;
 use crate::compare::comparison::Compared;
 use crate::compare::measured::relative_error;
 use crate::compare::plot::{Colour, Plot, Row, bars};
+use crate::ui::report::diagnostics::{pooled, rotation_name, rotations};
 
 const INTERVALS: &str = "Lines: 95 % intervals over sequences.";
 
@@ -15,7 +16,7 @@ const COLOURS: [Colour; 4] = [Colour::First, Colour::Second, Colour::Third, Colo
 /// Four formats with every rotation. `None` without the measurement.
 pub(super) fn of_model(name: &str, title: &str, results: &Results) -> Option<Plot> {
     let errors = results.quantization_error.as_ref()?;
-    let rotations = rotations([errors]);
+    let rotations = rotations([errors], COLOURS.len());
     let rows = NumberFormat::ALL.map(|format| row(short(format).to_owned(), format, &rotations, errors));
     let description = format!(
         "Relative squared error of norm outputs in each format, mean over sampled rows, plain and after block Hadamard rotations. {INTERVALS}"
@@ -26,7 +27,7 @@ pub(super) fn of_model(name: &str, title: &str, results: &Results) -> Option<Plo
 /// MXFP4 with every rotation, a row per model. `None` without the measurement.
 pub(super) fn across(comparison: &Comparison) -> Option<Plot> {
     let models: Vec<(&Compared, &QuantizationErrors)> = comparison.models.iter().filter_map(measured).collect();
-    let rotations = rotations(models.iter().map(|(_, errors)| *errors));
+    let rotations = rotations(models.iter().map(|(_, errors)| *errors), COLOURS.len());
     let of_model = |(model, errors): &(&Compared, &QuantizationErrors)| {
         row(model.number.to_string(), NumberFormat::Mxfp4, &rotations, errors)
     };
@@ -48,27 +49,12 @@ fn measured(model: &Compared) -> Option<(&Compared, &QuantizationErrors)> {
     Some((model, model.results()?.quantization_error.as_ref()?))
 }
 
-/// The rotated block sizes in the errors.
-fn rotations<'a>(errors: impl IntoIterator<Item = &'a QuantizationErrors>) -> Vec<usize> {
-    let all = errors.into_iter().flat_map(|errors| &errors.norm_outputs);
-    let mut rotations: Vec<usize> = all.map(|pooled| pooled.all.rotation).collect();
-    rotations.sort_unstable();
-    rotations.dedup();
-    rotations.truncate(COLOURS.len());
-    rotations
-}
-
 fn series(rotations: &[usize]) -> Vec<(String, Colour)> {
-    let name = |rotation: &usize| if *rotation == 0 { "plain".to_owned() } else { format!("Hadamard {rotation}") };
-    rotations.iter().map(name).zip(COLOURS).collect()
+    rotations.iter().map(rotation_name).zip(COLOURS).collect()
 }
 
 fn row(label: String, format: NumberFormat, rotations: &[usize], errors: &QuantizationErrors) -> Row {
-    let bar = |rotation: &usize| {
-        let way = (format, *rotation);
-        let found = errors.norm_outputs.iter().find(|pooled| (pooled.all.format, pooled.all.rotation) == way);
-        found.map(relative_error)
-    };
+    let bar = |rotation: &usize| pooled(errors, format, *rotation).map(relative_error);
     Row { label, bars: rotations.iter().map(bar).collect() }
 }
 

@@ -1,8 +1,10 @@
 //! A short summary of a run's optional measurements.
 
+use std::collections::BTreeSet;
+
 use outliers_protocol::{
-    AblationArm, AttentionSinks, MassiveActivations, NumberFormat, OtherSite, Point, QuantizationErrors, ResidualSinks,
-    Results, RouterSummary, SpikeLife, SuperExperts,
+    AblationArm, AttentionSinks, MassiveActivations, NumberFormat, OtherSite, Point, PooledQuantization,
+    QuantizationErrors, ResidualSinks, Results, RouterSummary, SpikeLife, SuperExperts,
 };
 
 use super::table::{number, table, text};
@@ -112,22 +114,35 @@ fn sites(results: &Results) -> String {
     )
 }
 
+/// The rotated block sizes in the errors, at most so many; 0 is no rotation.
+pub(crate) fn rotations<'a>(errors: impl IntoIterator<Item = &'a QuantizationErrors>, most: usize) -> Vec<usize> {
+    let all = errors.into_iter().flat_map(|errors| &errors.norm_outputs);
+    let rotations: BTreeSet<usize> = all.map(|pooled| pooled.all.rotation).collect();
+    rotations.into_iter().take(most).collect()
+}
+
+pub(crate) fn rotation_name(rotation: &usize) -> String {
+    if *rotation == 0 { "plain".to_owned() } else { format!("Hadamard {rotation}") }
+}
+
+/// The error of a format with a rotation.
+pub(crate) fn pooled(
+    errors: &QuantizationErrors,
+    format: NumberFormat,
+    rotation: usize,
+) -> Option<&PooledQuantization> {
+    errors.norm_outputs.iter().find(|pooled| (pooled.all.format, pooled.all.rotation) == (format, rotation))
+}
+
 /// A line per format, plain and rotated.
 fn quantization(errors: &QuantizationErrors, hidden: usize) -> String {
-    let mut rotations: Vec<usize> = errors.norm_outputs.iter().map(|pooled| pooled.all.rotation).collect();
-    rotations.sort_unstable();
-    rotations.dedup();
-    rotations.truncate(SHOWN);
-    let columns: Vec<String> = rotations
-        .iter()
-        .map(|rotation| if *rotation == 0 { "plain".to_owned() } else { format!("Hadamard {rotation}") })
-        .collect();
+    let rotations = rotations([errors], SHOWN);
+    let columns: Vec<String> = rotations.iter().map(rotation_name).collect();
     let header: Vec<&str> = std::iter::once("error, %").chain(columns.iter().map(String::as_str)).collect();
     let mut rows = table(&header);
     for format in NumberFormat::ALL {
         let error = |rotation: &usize| {
-            let way = (format, *rotation);
-            let found = errors.norm_outputs.iter().find(|pooled| (pooled.all.format, pooled.all.rotation) == way);
+            let found = pooled(errors, format, *rotation);
             number(found.map_or_else(|| "-".to_owned(), |pooled| format!("{:.4}", 100.0 * pooled.all.error)))
         };
         rows.add_row(std::iter::once(text(format.label())).chain(rotations.iter().map(error)));
