@@ -182,7 +182,7 @@ impl Broker for Prime {
         let key = self.register(lease).await?;
         let order = order(&sku, offer.price, lease, &key);
         let call = Call::new(Method::POST, "/pods/", Idempotency::Once).body(order);
-        let created = match self.http.call(call).await.and_then(granted) {
+        let created = match self.http.call(call).await.and_then(|reply| reply.granted(kind_of)) {
             Ok(reply) => reply.json::<Pod>("an instance").map(Pod::into_instance),
             Err(error) => Err(error),
         };

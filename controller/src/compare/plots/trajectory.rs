@@ -42,7 +42,7 @@ pub(super) fn trajectories(comparison: &Comparison) -> Option<Plot> {
     let names: Vec<(String, String)> = comparison
         .models
         .iter()
-        .filter(|model| is_shown(model, &groups))
+        .filter(|model| is_shown(&model.number.to_string(), &groups))
         .map(|model| (model.number.to_string(), model.label.rsplit('/').next().unwrap_or_default().to_owned()))
         .collect();
     let plot = points(

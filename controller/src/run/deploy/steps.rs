@@ -17,7 +17,7 @@ use crate::cloud::broker::{
     BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
 use crate::cloud::market::{self, NothingLeft};
-use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, JobStatus, OnEvent};
+use crate::host::{GuardConfig, HostError, HostEvent, JobStatus, OnEvent};
 use crate::run::ledger::{BudgetStatus, LedgerError, RunRecord, RunWriter, random_word};
 use crate::run::{
     FailureDetail, Intent, Pin, RefusedOffer, Rental, RunEvent, RunFailureKind, RunOutcome, RunState, SavedResults,

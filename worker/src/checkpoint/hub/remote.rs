@@ -112,7 +112,7 @@ impl RemoteFile {
         go_on: &dyn Fn() -> bool,
     ) -> Result<(), RequestFailure> {
         let range = start + *filled as u64..start + into.len() as u64;
-        let mut body = self.open(range)?;
+        let mut body = self.body(range)?;
         while *filled < into.len() && go_on() {
             match body.read(&mut into[*filled..]) {
                 Ok(0) => {
@@ -133,7 +133,7 @@ impl RemoteFile {
     }
 
     /// A body that begins with the range's first byte. It may end before the range does.
-    fn open(&self, range: Range<u64>) -> Result<Box<dyn Read>, RequestFailure> {
+    fn body(&self, range: Range<u64>) -> Result<Box<dyn Read>, RequestFailure> {
         let answer = self.ask(&range)?;
         let skip = self.check(&answer, &range).inspect_err(|_| self.forget(&answer.url))?;
         let mut body = answer.response.into_body().into_reader();
