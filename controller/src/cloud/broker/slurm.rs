@@ -230,14 +230,15 @@ impl Slurm {
     }
 
     /// A script that cancels the job and its staging job, then removes its folder, and with the
-    /// last folder the shared files.
+    /// last folder the shared files. A job that is just ending may still write into its folder.
     fn removal(root: &str, user: &str, tag: &LeaseTag) -> String {
         let (name, root, user) = (tag.to_string(), quote(root), quote(user));
         format!(
             "scancel --user={user} --name={name} || exit 1\n\
              if [ -f {root}/{name}/stage.sh ] || [ ! -d {root}/{name} ]; then\n\
                scancel --user={user} --name={name}{SUFFIX} || exit 1\nfi\n\
-             cd {root} 2> /dev/null || exit 0\nrm -rf ./{name} || exit 1\n\
+             cd {root} 2> /dev/null || exit 0\n\
+             i=0; until rm -rf ./{name}; do [ $i -lt 3 ] || exit 1; i=$((i + 1)); sleep 1; done\n\
              for left in outliers-*/; do [ -d \"$left\" ] && {{ date +%s > .changed; exit 0; }}; done\n\
              i=0; until mkdir .asking 2> /dev/null || [ $i -ge 5 ]; do i=$((i + 1)); sleep 1; done\n\
              rm -rf .cache .asking .asked* .changed .part-* .queue-* .places* .placed*\n\
