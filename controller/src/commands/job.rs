@@ -99,7 +99,8 @@ fn weight_folder(weights: Weights, here: &Path) -> Result<Weights, CliError> {
         return Ok(Weights::Local { path });
     }
     let found = here.join(&path).canonicalize().map_err(|error| {
-        CliError::refused(format!("--weights local:{path}: {error}"), "give a folder of this machine with weight files")
+        let hint = "give a folder of this machine with weight files; one of a Slurm cluster by its absolute path";
+        CliError::refused(format!("--weights local:{path}: {error}"), hint)
     })?;
     Ok(Weights::Local { path: utf8(found)? })
 }

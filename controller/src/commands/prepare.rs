@@ -178,7 +178,10 @@ async fn preflight(
         return Err(CliError::refused("--push-model does not go with weights that are on the cluster", hint));
     }
     if folder && !push_model && !is_theirs && !clouds.is_local() {
-        let hint = "add --push-model to upload it (when it is small), or use a hub id";
+        let hint = match clouds.names() == slurm::NAME {
+            true => "add --push-model to upload it (when it is small), or --weights local:DIR of the cluster",
+            false => "add --push-model to upload it (when it is small), or use a hub id",
+        };
         return Err(CliError::refused("the model is a folder on this machine", hint));
     }
     // A device list is about the instance; it can be tried here only when the instance is here.
