@@ -27,7 +27,7 @@ use crate::host::transport::program::OpenSsh;
 use crate::host::transport::quote::quote;
 use crate::secret::Secret;
 use crate::text::clean;
-use crate::units::{Bytes, Usd, UsdPerHour};
+use crate::units::{Bytes, Span, Usd, UsdPerHour};
 
 mod cluster;
 mod job;
@@ -303,6 +303,14 @@ impl Broker for Slurm {
         let root = self.cluster.root().await?;
         let script = offers::script(&root, self.site.partition.as_deref());
         let answer = self.cluster.ask(&script, Kind::Unavailable).await?;
+        if let Some(partition) = &self.site.partition
+            && queue::field(&answer, "nodes").is_none()
+        {
+            let all = self.cluster.ask("sinfo -h -o %R | sort -u", Kind::Unavailable).await?;
+            let all = all.split_whitespace().collect::<Vec<_>>().join(", ");
+            let message = format!("no partition {partition} with nodes: there are {all}");
+            return Err(error(Kind::Rejected, clean(message.as_bytes(), 300)));
+        }
         let mut found = offers::read(&answer, want, &self.site);
         let questions: Vec<(usize, String)> = found
             .sku
@@ -332,10 +340,10 @@ impl Broker for Slurm {
         }
         if let Some(limit) = sku.limit_s.filter(|limit| *limit < time) {
             let message = format!(
-                "partition {} lets a job run for {} min, and the run has {}: a shorter --max-duration fits",
+                "partition {} lets a job run for {:#}, and the run has {:#}: a shorter --max-duration fits",
                 clean(sku.partition.as_bytes(), 40),
-                limit / 60,
-                time.div_ceil(60)
+                Span(Duration::from_secs(limit)),
+                Span(Duration::from_secs(time))
             );
             return Err(error(Kind::Rejected, message));
         }
