@@ -488,9 +488,12 @@ pub fn may_match(offer: &Offer, want: &GpuRequest) -> bool {
 
 fn rank(offers: Vec<Offer>, work: &Work) -> Vec<Offer> {
     let mut ranked: Vec<(Usd, Offer)> = offers.into_iter().map(|offer| (work.on(&offer).rank(), offer)).collect();
-    // The rest of the key makes the order reproducible.
+    // Of equal cost, the run that is over first, with its time in a queue. The rest of the key
+    // makes the order reproducible.
+    let over_in_s =
+        |offer: &Offer| offer.starts_in_s.map_or(u64::MAX, |wait| wait.saturating_add(work.on(offer).seconds as u64));
     ranked.sort_by(|(cost, a), (other, b)| {
-        let key = |offer: &Offer| (offer.price, offer.gpu_count);
+        let key = |offer: &Offer| (offer.price, offer.gpu_count, over_in_s(offer));
         (cost, key(a), &a.broker, &a.key).cmp(&(other, key(b), &b.broker, &b.key))
     });
     ranked.into_iter().map(|(_, offer)| offer).collect()
@@ -906,6 +909,26 @@ mod tests {
         let first = |work: &Work| select(offers.clone(), &want(), work).unwrap().offers.swap_remove(0).key;
         assert_eq!(first(&work), "cheap in the end");
         assert_eq!(first(&Work { read: Bytes(1), ..work }), "cheap by the hour");
+    }
+
+    #[test]
+    fn of_equal_cost_the_run_that_is_over_first_is_first() {
+        let offer = |key: &str, mib: u64, starts_in_s: Option<u64>| Offer {
+            download: Some(Bytes::from_mib(mib)),
+            key: key.into(),
+            starts_in_s,
+            ..offer("slurm", Some(("H100", 1, 80)), 0.0)
+        };
+        let offers = vec![
+            offer("a: no start", 2000, None),
+            offer("b: slow", 20, Some(0)),
+            offer("c: waits", 2000, Some(60)),
+            offer("d: at once", 2000, Some(0)),
+        ];
+        let work = Work { read: Bytes::from_gib(600), ..work() };
+        let ranked = select(offers, &want(), &work).unwrap().offers;
+        let keys: Vec<&str> = ranked.iter().map(|offer| offer.key.as_str()).collect();
+        assert_eq!(keys, ["d: at once", "c: waits", "b: slow", "a: no start"]);
     }
 
     /// As many offers as the largest clouds together have.

@@ -42,6 +42,9 @@ pub struct Offer {
     /// its time passes.
     #[serde(default)]
     pub queued: bool,
+    /// Seconds until it starts, as the queue estimates it; `None`: unknown, or there is no queue.
+    #[serde(default)]
+    pub starts_in_s: Option<u64>,
     /// What `create` needs to rent this offer. Only the broker interprets it.
     pub key: String,
     /// Canonical GPU name, `None` for a CPU-only machine.

@@ -201,7 +201,8 @@ impl Found {
         for (i, offer) in self.offers.offers.iter_mut().enumerate().take(MAX_ASKED) {
             let Some(words) = field(answer, &format!("start-{i}")) else { continue };
             let at = words.split(" to start at ").nth(1).and_then(|rest| rest.split(' ').next()?.parse::<u64>().ok());
-            let when = match at.map(|at| at.saturating_sub(now) / 60) {
+            offer.starts_in_s = at.map(|at| at.saturating_sub(now));
+            let when = match offer.starts_in_s.map(|seconds| seconds / 60) {
                 Some(0) => "starts at once".to_owned(),
                 Some(minutes) if minutes < 120 => format!("starts in some {minutes} min"),
                 Some(minutes) => format!("starts in some {} h", minutes / 60),

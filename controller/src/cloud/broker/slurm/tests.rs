@@ -363,6 +363,7 @@ fn start_estimate_of_the_queue_is_shown() {
     let region = |i: usize| offers[i].region.clone().unwrap();
     assert!(region(0).ends_with("starts in some 2 h"), "{}", region(0));
     assert!(region(1).contains("no start: allocation failure"), "{}", region(1));
+    assert_eq!([offers[0].starts_in_s, offers[1].starts_in_s], [Some(7200), None]);
 }
 
 fn slurm() -> Slurm {
