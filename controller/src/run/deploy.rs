@@ -5,7 +5,7 @@
 //! only saves repeated work.
 
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use outliers_protocol::{JobSpec, MICRO_BATCH_TOKENS};
@@ -347,11 +347,18 @@ impl<'a> Driver<'a> {
         }
     }
 
-    /// Performs a step, and reports what it waits for.
+    /// Performs a step, and reports what it waits for. In a queue, which may take days, only what
+    /// is new.
     async fn told_step(&mut self) -> Result<(), StepError> {
         let (on, what) = (self.on, self.awaited());
+        let is_queued = matches!(self.run.state(), RunState::Rented { rental } if rental.offer.queued);
+        let told_before = Mutex::new(None);
         let say = |failed: Option<&Failed>| {
-            if let Some(what) = &what {
+            let now = failed.map(|failed| failed.words.clone());
+            let before = told_before.lock().expect("nothing panics while it is held").replace(now.clone());
+            if let Some(what) = &what
+                && !(is_queued && before == Some(now))
+            {
                 on(DeployEvent::Waiting { what: what.clone(), failed: failed.cloned() });
             }
         };

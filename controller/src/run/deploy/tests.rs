@@ -112,6 +112,29 @@ async fn queued_job_outlasts_the_boot_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn queue_is_reported_only_when_something_changes() {
+    set_clock(now_ms());
+    let (mut fake, home, told) = (Fake::new(), home(), std::sync::Mutex::new(Vec::new()));
+    fake.timeouts = Timeouts::CLOUD;
+    // Ten minutes of listings.
+    fake.set(|simulation| {
+        simulation.queued = 60;
+        simulation.offers.iter_mut().for_each(|offer| offer.queued = true);
+    });
+    let run = open_ledger(&home.path().join("state")).plan(&spec(&home.path().join("results"))).unwrap();
+    let on = |event| match event {
+        DeployEvent::Waiting { what, .. } if what.contains("to come up and answer") => told.lock().unwrap().push(what),
+        DeployEvent::Note(RunNote::Queued { why }) => told.lock().unwrap().push(why),
+        _ => {}
+    };
+    let clouds = fake.clouds();
+    Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive().await.unwrap();
+    let told = told.into_inner().unwrap();
+    assert_eq!(told.iter().filter(|words| *words == "Priority").count(), 1, "{told:?}");
+    assert!(told.len() <= 2, "ten minutes of waiting repeat nothing: {told:?}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn worker_ended_at_the_time_limit_is_not_restarted() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|simulation| (simulation.deaths, simulation.limited) = (1, true));
