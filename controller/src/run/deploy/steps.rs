@@ -939,7 +939,9 @@ pub(super) fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize,
         false => (RunFailureKind::NoOffer, "none could be had"),
     };
     let message = format!("{} of {offered} offers were tried and {none} ({})", refused.len(), words.join("; "));
+    let all_queued = refused.iter().all(|refusal| refusal.offer.queued);
     let hint = match dearer {
+        0 if all_queued => "use another --partition, --account, --qos, --constraint or --max-duration".to_owned(),
         0 => "relax the filters, or try again later".to_owned(),
         n => format!("{n} more would cost more than was agreed: --budget agrees to more; or try again later"),
     };
