@@ -472,7 +472,7 @@ impl Reporter {
                 self.say(&format!("Renting {}", clean(market::describe(&offer).as_bytes(), LINE)))
             }
             DeployEvent::Refused { reason } => {
-                self.say(&format!("It cannot be had ({}); trying the next offer", clean(reason.as_bytes(), LINE)));
+                self.say(&format!("The offer is given up: {}", clean(reason.as_bytes(), LINE)));
             }
             DeployEvent::Retrying { reason, pause } => {
                 let reason = clean(reason.as_bytes(), LINE);
