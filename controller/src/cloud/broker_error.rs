@@ -1,5 +1,7 @@
 //! Errors of calls to a cloud.
 
+use crate::cloud::broker::slurm;
+
 /// An error of a broker call.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{broker}: {message}")]
@@ -15,7 +17,10 @@ pub struct BrokerError {
 impl BrokerError {
     /// A remedy for people, if there is one.
     pub fn hint(&self) -> Option<String> {
-        matches!(self.kind, BrokerErrorKind::Auth).then(|| format!("check the key for {}", self.broker))
+        matches!(self.kind, BrokerErrorKind::Auth).then(|| match self.broker {
+            slurm::NAME => "`ssh HOST true` with the login node as HOST must work without a prompt".to_owned(),
+            cloud => format!("check the key for {cloud}"),
+        })
     }
 }
 

@@ -108,7 +108,7 @@ fn in_words(checks: &[Finding]) -> String {
         };
         // Below the finding, since an address in a separate column would be wrapped.
         let found = [Some(check.found.as_str()), check.hint.as_deref()].into_iter().flatten();
-        let found: Vec<String> = found.map(|text| clean(text.as_bytes(), 200)).collect();
+        let found: Vec<String> = found.map(|text| clean(text.as_bytes(), 600)).collect();
         table.add_row([tables::text(mark), tables::text(&check.what), tables::Cell::new(found.join("\n"))]);
     }
     format!("{table}\n")
@@ -178,7 +178,7 @@ async fn account(cloud: &Cloud) -> Finding {
             let empty = balance.is_some_and(|usd| usd.micros() <= 0);
             Finding::new(&what, if empty { Health::Bad } else { Health::Good }, found)
         }
-        Err(error) => Finding::new(&what, Health::Bad, error.message).hint("check the key and its rights"),
+        Err(error) => Finding { hint: error.hint(), ..Finding::new(&what, Health::Bad, error.message) },
     }
 }
 

@@ -909,7 +909,7 @@ fn host_failed(error: HostError) -> RunOutcome {
 
 fn broker_failed(error: &BrokerError) -> RunOutcome {
     let hint = match error.kind {
-        BrokerErrorKind::Auth => Some(format!("check the key for {}", error.broker)),
+        BrokerErrorKind::Auth => error.hint(),
         BrokerErrorKind::Budget => Some(format!("check the balance and the limits of the {} account", error.broker)),
         _ => None,
     };
