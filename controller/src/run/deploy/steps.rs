@@ -142,8 +142,8 @@ impl Driver<'_> {
         let within: Vec<Offer> = selected.iter().filter(|offer| record.spec.pays_for(offer, spent)).cloned().collect();
         if let (Some(agreed), true, Some(first)) = (record.spec.quote.ceiling, within.is_empty(), selected.first()) {
             let message = format!(
-                "{} of {agreed} that were agreed are left, and the first offer is {}",
-                (agreed - spent).max(Usd::ZERO),
+                "{spent} of {agreed} that were agreed are spent, and the rest does not pay for the first offer, at {}, \
+                 with enough time",
                 first.price
             );
             let hint = "run it again to agree to the prices of now; --budget agrees to more".to_owned();
