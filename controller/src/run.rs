@@ -639,8 +639,11 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         (S::Launched { rental, pin, .. } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
             S::Salvaging { rental, pin, ending }
         }
-        // The decided outcome has priority over the files.
-        (S::Salvaging { rental, ending, .. }, E::Fetched { results, .. }) => {
+        // The decided outcome has priority over the files, but a worker that was done in time did not
+        // reach its limit, however late its files are fetched.
+        (S::Salvaging { rental, ending, .. }, E::Fetched { results, ending: by_files }) => {
+            let was_in_time = (&ending, &by_files) == (&RunOutcome::Deadline, &RunOutcome::Completed);
+            let ending = if was_in_time { by_files } else { ending };
             S::Terminating { rental, ending, results: Some(results), loss: None }
         }
         (S::Salvaging { rental, ending, .. }, E::NotFetched { reason }) => {
@@ -834,6 +837,26 @@ mod tests {
         assert_eq!(next(&replay(&path), &stop).unwrap().word(), "terminating");
         path.extend([RunEvent::Reached { pin: Pin("key".into()), price: None }, RunEvent::Launched, stop]);
         assert_eq!(replay(&path).word(), "salvaging");
+    }
+
+    #[test]
+    fn complete_results_fetched_after_the_time_limit_are_of_a_completed_run() {
+        for (stopped, ends) in [
+            (RunOutcome::Deadline, RunOutcome::Completed),
+            (RunOutcome::Interrupted, RunOutcome::Interrupted),
+            (RunOutcome::Cancelled, RunOutcome::Cancelled),
+        ] {
+            let path = [
+                RunEvent::Creating { intent: intent() },
+                RunEvent::Created { instance: InstanceId("i1".into()), price: None },
+                RunEvent::Reached { pin: Pin("key".into()), price: None },
+                RunEvent::Launched,
+                RunEvent::Stopped { ending: stopped },
+                RunEvent::Fetched { results: brought(), ending: RunOutcome::Completed },
+                RunEvent::Gone,
+            ];
+            assert_eq!(replay(&path), RunState::Closed { ending: ends, results: Some(brought()), loss: None });
+        }
     }
 
     #[test]
