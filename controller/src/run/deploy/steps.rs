@@ -14,7 +14,7 @@ use super::grace::Grace;
 use super::terminate::{Bill, InstanceTerminator};
 use super::{DeployEvent, DriveError, Driver, Host, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
-    BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
+    BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint, slurm,
 };
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostEvent, JobStatus, OnEvent};
@@ -910,6 +910,9 @@ fn host_failed(error: HostError) -> RunOutcome {
 fn broker_failed(error: &BrokerError) -> RunOutcome {
     let hint = match error.kind {
         BrokerErrorKind::Auth => error.hint(),
+        BrokerErrorKind::Budget if error.broker == slurm::NAME => {
+            Some("check --account, --qos and the quotas: `sacctmgr show assoc user=$USER` there lists them".to_owned())
+        }
         BrokerErrorKind::Budget => Some(format!("check the balance and the limits of the {} account", error.broker)),
         _ => None,
     };
