@@ -352,6 +352,15 @@ fn offers_show_partitions_gpus_and_estimated_start() {
 }
 
 #[test]
+fn missing_partition_is_named_with_those_that_exist() {
+    let Some((cluster, context)) = office() else { return };
+    let said = context.run(["offers", "--broker", "slurm", "--gpu-count", "0", "--partition", "gone"]);
+    assert_eq!(said.code, Some(5), "{said:?}");
+    assert!(said.stderr.contains("no partition gone with nodes: there are cpu, gpu"), "{said:?}");
+    assert_eq!(cluster.jobs(), 0);
+}
+
+#[test]
 fn job_over_the_gpu_hour_limit_is_not_submitted() {
     let Some((cluster, context)) = office() else { return };
     let folder = golden("llama-f32");

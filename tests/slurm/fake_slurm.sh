@@ -232,6 +232,9 @@ info() {
     case $* in
         --version) echo "$version" ;;
         '-h -o %P') printf 'cpu*\ngpu\n' ;;
+        '-h -o %R') printf 'cpu\ngpu\n' ;;
+        # No partition has this name.
+        '--noheader --exact --partition=gone --format=@nodes %P|%a|%l|%F|%c|%m|%G') ;;
         '--noheader --exact --format=@nodes %P|%a|%l|%F|%c|%m|%G')
             echo '@nodes cpu*|up|1-00:00:00|0/3/0/3|4|16000|(null)'
             echo "@nodes gpu|up|2-00:00:00|1/1/0/2|64|512000|gpu:a100:4$more" ;;
