@@ -147,10 +147,11 @@ fn quantization(errors: &QuantizationErrors, hidden: usize) -> String {
         };
         rows.add_row(std::iter::once(text(format.label())).chain(rotations.iter().map(error)));
     }
-    let left = rotations.iter().filter(|rotation| **rotation > 0 && hidden % **rotation > 0).map(|rotation| {
-        let left = hidden % rotation;
-        format!("Hadamard {rotation}: the last {left} of {hidden} dimensions fill no block and are not rotated\n")
-    });
+    let left =
+        rotations.iter().filter(|rotation| **rotation > 0 && !hidden.is_multiple_of(**rotation)).map(|rotation| {
+            let left = hidden % rotation;
+            format!("Hadamard {rotation}: the last {left} of {hidden} dimensions fill no block and are not rotated\n")
+        });
     let left: String = left.collect();
     format!("\n{rows}\nof norm outputs: {}\n{left}", clean(errors.rule.as_bytes(), 300))
 }

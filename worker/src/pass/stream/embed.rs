@@ -44,13 +44,12 @@ impl Pass<'_> {
             let runs: Vec<&[usize]> = order[from..to].chunk_by(is_same).collect();
             for runs in runs.chunks(ROWS_AT_ONCE) {
                 let first = self.tokens.ids[runs[0][0]];
-                let mut place = (used.len() / width) as u32;
+                let place = (used.len() / width) as u32;
                 rows_in_use.clear();
-                for run in runs {
+                for (place, run) in (place..).zip(runs) {
                     let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
                     rows_in_use.extend_from_slice(&bytes[at..at + row_bytes]);
                     run.iter().for_each(|&token| places[token] = place);
-                    place += 1;
                 }
                 let name = format!("{} (rows from {first} on that the text uses)", entry.name);
                 dtype::append_f32(&mut used, &rows_in_use, &entry.dtype, &name)?;
