@@ -124,13 +124,13 @@ async fn queue_is_reported_only_when_something_changes() {
     let run = open_ledger(&home.path().join("state")).plan(&spec(&home.path().join("results"))).unwrap();
     let on = |event| match event {
         DeployEvent::Waiting { what, .. } if what.contains("to come up and answer") => told.lock().unwrap().push(what),
-        DeployEvent::Note(RunNote::Queued { why }) => told.lock().unwrap().push(why),
+        DeployEvent::Note(note) => told.lock().unwrap().push(note),
         _ => {}
     };
     let clouds = fake.clouds();
     Driver::new(run, fake.ports(&clouds), fake.stop.subscribe(), &on).drive().await.unwrap();
     let told = told.into_inner().unwrap();
-    assert_eq!(told.iter().filter(|words| *words == "Priority").count(), 1, "{told:?}");
+    assert_eq!(told.iter().filter(|words| words.contains("Priority")).count(), 1, "{told:?}");
     assert!(told.len() <= 2, "ten minutes of waiting repeat nothing: {told:?}");
 }
 
