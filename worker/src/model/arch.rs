@@ -498,6 +498,11 @@ const TEXT_CONFIG: &str = "text_config";
 
 fn finish(config: &Config<'_>, family: &Family) -> Result<(DecoderSpec, ConfigReading)> {
     let spec = (family.spec)(config)?;
+    // Masks of all classes depend on it, though no class has the attribute.
+    const CAUSAL: &str = "is_causal";
+    if config.has(CAUSAL) && !config.flag(CAUSAL)? {
+        return Err(unsupported(format!("{CAUSAL} false")));
+    }
     let reading = config.finish(family.unused)?;
     check(&spec).map_err(|error| match reading.explain() {
         Some(explained) => error.hint(explained),

@@ -188,6 +188,8 @@ fn unsupported_settings_are_refused_by_name() {
         ("OPTForCausalLM", "enable_bias", json!(false)),
         ("Qwen3NextForCausalLM", "decoder_sparse_step", json!(0)),
         ("LlamaForCausalLM", "per_layer_config", json!({"0": {"head_dim": 8}})),
+        ("LlamaForCausalLM", "is_causal", json!(false)),
+        ("Gemma3ForConditionalGeneration", "is_causal", json!(null)),
     ] {
         let error = refused(architecture, json!({key: value}));
         assert!(error.message().contains(key), "{error}");
