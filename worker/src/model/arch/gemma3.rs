@@ -6,7 +6,7 @@ use super::*;
 pub(super) const FAMILY: Family = Family {
     wrapper: Some("Gemma3Config"),
     unused: UNUSED,
-    ..Family::new("Gemma3ForConditionalGeneration", &["gemma3"], "Gemma3TextConfig", gemma3_text::spec, &NAMES)
+    ..Family::new("Gemma3ForConditionalGeneration", &["gemma3"], "Gemma3TextConfig", spec, &NAMES)
 };
 
 const NAMES: Names = Names {
@@ -25,3 +25,9 @@ const UNUSED: &[Unused] = &[
     ("the text part alone is computed", &["boi_token_id", "eoi_token_id", "image_token_id"]),
     ("it says how Python runs the model", &["cache_implementation"]),
 ];
+
+fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
+    // The multimodal class of transformers does not cap logits, which the text class does.
+    config.expect("final_logit_softcapping", &[Value::Null])?;
+    gemma3_text::spec(config)
+}

@@ -190,6 +190,7 @@ fn unsupported_settings_are_refused_by_name() {
         ("LlamaForCausalLM", "per_layer_config", json!({"0": {"head_dim": 8}})),
         ("LlamaForCausalLM", "is_causal", json!(false)),
         ("Gemma3ForConditionalGeneration", "is_causal", json!(null)),
+        ("Gemma3ForConditionalGeneration", "final_logit_softcapping", json!(30.0)),
     ] {
         let error = refused(architecture, json!({key: value}));
         assert!(error.message().contains(key), "{error}");
