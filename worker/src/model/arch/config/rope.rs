@@ -182,8 +182,9 @@ impl<'a> Config<'a> {
 
     fn rope_scaling(&self, settings: &RopeSettings<'_>) -> Result<RopeScaling> {
         Ok(match settings.kind()? {
-            // These extrapolate only beyond `max_position_embeddings`, which no sequence exceeds.
-            "default" | "dynamic" => RopeScaling::None,
+            "default" => RopeScaling::None,
+            // It extrapolates only beyond `max_position_embeddings`, which no sequence exceeds.
+            "dynamic" => settings.number("factor").map(|_| RopeScaling::None)?,
             "linear" => RopeScaling::Linear { factor: settings.number("factor")? },
             "llama3" => RopeScaling::Llama3 {
                 factor: settings.number("factor")?,

@@ -223,6 +223,10 @@ fn rope_settings_are_read_in_old_and_new_form() {
     assert_eq!(rope(new), want);
     let error = refused("LlamaForCausalLM", json!({"rope_scaling": {"type": "linear"}}));
     assert!(error.message().contains("rope_scaling.factor"), "{error}");
+    let dynamic = |settings: Value| json!({"head_dim": 4, "rope_scaling": settings});
+    assert_eq!(rope(dynamic(json!({"type": "dynamic", "factor": 2.0}))).scaling, RopeScaling::None);
+    let error = refused("LlamaForCausalLM", dynamic(json!({"type": "dynamic"})));
+    assert!(error.message().contains("rope_scaling.factor"), "{error}");
 }
 
 #[test]
