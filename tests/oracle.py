@@ -161,7 +161,7 @@ ODD = {
     "deepseek_v2": [{"n_routed_experts": 12, "n_group": 3, "topk_group": 1}, {"rope_scaling": None}],
     "deepseek_v2_lite": [ROUTED, TIED, {"n_shared_experts": 1}],
     "gemma3": [{"sliding_window": 5}, {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 10, "query_pre_attn_scalar": 7}],
-    "gemma3_text": [{"final_logit_softcapping": 20.0}],
+    "gemma3_text": [{"final_logit_softcapping": 20.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 33.0}}],
     "gemma4": [{"num_experts": 1, "top_k_experts": 1}, {"attention_k_eq_v": False}],
     "gemma4_dense": [{"global_head_dim": 24, "num_global_key_value_heads": 2}],
     "kimi_k2_int4": [ROUTED, {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}],

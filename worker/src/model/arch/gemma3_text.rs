@@ -19,12 +19,16 @@ pub(super) const SANDWICH: &[(Role, &str)] = &[
 pub(super) const UNUSED: &[Unused] = &[("it says how Python runs the model", &["cache_implementation"])];
 
 /// Rotations of global layers and of windowed layers.
-pub(super) const FULL: RopeKind =
-    RopeKind { kind: "full_attention", key: "rope_parameters.full_attention", theta: "rope_theta", is_scaled: true };
+pub(super) const FULL: RopeKind = RopeKind {
+    kind: "full_attention",
+    key: "rope_parameters.full_attention",
+    theta: Some("rope_theta"),
+    is_scaled: true,
+};
 pub(super) const SLIDING: RopeKind = RopeKind {
     kind: "sliding_attention",
     key: "rope_parameters.sliding_attention",
-    theta: "rope_local_base_freq",
+    theta: Some("rope_local_base_freq"),
     is_scaled: false,
 };
 

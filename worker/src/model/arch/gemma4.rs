@@ -55,6 +55,8 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect("use_bidirectional_attention", &["vision".into()])?;
     config.expect("hidden_size_per_layer_input", &[0.into()])?;
     config.expect("num_kv_shared_layers", &[0.into()])?;
+    // This class has no older form of the rotations' settings.
+    config.expect("rope_scaling", &[Value::Null])?;
     let eps = config.number("rms_norm_eps")?;
     let norm = NormSpec::rms(eps);
     let attention = AttentionSpec {
@@ -100,7 +102,7 @@ fn geglu(intermediate: usize, stored: GateUp) -> MlpSpec {
 
 /// Windowed attention.
 fn sliding(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
-    let rope = config.rope_of_kind(&gemma3_text::SLIDING, attention.head_dim)?;
+    let rope = config.rope_of_kind(&RopeKind { theta: None, ..gemma3_text::SLIDING }, attention.head_dim)?;
     Ok(AttentionSpec { rope: Some(rope), ..attention.clone() })
 }
 
@@ -112,6 +114,7 @@ fn full(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec>
     let key_is_value = config.flag("attention_k_eq_v")?;
     let told = config.raw(KV_HEADS).is_some_and(|heads| !heads.is_null());
     let kv_heads = if told && key_is_value { config.count(KV_HEADS)? } else { attention.kv_heads };
-    let rope = Some(config.rope_of_kind(&gemma3_text::FULL, head_dim)?);
+    let kind = RopeKind { theta: None, is_scaled: false, ..gemma3_text::FULL };
+    let rope = Some(config.rope_of_kind(&kind, head_dim)?);
     Ok(AttentionSpec { head_dim, kv_heads, key_is_value, rope, ..attention.clone() })
 }

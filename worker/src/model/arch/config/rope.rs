@@ -37,6 +37,8 @@ const PARTIAL: &str = "partial_rotary_factor";
 pub(in crate::model::arch) struct RopeSettings<'a> {
     key: &'static str,
     values: Cow<'a, Map<String, Value>>,
+    /// Whether they are those of one kind of layers.
+    of_kind: bool,
 }
 
 impl RopeSettings<'_> {
@@ -69,10 +71,12 @@ impl RopeSettings<'_> {
         value.as_str().ok_or_else(|| ill_typed(&self.name(key), "a word", value))
     }
 
-    /// The truth value of a switch that is true by default.
+    /// The truth value of a switch that is true by default. transformers does not read it from the
+    /// settings of one kind of layers.
     fn truncates(&self) -> Result<bool> {
         match self.values.get("truncate") {
-            None => Ok(true),
+            None | Some(Value::Bool(true)) => Ok(true),
+            Some(_) if self.of_kind => Err(unsupported(format!("{} other than true", self.name("truncate")))),
             Some(Value::Null) => Ok(false),
             Some(value) => value.as_bool().ok_or_else(|| ill_typed(&self.name("truncate"), "true or false", value)),
         }
@@ -85,8 +89,8 @@ pub(in crate::model::arch) struct RopeKind {
     pub(in crate::model::arch) kind: &'static str,
     /// The key of its settings.
     pub(in crate::model::arch) key: &'static str,
-    /// The key of the frequency base in older files.
-    pub(in crate::model::arch) theta: &'static str,
+    /// The key of the frequency base in older files, if the class reads those.
+    pub(in crate::model::arch) theta: Option<&'static str>,
     /// Whether `rope_scaling` of older files applies to it.
     pub(in crate::model::arch) is_scaled: bool,
 }
@@ -110,15 +114,17 @@ impl<'a> Config<'a> {
         let mut values = told.or(class).cloned().unwrap_or_default();
         let scaling = object("rope_scaling")?.filter(|_| of.is_scaled);
         values.extend(scaling.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
-        let theta = match self.raw(of.theta).filter(|_| told.is_none_or(|told| !told.contains_key("rope_theta"))) {
-            Some(value) => value.as_f64().ok_or_else(|| ill_typed(&self.name(of.theta), "a number", value))?,
+        let has_theta = [told, scaling].into_iter().flatten().any(|own| own.contains_key("rope_theta"));
+        let settings = RopeSettings { key: of.key, values: Cow::Owned(values), of_kind: true };
+        let old = of.theta.and_then(|key| Some((key, self.raw(key)?))).filter(|_| !has_theta);
+        let theta = match old {
+            Some((key, value)) => value.as_f64().ok_or_else(|| ill_typed(&self.name(key), "a number", value))?,
             None => {
-                let settings = RopeSettings { key: of.key, values: Cow::Borrowed(&values) };
-                let default = class.and_then(|class| class.get("rope_theta")?.as_f64());
-                settings.number_opt("rope_theta")?.or(default).unwrap_or_default()
+                let default = of.theta.and(class).and_then(|class| class.get("rope_theta")?.as_f64());
+                let theta = settings.number_opt("rope_theta")?.or(default);
+                theta.ok_or_else(|| ill_typed(&settings.name("rope_theta"), "a number", &Value::Null))?
             }
         };
-        let settings = RopeSettings { key: of.key, values: Cow::Owned(values) };
         self.look_at(&settings)?;
         let part = settings.number_opt(PARTIAL)?.unwrap_or(1.0);
         let scaling = match settings.kind()? {
@@ -136,7 +142,9 @@ impl<'a> Config<'a> {
     pub(in crate::model::arch) fn rope_settings(&self) -> Result<RopeSettings<'a>> {
         let object = |key: &'static str| match self.raw(key) {
             None | Some(Value::Null) => Ok(None),
-            Some(Value::Object(values)) => Ok(Some(RopeSettings { key, values: Cow::Borrowed(values) })),
+            Some(Value::Object(values)) => {
+                Ok(Some(RopeSettings { key, values: Cow::Borrowed(values), of_kind: false }))
+            }
             Some(other) => Err(ill_typed(key, "an object", other)),
         };
         let (scaling, parameters) = (object("rope_scaling")?, object("rope_parameters")?);
@@ -147,7 +155,7 @@ impl<'a> Config<'a> {
         let mut values = self.class.rope.clone();
         // These two are read from the configuration even if the rest is the class's default.
         values.retain(|key, _| key != "rope_theta" && key != PARTIAL);
-        Ok(RopeSettings { key: "rope_parameters", values: Cow::Owned(values) })
+        Ok(RopeSettings { key: "rope_parameters", values: Cow::Owned(values), of_kind: false })
     }
 
     fn look_at(&self, settings: &RopeSettings<'_>) -> Result<()> {
@@ -255,11 +263,12 @@ impl<'a> Config<'a> {
         Ok(part)
     }
 
-    /// Positions of the pre-training: of the configuration, of the rotation's settings, else all
-    /// positions.
+    /// Positions of the pre-training: of the configuration, which does not count for one kind of
+    /// layers, of the rotation's settings, else all positions.
     fn original_positions(&self, settings: &RopeSettings<'_>) -> Result<f64> {
         const KEY: &str = "original_max_position_embeddings";
-        match self.raw(KEY) {
+        let of_all = if settings.of_kind { None } else { self.raw(KEY) };
+        match of_all {
             Some(value) => value.as_f64().ok_or_else(|| ill_typed(&self.name(KEY), "a number", value)),
             None if settings.values.contains_key(KEY) => settings.number(KEY),
             None => Ok(self.count("max_position_embeddings")? as f64),

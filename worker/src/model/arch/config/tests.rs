@@ -314,12 +314,39 @@ fn each_layer_type_has_the_rope_of_its_class() {
     }});
     assert_eq!(rope(gemma3, new.clone(), 0), (3.0, 256, RopeScaling::Linear { factor: 2.0 }));
     assert_eq!(rope(gemma3, new, 5), (9.0, 256, RopeScaling::None));
+    // A base among the settings has priority over the older key.
+    let within = json!({"rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 8.0, "rope_theta": 6.0}});
+    assert_eq!(rope(gemma3, within, 5), (6.0, 256, RopeScaling::Linear { factor: 8.0 }));
+    // Not counted for one kind of layers, unlike for all layers.
+    let context = json!({
+        "original_max_position_embeddings": 9, "max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+    });
+    let (_, _, scaling) = rope(gemma3, context, 5);
+    assert!(matches!(scaling, RopeScaling::Yarn { original_positions: 64.0, truncate: true, .. }), "{scaling:?}");
+    let untruncated = json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": false}});
+    let error = refused(gemma3, untruncated);
+    assert!(error.message().contains("rope_parameters.full_attention.truncate"), "{error}");
     let flat = refused(gemma3, json!({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}));
     assert!(flat.message().contains("rope_parameters."), "{flat}");
     let gemma4 = json!({"hidden_size_per_layer_input": 0});
     let proportional = RopeScaling::Proportional { part: 0.25 };
     assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4.clone(), 5), (1e6, 512, proportional));
     assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4, 0), (1e4, 256, RopeScaling::None));
+    // Its class reads no older key.
+    let old = json!({"hidden_size_per_layer_input": 0, "rope_theta": 7.0, "rope_local_base_freq": 5.0});
+    assert_eq!(rope("Gemma4ForConditionalGeneration", old.clone(), 5).0, 1e6);
+    assert_eq!(rope("Gemma4ForConditionalGeneration", old, 0).0, 1e4);
+    for (key, settings) in [
+        ("rope_scaling", json!({"rope_type": "linear", "factor": 8.0})),
+        ("rope_parameters", json!({"full_attention": {"rope_type": "default"}})),
+        ("hidden_size_per_layer_input", json!(256)),
+    ] {
+        let mut config = json!({"hidden_size_per_layer_input": 0});
+        config[key] = settings;
+        let error = refused("Gemma4ForConditionalGeneration", config);
+        assert!(error.message().contains(key), "{error}");
+    }
     let error = refused("Gemma4ForConditionalGeneration", json!({}));
     assert!(error.message().contains("hidden_size_per_layer_input"), "{error}");
     // Trinity's global layers are not rotated.
