@@ -335,6 +335,11 @@ fn fp8_blocks(values: &Map<String, Value>) -> Result<Quantisation> {
 /// Formats of compressed-tensors. All groups of layers must have the same one.
 fn compressed_tensors(values: &Map<String, Value>) -> Result<Quantisation> {
     const KEY: &str = "quantization_config";
+    // Rotations of inputs, which the stored weights presuppose.
+    const TRANSFORMS: &str = "transform_config";
+    if values.get(TRANSFORMS).and_then(Value::as_object).is_some_and(|transforms| !transforms.is_empty()) {
+        return Err(unsupported(format!("{KEY}.{TRANSFORMS}: transforms of inputs")));
+    }
     let format = values.get("format").and_then(Value::as_str).unwrap_or("?");
     let wanted: Vec<(&str, Value)> = match format {
         "pack-quantized" => vec![

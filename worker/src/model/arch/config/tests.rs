@@ -274,6 +274,11 @@ fn compressed_tensors_groups_must_share_a_supported_format() {
     let mixed = groups(json!({"group_0": {"weights": weights}, "group_1": {"weights": wider}}));
     assert!(read_with(mixed).unwrap_err().message().contains("beside others"));
     assert!(read_with(groups(json!({}))).unwrap_err().message().contains("config_groups"));
+    let mut transformed = one.clone();
+    transformed["transform_config"] = json!({});
+    assert!(read_with(transformed.clone()).is_ok());
+    transformed["transform_config"] = json!({"config_groups": {"R1": {"type": "hadamard"}}});
+    assert!(read_with(transformed).unwrap_err().message().contains("transform_config"));
     let algorithm = |algorithm: &str| json!({"quant_method": "modelopt", "quant_algo": algorithm});
     assert_eq!(read_with(algorithm("NVFP4")).unwrap(), Quantisation::Nvfp4(Nvfp4Layout::ModelOpt));
     assert!(read_with(algorithm("W4A8_AWQ")).unwrap_err().message().contains("W4A8_AWQ"));
