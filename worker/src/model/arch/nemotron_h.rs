@@ -132,7 +132,10 @@ fn kinds(config: &Config<'_>) -> Result<Vec<LayerKind>> {
             };
             letters.chars().map(of).collect::<Result<_>>()?
         }
-        (None, None) => vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp],
+        (None, None) => {
+            config.assume(PATTERN, &"ME*-".into());
+            vec![LayerKind::Mamba, LayerKind::Mixture, LayerKind::Attention, LayerKind::Mlp]
+        }
     };
     const MAX_LAYERS: usize = 4096;
     if kinds.len() > MAX_LAYERS {

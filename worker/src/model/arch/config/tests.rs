@@ -360,6 +360,12 @@ fn each_layer_type_has_the_rope_of_its_class() {
 }
 
 #[test]
+fn assumed_kinds_of_nemotron_layers_are_listed() {
+    let Architecture { reading, spec, .. } = read(&with("NemotronHForCausalLM", published())).unwrap();
+    assert_eq!((reading.defaults["hybrid_override_pattern"].as_str(), spec.layers.len()), (Some("ME*-"), 4));
+}
+
+#[test]
 fn kimi_linear_layer_lists_are_one_based_and_checked() {
     let kinds = |lists: Value| {
         let config = with("KimiLinearForCausalLM", json!({"num_hidden_layers": 3, "linear_attn_config": lists}));
