@@ -110,7 +110,7 @@ fn sliding(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSp
 fn full(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
     const HEAD_DIM: &str = "global_head_dim";
     const KV_HEADS: &str = "num_global_key_value_heads";
-    let head_dim = if config.has(HEAD_DIM) { config.count(HEAD_DIM)? } else { GLOBAL_HEAD_DIM };
+    let head_dim = config.count_or(HEAD_DIM, GLOBAL_HEAD_DIM)?;
     let key_is_value = config.flag("attention_k_eq_v")?;
     let told = config.raw(KV_HEADS).is_some_and(|heads| !heads.is_null());
     let kv_heads = if told && key_is_value { config.count(KV_HEADS)? } else { attention.kv_heads };

@@ -337,7 +337,9 @@ fn each_layer_type_has_the_rope_of_its_class() {
     let gemma4 = json!({"hidden_size_per_layer_input": 0});
     let proportional = RopeScaling::Proportional { part: 0.25 };
     assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4.clone(), 5), (1e6, 512, proportional));
-    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4, 0), (1e4, 256, RopeScaling::None));
+    assert_eq!(rope("Gemma4ForConditionalGeneration", gemma4.clone(), 0), (1e4, 256, RopeScaling::None));
+    let reading = read(&with("Gemma4ForConditionalGeneration", gemma4)).unwrap().reading;
+    assert_eq!(reading.defaults["text_config.global_head_dim"], 512);
     // Its class reads no older key.
     let old = json!({"hidden_size_per_layer_input": 0, "rope_theta": 7.0, "rope_local_base_freq": 5.0});
     assert_eq!(rope("Gemma4ForConditionalGeneration", old.clone(), 5).0, 1e6);
