@@ -110,12 +110,17 @@ fn stored(metadata: &Metadata) -> String {
 
 fn config_rules(metadata: &Metadata) -> Option<String> {
     let rules = metadata.model.config.as_ref().map_or(1, |config| config.rules);
-    (rules < CONFIG_RULES).then(|| {
-        format!(
-            "read by rules {rules} of an older worker; rules {CONFIG_RULES} take absent keys as transformers does, and read windows, layer \
-             types and stored heads that older ones did not: a run of today may differ"
-        )
-    })
+    // What each version of the rules reads differently than the one before, from 2 on.
+    const SINCE: [&str; CONFIG_RULES as usize - 1] = [
+        "absent keys, windows, layer types and stored heads",
+        "rotations of Gemma 3 and 4 for one kind of layers, and keys that are refused now",
+    ];
+    let changed = SINCE.get((rules as usize).saturating_sub(1)..).filter(|changed| !changed.is_empty())?;
+    Some(format!(
+        "read by rules {rules} of an older worker; rules {CONFIG_RULES} read as transformers does: {}: a run of today \
+         may differ",
+        changed.join("; ")
+    ))
 }
 
 fn checkpoint_notes(metadata: &Metadata) -> Option<String> {

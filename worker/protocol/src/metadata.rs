@@ -132,7 +132,7 @@ impl WeightVerification {
 
 /// Version of the rules by which config.json is read. It is raised when a checkpoint may be read
 /// differently.
-pub const CONFIG_RULES: u32 = 2;
+pub const CONFIG_RULES: u32 = 3;
 
 /// How config.json was read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
