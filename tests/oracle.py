@@ -29,7 +29,10 @@ import compare_figures
 
 HERE = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of each tensor's root mean square
-HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; on the CPU the worst is 0.033
+HALF_TOLERANCE = 0.05  # the same in bf16 and f16, on average; the worst is 0.048, in kimi-linear
+# In nemotron-h a token's expert changes in bf16, in transformers too, which is off by up to 0.061
+# (logits 0.065), as the worker is. Half of all rows are off by less than 0.01 there.
+HALF_TOLERANCES = {"nemotron_h": 0.07}
 # With eight layers that amplify rounding, f32 itself is not within 1e-4: compared with f64, the
 # reference's f32 values are off by up to 2.4e-4 (qwen3_next) and 1.4e-4 (opt_350m, post-norm), the
 # worker's by 1.4e-4 and 1.2e-4. Router choices and statistics must be equal all the same.
@@ -377,7 +380,8 @@ def goldens(arguments):
     for folder in sorted(path.parent for path in (HERE / "golden").glob("*/golden.safetensors")):
         family = json.loads((folder / "model" / "config.json").read_text()).get("model_type")
         golden = load_file(folder / "golden.safetensors")
-        tolerance = arguments.tolerance or (TOLERANCES.get(family, TOLERANCE) if arguments.precision == "f32" else HALF_TOLERANCE)
+        tolerances = (TOLERANCES, TOLERANCE) if arguments.precision == "f32" else (HALF_TOLERANCES, HALF_TOLERANCE)
+        tolerance = arguments.tolerance or tolerances[0].get(family, tolerances[1])
         with tempfile.TemporaryDirectory() as output:
             run = subprocess.run(
                 [arguments.worker, "run", "--model", folder / "model", "--token-ids", folder / "golden.safetensors", "--output", output,
