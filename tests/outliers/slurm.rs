@@ -771,7 +771,9 @@ fn real_slurm_requeued_job_gives_the_same_bits() {
     let Some(cluster) = Cluster::real().unwrap() else { return };
     let context = context(&cluster);
     let mut child = busy(&cluster, &context, "60", MID_PASS, &[]);
-    cluster.says("scontrol", &["requeue", "1"]);
+    // Estimates of the queue use up ids, too.
+    let job = cluster.says("squeue", &["--noheader", "--format=%i"]);
+    cluster.says("scontrol", &["requeue", job.trim()]);
     assert!(!says_of_a_run(&cluster, files::MANIFEST, ""), "it was in mid-pass");
     assert!(child.wait().unwrap().success(), "{}", context.stderr());
     let job = cluster.says("scontrol", &["--oneliner", "show", "job"]);
