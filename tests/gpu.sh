@@ -80,9 +80,11 @@ there, back = metadata["host_to_device_bytes"], metadata["device_to_host_bytes"]
 vocab = json.loads(pathlib.Path(sys.argv[2], "model/config.json").read_text())["vocab_size"]
 weights = 2 * (metadata["model"]["parameters"] - vocab * results["hidden"])
 assert weights <= there < 1.5 * weights, (there, weights)
-# For logits only the numbers for likelihoods are copied back; norm outputs in f32 at most.
-tokens = results["sequences"] * results["tokens_per_sequence"]
-assert 0 < back < 4 * tokens * (results["hidden"] * results["n_sites"] + vocab), back
+# Back come, of each norm output and sequence, 2,048 bins of 8 bytes, 24 bytes per row and 48 per
+# column. All else together is less than half of the logits in f32, which are not copied.
+sequences, length = results["sequences"], results["tokens_per_sequence"]
+summaries = sequences * results["n_sites"] * (2048 * 8 + 24 * length + 48 * results["hidden"])
+assert summaries <= back < summaries + 2 * sequences * length * vocab, (back, summaries)
 print(f"host to device {there} bytes, device to host {back} bytes")
 EOF
 
