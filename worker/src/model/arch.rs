@@ -17,7 +17,7 @@ pub use config::Config;
 use config::class::Class;
 use config::rope::{RopeKind, yarn_magnitude};
 use config::unused::Unused;
-use config::{ill_typed, unsupported};
+use config::{PER_LAYER, ill_typed, unsupported};
 
 /// A family of models.
 pub struct Family {

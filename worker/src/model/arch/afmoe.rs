@@ -43,6 +43,8 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
     config.expect_silu()?;
     expect_published(config)?;
     let norm = NormSpec::rms(config.number("rms_norm_eps")?);
+    // The class takes null for it and then fails.
+    config.count("head_dim")?;
     let attention = AttentionSpec {
         qk_norm: QkNorm::PerHead(norm),
         output_gate: OutputGate::Separate,

@@ -21,7 +21,7 @@ use unused::Unused;
 const MAX_LAYERS: usize = 4096;
 const NUMBER_LIMIT: u64 = 1 << 31;
 /// Settings of single layers, an attribute of every class of transformers.
-const PER_LAYER: &str = "per_layer_config";
+pub(super) const PER_LAYER: &str = "per_layer_config";
 
 /// A `config.json`, or its text model's part. It records which keys are read.
 pub struct Config<'a> {

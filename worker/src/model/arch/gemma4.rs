@@ -65,7 +65,12 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         value_norm: Some(eps),
         ..attention_without_positions(config)?
     };
-    let attentions = [full(config, &attention)?, sliding(config, &attention)?];
+    let mut windows = windows_but_every(config, 6)?;
+    // The last layer is global whatever the configuration says.
+    if let Some(last) = windows.last_mut() {
+        *last = Window::Full;
+    }
+    let attentions = [full(config, &attention, &windows)?, sliding(config, &attention)?];
     let mlp = geglu(config.count("intermediate_size")?, GateUp::Separate);
     let ffn = if config.flag("enable_moe_block")? {
         FfnSpec::Moe(MoeSpec {
@@ -83,11 +88,6 @@ fn spec(config: &Config<'_>) -> Result<DecoderSpec> {
         }
         FfnSpec::Dense(mlp)
     };
-    let mut windows = windows_but_every(config, 6)?;
-    // The last layer is global whatever the configuration says.
-    if let Some(last) = windows.last_mut() {
-        *last = Window::Full;
-    }
     let layer = |window| {
         let attention = attentions[usize::from(window != Window::Full)].clone();
         let mixer = MixerSpec::Attention(AttentionSpec { window, ..attention });
@@ -107,14 +107,47 @@ fn sliding(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSp
 }
 
 /// Global attention: heads of another width, and keys as values.
-fn full(config: &Config<'_>, attention: &AttentionSpec) -> Result<AttentionSpec> {
-    const HEAD_DIM: &str = "global_head_dim";
-    const KV_HEADS: &str = "num_global_key_value_heads";
-    let head_dim = config.count_or(HEAD_DIM, GLOBAL_HEAD_DIM)?;
+fn full(config: &Config<'_>, attention: &AttentionSpec, windows: &[Window]) -> Result<AttentionSpec> {
     let key_is_value = config.flag("attention_k_eq_v")?;
-    let told = config.raw(KV_HEADS).is_some_and(|heads| !heads.is_null());
-    let kv_heads = if told && key_is_value { config.count(KV_HEADS)? } else { attention.kv_heads };
+    let (head_dim, kv_heads) = global_heads(config, attention.kv_heads, key_is_value, windows)?;
     let kind = RopeKind { theta: None, is_scaled: false, ..gemma3_text::FULL };
     let rope = Some(config.rope_of_kind(&kind, head_dim)?);
     Ok(AttentionSpec { head_dim, kv_heads, key_is_value, rope, ..attention.clone() })
+}
+
+/// Width and number of the key/value heads of global layers: by the settings of single layers that
+/// transformers 5 saves, else by the published keys.
+fn global_heads(config: &Config<'_>, usual: usize, key_is_value: bool, windows: &[Window]) -> Result<(usize, usize)> {
+    const HEAD_DIM: &str = "global_head_dim";
+    const KV_HEADS: &str = "num_global_key_value_heads";
+    let told = config.raw(KV_HEADS).is_some_and(|heads| !heads.is_null());
+    if !config.has(PER_LAYER) {
+        let head_dim = config.count_or(HEAD_DIM, GLOBAL_HEAD_DIM)?;
+        if key_is_value && told {
+            return Ok((head_dim, config.count(KV_HEADS)?));
+        }
+        if key_is_value {
+            config.assume(KV_HEADS, &usual.into());
+        }
+        return Ok((head_dim, usual));
+    }
+    // The class reads no published key then.
+    config.raw(HEAD_DIM);
+    let layers = config.object(PER_LAYER)?;
+    let is_global = |layer: &String| layer.parse().is_ok_and(|layer: usize| windows.get(layer) == Some(&Window::Full));
+    let heads = layers.values().next().filter(|first| {
+        let of_all = layers.len() == windows.iter().filter(|window| **window == Window::Full).count();
+        of_all && layers.iter().all(|(layer, heads)| is_global(layer) && heads == *first)
+    });
+    let heads = heads.and_then(Value::as_object).and_then(|heads| {
+        let count = |value: &Value| value.as_u64().filter(|count| *count < 1 << 31).map(|count| count as usize);
+        let kv_heads = heads.get("num_key_value_heads");
+        let all = heads.len() == 1 + usize::from(kv_heads.is_some());
+        let heads = (count(heads.get("head_dim")?)?, kv_heads.map_or(Some(usual), count)?);
+        all.then_some(heads)
+    });
+    heads.ok_or_else(|| {
+        let of = "that is not one head_dim and one num_key_value_heads for all global layers";
+        unsupported(format!("{PER_LAYER} {of}"))
+    })
 }

@@ -120,7 +120,7 @@ fn sees_all(config: &Config<'_>) -> Result<Vec<bool>> {
         }
     }
     let all: Option<Vec<bool>> = kinds.into_iter().collect();
-    let wanted = || format!("a list that holds, with {}, each of {layers} layers", LISTS[0]);
+    let wanted = || format!("a list that holds, with {}, each of the {layers} layers of num_hidden_layers", LISTS[0]);
     all.ok_or_else(|| wrong(LISTS[1], &wanted(), linear))
 }
 

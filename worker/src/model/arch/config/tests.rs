@@ -439,3 +439,41 @@ fn fp8_block_size_defaults_to_that_of_the_class() {
     let error = read(&config(json!({"quant_method": "fp8", "weight_block_size": null}))).map(|_| ()).unwrap_err();
     assert!(error.message().contains("weight_block_size"), "{error}");
 }
+
+#[test]
+fn global_heads_of_gemma4_are_read_as_published_and_as_saved() {
+    let kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"];
+    let settings = |more: Value| {
+        let mut all = json!({
+            "hidden_size_per_layer_input": 0, "num_hidden_layers": 4, "layer_types": kinds, "attention_k_eq_v": true,
+        });
+        all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        all
+    };
+    let heads = |more: Value, layer| {
+        let attention = attention("Gemma4ForConditionalGeneration", settings(more), layer);
+        (attention.head_dim, attention.kv_heads)
+    };
+    let published = json!({"global_head_dim": 64, "num_global_key_value_heads": 1});
+    let global = json!({"head_dim": 64, "num_key_value_heads": 1});
+    let saved = json!({"per_layer_config": {"1": global, "3": global}});
+    for layer in 0..4 {
+        assert_eq!(heads(published.clone(), layer), heads(saved.clone(), layer), "layer {layer}");
+    }
+    assert_eq!(heads(saved, 1), (64, 1));
+    // Without a number, that of the other layers.
+    assert_eq!(heads(json!({"per_layer_config": {"1": {"head_dim": 64}, "3": {"head_dim": 64}}}), 3), (64, 4));
+    let odd = [
+        json!(null),
+        json!({}),
+        json!({"1": global}),
+        json!({"1": global, "2": global}),
+        json!({"1": global, "3": {"head_dim": 32, "num_key_value_heads": 1}}),
+        json!({"1": {"num_key_value_heads": 1}, "3": {"num_key_value_heads": 1}}),
+        json!({"1": {"head_dim": 64, "sliding_window": 8}, "3": {"head_dim": 64, "sliding_window": 8}}),
+    ];
+    for layers in odd {
+        let error = refused("Gemma4ForConditionalGeneration", settings(json!({"per_layer_config": layers})));
+        assert!(error.to_string().contains("per_layer_config"), "{error}");
+    }
+}
