@@ -630,7 +630,10 @@ fn unsound_ffn(ffn: &FfnSpec) -> Option<String> {
     {
         let even = groups > 0 && moe.experts.is_multiple_of(groups) && (1..=groups).contains(&top_groups);
         if !even || moe.top_k > moe.experts / groups * top_groups {
-            return Some(format!("top {} of {} experts in {top_groups} of {groups} groups", moe.top_k, moe.experts));
+            return Some(format!(
+                "top {} of {} experts in {top_groups} of {groups} groups (topk_group, n_group)",
+                moe.top_k, moe.experts
+            ));
         }
     }
     let sound = (1..=moe.experts).contains(&moe.top_k);
