@@ -329,7 +329,7 @@ impl Context {
         Ok(Cloud { broker, timeouts: Timeouts { listing_interval, ..Timeouts::CLOUD }, is_local: false })
     }
 
-    /// The cluster behind this login node, with the recorded scratch folder or that of the settings.
+    /// The cluster behind this login node, with the recorded scratch folder or the settings' one.
     fn cluster(&self, host: &str, scratch: Option<String>) -> Result<Cloud, CliError> {
         let site = &self.settings.any_cluster;
         let ssh = OpenSsh::new(host, site.ssh_config.as_deref(), &self.settings.state.join("slurm"));

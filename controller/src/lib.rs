@@ -11,7 +11,7 @@
 //!   clouds' lists (`reconcile`).
 //! - [`survey`]: many runs at once.
 //! - [`cli`]: the command line, and its `settings`.
-//! - `ui`: `report` prints all events; the `status` of all runs is a table or a document (`handoff`).
+//! - `ui`: `report` prints all events; `status` and `handoff` show all runs, as table and document.
 //! - `compare`: comparison of results.
 //! - `commands`: one file per command.
 //!

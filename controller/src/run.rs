@@ -639,7 +639,7 @@ pub fn next(state: &RunState, event: &RunEvent) -> Result<RunState, IllegalEvent
         (S::Launched { rental, pin, .. } | S::Ended { rental, pin, .. }, E::Stopped { ending }) => {
             S::Salvaging { rental, pin, ending }
         }
-        // The decided outcome has priority over the files, but a worker that was done in time did not
+        // The decided outcome has priority over files, but a worker that was done in time did not
         // reach its limit, however late its files are fetched.
         (S::Salvaging { rental, ending, .. }, E::Fetched { results, ending: by_files }) => {
             let was_in_time = (&ending, &by_files) == (&RunOutcome::Deadline, &RunOutcome::Completed);

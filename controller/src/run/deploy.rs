@@ -322,9 +322,9 @@ impl<'a> Driver<'a> {
         Ok(())
     }
 
-    /// Handles a ledger that cannot be written, or that lacks what other runs have taken of a shared
-    /// budget. A run with an instance and time left waits, since the worker does not need the
-    /// ledger. A run that must end, or cannot continue, terminates its instance.
+    /// Handles a ledger that cannot be written, or that lacks what other runs have taken of a
+    /// shared budget. A run with an instance and time left waits, since the worker does not need
+    /// the ledger. A run that must end, or cannot continue, terminates its instance.
     async fn unrecorded(&mut self, error: LedgerError) -> Result<(), DriveError> {
         let Some(tag) = self.run.state().tag().cloned() else { return Err(error.into()) };
         let has_work = matches!(self.run.state(), RunState::Launched { .. } | RunState::Ended { .. });
@@ -598,8 +598,8 @@ impl<'a> Driver<'a> {
         Some(Instant::now() + left.saturating_sub(reserve))
     }
 
-    /// When the files of a worker that was stopped must be here, so that the instance is gone at its
-    /// time limit; `None`: it is too late for that, or they cost nothing where they are.
+    /// When the files of a worker that was stopped must be here, so that the instance is gone at
+    /// its time limit; `None`: it is too late for that, or they cost nothing where they are.
     fn salvaged_by(&self) -> Option<Instant> {
         let is_free = self.run.state().offer().is_some_and(|offer| offer.queued || offer.is_local);
         let (left, reserve) = self.time_left().filter(|_| !is_free)?;

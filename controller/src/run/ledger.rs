@@ -677,8 +677,8 @@ impl Ledger {
     }
 }
 
-/// A lock on a file until it is dropped. Dropping it unlocks the file: closing it would not do while
-/// a process is being started, which has a copy of every open file until its program runs.
+/// A lock on a file until it is dropped. Dropping it unlocks the file. Closing the file is not
+/// enough: a process that is being started has a copy of every open file until its program runs.
 #[derive(Debug)]
 pub struct FileLock(File);
 

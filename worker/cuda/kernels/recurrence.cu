@@ -20,9 +20,9 @@ __device__ inline float over_shares(float x) {
 }
 
 // Results of one head, of columns from blockIdx.y * WIDTH on. Keys and queries are [heads / served,
-// positions, rows], values and results [heads, positions, width], `left` [heads, positions, factors],
-// where `factors` is 1 or `rows`. `strength` [heads, positions] is null where nothing is corrected.
-// ROWS is `rows` at least; the others stay 0.
+// positions, rows], values and results [heads, positions, width], and `left`, what remains of the
+// state, [heads, positions, factors], where `factors` is 1 or `rows`. `strength` [heads, positions]
+// is null where nothing is corrected. ROWS is `rows` at least; rows beyond `rows` stay 0.
 template <u32 ROWS>
 __device__ void recurrence(const float *query, const float *key, const float *value, const float *left,
                            const float *strength, u32 positions, u32 served, u32 rows, u32 width, u32 factors,
