@@ -248,11 +248,11 @@ fn recurrence_equals_the_cpu(
     let (mut rng, heads) = (Rng(seed), key_heads * served);
     let mut even = |shape: &[usize]| rng.even(shape, 0.5).to_dtype(DType::F32).unwrap();
     let (query, key) = (even(&[key_heads, positions, rows]), even(&[key_heads, positions, rows]));
-    let left = (even(&[heads, positions, if by_row { rows } else { 1 }]) + 0.5).unwrap();
+    let decay = (even(&[heads, positions, if by_row { rows } else { 1 }]) + 0.5).unwrap();
     let strength = (even(&[heads, positions]) + 0.5).unwrap();
     let value = even(&[heads, positions, width]);
-    same(&[&query, &key, &value, &left, &strength], |of| {
-        let of_states = Recurrence { left: &of[3], strength: corrects.then_some(&of[4]) };
+    same(&[&query, &key, &value, &decay, &strength], |of| {
+        let of_states = Recurrence { decay: &of[3], strength: corrects.then_some(&of[4]) };
         of_states.apply(&of[0], &of[1], &of[2]).unwrap()
     })
 }
@@ -271,8 +271,8 @@ fn recurrences_of_many_rows() {
 #[test]
 fn more_rows_than_a_kernel_has_are_refused() {
     let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, gpu()).unwrap();
-    let (left, keys) = (zeros(&[1, 2]), zeros(&[1, 2, 257]));
-    let refused = Recurrence { left: &left, strength: None }.apply(&keys, &keys, &zeros(&[1, 2, 3]));
+    let (decay, keys) = (zeros(&[1, 2]), zeros(&[1, 2, 257]));
+    let refused = Recurrence { decay: &decay, strength: None }.apply(&keys, &keys, &zeros(&[1, 2, 3]));
     assert!(refused.unwrap_err().to_string().contains("257 rows"));
 }
 

@@ -20,15 +20,15 @@ __device__ inline float over_shares(float x) {
 }
 
 // Results of one head, of columns from blockIdx.y * WIDTH on. Keys and queries are [heads / served,
-// positions, rows], values and results [heads, positions, width], and `left`, what remains of the
+// positions, rows], values and results [heads, positions, width], and `decay`, the factors of the
 // state, [heads, positions, factors], where `factors` is 1 or `rows`. `strength` [heads, positions]
 // is null where nothing is corrected. ROWS is `rows` at least; rows beyond `rows` stay 0.
 template <u32 ROWS>
-__device__ void recurrence(const float *query, const float *key, const float *value, const float *left,
+__device__ void recurrence(const float *query, const float *key, const float *value, const float *decay,
                            const float *strength, u32 positions, u32 served, u32 rows, u32 width, u32 factors,
                            float *out) {
     constexpr u32 QUADS = ROWS / (4 * SHARES);
-    __shared__ float4 queries[TOKENS * ROWS / 4], keys[TOKENS * ROWS / 4], kept[TOKENS * ROWS / 4];
+    __shared__ float4 queries[TOKENS * ROWS / 4], keys[TOKENS * ROWS / 4], decays[TOKENS * ROWS / 4];
     __shared__ float values[TOKENS * WIDTH], strengths[TOKENS];
     const u32 t = threadIdx.x, share = t % SHARES, column = t / SHARES * COLUMNS, first = blockIdx.y * WIDTH;
     const u32 columns = min(width - first, WIDTH);
@@ -37,7 +37,7 @@ __device__ void recurrence(const float *query, const float *key, const float *va
     query += of_keys * rows;
     key += of_keys * rows;
     value += of_head * width + first;
-    left += of_head * factors;
+    decay += of_head * factors;
     strength = strength ? strength + of_head : nullptr;
     out += of_head * width + first;
     float state[QUADS][4][COLUMNS] = {};
@@ -51,7 +51,7 @@ __device__ void recurrence(const float *query, const float *key, const float *va
             const u32 at = (start + token) * rows + row;
             ((float *)queries)[i] = is_there ? query[at] : 0.0f;
             ((float *)keys)[i] = is_there ? key[at] : 0.0f;
-            ((float *)kept)[i] = is_there ? left[(start + token) * factors + min(row, factors - 1)] : 1.0f;
+            ((float *)decays)[i] = is_there ? decay[(start + token) * factors + min(row, factors - 1)] : 1.0f;
         }
 #pragma unroll
         for (u32 i = t; i < TOKENS * WIDTH; i += BLOCK) {
@@ -60,13 +60,13 @@ __device__ void recurrence(const float *query, const float *key, const float *va
         }
         if (strength && t < count) strengths[t] = strength[start + t];
         __syncthreads();
-        const float4 *own_queries = queries + share, *own_keys = keys + share, *own_kept = kept + share;
+        const float4 *own_queries = queries + share, *own_keys = keys + share, *own_decays = decays + share;
         const float *own_values = values + column;
         for (u32 token = 0; token < count; token++) {
             float write[COLUMNS], read[COLUMNS] = {}, known[COLUMNS] = {};
 #pragma unroll
             for (u32 quad = 0; quad < QUADS; quad++) {
-                const float4 a = own_kept[quad * SHARES];
+                const float4 a = own_decays[quad * SHARES];
                 const float remains[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
                 for (u32 i = 0; i < 4; i++)
@@ -108,7 +108,7 @@ __device__ void recurrence(const float *query, const float *key, const float *va
             }
             own_queries += ROWS / 4;
             own_keys += ROWS / 4;
-            own_kept += ROWS / 4;
+            own_decays += ROWS / 4;
             own_values += WIDTH;
         }
     }
@@ -116,9 +116,9 @@ __device__ void recurrence(const float *query, const float *key, const float *va
 
 #define OF_ROWS(most, blocks)                                                                               \
     extern "C" __global__ void __launch_bounds__(BLOCK, blocks) recurrence_##most(                          \
-        const float *query, const float *key, const float *value, const float *left, const float *strength, \
+        const float *query, const float *key, const float *value, const float *decay, const float *strength, \
         u32 positions, u32 served, u32 rows, u32 width, u32 factors, float *out) {                          \
-        recurrence<most>(query, key, value, left, strength, positions, served, rows, width, factors, out);  \
+        recurrence<most>(query, key, value, decay, strength, positions, served, rows, width, factors, out);  \
     }
 OF_ROWS(16, 4)
 OF_ROWS(64, 4)

@@ -72,7 +72,7 @@ pub(crate) fn number(number: usize) -> Argument {
 /// # Errors
 /// Errors of the CUDA driver.
 pub(crate) fn room<T: DeviceRepr>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaSlice<T>, DriverError> {
-    // SAFETY: what each call is for.
+    // SAFETY: any bytes are a value of these types, and the caller's kernel writes all of them.
     unsafe { stream.alloc::<T>(len) }
 }
 

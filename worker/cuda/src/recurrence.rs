@@ -34,14 +34,14 @@ pub struct Recurrence {
 }
 
 /// Results `[heads, positions, width]` of `query` and `key` `[heads / served, positions, rows]`,
-/// `value` `[heads, positions, width]`, `left` `[heads, positions, factors]` and, if there are
+/// `value` `[heads, positions, width]`, `decay` `[heads, positions, factors]` and, if there are
 /// some, `strength` `[heads, positions]`.
 ///
 /// # Errors
 /// Errors of the CUDA driver.
 pub fn recurrence(
     stream: &Arc<CudaStream>,
-    [query, key, value, left]: [&CudaView<'_, f32>; 4],
+    [query, key, value, decay]: [&CudaView<'_, f32>; 4],
     strength: Option<&CudaView<'_, f32>>,
     of: Recurrence,
 ) -> Result<CudaSlice<f32>, DriverError> {
@@ -51,18 +51,18 @@ pub fn recurrence(
     assert!(rows > 0 && width > 0 && (factors == 1 || factors == rows), "{of:?}");
     let (tokens, of_keys) = (heads * positions, heads / served * positions * rows);
     assert_eq!([query.len(), key.len()], [of_keys; 2], "{of:?}");
-    assert_eq!([value.len(), left.len()], [tokens * width, tokens * factors], "{of:?}");
+    assert_eq!([value.len(), decay.len()], [tokens * width, tokens * factors], "{of:?}");
     assert!(strength.is_none_or(|strength| strength.len() == tokens), "{of:?}: a strength for each token");
     // SAFETY: the kernel writes all of it.
     let mut out = unsafe { stream.alloc::<f32>(tokens * width) }?;
     {
         let ((query, _query), (key, _key)) = (query.device_ptr(stream), key.device_ptr(stream));
-        let ((value, _value), (left, _left)) = (value.device_ptr(stream), left.device_ptr(stream));
+        let ((value, _value), (decay, _decay)) = (value.device_ptr(stream), decay.device_ptr(stream));
         let strength = strength.map(|strength| strength.device_ptr(stream));
         let (to, _to) = out.device_ptr_mut(stream);
         let strength = Address(strength.as_ref().map_or(0, |(strength, _)| *strength));
         let numbers = [positions, served, rows, width, factors].map(number);
-        let inputs = [Address(query), Address(key), Address(value), Address(left), strength];
+        let inputs = [Address(query), Address(key), Address(value), Address(decay), strength];
         let arguments = [&inputs[..], &numbers[..], &[Address(to)]].concat();
         let grid = Grid { blocks: [heads, width.div_ceil(COLUMNS)], threads: THREADS };
         // SAFETY: tensors of the shapes that were checked, and room for the results.

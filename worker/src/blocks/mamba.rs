@@ -107,7 +107,7 @@ fn scan(
             };
             in_chunks(&of_groups(reads)?, &of_groups(writes)?, &written, &decay)?
         } else {
-            Recurrence { left: &decay.exp()?, strength: None }.apply(reads, writes, &written)?
+            Recurrence { decay: &decay.exp()?, strength: None }.apply(reads, writes, &written)?
         }
     };
     let by_token = |t: &Tensor| {
@@ -236,7 +236,7 @@ mod tests {
                 let got = in_chunks(&reads, &writes, &written, &decay).unwrap();
                 let want = naive(&reads, &writes, &written, &decay);
                 assert_close(&got.reshape((3 * positions, 4)).unwrap(), &want, 2e-5);
-                let rule = Recurrence { left: &decay.exp().unwrap(), strength: None };
+                let rule = Recurrence { decay: &decay.exp().unwrap(), strength: None };
                 let got = rule.apply(&reads, &writes, &written).unwrap();
                 assert_close(&got.reshape((3 * positions, 4)).unwrap(), &want, 2e-5);
             }

@@ -28,12 +28,12 @@ const SHARES: usize = 4;
 /// Adjacent rows in one part.
 const GROUP: usize = 4;
 
-/// What is left of a state, and what is corrected, at each token. In f32 and contiguous.
+/// How much of a state remains, and what is corrected, at each token. In f32 and contiguous.
 #[derive(Clone, Copy, Debug)]
 pub struct Recurrence<'a> {
     /// Factors of the state's rows: `[heads, positions]` or `[heads, positions, 1]` if all rows of
     /// a state have the same, `[heads, positions, rows]` if each has a separate one.
-    pub left: &'a Tensor,
+    pub decay: &'a Tensor,
     /// Write strengths `[heads, positions]` of the delta rule; `None`: values are added as they
     /// are.
     pub strength: Option<&'a Tensor>,
@@ -64,13 +64,13 @@ impl Recurrence<'_> {
 
     fn sizes(&self, query: &Layout, key: &Layout, value: &Layout) -> Result<Sizes> {
         let ((heads, positions, width), (key_heads, _, rows)) = (value.shape().dims3()?, key.shape().dims3()?);
-        let factors = if self.left.rank() == 3 { self.left.dim(2)? } else { 1 };
+        let factors = if self.decay.rank() == 3 { self.decay.dim(2)? } else { 1 };
         let fit = key_heads > 0
             && heads.is_multiple_of(key_heads)
             && query.dims() == key.dims()
             && key.dims()[1] == positions
             && (factors == 1 || factors == rows)
-            && self.left.elem_count() == heads * positions * factors
+            && self.decay.elem_count() == heads * positions * factors
             && self.strength.is_none_or(|strength| strength.elem_count() == heads * positions);
         if !fit || heads * positions * width * rows == 0 {
             bail!("recurrence: {:?}, {:?} and {:?} of {self:?}", query.shape(), key.shape(), value.shape());
@@ -80,13 +80,13 @@ impl Recurrence<'_> {
 }
 
 /// Runs the recurrence on a CPU.
-fn run(of: Sizes, [query, key, value, left]: [&[f32]; 4], strength: Option<&[f32]>) -> Vec<f32> {
+fn run(of: Sizes, [query, key, value, decay]: [&[f32]; 4], strength: Option<&[f32]>) -> Vec<f32> {
     let Sizes { served, positions, rows, width, factors } = of;
     let mut out = vec![0_f32; value.len()];
     out.par_chunks_mut(positions * width).enumerate().for_each(|(head, out)| {
         let (tokens, of_keys) = (head * positions, head / served * positions * rows);
         let (query, key) = (&query[of_keys..][..positions * rows], &key[of_keys..][..positions * rows]);
-        let (value, left) = (&value[tokens * width..], &left[tokens * factors..]);
+        let (value, decay) = (&value[tokens * width..], &decay[tokens * factors..]);
         let strength = strength.map(|strength| &strength[tokens..]);
         vectorized(
             #[inline(always)]
@@ -95,12 +95,12 @@ fn run(of: Sizes, [query, key, value, left]: [&[f32]; 4], strength: Option<&[f32
                 let (mut write, mut sums) = (vec![0_f32; width], vec![0_f32; SHARES * width]);
                 for (token, out) in out.chunks_exact_mut(width).enumerate() {
                     let (query, key) = (&query[token * rows..][..rows], &key[token * rows..][..rows]);
-                    let left = &left[token * factors..][..factors];
+                    let decay = &decay[token * factors..][..factors];
                     sums.fill(0.0);
                     for (row, (state, key)) in state.chunks_exact_mut(width).zip(key).enumerate() {
-                        let left = left[row.min(factors - 1)];
+                        let decay = decay[row.min(factors - 1)];
                         for (s, sum) in state.iter_mut().zip(share_of(&mut sums, row, width)) {
-                            *s *= left;
+                            *s *= decay;
                             *sum += key * *s;
                         }
                     }
@@ -165,9 +165,9 @@ impl CustomOp3 for Recurrence<'_> {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let of = self.sizes(l1, l2, l3)?;
-        let (left, left_layout) = self.left.storage_and_layout();
-        let Storage::Cpu(left) = &*left else { bail!("recurrence: tensors of several devices") };
-        let inputs = [floats(s1, l1)?, floats(s2, l2)?, floats(s3, l3)?, floats(left, left_layout)?];
+        let (decay, decay_layout) = self.decay.storage_and_layout();
+        let Storage::Cpu(decay) = &*decay else { bail!("recurrence: tensors of several devices") };
+        let inputs = [floats(s1, l1)?, floats(s2, l2)?, floats(s3, l3)?, floats(decay, decay_layout)?];
         let out = reading(self.strength, |strength| {
             let strength = strength.map(|(strength, layout)| floats(strength, layout)).transpose()?;
             Ok(run(of, inputs, strength))
@@ -187,7 +187,7 @@ impl CustomOp3 for Recurrence<'_> {
     ) -> Result<(CudaStorage, Shape)> {
         let Sizes { served, positions, rows, width, factors } = self.sizes(l1, l2, l3)?;
         let told = kernels::Recurrence { heads: l3.dims()[0], served, positions, rows, width, factors };
-        let out = kernels::recurrence([(s1, l1), (s2, l2), (s3, l3)], self.left, self.strength, told)?;
+        let out = kernels::recurrence([(s1, l1), (s2, l2), (s3, l3)], self.decay, self.strength, told)?;
         Ok((out, l3.shape().clone()))
     }
 }
@@ -201,9 +201,9 @@ mod tests {
     #[test]
     fn other_tensors_than_a_recurrence_has_are_refused() {
         let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-        let refused = |key: &[usize], value: &[usize], left: &[usize], strength: &[usize]| {
-            let (left, strength) = (zeros(left), zeros(strength));
-            let of = Recurrence { left: &left, strength: Some(&strength) };
+        let refused = |key: &[usize], value: &[usize], decay: &[usize], strength: &[usize]| {
+            let (decay, strength) = (zeros(decay), zeros(strength));
+            let of = Recurrence { decay: &decay, strength: Some(&strength) };
             of.apply(&zeros(key), &zeros(key), &zeros(value)).is_err()
         };
         assert!(!refused(&[2, 3, 5], &[4, 3, 7], &[4, 3, 5], &[4, 3]));

@@ -70,8 +70,8 @@ impl Heads {
 
     /// By the definition.
     fn token_by_token(&self) -> Result<Tensor> {
-        let left = self.decay.exp()?;
-        let rule = Recurrence { left: &left, strength: Some(&self.strength) };
+        let decay = self.decay.exp()?;
+        let rule = Recurrence { decay: &decay, strength: Some(&self.strength) };
         rule.apply(&self.query, &self.key, &self.value)
     }
 

@@ -145,20 +145,20 @@ pub(crate) fn convolution(
 /// As [`crate::kernels::recurrence::Recurrence`].
 pub(crate) fn recurrence(
     [query, key, value]: [Read<'_>; 3],
-    left: &Tensor,
+    decay: &Tensor,
     strength: Option<&Tensor>,
     of: Recurrence,
 ) -> Result<CudaStorage> {
     if of.rows > MOST_ROWS {
         bail!("a state of {} rows, of which a GPU takes {MOST_ROWS}", of.rows);
     }
-    let (left, left_layout) = left.storage_and_layout();
-    let Storage::Cuda(left) = &*left else { bail!("a kernel on tensors of several devices") };
+    let (decay, decay_layout) = decay.storage_and_layout();
+    let Storage::Cuda(decay) = &*decay else { bail!("a kernel on tensors of several devices") };
     let (queries, keys) = (view::<f32>(query)?, view::<f32>(key)?);
-    let (values, left) = (view::<f32>(value)?, view::<f32>((left, left_layout))?);
+    let (values, decay) = (view::<f32>(value)?, view::<f32>((decay, decay_layout))?);
     reading(strength, |strength| {
         let strength = strength.map(view::<f32>).transpose()?;
-        let (stream, inputs) = (value.0.device.cuda_stream(), [&queries, &keys, &values, &left]);
+        let (stream, inputs) = (value.0.device.cuda_stream(), [&queries, &keys, &values, &decay]);
         Ok(made(value, recurrences::recurrence(&stream, inputs, strength.as_ref(), of).w()?))
     })
 }
