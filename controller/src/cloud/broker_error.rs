@@ -17,10 +17,19 @@ pub struct BrokerError {
 impl BrokerError {
     /// A remedy for people, if there is one.
     pub fn hint(&self) -> Option<String> {
-        matches!(self.kind, BrokerErrorKind::Auth).then(|| match self.broker {
-            slurm::NAME => "`ssh HOST true` with the login node as HOST must work without a prompt".to_owned(),
-            cloud => format!("check the key for {cloud}"),
-        })
+        match (self.kind, self.broker) {
+            (BrokerErrorKind::Auth, slurm::NAME) => {
+                Some("`ssh HOST true` with the login node as HOST must work without a prompt".to_owned())
+            }
+            (BrokerErrorKind::Auth, cloud) => Some(format!("check the key for {cloud}")),
+            (BrokerErrorKind::Budget, slurm::NAME) => Some(
+                "check --account, --qos and the quotas: `sacctmgr show assoc user=$USER` there lists them".to_owned(),
+            ),
+            (BrokerErrorKind::Budget, cloud) => {
+                Some(format!("check the balance and the limits of the {cloud} account"))
+            }
+            _ => None,
+        }
     }
 }
 

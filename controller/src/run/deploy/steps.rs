@@ -14,7 +14,7 @@ use super::grace::Grace;
 use super::terminate::{Bill, InstanceTerminator};
 use super::{DeployEvent, DriveError, Driver, Host, StepError, Stop, Target, UnsavedResults};
 use crate::cloud::broker::{
-    BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint, slurm,
+    BrokerError, BrokerErrorKind, Instance, InstanceId, InstanceState, Lease, LeaseTag, Offer, SshEndpoint,
 };
 use crate::cloud::market::{self, NothingLeft};
 use crate::host::{GuardConfig, HostError, HostEvent, JobStatus, OnEvent};
@@ -908,15 +908,7 @@ fn host_failed(error: HostError) -> RunOutcome {
 }
 
 fn broker_failed(error: &BrokerError) -> RunOutcome {
-    let hint = match error.kind {
-        BrokerErrorKind::Auth => error.hint(),
-        BrokerErrorKind::Budget if error.broker == slurm::NAME => {
-            Some("check --account, --qos and the quotas: `sacctmgr show assoc user=$USER` there lists them".to_owned())
-        }
-        BrokerErrorKind::Budget => Some(format!("check the balance and the limits of the {} account", error.broker)),
-        _ => None,
-    };
-    failed(RunFailureKind::Broker, error.to_string(), hint)
+    failed(RunFailureKind::Broker, error.to_string(), error.hint())
 }
 
 fn no_offer(why: &NothingLeft) -> StepError {
@@ -942,7 +934,7 @@ pub(super) fn none_left(refused: &[RefusedOffer], offered: usize, dearer: usize,
         false => (RunFailureKind::NoOffer, "none could be had"),
     };
     let message = format!("{} of {offered} offers were tried and {none} ({})", refused.len(), words.join("; "));
-    let all_queued = refused.iter().all(|refusal| refusal.offer.queued);
+    let all_queued = !refused.is_empty() && refused.iter().all(|refusal| refusal.offer.queued);
     let hint = match dearer {
         0 if all_queued => "use another --partition, --account, --qos, --constraint or --max-duration".to_owned(),
         0 => "relax the filters, or try again later".to_owned(),

@@ -58,7 +58,7 @@ impl HostToDevice {
     /// memory: `read` gets a range of the bytes, and as many to fill.
     ///
     /// # Errors
-    /// As [`dtype::check`].and of `read`.
+    /// As [`dtype::check`], and those of `read`.
     pub fn decode_read(
         &mut self,
         (stored, bytes): (&StoredDtype, usize),
