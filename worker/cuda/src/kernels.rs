@@ -151,7 +151,7 @@ pub(crate) unsafe fn launch_sharing(
 struct Loaded {
     context: Arc<CudaContext>,
     modules: HashMap<File, CUmodule>,
-    functions: HashMap<(File, String), CUfunction>,
+    functions: HashMap<File, HashMap<String, CUfunction>>,
 }
 
 // SAFETY: handles of the driver, which any thread may use.
@@ -167,8 +167,7 @@ fn function(context: &Arc<CudaContext>, file: File, name: &str) -> Result<CUfunc
         all.len() - 1
     });
     let loaded = &mut all[at];
-    let key = (file, name.to_owned());
-    if let Some(function) = loaded.functions.get(&key) {
+    if let Some(function) = loaded.functions.get(&file).and_then(|functions| functions.get(name)) {
         return Ok(*function);
     }
     let module = match loaded.modules.get(&file) {
@@ -180,10 +179,10 @@ fn function(context: &Arc<CudaContext>, file: File, name: &str) -> Result<CUfunc
             module
         }
     };
-    let name = CString::new(name).expect("names of kernels are written here");
+    let told = CString::new(name).expect("names of kernels are written here");
     // SAFETY: the module was loaded just now, or before.
-    let function = unsafe { module::get_function(module, name) }?;
-    loaded.functions.insert(key, function);
+    let function = unsafe { module::get_function(module, told) }?;
+    loaded.functions.entry(file).or_default().insert(name.to_owned(), function);
     Ok(function)
 }
 
