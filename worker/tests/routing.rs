@@ -8,7 +8,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use candle_core::{DType, Device, Tensor};
-use outliers_worker::blocks::ffn::{self, Choices, ExpertBatch, GateUpProj, Inputs, MlpWeights, Routed};
+use outliers_worker::blocks::ffn::{self, Choices, ExpertBatch, GateUpProj, Inputs, MlpWeights, Routed, SortedChoices};
 use outliers_worker::device::gpu::{self, Positions};
 use outliers_worker::kernels::product::{self, Linear};
 use outliers_worker::model::decoder::{GateUp, MlpKind, RouterSpec};
@@ -146,7 +146,8 @@ proptest! {
         let routed = |choices, device: &Device| {
             // Its storage is overwritten.
             let out = beside.copy().unwrap().to_device(device).unwrap();
-            Routed::new(out.clone(), choices, experts, out, Some(Positions { first_token, tokens })).unwrap()
+            let sorted = SortedChoices::new(choices, experts, Some(Positions { first_token, tokens })).unwrap();
+            Routed::new(out.clone(), sorted, out)
         };
         let [of_cpu, of_gpu] = case.choose(&mut rng, true);
         let (mut here, mut there) = (routed(of_cpu, &Device::Cpu), routed(of_gpu, gpu()));
@@ -201,7 +202,7 @@ fn what_comes_back_does_not_grow_with_tokens() {
         let before = gpu::traffic();
         let [_, choices] = case.choose(&mut Rng(case.seed), true);
         let positions = positions.then_some(Positions { first_token: 0, tokens: rows });
-        let mut routed = Routed::new(x.clone(), choices, EXPERTS, x, positions).unwrap();
+        let mut routed = Routed::new(x.clone(), SortedChoices::new(choices, EXPERTS, positions).unwrap(), x);
         routed.wait().unwrap();
         // First row of each expert, and 37 numbers per expert if `positions` is given.
         let numbers = EXPERTS + 1 + if positions.is_some() { 37 * EXPERTS } else { 0 };
@@ -237,7 +238,8 @@ fn rows_together(rows: &[usize], weights: &[MlpWeights], width: usize, dtype: DT
     let experts: Vec<u32> = rows.iter().enumerate().flat_map(|(expert, rows)| vec![expert as u32; *rows]).collect();
     let x = tensor(vec![0.0; experts.len() * width], &[experts.len(), width], dtype);
     let routing = ffn::Routing { top_k: 1, weights: vec![1.0; experts.len()], experts, scales_input: false };
-    let routed = Routed::new(x.clone(), Choices::Host(routing), rows.len(), x, None).unwrap();
+    let sorted = SortedChoices::new(Choices::Host(routing), rows.len(), None).unwrap();
+    let routed = Routed::new(x.clone(), sorted, x);
     ffn::rows_together(&[&routed], [rows.len(), 1], weights, 1000).unwrap()
 }
 
@@ -323,7 +325,8 @@ fn multiply_five_experts() {
     let x = tensor(vec![1.0; 9 * 16], &[9, 16], DType::BF16).to_device(gpu()).unwrap();
     let chosen = vec![0, 0, 2, 2, 2, 3, 4, 4, 4];
     let routing = ffn::Routing { top_k: 1, experts: chosen, weights: vec![1.0; 9], scales_input: false };
-    let routed = Routed::new(x.clone(), Choices::Host(routing), 5, x.clone(), None).unwrap();
+    let sorted = SortedChoices::new(Choices::Host(routing), 5, None).unwrap();
+    let routed = Routed::new(x.clone(), sorted, x.clone());
     let pieces = ffn::pieces(&[&routed], &(0..5), 100);
     let most = ffn::rows_together(&[&routed], [5, 1], &experts, 8).unwrap();
     let mut first = 0;

@@ -473,16 +473,34 @@ enum Pairs {
     Gpu(SortedPairs),
 }
 
-impl Routed {
-    /// Routes `x` `[tokens, width]` to `experts` by `choices`. Outputs are added to `out`
-    /// `[tokens, width]` (its storage is overwritten). Statistics per expert are collected if
-    /// `positions` is given.
-    pub fn new(x: Tensor, choices: Choices, experts: usize, out: Tensor, positions: Option<Positions>) -> Result<Self> {
+/// Choices of a micro-batch, sorted by expert. A GPU starts to copy the number of rows per expert
+/// to the host. What is submitted between this and [`Routed::wait`] is computed during the copy.
+pub struct SortedChoices {
+    choices: Choices,
+    pairs: Pairs,
+}
+
+impl SortedChoices {
+    /// Sorts the choices among `experts`. Statistics per expert are collected if `positions` is
+    /// given.
+    ///
+    /// # Errors
+    /// Errors of the device.
+    pub fn new(choices: Choices, experts: usize, positions: Option<Positions>) -> Result<Self> {
         let pairs = match &choices {
             Choices::Host(routing) => Pairs::Host(routing.by_expert(experts)),
             Choices::Gpu(of) => Pairs::Gpu(gpu::sort_pairs(&of.experts, &of.weights, experts, positions)?),
         };
-        Ok(Self { x, choices, pairs, out })
+        Ok(Self { choices, pairs })
+    }
+}
+
+impl Routed {
+    /// Routes `x` `[tokens, width]` to experts by `sorted`. Outputs are added to `out`
+    /// `[tokens, width]` (its storage is overwritten).
+    pub fn new(x: Tensor, sorted: SortedChoices, out: Tensor) -> Self {
+        let SortedChoices { choices, pairs } = sorted;
+        Self { x, choices, pairs, out }
     }
 
     /// Waits until the number of rows per expert is known. Returns the choices. Call it before the
@@ -872,7 +890,7 @@ mod tests {
                 x.broadcast_mul(&weight).unwrap()
             };
             let choices = Choices::Host(routing.clone());
-            let mut routed = Routed::new(x.clone(), choices, 7, beside.copy().unwrap(), None).unwrap();
+            let mut routed = Routed::new(x.clone(), SortedChoices::new(choices, 7, None).unwrap(), beside.copy().unwrap());
             routed.wait().unwrap();
             let mut seen = Vec::new();
             for group in [0..3, 3..4, 4..7] {
@@ -949,7 +967,7 @@ mod tests {
         };
         let routed = |x: Tensor, experts| {
             let out = x.zeros_like().unwrap();
-            Routed::new(x, Choices::Host(routing(experts)), 2, out, None).unwrap()
+            Routed::new(x, SortedChoices::new(Choices::Host(routing(experts)), 2, None).unwrap(), out)
         };
         let wave = [routed(x(0.0), [1, 0, 1]), routed(x(100.0), [0, 1, 0])];
         let wave = [&wave[0], &wave[1]];
@@ -973,7 +991,7 @@ mod tests {
             let x = Tensor::zeros((experts.len(), 4), DType::F32, &Device::Cpu).unwrap();
             let weights = vec![1.0; experts.len()];
             let routing = Routing { top_k: 1, experts: experts.into(), weights, scales_input: false };
-            Routed::new(x.clone(), Choices::Host(routing), 4, x, None).unwrap()
+            Routed::new(x.clone(), SortedChoices::new(Choices::Host(routing), 4, None).unwrap(), x)
         };
         let wave = [routed(&[0, 0, 1]), routed(&[0, 0, 3]), routed(&[0, 1, 3])];
         let wave: Vec<&Routed> = wave.iter().collect();

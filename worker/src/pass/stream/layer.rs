@@ -9,7 +9,9 @@ use outliers_protocol::Point;
 use super::{MicroBatch, Mixture, Wave};
 use crate::blocks::attention::{AttentionRecorder, MaybeRecorder, TopShares, attention};
 use crate::blocks::delta_net::delta_net;
-use crate::blocks::ffn::{self, ExpertBatch, Inputs, MlpWeights, ParallelMlp, Routed, Router, SharedWeights};
+use crate::blocks::ffn::{
+    self, ExpertBatch, Inputs, MlpWeights, ParallelMlp, Routed, Router, SharedWeights, SortedChoices,
+};
 use crate::blocks::mamba::mamba;
 use crate::blocks::mla::latent_attention;
 use crate::blocks::norm::Norm;
@@ -138,6 +140,11 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                     let mut x = at.before_ffn(batch, norm.as_ref())?;
                     let routed = if beside.is_some() { &batch.hidden } else { &x };
                     let choices = ffn::route(moe.router, moe.top_k, router, routed)?;
+                    let positions = Positions { first_token: batch.first_token, tokens: at.tokens };
+                    // Only the first arm is observed.
+                    let positions = (batch.arm == 0).then_some(positions);
+                    // First, so that a GPU computes the rest while the counts come to the host.
+                    let sorted = SortedChoices::new(choices, moe.experts, positions)?;
                     let mut out = shared.as_ref().map_or_else(|| zeros_like(&x), |shared| shared.apply(&x))?;
                     let mut of_beside = None;
                     if let Some(beside) = beside {
@@ -148,10 +155,7 @@ impl<'a, L: LayerObserver> LayerContext<'a, L> {
                         x = latent.apply(&x)?;
                         of_beside = Some(std::mem::replace(&mut out, zeros_like(&x)?));
                     }
-                    let positions = Positions { first_token: batch.first_token, tokens: at.tokens };
-                    // Only the first arm is observed.
-                    let positions = (batch.arm == 0).then_some(positions);
-                    let routed = Routed::new(x, choices, moe.experts, out, positions)?;
+                    let routed = Routed::new(x, sorted, out);
                     batch.mixture = Some(Mixture { routed, beside: of_beside });
                     Ok(())
                 })
