@@ -5,7 +5,6 @@ use std::ffi::{c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::result;
-use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError};
 
 use crate::readback::{Part, Readback, StreamPerContext};
@@ -17,11 +16,10 @@ use crate::statistics::Stored;
 pub struct PeerCopy {
     /// The destination; `None` after the values were taken.
     bytes: Option<CudaSlice<u8>>,
-    arrived: CudaEvent,
-    /// The stream that computes and frees the source.
-    from: Arc<CudaStream>,
-    /// The host buffer, if the GPUs have no peer access.
-    through: Option<Readback>,
+    arrived: Arc<CudaEvent>,
+    /// The stream that computes and frees the source, if another one reads it: a copy through the
+    /// host is read on this stream.
+    from: Option<Arc<CudaStream>>,
 }
 
 impl PeerCopy {
@@ -39,7 +37,7 @@ impl PeerCopy {
         // written.
         let mut bytes = unsafe { mail.alloc::<u8>(x.bytes()) }?;
         let at = bytes.device_ptr_mut(&mail).0;
-        let through = if reaches(to.context(), from.context()) {
+        let (arrived, from_until_then) = if reaches(to.context(), from.context()) {
             let (address, _read) = x.address(from);
             mail.wait(&from.record_event(None)?)?;
             mail.context().bind_to_thread()?;
@@ -47,17 +45,15 @@ impl PeerCopy {
             // SAFETY: as many bytes are at both addresses; the first are kept until this has
             // arrived.
             unsafe { result::memcpy_peer_async(there, at, here, address, x.bytes(), mail.cu_stream()) }?;
-            None
+            (Arc::new(mail.record_event(None)?), Some(Arc::clone(from)))
         } else {
             let readback = Readback::start(from, &[Part::at(x.address(from), x.bytes())])?;
-            // SAFETY: room for all of it, which nobody reads before the event.
-            unsafe { readback.upload_after(at, &mail) }?;
-            Some(readback)
+            // SAFETY: room for all of it, which nobody reads before the event. `mail` frees it, or
+            // the stream that has waited for the event.
+            (unsafe { readback.upload(at, &mail) }?, None)
         };
-        // The event blocks: a waiting thread sleeps.
-        let arrived = mail.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC))?;
         from.context().bind_to_thread()?;
-        Ok(Self { bytes: Some(bytes), arrived, from: Arc::clone(from), through })
+        Ok(Self { bytes: Some(bytes), arrived, from: from_until_then })
     }
 
     /// The values, usable by work enqueued on `compute` from now on. `T` is their type.
@@ -78,11 +74,9 @@ impl PeerCopy {
 
 impl Drop for PeerCopy {
     fn drop(&mut self) {
-        // After a GPU error no copy is pending.
-        let _ = self.from.wait(&self.arrived);
-        if self.through.is_some() {
-            // No copy reads the host buffer any more, so it can be reused.
-            let _ = self.arrived.synchronize();
+        if let Some(from) = &self.from {
+            // After a GPU error no copy is pending.
+            let _ = from.wait(&self.arrived);
         }
     }
 }
@@ -165,6 +159,24 @@ mod tests {
             drop(source);
             assert_eq!(second.clone_dtoh(&there).unwrap(), values);
         }
+        // Many that nobody takes, one right after the other, and one whose buffer they had before.
+        let values = vec![0.5f32; 100_000];
+        for _ in 0..20 {
+            let source = first.clone_htod(&values).unwrap();
+            let peer_copy = PeerCopy::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
+            drop((peer_copy, source));
+            bytes += 4 * values.len() as u64;
+        }
+        let last: Vec<f32> = (0..100_000).map(|at| at as f32).collect();
+        let source = first.clone_htod(&last).unwrap();
+        let peer_copy = PeerCopy::start(&Stored::F32(source.as_view()), &first, &second).unwrap();
+        bytes += 4 * last.len() as u64;
+        let there = peer_copy.wait::<f32>(&second).unwrap();
+        drop(source);
+        assert_eq!(second.clone_dtoh(&there).unwrap(), last);
+        // As many buffers as copies may read, and those of a size that came before.
+        let kept = crate::readback::kept();
+        assert!(kept <= 8, "{kept} buffers");
         // The values that were copied first.
         let through_the_host = crate::traffic().to_gpus - bytes;
         println!("said: {}", if through_the_host == 0 { "directly" } else { "through the host" });

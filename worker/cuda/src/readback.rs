@@ -12,20 +12,62 @@ use cudarc::driver::{
 
 /// Bytes of the smallest buffer.
 const MIN_BUFFER_BYTES: usize = 1 << 18;
+/// Buffers of a context that copies to GPUs may read while the host goes on: as many as there are
+/// waves. They bound pinned memory.
+const MAX_READ: usize = 4;
 /// Alignment of the parts of a buffer.
 const ALIGNMENT: usize = 8;
 
-/// Free buffers, kept for reuse because pinning memory is slow.
-static SPARE: Mutex<Vec<PinnedHostSlice<u8>>> = Mutex::new(Vec::new());
+/// Buffers without an owner, kept for reuse because pinning memory is slow.
+static SPARE: Mutex<Vec<Spare>> = Mutex::new(Vec::new());
+
+/// A buffer without an owner.
+struct Spare {
+    buffer: PinnedHostSlice<u8>,
+    /// The end of a copy to a GPU, if the buffer was given back before that.
+    read: Option<Arc<CudaEvent>>,
+}
+
+impl Spare {
+    /// Whether no copy reads the buffer. After an error of the GPU that is not known.
+    fn is_free(&self) -> bool {
+        let is_complete = |read: &Arc<CudaEvent>| {
+            let asked = read.context().bind_to_thread().and_then(|()| read.try_is_complete());
+            asked.unwrap_or(false)
+        };
+        self.read.as_ref().is_none_or(is_complete)
+    }
+}
+
+/// Waits for the end of a copy to a GPU if as many as [`MAX_READ`] read buffers of this context.
+fn wait_for_room(context: &CudaContext) -> Result<(), DriverError> {
+    let read: Vec<Arc<CudaEvent>> = {
+        let spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        let here = spare.iter().filter(|spare| spare.buffer.context().cu_ctx() == context.cu_ctx());
+        here.filter(|spare| !spare.is_free()).filter_map(|spare| spare.read.clone()).collect()
+    };
+    match read.first() {
+        Some(first) if read.len() >= MAX_READ => first.synchronize(),
+        _ => Ok(()),
+    }
+}
+
+fn give_back(spare: Spare) {
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
+}
 
 /// A buffer of at least `bytes` bytes, pinned in this context.
 fn take(context: &Arc<CudaContext>, bytes: usize) -> Result<PinnedHostSlice<u8>, DriverError> {
     let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
-    let here: Vec<usize> = (0..spare.len()).filter(|at| spare[*at].context().cu_ctx() == context.cu_ctx()).collect();
-    let fits = here.iter().filter(|at| spare[**at].len() >= bytes).min_by_key(|at| spare[**at].len());
+    let is_here = |spare: &Spare| spare.buffer.context().cu_ctx() == context.cu_ctx();
+    let here: Vec<usize> = (0..spare.len()).filter(|at| is_here(&spare[*at]) && spare[*at].is_free()).collect();
+    let len = |at: usize| spare[at].buffer.len();
+    let fits = here.iter().filter(|at| len(**at) >= bytes).min_by_key(|at| len(**at));
     // A buffer that is too small is freed before a larger one is allocated.
-    let chosen = fits.or_else(|| here.iter().max_by_key(|at| spare[**at].len())).copied();
-    let taken = chosen.map(|at| spare.swap_remove(at));
+    let chosen = fits.or_else(|| here.iter().max_by_key(|at| len(**at))).copied();
+    let taken = chosen.map(|at| spare.swap_remove(at).buffer);
+    // An event of another GPU makes that one's context current.
+    context.bind_to_thread()?;
     match taken {
         Some(buffer) if buffer.len() >= bytes => Ok(buffer),
         small => {
@@ -78,7 +120,7 @@ impl<'a> Part<'a> {
 
 /// Summaries copied into one buffer, which cannot be read before the copy is complete.
 pub(crate) struct Readback {
-    /// `Some` until this is dropped.
+    /// `Some` until this is dropped or uploaded.
     buffer: Option<PinnedHostSlice<u8>>,
     /// Range of each part.
     parts: Vec<Range<usize>>,
@@ -135,19 +177,36 @@ impl Readback {
     }
 
     /// Enqueues a copy of the first part to a GPU, on a stream of that GPU, after the first copy.
+    /// Returns the event of its end. The buffer is reused after that event. Does not wait for the
+    /// copies, unless as many as [`MAX_READ`] earlier ones are pending.
     ///
     /// # Safety
-    /// There is room for it at `to`. This is dropped when the copy is done.
+    /// There is room for it at `to` until the event.
     ///
     /// # Errors
     /// Errors of the CUDA driver.
-    pub(crate) unsafe fn upload_after(&self, to: CUdeviceptr, stream: &CudaStream) -> Result<(), DriverError> {
+    pub(crate) unsafe fn upload(mut self, to: CUdeviceptr, stream: &CudaStream) -> Result<Arc<CudaEvent>, DriverError> {
+        let buffer = self.buffer.as_ref().expect("there until this is dropped");
+        wait_for_room(buffer.context())?;
+        let bytes = &buffer.as_slice()?[self.parts[0].clone()];
         stream.wait(&self.copied)?;
         stream.context().bind_to_thread()?;
-        let place = self.parts[0].clone();
-        let buffer = self.buffer.as_ref().expect("there until this is dropped");
-        // SAFETY: the caller's promise; what is read was written when the stream comes to it.
-        unsafe { result::memcpy_htod_async(to, &buffer.as_slice()?[place], stream.cu_stream()) }
+        // SAFETY: the caller's promise; what is read was written when the stream comes to it, and
+        // is not overwritten before the event.
+        unsafe { result::memcpy_htod_async(to, bytes, stream.cu_stream()) }?;
+        // The event blocks: a waiting thread sleeps.
+        let read = match stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)) {
+            Ok(read) => Arc::new(read),
+            Err(error) => {
+                // After an error of the GPU no copy reads the buffer.
+                let _ = stream.synchronize();
+                return Err(error);
+            }
+        };
+        if let Some(buffer) = self.buffer.take() {
+            give_back(Spare { buffer, read: Some(Arc::clone(&read)) });
+        }
+        Ok(read)
     }
 
     /// The bytes of a part. Waits for the copy.
@@ -184,10 +243,10 @@ impl Readback {
 impl Drop for Readback {
     /// The buffer is the next summary's when nothing is copied to it any more.
     fn drop(&mut self) {
-        // After an error of the GPU nothing is.
-        let _ = self.wait();
         if let Some(buffer) = self.buffer.take() {
-            SPARE.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+            // After an error of the GPU nothing is.
+            let _ = self.wait();
+            give_back(Spare { buffer, read: None });
         }
     }
 }
@@ -213,6 +272,12 @@ impl PendingCopy {
     pub fn wait(self) -> Result<Vec<f32>, DriverError> {
         self.0.f32s(0)
     }
+}
+
+/// How many buffers are kept for reuse, those that copies to GPUs still read included.
+#[cfg(test)]
+pub(crate) fn kept() -> usize {
+    SPARE.lock().unwrap_or_else(PoisonError::into_inner).len()
 }
 
 #[cfg(test)]
@@ -255,7 +320,7 @@ mod tests {
         }
         drop(empty);
         // As many buffers as were needed at a time, not as many as there were summaries.
-        let spare = SPARE.lock().unwrap().len();
+        let spare = kept();
         assert!(spare <= 8, "{spare} buffers");
         println!("said: all there");
     }
