@@ -29,7 +29,7 @@ export GIT_CEILING_DIRECTORIES=${tree%/tree} CARGO_TARGET_DIR=${tree%/tree}/buil
 unset OUTLIERS_SEED OUTLIERS_SCHEDULES
 
 build() { cargo test --locked --quiet -p outliers --lib --no-run >"$log" 2>&1 || { cat "$log" >&2; exit 1; }; }
-schedules() { cargo test --locked --quiet -p outliers --lib -- deploy::schedules --nocapture >"$log" 2>&1; }
+schedules() { cargo test --locked --quiet -p outliers --lib -- deploy::tests::schedules --nocapture >"$log" 2>&1; }
 
 build
 schedules || { cat "$log" >&2; echo "the schedules fail without any bug" >&2; exit 1; }

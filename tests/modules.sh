@@ -10,8 +10,7 @@ cd "$(dirname "$0")/.."
 # Lines "room room": the first names the second as `crate::second`, or in `use crate::{..}`.
 uses() {
     local files
-    mapfile -t files < <(find "$1/src" -name '*.rs' ! -path '*/tests/*' ! -name tests.rs \
-        ! -path '*/deploy/fake.rs' ! -path '*/deploy/schedules.rs' | sort)
+    mapfile -t files < <(find "$1/src" -name '*.rs' ! -path '*/tests/*' ! -name tests.rs | sort)
     awk '
         FNR == 1 { test = marked = 0; split(FILENAME, part, "/src/"); from = part[2]; sub(/[\/.].*/, "", from) }
         # The module of tests is the last in its file.

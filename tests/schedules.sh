@@ -13,4 +13,4 @@ while [ $# -gt 0 ]; do
     esac
     shift 2
 done
-exec cargo test --release --locked -p outliers --lib -- deploy::schedules --nocapture
+exec cargo test --release --locked -p outliers --lib -- deploy::tests::schedules --nocapture

@@ -767,7 +767,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::run::deploy::fake::{spec, up_to};
+    use crate::run::deploy::tests::fake::{spec, up_to};
 
     fn offer() -> Offer {
         Offer { cpu_cores: Some(2), ..Offer::new("fake", "o1".into(), 0, UsdPerHour::from_dollars(1.0)) }

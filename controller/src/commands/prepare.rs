@@ -434,7 +434,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::run::deploy::fake;
+    use crate::run::deploy::tests::fake;
     use crate::run::output::tests::inspection;
     use crate::units::UsdPerHour;
 

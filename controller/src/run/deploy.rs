@@ -23,19 +23,15 @@ use crate::units::{Span, Usd, UsdPerHour};
 use crate::waiting::{Failed, told};
 
 mod collect;
-#[cfg(test)]
-pub(crate) mod fake;
 mod grace;
 mod ports;
 mod recover;
-#[cfg(test)]
-mod schedules;
 mod ssh;
 mod start_throttle;
 mod steps;
 mod terminate;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use collect::{holds, slug};
 pub use ports::{Host, Hosts, Ports};

@@ -1151,7 +1151,7 @@ pub(crate) mod tests {
     use crate::cloud::broker::{GpuRequest, InstanceId};
     use crate::cloud::estimate::Work;
     use crate::cloud::market::{self, Quote};
-    use crate::run::deploy::fake::up_to;
+    use crate::run::deploy::tests::fake::up_to;
     use crate::run::{GuardTimeouts, Membership, Pin, RunOutcome};
     use crate::units::Bytes;
 

@@ -293,7 +293,7 @@ pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::run::deploy::fake::offer;
+    use crate::run::deploy::tests::fake::offer;
     use crate::run::{Intent, Pin, Rental, RunOutcome};
 
     const NOW: u64 = 1000;

@@ -874,7 +874,7 @@ mod tests {
 
     #[test]
     fn every_host_event_has_a_message() {
-        let facts = crate::run::deploy::fake::facts();
+        let facts = crate::run::deploy::tests::fake::facts();
         let late = HostFacts { clock_skew: Some(-700), cuda: "12.4".parse().ok(), gpus: vec![gpu()], ..facts };
         let name = || "model".to_owned();
         let told = [

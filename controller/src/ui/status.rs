@@ -332,7 +332,7 @@ impl FinishedRun {
 pub(crate) mod tests {
     use super::*;
     use crate::cloud::broker::{Lease, LeaseTag, RunTime};
-    use crate::run::deploy::fake::{Fake, now_ms as fake_now_ms, offer, spec};
+    use crate::run::deploy::tests::fake::{Fake, now_ms as fake_now_ms, offer, spec};
     use crate::run::ledger::LedgerEntry;
     use crate::run::{FailureDetail, Intent, Membership, Pin, RunFailureKind, RunSpec, SavedResults, next};
     use crate::survey::{IndexEntry, ModelOutcome, index};

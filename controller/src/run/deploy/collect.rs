@@ -332,7 +332,7 @@ mod tests {
     #[test]
     fn survey_results_stay_in_the_survey_folder() {
         let survey = Some(crate::run::Membership { survey: "s".into(), model: "m".into() });
-        let spec = RunSpec { survey, ..crate::run::deploy::fake::spec(Path::new("/results/s")) };
+        let spec = RunSpec { survey, ..crate::run::deploy::tests::fake::spec(Path::new("/results/s")) };
         let whole = |below: &str| Folders::of(Path::new(below), &spec, "r").whole;
         assert_eq!(whole("/results/s"), Path::new("/results/s/m"));
         assert_eq!(whole("/elsewhere"), Path::new("/elsewhere/owner--model-r"));

@@ -357,7 +357,7 @@ fn key_error(error: &KeyError) -> HostError {
 
 #[cfg(test)]
 mod tests {
-    use super::super::fake::offer;
+    use super::super::tests::fake::offer;
     use super::*;
     use crate::host::GpuFacts;
 

@@ -4,19 +4,23 @@ use std::path::Path;
 
 use outliers_protocol::{Failure, FailureKind, Outcome, files};
 
-use super::fake::{Fake, Fault, now_ms, open_ledger, set_clock, spec, up_to};
 use super::*;
 use crate::cloud::broker::BrokerErrorKind;
 use crate::run::ledger::Ledger;
 use crate::run::{Membership, RefusedOffer, RunFailureKind, RunOutcome, RunSpec};
 use crate::units::{GpuTime, Usd, UsdPerHour};
 
+pub(crate) mod fake;
+mod schedules;
+
+use fake::{Fake, Fault, now_ms, open_ledger, set_clock, spec, up_to};
+
 /// Cost of the first offer for the time limit of an hour.
 const AGREED: Usd = Usd::from_micros(1_000_000);
 
 /// How one process ended.
 #[derive(Debug)]
-pub(super) enum ProcessOutcome {
+enum ProcessOutcome {
     Finished(Box<RunRecord>),
     Stuck(#[expect(dead_code, reason = "shown when an assertion fails")] DriveError),
     LetGo,
@@ -24,7 +28,7 @@ pub(super) enum ProcessOutcome {
 }
 
 /// One process: plans the run, or resumes the existing one, and drives it.
-pub(super) async fn life(fake: &Fake, home: &Path) -> ProcessOutcome {
+async fn life(fake: &Fake, home: &Path) -> ProcessOutcome {
     let ledger = open_ledger(&home.join("state"));
     let run = match ledger.runs().unwrap().first() {
         Some(run) => ledger.take(&run.id).unwrap().expect("the process before is dead"),
@@ -53,7 +57,7 @@ pub(super) async fn life(fake: &Fake, home: &Path) -> ProcessOutcome {
 }
 
 /// Invariants of every finished run.
-pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
+fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     let simulation = fake.simulation.lock().unwrap();
     assert!(record.state.is_closed(), "{what}: {:?}", record.state);
     assert_eq!(simulation.ours().count(), 0, "{what}: an instance is left");
@@ -73,7 +77,7 @@ pub(super) fn closed_and_clean(fake: &Fake, record: &RunRecord, what: &str) {
     }
 }
 
-pub(super) fn home() -> tempfile::TempDir {
+fn home() -> tempfile::TempDir {
     // Thousands of small ledgers with synced commits are faster in memory.
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { tempfile::tempdir_in(memory).unwrap() } else { tempfile::tempdir().unwrap() }
@@ -201,7 +205,7 @@ async fn sweep(first: Fault, second: Option<Fault>, check: impl Fn(&Fake, &[Proc
 async fn sweep_with(
     first: Fault,
     second: Option<Fault>,
-    change: impl Fn(&mut super::fake::Simulation),
+    change: impl Fn(&mut fake::Simulation),
     check: impl Fn(&Fake, &[ProcessOutcome], &str),
 ) -> usize {
     let mut runs = 0;
@@ -383,7 +387,7 @@ async fn ctrl_c_followed_by_a_crash_terminates_the_instance() {
 async fn hangup_leaves_resumable_runs_and_ends_others() {
     for ends_itself in [true, false] {
         let let_go = std::cell::Cell::new(0);
-        let change = |simulation: &mut super::fake::Simulation| simulation.self_destruct = ends_itself;
+        let change = |simulation: &mut fake::Simulation| simulation.self_destruct = ends_itself;
         let check = |fake: &Fake, lives: &[ProcessOutcome], what: &str| {
             closed_and_clean(fake, last(lives), what);
             assert_eq!(lives.len() == 2, ends_itself && what.contains("(follow)"), "{what}: {lives:?}");
@@ -482,7 +486,7 @@ async fn dead_worker_without_time_for_work_is_not_restarted() {
 
 #[tokio::test(start_paused = true)]
 async fn run_completes_after_a_kill_during_a_worker_restart() {
-    let dies = |simulation: &mut super::fake::Simulation| simulation.deaths = 1;
+    let dies = |simulation: &mut fake::Simulation| simulation.deaths = 1;
     for fault in [Fault::CrashBefore, Fault::CrashAfter] {
         let runs = sweep_with(fault, None, dies, |fake, lives, what| {
             closed_and_clean(fake, last(lives), what);
@@ -720,10 +724,7 @@ async fn budget_equal_to_the_quote_suffices() {
 }
 
 /// Events of an endless run if something happens after half an hour.
-async fn told_while_it_runs(
-    spec: RunSpec,
-    after: impl FnOnce(&mut super::fake::Simulation),
-) -> (RunRecord, Vec<String>) {
+async fn told_while_it_runs(spec: RunSpec, after: impl FnOnce(&mut fake::Simulation)) -> (RunRecord, Vec<String>) {
     set_clock(now_ms());
     let (fake, told) = (Fake::new(), std::sync::Mutex::new(Vec::new()));
     fake.set(|simulation| simulation.endless = true);
@@ -748,7 +749,7 @@ async fn told_while_it_runs(
 #[tokio::test(start_paused = true)]
 async fn requested_price_increase_is_reported_once_and_refused() {
     let home = home();
-    let rise = |simulation: &mut super::fake::Simulation| simulation.rise = Some("$2.00/h".into());
+    let rise = |simulation: &mut fake::Simulation| simulation.rise = Some("$2.00/h".into());
     let (record, told) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, rise).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on at the old price");
     assert_eq!(told, ["The host of i1 asks for $2.00/h; it is not agreed to"]);
@@ -757,7 +758,7 @@ async fn requested_price_increase_is_reported_once_and_refused() {
 #[tokio::test(start_paused = true)]
 async fn price_risen_during_the_run_ends_it_with_partial_results() {
     let home = home();
-    let bill = |simulation: &mut super::fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
+    let bill = |simulation: &mut fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
     let (record, _) = told_while_it_runs(RunSpec { quote: up_to(AGREED), ..spec(home.path()) }, bill).await;
     let Some(RunOutcome::Failed { trouble }) = record.state.ending() else { panic!("{:?}", record.state) };
     assert!(trouble.kind == RunFailureKind::Budget && trouble.message.contains("$1.20/h"), "{trouble:?}");
@@ -767,7 +768,7 @@ async fn price_risen_during_the_run_ends_it_with_partial_results() {
 #[tokio::test(start_paused = true)]
 async fn covered_price_rise_is_recorded_and_counted() {
     let home = home();
-    let bill = |simulation: &mut super::fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
+    let bill = |simulation: &mut fake::Simulation| simulation.bill(UsdPerHour::from_dollars(1.2));
     let quote = up_to(Usd::from_dollars(1.3));
     let (record, _) = told_while_it_runs(RunSpec { quote, ..spec(home.path()) }, bill).await;
     assert_eq!(record.state.ending(), Some(&RunOutcome::Deadline), "it goes on");
@@ -784,7 +785,7 @@ async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
     closed_and_clean(&fake, &record, "unfit");
     assert_eq!(record.state.ending(), Some(&RunOutcome::Completed));
     assert_eq!(fake.simulation.lock().unwrap().creates, 2);
-    let (bad, good) = (super::fake::offer("a", 1.0), super::fake::offer("b", 2.0));
+    let (bad, good) = (fake::offer("a", 1.0), fake::offer("b", 2.0));
     assert!(fake.bad_hosts.has(&bad) && !fake.bad_hosts.has(&good));
     // The next run of the batch does not use that machine.
     let again = with(|_| {}, &fake, &home.path().join("next")).await;
@@ -795,7 +796,7 @@ async fn wrong_hardware_is_exchanged_and_its_host_avoided() {
 async fn several_unfit_hosts_in_a_row_end_the_run() {
     let (fake, home) = (Fake::new(), home());
     fake.set(|simulation| {
-        simulation.offers = (0..9).map(|i| super::fake::offer(&format!("o{i}"), 1.0)).collect();
+        simulation.offers = (0..9).map(|i| fake::offer(&format!("o{i}"), 1.0)).collect();
         simulation.unfit = simulation.offers.iter().map(|offer| offer.key.clone()).collect();
     });
     let record = with(|_| {}, &fake, home.path()).await;
@@ -855,7 +856,7 @@ async fn noexec_hosts_are_exchanged_and_the_last_reason_is_reported() {
 #[test]
 fn reason_that_offers_share_is_given_once() {
     let refused = |place: &str, reason: &str| RefusedOffer {
-        offer: Offer { region: Some(place.to_owned()), ..super::fake::offer("a", 1.0) },
+        offer: Offer { region: Some(place.to_owned()), ..fake::offer("a", 1.0) },
         reason: reason.to_owned(),
         rented: false,
         lost: false,
@@ -1062,7 +1063,7 @@ async fn recovery_ends_only_strays_and_expired_runs() {
     let tags = [stray.to_string(), "outliers-somebody-unknown-n-1".to_owned()];
     for tag in &tags {
         let lease = Lease { tag: tag.parse().unwrap(), ssh_public_key: "ssh-fake".into(), disk: Bytes(0), stage: None };
-        fake.create(&super::fake::offer("a", 1.0), &lease).await.unwrap();
+        fake.create(&fake::offer("a", 1.0), &lease).await.unwrap();
     }
     let names =
         || -> Vec<String> { fake.simulation.lock().unwrap().machines.values().map(|m| m.name.clone()).collect() };
@@ -1155,7 +1156,7 @@ async fn clock_jump_ahead_ends_no_run_with_time_left() {
     set_clock(now_ms());
     fake.set(|simulation| simulation.armed = vec![(follow, Fault::CrashBefore)]);
     assert!(matches!(life(&fake, home.path()).await, ProcessOutcome::Killed));
-    fake.set(super::fake::Simulation::jump);
+    fake.set(fake::Simulation::jump);
     let ledger = open_ledger(&home.path().join("state"));
     recover(&ledger, fake.ports(&fake.clouds()), &|_| {}).await.unwrap();
     assert_eq!(fake.simulation.lock().unwrap().ours().count(), 1);
@@ -1358,7 +1359,7 @@ async fn on_a_full_disk(
     events: usize,
     heard: impl Fn(&Fake, &rusqlite::Connection, usize) + Send + Sync,
 ) -> (Fake, tempfile::TempDir, Result<RunRecord, DriveError>) {
-    super::fake::set_clock(1_767_225_600_000);
+    fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     let ledger = open_ledger(&home.path().join("state"));
@@ -1495,7 +1496,7 @@ async fn results_of_an_ended_job_are_saved_while_the_ledger_is_full() {
 
 #[tokio::test(start_paused = true)]
 async fn failing_termination_is_reported_within_5_s_and_retried() {
-    super::fake::set_clock(1_767_225_600_000);
+    fake::set_clock(1_767_225_600_000);
     let (mut fake, home) = (Fake::new(), home());
     fake.timeouts = Timeouts::CLOUD;
     fake.set(|simulation| simulation.refuses_until = Some(Instant::now() + Duration::from_secs(600)));
@@ -1537,7 +1538,7 @@ async fn unresponsive_cloud_matters_only_if_a_run_may_be_there() {
     let mut run = ledger.plan(&spec(&home.path().join("results"))).unwrap();
     assert!(matches!(silent().await, DriveError::Silent { .. }), "nor has a run that asked for nothing");
     let tag = "outliers-o-r-n-1".parse().unwrap();
-    let intent = Intent { offer: super::fake::offer("a", 1.0), tag };
+    let intent = Intent { offer: fake::offer("a", 1.0), tag };
     run.append(RunEvent::Creating { intent: Box::new(intent) }).unwrap();
     drop(run);
     assert!(matches!(silent().await, DriveError::Broker { .. }), "this one may");

@@ -1,6 +1,6 @@
 use super::super::tests::spec;
 use super::*;
-use crate::run::deploy::fake::offer;
+use crate::run::deploy::tests::fake::offer;
 use crate::run::{Intent, RunOutcome, SavedResults};
 
 fn creating(owner: &str, run: &str) -> RunEvent {

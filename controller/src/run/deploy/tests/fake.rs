@@ -12,8 +12,6 @@ use outliers_protocol::{FileBytes, FileEntry, JobSpec, Manifest, ModelSource, Ou
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-use super::Stop;
-use super::ports::{Host, Hosts, Ports};
 use crate::cloud::broker::{
     Account, Broker, BrokerError, BrokerErrorKind, Capabilities, GpuRequest, Instance, InstanceId, InstanceState,
     InstanceTransport, Lease, Offer, Offers, RunTime, SshEndpoint,
@@ -24,6 +22,7 @@ use crate::cloud::market::Quote;
 use crate::files::digest;
 use crate::host::transport::TransportErrorKind;
 use crate::host::{GuardConfig, HostError, HostErrorKind, HostEvent, HostFacts, JobStatus, OnEvent};
+use crate::run::deploy::{Host, Hosts, Ports, Stop};
 use crate::run::ledger::{self, Ledger};
 use crate::run::{GuardTimeouts, Pin, RunSpec};
 use crate::secret::Secret;

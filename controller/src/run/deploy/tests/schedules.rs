@@ -15,8 +15,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::fake::{Fake, Fault, Simulation, now_ms, offer, open_ledger, set_clock};
-use super::tests::{ProcessOutcome, closed_and_clean, home, life};
-use super::*;
+use super::{ProcessOutcome, closed_and_clean, home, life};
+use crate::run::deploy::*;
 use crate::run::ledger::{LedgerEntry, Records};
 use crate::run::reconcile::{Action, Stray};
 use crate::units::{Usd, UsdPerHour};
