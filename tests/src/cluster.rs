@@ -102,7 +102,7 @@ impl Cluster {
         let Some(sshd) = Sshd::start_with(&config)? else { return Ok(None) };
         let at = |name: &str| folder.path().join(name);
         let endpoint = sshd.endpoint();
-        fs::write(at("known_hosts"), format!("[{}]:{} {}\n", endpoint.host, endpoint.port, sshd.host_key()))?;
+        fs::write(at("known_hosts"), format!("[{}]:{} {}\n", endpoint.host, endpoint.port, sshd.host_key().as_str()))?;
         let alias = format!(
             "Host cluster\n  HostName {}\n  Port {}\n  User {}\n  IdentityFile {}\n  IdentitiesOnly yes\n\
              UserKnownHostsFile {}\n",
