@@ -153,19 +153,6 @@ impl SshTransport {
         Ok((transport, pin))
     }
 
-    /// Address of the host.
-    pub fn endpoint(&self) -> &SshEndpoint {
-        &self.endpoint
-    }
-
-    /// Closes the connection. The next call opens a new one.
-    pub async fn close(&self) {
-        if let Some(link) = self.link.lock().await.take() {
-            // The answer is not awaited.
-            let _ = link.handle.disconnect(russh::Disconnect::ByApplication, "", "").await;
-        }
-    }
-
     /// The open connection, or a new one.
     async fn link(&self) -> Result<Arc<Link>, TransportError> {
         let mut slot = self.link.lock().await;
