@@ -164,9 +164,10 @@ fn tied_head_crosses_to_a_gpu_in_a_plan() {
     let inspected = inspect(&golden("llama-bf16-sharded-tied").join("model"));
     assert!(inspected.tied_head);
     let plan = &inspected.plan;
-    // Rows of the embedding that are used, each once, and which one each token has.
+    // Rows of the embedding that are used, each once as it is stored, and which one each token has.
     let tokens = (plan.sequences * plan.tokens_per_sequence) as u64;
-    let used = tokens.min(inspected.vocab as u64) * inspected.hidden as u64 * plan.compute_bytes_per_value;
+    let vocab = inspected.vocab as u64;
+    let used = tokens.min(vocab) * (inspected.embedding_bytes / vocab);
     assert_eq!(plan.on_gpus.host_to_device_bytes, plan.bytes_to_read + used + 4 * tokens);
     // It is kept on the host, beside what the driver takes there.
     assert!(plan.host_memory_bytes > inspected.embedding_bytes + (512 << 20), "{}", plan.host_memory_bytes);

@@ -347,30 +347,8 @@ fn all<T: Compute>(format: &impl Format<T>, out: &mut [T::Bits], tensor: &str) -
 /// Checkpoint: a value is NaN or infinite; the message names `tensor` and the index. Unsupported:
 /// the stored dtype.
 pub fn to_f32(bytes: &[u8], stored: &StoredDtype, tensor: &str) -> Result<Vec<f32>> {
-    let mut out = Vec::new();
-    append_f32(&mut out, bytes, stored, tensor)?;
-    Ok(out)
-}
-
-/// As [`to_f32`], to the end of `into`.
-///
-/// # Errors
-/// As [`to_f32`].
-pub fn append_f32(into: &mut Vec<f32>, bytes: &[u8], stored: &StoredDtype, tensor: &str) -> Result<()> {
     let size = stored.size().filter(|_| can_decode(stored)).ok_or_else(|| undecodable(stored, tensor))?;
-    let before = into.len();
-    into.resize(before + bytes.len() / size as usize, 0.0);
-    fill::<f32>(&Encoded::Plain { dtype: stored, bytes }, &mut into[before..], tensor)
-}
-
-/// A tensor of `compute` dtype from f32 values.
-///
-/// # Errors
-/// Checkpoint: a value is not finite or too large for `compute`.
-pub fn from_f32(values: Vec<f32>, shape: &[usize], compute: DType, device: &Device) -> Result<Tensor> {
-    if compute == DType::F32 {
-        return Ok(Tensor::from_vec(values, shape, device)?);
-    }
-    let bytes: &[u8] = bytemuck::cast_slice(&values);
-    decode(&Encoded::Plain { dtype: &StoredDtype::F32, bytes }, shape, compute, device, "of activations")
+    let mut out = vec![0.0; bytes.len() / size as usize];
+    fill::<f32>(&Encoded::Plain { dtype: stored, bytes }, &mut out, tensor)?;
+    Ok(out)
 }

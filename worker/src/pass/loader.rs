@@ -10,6 +10,7 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::blocks::weights::UnitTensors;
 use crate::checkpoint::dtype::{self, Encoded};
+use crate::checkpoint::safetensors::StoredDtype;
 use crate::checkpoint::source::WeightSource;
 use crate::checkpoint::{Format, Model, StoredTensor, TensorRange};
 use crate::device::gpu::{HostToDevice, UploadFence};
@@ -190,8 +191,33 @@ impl<'a> Loader<'a> {
         let encoded = Encoded::Plain { dtype: &entry.dtype, bytes };
         let shape = [rows.len(), entry.shape[1] as usize];
         let dtype = stored.kept_as(self.compute, product::takes_bf16(self.target.device));
+        self.upload(&encoded, &shape, dtype, &entry.name)
+    }
+
+    /// Plain floats that were read before, as a tensor of `shape` in the dtype of the pass. `name`
+    /// is the tensor's in errors.
+    ///
+    /// # Errors
+    /// A value is not finite, or too large for the dtype of the pass; the message names the tensor.
+    pub fn decode_floats(
+        &mut self,
+        stored: &StoredDtype,
+        bytes: &[u8],
+        shape: &[usize],
+        name: &str,
+    ) -> Result<PendingUpload<Tensor>> {
+        self.upload(&Encoded::Plain { dtype: stored, bytes }, shape, self.compute, name)
+    }
+
+    fn upload(
+        &mut self,
+        encoded: &Encoded<'_>,
+        shape: &[usize],
+        dtype: DType,
+        name: &str,
+    ) -> Result<PendingUpload<Tensor>> {
         let target = &mut self.target;
-        let tensor = self.clock.time(Work::Decoding, || target.decode(&encoded, &shape, dtype, &entry.name))?;
+        let tensor = self.clock.time(Work::Decoding, || target.decode(encoded, shape, dtype, name))?;
         self.on_its_way(tensor)
     }
 }
@@ -373,7 +399,6 @@ fn bytes_of(tensor: &Tensor) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checkpoint::safetensors::StoredDtype;
 
     fn decoded(pool: &TensorPool, values: &[f32], shape: &[usize]) -> Tensor {
         let encoded = Encoded::Plain { dtype: &StoredDtype::F32, bytes: bytemuck::cast_slice(values) };

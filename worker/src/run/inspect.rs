@@ -336,7 +336,8 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     let after_layers = spec.output_needs().into_iter().chain([spec.head_need()]).chain(spec.head_bias_need());
     let head = if run.with_head { model.stored_bytes(0, &after_layers.collect::<Vec<_>>()) } else { 0 };
     // Each row once, and which one each token has.
-    let embedded = used_values(spec, run) * run.compute.size_in_bytes() + run.sequences * run.tokens * size_of::<u32>();
+    let rows_in_use = if spec.embedding.scale.is_some() { scaled_rows(spec, run) } else { stored_rows(model, run) };
+    let embedded = rows_in_use + (run.sequences * run.tokens * size_of::<u32>()) as u64;
     let units = spec.units(run.group_elements);
     let weights: u64 = units.iter().map(|unit| model.stored_bytes(unit.layer, &unit.needs)).sum();
     let rows = tokens * OF_ROW as u64 + sequences * 8 * BINS as u64;
@@ -350,7 +351,7 @@ fn on_gpus(model: &Model<'_>, run: PlannedRun, job: &JobSpec) -> GpuWork {
     };
     let arms = run.arms as u64;
     GpuWork {
-        host_to_device_bytes: weights + head + embedded as u64,
+        host_to_device_bytes: weights + head + embedded,
         device_to_host_bytes: (norms + others) * rows + columns + values + arms * logits,
         passed_on_bytes: layers * hidden_states(spec, run),
         statistics_bytes: kernels * tokens * hidden * run.compute.size_in_bytes() as u64,
@@ -420,7 +421,11 @@ pub fn streamed_memory(model: &Model<'_>, run: PlannedRun) -> u64 {
     let laid_out = run.devices as u64 * most(&units, |unit| laid_out(spec, unit, run));
     let angles = run.devices as u64 * angles(spec, run);
     let noted = study::bytes(spec.sites().len(), spec.hidden) + run.measured;
-    let peak = layers.max(head).max(hidden_states(spec, run) + embedded(spec, run));
+    let in_dtype = (used_values(spec, run) * run.compute.size_in_bytes()) as u64;
+    // On the host. On a GPU these bytes arrive in pieces of pinned memory.
+    let embedded = embedded(model, run);
+    let embedded = in_dtype + if run.arithmetic.in_place { embedded } else { embedded.min(gpu::PINNED) };
+    let peak = layers.max(head).max(hidden_states(spec, run) + embedded);
     OWN + of_host(noted + tied) + laid_out + angles + peak
 }
 
@@ -448,11 +453,9 @@ pub fn host_memory(model: &Model<'_>, run: PlannedRun, gpus: usize, read_ahead: 
     let hidden = rows * spec.hidden * size_of::<f32>();
     // Pinned buffers are of powers of two.
     let landed = gpus * ((study::HELD + 1) * summary.next_power_of_two() + hidden) as u64;
-    // What is used, in f32 and in the dtype of the pass; of each token its place in the order of
-    // ids and in what is used.
-    let in_dtype = (used_values(spec, run) * run.compute.size_in_bytes()) as u64;
+    // Of each token its place in the order of ids and in the rows that are used.
     let places = tokens * (size_of::<usize>() + size_of::<u32>()) as u64;
-    let at_a_time = (embedded(spec, run) + in_dtype + places + blocks).max(landed);
+    let at_a_time = (embedded(model, run) + places + blocks).max(landed);
     OWN + gpus * of_gpu + read_ahead + tied + tokens * size_of::<i64>() as u64 + statistics + at_a_time
 }
 
@@ -500,9 +503,24 @@ fn used_values(spec: &DecoderSpec, run: PlannedRun) -> usize {
     (run.sequences * run.tokens).min(spec.vocab) * spec.embedding.width
 }
 
-/// What the embedding takes beside hidden states, bytes: the rows that are used, in f32.
-fn embedded(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+/// Bytes of the embedding's rows that a text uses, as they are stored.
+fn stored_rows(model: &Model<'_>, run: PlannedRun) -> u64 {
+    let spec = &model.spec;
+    let row = model.stored_bytes(0, [&spec.embedding_need()]) / spec.vocab.max(1) as u64;
+    used_values(spec, run) as u64 / spec.embedding.width.max(1) as u64 * row
+}
+
+/// Bytes of these rows in f32, as they are scaled; 0 without a scale.
+fn scaled_rows(spec: &DecoderSpec, run: PlannedRun) -> u64 {
+    if spec.embedding.scale.is_none() {
+        return 0;
+    }
     (used_values(spec, run) * size_of::<f32>()) as u64
+}
+
+/// What the host keeps of the embedding until it is decoded, bytes.
+fn embedded(model: &Model<'_>, run: PlannedRun) -> u64 {
+    stored_rows(model, run) + scaled_rows(&model.spec, run)
 }
 
 /// Memory of a micro-batch in a unit, in bytes: projections and one block of scores, or a

@@ -185,7 +185,10 @@ fn first_non_finite_value_is_named() {
 
 #[test]
 fn overflow_of_a_narrow_dtype_is_refused_with_advice() {
-    let tensor = |value: f32, compute| from_f32(vec![value], &[1], compute, &Device::Cpu);
+    let tensor = |value: f32, compute| {
+        let bytes = value.to_le_bytes();
+        decode(&Encoded::Plain { dtype: &StoredDtype::F32, bytes: &bytes }, &[1], compute, &Device::Cpu, "t")
+    };
     let error = tensor(70_000.0, DType::F16).unwrap_err();
     assert!(error.message().contains("70000") && error.message().contains("does not fit f16"), "{error}");
     assert!(error.hint_text().is_some_and(|hint| hint.contains("--precision")));

@@ -7,13 +7,11 @@ use rayon::prelude::*;
 
 use super::{KeptBlocks, MicroBatch, Pass, VOCAB_BLOCK, pipeline, vocab_blocks};
 use crate::checkpoint::dtype;
+use crate::checkpoint::safetensors::StoredDtype;
 use crate::error::{Result, WorkerError};
 use crate::model::decoder::Role;
 use crate::pass::loader::{self, TensorPool, rows_of};
 use crate::pass::meter::{Thread, Work};
-
-/// Rows that are decoded together: starting all threads takes longer than one row.
-const ROWS_AT_ONCE: usize = 256;
 
 impl Pass<'_> {
     /// Token ids to hidden states. The table is read once in blocks of rows; those that the text
@@ -25,10 +23,11 @@ impl Pass<'_> {
         let mut order: Vec<usize> = (0..self.tokens.ids.len()).collect();
         order.par_sort_unstable_by_key(|&t| self.tokens.ids[t]);
         let is_same = |a: &usize, b: &usize| self.tokens.ids[*a] == self.tokens.ids[*b];
-        // The rows in use, one after another, and which of them is each token's.
-        let mut used: Vec<f32> = Vec::with_capacity(order.chunk_by(is_same).count() * width);
+        // The rows in use as they are stored, one after another, and which of them is each token's.
+        let table_rows = order.chunk_by(is_same).count();
+        let row_bytes = (entry.len / entry.shape[0]) as usize;
+        let mut used: Vec<u8> = Vec::with_capacity(table_rows * row_bytes);
         let mut places = vec![0_u32; order.len()];
-        let mut rows_in_use = Vec::new();
         let mut kept = (self.spec().head.tied && self.with_head).then(Vec::new);
         let (clock, reading) = (self.meter.clock(Thread::Device(0)), self.meter.clock(Thread::Loader(0)));
         let load = move |block: &Range<usize>| {
@@ -40,19 +39,11 @@ impl Pass<'_> {
         pipeline(&clock, Work::Embedding, blocks, load, |block, bytes| {
             let from = order.partition_point(|&t| self.tokens.ids[t] < block.start as i64);
             let to = order.partition_point(|&t| self.tokens.ids[t] < block.end as i64);
-            let row_bytes = bytes.len() / block.len();
-            let runs: Vec<&[usize]> = order[from..to].chunk_by(is_same).collect();
-            for runs in runs.chunks(ROWS_AT_ONCE) {
-                let first = self.tokens.ids[runs[0][0]];
-                let place = (used.len() / width) as u32;
-                rows_in_use.clear();
-                for (place, run) in (place..).zip(runs) {
-                    let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
-                    rows_in_use.extend_from_slice(&bytes[at..at + row_bytes]);
-                    run.iter().for_each(|&token| places[token] = place);
-                }
-                let name = format!("{} (rows from {first} on that the text uses)", entry.name);
-                dtype::append_f32(&mut used, &rows_in_use, &entry.dtype, &name)?;
+            let first = (used.len() / row_bytes) as u32;
+            for (place, run) in (first..).zip(order[from..to].chunk_by(is_same)) {
+                let at = (self.tokens.ids[run[0]] as usize - block.start) * row_bytes;
+                used.extend_from_slice(&bytes[at..at + row_bytes]);
+                run.iter().for_each(|&token| places[token] = place);
             }
             if let Some(kept) = &mut kept {
                 kept.push((block, bytes));
@@ -60,16 +51,26 @@ impl Pass<'_> {
             Ok(())
         })?;
         let device = &self.devices[0].device;
-        let mut input = self.loader(0, &TensorPool::default())?.unit(0, &self.spec().input_needs())?.wait()?.tensors;
+        let pool = TensorPool::default();
+        let mut loader = self.loader(0, &pool)?;
+        let mut input = loader.unit(0, &self.spec().input_needs())?.wait()?.tensors;
         let lead_in = input.linear_if_there(Role::ProjectIn);
         let positions = input.linear_if_there(Role::Positions).map(|p| self.position_rows(&p.weight)).transpose()?;
-        let scale = self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute));
-        if let Some(scale) = scale {
-            used.iter_mut().for_each(|value| *value *= scale);
-        }
-        let (table_rows, rows) = (used.len() / width, self.batch_rows());
+        let name = format!("{} (the rows that the text uses)", entry.name);
+        let shape = [table_rows, width];
+        let table = match self.spec().embedding.scale.map(|scale| scale.in_dtype(self.compute)) {
+            None => loader.decode_floats(&entry.dtype, &used, &shape, &name)?,
+            // Scaled in f32, so that a value is rounded once.
+            Some(scale) => {
+                let mut scaled = dtype::to_f32(&used, &entry.dtype, &name)?;
+                scaled.par_iter_mut().for_each(|value| *value *= scale);
+                loader.decode_floats(&StoredDtype::F32, bytemuck::cast_slice(&scaled), &shape, &name)?
+            }
+        };
+        let table = table.wait()?;
+        drop(used);
+        let rows = self.batch_rows();
         let embed = || {
-            let table = dtype::from_f32(used, &[table_rows, width], self.compute, device)?;
             let batch = |(i, places): (usize, &[u32])| {
                 let tokens = places.len();
                 let mut hidden = table.index_select(&Tensor::from_slice(places, tokens, device)?, 0)?;
