@@ -6,7 +6,7 @@
 //! compute stream must wait on an [`UploadFence`] before it uses uploaded values.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUdeviceptr, CUevent_flags};
 use cudarc::driver::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, PinnedHostSlice};
@@ -20,6 +20,9 @@ const BUFFER: usize = 16 << 20;
 const BUFFERS: usize = 4;
 /// Bytes that are pinned for one way, unless a piece that cannot be divided takes more.
 pub const PINNED: usize = BUFFERS * BUFFER;
+/// Buffers of ways that have ended, kept for the next one because pinning memory is slow: a pass
+/// has one way after another to the same GPU, for the embedding, the layers and the head.
+static SPARE: Mutex<Vec<PinnedHostSlice<u8>>> = Mutex::new(Vec::new());
 /// Notes that are allocated together.
 const NOTES: usize = 512;
 /// Most values per note: offsets have 32 bits.
@@ -284,6 +287,9 @@ impl Drop for Staging {
         for buffer in &mut self.buffers {
             // After a GPU error no copy is pending.
             let _ = buffer.wait();
+            // A larger one is more than a plan counts.
+            let usual = buffer.memory.take().filter(|memory| memory.len() == BUFFER);
+            SPARE.lock().unwrap_or_else(PoisonError::into_inner).extend(usual);
         }
     }
 }
@@ -299,13 +305,24 @@ impl Buffer {
         self.wait()?;
         if self.memory.as_ref().is_none_or(|memory| memory.len() < len) {
             self.memory = None;
-            // Not write-combined, as is the library's default: what is written in no order would
-            // be slow. SAFETY: bytes may be anything.
-            self.memory = Some(unsafe { context.alloc_pinned_with_flags(len.max(BUFFER), 0) }?);
+            self.memory = Some(pinned(context, len)?);
         }
         let memory = self.memory.as_mut().expect("it was just put there");
         Ok(&mut memory.as_mut_slice()?[..len])
     }
+}
+
+/// At least `len` bytes that are pinned in this context.
+fn pinned(context: &Arc<CudaContext>, len: usize) -> Result<PinnedHostSlice<u8>, DriverError> {
+    if len <= BUFFER {
+        let mut spare = SPARE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = spare.iter().position(|memory| memory.context().cu_ctx() == context.cu_ctx()) {
+            return Ok(spare.swap_remove(at));
+        }
+    }
+    // Not write-combined, as is the library's default: what is written in no order would be slow.
+    // SAFETY: bytes may be anything.
+    unsafe { context.alloc_pinned_with_flags(len.max(BUFFER), 0) }
 }
 
 #[cfg(test)]
@@ -371,6 +388,20 @@ mod tests {
             }
         }
         drop(staging);
+        // The next way takes the buffers of the one before.
+        let spare = || SPARE.lock().unwrap().len();
+        assert_eq!(spare(), BUFFERS);
+        let mut staging = Staging::new(Arc::clone(&compute)).unwrap();
+        let (number, codes) = stored(1, 1000);
+        brought += codes.len() as u64;
+        let again = StoredTensor { form: Form::Plain(number), codes: &codes, scales: &[] };
+        let slice = staging.decode::<f32>(again, 1000, "t").unwrap();
+        assert_eq!(spare(), BUFFERS - 1);
+        assert_eq!(staging.upload_fence().unwrap().wait().unwrap(), None);
+        taken += 8;
+        kept.push((1, slice));
+        drop(staging);
+        assert_eq!(spare(), BUFFERS);
         for (tensor, copy) in kept {
             let back = compute.clone_dtoh(&copy).unwrap();
             taken += 4 * back.len() as u64;
