@@ -185,7 +185,7 @@ fn from_text(spec: &CorpusSpec, text: Text, folder: Option<&Path>, limits: Token
     let (windows, available) = cutter.finish()?;
     let sequences = choose(spec, windows.len(), available, length)?;
     let ids: Vec<i64> = windows.into_iter().take(sequences).flatten().map(i64::from).collect();
-    check_vocab(&ids, length, limits.vocab)?;
+    check_vocab(&ids, length, limits.vocab, |id| tokenizer.token(id))?;
     let source = if text.lasts { text.source + &which(spec, read) } else { text.source };
     let provenance = provenance(source, format!("{:x}", hash.finalize()), &ids, sequences, available);
     Ok(Tokens { ids, sequences, tokens: length, provenance, tokenizer: Some(tokenizer.provenance) })
@@ -220,7 +220,7 @@ fn ready_ids(spec: &CorpusSpec, path: &Path, limits: TokenLimits) -> Result<Toke
     }
     let mut ids = rows.ids;
     ids.truncate(sequences * length);
-    check_vocab(&ids, length, limits.vocab).map_err(named)?;
+    check_vocab(&ids, length, limits.vocab, |_| None).map_err(named)?;
     let hash = format!("{:x}", Sha256::digest(&bytes));
     let provenance = provenance(path.display().to_string(), hash, &ids, sequences, available);
     Ok(Tokens { ids, sequences, tokens: length, provenance, tokenizer: None })
@@ -308,17 +308,18 @@ fn choose(spec: &CorpusSpec, windows: usize, available: usize, length: usize) ->
     }
 }
 
-fn check_vocab(ids: &[i64], length: usize, vocab: usize) -> Result<()> {
+/// `token` gives the content of a token that a tokenizer made.
+fn check_vocab(ids: &[i64], length: usize, vocab: usize, token: impl Fn(u32) -> Option<String>) -> Result<()> {
     let outside = |id: &i64| usize::try_from(*id).map_or(true, |id| id >= vocab);
-    match ids.iter().position(outside) {
-        None => Ok(()),
-        Some(at) => {
-            let (row, column, id) = (at / length, at % length, ids[at]);
-            let message =
-                format!("token id {id} (sequence {row}, position {column}) is outside the model's {vocab} embeddings");
-            Err(WorkerError::corpus(message).hint("the token ids were made with another model's tokenizer"))
-        }
-    }
+    let Some(at) = ids.iter().position(outside) else { return Ok(()) };
+    let (row, column, id) = (at / length, at % length, ids[at]);
+    let (token, hint) = match u32::try_from(id).ok().and_then(token) {
+        Some(token) => (format!(" {}", shown(&token)), "the tokenizer adds a token that the model does not know"),
+        None => (String::new(), "the token ids were made with another model's tokenizer"),
+    };
+    let message =
+        format!("token id {id}{token} (sequence {row}, position {column}) is outside the model's {vocab} embeddings");
+    Err(WorkerError::corpus(message).hint(hint))
 }
 
 #[cfg(test)]

@@ -147,8 +147,9 @@ fn missing_bos_is_an_error() {
     assert_eq!(model.refused(&spec).0, FailureKind::Corpus);
     let model = Model::new(&["A"], json!({"add_bos_token": true, "bos_token": "<start>"}));
     let (kind, message) = model.refused(&files(&[&model.words("t.txt", 0, 20)], None, Some(6)));
-    assert_eq!(kind, FailureKind::Checkpoint);
-    assert!(message.contains("\"<start>\""), "{message}");
+    // The settings add the token, after all that have embeddings.
+    assert_eq!(kind, FailureKind::Corpus);
+    assert!(message.contains("103 \"<start>\" (sequence 0, position 0)"), "{message}");
 }
 
 #[test]
@@ -200,7 +201,7 @@ fn unusable_texts_are_refused_with_a_reason() {
         assert!(message.contains(says), "{message}");
     }
     let error = load(&files(&[&foreign], None, Some(4)), Some(model.0.path()), 102, None, &nowhere()).unwrap_err();
-    assert!(error.message().contains("token id 102 (sequence 0, position 2)"), "{error}");
+    assert!(error.message().contains("token id 102 \"w99\" (sequence 0, position 2)"), "{error}");
     assert_eq!(model.refused(&files(&[&short], Some(0), Some(4))).0, FailureKind::Job);
     let spec = CorpusSpec { source: CorpusSource::Builtin("bible".to_owned()), ..CorpusSpec::default() };
     assert_eq!(model.refused(&spec).0, FailureKind::Job);

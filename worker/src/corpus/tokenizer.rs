@@ -51,6 +51,14 @@ impl TextTokenizer {
         Ok(Self { encoder, prefix, provenance })
     }
 
+    /// The content of a token.
+    pub(super) fn token(&self, id: u32) -> Option<String> {
+        match &self.encoder {
+            Encoder::Library(library) => library.tokenizer.id_to_token(id),
+            Encoder::Ranks(_) => None,
+        }
+    }
+
     /// Token ids of a text, without special tokens added.
     pub(super) fn encode(&self, document: &Document) -> Result<Vec<u32>> {
         self.encoder.encode(&document.text).map_err(|error| {
@@ -71,10 +79,11 @@ enum Encoder {
 impl Encoder {
     /// Creates an encoder from the contents of `files`, in their order.
     fn new(files: TokenizerFiles, contents: &[Vec<u8>], python: &PythonConfig) -> Result<Self> {
-        let library = |json: &[u8]| Ok(Self::Library(Box::new(Library::open(json, files)?)));
+        let library = |json: &[u8], added: &[_]| Ok(Self::Library(Box::new(Library::open(json, files, added)?)));
         match (files, contents) {
-            (TokenizerFiles::Json, [json]) => library(json),
-            (TokenizerFiles::VocabAndMerges, [vocab, merges]) => library(&merges::convert(vocab, merges, python)?),
+            (TokenizerFiles::Json, [json]) => library(json, &python.added),
+            // Special tokens are converted, too.
+            (TokenizerFiles::VocabAndMerges, [vocab, merges]) => library(&merges::convert(vocab, merges, python)?, &[]),
             (TokenizerFiles::Tiktoken, [ranks]) => Ok(Self::Ranks(Box::new(RankTokenizer::parse(ranks, python)?))),
             _ => Err(WorkerError::internal(format!("{} contents of {files}", contents.len()))),
         }

@@ -1,9 +1,10 @@
 //! Tokenizers of the `tokenizers` library. Their growth is bounded before use, and panics become
 //! errors.
 
-use tokenizers::Tokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
 use super::growth::Growth;
+use super::python::Added;
 use crate::catch_panic::catch_panic;
 use crate::checkpoint::safetensors::shown;
 use crate::checkpoint::source::TokenizerFiles;
@@ -23,16 +24,20 @@ pub(super) struct Library {
 }
 
 impl Library {
-    /// Reads a tokenizer.json. Truncation and padding are disabled.
+    /// Reads a tokenizer.json, and adds tokens to it. Truncation and padding are disabled.
     ///
     /// # Errors
     /// Kind `Checkpoint`, naming `files`: it cannot be read, or may lengthen a text too much.
-    pub(super) fn open(json: &[u8], files: TokenizerFiles) -> Result<Self> {
+    pub(super) fn open(json: &[u8], files: TokenizerFiles, added: &[Added]) -> Result<Self> {
         guarded(files, || {
             // Checked first: reading the file applies its steps to its special tokens.
             let growth = Growth::of(json)?;
             let mut tokenizer = Tokenizer::from_bytes(json)?;
             tokenizer.with_padding(None).with_truncation(None)?;
+            let there = tokenizer.get_added_vocabulary().get_vocab();
+            let missing = added.iter().filter(|added| added.replaces || !there.contains_key(&added.token.content));
+            let missing: Vec<AddedToken> = missing.map(|added| added.token.clone()).collect();
+            tokenizer.add_tokens(missing)?;
             let added = tokenizer.get_added_vocabulary();
             let is_nothing = |id: &u32| added.simple_id_to_token(*id).is_some_and(|token| token.is_empty());
             if added.get_added_tokens_decoder().keys().any(is_nothing) {

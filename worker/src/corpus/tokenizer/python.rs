@@ -1,9 +1,10 @@
 //! Settings that a tokenizer's Python class reads besides its vocabulary.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tokenizers::AddedToken;
 
 use super::Encoder;
 use crate::checkpoint::safetensors::shown;
@@ -30,6 +31,15 @@ pub(super) struct PythonConfig {
     pub(super) special: BTreeMap<String, Value>,
     /// Ids of tokens, in or outside the vocabulary.
     pub(super) ids: BTreeMap<String, u32>,
+    /// Tokens that the class adds to those of a tokenizer.json, in this order.
+    pub(super) added: Vec<Added>,
+}
+
+/// A token that a class adds.
+pub(super) struct Added {
+    pub(super) token: AddedToken,
+    /// Whether it replaces an added token of tokenizer.json with the same content.
+    pub(super) replaces: bool,
 }
 
 impl PythonConfig {
@@ -50,9 +60,11 @@ impl PythonConfig {
             let listed = source["additional_special_tokens"].as_array().into_iter().flatten();
             ROLES.iter().map(|role| &source[*role]).chain(listed).for_each(|token| python.add_special(token));
         }
-        for (token, id) in object(folder, ADDED_TOKENS_FILE)?.as_object().into_iter().flatten() {
+        let added = object(folder, ADDED_TOKENS_FILE)?;
+        for (token, id) in added.as_object().into_iter().flatten() {
             python.add_id(token, self::id(id));
         }
+        python.added = added_tokens(&config, &map, &added);
         for (id, token) in config["added_tokens_decoder"].as_object().into_iter().flatten() {
             python.add_special(token);
             python.add_id(content(token).unwrap_or_default(), id.parse().ok());
@@ -91,6 +103,59 @@ impl PythonConfig {
             WorkerError::checkpoint(message).hint("use the BOS policy `never`, or fetch the tokenizer again")
         })
     }
+}
+
+/// The tokens that transformers 5 adds to a tokenizer.json: those of `added_tokens_decoder` in
+/// tokenizer_config.json by their ids (without that key those of added_tokens.json), then special
+/// tokens. special_tokens_map.json counts only without that key, and before tokenizer_config.json.
+fn added_tokens(config: &Value, map: &Value, added: &Value) -> Vec<Added> {
+    let decoder = config["added_tokens_decoder"].as_object();
+    let map = map.as_object().filter(|_| decoder.is_none());
+    let mut settings = config.as_object().cloned().unwrap_or_default();
+    settings.extend(map.into_iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+    let value = |key: &str| settings.get(key).unwrap_or(&Value::Null);
+
+    let is_other = |key: &str| key.ends_with("_token") && !ROLES.contains(&key);
+    let others = settings.iter().filter(|(key, _)| is_other(key)).map(|(_, token)| token);
+    let extra = value("extra_special_tokens");
+    let by_name = extra.as_object().into_iter().flatten().map(|(_, token)| token);
+    let extra = extra.as_array().filter(|list| !list.is_empty()).or(value("additional_special_tokens").as_array());
+    let special: Vec<AddedToken> = ROLES
+        .iter()
+        .map(|role| value(role))
+        .chain(others)
+        .chain(by_name)
+        .chain(extra.into_iter().flatten())
+        .filter_map(|token| Some(AddedToken { special: true, ..added_token(token)? }))
+        .collect();
+
+    let is_special = |token: &str| special.iter().any(|special| special.content == token);
+    let mut listed: Vec<(u32, Added)> = match decoder {
+        Some(decoder) => decoder
+            .iter()
+            .filter_map(|(id, token)| Some((id.parse().ok()?, Added { token: added_token(token)?, replaces: true })))
+            .collect(),
+        None => (added.as_object().into_iter().flatten())
+            .filter_map(|(token, id)| {
+                let token = AddedToken::from(token.as_str(), is_special(token));
+                Some((self::id(id)?, Added { token, replaces: false }))
+            })
+            .collect(),
+    };
+    listed.sort_by_key(|(id, _)| *id);
+    let special = special.into_iter().map(|token| Added { token, replaces: false });
+    let mut seen = HashSet::new();
+    let all = listed.into_iter().map(|(_, added)| added).chain(special);
+    all.filter(|added| seen.insert(added.token.content.clone())).collect()
+}
+
+/// A token by its content, which is special, or by its description.
+fn added_token(token: &Value) -> Option<AddedToken> {
+    let flag = |name: &str, default| token[name].as_bool().unwrap_or(default);
+    let special = token.is_string() || flag("special", false);
+    let content = content(token).filter(|content| !content.is_empty())?;
+    let added = AddedToken::from(content, special).normalized(flag("normalized", !special));
+    Some(added.single_word(flag("single_word", false)).lstrip(flag("lstrip", false)).rstrip(flag("rstrip", false)))
 }
 
 /// Reads a file with a JSON object; empty if it does not exist.

@@ -99,6 +99,21 @@ fn assert_same(old: &TextTokenizer, new: &TextTokenizer) {
 }
 
 #[test]
+fn tokens_that_only_the_settings_add_are_those_of_transformers() {
+    let golden: Value = serde_json::from_slice(&fs::read(testdata("added_tokens.json")).unwrap()).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 8);
+    for case in cases {
+        let folder = Folder::of("opt", &[TOKENIZER_FILE]);
+        for (name, content) in case["files"].as_object().unwrap() {
+            folder.write(name, content.to_string());
+        }
+        let ids = ids(&folder.open(BosPolicy::Never).unwrap(), golden["text"].as_str().unwrap());
+        assert_eq!(json!(ids), case["ids"], "{}", case["files"]);
+    }
+}
+
+#[test]
 fn trap_1_opt_vocab_and_merges_equal_its_tokenizer_json() {
     let old = Folder::opt().open(BosPolicy::Auto).unwrap();
     let new = Folder::of("opt", &[TOKENIZER_FILE]).open(BosPolicy::Auto).unwrap();
