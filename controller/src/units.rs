@@ -177,6 +177,11 @@ pub fn figure(value: f64, digits: usize) -> String {
     if value.is_finite() && value.abs() >= 1e9 { format!("{value:.digits$e}") } else { format!("{value:.digits$}") }
 }
 
+/// A share in percent, as in `0.5` for 0.005, without the noise of binary fractions.
+pub fn in_percent(share: f64) -> f64 {
+    (share * 1e8).round() / 1e6
+}
+
 /// Operations as text, as in `24.0 x 10^9 operations`.
 pub fn operations(count: f64) -> String {
     let power = if count >= 1e11 { 12 } else { 9 };
@@ -354,6 +359,12 @@ mod tests {
         assert_eq!("1.5".parse::<Positive>().map(Positive::get), Ok(1.5));
         let file: File = toml::from_str("amount = 3\nshare = 1").unwrap();
         assert_eq!((file.amount.map(Positive::get), file.share.map(Fraction::get)), (Some(3.0), Some(1.0)));
+    }
+
+    #[test]
+    fn shares_are_shown_in_percent_as_they_were_given() {
+        let shown = [0.25, 0.06, 0.29, 0.005, 0.125, 0.0001, 1.0].map(|share| in_percent(share).to_string());
+        assert_eq!(shown, ["25", "6", "29", "0.5", "12.5", "0.01", "100"]);
     }
 
     #[test]

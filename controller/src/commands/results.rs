@@ -16,7 +16,7 @@ use crate::compare::recount::recount;
 use crate::compare::{Comparison, page};
 use crate::files::write_whole;
 use crate::ui::report::{CliError, ExitStatus, tables};
-use crate::units::{figure, grouped};
+use crate::units::{figure, grouped, in_percent};
 
 /// Name of a result's page, in its folder.
 const PAGE: &str = "page.html";
@@ -199,8 +199,8 @@ fn count_anew(context: &Context, folder: &Path, asked: &ThresholdOptions) -> Res
         format!(
             "RECOUNTED from stored counts; the run's own shares are >= {} % of layers and >= {} % of positions\n\
              {table}files, as the run counted: {}\n",
-            own.layer_fraction * 100.0,
-            own.position_fraction * 100.0,
+            in_percent(own.layer_fraction),
+            in_percent(own.position_fraction),
             folder.display()
         )
     });

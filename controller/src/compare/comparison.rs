@@ -10,6 +10,7 @@ use super::predecessor::{Imported, Outliers};
 use super::published::{self, Known, PublishedTable};
 use super::samples::resampled;
 use crate::model_name::short;
+use crate::units::in_percent;
 
 /// Results with their figures, and published figures of the same models.
 #[derive(Clone, Debug, Serialize)]
@@ -192,9 +193,9 @@ impl Comparison {
         let counts: Vec<String> = self.models.iter().filter_map(counted).collect();
         let mut thresholds: Vec<String> = Vec::new();
         for of in self.models.iter().filter_map(|model| Some(model.results()?.thresholds)) {
-            let (layers, positions) = (of.layer_fraction * 100.0, of.position_fraction * 100.0);
+            let (layers, positions) = (in_percent(of.layer_fraction), in_percent(of.position_fraction));
             let words = format!(
-                "|x| >= {} in at least {layers:.0} % of layers and at least {positions:.0} % of positions",
+                "|x| >= {} in at least {layers} % of layers and at least {positions} % of positions",
                 of.magnitude
             );
             if !thresholds.contains(&words) {

@@ -14,6 +14,7 @@ use super::table::{NONE, Table, numbers, optional, words};
 use super::threshold_sweep::{LAYER_PERCENTS, POSITION_PERCENTS, SweepPoint, shares, sweep};
 use crate::ui::report::diagnostics::{WITHOUT, without};
 use crate::ui::report::tables::strongest;
+use crate::units::in_percent;
 
 /// Maximum rows of a long table; `results.json` contains all.
 const ROWS: usize = 40;
@@ -163,9 +164,9 @@ fn threshold_sweep(run: &Run) -> Option<Table> {
         optional(known, |n| n.to_string())
     };
     let note = format!(
-        "Enough layers: >= {:.0} %. Positions are counted at the run's own threshold of {} alone: above it the last column is the most that can be \
+        "Enough layers: >= {} %. Positions are counted at the run's own threshold of {} alone: above it the last column is the most that can be \
          systematic, below it nothing is known.",
-        100.0 * own.layer_fraction,
+        in_percent(own.layer_fraction),
         own.magnitude
     );
     let table = Table::of(
@@ -324,6 +325,14 @@ mod tests {
 
     fn tables_of(name: &str) -> Vec<Table> {
         tables("m", &Run::fixture(name))
+    }
+
+    #[test]
+    fn share_of_enough_layers_is_not_rounded() {
+        let mut run = Run::fixture("dense");
+        run.results.thresholds.layer_fraction = 0.125;
+        let note = threshold_sweep(&run).unwrap().notes.concat();
+        assert!(note.starts_with("Enough layers: >= 12.5 %."), "{note}");
     }
 
     #[test]

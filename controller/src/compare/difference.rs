@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use super::comparison::{Compared, ResultKind};
 use crate::text::counted;
+use crate::units::in_percent;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Difference {
@@ -88,12 +89,11 @@ fn made_up(metadata: &Metadata) -> Option<String> {
 
 fn thresholds(metadata: &Metadata) -> String {
     let of = metadata.job.thresholds;
-    let percent = |share: f64| (share * 1e4).round() / 1e2;
     format!(
         "|x| >= {}, in >= {} % of layers (or norm outputs) and at >= {} % of positions",
         of.magnitude,
-        percent(of.layer_fraction),
-        percent(of.position_fraction)
+        in_percent(of.layer_fraction),
+        in_percent(of.position_fraction)
     )
 }
 

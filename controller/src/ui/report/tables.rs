@@ -22,7 +22,7 @@ use crate::run::{RunEvent, RunState};
 use crate::survey::ModelOutcome;
 use crate::text::{clean, counted};
 use crate::ui::status::Status;
-use crate::units::{Bytes, Usd, figure, grouped, operations};
+use crate::units::{Bytes, Usd, figure, grouped, in_percent, operations};
 
 /// Maximum lines of long lists; the file, or `--json`, contains all.
 pub(crate) const TOP: usize = 10;
@@ -39,7 +39,7 @@ pub(crate) fn results(model: &str, results: &Results, weights: Option<&WeightVer
     let thresholds = results.thresholds;
     let mut out = format!(
         "{}: {} of {}, {}, {}, {}\n\
-         |x| >= {}, in >= {:.0} % of layers (or norm outputs) and >= {:.0} % of positions\n",
+         |x| >= {}, in >= {} % of layers (or norm outputs) and >= {} % of positions\n",
         clean(short(model).as_bytes(), 200),
         counted(results.sequences, "sequence"),
         counted(results.tokens_per_sequence, "token"),
@@ -47,8 +47,8 @@ pub(crate) fn results(model: &str, results: &Results, weights: Option<&WeightVer
         counted(results.n_sites, "norm output"),
         counted(results.hidden, "feature"),
         thresholds.magnitude,
-        thresholds.layer_fraction * 100.0,
-        thresholds.position_fraction * 100.0,
+        in_percent(thresholds.layer_fraction),
+        in_percent(thresholds.position_fraction),
     );
     let mut verdicts = table(&["systematic outlier features", "count", "mean L%", "mean S%"]);
     for verdict in &results.verdicts {
@@ -765,8 +765,13 @@ mod tests {
             assert!(shown.contains(expected), "{expected} in {shown}");
         }
         let perplexity = Perplexity { perplexity: 1.23456e71, mean_nll: 163.7, predicted_tokens: 2040 };
-        let long = results("/a/b/tiny", &Results { perplexity: Some(perplexity), ..evil }, None);
+        let thresholds = Thresholds { layer_fraction: 0.125, position_fraction: 0.005, ..Thresholds::default() };
+        let long = results("/a/b/tiny", &Results { thresholds, perplexity: Some(perplexity), ..evil }, None);
         assert!(long.starts_with("tiny: 2 sequences of 8 tokens, 4 layers, 8 norm outputs, 16 features\n"), "{long}");
+        assert!(
+            long.contains("\n|x| >= 6, in >= 12.5 % of layers (or norm outputs) and >= 0.5 % of positions\n"),
+            "{long}"
+        );
         assert!(long.contains("\nperplexity 1.2346e71 over 2,040 predicted tokens\n"), "{long}");
     }
 
