@@ -100,6 +100,7 @@ fn thresholds(metadata: &Metadata) -> String {
 fn precision(metadata: &Metadata) -> String {
     match metadata.compute_dtype.as_str() {
         "bf16" => "bf16: at a threshold of 6, values from 5.984375 up round to 6 and count".to_owned(),
+        "f16" => "f16: at a threshold of 6, values from 5.998046875 up round to 6 and count".to_owned(),
         other => format!("{other}: values count from the threshold up, unrounded"),
     }
 }
@@ -190,6 +191,21 @@ mod tests {
     use super::super::comparison::Comparison;
     use super::super::fixture::{change, copy, rename};
     use super::super::folder::read_all;
+
+    #[test]
+    fn rounding_before_the_threshold_is_said_of_each_precision() {
+        let home = tempfile::tempdir().unwrap();
+        for (folder, dtype) in ["f32", "bf16", "f16"].into_iter().enumerate() {
+            let folder = copy("dense", &home.path().join(folder.to_string()));
+            change(&folder, files::METADATA, |metadata| metadata["compute_dtype"] = json!(dtype));
+        }
+        let compared = Comparison::of(read_all(&[home.path().to_owned()], false).unwrap());
+        let about = compared.differences.iter().filter(|difference| difference.about == "computed in");
+        let says: Vec<&str> = about.map(|difference| difference.says.as_str()).collect();
+        let [f32, bf16, f16] = says[..] else { panic!("{says:?}") };
+        assert!(f32.ends_with("unrounded"), "{f32}");
+        assert!(bf16.contains("5.984375 up round") && f16.contains("5.998046875 up round"), "{bf16}; {f16}");
+    }
 
     #[test]
     fn incomparable_settings_are_noted_for_the_right_models() {
