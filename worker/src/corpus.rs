@@ -300,8 +300,7 @@ fn choose(spec: &CorpusSpec, windows: usize, available: usize, length: usize) ->
         Some(asked) => {
             let message = format!(
                 "the corpus gives {windows} sequences of {length} tokens, {asked} were asked for \
-                 (it has {available} tokens, {asked} sequences need {})",
-                asked.saturating_mul(length)
+                 (it has {available} tokens)"
             );
             Err(WorkerError::corpus(message).hint(hint))
         }

@@ -369,6 +369,10 @@ fn overlapping_windows_start_half_a_window_apart() {
     let tokens = model.load(&spec).unwrap();
     assert_eq!(tokens.ids, [3, 4, 5, 6, 7, 8, 6, 7, 8, 9, 10, 11, 9, 10, 11, 12, 13, 14]);
     assert_eq!(tokens.provenance.tokens_available, 20);
+    let (_, message) = model.refused(&CorpusSpec { num_sequences: Some(6), ..spec });
+    // Six would need 21, not six times six.
+    let says = "the corpus gives 5 sequences of 6 tokens, 6 were asked for (it has 20 tokens)";
+    assert!(message.contains(says), "{message}");
 }
 
 #[test]
