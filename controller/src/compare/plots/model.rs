@@ -142,40 +142,48 @@ fn experts(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let ranked: BTreeMap<usize, Vec<f64>> = peaks
         .iter()
         .map(|(layer, peaks)| {
-            let mut magnitudes: Vec<f64> = peaks.iter().map(|peak| f64::from(peak.abs())).collect();
+            // 0 without a token.
+            let hit = peaks.iter().filter(|peak| **peak != 0.0);
+            let mut magnitudes: Vec<f64> = hit.map(|peak| f64::from(peak.abs())).collect();
             magnitudes.sort_by(|a, b| b.total_cmp(a));
             (*layer, magnitudes)
         })
         .collect();
     let rank = |rank: usize| ranked.iter().filter_map(move |(layer, peaks)| Some((*layer, *peaks.get(rank)?)));
-    let median = ranked.iter().filter_map(|(layer, peaks)| Some((*layer, *peaks.get(peaks.len() / 2)?)));
+    let median = ranked.iter().filter_map(|(layer, peaks)| Some((*layer, median(peaks)?)));
     let groups = [
         curve("largest |x| of an expert", mark(Colour::First, true, true), rank(0)),
         curve("second", mark(Colour::Second, false, true), rank(1)),
         curve("median expert", mark(Colour::Third, true, false), median),
     ];
     let description = "Largest magnitude at the output of an expert's down projection, before its weight: the expert with the largest, the next, and \
-        the median expert of each layer. A super expert stands far above the rest (Su et al. 2025).";
+        the median of each layer, of the experts with a token. A super expert stands far above the rest (Su et al. 2025).";
     points(name, title, description, [LAYER, Axis { label: "|x|", kind: AxisKind::Log }], &groups)
 }
 
 fn routers(name: &str, title: &str, run: &Run) -> Option<Plot> {
     let loads = &run.statistics.as_ref()?.router_tokens;
-    let relative = |of: fn(&[u64]) -> u64| {
+    let relative = |of: fn(&[f64]) -> Option<f64>| {
         loads.iter().filter_map(move |(layer, loads)| {
-            let mut sorted = loads.clone();
-            sorted.sort_unstable();
-            let mean = mean(loads.iter().map(|tokens| *tokens as f64))?;
-            (mean > 0.0).then(|| (*layer, of(&sorted) as f64 / mean))
+            let mut sorted: Vec<f64> = loads.iter().map(|tokens| *tokens as f64).collect();
+            sorted.sort_by(f64::total_cmp);
+            let mean = mean(sorted.iter().copied()).filter(|mean| *mean > 0.0)?;
+            Some((*layer, of(&sorted)? / mean))
         })
     };
     let groups = [
-        curve("busiest", mark(Colour::First, true, true), relative(|loads| loads[loads.len() - 1])),
-        curve("median", mark(Colour::Third, true, false), relative(|loads| loads[loads.len() / 2])),
-        curve("idlest", mark(Colour::Second, false, true), relative(|loads| loads[0])),
+        curve("busiest", mark(Colour::First, true, true), relative(|loads| loads.last().copied())),
+        curve("median", mark(Colour::Third, true, false), relative(median)),
+        curve("idlest", mark(Colour::Second, false, true), relative(|loads| loads.first().copied())),
     ];
     let description = "Tokens sent to the busiest, the median and the idlest expert of each layer, over the mean of its experts: 1 is even.";
     points(name, title, description, [LAYER, Axis { label: "tokens / mean", kind: AxisKind::Linear }], &groups)
+}
+
+/// The median of sorted values: of an even number, the mean of the middle two. `None` for none.
+fn median(sorted: &[f64]) -> Option<f64> {
+    let (low, high) = (sorted.len().checked_sub(1)? / 2, sorted.len() / 2);
+    Some(f64::midpoint(sorted[low], sorted[high]))
 }
 
 /// Quartiles of a feature's signed peaks over the norm outputs with outliers. `None` if it has
@@ -196,4 +204,26 @@ pub(crate) fn quartiles(mut values: Vec<f64>) -> Option<[f64; 3]> {
     values.sort_by(f64::total_cmp);
     let last = values.len().checked_sub(1)?;
     Some([0.25, 0.5, 0.75].map(|share| values[(share * last as f64).round() as usize]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_of_an_even_number_is_between_the_middle_two() {
+        assert_eq!((median(&[]), median(&[3.0])), (None, Some(3.0)));
+        assert_eq!((median(&[1.0, 2.0, 9.0]), median(&[0.0, 1.0, 4.0, 9.0])), (Some(2.0), Some(2.5)));
+    }
+
+    #[test]
+    fn experts_without_a_token_are_left_out_of_their_median() {
+        let mut run = Run::fixture("mixture");
+        let mut plot = |peaks: &[f32]| {
+            run.statistics.as_mut().unwrap().expert_peaks = BTreeMap::from([(1, peaks.to_vec())]);
+            experts("n", "t", &run).unwrap()
+        };
+        assert_eq!(plot(&[0.0, -4.0, 0.0, 2.0, 0.0]), plot(&[-4.0, 2.0]));
+        assert_ne!(plot(&[-4.0, 2.0, 1.0]), plot(&[-4.0, 2.0]), "else this shows nothing");
+    }
 }
