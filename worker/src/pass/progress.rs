@@ -39,6 +39,8 @@ struct State {
     last: Progress,
     written: Instant,
     layers_began: Instant,
+    /// The layer at which this process began.
+    first_layer: usize,
     tokens: usize,
     phase_began: Instant,
     seconds: Vec<(Phase, f64)>,
@@ -73,6 +75,7 @@ impl ProgressSink {
             },
             written: now,
             layers_began: now,
+            first_layer: 0,
             tokens: 0,
             phase_began: now,
             seconds: Vec::new(),
@@ -100,6 +103,13 @@ impl ProgressSink {
         state.last.layers = layers;
         state.last.bytes_total = bytes_total;
         state.tokens = tokens;
+    }
+
+    /// Sets the first layer of a pass; an earlier process finished those before it. Rates are of
+    /// this process alone.
+    pub fn first_layer(&self, first: usize) {
+        let mut state = self.shared.lock();
+        (state.first_layer, state.last.layer) = (first, first);
     }
 
     /// Starts a phase.
@@ -155,9 +165,10 @@ impl ProgressSink {
         }
         state.last.layer = unit.layer + 1;
         let seconds = state.layers_began.elapsed().as_secs_f64();
-        let share = state.last.layer as f64 / state.last.layers.max(1) as f64;
+        let [done, left] = [unit.layer + 1 - state.first_layer, state.last.layers.saturating_sub(unit.layer + 1)];
+        let share = done as f64 / state.last.layers.max(1) as f64;
         state.last.tokens_per_second = state.tokens as f64 * share / seconds.max(1e-9);
-        state.last.eta_seconds = Some(seconds / share - seconds);
+        state.last.eta_seconds = Some(seconds / done as f64 * left as f64);
         if state.talk && state.bar.is_none() {
             tracing::info!("layer {}/{} done", state.last.layer, state.last.layers);
         }
@@ -254,4 +265,28 @@ impl State {
 fn style() -> ProgressStyle {
     ProgressStyle::with_template("{bar:30} {pos}/{len} layers  {msg}  {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::decoder::Part;
+
+    #[test]
+    fn rate_and_time_left_of_a_resumed_pass_are_of_its_own_layers() {
+        for (first, tokens_per_second, seconds_left) in [(0, 75.0, 10.0 / 3.0), (2, 25.0, 10.0)] {
+            let sink = ProgressSink::silent();
+            sink.work(4, 100, 1000);
+            sink.first_layer(first);
+            sink.phase(Phase::Layers);
+            assert_eq!(sink.shared.lock().last.layer, first);
+            sink.shared.lock().layers_began = Instant::now().checked_sub(Duration::from_secs(10)).unwrap();
+            sink.unit_done(&StreamingUnit { layer: 2, part: Part::Mixer, needs: Vec::new() }, true, 50);
+            let last = sink.shared.lock().last.clone();
+            let (rate, left) = (last.tokens_per_second, last.eta_seconds.unwrap());
+            assert_eq!(last.layer, 3);
+            assert!((0.9 * tokens_per_second..=tokens_per_second).contains(&rate), "{rate}");
+            assert!((seconds_left..1.1 * seconds_left).contains(&left), "{left}");
+        }
+    }
 }

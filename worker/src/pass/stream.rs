@@ -233,8 +233,9 @@ impl Pass<'_> {
                 (self.in_arms(batches), kept)
             }
         };
-        self.progress.phase(Phase::Layers);
         let first = resumed_at_layer.unwrap_or(0);
+        self.progress.first_layer(first);
+        self.progress.phase(Phase::Layers);
         let waves = wavefront::run(self, first, Wave::all(batches), observer, save.as_deref_mut())?;
         if !self.with_head {
             return Ok(PassResult { predicted: None, resumed_at_layer, unverified_before });
