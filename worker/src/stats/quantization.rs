@@ -156,7 +156,7 @@ impl Quantization {
         };
         QuantizationErrors {
             rule: format!(
-                "mean over about {QUANTIZED_ROWS} rows of |Q(x) - x|^2 / |x|^2; outlier blocks hold a value of |x| >= {}",
+                "mean over the rows of about {QUANTIZED_ROWS} tokens at each site of |Q(x) - x|^2 / |x|^2; outlier blocks hold a value of |x| >= {}",
                 self.threshold
             ),
             norm_outputs: ways().enumerate().map(pooled).collect(),
@@ -652,6 +652,17 @@ mod tests {
         };
         assert_eq!(drawn(4, 96), 384);
         assert!((400..640).contains(&drawn(16, 2048)), "{}", drawn(16, 2048));
+    }
+
+    #[test]
+    fn pooled_rows_are_those_of_every_norm_output_as_the_rule_says() {
+        let mut all = Quantization::new(1, 2, 6.0);
+        for layer in [0, 1] {
+            all.add(Site { layer, point: Point::BeforeMlp }, &[1.0, 7.0, 3.0, 2.0], 2, |row| row);
+        }
+        let summary = all.summary();
+        assert_eq!((summary.norm_outputs[0].all.rows, summary.sites[0].errors[0].rows), (4, 2));
+        assert!(summary.rule.contains("512 tokens at each site"), "{}", summary.rule);
     }
 
     proptest! {
