@@ -554,11 +554,14 @@ mod tests {
     fn summary_states_count_model_thresholds_and_reference() {
         let home = tempfile::tempdir().unwrap();
         rename(&copy("dense", &home.path().join("a")), "openai-community/gpt2");
-        let answer = compared(home.path()).answer();
+        let mut compared = compared(home.path());
+        let answer = compared.answer();
         for said in ["3 (openai-community/gpt2", "; published, the paper: 1)", "|x| >= 6 in at least 25 %"] {
             assert!(answer.contains(said), "{said}: {answer}");
         }
         assert!(answer.contains("at least 6 % of positions") && answer.contains("Beside them: "), "{answer}");
+        compared.models[0].run.as_mut().unwrap().results.thresholds.position_fraction = 0.005;
+        assert!(compared.answer().contains("at least 0.5 % of positions"), "{}", compared.answer());
     }
 
     #[test]
